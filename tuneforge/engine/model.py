@@ -1,0 +1,332 @@
+"""A model with its layer groups: which parameters a selector names, what is frozen, and what mode each module is in."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from tuneforge.errors import PluginError, SelectorError, close_match
+from tuneforge.plugin.steps import GroupInfo
+
+NORMS = (
+    nn.modules.batchnorm._NormBase,  # noqa: SLF001 - the only common base of batch and instance norms
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.RMSNorm,
+)
+
+
+@attrs.frozen
+class Group:
+    """A layer group: modules that freeze and thaw together.
+
+    Args:
+        name: As selectors write it.
+        prefixes: Paths of modules or parameters, such as `"layer1"` or `"features.0"`.
+    """
+
+    name: str
+    prefixes: tuple[str, ...] = attrs.field(converter=tuple)
+
+    def holds(self, parameter: str) -> bool:
+        """True where the parameter of that name lies under one of the prefixes."""
+        return any(parameter == prefix or parameter.startswith(prefix + ".") for prefix in self.prefixes)
+
+
+@attrs.frozen(eq=False)
+class Model:
+    """What `model_adapt` passes along its chain.
+
+    Args:
+        module: The network. It takes ready inputs: one tensor, or a mapping's tensors by keyword.
+        groups: Layer groups from the input to the answer; together they hold every parameter once. The last is the head.
+        head: Path of the module that gives the answer, such as `"fc"`; a linear layer or a 1x1 convolution.
+        labels: Names of the outputs as the weights know them; empty where they have none.
+        kept: Those of `labels` whose head rows came with the weights; the others start fresh.
+        changes: What each adapter changed, a sentence each; printed and stored.
+
+    Raises:
+        PluginError: A parameter lies in no group, or in two; or there is no module at `head`.
+    """
+
+    module: nn.Module
+    groups: tuple[Group, ...] = attrs.field(converter=tuple)
+    head: str
+    labels: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    kept: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    changes: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+
+    def __attrs_post_init__(self) -> None:
+        for name, _ in self.module.named_parameters():
+            holders = [group.name for group in self.groups if group.holds(name)]
+            if len(holders) != 1:
+                raise PluginError(
+                    f"parameter '{name}' lies in {'no layer group' if not holders else ' and '.join(holders)}",
+                    where=", ".join(group.name for group in self.groups),
+                    why="together the groups must hold every parameter exactly once",
+                    fix="give the module's path to one group",
+                )
+        self.head_module()
+
+    @classmethod
+    def of(cls, module: nn.Module, *, head: str | None = None, labels: Iterable[str] = ()) -> Model:
+        """A model from any module: groups are found from its structure.
+
+        Args:
+            module: The network.
+            head: Path of the answering layer; by default the last linear layer in order of registration.
+            labels: Names of the outputs.
+
+        Raises:
+            PluginError: It has no linear layer, and `head` was not given.
+        """
+        head = head or _last_linear(module)
+        return cls(module, groups=found_groups(module, head), head=head, labels=tuple(labels))
+
+    def head_module(self) -> nn.Module:
+        """The module that gives the answer."""
+        try:
+            return self.module.get_submodule(self.head)
+        except AttributeError:
+            raise PluginError(f"the model has no module '{self.head}'", why="it was named as the head") from None
+
+    def with_head(self, head: nn.Module, **changed: Any) -> Model:
+        """The same model with another module at `head` (the module is changed in place)."""
+        parent, _, name = self.head.rpartition(".")
+        setattr(self.module.get_submodule(parent), name, head)
+        return attrs.evolve(self, **changed)
+
+    def changed(self, sentence: str, **fields: Any) -> Model:
+        """The same model with one more sentence on what an adapter did."""
+        return attrs.evolve(self, changes=(*self.changes, sentence), **fields)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter by name; a tied one once, under its first name."""
+        return dict(self.module.named_parameters())
+
+    def group_infos(self) -> tuple[GroupInfo, ...]:
+        """The groups as strategies see them."""
+        named = self.parameters()
+        members = {group.name: [name for name in named if group.holds(name)] for group in self.groups}
+        return tuple(
+            GroupInfo(name=name, num_parameters=sum(named[each].numel() for each in names), tensors=tuple(names))
+            for name, names in members.items()
+        )
+
+    def depth_of(self, parameter: str) -> int:
+        """Groups between a parameter's and the answer: 0 for the head."""
+        index = next(index for index, group in enumerate(self.groups) if group.holds(parameter))
+        return len(self.groups) - 1 - index
+
+
+def select(model: Model, selectors: Iterable[str]) -> list[str]:
+    """Names of the parameters that any of the selectors names, in the model's order.
+
+    Args:
+        model: Whose parameters.
+        selectors: `"head"`, `"all"`, `"norms"`, `"biases"`, a group's name, `"groups[i]"` or a slice of groups, a glob
+            over parameter names, or `"re:..."`.
+
+    Raises:
+        SelectorError: One of them matches nothing; the message lists near names.
+    """
+    chosen: set[str] = set()
+    for selector in selectors:
+        names = _matches(model, selector)
+        if not names:
+            raise _nothing(model, selector)
+        chosen.update(names)
+    return [name for name in model.parameters() if name in chosen]
+
+
+def freeze(model: Model, trained: Iterable[str]) -> None:
+    """Let exactly the parameters named in `trained` require a gradient; drop the gradients of all."""
+    wanted = set(trained)
+    for name, parameter in model.parameters().items():
+        parameter.requires_grad_(name in wanted)
+        parameter.grad = None
+
+
+def modes(model: Model, example: Any, *, norms: str) -> list[tuple[nn.Module, bool]]:
+    """The mode each module must be in while the phase trains: (module, training).
+
+    A module whose parameters are all frozen is in eval mode. A module without parameters follows the dataflow: eval
+    where nothing trainable lies before it. A norm with a frozen parameter keeps its statistics still, unless `norms`
+    is `"moving"`.
+
+    Args:
+        model: After `freeze`.
+        example: Ready inputs, to see the dataflow with; state and random generators are left as they were.
+        norms: The phase's policy, `"still"` or `"moving"`.
+    """
+    reached = _reached(model, example)
+    return [(module, _trains(module, reached, norms)) for module in model.module.modules()]
+
+
+def set_modes(plan: list[tuple[nn.Module, bool]]) -> None:
+    """Put each module into its mode; a module already there costs one comparison."""
+    for module, training in plan:
+        if module.training is not training:
+            module.training = training
+
+
+def call(module: nn.Module, inputs: Any) -> Any:
+    """The module's output for ready inputs: a mapping goes in by keyword."""
+    return module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
+
+
+def answer_of(output: Any) -> Any:
+    """The tensor that answers, where a module returns more: its `logits`, or the first of a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if logits is not None:
+        return logits
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def found_groups(module: nn.Module, head: str) -> tuple[Group, ...]:
+    """Layer groups of any module, from its structure.
+
+    The children are the groups; a child that holds more than half of what is not the head, or the head itself and
+    more, is opened into its own children. What lies under `head` is the last group.
+    """
+    paths = [path for path in _opened(module, "", head, _count(module)) if path != head]
+    return (*(Group(path, (path,)) for path in paths), Group("head", (head,)))
+
+
+def _opened(module: nn.Module, path: str, head: str, total: int) -> list[str]:
+    """Paths of parameter-holding modules below `path`, opened where one is too large or contains the head."""
+    out: list[str] = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
+    for name, child in module.named_children():
+        below = f"{path}.{name}".lstrip(".")
+        if _count(child) == 0:
+            continue
+        contains_head = head.startswith(below + ".")
+        large = _count(child) > total / 2 and isinstance(child, (nn.Sequential, nn.ModuleList)) and len(child) > 1
+        out += _opened(child, below, head, total) if (contains_head or large) and below != head else [below]
+    return out
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _last_linear(module: nn.Module) -> str:
+    linear = [name for name, child in module.named_modules() if isinstance(child, nn.Linear) and name]
+    if not linear:
+        raise PluginError(
+            f"no linear layer in {type(module).__name__}",
+            why="the last linear layer is taken for the head",
+            fix="name the head: Model.of(module, head='path.of.it')",
+        )
+    return linear[-1]
+
+
+def _matches(model: Model, selector: str) -> list[str]:
+    names = list(model.parameters())
+    groups = _groups_named(model, selector)
+    if groups is not None:
+        return [name for name in names if any(group.holds(name) for group in groups)]
+    if selector == "norms":
+        inside = [path for path, module in model.module.named_modules() if isinstance(module, NORMS)]
+        return [name for name in names if name.rpartition(".")[0] in inside]
+    if selector == "biases":
+        return [name for name in names if name.rpartition(".")[2] == "bias"]
+    if selector.startswith("re:"):
+        return [name for name in names if re.search(_pattern(selector), name)]
+    return [name for name in names if fnmatch.fnmatchcase(name, selector)]
+
+
+def _groups_named(model: Model, selector: str) -> list[Group] | None:
+    """The groups a selector names, or None where it names something else."""
+    if selector == "all":
+        return list(model.groups)
+    if selector == "head":
+        return [model.groups[-1]]
+    sliced = re.fullmatch(r"groups\[(-?\d*)(:?)(-?\d*)\]", selector)
+    if sliced and (sliced[1] or sliced[2]):
+        start, stop = (int(part) if part else None for part in (sliced[1], sliced[3]))
+        if not sliced[2]:
+            start = start or 0
+            stop = start + 1 or None
+        return list(model.groups[start:stop])
+    named = [group for group in model.groups if group.name == selector]
+    return named or None
+
+
+def _pattern(selector: str) -> re.Pattern[str]:
+    try:
+        return re.compile(selector.removeprefix("re:"))
+    except re.error as error:
+        raise SelectorError(f"selector {selector!r} is no regular expression", why=str(error)) from None
+
+
+def _nothing(model: Model, selector: str) -> SelectorError:
+    known = ["head", "all", "norms", "biases", *(group.name for group in model.groups), *model.parameters()]
+    groups = ", ".join(group.name for group in model.groups)
+    return SelectorError(
+        f"selector {selector!r} matches no parameter",
+        where=f"layer groups: {groups}",
+        why="a pattern that matches nothing would silently train nothing",
+        fix=close_match(selector, known) if len(known) < 12 or _near(selector, known) else "use a group, a slice or a glob",
+    )
+
+
+def _near(selector: str, known: list[str]) -> bool:
+    return close_match(selector, known).startswith("did you mean")
+
+
+def _reached(model: Model, example: Any) -> dict[nn.Module, bool]:
+    """For each module without parameters that runs: does something trainable lie before it?
+
+    Autograd itself is asked: in a forward pass with gradients on, a value requires a gradient exactly where a
+    trainable parameter lies before it. Everything is in eval mode, so no statistic and no random generator moves.
+    """
+    found: dict[nn.Module, bool] = {}
+    handles = []
+    for module in model.module.modules():
+        if next(module.parameters(), None) is None:
+            handles.append(module.register_forward_pre_hook(_watcher(found), with_kwargs=True))
+    before = [(module, module.training) for module in model.module.modules()]
+    try:
+        model.module.eval()
+        with torch.enable_grad():
+            call(model.module, example)
+    finally:
+        set_modes(before)
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _watcher(found: dict[nn.Module, bool]) -> Any:
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found[module] = found.get(module, False) or any(map(_requires_grad, (*args, *kwargs.values())))
+
+    return watch
+
+
+def _requires_grad(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if isinstance(value, Mapping):
+        return any(map(_requires_grad, value.values()))
+    return isinstance(value, (tuple, list)) and any(map(_requires_grad, value))
+
+
+def _trains(module: nn.Module, reached: dict[nn.Module, bool], norms: str) -> bool:
+    parameters = list(module.parameters())
+    if not parameters:
+        return reached.get(module, True)
+    own = list(module.parameters(recurse=False))
+    if isinstance(module, NORMS) and own:
+        return norms == "moving" or all(parameter.requires_grad for parameter in own)
+    return any(parameter.requires_grad for parameter in parameters)

@@ -1,0 +1,136 @@
+"""Which sample comes when, and each sample's random numbers: pure functions of (seed, epoch, sample).
+
+Nothing here holds state, so a run resumed anywhere, with any number of workers or ranks, sees the same order and
+the same augmentation. An order is a keyed permutation that can be asked at any position, never a shuffled list:
+memory stays flat at a billion samples.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import attrs
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Words = NDArray[np.uint64]
+_ROUNDS = 6  # a Feistel network of 4 rounds is a pseudorandom permutation (Luby and Rackoff 1988); 2 to spare
+
+
+def mixed(words: Words) -> Words:
+    """The finaliser of splitmix64 (Steele et al. 2014): every bit of the input reaches every bit of the output."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def key_of(*parts: int | str) -> int:
+    """One 64-bit key from numbers and names; the same parts give the same key on every machine."""
+    key = np.zeros(1, np.uint64)
+    for part in parts:
+        word = zlib.crc32(part.encode()) if isinstance(part, str) else part
+        key = mixed(key + np.uint64(0x9E3779B97F4A7C15) + np.array([word & 0xFFFFFFFFFFFFFFFF], np.uint64))
+    return int(key[0])
+
+
+@attrs.frozen
+class Permutation:
+    """A keyed permutation of `range(size)`, asked at any positions.
+
+    A balanced Feistel network permutes the next power of four; positions that land outside `size` walk on along
+    their cycle until they land inside (Black and Rogaway 2002), which takes fewer than four steps on average.
+    """
+
+    size: int
+    key: int
+
+    def __call__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The members at `positions` (n,), each in `range(size)`."""
+        members = self._network(positions.astype(np.uint64))
+        while (outside := members >= np.uint64(self.size)).any():
+            members[outside] = self._network(members[outside])
+        return members.astype(np.int64)
+
+    def _network(self, words: Words) -> Words:
+        half = np.uint64(max(1, ((self.size - 1).bit_length() + 1) // 2))
+        mask = np.uint64((1 << int(half)) - 1)
+        left, right = words >> half, words & mask
+        for number in range(_ROUNDS):
+            round_key = np.uint64(mixed(np.array([self.key + number & 0xFFFFFFFFFFFFFFFF], np.uint64))[0])
+            left, right = right, left ^ (mixed(right ^ round_key) & mask)
+        return (left << half) | right
+
+
+@attrs.frozen(eq=False)
+class Order:
+    """The order of one epoch.
+
+    Args:
+        size: Samples in the split, and draws in the epoch.
+        seed: The run's.
+        epoch: Counted over the whole run.
+        counts: Draws of each pool (pools,), where sampling is weighted; they sum to `size`.
+        pools: Rows of each pool, where sampling is weighted.
+    """
+
+    size: int
+    seed: int
+    epoch: int
+    counts: tuple[int, ...] = ()
+    pools: tuple[Tensor, ...] = ()
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The rows at positions `start` to `stop` of this epoch, int64 (stop - start,)."""
+        places = Permutation(self.size, key_of(self.seed, "order", self.epoch))(np.arange(start, stop))
+        return torch.from_numpy(places) if not self.pools else self._drawn(places)
+
+    def _drawn(self, places: NDArray[np.int64]) -> Tensor:
+        """Each pool fills its share of places, and walks its own permutation as often as it must."""
+        borders = np.cumsum(self.counts)
+        chosen = np.searchsorted(borders, places, side="right")
+        within = places - np.concatenate([[0], borders[:-1]])[chosen]
+        rows = torch.empty(len(places), dtype=torch.int64)
+        for pool in np.unique(chosen):
+            here = chosen == pool
+            members = self.pools[pool]
+            lap, place = np.divmod(within[here], len(members))
+            rows[torch.from_numpy(here)] = members[torch.from_numpy(self._walked(int(pool), len(members), lap, place))]
+        return rows
+
+    def _walked(self, pool: int, size: int, lap: NDArray[np.int64], place: NDArray[np.int64]) -> NDArray[np.int64]:
+        out = np.empty(len(place), np.int64)
+        for number in np.unique(lap):
+            here = lap == number
+            out[here] = Permutation(size, key_of(self.seed, "pool", self.epoch, pool, int(number)))(place[here])
+        return out
+
+
+@attrs.frozen(eq=False)
+class Noise:
+    """Random numbers of a batch, each sample's from its own counter.
+
+    Args:
+        seed: The run's.
+        epoch: Counted over the whole run.
+        rows: Rows of the split in this batch, int64 (batch,).
+    """
+
+    seed: int
+    epoch: int
+    rows: Tensor
+
+    def uniform(self, stream: str, *shape: int) -> Tensor:
+        """Uniform in [0, 1), float32 (batch, *shape), on the CPU; another `stream` is independent."""
+        count = int(np.prod(shape, dtype=np.int64)) if shape else 1
+        start = mixed(self.rows.numpy().astype(np.uint64) ^ np.uint64(key_of(self.seed, stream, self.epoch)))
+        steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        words = mixed(start[:, None] + steps[None, :])
+        numbers = (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+        return torch.from_numpy(numbers.reshape(len(self.rows), *shape))
+
+    def normal(self, stream: str, *shape: int) -> Tensor:
+        """Standard normal, float32 (batch, *shape), by Box and Muller's transform of two uniforms."""
+        radius = (-2.0 * torch.log1p(-self.uniform(stream + "/radius", *shape))).sqrt()
+        return radius * torch.cos(2.0 * torch.pi * self.uniform(stream + "/angle", *shape))

@@ -1,0 +1,125 @@
+"""Everything tuneforge raises on purpose, with the exit code the command line gives it.
+
+::
+
+    TuneforgeError                    1   the root: catch this to catch them all
+    ├── UsageError                    2   the request itself is wrong
+    │   ├── UnknownNameError          2   no component, option or key of that name
+    │   ├── OptionError               2   an option's value has the wrong type or range
+    │   └── SelectorError             2   a selector that matches no parameter
+    ├── PluginError                   1   a plugin did something the contract forbids
+    │   └── PluginLoadError           2   a plugin could not be loaded or does not fit
+    ├── DataError                    65   the data cannot be used as it is
+    ├── MissingDependencyError       69   an optional package is not installed
+    ├── HaltError                    70   the run stopped itself (NaN, a broken proof)
+    ├── FolderError                  73   a folder is in use, missing or not writable
+    ├── TryAgainError                75   a passing fault, such as a full disk
+    └── UnsafeFileError              77   a file that could execute code or is not what it claims
+
+A message has four parts: what went wrong, where, why, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TuneforgeError(Exception):
+    """Something went wrong in a way that tuneforge can explain.
+
+    Args:
+        what: One sentence that quotes the bad value.
+        where: The flag, file, key or plugin concerned.
+        why: The rule that was broken, or the underlying cause.
+        fix: What to do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
+        super().__init__(what)
+        self.what, self.where, self.why, self.fix = what, where, why, fix
+
+    def __str__(self) -> str:
+        """All four parts on one line, as tracebacks and logs show it."""
+        parts = (self.what, f"at {self.where}" if self.where else "", self.why, self.fix)
+        return "; ".join(part for part in parts if part)
+
+    def lines(self) -> list[str]:
+        """The four parts as the terminal shows them, one a line."""
+        labelled = (("where", self.where), ("why", self.why), ("do", self.fix))
+        return [self.what, *(f"  {label + ':':<7}{text}" for label, text in labelled if text)]
+
+
+class UsageError(TuneforgeError):
+    """The request itself is wrong: a flag, a file, an argument."""
+
+    exit_code = 2
+
+
+class UnknownNameError(UsageError):
+    """No component, option or key of that name exists."""
+
+
+class OptionError(UsageError):
+    """An option's value has the wrong type or lies outside its range."""
+
+
+class SelectorError(UsageError):
+    """A selector matches no parameter of the model."""
+
+
+class PluginError(TuneforgeError):
+    """A plugin did something the contract forbids, or raised."""
+
+
+class PluginLoadError(PluginError):
+    """A plugin could not be imported, or what it offers does not fit its hook."""
+
+    exit_code = 2
+
+
+class DataError(TuneforgeError):
+    """The data cannot be used as it is."""
+
+    exit_code = 65
+
+
+class MissingDependencyError(TuneforgeError):
+    """An optional package is needed and not installed."""
+
+    exit_code = 69
+
+
+class HaltError(TuneforgeError):
+    """The run stopped itself, because going on would have produced rubbish."""
+
+    exit_code = 70
+
+
+class FolderError(TuneforgeError):
+    """A folder is in use, missing or not writable."""
+
+    exit_code = 73
+
+
+class TryAgainError(TuneforgeError):
+    """A passing fault of the machine, such as a full disk."""
+
+    exit_code = 75
+
+
+class UnsafeFileError(TuneforgeError):
+    """A file that could execute code, or that is not what it claims to be."""
+
+    exit_code = 77
+
+
+def close_match(name: str, known: Iterable[str]) -> str:
+    """A sentence that offers the known name nearest to `name`, or lists what there is."""
+    names = sorted(set(known))
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return f"known: {', '.join(names)}" if names else "there are none"

@@ -1,0 +1,327 @@
+"""Declare a component and its options once; help, parsing, schema and checks all read that declaration."""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import attrs
+
+from tuneforge.errors import OptionError, UnknownNameError, close_match
+
+API = 1
+"""The version of the plugin contract this tuneforge speaks."""
+
+_CHECK, _HELP = "tuneforge_check", "tuneforge_help"
+RESERVED = frozenset({"name"})  # the key that names the component in a configuration file
+
+C = TypeVar("C", bound=type)
+
+
+@attrs.frozen
+class Check:
+    """A rule for an option's value, readable by people and by JSON Schema.
+
+    Args:
+        text: Completes the sentence "must be ...".
+        test: True for an acceptable value.
+        schema: The same rule in JSON Schema's words.
+    """
+
+    text: str
+    test: Callable[[Any], bool]
+    schema: Mapping[str, Any] = attrs.field(factory=dict)
+
+
+def gt(low: float) -> Check:
+    """Greater than `low`."""
+    return Check(f"greater than {low}", lambda value: bool(value > low), {"exclusiveMinimum": low})
+
+
+def ge(low: float) -> Check:
+    """At least `low`."""
+    return Check(f"at least {low}", lambda value: bool(value >= low), {"minimum": low})
+
+
+def between(low: float, high: float) -> Check:
+    """From `low` to `high`, both included."""
+    return Check(
+        f"from {low} to {high}", lambda value: bool(low <= value <= high), {"minimum": low, "maximum": high}
+    )
+
+
+def option(default: Any = attrs.NOTHING, *, help: str, check: Check | None = None) -> Any:  # noqa: A002 - click's word
+    """One option of a component.
+
+    Args:
+        default: The value when nobody says otherwise; an option without one is required.
+        help: One sentence for `--help`, the docs and the schema.
+        check: A rule beyond the type, such as `gt(0)`; it is not applied to None.
+    """
+    return attrs.field(default=default, validator=_validate, metadata={_HELP: help, _CHECK: check})
+
+
+@typing.dataclass_transform(field_specifiers=(option,), frozen_default=True, kw_only_default=True, eq_default=False)
+def component(*, api: int) -> Callable[[C], C]:
+    """Make a class a component: its annotated `option(...)` fields become read-only keyword arguments.
+
+    Instances compare by identity, because pluggy keeps plugins in sets and compares them. What a component
+    must remember while a run goes on belongs in `run.state(self)`, which checkpoints save.
+
+    Args:
+        api: The version of the plugin contract that the class was written for; today `1`.
+
+    Raises:
+        OptionError: A field is not declared with `option`, or has a reserved name.
+    """
+
+    def decorate(cls: C) -> C:
+        made: C = attrs.define(cls, frozen=True, eq=False, kw_only=True, slots=False, repr=True)
+        for field in attrs.fields(made):
+            if _HELP not in field.metadata or field.name in RESERVED:
+                raise OptionError(
+                    f"field '{field.name}' of component {cls.__qualname__} is not a valid option",
+                    why=f"fields are declared with option(...), and {sorted(RESERVED)} are reserved",
+                    fix=f"write: {field.name}: TYPE = option(DEFAULT, help='...')",
+                )
+        made.__tuneforge_api__ = api  # type: ignore[attr-defined]  # read by the registry at load
+        return made
+
+    return decorate
+
+
+@attrs.frozen
+class Option:
+    """What one option of a component is, for help, schema and parsing.
+
+    Args:
+        name: The Python name, such as `head_epochs`.
+        type: The resolved annotation.
+        default: `attrs.NOTHING` where the option is required.
+        help: One sentence.
+        check: A rule beyond the type, or None.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    check: Check | None
+
+    @property
+    def key(self) -> str:
+        """The name on the command line and in files, such as `head-epochs`."""
+        return self.name.replace("_", "-")
+
+    @property
+    def required(self) -> bool:
+        """True where there is no default."""
+        return self.default is attrs.NOTHING
+
+
+def options_of(cls: type) -> dict[str, Option]:
+    """The options of a component class, by Python name, in order of declaration."""
+    hints = _hints(cls)
+    return {
+        field.name: Option(
+            name=field.name,
+            type=hints[field.name],
+            default=field.default,
+            help=field.metadata[_HELP],
+            check=field.metadata[_CHECK],
+        )
+        for field in attrs.fields(cls)
+    }
+
+
+def values_of(instance: Any) -> dict[str, Any]:
+    """The option values of an instance, by Python name, as plain data (paths as text)."""
+    values = {name: getattr(instance, name) for name in options_of(type(instance))}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def build(cls: type, values: Mapping[str, Any], *, where: str) -> Any:
+    """Construct a component from option values that a user gave.
+
+    Args:
+        cls: A class made by `component`.
+        values: By option name, with dashes or underscores. Text is parsed to the option's type, unless that is text.
+        where: What the messages name, such as `--strategy` or a file and key.
+
+    Raises:
+        UnknownNameError: The component has no such option.
+        OptionError: A value has the wrong type or range, or a required option is missing.
+    """
+    known = options_of(cls)
+    parsed = {}
+    for key, value in values.items():
+        found = find_option(known, key, where=f"{where}.{key}", owner=cls.__name__)
+        parsed[found.name] = parse(found, value, where=f"{where}.{found.key}")
+    for missing in (each for each in known.values() if each.required and each.name not in parsed):
+        raise OptionError(f"{where}.{missing.key} is required", why=missing.help, fix=f"give {where}.{missing.key} VALUE")
+    return cls(**parsed)
+
+
+def find_option(known: Mapping[str, Option], key: str, *, where: str, owner: str) -> Option:
+    """The option that `key` names, with dashes or underscores.
+
+    Raises:
+        UnknownNameError: There is none; the message offers the nearest.
+    """
+    found = known.get(key.replace("-", "_"))
+    if found is None:
+        raise UnknownNameError(
+            f"{owner} has no option '{key}'", where=where, fix=close_match(key, [each.key for each in known.values()])
+        )
+    return found
+
+
+def parse(declared: Option, value: Any, *, where: str) -> Any:
+    """Turn a value from a command line, a file or Python into the option's type, and check it.
+
+    Raises:
+        OptionError: It cannot be turned into that type without loss, or breaks the option's rule.
+    """
+    try:
+        converted = _convert(value, declared.type)
+    except (ValueError, TypeError):
+        raise OptionError(
+            f"{value!r} is not a valid value for '{declared.key}'",
+            where=where,
+            why=f"it must be {type_text(declared.type)}",
+            fix=declared.help,
+        ) from None
+    if declared.check is not None and converted is not None and not declared.check.test(converted):
+        raise OptionError(
+            f"{value!r} is out of range for '{declared.key}'",
+            where=where,
+            why=f"it must be {declared.check.text}",
+            fix=declared.help,
+        )
+    return converted
+
+
+def schema_of(cls: type) -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a component's options as a configuration file writes them."""
+    known = options_of(cls)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": cls.__name__,
+        "description": (cls.__doc__ or "").strip().partition("\n")[0],
+        "type": "object",
+        "properties": {each.key: _property_schema(each) for each in known.values()},
+        "required": [each.key for each in known.values() if each.required],
+        "additionalProperties": False,
+    }
+
+
+def type_text(annotation: Any) -> str:
+    """A type in a user's words: `integer`, `number`, `one of 'a', 'b'`, `list of text`."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join("none" if arg is type(None) else type_text(arg) for arg in args)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(arg) for arg in args)
+    if origin is tuple:
+        return f"list of {type_text(args[0])}"
+    if origin in (dict, Mapping):
+        return f"table of {type_text(args[1])} (key=value,...)"
+    words = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
+    return words.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _validate(instance: Any, field: attrs.Attribute[Any], value: Any) -> None:
+    """Hold constructor calls from Python to the same rules as flags and files."""
+    declared = options_of(type(instance))[field.name]
+    converted = parse(declared, value, where=f"{type(instance).__name__}({field.name}=...)")
+    object.__setattr__(instance, field.name, converted)
+
+
+def _convert(value: Any, annotation: Any) -> Any:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, args)
+    if origin is Literal:
+        return _literal(value, args)
+    if origin is tuple:
+        items = [part for part in value.split(",") if part] if isinstance(value, str) else list(value)
+        return tuple(_convert(item.strip() if isinstance(item, str) else item, args[0]) for item in items)
+    if origin in (dict, Mapping):
+        pairs = dict(part.split("=", 1) for part in value.split(",") if part) if isinstance(value, str) else value
+        return {_convert(key, args[0]): _convert(item, args[1]) for key, item in dict(pairs).items()}
+    return _convert_plain(value, annotation)
+
+
+def _convert_union(value: Any, args: tuple[Any, ...]) -> Any:
+    if type(None) in args and (value is None or value == "none"):
+        return None
+    for arg in (arg for arg in args if arg is not type(None)):
+        try:
+            return _convert(value, arg)
+        except (ValueError, TypeError):
+            continue
+    raise ValueError(value)
+
+
+def _literal(value: Any, choices: tuple[Any, ...]) -> Any:
+    for choice in choices:
+        if (value == choice and type(value) is type(choice)) or (isinstance(value, str) and value == str(choice)):
+            return choice
+    raise ValueError(value)
+
+
+_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def _convert_plain(value: Any, kind: Any) -> Any:
+    if kind is bool:
+        return value if isinstance(value, bool) else _WORDS[value.lower()] if str(value).lower() in _WORDS else _refuse(value)
+    if kind in (int, float) and isinstance(value, bool):
+        return _refuse(value)
+    if kind is int:
+        return int(value) if isinstance(value, (int, str)) else _refuse(value)
+    if kind is float:
+        number = float(value) if isinstance(value, (int, float, str)) else _refuse(value)
+        return _refuse(value) if math.isnan(number) else number
+    if kind is Path:
+        return Path(value)
+    return value if isinstance(value, kind) else _refuse(value)
+
+
+def _refuse(value: Any) -> Any:
+    raise ValueError(value)
+
+
+def _property_schema(declared: Option) -> dict[str, Any]:
+    schema: dict[str, Any] = {"description": declared.help, **_type_schema(declared.type)}
+    if declared.check is not None:
+        schema.update(declared.check.schema)
+    if not declared.required:
+        schema["default"] = str(declared.default) if isinstance(declared.default, Path) else declared.default
+    return schema
+
+
+def _type_schema(annotation: Any) -> dict[str, Any]:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [{"type": "null"} if arg is type(None) else _type_schema(arg) for arg in args]}
+    if origin is Literal:
+        return {"enum": list(args)}
+    if origin is tuple:
+        return {"type": "array", "items": _type_schema(args[0])}
+    if origin in (dict, Mapping):
+        return {"type": "object", "additionalProperties": _type_schema(args[1])}
+    names = {int: "integer", float: "number", bool: "boolean", str: "string", Path: "string"}
+    return {"type": names[annotation]} if annotation in names else {}

@@ -1,0 +1,286 @@
+"""The hooks of one run: every trap of the hook library is closed here, in one place.
+
+A component is never registered as it is. What is registered is a stand-in that holds only its hook
+implementations, each checked and each guarded: so no property of a plugin runs, a failed registration leaves
+nothing behind, and whatever a plugin raises names the plugin.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Generator
+from typing import Any
+
+import attrs
+import pluggy
+
+from tuneforge.errors import PluginError, PluginLoadError, TuneforgeError, close_match
+from tuneforge.plugin.hookspecs import CHAINS, PROVIDERS, HookSpecs
+
+_SPECS = {name: inspect.signature(spec) for name, spec in vars(HookSpecs).items() if hasattr(spec, "tuneforge_spec")}
+
+
+@attrs.frozen(eq=False)
+class Member:
+    """A component that takes part in a run.
+
+    Args:
+        component: The instance.
+        name: What the user typed for it.
+        label: How messages name it, such as `strategy 'x' of some-package 1.2`.
+    """
+
+    component: Any
+    name: str
+    label: str
+
+    def implements(self, hook: str) -> bool:
+        """True where the component has an implementation of `hook` that is not a wrapper."""
+        return any(each.hook == hook and not each.wrapper for each in implementations(self))
+
+
+@attrs.frozen(eq=False)
+class Implementation:
+    """One hook implementation of one member, bound and guarded."""
+
+    hook: str
+    function: Callable[..., Any]
+    wrapper: bool
+    marks: dict[str, Any]
+    owner: Member
+
+
+class Hooks:
+    """The hooks of one run; `call.train_step(run=run, batch=batch)` calls one.
+
+    Args:
+        members: The components in the order in which the user named them.
+
+    Raises:
+        PluginLoadError: An implementation does not fit its hook.
+        PluginError: A hook that exactly one component answers has none or several.
+    """
+
+    def __init__(self, members: list[Member]) -> None:
+        self.members = members
+        self._manager = pluggy.PluginManager("tuneforge")
+        self._manager.add_hookspecs(HookSpecs)
+        self.call = self._manager.hook
+        found = [each for member in members for each in implementations(member)]
+        self._providers = {hook: _sole(hook, found) for hook in PROVIDERS}
+        for each in found:
+            if each.wrapper or each.hook not in CHAINS:
+                self._register(each.hook, each.function, each.marks)
+        for hook in CHAINS:
+            links = [each for each in found if each.hook == hook and not each.wrapper]
+            self._register(hook, _CHAINED[hook](links), {})
+
+    def provider(self, hook: str) -> Member:
+        """The one component that answers `hook`."""
+        return self._providers[hook].owner
+
+    def links(self, hook: str) -> list[Member]:
+        """The components of a chain, in order."""
+        return [member for member in self.members if member.implements(hook)]
+
+    def _register(self, hook: str, function: Callable[..., Any], marks: dict[str, Any]) -> None:
+        holder = type("Stand_in", (), {})()
+        marked = pluggy.HookimplMarker("tuneforge")(function, **_marker_arguments(marks))
+        setattr(holder, hook, marked)
+        self._manager.register(holder, name=f"{hook}:{id(holder)}")
+
+
+def implementations(member: Member) -> list[Implementation]:
+    """The checked and guarded hook implementations of a component. Runs none of its code.
+
+    Raises:
+        PluginLoadError: One is misspelt, has a parameter the hook lacks or one with a default, or is an
+            old-style wrapper.
+    """
+    found = []
+    cls = type(member.component)
+    for name in dir(cls):
+        static = inspect.getattr_static(cls, name)
+        function = getattr(static, "__func__", static)
+        marks = getattr(function, "tuneforge_impl", None) if inspect.isfunction(function) else None
+        if marks is not None:
+            hook = marks.get("specname") or name
+            wrapper = bool(marks.get("wrapper"))
+            _check(member, hook, name, function, marks)
+            bound = static.__get__(member.component, cls)
+            guard = _guarded_wrapper if wrapper else _guarded
+            found.append(Implementation(hook, guard(member, hook, bound), wrapper, marks, member))
+    return found
+
+
+def guarded_steps(member: Member, steps: Any) -> Generator[Any, Any, Any]:
+    """Drive a strategy's iterable so that whatever its body raises names the strategy.
+
+    A generator's body runs outside the hook call, so the guard of the hook does not reach it.
+
+    Raises:
+        PluginError: The body raised, or a generator returned a value.
+    """
+    if not hasattr(steps, "send"):
+        for step in _named(member, "finetune_strategy", iter, steps):
+            yield step
+        return
+    answer = None
+    while True:
+        try:
+            step = steps.send(answer)
+        except StopIteration as stop:
+            if stop.value is not None:
+                raise _returned_steps(member, stop.value) from None
+            return
+        except Exception as error:
+            raise _failure(member, "finetune_strategy", error) from error
+        answer = yield step
+
+
+def _check(member: Member, hook: str, name: str, function: Callable[..., Any], marks: dict[str, Any]) -> None:
+    where = f"{type(member.component).__module__}:{type(member.component).__qualname__}.{name}"
+    if hook not in _SPECS:
+        raise PluginLoadError(
+            f"{member.label} implements a hook '{hook}' that does not exist",
+            where=where,
+            why="a misspelt hook would never be called",
+            fix=close_match(hook, _SPECS),
+        )
+    if marks.get("hookwrapper") or (marks.get("wrapper") and not inspect.isgeneratorfunction(function)):
+        raise PluginLoadError(
+            f"{member.label} has a wrapper of '{hook}' of the wrong form",
+            where=where,
+            fix="use @hookimpl(wrapper=True) on a generator: result = yield; return result",
+        )
+    allowed = list(_SPECS[hook].parameters)
+    for parameter in list(inspect.signature(function).parameters.values())[1:]:
+        if parameter.name not in allowed or parameter.default is not parameter.empty:
+            raise PluginLoadError(
+                f"{member.label}: parameter '{parameter.name}' of '{hook}' would never be passed",
+                where=where,
+                why=f"the hook passes {', '.join(allowed[1:])}, by name, to parameters without a default",
+                fix="remove the parameter or its default",
+            )
+
+
+def _guarded(member: Member, hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def guarded(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except TuneforgeError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise _failure(member, hook, error) from error
+
+    return guarded
+
+
+def _guarded_wrapper(member: Member, hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse the two silent mistakes of a wrapper: yielding a value, and forgetting to return the result."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any) -> Generator[None, Any, Any]:
+        inner = function(*args)
+        if _named(member, hook, next, inner) is not None:
+            raise PluginError(
+                f"{member.label}: the wrapper of '{hook}' yields a value, which would be lost",
+                fix="a wrapper's only yield is bare: result = yield",
+            )
+        try:
+            result = yield
+        except BaseException as error:
+            returned = _named(member, hook, _throw, inner, error)
+            return returned
+        returned = _named(member, hook, _send, inner, result)
+        if returned is None and result is not None:
+            raise PluginError(f"{member.label}: the wrapper of '{hook}' lost the result", fix="end it with: return result")
+        return returned
+
+    return guarded
+
+
+def _send(generator: Generator[None, Any, Any], value: Any) -> Any:
+    try:
+        generator.send(value)
+    except StopIteration as stop:
+        return stop.value
+    raise PluginError("a wrapper yielded twice", fix="a wrapper yields exactly once")
+
+
+def _throw(generator: Generator[None, Any, Any], error: BaseException) -> Any:
+    try:
+        generator.throw(error)
+    except StopIteration as stop:
+        return stop.value
+    raise PluginError("a wrapper yielded twice", fix="a wrapper yields exactly once")
+
+
+def _named(member: Member, hook: str, function: Callable[..., Any], *args: Any) -> Any:
+    return _guarded(member, hook, function)(*args) if not isinstance(function, type) else function(*args)
+
+
+def _failure(member: Member, hook: str, error: BaseException) -> TuneforgeError:
+    if isinstance(error, TuneforgeError):
+        return error
+    return PluginError(
+        f"{member.label} failed in {hook}",
+        why=f"{type(error).__name__}: {error}",
+        fix="see the traceback in the run's log, or run again with --debug",
+    )
+
+
+def _returned_steps(member: Member, value: Any) -> PluginError:
+    return PluginError(
+        f"{member.label} returns {type(value).__name__} from a function that also yields",
+        why="a generator's return value is not run",
+        fix="yield each step, or return a list and yield nothing",
+    )
+
+
+def _sole(hook: str, found: list[Implementation]) -> Implementation:
+    providers = [each for each in found if each.hook == hook and not each.wrapper]
+    if len(providers) == 1:
+        return providers[0]
+    owners = " and ".join(each.owner.label for each in providers)
+    raise PluginError(
+        f"{'no component provides' if not providers else 'more than one component provides'} '{hook}'",
+        where=owners,
+        why="exactly one must" + (", and the last one registered would silently win" if providers else ""),
+        fix="name one component for it",
+    )
+
+
+def _chained_adapt(links: list[Implementation]) -> Callable[..., Any]:
+    def model_adapt(run: Any, model: Any) -> Any:
+        for link in links:
+            adapted = _call(link, run=run, model=model)
+            if adapted is None:
+                raise PluginError(f"{link.owner.label} returned no model from model_adapt", fix="end it with: return model")
+            model = adapted
+        return model
+
+    return model_adapt
+
+
+def _chained_evaluate(links: list[Implementation]) -> Callable[..., Any]:
+    def evaluate(run: Any) -> Any:
+        from tuneforge.engine.evaluation import MergedMetrics
+
+        return MergedMetrics([(link.owner.label, _call(link, run=run)) for link in links])
+
+    return evaluate
+
+
+_CHAINED = {"model_adapt": _chained_adapt, "evaluate": _chained_evaluate}
+
+
+def _call(link: Implementation, **given: Any) -> Any:
+    """Call an implementation with those of the hook's parameters that it asks for."""
+    return link.function(*(given[name] for name in inspect.signature(link.function).parameters))
+
+
+def _marker_arguments(marks: dict[str, Any]) -> dict[str, Any]:
+    return {key: bool(marks.get(key)) for key in ("wrapper", "tryfirst", "trylast")}

@@ -1,0 +1,10 @@
+"""How class names become the names that users type. No imports beyond `re`: listing plugins pays for this file."""
+
+from __future__ import annotations
+
+import re
+
+
+def kebab(name: str) -> str:
+    """`FreezeThenUnfreeze` -> `freeze-then-unfreeze`, `DigitCNN` -> `digit-cnn`, `WiseFT` -> `wise-ft`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower().replace("_", "-")

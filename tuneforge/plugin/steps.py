@@ -1,0 +1,347 @@
+"""What a strategy may ask for and what it is answered: plain frozen data that survives JSON without loss."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+
+from tuneforge.errors import UsageError
+
+
+def plain(value: Any) -> Any:
+    """Read-only plain data: sequences become tuples, mappings read-only, numpy and torch scalars Python's.
+
+    Raises:
+        TypeError: `value` holds something that is not data, such as a tensor of many elements or a model.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if attrs.has(type(value)) and type(value) in _KINDS.values():
+        return value
+    if isinstance(value, Mapping):
+        return MappingProxyType({plain(key): plain(item) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return tuple(plain(item) for item in value)
+    if getattr(value, "ndim", None) == 0 or hasattr(value, "dtype") and not hasattr(value, "shape"):
+        return plain(value.item())
+    raise TypeError(f"{type(value).__name__} is not plain data")
+
+
+def _data() -> Any:
+    return attrs.field(factory=dict, converter=plain)
+
+
+@attrs.frozen
+class Use:
+    """A part asked for by name, with its options: `Use("one-cycle", {"pct_start": 0.3})`.
+
+    Args:
+        name: As the registry knows it.
+        options: By option name; the part's defaults hold for the others.
+    """
+
+    name: str
+    options: Mapping[str, Any] = _data()
+
+
+def use(name: str, **options: Any) -> Use:
+    """Ask for a part by name: `Phase(..., schedule=use("one-cycle", pct_start=0.3))`."""
+    return Use(name, options)
+
+
+def _as_use(value: str | Use | None) -> Use | None:
+    return Use(value) if isinstance(value, str) else value
+
+
+def _as_selectors(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+@attrs.frozen
+class Phase:
+    """Train what a selector names.
+
+    Args:
+        name: Unique within the run; `Blend` and the report refer to it.
+        train: What trains: `"head"`, `"all"`, a layer group, a slice of groups such as `"groups[-2:]"`, a glob over
+            parameter names, or `"re:..."`; several are joined. All else is frozen.
+        epochs: Passes over the training split; give this or `steps`.
+        steps: Optimizer steps, where an epoch is too coarse.
+        lr: Peak learning rate, of the group nearest to the answer where `layer_decay` is given.
+        lr_scales: Factors on `lr` by selector; a later one beats an earlier one.
+        layer_decay: Factor on `lr` from each layer group to the one below it, in (0, 1].
+        schedule: The course of the rate over this phase; None leaves it to the run.
+        optimizer: None goes on with the run's; another name starts a new one.
+        weight_decay: Of matrices; biases and norms are never decayed. None is the optimizer's default.
+        patience: Epochs without gain after which the phase stops; None never stops early.
+        monitor: The validation figure of early stopping and best weights, or None for the targets' own.
+        min_gain: What counts as a gain of `monitor`, absolute.
+        restore_best: End on the weights of the best epoch rather than the last.
+        norms: `"still"`: a norm with a frozen parameter keeps its statistics; `"moving"`: frozen norms go on
+            adapting their statistics to the data.
+        class_weights: Factors on the loss by class name, `"balanced"`, or None.
+        sampling: How often each class is drawn, by name, `"balanced"`, or None for as it comes.
+    """
+
+    name: str
+    train: tuple[str, ...] = attrs.field(default=("all",), converter=_as_selectors, kw_only=True)
+    epochs: int | None = attrs.field(default=None, kw_only=True)
+    steps: int | None = attrs.field(default=None, kw_only=True)
+    lr: float = attrs.field(default=1e-3, kw_only=True)
+    lr_scales: Mapping[str, float] = attrs.field(factory=dict, converter=plain, kw_only=True)
+    layer_decay: float = attrs.field(default=1.0, kw_only=True)
+    schedule: Use | None = attrs.field(default=None, converter=_as_use, kw_only=True)
+    optimizer: Use | None = attrs.field(default=None, converter=_as_use, kw_only=True)
+    weight_decay: float | None = attrs.field(default=None, kw_only=True)
+    patience: int | None = attrs.field(default=None, kw_only=True)
+    monitor: str | None = attrs.field(default=None, kw_only=True)
+    min_gain: float = attrs.field(default=0.0, kw_only=True)
+    restore_best: bool = attrs.field(default=False, kw_only=True)
+    norms: str = attrs.field(default="still", kw_only=True)
+    class_weights: Mapping[str, float] | str | None = attrs.field(default=None, converter=plain, kw_only=True)
+    sampling: Mapping[str, float] | str | None = attrs.field(default=None, converter=plain, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        _require(self, (self.epochs is None) != (self.steps is None), "give epochs or steps, one of the two")
+        _require(self, (self.epochs or self.steps or 0) >= 1, "epochs or steps must be at least 1")
+        _require(self, self.lr > 0, f"lr must be greater than 0, not {self.lr}")
+        _require(self, 0 < self.layer_decay <= 1, f"layer_decay must lie in (0, 1], not {self.layer_decay}")
+        _require(self, self.norms in ("still", "moving"), f"norms must be 'still' or 'moving', not {self.norms!r}")
+
+
+@attrs.frozen
+class Fit:
+    """Solve the head on frozen features, to convergence, and load it (a linear probe).
+
+    Args:
+        name: Unique within the run.
+        l2: Strength of the ridge on the head's weights, relative to the mean loss.
+    """
+
+    name: str
+    l2: float = attrs.field(default=1e-3, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        _require(self, self.l2 > 0, f"l2 must be greater than 0, not {self.l2}")
+
+
+@attrs.frozen
+class Probe:
+    """Measure and train nothing: the run's state is bit-equal before and after.
+
+    Args:
+        name: Unique within the run.
+        measure: `"gradients"`: the ratio of gradient norm to weight norm; `"features"`: how far each group's output
+            on validation lies from that on training; `"rates"`: the loss after one step at each of a range of rates.
+        train: For gradients and rates, what would train.
+        batches: Training batches to look at.
+        by: For gradients, one figure a layer `"group"` or one a `"tensor"`.
+    """
+
+    name: str
+    measure: str = attrs.field(default="gradients", kw_only=True)
+    train: tuple[str, ...] = attrs.field(default=("all",), converter=_as_selectors, kw_only=True)
+    batches: int = attrs.field(default=5, kw_only=True)
+    by: str = attrs.field(default="group", kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        known = ("gradients", "features", "rates")
+        _require(self, self.measure in known, f"measure must be one of {', '.join(known)}, not {self.measure!r}")
+        _require(self, self.batches >= 1, f"batches must be at least 1, not {self.batches}")
+        _require(self, self.by in ("group", "tensor"), f"by must be 'group' or 'tensor', not {self.by!r}")
+
+
+@attrs.frozen
+class Blend:
+    """Interpolate between named snapshots of the weights and keep the best on validation (WiSE-FT, soups).
+
+    Args:
+        name: Unique within the run.
+        snapshots: `"start"`, or the name of an earlier step: its weights at its end.
+        weights: Candidate weights of the last snapshot against the first (two snapshots); with more, their mean is
+            taken and this is ignored.
+        monitor: The validation figure that picks, or None for the targets' own.
+    """
+
+    name: str
+    snapshots: tuple[str, ...] = attrs.field(converter=tuple, kw_only=True)
+    weights: tuple[float, ...] = attrs.field(
+        default=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), converter=tuple, kw_only=True
+    )
+    monitor: str | None = attrs.field(default=None, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        _require(self, len(self.snapshots) >= 2, "name at least two snapshots")
+        _require(self, bool(self.weights), "give at least one weight")
+
+
+Step = Phase | Fit | Probe | Blend
+
+
+@attrs.frozen
+class Report:
+    """The answer to a step that changed the weights.
+
+    Args:
+        step: The step's name.
+        reason: Why it ended, in a sentence.
+        epochs: Epochs trained.
+        steps: Optimizer steps taken.
+        best_epoch: Counted from 1 within the step; 0 where there is none.
+        train: Figures of training: `loss` of the last epoch.
+        val: Every figure of the validation split after the step, nested as the metrics gave it.
+        history: One entry an epoch: `epoch`, `train`, `val` (single numbers only).
+        trained: Number of parameters that trained.
+        frozen: Number of parameters that did not; they are proved unchanged to the bit.
+        unmoved: Names of tensors that had a rate and never received a gradient.
+        chosen: What the step chose among candidates (`Blend`'s weight).
+    """
+
+    step: str
+    reason: str = ""
+    epochs: int = 0
+    steps: int = 0
+    best_epoch: int = 0
+    train: Mapping[str, Any] = _data()
+    val: Mapping[str, Any] = _data()
+    history: tuple[Mapping[str, Any], ...] = attrs.field(default=(), converter=plain)
+    trained: int = 0
+    frozen: int = 0
+    unmoved: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    chosen: Mapping[str, Any] = _data()
+
+
+@attrs.frozen
+class Readings:
+    """The answer to a `Probe`.
+
+    Args:
+        step: The probe's name.
+        values: By layer group or tensor name; for rates, by the rate.
+    """
+
+    step: str
+    values: Mapping[Any, float] = _data()
+
+
+Answer = Report | Readings
+
+
+@attrs.frozen
+class GroupInfo:
+    """A layer group as a strategy sees it.
+
+    Args:
+        name: As selectors write it.
+        num_parameters: Numbers in its tensors.
+        tensors: Names of its parameters.
+    """
+
+    name: str
+    num_parameters: int
+    tensors: tuple[str, ...] = attrs.field(converter=tuple)
+
+
+@attrs.frozen
+class Brief:
+    """All that a strategy is told: never the live model, never the test split.
+
+    Args:
+        groups: Layer groups from the input to the answer; the last is the head.
+        classes: Names of the classes; empty where the targets have none.
+        num_train: Samples of the training split.
+        num_val: Samples of the validation split.
+        batch_size: Samples a training step.
+        device: Kind of device: `cpu`, `cuda`, ...
+        seed: The run's.
+        monitor: The validation figure that the targets are judged by, and `"max"` or `"min"`.
+        monitor_mode: Whether more of it is better.
+        start: Validation figures of the model before any step; empty unless the head fits as it is.
+        old_classes: Classes whose head rows came with the model.
+    """
+
+    groups: tuple[GroupInfo, ...] = attrs.field(converter=tuple)
+    classes: tuple[str, ...] = attrs.field(converter=tuple)
+    num_train: int
+    num_val: int
+    batch_size: int
+    device: str
+    seed: int
+    monitor: str
+    monitor_mode: str
+    start: Mapping[str, Any] = _data()
+    old_classes: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+
+    @property
+    def backbone(self) -> tuple[GroupInfo, ...]:
+        """All groups but the head, from the input up."""
+        return self.groups[:-1]
+
+    @property
+    def head(self) -> GroupInfo:
+        """The group nearest to the answer."""
+        return self.groups[-1]
+
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the training split."""
+        return -(-self.num_train // self.batch_size)
+
+
+_KINDS = {cls.__name__: cls for cls in (Use, Phase, Fit, Probe, Blend, Report, Readings, GroupInfo, Brief)}
+
+
+def to_json(value: Any) -> str:
+    """One line of JSON from which `from_json` restores an equal value; keys are sorted, so equal values give equal text."""
+    return json.dumps(_encode(plain(value)), sort_keys=True, allow_nan=False, ensure_ascii=False)
+
+
+def from_json(text: str) -> Any:
+    """The value that `to_json` wrote.
+
+    Raises:
+        UsageError: The text is not such a value.
+    """
+    try:
+        return _decode(json.loads(text))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError("not a step or an answer", where=text[:80], why=str(error)) from error
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": repr(value)}
+    if type(value) in _KINDS.values():
+        fields = {field.name: _encode(getattr(value, field.name)) for field in attrs.fields(type(value))}
+        return {"$kind": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: _encode(item) for key, item in value.items()}
+        return {"$map": [[_encode(key), _encode(item)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    if "$float" in value:
+        return float(value["$float"])
+    if "$map" in value:
+        return MappingProxyType({_decode(key): _decode(item) for key, item in value["$map"]})
+    if "$kind" in value:
+        fields = {key: _decode(item) for key, item in value.items() if key != "$kind"}
+        return _KINDS[value["$kind"]](**fields)
+    return MappingProxyType({key: _decode(item) for key, item in value.items()})
+
+
+def _require(step: Any, holds: bool, message: str) -> None:
+    if not holds:
+        raise UsageError(f"{type(step).__name__} '{step.name}': {message}", where="a step of the strategy")
