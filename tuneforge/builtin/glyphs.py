@@ -15,76 +15,23 @@ and even out the width of its strokes, so that every digit has about the same in
 Suffixes: n images, g glyphs, y x pixels, k l waves of the elastic warp.
 """
 
-import string
 import zlib
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import TypeAlias
 
 import attrs
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFont
 
-Floats: TypeAlias = NDArray[np.float32]
-Bools: TypeAlias = NDArray[np.bool_]
-Integers: TypeAlias = NDArray[np.int64]
-Images: TypeAlias = NDArray[np.uint8]
+from tuneforge.builtin.bitmaps import Bools, Floats, Images, Integers, block_counts, bounds, deepest
+from tuneforge.builtin.fonts import CANVAS, CHARACTERS, GLYPH_HEIGHT, NARROW_ASPECT, Font, find_fonts, font_fields
 
-CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
-"""The 62 classes of `glyphs`, each named by itself."""
-
-HELD_OUT_FAMILY = "STIX"
-"""Never rendered unless asked for by name: the control digits are of this family (and of its fork, XITS)."""
-
-_HELD_OUT_NAMES = ("stix", "xits")
-_COMPUTER_MODERN = {
-    "cmr10": ("Computer Modern Roman", "Regular"),
-    "cmb10": ("Computer Modern Roman", "Bold"),
-    "cmti10": ("Computer Modern Roman", "Italic"),
-    "cmss10": ("Computer Modern Sans", "Regular"),
-    "cmtt10": ("Computer Modern Typewriter", "Regular"),
-}
-# Have codes for letters, but draw symbols, old-style figures or boxes there.
-_SYMBOL_FONTS = ("cmex10", "cmmi10", "cmsy10", "LastResort")
-# TeX's encodings put other signs on the codes of these.
-_NOT_IN_COMPUTER_MODERN = frozenset('"<>\\^_`{|}~')
-
-_CANVAS = 64  # Side of a cached distance field, in its own pixels.
-_GLYPH_HEIGHT = 52  # Height of the character in it.
-_HALF = _GLYPH_HEIGHT / 2
-_SUBPIXELS = 8  # A field is stored as int8 in eighths of a pixel.
-_RASTER_SIZE = 120  # Font size of the rasterising, in pixels.
 _BITMAP = 32  # Side of the bitmap whose ink is counted.
-_BOX_ASPECT = 20 / 32  # NIST scales a character to this shape ...
-_NARROW_ASPECT = 0.45  # ... and one narrower than this (1, l, !) in proportion.
 _BATCH = 1024  # Images of one generator; part of what a seed means.
 _WAVES = 3
-_REACH = np.float32(_CANVAS / _GLYPH_HEIGHT)  # A field reaches from minus to plus this, in half heights.
+_REACH = np.float32(CANVAS / GLYPH_HEIGHT)  # A field reaches from minus to plus this, in half heights.
 _PIXEL = 2 * _REACH / _BITMAP
 _END_ROWS = 2
-
-
-@attrs.frozen
-class Font:
-    """One font file.
-
-    Args:
-        path: The file, TrueType or OpenType.
-        family: Name of the family, the same for all its styles.
-        style: Such as `Regular` or `Bold Italic`.
-        codepoints: The characters it can draw.
-    """
-
-    path: Path
-    family: str
-    style: str
-    codepoints: frozenset[int] = attrs.field(repr=False)
-
-    def has(self, character: str) -> bool:
-        """Whether the font can draw the character."""
-        return ord(character) in self.codepoints
 
 
 @attrs.frozen
@@ -132,31 +79,6 @@ class GlyphSet:
     labels: Integers
     class_names: tuple[str, ...]
     families: NDArray[np.str_]
-
-
-def find_fonts(folders: Sequence[Path] = (), *, held_out: bool = False) -> tuple[Font, ...]:
-    """List the fonts that ship in matplotlib and those in further folders, by family, style and file name.
-
-    Fonts that lack one of the 62 characters and fonts of symbols are left out.
-
-    Args:
-        folders: Searched with their subfolders for `.ttf` and `.otf` files.
-        held_out: True gives the held-out family alone, false everything but it.
-
-    Raises:
-        FileNotFoundError: A folder does not exist.
-    """
-    import matplotlib
-
-    found: dict[tuple[str, str, str], Font] = {}
-    for folder in (Path(matplotlib.get_data_path()) / "fonts" / "ttf", *folders):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"the font folder {str(folder)!r} does not exist; name a folder of .ttf or .otf files")
-        for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in {".ttf", ".otf"}):
-            font = _read_font(path)
-            if font is not None and _is_held_out(font.family) == held_out:
-                found.setdefault((font.family, font.style, path.name), font)
-    return tuple(found[key] for key in sorted(found))
 
 
 def glyph_images(
@@ -213,55 +135,11 @@ def render(
         rng = np.random.default_rng([seed, zlib.crc32(stream.encode()), batch])
         glyphs_n = atlas.choose(characters[start : start + _BATCH], rng.random(_BATCH))
         warp = _Warp.draw(rng, variation or Variation())[: len(glyphs_n)]
-        images.append(block_counts(_bitmaps(atlas, glyphs_n, warp)))
+        images.append(block_counts(_bitmaps(atlas.blended(glyphs_n, warp.pen), warp)))
         families.append(atlas.families[glyphs_n])
     if not images:
         return np.zeros((0, 8, 8), np.uint8), np.zeros(0, np.str_)
     return np.concatenate(images), np.concatenate(families)
-
-
-def block_counts(bitmaps_nyx: Bools) -> Images:
-    """Count the ink of each 4x4 block: bitmaps `(n, 32, 32)` to images `(n, 8, 8)` of 0 to 16."""
-    return bitmaps_nyx.reshape(-1, 8, 4, 8, 4).sum(axis=(2, 4)).astype(np.uint8)
-
-
-def deepest(fields_nyx: Floats, ink_n: NDArray[np.floating]) -> Bools:
-    """Mark the `ink_n` pixels with the greatest values of each field `(n, y, x)`."""
-    flat = fields_nyx.reshape(len(fields_nyx), -1)
-    ranks = flat.shape[1] - np.clip(np.rint(ink_n), 1, flat.shape[1]).astype(np.int64)
-    threshold = np.take_along_axis(np.sort(flat, axis=1), ranks[:, None], axis=1)
-    return (flat >= threshold).reshape(fields_nyx.shape)
-
-
-def bounds(masks_nyx: Bools) -> tuple[Floats, Floats, Floats, Floats]:
-    """Edges of the ink of each mask, in pixels: top, bottom, left, right, each `(n,)`."""
-    rows, columns = masks_nyx.any(axis=2), masks_nyx.any(axis=1)
-    ends = rows.argmax(1), rows.shape[1] - rows[:, ::-1].argmax(1), columns.argmax(1), columns.shape[1] - columns[:, ::-1].argmax(1)
-    top, bottom, left, right = (end.astype(np.float32) for end in ends)
-    return top, bottom, left, right
-
-
-# -- fonts ---------------------------------------------------------------------------------------------------------
-
-
-def _is_held_out(family: str) -> bool:
-    return family.lower().startswith(_HELD_OUT_NAMES)
-
-
-def _read_font(path: Path) -> Font | None:
-    """The font in a file, None if it is one of symbols."""
-    from matplotlib.ft2font import FT2Font
-
-    if path.stem.startswith(_SYMBOL_FONTS):
-        return None
-    file = FT2Font(str(path))
-    family, style = _COMPUTER_MODERN.get(path.stem, (file.family_name, file.style_name))
-    codepoints = frozenset(file.get_charmap())
-    if path.stem in _COMPUTER_MODERN:
-        codepoints = frozenset(c for c in codepoints if 32 < c < 127 and chr(c) not in _NOT_IN_COMPUTER_MODERN)
-    if not codepoints.issuperset(map(ord, CHARACTERS)):
-        return None
-    return Font(path=path, family=family, style=style, codepoints=codepoints)
 
 
 # -- distance fields -----------------------------------------------------------------------------------------------
@@ -279,16 +157,20 @@ class _Atlas:
     @classmethod
     def of(cls, fonts: Sequence[Font], characters: str) -> "_Atlas":
         """Gather the glyphs of these characters from the fonts that have them."""
-        entries = [(c, font.family, i, place) for i, font in enumerate(fonts) for place, c in enumerate(_drawn(font, characters))]
+        entries = [
+            (c, font.family, i, place)
+            for i, font in enumerate(fonts)
+            for place, c in enumerate(_drawn(font, characters))
+        ]
         missing = set(characters) - {entry[0] for entry in entries}
         if missing:
             raise ValueError(f"no font has {''.join(sorted(missing))!r}; leave them out or add a font folder")
         entries.sort()
-        by_font = [_font_fields(font.path, _drawn(font, characters)) for font in fonts]
+        by_font = [font_fields(font.path, _drawn(font, characters)) for font in fonts]
         fields = [by_font[i][place] for _, _, i, place in entries]
         letters, families = [entry[0] for entry in entries], [entry[1] for entry in entries]
         return cls(
-            fields_g2yx=np.stack(fields) if fields else np.zeros((0, 2, _CANVAS, _CANVAS), np.int8),
+            fields_g2yx=np.stack(fields) if fields else np.zeros((0, 2, CANVAS, CANVAS), np.int8),
             characters=np.array(letters, np.str_),
             families=np.array(families, np.str_),
             chances=_even_chances(letters, families),
@@ -302,6 +184,12 @@ class _Atlas:
         last = np.searchsorted(self.characters, characters, side="right") - 1
         return np.minimum(np.searchsorted(ends, target, side="right"), last)
 
+    def blended(self, glyphs_n: Integers, pen: Floats) -> Floats:
+        """The fields `(n, y, x)` of glyphs, from that of the outline (pen 0) to that of the skeleton (pen 1)."""
+        outline, skeleton = (self.fields_g2yx[glyphs_n, part].astype(np.float32) for part in (0, 1))
+        fields: Floats = outline + pen[:, None, None] * (skeleton - outline)
+        return fields
+
 
 def _drawn(font: Font, characters: str) -> str:
     return "".join(c for c in characters if font.has(c))
@@ -313,79 +201,6 @@ def _even_chances(letters: Sequence[str], families: Sequence[str]) -> NDArray[np
     styles = {pair: pairs.count(pair) for pair in set(pairs)}
     num_families = {letter: sum(pair[0] == letter for pair in styles) for letter in set(letters)}
     return np.array([1 / (styles[pair] * num_families[pair[0]]) for pair in pairs])
-
-
-@lru_cache(maxsize=512)
-def _font_fields(path: Path, characters: str) -> NDArray[np.int8]:
-    """Distance fields `(characters, 2, y, x)`: depth within the outline, and minus the distance to the skeleton."""
-    font = ImageFont.truetype(str(path), _RASTER_SIZE)
-    masks = np.stack([_rasterise(font, c) for c in characters]) if characters else np.zeros((0, _CANVAS, _CANVAS), bool)
-    outline = distances(masks) - distances(~masks)
-    skeleton = -distances(thin(masks))
-    fields = np.stack([-outline, skeleton], axis=1) * _SUBPIXELS
-    return np.clip(np.rint(fields), -127, 127).astype(np.int8)
-
-
-def _rasterise(font: ImageFont.FreeTypeFont, character: str) -> Bools:
-    """The character as a mask `(64, 64)`: of fixed height, in NIST's box unless it is narrow."""
-    mask = font.getmask(character, mode="L")
-    ink = np.array(mask, dtype=np.uint8).reshape(mask.size[1], mask.size[0])
-    solid = ink > 127
-    rows, columns = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
-    crop = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    aspect = crop.shape[1] / crop.shape[0]
-    width = _GLYPH_HEIGHT * _BOX_ASPECT * min(1.0, aspect / _NARROW_ASPECT)
-    size = (max(2, round(width)), _GLYPH_HEIGHT)
-    canvas = Image.new("L", (_CANVAS, _CANVAS))
-    canvas.paste(Image.fromarray(crop).resize(size, Image.Resampling.BOX), ((_CANVAS - size[0]) // 2, (_CANVAS - size[1]) // 2))
-    return np.asarray(canvas) > 127
-
-
-def distances(masks_gyx: Bools) -> Floats:
-    """Distance of each pixel to the nearest one in the mask (P. Felzenszwalb, D. Huttenlocher, 2012, by brute force)."""
-    size = masks_gyx.shape[-1]
-    places = np.arange(size, dtype=np.float32)
-    apart = (places[:, None] - places[None, :]) ** 2
-    squares = np.where(masks_gyx, np.float32(0), np.float32(4 * size * size))
-    result = np.empty_like(squares)
-    for glyph, square in enumerate(squares):
-        along_x = (square[:, None, :] + apart[None]).min(axis=2)
-        result[glyph] = (along_x.T[:, None, :] + apart[None]).min(axis=2).T
-    return np.sqrt(result)
-
-
-def thin(masks_gyx: Bools) -> Bools:
-    """Skeleton of each mask (T. Zhang, C. Suen, A fast parallel algorithm for thinning digital patterns, 1984)."""
-    removable = _thinning_tables()
-    weights = (1 << np.arange(8)).astype(np.uint8)
-    masks = masks_gyx.copy()
-    changed = True
-    while changed:
-        changed = False
-        for table in removable:
-            padded = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
-            code = np.zeros(masks.shape, np.uint8)
-            for weight, (down, right) in zip(weights, _AROUND, strict=True):
-                code += weight * padded[:, 1 + down : 1 + down + masks.shape[1], 1 + right : 1 + right + masks.shape[2]]
-            gone = masks & table[code]
-            masks &= ~gone
-            changed |= bool(gone.any())
-    return masks
-
-
-_AROUND = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))  # From the north, clockwise.
-
-
-@lru_cache(maxsize=1)
-def _thinning_tables() -> tuple[Bools, Bools]:
-    """For each of the two half steps, whether a pixel with these eight neighbours (as bits) may go."""
-    bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
-    north, east, south, west = (bits[:, i] for i in (0, 2, 4, 6))
-    crossings = ((bits == 0) & (np.roll(bits, -1, axis=1) == 1)).sum(axis=1)
-    edge = (bits.sum(axis=1) >= 2) & (bits.sum(axis=1) <= 6) & (crossings == 1)
-    first = edge & (north * east * south == 0) & (east * south * west == 0)
-    second = edge & (north * east * west == 0) & (north * south * west == 0)
-    return first, second
 
 
 # -- warp and bitmap -----------------------------------------------------------------------------------------------
@@ -440,27 +255,29 @@ class _Warp:
 
 def _cosines(places: Floats) -> Floats:
     """The waves `(n, places, k)` of the elastic warp: half, one, one and a half periods over the character."""
-    return np.cos(places[:, :, None] * (np.pi / 2 * np.arange(1, _WAVES + 1, dtype=np.float32)) + np.float32(np.pi / 4))
+    turns = places[:, :, None] * np.arange(1, _WAVES + 1, dtype=np.float32) / 2 + np.float32(0.25)
+    waves: Floats = np.cos(np.float32(np.pi) * turns)
+    return waves
 
 
-def _bitmaps(atlas: _Atlas, glyphs_n: Integers, warp: _Warp) -> Bools:
+def _bitmaps(fields_nyx: Floats, warp: _Warp) -> Bools:
     """Draw the glyphs into their boxes `(n, 32, 32)`, after two looks: at the slant, and at the size without it."""
-    slanted = _first_look(atlas, glyphs_n, warp)
+    slanted = _first_look(fields_nyx, warp)
     warp = warp.sheared(_slant(slanted))
-    upright = _first_look(atlas, glyphs_n, warp)
+    upright = _first_look(fields_nyx, warp)
     top, bottom, left, right = (edge * _PIXEL - _REACH for edge in bounds(upright))
-    narrow = np.minimum(1, _aspect(upright) / _NARROW_ASPECT)
+    narrow = np.minimum(1, _aspect(upright) / NARROW_ASPECT)
     width = warp.width * narrow * np.clip(_aspect(upright) / _aspect(slanted), 0.85, 1.2)
     y_ny = (top + bottom)[:, None] / 2 + _middles(_BITMAP) * (bottom - top)[:, None] / 2
     pixels = np.arange(_BITMAP, dtype=np.float32) + np.float32(0.5)
     x_nx = (left + right)[:, None] / 2 + (pixels - warp.middle[:, None]) * ((right - left) / width)[:, None]
-    return deepest(_look_up(atlas, glyphs_n, warp, y_ny, x_nx), warp.ink)
+    return deepest(_look_up(fields_nyx, warp, y_ny, x_nx), warp.ink)
 
 
-def _first_look(atlas: _Atlas, glyphs_n: Integers, warp: _Warp) -> Bools:
+def _first_look(fields_nyx: Floats, warp: _Warp) -> Bools:
     """The warped glyphs where they lie in their fields."""
-    even = np.broadcast_to(_middles(_BITMAP) * _REACH, (len(glyphs_n), _BITMAP))
-    return deepest(_look_up(atlas, glyphs_n, warp, even, even), warp.ink / _REACH**2)
+    even = np.broadcast_to(_middles(_BITMAP) * _REACH, (len(fields_nyx), _BITMAP))
+    return deepest(_look_up(fields_nyx, warp, even, even), warp.ink / _REACH**2)
 
 
 def _aspect(masks_nyx: Bools) -> Floats:
@@ -478,7 +295,8 @@ def _slant(masks_nyx: Bools) -> Floats:
     ends = []
     for near in (rows < top[:, None] + _END_ROWS, rows >= bottom[:, None] - _END_ROWS):
         ends.append((masks_nyx & near[:, :, None]).any(axis=1).argmax(axis=1))
-    return (ends[1] - ends[0]) / np.maximum(bottom - top - _END_ROWS, 1)
+    slant: Floats = (ends[1] - ends[0]) / np.maximum(bottom - top - _END_ROWS, 1)
+    return slant.astype(np.float32)
 
 
 def _middles(count: int) -> Floats:
@@ -486,16 +304,15 @@ def _middles(count: int) -> Floats:
     return ((np.arange(count, dtype=np.float32) + 0.5) * 2 / count - 1).astype(np.float32)
 
 
-def _look_up(atlas: _Atlas, glyphs_n: Integers, warp: _Warp, y_ny: Floats, x_nx: Floats) -> Floats:
-    """The blend of the two fields `(n, y, x)` seen through the warp, between pixels by bilinear interpolation."""
-    y, x = (place * np.float32(_HALF) + np.float32((_CANVAS - 1) / 2) for place in warp.places(y_ny, x_nx))
-    y, x = y.clip(0, _CANVAS - 1.001), x.clip(0, _CANVAS - 1.001)
+def _look_up(fields_nyx: Floats, warp: _Warp, y_ny: Floats, x_nx: Floats) -> Floats:
+    """The fields `(n, y, x)` seen through the warp, between pixels by bilinear interpolation."""
+    half, middle = np.float32(GLYPH_HEIGHT / 2), np.float32((CANVAS - 1) / 2)
+    y, x = ((place * half + middle).clip(0, CANVAS - 1.001) for place in warp.places(y_ny, x_nx))
     row, column = y.astype(np.int32), x.astype(np.int32)
     down, along = y - row, x - column
-    fields = atlas.fields_g2yx.reshape(-1)
-    corner = glyphs_n[:, None, None] * (2 * _CANVAS * _CANVAS) + row * _CANVAS + column
-    blend = np.zeros(y.shape, np.float32)
-    for start, share in ((0, 1 - warp.pen), (_CANVAS * _CANVAS, warp.pen)):
-        for step, weight in ((0, (1 - down) * (1 - along)), (1, (1 - down) * along), (_CANVAS, down * (1 - along)), (_CANVAS + 1, down * along)):
-            blend += share[:, None, None] * weight * fields[corner + (start + step)]
-    return blend
+    corner = np.arange(len(fields_nyx), dtype=np.int32)[:, None, None] * CANVAS**2 + row * CANVAS + column
+    flat = fields_nyx.reshape(-1)
+    above = flat[corner] * (1 - along) + flat[corner + 1] * along
+    below = flat[corner + CANVAS] * (1 - along) + flat[corner + CANVAS + 1] * along
+    values: Floats = above * (1 - down) + below * down
+    return values

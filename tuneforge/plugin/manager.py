@@ -16,7 +16,7 @@ import attrs
 import pluggy
 
 from tuneforge.errors import PluginError, PluginLoadError, TuneforgeError, close_match
-from tuneforge.plugin.hookspecs import CHAINS, PROVIDERS, HookSpecs
+from tuneforge.plugin.hookspecs import CHAINS, HookSpecs
 
 _SPECS = {name: inspect.signature(spec) for name, spec in vars(HookSpecs).items() if hasattr(spec, "tuneforge_spec")}
 
@@ -35,10 +35,6 @@ class Member:
     name: str
     label: str
 
-    def implements(self, hook: str) -> bool:
-        """True where the component has an implementation of `hook` that is not a wrapper."""
-        return any(each.hook == hook and not each.wrapper for each in implementations(self))
-
 
 @attrs.frozen(eq=False)
 class Implementation:
@@ -52,43 +48,62 @@ class Implementation:
 
 
 class Hooks:
-    """The hooks of one run; `call.train_step(run=run, batch=batch)` calls one.
+    """The hooks of one run; `call.train_step(run=run, batch=batch)` calls one."""
 
-    Args:
-        members: The components in the order in which the user named them.
-
-    Raises:
-        PluginLoadError: An implementation does not fit its hook.
-        PluginError: A hook that exactly one component answers has none or several.
-    """
-
-    def __init__(self, members: list[Member]) -> None:
-        self.members = members
+    def __init__(self) -> None:
+        self.members: list[Member] = []
+        self._found: list[Implementation] = []
         self._manager = pluggy.PluginManager("tuneforge")
         self._manager.add_hookspecs(HookSpecs)
         self.call = self._manager.hook
-        found = [each for member in members for each in implementations(member)]
-        self._providers = {hook: _sole(hook, found) for hook in PROVIDERS}
+        for hook, chained in (("model_adapt", self._adapt), ("evaluate", self._evaluate)):
+            self._register(hook, chained, {})
+
+    def add(self, member: Member) -> None:
+        """Let a component take part, after those already added.
+
+        Raises:
+            PluginLoadError: One of its implementations does not fit its hook; then none of them takes part.
+        """
+        found = implementations(member)
+        self.members.append(member)
+        self._found += found
         for each in found:
             if each.wrapper or each.hook not in CHAINS:
                 self._register(each.hook, each.function, each.marks)
-        for hook in CHAINS:
-            links = [each for each in found if each.hook == hook and not each.wrapper]
-            self._register(hook, _CHAINED[hook](links), {})
+
+    def provides(self, hook: str) -> bool:
+        """True where some component answers `hook`."""
+        return any(each.hook == hook and not each.wrapper for each in self._found)
 
     def provider(self, hook: str) -> Member:
-        """The one component that answers `hook`."""
-        return self._providers[hook].owner
+        """The one component that answers `hook`.
 
-    def links(self, hook: str) -> list[Member]:
-        """The components of a chain, in order."""
-        return [member for member in self.members if member.implements(hook)]
+        Raises:
+            PluginError: None does, or several do.
+        """
+        return _sole(hook, self._links(hook)).owner
+
+    def _links(self, hook: str) -> list[Implementation]:
+        return [each for each in self._found if each.hook == hook and not each.wrapper]
+
+    def _adapt(self, run: Any, model: Any) -> Any:
+        for link in self._links("model_adapt"):
+            model = _call(link, run=run, model=model)
+            if model is None:
+                raise PluginError(f"{link.owner.label} returned no model from model_adapt", fix="end it with: return model")
+        return model
+
+    def _evaluate(self, run: Any) -> Any:
+        from tuneforge.engine.evaluation import MergedMetrics
+
+        return MergedMetrics([(link.owner.label, _call(link, run=run)) for link in self._links("evaluate")])
 
     def _register(self, hook: str, function: Callable[..., Any], marks: dict[str, Any]) -> None:
-        holder = type("Stand_in", (), {})()
-        marked = pluggy.HookimplMarker("tuneforge")(function, **_marker_arguments(marks))
-        setattr(holder, hook, marked)
-        self._manager.register(holder, name=f"{hook}:{id(holder)}")
+        stand_in = type("StandIn", (), {})()
+        marked = functools.wraps(function)(lambda *args: function(*args)) if inspect.ismethod(function) else function
+        setattr(stand_in, hook, pluggy.HookimplMarker("tuneforge")(marked, **_marker_arguments(marks)))
+        self._manager.register(stand_in, name=f"{hook}:{len(self._found)}:{id(stand_in)}")
 
 
 def implementations(member: Member) -> list[Implementation]:
@@ -240,41 +255,15 @@ def _returned_steps(member: Member, value: Any) -> PluginError:
     )
 
 
-def _sole(hook: str, found: list[Implementation]) -> Implementation:
-    providers = [each for each in found if each.hook == hook and not each.wrapper]
+def _sole(hook: str, providers: list[Implementation]) -> Implementation:
     if len(providers) == 1:
         return providers[0]
-    owners = " and ".join(each.owner.label for each in providers)
     raise PluginError(
         f"{'no component provides' if not providers else 'more than one component provides'} '{hook}'",
-        where=owners,
+        where=" and ".join(each.owner.label for each in providers),
         why="exactly one must" + (", and the last one registered would silently win" if providers else ""),
         fix="name one component for it",
     )
-
-
-def _chained_adapt(links: list[Implementation]) -> Callable[..., Any]:
-    def model_adapt(run: Any, model: Any) -> Any:
-        for link in links:
-            adapted = _call(link, run=run, model=model)
-            if adapted is None:
-                raise PluginError(f"{link.owner.label} returned no model from model_adapt", fix="end it with: return model")
-            model = adapted
-        return model
-
-    return model_adapt
-
-
-def _chained_evaluate(links: list[Implementation]) -> Callable[..., Any]:
-    def evaluate(run: Any) -> Any:
-        from tuneforge.engine.evaluation import MergedMetrics
-
-        return MergedMetrics([(link.owner.label, _call(link, run=run)) for link in links])
-
-    return evaluate
-
-
-_CHAINED = {"model_adapt": _chained_adapt, "evaluate": _chained_evaluate}
 
 
 def _call(link: Implementation, **given: Any) -> Any:

@@ -261,7 +261,6 @@ class Brief:
         seed: The run's.
         monitor: The validation figure that the targets are judged by, and `"max"` or `"min"`.
         monitor_mode: Whether more of it is better.
-        start: Validation figures of the model before any step; empty unless the head fits as it is.
         old_classes: Classes whose head rows came with the model.
     """
 
@@ -274,7 +273,6 @@ class Brief:
     seed: int
     monitor: str
     monitor_mode: str
-    start: Mapping[str, Any] = _data()
     old_classes: tuple[str, ...] = attrs.field(default=(), converter=tuple)
 
     @property

@@ -1,0 +1,96 @@
+"""Extensions: gradient clipping, averaged weights, the page of a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+from tuneforge import between, component, gt, hookimpl, option
+
+if TYPE_CHECKING:
+    from tuneforge import Run
+
+
+@component(api=1)
+class GradClip:
+    """Scale the gradients down where their joint norm exceeds a bound (Pascanu et al. 2013)."""
+
+    norm: float = option(1.0, help="Largest joint L2 norm of all gradients.", check=gt(0))
+
+    @hookimpl(wrapper=True)
+    def optimizer_step(self, run: Run) -> Generator[None, Any, Any]:
+        """Clip, then let the step happen."""
+        import torch
+
+        torch.nn.utils.clip_grad_norm_(run.model.module.parameters(), self.norm)
+        result = yield
+        return result
+
+
+@component(api=1)
+class EMA:
+    """Evaluate and keep an exponential moving average of the weights that train.
+
+    Each optimizer step moves the average `e` by `(1 - decay) * (w - e)`: written so, an average equal to its weight
+    stays so to the bit. Early in a phase the decay is `(1 + t) / (10 + t)` at step `t`, if that is less. Evaluation
+    and best weights use the averages, and a phase ends on them.
+    """
+
+    decay: float = option(0.99, help="Share of the average that a step keeps.", check=between(0, 1))
+
+    @hookimpl
+    def phase_started(self, run: Run) -> None:
+        """Begin the averages of what trains at the present weights."""
+        state = run.state(self)
+        trained = {name: each for name, each in run.model.parameters().items() if each.requires_grad}
+        state["average"] = {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+    @hookimpl(wrapper=True)
+    def optimizer_step(self, run: Run) -> Generator[None, Any, Any]:
+        """Let the step happen, then move the averages."""
+        import torch
+
+        result = yield
+        average = run.state(self)["average"]
+        named = run.model.parameters()
+        decay = min(self.decay, (1 + run.steps_done) / (10 + run.steps_done))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.values()), [named[name] for name in average], 1 - decay)  # type: ignore[attr-defined]  # as torch.optim.swa_utils does
+        return result
+
+    @hookimpl
+    def evaluation_started(self, run: Run) -> None:
+        """Swap the averages in, while a phase trains."""
+        if run.phase is not None:
+            self._swap(run)
+
+    @hookimpl
+    def evaluation_ended(self, run: Run) -> None:
+        """Swap the live weights back."""
+        if run.phase is not None:
+            self._swap(run)
+
+    @hookimpl
+    def phase_ended(self, run: Run) -> None:
+        """Go on from the averages."""
+        self._swap(run)
+        run.state(self).clear()
+
+    def _swap(self, run: Run) -> None:
+        average = run.state(self)["average"]
+        named = run.model.parameters()
+        for name in average:
+            average[name], named[name].data = named[name].data, average[name]
+
+
+@component(api=1)
+class ReportPage:
+    """Write `report.html` into the run's folder when the run is done."""
+
+    @hookimpl
+    def run_ended(self, run: Run) -> None:
+        """Write the page."""
+        import tuneforge
+
+        if run.folder is not None:
+            tuneforge.write_page(run.folder)

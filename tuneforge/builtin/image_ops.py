@@ -1,0 +1,124 @@
+"""What may be done to a picture before it is stored: a few deterministic operations, each written as a word.
+
+Shapes: n pictures, c channels, h and w pixels; everything is uint8.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import attrs
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from tuneforge import Check
+
+_PLAIN = ("grey", "invert", "square")
+_SIZED = ("resize", "centre-crop")
+OPS = "'grey', 'invert', 'square', 'resize N', 'resize HxW', 'centre-crop N' or 'centre-crop HxW'"
+"""The vocabulary, as messages show it."""
+
+
+@attrs.frozen
+class Op:
+    """One operation on pictures of one size.
+
+    Args:
+        name: `grey`: one channel (ITU-R 601 luma); `invert`: 255 minus it; `square`: the shorter side is filled up
+            with the median of the border; `resize`: scaled with antialiasing; `centre-crop`: cut or filled up with 0.
+        size: Empty; or the shorter side of `resize` and both of `centre-crop`; or height and width.
+    """
+
+    name: str
+    size: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Op:
+        """The operation that a text such as `"resize 32"` or `"centre-crop 224x192"` names.
+
+        Raises:
+            ValueError: It names none.
+        """
+        words = text.split()
+        if len(words) == 1 and words[0] in _PLAIN:
+            return cls(words[0])
+        if len(words) == 2 and words[0] in _SIZED and re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4})?", words[1]):
+            return cls(words[0], tuple(int(side) for side in words[1].split("x")))
+        raise ValueError(text)
+
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after the operation."""
+        if self.name == "square":
+            return (max(height, width),) * 2
+        if not self.size:
+            return height, width
+        if len(self.size) == 1 and self.name == "resize":
+            short = min(height, width)
+            return self.size[0] * height // short, self.size[0] * width // short
+        return self.size[0], self.size[-1]
+
+    def __call__(self, pictures_nchw: Tensor) -> Tensor:
+        """The pictures after the operation, (n, c or 1, *shape(h, w))."""
+        if self.name == "grey":
+            return F.rgb_to_grayscale(pictures_nchw) if pictures_nchw.shape[1] == 3 else pictures_nchw
+        if self.name == "invert":
+            return 255 - pictures_nchw
+        if self.name == "square":
+            return _squared(pictures_nchw)
+        if self.name == "centre-crop":
+            return F.center_crop(pictures_nchw, [self.size[0], self.size[-1]])
+        return F.resize(pictures_nchw, list(self.shape(*pictures_nchw.shape[-2:])), antialias=True)
+
+
+def parsed(texts: Sequence[str]) -> tuple[Op, ...]:
+    """The operations that `texts` name, in order."""
+    return tuple(Op.parse(text) for text in texts)
+
+
+def final_size(ops: Sequence[Op]) -> tuple[int, int] | None:
+    """Height and width after `ops` where they are the same for every picture, else None."""
+    probes = {_shape_after(ops, 997, 997), _shape_after(ops, 499, 997), _shape_after(ops, 997, 499)}
+    fixed = any(op.size for op in ops)
+    return probes.pop() if fixed and len(probes) == 1 else None
+
+
+def largest(ops: Sequence[Op], height: int, width: int) -> int:
+    """Pixels of the largest picture on the way through `ops`, so that it can be bounded before any is made."""
+    pixels = height * width
+    for op in ops:
+        height, width = op.shape(height, width)
+        pixels = max(pixels, height * width)
+    return pixels
+
+
+def _shape_after(ops: Sequence[Op], height: int, width: int) -> tuple[int, int]:
+    for op in ops:
+        height, width = op.shape(height, width)
+    return height, width
+
+
+def _squared(pictures_nchw: Tensor) -> Tensor:
+    count, channels, height, width = pictures_nchw.shape
+    if height == width:
+        return pictures_nchw
+    edges = (pictures_nchw[..., 0, :], pictures_nchw[..., -1, :], pictures_nchw[..., 0], pictures_nchw[..., -1])
+    border_nc11 = torch.cat(edges, dim=-1).median(dim=-1).values[..., None, None]
+    side = max(height, width)
+    out = border_nc11.expand(count, channels, side, side).clone()
+    top, left = (side - height) // 2, (side - width) // 2
+    out[..., top : top + height, left : left + width] = pictures_nchw
+    return out
+
+
+def _known(texts: Sequence[str]) -> bool:
+    try:
+        parsed(texts)
+    except ValueError:
+        return False
+    return True
+
+
+KNOWN = Check(f"a list of {OPS}", _known, {"items": {"type": "string"}})
+"""The rule for an option that holds operations."""

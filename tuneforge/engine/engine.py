@@ -1,0 +1,390 @@
+"""The engine: a run from its configuration to its folder. `Engine.run` is the whole story; read it first."""
+
+from __future__ import annotations
+
+import base64
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+import tuneforge
+from tuneforge.engine import device, folder, given, story
+from tuneforge.engine.data import Inputs, Split, Targets, tensors_of
+from tuneforge.engine.evaluation import Worst
+from tuneforge.engine.folder import RunFolder, save_tensors, state_of
+from tuneforge.engine.model import Model
+from tuneforge.engine.parts import Parts, part
+from tuneforge.engine.passes import evaluate
+from tuneforge.engine.phase import train
+from tuneforge.engine.probe import probe
+from tuneforge.engine.run import Run
+from tuneforge.engine.solve import Snapshot, blend, fit, snapshot
+from tuneforge.errors import PluginError
+from tuneforge.plugin import registry
+from tuneforge.plugin.config import RunConfig, as_table, resolve
+from tuneforge.plugin.hookspecs import hookimpl
+from tuneforge.plugin.manager import Hooks, Member, guarded_steps
+from tuneforge.plugin.steps import Answer, Blend, Brief, Fit, Phase, Probe, Report, Step, Use, to_json
+
+MISTAKES_KEPT = 24
+
+
+@attrs.frozen(eq=False)
+class Result:
+    """What a run leaves.
+
+    Args:
+        folder: Where everything lies.
+        report: The content of `report.json`.
+        model: The tuned model.
+        steps: Each step with its answer.
+    """
+
+    folder: Path
+    report: Mapping[str, Any]
+    model: Model
+    steps: tuple[tuple[Step, Answer], ...]
+
+
+class Engine:
+    """One run, as the command line's `tuneforge run` describes it: every flag is a keyword.
+
+    Where the command line takes a name, Python may also give an instance of a component; for data also arrays, a
+    torch `Dataset` or `DataLoader`; for the model also a module; for the strategy also a list of steps or a function
+    of the brief.
+
+    Args:
+        data: Where samples come from.
+        model: What builds the model.
+        adapt: What changes it, in order.
+        step: What computes the loss; None: what fits the targets.
+        evaluate: What computes the figures; empty: what fits the targets.
+        strategy: What says what to do.
+        schedule: Course of the rate, over what the strategy asks.
+        optimizer: Over what the strategy asks.
+        extensions: What else takes part.
+        augment: Random changes of training inputs, in order.
+        say: Where sentences for the user go; None: only into the log.
+        settings: The run's own settings, such as `seed`, `batch_size`, `device`, `out`.
+
+    Raises:
+        UnknownNameError: A name is not installed.
+        OptionError: An option or a setting is wrong.
+    """
+
+    def __init__(
+        self,
+        *,
+        data: Any = "digits",
+        model: Any = "digit-cnn",
+        adapt: Sequence[Any] = (),
+        step: Any = None,
+        evaluate: Sequence[Any] = (),
+        strategy: Any = "freeze-then-unfreeze",
+        schedule: str | Use | None = None,
+        optimizer: str | Use | None = None,
+        extensions: Sequence[Any] = (),
+        augment: Sequence[str | Use] = (),
+        say: Callable[[str], None] | None = None,
+        **settings: Any,
+    ) -> None:
+        self._say = say
+        self._members: list[tuple[str, Member]] = []
+        singles = {"data": data, "model": model, "step": step, "strategy": strategy}
+        uses = {name: self._take(name, asked) for name, asked in singles.items() if asked is not None}
+        many = {"adapt": adapt, "evaluate": evaluate, "with": extensions}
+        lists = {name: [self._take(name, asked) for asked in asked_all] for name, asked_all in many.items()}
+        parts = {"schedule": schedule, "optimizer": optimizer}
+        uses |= {name: _named(asked) for name, asked in parts.items() if asked is not None}
+        lists["augment"] = [_named(asked) for asked in augment]
+        self.config: RunConfig = resolve({**settings, **uses, **lists}, where="Engine")
+        self._check_parts()
+
+    @classmethod
+    def of(cls, config: RunConfig, *, say: Callable[[str], None] | None = None, also: Sequence[Any] = ()) -> Engine:
+        """The engine of a configuration, with further live extensions `also`."""
+        chosen = {name: getattr(config, name) for name in _CHOICES}
+        chosen["extensions"] = (*config.extensions, *also)
+        return cls(**chosen, **config.settings(), say=say)
+
+    def run(self) -> Result:
+        """Do it: data, model, steps, report.
+
+        Raises:
+            TuneforgeError: Something went wrong; the folder keeps what was written, the log and the reason.
+        """
+        with RunFolder(self.config.out) as place:
+            try:
+                result = self._run(place)
+            except BaseException as error:
+                reason = str(error) or type(error).__name__
+                place.append(folder.LOG, traceback.format_exc())
+                place.status("failed", reason=reason)
+                raise
+            place.status("done")
+            return result
+
+    def _run(self, place: RunFolder) -> Result:
+        run = self._start(place)
+        run.hooks.call.run_started(run=run)
+
+        run.hooks.provider("data_prepare")
+        run.take_data(run.hooks.call.data_prepare(run=run))
+        for line in story.of_data(run.data):
+            run.note(line)
+
+        self._fill_in(run)
+        run.take_model(run.hooks.call.model_adapt(run=run, model=None))
+        for line in story.of_model(run.model):
+            run.note(line)
+        place.write(folder.MODEL, describe_model(run))
+
+        done = list(self._converse(run, place))
+        report = self._report(run, place, done)
+        run.hooks.call.run_ended(run=run)
+        return Result(place.path, report, run.model, tuple(done))
+
+    def _start(self, place: RunFolder) -> Run:
+        hooks = Hooks()
+        for _, each in self._members:
+            hooks.add(each)
+        hooks.add(Member(_Steps(), "engine", "the engine's own optimizer step"))
+        run = Run(
+            config=self.config,
+            folder=place.path,
+            device=device.choose(self.config.device),
+            hooks=hooks,
+            say=self._voice(place),
+        )
+        run.augments = tuple(part("augment", use) for use in self.config.augment)
+        hooks.add(Member(_Keeper(place), "engine", "the engine's own record"))
+        place.write(folder.RUN, self._description(run))
+        place.status("running")
+        run.note(f"run: {place.path}")
+        return run
+
+    def _fill_in(self, run: Run) -> None:
+        """Add what nobody named and the targets ask for: the step, the metrics, and a head of the right size."""
+        targets = run.data.targets
+        if not run.hooks.provides("train_step"):
+            run.hooks.add(given.member("train_step", targets.step, where="--step")[0])
+        if not self.config.evaluate:
+            for name in targets.metrics:
+                run.hooks.add(given.member("evaluate", name, where="--evaluate")[0])
+        if not any(use.name == "head" for use in self.config.adapt):
+            run.hooks.add(given.member("model_adapt", "head", where="--adapt")[0])
+        for hook in ("train_step", "finetune_strategy", "optimizer_step"):
+            run.hooks.provider(hook)
+
+    def _converse(self, run: Run, place: RunFolder) -> Iterable[tuple[Step, Answer]]:
+        """The conversation: the strategy says what to do, the engine does it and reports back."""
+        member = run.hooks.provider("finetune_strategy")
+        asked = run.hooks.call.finetune_strategy(brief=brief_of(run))
+        if isinstance(asked, (list, tuple)):
+            for planned in asked:
+                run.note(f"plan: {story.of_step(_checked(planned, member))}")
+        parts = Parts(self.config)
+        snapshots: dict[str, Snapshot] = {"start": snapshot(run, None)}
+        steps = guarded_steps(member, asked)
+        answer: Answer | None = None
+        while True:
+            try:
+                step = _checked(steps.send(answer), member)
+            except StopIteration:
+                return
+            _check_name(step, snapshots, member)
+            run.note(story.of_step(step))
+            answer = _do(run, step, parts, snapshots)
+            snapshots[step.name] = snapshot(run, list(snapshots.values())[-1])
+            place.append(folder.STEPS, f'{{"step": {to_json(step)}, "answer": {to_json(answer)}}}')
+            for line in story.of_answer(answer):
+                run.note(line)
+            yield step, answer
+
+    def _report(self, run: Run, place: RunFolder, done: list[tuple[Step, Answer]]) -> dict[str, Any]:
+        worst = Worst(MISTAKES_KEPT)
+        splits = {"val": evaluate(run, run.data.val, "val"), "test": evaluate(run, run.data.test, "test", worst=worst)}
+        splits |= {name: evaluate(run, split, name) for name, split in run.data.further.items()}
+        save_tensors(state_of(run.model.module), place.path / folder.WEIGHTS, metadata={"labels": run.model.labels})
+        report = {
+            "strategy": run.hooks.provider("finetune_strategy").name,
+            "monitor": run.data.targets.monitor,
+            "headline": list(run.data.targets.headline),
+            "samples": {name: len(split) for name, split in run.data.splits().items()},
+            "splits": splits,
+        }
+        place.write(folder.REPORT, report)
+        place.write(folder.MISTAKES, mistakes(run, run.data.test, worst))
+        for line in story.of_result(splits, run.data.targets.headline):
+            run.note(line)
+        return report
+
+    def _take(self, key: str, asked: Any) -> Use:
+        group = _GROUPS[key]
+        member, use = given.member(group, asked, where=f"--{key}")
+        self._members.append((group, member))
+        return use
+
+    def _check_parts(self) -> None:
+        """Build every part that was named once, so that a wrong option is found before anything runs."""
+        named = [("lr_schedule", self.config.schedule), ("optimizer", self.config.optimizer)]
+        for group, use in [*named, *(("augment", use) for use in self.config.augment)]:
+            if use is not None:
+                part(group, use)
+
+    def _voice(self, place: RunFolder) -> Callable[[str], None]:
+        def say(text: str) -> None:
+            place.append(folder.LOG, f"{time.strftime('%H:%M:%S')} {text}")
+            if self._say is not None:
+                self._say(text)
+
+        return say
+
+    def _description(self, run: Run) -> dict[str, Any]:
+        return {
+            "tuneforge": tuneforge.__version__,
+            "config": as_table(self.config),
+            "components": [given.recorded(member, group) for group, member in self._members],
+            "environment": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "machine": platform.machine(),
+                "cpu": torch.backends.cpu.get_cpu_capability(),
+                "device": str(run.device.torch),
+                "command": sys.argv,
+            },
+        }
+
+
+class _Steps:
+    """The engine's own answer to `optimizer_step`."""
+
+    @hookimpl
+    def optimizer_step(self, run: Run) -> bool:
+        """Apply the gradients and drop them."""
+        run.optimization.step()
+        return True
+
+
+class _Keeper:
+    """Writes each epoch's figures, once; times go into a file of their own, so that figures compare to the bit."""
+
+    def __init__(self, place: RunFolder) -> None:
+        self._place = place
+
+    @hookimpl
+    def epoch_ended(self, run: Run) -> None:
+        """Write and say the epoch's numbers."""
+        entry = dict(run.history[-1])
+        run.note(story.of_epoch(entry, run.data.targets.headline))
+        seconds = entry.pop("seconds")
+        self._place.append(folder.METRICS, to_json(entry))
+        self._place.append(folder.TIMINGS, to_json({"epoch": entry["epoch"], "seconds": seconds}))
+
+
+def brief_of(run: Run) -> Brief:
+    """What the strategy is told."""
+    return Brief(
+        groups=run.model.group_infos(),
+        classes=run.data.targets.labels,
+        num_train=len(run.data.train),
+        num_val=len(run.data.val),
+        batch_size=run.config.batch_size,
+        device=run.device.torch.type,
+        seed=run.config.seed,
+        monitor=run.data.targets.monitor,
+        monitor_mode=run.data.targets.monitor_mode,
+        old_classes=run.model.kept,
+    )
+
+
+def describe_model(run: Run) -> dict[str, Any]:
+    """What is needed, beside the configuration and the weights, to use the model without its data."""
+    example = run.data.train.fetch(torch.tensor([0]))
+    return {
+        "head": run.model.head,
+        "labels": list(run.model.labels),
+        "groups": [{"name": info.name, "parameters": info.num_parameters} for info in run.model.group_infos()],
+        "changes": list(run.model.changes),
+        "inputs": _part_record("inputs", run.data.inputs),
+        "targets": _part_record("targets", run.data.targets),
+        "stored": {name: [list(tensor.shape[1:]), str(tensor.dtype)] for name, tensor in tensors_of(example).items()},
+        "fingerprints": {name: split.fingerprint() for name, split in run.data.splits().items()},
+        "notes": list(run.data.notes),
+    }
+
+
+def mistakes(run: Run, split: Split, worst: Worst) -> list[dict[str, Any]]:
+    """The worst mistakes for people: what it was, what the model said, and the input as a picture or a line."""
+    if worst.outputs is None:
+        return []
+    out = []
+    for row, output, wrongness in zip(worst.rows.tolist(), worst.outputs, worst.wrongness.tolist(), strict=True):
+        stored = split.fetch(torch.tensor([row]))
+        sample = {name: tensor[0] for name, tensor in tensors_of(stored).items()}
+        shown = sample[""] if "" in sample else sample
+        picture = run.data.inputs.picture(shown)
+        out.append(
+            {
+                "id": split.id_of(row),
+                "truth": run.data.targets.truth(split.targets[row]),
+                "answer": run.data.targets.describe(output),
+                "wrongness": wrongness,
+                "picture": base64.b64encode(picture).decode() if picture else None,
+                "text": None if picture else run.data.inputs.text(shown),
+            }
+        )
+    return out
+
+
+_GROUPS = {
+    "data": "data_prepare", "model": "model_adapt", "adapt": "model_adapt", "step": "train_step",
+    "evaluate": "evaluate", "strategy": "finetune_strategy", "with": "extension",
+}  # fmt: skip
+_CHOICES = ("data", "model", "adapt", "step", "evaluate", "strategy", "schedule", "optimizer", "augment")
+_STEPS: dict[type, Callable[[Run, Any, Parts, dict[str, Snapshot]], Answer]] = {
+    Phase: lambda run, step, parts, snapshots: train(run, step, parts),
+    Fit: lambda run, step, parts, snapshots: fit(run, step),
+    Probe: lambda run, step, parts, snapshots: probe(run, step, parts),
+    Blend: lambda run, step, parts, snapshots: blend(run, step, snapshots),
+}
+
+
+def _do(run: Run, step: Step, parts: Parts, snapshots: dict[str, Snapshot]) -> Answer:
+    return _STEPS[type(step)](run, step, parts, snapshots)
+
+
+def _checked(step: Any, member: Member) -> Step:
+    if type(step) not in _STEPS:
+        raise PluginError(
+            f"{member.label} asked for {step!r:.80}, which is no step",
+            why=f"steps are {', '.join(kind.__name__ for kind in _STEPS)}",
+        )
+    return step  # type: ignore[no-any-return]  # just checked
+
+
+def _check_name(step: Step, snapshots: Mapping[str, Snapshot], member: Member) -> None:
+    if step.name in snapshots:
+        raise PluginError(
+            f"{member.label} names two steps '{step.name}'",
+            why="a step's name is how reports and Blend refer to it; 'start' is taken",
+            fix="give each step its own name",
+        )
+
+
+def _named(asked: str | Use) -> Use:
+    return Use(asked) if isinstance(asked, str) else asked
+
+
+def _part_record(group: str, instance: Inputs | Targets) -> dict[str, Any]:
+    from tuneforge.plugin.component import values_of
+
+    return {"name": registry.entry_for(group, type(instance)).name, "options": values_of(instance)}

@@ -1,0 +1,263 @@
+"""The folder of a run: who may write into it, what lies in it, and how tensors are stored."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from tuneforge.errors import FolderError, TryAgainError, UnsafeFileError
+
+RUN, STATUS, STEPS, METRICS, REPORT = "run.json", "status.json", "steps.jsonl", "metrics.jsonl", "report.json"
+MODEL, WEIGHTS, MISTAKES, TIMINGS, LOG, PAGE = (
+    "model.json", "model.safetensors", "mistakes.json", "timings.jsonl", "log.txt", "report.html",
+)  # fmt: skip
+_LOCK = ".lock"
+_METADATA = "tuneforge"  # safetensors writes several metadata keys in random order, so all of it is one key
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write tensors as safetensors, all or nothing; the same tensors and metadata give the same bytes.
+
+    Args:
+        tensors: By name; layout is not kept, bits are.
+        path: The file to write or replace.
+        metadata: Plain data stored beside them.
+    """
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())}
+    text = json.dumps(metadata or {}, sort_keys=True)
+    write_whole(path, save(plain, metadata={_METADATA: text}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and metadata from safetensors.
+
+    Raises:
+        FolderError: The file is missing.
+        UnsafeFileError: It is no safetensors file; a pickle is never opened.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FolderError(f"there is no weights file '{path.name}'", where=str(path.parent), fix="check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise UnsafeFileError(
+            f"'{path.name}' is no valid safetensors file",
+            where=str(path.parent),
+            why=str(error),
+            fix="only safetensors is read, because other formats can run code when opened",
+        ) from None
+    return tensors, metadata
+
+
+def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, a tied tensor once under its first name."""
+    seen: dict[int, str] = {}
+    state = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen[id(tensor)] = name
+            state[name] = tensor.detach()
+    return state
+
+
+def load_state(module: torch.nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
+    """Copy a whole state into a module, in place.
+
+    Raises:
+        FolderError: Names or shapes differ; the message lists them.
+    """
+    own = state_of(module)
+    wrong = sorted(set(own) ^ set(state)) + sorted(
+        name for name in set(own) & set(state) if own[name].shape != state[name].shape
+    )
+    if wrong:
+        raise FolderError(
+            f"weights do not fit the model: {', '.join(wrong[:5])}",
+            where=where,
+            why=f"{len(wrong)} name(s) or shape(s) differ",
+            fix="build the model with the options that the weights were made with",
+        )
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it.
+
+    Raises:
+        TryAgainError: The disk is full.
+        FolderError: The place cannot be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _write_error(path, error) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain data as JSON for people and programs; a number that is none becomes null."""
+    write_whole(path, json.dumps(_finite(value), indent=1, sort_keys=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run folder.
+
+    Raises:
+        FolderError: It is missing or broken.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FolderError(
+            f"'{path.parent}' is not a finished run",
+            where=path.name,
+            why="the file is missing",
+            fix="name a folder that tuneforge run has written, such as runs/NAME",
+        ) from None
+    except (ValueError, OSError) as error:
+        raise FolderError(f"cannot read '{path.name}'", where=str(path.parent), why=str(error)) from None
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one JSON object a line; nothing where there is no file."""
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            yield from (json.loads(line) for line in file if line.strip())
+
+
+class RunFolder:
+    """The folder of one run, locked while it is open: `with RunFolder(path) as folder: ...`.
+
+    Args:
+        path: A new or empty folder, or None for a new one under `runs/`.
+
+    Raises:
+        FolderError: Another process holds it, it already holds a run, or it is not writable.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path if path is not None else _fresh_path()
+        self._files: dict[str, IO[str]] = {}
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> RunFolder:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / _LOCK).open("a+")
+        except OSError as error:
+            raise _write_error(self.path, error) from error
+        self._take_lock(self._lock)
+        if (self.path / RUN).exists():
+            self.__exit__(None, None, None)
+            raise FolderError(
+                f"'{self.path}' already holds a run",
+                where="--out",
+                why="a run never writes over another",
+                fix="name another folder, or remove this one",
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+        if self._lock is not None:
+            self._lock.close()  # which releases the lock; the kernel does so for a process that died
+
+    def write(self, name: str, value: Any) -> None:
+        """Write one JSON file, all or nothing."""
+        write_json(self.path / name, value)
+
+    def append(self, name: str, line: str) -> None:
+        """Add a line to a file and flush it.
+
+        Raises:
+            TryAgainError: The disk is full.
+        """
+        try:
+            if name not in self._files:
+                self._files[name] = (self.path / name).open("a", encoding="utf-8")
+            self._files[name].write(line + "\n")
+            self._files[name].flush()
+        except OSError as error:
+            raise _write_error(self.path / name, error) from error
+
+    def status(self, state: str, **details: Any) -> None:
+        """Say how the run stands: `running`, `done` or `failed`, with the reason."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self.write(STATUS, {"state": state, "pid": os.getpid(), "time": now, **details})
+
+    def _take_lock(self, file: IO[str]) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            self._lock = None
+            raise FolderError(
+                f"'{self.path}' is in use",
+                where="--out",
+                why=f"{holder} is running in it",
+                fix="wait for it, stop it, or name another folder",
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()}, started {datetime.now(UTC).isoformat(timespec='seconds')}")
+        file.flush()
+
+
+def _fresh_path() -> Path:
+    """A folder under runs/ named by the time; a number is added where two start in one second."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for number in range(1, 10_000):
+        path = Path("runs") / (stamp if number == 1 else f"{stamp}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _write_error(path, error) from error
+        return path
+    raise FolderError("no free name under runs/", fix="give --out FOLDER")
+
+
+def _write_error(path: Path, error: OSError) -> FolderError | TryAgainError:
+    why = error.strerror or str(error)
+    if error.errno in (28, 122):  # ENOSPC, EDQUOT
+        return TryAgainError(f"cannot write '{path}'", why=why, fix="free some space and try again")
+    return FolderError(f"cannot write '{path}'", where="--out", why=why, fix="name a folder that you may write to")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,126 @@
+"""What Python callers hand over as objects, made into members of a run: modules, data, lists of steps, generators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from tuneforge.engine.data import Data
+from tuneforge.engine.model import Model
+from tuneforge.errors import UsageError
+from tuneforge.plugin import registry
+from tuneforge.plugin.component import build, values_of
+from tuneforge.plugin.hookspecs import hookimpl
+from tuneforge.plugin.manager import Member
+from tuneforge.plugin.steps import Blend, Brief, Fit, Phase, Probe, Step, Use, plain
+
+
+class GivenData:
+    """Data prepared by the caller."""
+
+    def __init__(self, data: Data) -> None:
+        self._data = data
+
+    @hookimpl
+    def data_prepare(self) -> Data:
+        """Give it as it is."""
+        return self._data
+
+
+class GivenModel:
+    """A module or a `Model` built by the caller."""
+
+    def __init__(self, model: nn.Module | Model) -> None:
+        self._model = model if isinstance(model, Model) else Model.of(model)
+
+    @hookimpl
+    def model_adapt(self) -> Model:
+        """Give it as it is."""
+        return self._model
+
+
+class GivenSteps:
+    """A list of steps, or a function of the brief that gives them."""
+
+    def __init__(self, steps: Iterable[Step] | Callable[[Brief], Iterable[Step]]) -> None:
+        self._steps = steps
+
+    @hookimpl
+    def finetune_strategy(self, brief: Brief) -> Iterable[Step]:
+        """Give the steps, or ask the function for them."""
+        return self._steps(brief) if callable(self._steps) else self._steps
+
+
+def member(group: str, asked: Any, *, where: str) -> tuple[Member, Use]:
+    """The member that a name, a `Use` or an object stands for, and how the configuration records it.
+
+    Args:
+        group: The hook point.
+        asked: A reference, a `Use`, a component instance, or one of the objects above.
+        where: What messages name.
+
+    Raises:
+        UnknownNameError: Nothing of that name is installed.
+        OptionError: An option is wrong.
+        UsageError: The object is nothing that this hook can take.
+    """
+    if isinstance(asked, str):
+        asked = Use(asked)
+    if isinstance(asked, Use):
+        entry = registry.find(group, asked.name, where=where)
+        component = build(registry.load(entry), asked.options, where=where)
+        options = plain(values_of(component))
+        return Member(component, entry.name, registry.describe(entry)), Use(entry.name, options)
+    return _instance(group, _wrapped(group, asked, where))
+
+
+def recorded(each: Member, group: str) -> dict[str, Any]:
+    """How `run.json` names a member: enough to find the very same code again."""
+    entry = registry.entry_for(group, type(each.component))
+    return {
+        "hook": group,
+        "name": each.name,
+        "target": entry.target,
+        "distribution": entry.distribution,
+        "version": entry.version,
+    }
+
+
+def _instance(group: str, component: Any) -> tuple[Member, Use]:
+    entry = registry.entry_for(group, type(component))
+    options = plain(values_of(component)) if hasattr(type(component), "__tuneforge_api__") else {}
+    label = f"{registry.NOUNS[group]} {type(component).__name__}"
+    return Member(component, entry.name, label), Use(entry.name, options)
+
+
+def _wrapped(group: str, asked: Any, where: str) -> Any:
+    """An object as something with hook implementations."""
+    if any(hasattr(getattr(type(asked), name, None), "tuneforge_impl") for name in dir(type(asked))):
+        return asked
+    if isinstance(asked, Data):
+        return GivenData(asked)
+    if isinstance(asked, (nn.Module, Model)) and group == "model_adapt":
+        return GivenModel(asked)
+    if group == "finetune_strategy" and (callable(asked) or _are_steps(asked)):
+        return GivenSteps(asked)
+    if group == "data_prepare":
+        return _arrays(asked)
+    raise UsageError(
+        f"{type(asked).__name__} is no {registry.NOUNS[group]}",
+        where=where,
+        why="a name, use(...), or an instance with hook implementations is expected",
+        fix="decorate its methods with @hookimpl, or give a name",
+    )
+
+
+def _arrays(asked: Any) -> Any:
+    """Arrays, tensors, a torch `Dataset` or `DataLoader`, through the component that knows them."""
+    return registry.load(registry.find("data_prepare", "arrays")).of(asked)  # type: ignore[attr-defined]  # by contract
+
+
+def _are_steps(asked: Any) -> bool:
+    if isinstance(asked, (str, Mapping)) or not isinstance(asked, Iterable):
+        return False
+    return all(isinstance(step, (Phase, Fit, Probe, Blend)) for step in asked) if isinstance(asked, (list, tuple)) else True

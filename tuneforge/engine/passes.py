@@ -1,0 +1,65 @@
+"""Forward passes over a split that train nothing: evaluation, the worst mistakes, features for a head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tuneforge.engine.data import Split
+from tuneforge.engine.evaluation import Worst
+from tuneforge.engine.run import Run
+
+
+def evaluate(
+    run: Run,
+    split: Split,
+    name: str,
+    *,
+    worst: Worst | None = None,
+    then: Callable[[dict[str, Any]], None] = lambda figures: None,
+) -> dict[str, Any]:
+    """Every figure of a split, one pass.
+
+    Args:
+        run: With data and model.
+        split: What is evaluated.
+        name: Of the split; hooks find it in `run.evaluating`.
+        worst: Collects the worst mistakes on the way, if given.
+        then: Is given the figures while the evaluated weights (perhaps averaged ones) are still in the model.
+    """
+    run.evaluating = name
+    run.hooks.call.evaluation_started(run=run)
+    metrics = run.hooks.call.evaluate(run=run)
+    run.model.module.eval()
+    with torch.inference_mode():
+        for batch in run.evaluation_batches(split):
+            outputs = run.forward(batch.inputs)
+            metrics.update(outputs, batch.targets)
+            if worst is not None:
+                worst.update(run.data.targets.wrongness(outputs, batch.targets), batch.rows, outputs)
+        figures: dict[str, Any] = metrics.compute()
+    then(figures)
+    run.hooks.call.evaluation_ended(run=run)
+    run.evaluating = None
+    return figures
+
+
+def head_features(run: Run, split: Split) -> tuple[Tensor, Tensor]:
+    """What the head is given for each sample of a split, (n, f) on the CPU, and the targets (n, ...)."""
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, args: tuple[Any, ...]) -> None:
+        caught.append(args[0].detach().flatten(1).float().cpu())
+
+    run.model.module.eval()
+    handle = run.model.head_module().register_forward_pre_hook(catch)
+    try:
+        with torch.inference_mode():
+            for batch in run.evaluation_batches(split):
+                run.forward(batch.inputs)
+    finally:
+        handle.remove()
+    return torch.cat(caught), split.targets

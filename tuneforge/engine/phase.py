@@ -1,0 +1,272 @@
+"""Train one phase: freeze, train, evaluate each epoch, stop, prove, restore. Read it from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from tuneforge.engine.evaluation import single_numbers
+from tuneforge.engine.folder import load_state, state_of
+from tuneforge.engine.model import Model, freeze, modes, select, set_modes
+from tuneforge.engine.order import Order
+from tuneforge.engine.parts import Parts
+from tuneforge.engine.passes import evaluate
+from tuneforge.engine.proof import Proof
+from tuneforge.engine.run import Run
+from tuneforge.errors import DataError, HaltError, UsageError
+from tuneforge.plugin.steps import Phase, Report
+
+
+def train(run: Run, phase: Phase, parts: Parts) -> Report:
+    """Do a `Phase` step.
+
+    Raises:
+        SelectorError: The phase names parameters that do not exist.
+        HaltError: The loss is no number, or the proof of freezing failed.
+    """
+    trained = select(run.model, phase.train)
+    freeze(run.model, trained)
+    plan = modes(run.model, run.example, norms=phase.norms)
+    optimizer, same = parts.optimizer(phase)
+    schedule = parts.schedule(phase)
+    run.optimization.arrange(run.model, phase, trained, optimizer, same=same)
+    draws = _Draws.of(run, phase)
+    proof = Proof.begin(run.model, trained, plan)
+    course = _Course(phase, *_monitor(run, phase))
+    per_epoch = -(-(-(-len(run.data.train) // run.config.batch_size)) // run.config.accumulate)
+    run.phase, run.steps_done, run.progress = phase, 0, 0.0
+    run.total_steps = phase.steps or per_epoch * (phase.epochs or 0)
+    run.hooks.call.phase_started(run=run)
+
+    while not course.reason:
+        began = time.perf_counter()
+        loss = _train_epoch(run, draws, plan, proof, schedule)
+        proof.narrow(run.model)
+        run.epoch += 1
+        done = run.steps_done >= run.total_steps
+
+        def take(figures: Mapping[str, Any], loss: float = loss, done: bool = done) -> None:
+            if course.takes(loss, figures, done=done):
+                course.keep(run.model, trained)
+
+        figures = evaluate(run, run.data.val, "val", then=take)
+        _record(run, course, loss, figures, seconds=time.perf_counter() - began)
+
+    unmoved = proof.conclude(run.model)
+    run.hooks.call.phase_ended(run=run)
+    if phase.restore_best and course.best_epoch != len(course.history):
+        load_state(run.model.module, {**state_of(run.model.module), **course.best_state}, where="best weights")
+        run.optimization.forget()
+    run.phase = None
+    sizes = {name: parameter.numel() for name, parameter in run.model.parameters().items()}
+    return Report(
+        step=phase.name,
+        reason=course.reason,
+        epochs=len(course.history),
+        steps=run.steps_done,
+        best_epoch=course.best_epoch,
+        train={"loss": course.history[-1]["train"]["loss"]},
+        val=course.best_figures if phase.restore_best else course.figures,
+        history=course.history,
+        trained=sum(sizes[name] for name in trained),
+        frozen=sum(sizes.values()) - sum(sizes[name] for name in trained),
+        unmoved=unmoved,
+    )
+
+
+def _train_epoch(run: Run, draws: _Draws, plan: list[Any], proof: Proof, schedule: Any) -> float:
+    """One pass over the training split, or what is left of a phase given in steps. Returns the mean loss."""
+    total = torch.zeros((), device=run.device.torch)
+    count = 0
+    order = draws.order(run)
+    last = -(-order.size // run.config.batch_size)
+    for index, batch in enumerate(run.training_batches(order, draws.weights), start=1):
+        set_modes(plan)
+        run.reseed()
+        loss, _ = run.hooks.call.train_step(run=run, batch=batch)
+        (loss if run.config.accumulate == 1 else loss / run.config.accumulate).backward()
+        total += loss.detach() * len(batch.rows)
+        count += len(batch.rows)
+        if index % run.config.accumulate and index != last:
+            continue
+        run.optimization.set_factor(schedule.factor(run.progress))
+        if proof.watched:
+            proof.observe(run.model, run.optimization.groups())
+        run.hooks.call.optimizer_step(run=run)
+        run.device.mark_step()
+        run.step += 1
+        run.steps_done += 1
+        run.progress = run.steps_done / run.total_steps
+        if proof.watched and run.steps_done.bit_count() == 1:  # after steps 1, 2, 4, 8, ...
+            proof.narrow(run.model)
+        if run.steps_done == run.total_steps:
+            break
+    return _finite(run, float(total) / count)
+
+
+def _finite(run: Run, loss: float) -> float:
+    if math.isfinite(loss):
+        return loss
+    assert run.phase is not None
+    raise HaltError(
+        f"the training loss is {loss}",
+        where=f"phase '{run.phase.name}', epoch {run.epoch + 1}",
+        why="a step in this epoch produced a value that is no number; the weights are lost from there on",
+        fix="lower the learning rate, add --with grad-clip, or look for bad values in the data",
+    )
+
+
+def _record(run: Run, course: _Course, loss: float, figures: Mapping[str, Any], *, seconds: float) -> None:
+    assert run.phase is not None
+    run.history.append(
+        {
+            "step": run.step,
+            "epoch": run.epoch,
+            "phase": run.phase.name,
+            "lr": run.optimization.rates()[0],
+            "train": {"loss": loss},
+            "val": single_numbers(figures),
+            "best": course.best_epoch == len(course.history),
+            "seconds": seconds,
+        }
+    )
+    run.hooks.call.epoch_ended(run=run)
+
+
+def _monitor(run: Run, phase: Phase) -> tuple[str, str]:
+    """The figure that decides, and whether more of it is better."""
+    targets = run.data.targets
+    if phase.monitor is None or phase.monitor == targets.monitor:
+        return targets.monitor, targets.monitor_mode
+    falls = ("loss", "error", "mae", "mse", "rmse", "ece", "hamming")
+    return phase.monitor, "min" if any(word in phase.monitor for word in falls) else "max"
+
+
+@attrs.define(eq=False)
+class _Course:
+    """How a phase goes: its figures so far, the best of them, and why it ended."""
+
+    phase: Phase
+    monitor: str
+    mode: str
+    reason: str = ""
+    best: float = math.nan
+    best_epoch: int = 0
+    best_figures: Mapping[str, Any] = attrs.field(factory=dict)
+    best_state: dict[str, Tensor] = attrs.field(factory=dict)
+    figures: Mapping[str, Any] = attrs.field(factory=dict)
+    history: list[dict[str, Any]] = attrs.field(factory=list)
+
+    def takes(self, loss: float, figures: Mapping[str, Any], *, done: bool) -> bool:
+        """Take in an epoch's figures and decide whether to go on; True where it is the best so far."""
+        numbers = single_numbers(figures)
+        if self.monitor not in numbers:
+            raise UsageError(
+                f"no metric gives the figure '{self.monitor}'",
+                where=f"phase '{self.phase.name}'",
+                why="early stopping and best weights watch it",
+                fix=f"watch one of {', '.join(sorted(numbers))}",
+            )
+        self.figures = figures
+        self.history.append({"epoch": len(self.history) + 1, "train": {"loss": loss}, "val": numbers})
+        value = numbers[self.monitor]
+        gain = value - self.best if self.mode == "max" else self.best - value
+        better = self.best_epoch == 0 or gain > self.phase.min_gain
+        if better:
+            self.best, self.best_epoch, self.best_figures = value, len(self.history), figures
+        self.reason = self._reason(done)
+        return better
+
+    def keep(self, model: Model, trained: list[str]) -> None:
+        """Remember the best weights, where the phase asks for them: what trained, and every buffer."""
+        if self.phase.restore_best:
+            frozen = set(model.parameters()) - set(trained)
+            state = state_of(model.module)
+            self.best_state = {name: tensor.clone() for name, tensor in state.items() if name not in frozen}
+
+    def _reason(self, done: bool) -> str:
+        since = len(self.history) - self.best_epoch
+        if self.phase.patience is not None and since >= self.phase.patience:
+            return f"early stop: {self.monitor} has not gained for {since} epoch(s), best {self.best:.4f}"
+        if done:
+            return f"all {self.phase.epochs} epochs done" if self.phase.epochs else f"all {self.phase.steps} steps done"
+        return ""
+
+
+@attrs.frozen(eq=False)
+class _Draws:
+    """How often each sample is drawn, and with what weight."""
+
+    size: int
+    counts: tuple[int, ...]
+    pools: tuple[Tensor, ...]
+    weights: Tensor | None
+
+    @classmethod
+    def of(cls, run: Run, phase: Phase) -> _Draws:
+        """Read the phase's `sampling` and `class_weights`.
+
+        Raises:
+            DataError: The targets have no classes to weigh.
+        """
+        size = len(run.data.train)
+        counts: tuple[int, ...] = ()
+        pools: dict[str, Tensor] = {}
+        if phase.sampling is not None:
+            pools = _pools(run, phase)
+            counts = _shares(_factors(phase.sampling, pools, balance=1.0), pools, size)
+        return cls(size, counts, tuple(pools.values()), _weights(run, phase, size))
+
+    def order(self, run: Run) -> Order:
+        """The order of the epoch that begins."""
+        return Order(self.size, run.config.seed, run.epoch, self.counts, self.pools)
+
+
+def _pools(run: Run, phase: Phase) -> dict[str, Tensor]:
+    pools = {name: rows for name, rows in run.data.targets.pools(run.data.train.targets).items() if len(rows)}
+    if not pools:
+        raise DataError(
+            f"phase '{phase.name}' weighs classes, and the targets have none",
+            fix="leave class_weights and sampling out",
+        )
+    return pools
+
+
+def _factors(asked: Mapping[str, float] | str, pools: dict[str, Tensor], *, balance: float) -> dict[str, float]:
+    """A factor for each class: as asked, 1 where nothing is said; `"balanced"` evens out the classes' sizes."""
+    if isinstance(asked, str):
+        if asked != "balanced":
+            raise UsageError(f"class weights must be 'balanced' or a table, not {asked!r}")
+        return {name: balance / len(rows) for name, rows in pools.items()}
+    unknown = sorted(set(asked) - set(pools))
+    if unknown:
+        raise UsageError(f"no training sample has class '{unknown[0]}'", fix=f"classes: {', '.join(pools)}")
+    return {name: asked.get(name, 1.0) for name in pools}
+
+
+def _shares(factors: dict[str, float], pools: dict[str, Tensor], size: int) -> tuple[int, ...]:
+    """Draws of each pool, in proportion to its size times its factor, summing to `size` (largest remainders)."""
+    mass = [factors[name] * len(rows) for name, rows in pools.items()]
+    exact = [size * part / sum(mass) for part in mass]
+    counts = [math.floor(part) for part in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: size - sum(counts)]:
+        counts[index] += 1
+    return tuple(counts)
+
+
+def _weights(run: Run, phase: Phase, size: int) -> Tensor | None:
+    """The factor of each sample's loss (n,), mean 1 over the split; None where nothing is asked."""
+    if phase.class_weights is None:
+        return None
+    pools = _pools(run, phase)
+    weights = torch.ones(size)
+    for name, factor in _factors(phase.class_weights, pools, balance=size / len(pools)).items():
+        weights[pools[name]] = factor
+    return weights / weights.mean()

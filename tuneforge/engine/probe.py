@@ -1,0 +1,153 @@
+"""`Probe` steps: measure, and leave weights, buffers, gradients, modes and random generators as they were."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tuneforge.engine.data import Batch
+from tuneforge.engine.folder import load_state, state_of
+from tuneforge.engine.model import freeze, select, set_modes
+from tuneforge.engine.optim import Optimization
+from tuneforge.engine.order import Order
+from tuneforge.engine.parts import Parts
+from tuneforge.engine.run import Run
+from tuneforge.plugin.steps import Phase, Probe, Readings
+
+RATES = tuple(10 ** (exponent / 4) for exponent in range(-24, 1))
+"""Rates of a `"rates"` probe: 1e-6 to 1, four a decade."""
+
+
+def probe(run: Run, step: Probe, parts: Parts) -> Readings:
+    """Do a `Probe` step."""
+    with _untouched(run):
+        measures = {"gradients": _gradients, "features": _features, "rates": _rates}
+        return Readings(step=step.name, values=measures[step.measure](run, step, parts))
+
+
+def _gradients(run: Run, step: Probe, parts: Parts) -> dict[Any, float]:
+    """Gradient norm over weight norm, mean over batches (the relative gradient norm of Lee et al. 2023)."""
+    del parts
+    names = select(run.model, step.train)
+    freeze(run.model, names)
+    named = run.model.parameters()
+    keys = {name: _group_of(run, name) if step.by == "group" else name for name in names}
+    ratios: dict[Any, list[Tensor]] = {}
+    count = 0
+    for batch in _some_batches(run, step.batches):
+        count += 1
+        run.model.module.zero_grad(set_to_none=True)
+        run.hooks.call.train_step(run=run, batch=batch)[0].backward()
+        for name in names:
+            ratios.setdefault(keys[name], []).append(_relative(named[name]))
+    size = {key: list(keys.values()).count(key) for key in ratios}
+    return {key: float(torch.stack(found).sum()) / count / size[key] for key, found in ratios.items()}
+
+
+def _relative(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        return torch.zeros((), device=parameter.device)
+    return parameter.grad.norm() / parameter.detach().norm().clamp_min(1e-12)
+
+
+def _features(run: Run, step: Probe, parts: Parts) -> dict[Any, float]:
+    """How far each group's output on validation lies from that on training, in standard deviations a channel."""
+    del parts
+    modules = {group.name: run.model.module.get_submodule(_last_module(run, group.prefixes)) for group in run.model.groups}
+    train = _moments(run, modules, _some_batches(run, step.batches))
+    val = _moments(run, modules, islice(run.evaluation_batches(run.data.val), step.batches))
+    drift = {}
+    for name in train:
+        (mean, variance), (other_mean, other_variance) = train[name], val[name]
+        spread = ((variance + other_variance) / 2).sqrt().clamp_min(1e-6)
+        drift[name] = float(((mean - other_mean).abs() / spread).mean())
+    return drift
+
+
+def _moments(run: Run, modules: dict[str, nn.Module], batches: Iterator[Batch]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance (channels,) of each module's output over the samples of some batches."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+    def catcher(name: str) -> Any:
+        return lambda module, args, output: seen[name].append(_channels(output))
+
+    handles = [module.register_forward_hook(catcher(name)) for name, module in modules.items()]
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                run.forward(batch.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    stacked = {name: torch.cat(found).double().cpu() for name, found in seen.items() if found}
+    return {name: (rows.mean(0), rows.var(0, correction=0)) for name, rows in stacked.items()}
+
+
+def _channels(output: Any) -> Tensor:
+    """One number a channel and sample, (b, channels): maps are averaged over space, sequences over positions."""
+    tensor: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    if tensor.ndim == 3:
+        return tensor.mean(1)
+    return tensor.flatten(2).mean(2) if tensor.ndim > 3 else tensor
+
+
+def _rates(run: Run, step: Probe, parts: Parts) -> dict[Any, float]:
+    """The loss on a batch after one optimizer step at each of `RATES`, always from the same weights."""
+    names = select(run.model, step.train)
+    freeze(run.model, names)
+    start = {name: tensor.clone() for name, tensor in state_of(run.model.module).items()}
+    batches = list(_some_batches(run, step.batches))
+    losses: dict[Any, float] = {}
+    for rate in RATES:
+        total = 0.0
+        for batch in batches:
+            load_state(run.model.module, start, where=step.name)
+            optimization = Optimization()
+            phase = Phase(step.name, train=step.train, steps=1, lr=rate)
+            optimization.arrange(run.model, phase, names, parts.part_of(phase), same=False)
+            run.hooks.call.train_step(run=run, batch=batch)[0].backward()
+            optimization.step()
+            with torch.no_grad():
+                total += float(run.hooks.call.train_step(run=run, batch=batch)[0])
+        losses[rate] = total / len(batches)
+    return losses
+
+
+def _some_batches(run: Run, count: int) -> Iterator[Batch]:
+    order = Order(len(run.data.train), run.config.seed, run.epoch)
+    return islice(run.training_batches(order, None), count)
+
+
+def _group_of(run: Run, parameter: str) -> str:
+    return next(group.name for group in run.model.groups if group.holds(parameter))
+
+
+def _last_module(run: Run, prefixes: tuple[str, ...]) -> str:
+    paths = {path for path, _ in run.model.module.named_modules()}
+    return next((prefix for prefix in reversed(prefixes) if prefix in paths), "")
+
+
+@contextlib.contextmanager
+def _untouched(run: Run) -> Iterator[None]:
+    """Put weights, buffers, gradients' requirement, modes and random generators back, to the bit."""
+    module = run.model.module
+    state = {name: tensor.clone() for name, tensor in state_of(module).items()}
+    wanted = {name: parameter.requires_grad for name, parameter in run.model.parameters().items()}
+    plan = [(child, child.training) for child in module.modules()]
+    with torch.random.fork_rng(device_type=run.device.torch.type) if run.device.torch.type == "cuda" else _cpu_rng():
+        module.eval()
+        try:
+            yield
+        finally:
+            load_state(module, state, where="probe")
+            set_modes(plan)
+            freeze(run.model, [name for name, wants in wanted.items() if wants])
+
+
+def _cpu_rng() -> contextlib.AbstractContextManager[None]:
+    return torch.random.fork_rng(devices=[])

@@ -1,0 +1,170 @@
+"""The state of a run: the one thing that changes while it goes on, and only the engine changes it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from tuneforge.engine.data import Batch, Data, Inputable, Split, batches, in_order, in_turn, map_inputs
+from tuneforge.engine.device import Device
+from tuneforge.engine.model import Model, answer_of, call
+from tuneforge.engine.optim import Optimization
+from tuneforge.engine.order import Noise, Order, key_of
+from tuneforge.errors import PluginError
+from tuneforge.plugin.config import RunConfig
+from tuneforge.plugin.manager import Hooks
+from tuneforge.plugin.steps import Phase
+
+EVALUATION_BATCH = 256
+
+
+@attrs.define(eq=False)
+class Run:
+    """What every hook is given.
+
+    Args:
+        config: The resolved configuration; never changes.
+        folder: Where the run writes; None where nothing is written.
+        device: Where the model lives.
+        hooks: The components that take part.
+        restoring: True where weights follow from a run folder: build shapes, load nothing.
+        say: Where sentences for the user go.
+        phase: The phase that trains, if one does.
+        step: Optimizer steps so far, over the whole run.
+        epoch: Epochs so far, over the whole run.
+        progress: Share of the phase done, 0 to 1.
+        total_steps: Optimizer steps that the phase may take.
+        steps_done: Optimizer steps that the phase has taken.
+        history: One entry an epoch: step, epoch, phase, rate, training loss and validation figures.
+        evaluating: Name of the split under evaluation, or None.
+    """
+
+    config: RunConfig
+    folder: Path | None
+    device: Device
+    hooks: Hooks
+    restoring: bool = False
+    say: Callable[[str], None] = lambda text: None
+    phase: Phase | None = None
+    step: int = 0
+    epoch: int = 0
+    progress: float = 0.0
+    total_steps: int = 0
+    steps_done: int = 0
+    history: list[dict[str, Any]] = attrs.field(factory=list)
+    evaluating: str | None = None
+    optimization: Optimization = attrs.field(factory=Optimization)
+    augments: tuple[Any, ...] = ()
+    _data: Data | None = None
+    _model: Model | None = None
+    _example: Any = None
+    _states: dict[int, dict[str, Any]] = attrs.field(factory=dict)
+
+    @property
+    def data(self) -> Data:
+        """The splits and the two contracts; there once `data_prepare` is done."""
+        if self._data is None:
+            raise PluginError("there is no data yet", why="data_prepare has not finished", fix="ask in a later hook")
+        return self._data
+
+    @property
+    def model(self) -> Model:
+        """The model; there once `model_adapt` is done."""
+        if self._model is None:
+            raise PluginError("there is no model yet", why="model_adapt has not finished", fix="ask in a later hook")
+        return self._model
+
+    @property
+    def example(self) -> Any:
+        """Ready inputs of two samples, on the run's device: what shapes can be read from."""
+        if self._example is None:
+            self._example = self.place(self.data.example())
+        return self._example
+
+    def take_data(self, data: Data) -> None:
+        """Set the data; the engine's."""
+        self._data = data
+
+    def take_model(self, model: Model) -> None:
+        """Set the model, on the run's device and in its layout; the engine's."""
+        model.module.to(self.device.torch)
+        if self._channels_last(model):
+            model.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+        self._model = model
+
+    def note(self, text: str) -> None:
+        """Say a sentence to the user: on the screen and in the run's log."""
+        self.say(text)
+
+    def state(self, component: object) -> dict[str, Any]:
+        """What a component remembers while the run goes on: tensors and plain data, saved with checkpoints."""
+        return self._states.setdefault(id(component), {})
+
+    def forward(self, inputs: Any) -> Any:
+        """The model's answer (b, k) for a batch's inputs."""
+        with self.autocast():
+            output = answer_of(call(self.model.module, inputs))
+        return output.float() if isinstance(output, Tensor) and output.dtype == torch.bfloat16 else output
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision of forward passes."""
+        if self.config.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.torch.type, torch.bfloat16)
+
+    def place(self, inputs: Any) -> Any:
+        """Inputs or targets on the run's device, 4-D tensors in its layout."""
+        return map_inputs(inputs, self._placed) if isinstance(inputs, (Tensor, Mapping)) else inputs
+
+    def reseed(self) -> None:
+        """Give the noise inside the model the generator state of this step, whatever came before."""
+        torch.default_generator.manual_seed(key_of(self.config.seed, "step", self.step) & 0x7FFFFFFFFFFFFFFF)
+        self.device.reseed(key_of(self.config.seed, "step", self.step) & 0x7FFFFFFFFFFFFFFF)
+
+    def training_batches(self, order: Order, weights: Tensor | None) -> Iterator[Batch]:
+        """Batches of one epoch of the training split, augmented, on the device."""
+        split = self.data.train
+
+        def finish(rows: Tensor, stored: Inputable) -> Batch:
+            noise = Noise(self.config.seed, self.epoch, rows)
+            batch = self._batch(split, rows, stored, noise, weights)
+            for part in self.augments:
+                batch = part.augment(self, batch)
+            return batch
+
+        return batches(split, in_order(order, self.config.batch_size), finish, workers=self.config.workers)
+
+    def evaluation_batches(self, split: Split) -> Iterator[Batch]:
+        """Every sample of a split once, in order, on the device."""
+
+        def finish(rows: Tensor, stored: Inputable) -> Batch:
+            return self._batch(split, rows, stored, Noise(self.config.seed, 0, rows), None)
+
+        size = self.config.eval_batch_size or max(EVALUATION_BATCH, self.config.batch_size)
+        return batches(split, in_turn(len(split), size), finish, workers=self.config.workers)
+
+    def _batch(self, split: Split, rows: Tensor, stored: Inputable, noise: Noise, weights: Tensor | None) -> Batch:
+        return Batch(
+            inputs=self.place(self.data.inputs.ready(map_inputs(stored, self.device.move))),
+            targets=self.place(split.targets.index_select(0, rows)),
+            rows=rows,
+            weights=None if weights is None else self.device.move(weights.index_select(0, rows)),
+            noise=noise,
+        )
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        moved = self.device.move(tensor)
+        if moved.ndim == 4 and self._model is not None and self._channels_last(self._model):
+            return moved.contiguous(memory_format=torch.channels_last)
+        return moved
+
+    def _channels_last(self, model: Model) -> bool:
+        if self.config.memory_format != "auto":
+            return self.config.memory_format == "channels-last"
+        return any(parameter.ndim == 4 for parameter in model.module.parameters())

@@ -1,0 +1,220 @@
+"""What one run is told: defaults, under a TOML file, under flags; resolved once and frozen."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+
+from tuneforge.errors import FolderError, UnknownNameError, UsageError, close_match
+from tuneforge.plugin.component import build, component, ge, option, options_of
+from tuneforge.plugin.steps import Use
+
+SINGLE = {
+    "data": "data_prepare", "model": "model_adapt", "step": "train_step", "strategy": "finetune_strategy",
+    "schedule": "lr_schedule", "optimizer": "optimizer",
+}  # fmt: skip
+"""Keys that name one component, with the group it is found in."""
+
+REPEATABLE = {"adapt": "model_adapt", "evaluate": "evaluate", "with": "extension", "augment": "augment"}
+"""Keys that name any number of components, with the group they are found in."""
+
+GROUP_OF = {**SINGLE, **REPEATABLE}
+
+
+@component(api=1)
+class Settings:
+    """The run's own settings, beside the components it names."""
+
+    batch_size: int = option(32, help="Samples a training step.", check=ge(1))
+    eval_batch_size: int | None = option(None, help="Samples a forward pass in evaluation; none: 256.", check=ge(1))
+    accumulate: int = option(1, help="Batches whose gradients are averaged into one optimizer step.", check=ge(1))
+    seed: int = option(0, help="Of the split, the order, the augmentation and every fresh weight.", check=ge(0))
+    device: str = option("auto", help="auto, cpu, cuda, cuda:1, mps, xla, or any device torch knows.")
+    workers: int = option(0, help="Processes that decode ahead where the data is not in memory.", check=ge(0))
+    precision: Literal["float32", "bfloat16"] = option("float32", help="Of the forward pass (autocast).")
+    memory_format: Literal["auto", "contiguous", "channels-last"] = option(
+        "auto", help="Layout of 4-D tensors; auto: channels-last where the model has 4-D weights."
+    )
+    page: bool = option(True, help="Write report.html when the run is done.")
+    out: Path | None = option(None, help="Folder of the run; none: a new one under runs/.")
+
+
+@attrs.frozen(kw_only=True, eq=True)
+class RunConfig(Settings):
+    """Everything that decides a run.
+
+    Args:
+        data: Where samples come from.
+        model: What builds the model.
+        adapt: What changes it, in order.
+        step: What computes the loss; None: what fits the targets.
+        evaluate: What computes the figures; empty: what fits the targets.
+        strategy: What says what to do.
+        extensions: What else takes part (`--with`).
+        augment: Random changes of training inputs, in order.
+        schedule: Course of the rate, over what the strategy asks; None: the strategy's.
+        optimizer: Over what the strategy asks; None: the strategy's, else adamw.
+    """
+
+    data: Use = Use("digits")
+    model: Use = Use("digit-cnn")
+    adapt: tuple[Use, ...] = ()
+    step: Use | None = None
+    evaluate: tuple[Use, ...] = ()
+    strategy: Use = Use("freeze-then-unfreeze")
+    extensions: tuple[Use, ...] = ()
+    augment: tuple[Use, ...] = ()
+    schedule: Use | None = None
+    optimizer: Use | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """The plain settings as JSON-able values, by Python name."""
+        values = {name: getattr(self, name) for name in options_of(Settings)}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The table of a configuration file, its keys checked.
+
+    Raises:
+        FolderError: It cannot be read.
+        UsageError: It is no TOML, or a key is unknown.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FolderError(f"cannot read '{path}'", where="--config", why=error.strerror or str(error)) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"'{path}' is not TOML", where="--config", why=str(error)) from None
+    for key in table:
+        check_key(key, where=str(path))
+    return table
+
+
+def check_key(key: str, *, where: str) -> None:
+    """Refuse a key that no configuration has.
+
+    Raises:
+        UnknownNameError: The message offers the nearest.
+    """
+    known = [*GROUP_OF, *(each.key for each in options_of(Settings).values())]
+    if key.replace("_", "-") not in known:
+        raise UnknownNameError(f"unknown key '{key}'", where=where, fix=close_match(key, known))
+
+
+def merged(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags over the file's table: a component named by a flag drops the file's options of another one."""
+    table = {key.replace("_", "-"): value for key, value in file.items()}
+    for key, value in flags.items():
+        if key in SINGLE:
+            table[key] = _over(_entry(table.get(key), where=key), _entry(value, where=key))
+        elif key in REPEATABLE:
+            table[key] = _over_all(table.get(key, ()), value, key)
+        else:
+            table[key] = value
+    return table
+
+
+def resolve(table: Mapping[str, Any], *, where: str = "") -> RunConfig:
+    """The configuration that a table of settings and components describes.
+
+    Args:
+        table: By key, as a file has it: `{"seed": 1, "strategy": {"name": "full", "epochs": 3}}`; a component may
+            also be a bare name.
+        where: What messages name.
+
+    Raises:
+        UnknownNameError: A key is unknown.
+        OptionError: A setting's value has the wrong type or range.
+    """
+    for key in table:
+        check_key(key, where=where)
+    plain_settings = {key: value for key, value in table.items() if key not in GROUP_OF}
+    settings = build(Settings, plain_settings, where=where or "-")
+    chosen: dict[str, Any] = {key: _as_use(table[key], key, default_name(key)) for key in SINGLE if key in table}
+    for key in REPEATABLE:
+        chosen["extensions" if key == "with" else key] = tuple(_as_use(each, key, None) for each in table.get(key, ()))
+    return RunConfig(**{name: getattr(settings, name) for name in options_of(Settings)}, **chosen)
+
+
+def default_name(key: str) -> str | None:
+    """The component that a key names when nobody says otherwise."""
+    default = attrs.fields_dict(RunConfig)[key].default
+    return default.name if default is not None else None
+
+
+def as_table(config: RunConfig) -> dict[str, Any]:
+    """The table that `resolve` turns into an equal configuration; what is None is left out."""
+    names = {each.name: each.key for each in options_of(Settings).values()}
+    table: dict[str, Any] = {names[name]: value for name, value in config.settings().items() if value is not None}
+    for key in SINGLE:
+        chosen = getattr(config, key)
+        if chosen is not None:
+            table[key] = _use_table(chosen)
+    for key in REPEATABLE:
+        chosen = config.extensions if key == "with" else getattr(config, key)
+        if chosen:
+            table[key] = [_use_table(each) for each in chosen]
+    return table
+
+
+def to_toml(config: RunConfig) -> str:
+    """A file that runs the same."""
+    import tomli_w
+
+    return tomli_w.dumps(as_table(config))
+
+
+def _use_table(chosen: Use) -> dict[str, Any]:
+    options = {key.replace("_", "-"): _writable(value) for key, value in chosen.options.items()}
+    return {"name": chosen.name, **options}
+
+
+def _writable(value: Any) -> Any:
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return {key: _writable(item) for key, item in value.items()}
+    return [_writable(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _entry(value: Any, *, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise UsageError(f"'{where}' must be a name or a table with a name", where=where, why=f"it is {value!r}")
+
+
+def _over(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    same = high.get("name") in (None, low.get("name"))
+    kept = {key.replace("_", "-"): value for key, value in low.items()} if same else {}
+    return {**kept, **{key.replace("_", "-"): value for key, value in high.items()}}
+
+
+def _over_all(low: Any, high: Any, key: str) -> list[dict[str, Any]]:
+    """Components named by flags follow the file's; options of one the file named already go over the file's."""
+    out = [_entry(each, where=key) for each in low]
+    for each in (_entry(value, where=key) for value in high):
+        place = next((index for index, known in enumerate(out) if known.get("name") == each.get("name")), None)
+        if place is None:
+            out.append(each)
+        else:
+            out[place] = _over(out[place], each)
+    return out
+
+
+def _as_use(value: Any, key: str, default: str | None) -> Use:
+    if isinstance(value, Use):
+        return value
+    table = _entry(value, where=key)
+    name = table.pop("name", default)
+    if not isinstance(name, str):
+        raise UsageError(f"[{key}] has options but no name", where=key, fix=f'add: name = "..." under [{key}]')
+    return Use(name, table)
