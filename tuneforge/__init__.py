@@ -29,7 +29,8 @@ _HOMES = {
     "tuneforge.engine.run": ("Run",),
     "tuneforge.engine.engine": ("Engine", "Result"),
     "tuneforge.engine.folder": ("load_tensors", "save_tensors"),
-    "tuneforge.verbs": ("evaluate", "load", "predict"),
+    "tuneforge.engine.tuned": ("Tuned", "evaluate", "load", "predict"),
+    "tuneforge.judge.page": ("write_page",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

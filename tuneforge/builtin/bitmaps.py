@@ -25,7 +25,7 @@ def block_counts(bitmaps_nyx: Bools) -> Images:
 
 def deepest(fields_nyx: Floats, ink_n: Floats | NDArray[np.integer]) -> Bools:
     """Mark the `ink_n` pixels with the greatest values of each field `(n, y, x)`."""
-    flat = fields_nyx.reshape(len(fields_nyx), -1)
+    flat = fields_nyx.reshape(len(fields_nyx), fields_nyx.shape[1] * fields_nyx.shape[2])
     ranks = flat.shape[1] - np.clip(np.rint(ink_n), 1, flat.shape[1]).astype(np.int64)
     threshold = np.take_along_axis(np.sort(flat, axis=1), ranks[:, None], axis=1)
     return (flat >= threshold).reshape(fields_nyx.shape)

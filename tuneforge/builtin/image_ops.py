@@ -5,6 +5,7 @@ Shapes: n pictures, c channels, h and w pixels; everything is uint8.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -72,8 +73,13 @@ class Op:
         return F.resize(pictures_nchw, list(self.shape(*pictures_nchw.shape[-2:])), antialias=True)
 
 
-def parsed(texts: Sequence[str]) -> tuple[Op, ...]:
-    """The operations that `texts` name, in order."""
+@functools.lru_cache(maxsize=256)
+def parsed(texts: tuple[str, ...]) -> tuple[Op, ...]:
+    """The operations that `texts` name, in order.
+
+    Raises:
+        ValueError: One of them names none.
+    """
     return tuple(Op.parse(text) for text in texts)
 
 
@@ -114,7 +120,7 @@ def _squared(pictures_nchw: Tensor) -> Tensor:
 
 def _known(texts: Sequence[str]) -> bool:
     try:
-        parsed(texts)
+        parsed(tuple(texts))
     except ValueError:
         return False
     return True

@@ -123,7 +123,7 @@ def _made(
     *,
     fused: bool,
 ) -> torch.optim.Optimizer:
-    """An optimizer, fused where asked for and possible. It gets copies of the groups, because torch writes into them."""
+    """An optimizer, fused where asked for and possible, over copies of the groups: torch writes into them."""
     if fused and "fused" in inspect.signature(kind).parameters and _fusible(groups):
         try:
             return kind([dict(group) for group in groups], **arguments, fused=True)

@@ -45,7 +45,7 @@ def recombine(count: int, *, images: Images, labels: Integers, rng: np.random.Ge
     """Make up to `count` characters of the digits' strokes that do not look like a digit.
 
     Whether one does is asked of a support vector machine that knows the given digits from what is no digit by
-    construction (in a mirror, upside down, on its side, two in one); what it is not sure of is thrown away. The
+    construction (in a mirror, upside down, on its side); what it is not sure of is thrown away. The
     digits it learns from have passed through the same cutting table, so that the handling gives nothing away.
 
     Args:
@@ -191,11 +191,6 @@ def _crossed(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
     return np.concatenate([a[:cut], b[cut:, ::-1]])
 
 
-def _stacked(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
-    """One digit over the other, each pressed to half its height."""
-    return np.concatenate([mask[::2] | mask[1::2] for mask in (a, b)])
-
-
 def _reduced(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
     """A digit without what lies on one side of a line near its middle."""
     angle, offset = rng.uniform(0, 2 * np.pi), rng.uniform(-3, 4)
@@ -225,7 +220,6 @@ MAKINGS: dict[str, Making] = {
     "quarter": Making(_quarter, "0123456789", 2, sure=False),
     "crossed": Making(_crossed, "0123456789", 2, sure=False),
     "reduced": Making(_reduced, "023456789", 1, sure=False),
-    "stacked": Making(_stacked, "0123456789", 2, sure=True),
     # 2 and 5 come near each other in a mirror; 0, 1 and 8 hardly change.
     "mirrored": Making(_mirrored, "34679", 1, sure=True),
     # 0, 1, 2, 5 and 8 hardly change, 6 and 9 change places.

@@ -120,7 +120,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write plain data as JSON for people and programs; a number that is none becomes null."""
-    write_whole(path, json.dumps(_finite(value), indent=1, sort_keys=False, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(finite(value), indent=1, sort_keys=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -147,6 +147,17 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
         with path.open(encoding="utf-8") as file:
             yield from (json.loads(line) for line in file if line.strip())
+
+
+def finite(value: Any) -> Any:
+    """Plain data in which a number that is none has become None, as JSON needs it."""
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
 
 
 class RunFolder:
@@ -251,13 +262,3 @@ def _write_error(path: Path, error: OSError) -> FolderError | TryAgainError:
     if error.errno in (28, 122):  # ENOSPC, EDQUOT
         return TryAgainError(f"cannot write '{path}'", why=why, fix="free some space and try again")
     return FolderError(f"cannot write '{path}'", where="--out", why=why, fix="name a folder that you may write to")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tuneforge.engine.evaluation import single_numbers
 from tuneforge.engine.folder import load_state, state_of
-from tuneforge.engine.model import Model, freeze, modes, select, set_modes
+from tuneforge.engine.model import freeze, modes, select, set_modes
 from tuneforge.engine.order import Order
 from tuneforge.engine.parts import Parts
 from tuneforge.engine.passes import evaluate
@@ -49,12 +50,7 @@ def train(run: Run, phase: Phase, parts: Parts) -> Report:
         loss = _train_epoch(run, draws, plan, proof, schedule)
         proof.narrow(run.model)
         run.epoch += 1
-        done = run.steps_done >= run.total_steps
-
-        def take(figures: Mapping[str, Any], loss: float = loss, done: bool = done) -> None:
-            if course.takes(loss, figures, done=done):
-                course.keep(run.model, trained)
-
+        take = functools.partial(course.take, run, loss, trained)
         figures = evaluate(run, run.data.val, "val", then=take)
         _record(run, course, loss, figures, seconds=time.perf_counter() - began)
 
@@ -163,8 +159,11 @@ class _Course:
     figures: Mapping[str, Any] = attrs.field(factory=dict)
     history: list[dict[str, Any]] = attrs.field(factory=list)
 
-    def takes(self, loss: float, figures: Mapping[str, Any], *, done: bool) -> bool:
-        """Take in an epoch's figures and decide whether to go on; True where it is the best so far."""
+    def take(self, run: Run, loss: float, trained: list[str], figures: Mapping[str, Any]) -> None:
+        """Take in an epoch's figures: is it the best so far, and does the phase go on?
+
+        Where the phase asks for best weights, those of the best epoch are kept: what trained, and every buffer.
+        """
         numbers = single_numbers(figures)
         if self.monitor not in numbers:
             raise UsageError(
@@ -177,18 +176,13 @@ class _Course:
         self.history.append({"epoch": len(self.history) + 1, "train": {"loss": loss}, "val": numbers})
         value = numbers[self.monitor]
         gain = value - self.best if self.mode == "max" else self.best - value
-        better = self.best_epoch == 0 or gain > self.phase.min_gain
-        if better:
+        if self.best_epoch == 0 or gain > self.phase.min_gain or math.isnan(self.best):
             self.best, self.best_epoch, self.best_figures = value, len(self.history), figures
-        self.reason = self._reason(done)
-        return better
-
-    def keep(self, model: Model, trained: list[str]) -> None:
-        """Remember the best weights, where the phase asks for them: what trained, and every buffer."""
-        if self.phase.restore_best:
-            frozen = set(model.parameters()) - set(trained)
-            state = state_of(model.module)
-            self.best_state = {name: tensor.clone() for name, tensor in state.items() if name not in frozen}
+            if self.phase.restore_best:
+                frozen = set(run.model.parameters()) - set(trained)
+                state = state_of(run.model.module)
+                self.best_state = {name: tensor.clone() for name, tensor in state.items() if name not in frozen}
+        self.reason = self._reason(run.steps_done >= run.total_steps)
 
     def _reason(self, done: bool) -> str:
         since = len(self.history) - self.best_epoch

@@ -136,6 +136,7 @@ def options_of(cls: type) -> dict[str, Option]:
             check=field.metadata[_CHECK],
         )
         for field in attrs.fields(cls)
+        if _HELP in field.metadata
     }
 
 
@@ -151,7 +152,7 @@ def build(cls: type, values: Mapping[str, Any], *, where: str) -> Any:
     Args:
         cls: A class made by `component`.
         values: By option name, with dashes or underscores. Text is parsed to the option's type, unless that is text.
-        where: What the messages name, such as `--strategy` or a file and key.
+        where: What the messages name, such as `--strategy` or a file and key; `--` for flags without a prefix.
 
     Raises:
         UnknownNameError: The component has no such option.
@@ -160,10 +161,11 @@ def build(cls: type, values: Mapping[str, Any], *, where: str) -> Any:
     known = options_of(cls)
     parsed = {}
     for key, value in values.items():
-        found = find_option(known, key, where=f"{where}.{key}", owner=cls.__name__)
-        parsed[found.name] = parse(found, value, where=f"{where}.{found.key}")
+        found = find_option(known, key, where=_spot(where, key), owner=cls.__name__)
+        parsed[found.name] = parse(found, value, where=_spot(where, found.key))
     for missing in (each for each in known.values() if each.required and each.name not in parsed):
-        raise OptionError(f"{where}.{missing.key} is required", why=missing.help, fix=f"give {where}.{missing.key} VALUE")
+        spot = _spot(where, missing.key)
+        raise OptionError(f"{spot} is required", why=missing.help, fix=f"give {spot} VALUE")
     return cls(**parsed)
 
 
@@ -233,6 +235,10 @@ def type_text(annotation: Any) -> str:
         return f"table of {type_text(args[1])} (key=value,...)"
     words = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
     return words.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _spot(where: str, key: str) -> str:
+    return where + key if where.endswith("-") else f"{where}.{key}"
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import attrs
 
-from tuneforge.errors import FolderError, UnknownNameError, UsageError, close_match
+from tuneforge.errors import UnknownNameError, UsageError, close_match
 from tuneforge.plugin.component import build, component, ge, option, options_of
 from tuneforge.plugin.steps import Use
 
@@ -81,13 +81,12 @@ def read_file(path: Path) -> dict[str, Any]:
     """The table of a configuration file, its keys checked.
 
     Raises:
-        FolderError: It cannot be read.
-        UsageError: It is no TOML, or a key is unknown.
+        UsageError: It cannot be read, is no TOML, or has an unknown key.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise FolderError(f"cannot read '{path}'", where="--config", why=error.strerror or str(error)) from None
+        raise UsageError(f"cannot read '{path}'", where="--config", why=error.strerror or str(error)) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"'{path}' is not TOML", where="--config", why=str(error)) from None
     for key in table:
@@ -134,7 +133,7 @@ def resolve(table: Mapping[str, Any], *, where: str = "") -> RunConfig:
     for key in table:
         check_key(key, where=where)
     plain_settings = {key: value for key, value in table.items() if key not in GROUP_OF}
-    settings = build(Settings, plain_settings, where=where or "-")
+    settings = build(Settings, plain_settings, where=where or "--")
     chosen: dict[str, Any] = {key: _as_use(table[key], key, default_name(key)) for key in SINGLE if key in table}
     for key in REPEATABLE:
         chosen["extensions" if key == "with" else key] = tuple(_as_use(each, key, None) for each in table.get(key, ()))

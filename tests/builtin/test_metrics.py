@@ -1,0 +1,327 @@
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as judge
+from torch.nn import functional as F
+
+from tuneforge import DataError
+from tuneforge.builtin.metrics import Classification, Multilabel, Regression
+from tuneforge.builtin.targets import Classes, LabelSets, Numbers
+
+NEAR = {"rel": 1e-6, "abs": 1e-6}
+
+
+def run_of(targets):
+    return SimpleNamespace(data=SimpleNamespace(targets=targets))
+
+
+def classes(number):
+    return run_of(Classes(names=tuple(f"c{index}" for index in range(number))))
+
+
+def figures(component, run, outputs, targets, *, parts=1):
+    """The figures of one pass in `parts` batches of uneven size."""
+    metrics = component.evaluate(run)
+    cuts = sorted(np.random.default_rng(parts).integers(0, len(targets), parts - 1).tolist())
+    for begin, end in zip([0, *cuts], [*cuts, len(targets)], strict=True):
+        metrics.update(outputs[begin:end], targets[begin:end])
+    return metrics.compute()
+
+
+def drawn_classes(number, samples, seed, *, missing=()):
+    """Outputs that are right about half the time, and targets that never are of the `missing` classes."""
+    generator = torch.Generator().manual_seed(seed)
+    present = torch.tensor([index for index in range(number) if index not in missing])
+    targets = present[torch.randint(len(present), (samples,), generator=generator)]
+    outputs = torch.randn(samples, number, generator=generator)
+    outputs[torch.arange(samples), targets] += 2 * torch.rand(samples, generator=generator)
+    return outputs, targets
+
+
+def assert_near(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        if isinstance(first[name], dict):
+            assert_near(first[name], second[name])
+        elif isinstance(first[name], (str, list)):
+            assert first[name] == second[name], name
+        else:
+            assert first[name] == pytest.approx(second[name], **NEAR), name
+
+
+class TestClassification:
+    @pytest.mark.parametrize("seed", range(4))
+    @pytest.mark.parametrize(
+        ("number", "samples", "missing"),
+        [
+            (2, 50, ()),
+            (2, 7, (0,)),
+            (3, 9, (1,)),
+            (11, 400, ()),
+            (11, 30, (4, 10)),
+            (200, 300, ()),
+            (200, 1500, (0, 199)),
+        ],
+    )
+    def test_figures_are_scikit_learns(self, number, samples, missing, seed):
+        outputs, targets = drawn_classes(number, samples, seed, missing=missing)
+        found = figures(Classification(), classes(number), outputs, targets, parts=3)
+        answers = outputs.argmax(1)
+        assert found["loss"] == pytest.approx(F.cross_entropy(outputs, targets).item(), **NEAR)
+        assert found["accuracy"] == pytest.approx(judge.accuracy_score(targets, answers), **NEAR)
+        for average in ("macro", "weighted"):
+            expected = judge.precision_recall_fscore_support(targets, answers, average=average, zero_division=0)[:3]
+            assert [found[f"{name}_{average}"] for name in ("precision", "recall", "f1")] == pytest.approx(
+                expected, **NEAR
+            )
+        names = [f"c{index}" for index in range(number)]
+        report = judge.classification_report(
+            targets, answers, labels=range(number), target_names=names, output_dict=True, zero_division=0
+        )
+        assert_near(found["per_class"], {name: report[name] for name in names})
+        assert found["confusion"] == judge.confusion_matrix(targets, answers, labels=range(number)).tolist()
+
+    @pytest.mark.parametrize(("number", "top"), [(11, 3), (11, 1), (200, 5), (4, 3)])
+    def test_top_k_is_scikit_learns(self, number, top):
+        outputs, targets = drawn_classes(number, 300, seed=top)
+        found = figures(Classification(top_k=top), classes(number), outputs, targets)
+        expected = judge.top_k_accuracy_score(targets, outputs, k=top, labels=range(number))
+        assert found[f"top{top}_accuracy"] == pytest.approx(expected, **NEAR)
+
+    @pytest.mark.parametrize("number", [2, 3])
+    def test_top_k_is_left_out_where_there_are_no_more_classes(self, number):
+        found = figures(Classification(), classes(number), *drawn_classes(number, 20, seed=0))
+        assert not [name for name in found if name.startswith("top")]
+
+    def test_top_k_of_equal_scores_credits_only_the_first(self):
+        found = figures(Classification(top_k=2), classes(4), torch.zeros(4, 4), torch.arange(4))
+        assert found["top2_accuracy"] == 0.5
+        assert found["accuracy"] == 0.25
+
+    @pytest.mark.parametrize("bins", [15, 7])
+    def test_calibration_error_is_that_of_guo(self, bins):
+        outputs, targets = drawn_classes(5, 500, seed=3)
+        confidence, answers = outputs.double().softmax(1).max(1)
+        right = (answers == targets).double()
+        expected = 0.0
+        for index in range(bins):
+            inside = (confidence > index / bins) & (confidence <= (index + 1) / bins)
+            if inside.any():
+                expected += inside.sum().item() / 500 * abs(right[inside].mean() - confidence[inside].mean()).item()
+        assert figures(Classification(bins=bins), classes(5), outputs, targets)["ece"] == pytest.approx(
+            expected, **NEAR
+        )
+
+    def test_perfect_confidence_is_perfectly_calibrated(self):
+        found = figures(Classification(), classes(3), torch.eye(3) * 1000, torch.arange(3))
+        assert found["ece"] == 0.0
+        assert found["accuracy"] == 1.0
+
+    @pytest.mark.parametrize("number", [2, 11, 200])
+    def test_figures_do_not_depend_on_the_batches(self, number):
+        outputs, targets = drawn_classes(number, 257, seed=5)
+        whole = figures(Classification(), classes(number), outputs, targets)
+        split = figures(Classification(), classes(number), outputs, targets, parts=9)
+        assert_near(whole, split)
+
+    def test_a_class_without_samples_or_answers_does_not_drag_the_macro_average(self):
+        outputs = torch.eye(3)[[0, 1]] * 5
+        found = figures(Classification(), classes(3), outputs, torch.tensor([0, 1]))
+        assert found["recall_macro"] == found["f1_macro"] == 1.0
+        assert found["per_class"]["c2"] == {"precision": 0.0, "recall": 0.0, "f1-score": 0.0, "support": 0}
+
+    def test_the_worst_class_is_the_one_of_lowest_recall_among_those_with_samples(self):
+        outputs = torch.eye(4)[[0, 1, 1, 0]] * 5
+        found = figures(Classification(), classes(4), outputs, torch.tensor([0, 1, 2, 0]))
+        assert found["recall_min"] == 0.0
+        assert found["worst_class"] == "c2"
+
+    def test_outputs_that_are_no_numbers_count_as_wrong_and_show(self):
+        outputs = torch.eye(3)[[0, 0, 1]] * 5
+        outputs[1] = math.nan
+        found = figures(Classification(top_k=1), classes(3), outputs, torch.tensor([0, 0, 1]))
+        assert math.isnan(found["loss"])
+        assert math.isnan(found["ece"])
+        assert found["accuracy"] == found["top1_accuracy"] == pytest.approx(2 / 3)
+        assert found["confusion"] == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
+        assert found["per_class"]["c0"] == {
+            "precision": 1.0,
+            "recall": 0.5,
+            "f1-score": pytest.approx(2 / 3),
+            "support": 2,
+        }
+
+    def test_an_impossible_class_is_a_number_like_any(self):
+        outputs = torch.tensor([[2.0, -math.inf, 1.0]])
+        found = figures(Classification(), classes(3), outputs, torch.tensor([0]))
+        assert found["accuracy"] == 1.0
+        assert math.isfinite(found["loss"])
+
+    def test_mixed_targets_count_for_their_largest_share(self):
+        outputs, shares = torch.tensor([[3.0, 0.0], [0.0, 3.0]]), torch.tensor([[0.8, 0.2], [0.6, 0.4]])
+        found = figures(Classification(), classes(2), outputs, shares)
+        assert found["accuracy"] == 0.5
+        assert found["loss"] == pytest.approx(F.cross_entropy(outputs, shares).item(), **NEAR)
+
+    def test_outputs_that_do_not_fit_the_classes_are_refused(self):
+        with pytest.raises(DataError, match="one output a label"):
+            Classification().evaluate(classes(3)).update(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))
+
+    def test_targets_without_names_are_named_by_index(self):
+        run = run_of(SimpleNamespace(labels=()))
+        found = figures(Classification(), run, torch.eye(2), torch.arange(2))
+        assert list(found["per_class"]) == ["0", "1"]
+
+
+class TestMultilabel:
+    @pytest.mark.parametrize("seed", range(4))
+    @pytest.mark.parametrize("number", [1, 2, 11, 200])
+    def test_figures_are_scikit_learns(self, number, seed):
+        generator = torch.Generator().manual_seed(seed)
+        targets = (torch.rand(80, number, generator=generator) < 0.3).float()
+        targets[:, 0] = float(seed == 1)  # a label that none has, or all
+        outputs = torch.randn(80, number, generator=generator) + targets
+        run = run_of(LabelSets(names=tuple(f"l{index}" for index in range(number))))
+        found = figures(Multilabel(threshold=0.6), run, outputs, targets, parts=4)
+        given = (outputs.sigmoid() >= 0.6).numpy().astype(int)
+        truth = targets.numpy().astype(int)
+        assert found["loss"] == pytest.approx(F.binary_cross_entropy_with_logits(outputs, targets).item(), **NEAR)
+        assert found["exact_match"] == pytest.approx((given == truth).all(1).mean(), **NEAR)
+        assert found["hamming"] == pytest.approx((given != truth).mean(), **NEAR)
+        columns = [
+            judge.precision_recall_fscore_support(truth[:, index], given[:, index], average="binary", zero_division=0)[
+                :3
+            ]
+            for index in range(number)
+        ]
+        per_class = [[row["precision"], row["recall"], row["f1-score"]] for row in found["per_class"].values()]
+        assert per_class == [pytest.approx(list(column), **NEAR) for column in columns]
+        if number > 1:
+            for average in ("macro", "micro"):
+                expected = judge.precision_recall_fscore_support(truth, given, average=average, zero_division=0)[:3]
+                ours = [found[f"{name}_{average}"] for name in ("precision", "recall", "f1")]
+                assert ours == pytest.approx(expected, **NEAR)
+
+    def test_figures_do_not_depend_on_the_batches(self):
+        outputs = torch.randn(101, 4, generator=torch.Generator().manual_seed(0))
+        run, targets = run_of(LabelSets(names=tuple("abcd"))), (outputs.roll(1, 0) > 0).float()
+        assert_near(*(figures(Multilabel(), run, outputs, targets, parts=parts) for parts in (1, 8)))
+
+    def test_outputs_that_are_no_numbers_count_as_wrong_and_show(self):
+        outputs = torch.tensor([[math.nan, -1.0], [-1.0, -1.0]])
+        found = figures(Multilabel(), run_of(LabelSets(names=("a", "b"))), outputs, torch.zeros(2, 2))
+        assert math.isnan(found["loss"])
+        assert found["exact_match"] == 0.5
+        assert found["hamming"] == 0.25
+
+
+class TestRegression:
+    @pytest.mark.parametrize("seed", range(4))
+    def test_figures_of_one_number_are_scikit_learns_in_original_units(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        targets = torch.randn(90, generator=generator)
+        outputs = (targets + 0.3 * torch.randn(90, generator=generator))[:, None]
+        numbers = Numbers(names=("price",), means=(100.0,), scales=(20.0,))
+        found = figures(Regression(), run_of(numbers), outputs, targets, parts=5)
+        truth, guess = targets.double() * 20 + 100, outputs[:, 0].double() * 20 + 100
+        assert found == {
+            "loss": pytest.approx(F.mse_loss(outputs[:, 0], targets).item(), **NEAR),
+            "mae": pytest.approx(judge.mean_absolute_error(truth, guess), **NEAR),
+            "rmse": pytest.approx(judge.root_mean_squared_error(truth, guess), **NEAR),
+            "r2": pytest.approx(judge.r2_score(truth, guess), **NEAR),
+        }
+
+    def test_figures_of_several_numbers_are_scikit_learns(self):
+        generator = torch.Generator().manual_seed(7)
+        targets = torch.randn(64, 3, generator=generator)
+        outputs = targets + torch.tensor([0.1, 0.5, 2.0]) * torch.randn(64, 3, generator=generator)
+        scales = torch.tensor([1.0, 10.0, 0.1], dtype=torch.float64)
+        numbers = Numbers(names=("x", "y", "z"), units=("m",), means=(5.0,), scales=tuple(scales.tolist()))
+        found = figures(Regression(), run_of(numbers), outputs, targets, parts=4)
+        truth, guess = targets.double() * scales + 5, outputs.double() * scales + 5
+        assert found["mae"] == pytest.approx(judge.mean_absolute_error(truth, guess), **NEAR)
+        assert found["rmse"] == pytest.approx(judge.root_mean_squared_error(truth, guess), **NEAR)
+        assert found["r2"] == pytest.approx(judge.r2_score(truth, guess), **NEAR)
+        raw = judge.r2_score(truth, guess, multioutput="raw_values")
+        assert [found["per_output"][name]["r2"] for name in "xyz"] == pytest.approx(raw.tolist(), **NEAR)
+
+    def test_r2_is_stable_far_from_zero(self):
+        noise = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        targets = 1e8 + noise
+        outputs = (targets + 0.1 * noise.roll(1))[:, None]
+        found = figures(Regression(), run_of(Numbers()), outputs, targets, parts=7)
+        assert found["r2"] == pytest.approx(judge.r2_score(targets, outputs), **NEAR)
+
+    @pytest.mark.parametrize(("guess", "expected"), [(0.1, 1.0), (0.2, 0.0)])
+    def test_r2_of_a_truth_that_never_varies_is_scikit_learns(self, guess, expected):
+        targets, outputs = torch.full((7,), 0.1), torch.full((7, 1), guess)
+        assert figures(Regression(), run_of(Numbers()), outputs, targets, parts=3)["r2"] == expected
+
+    def test_figures_do_not_depend_on_the_batches(self):
+        targets = torch.randn(200, generator=torch.Generator().manual_seed(0))
+        outputs = targets.roll(1)[:, None]
+        assert_near(*(figures(Regression(), run_of(Numbers()), outputs, targets, parts=parts) for parts in (1, 11)))
+
+    def test_columns_against_flat_targets_never_broadcast(self):
+        found = figures(Regression(), run_of(Numbers()), torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 2.0]))
+        assert found["mae"] == 0.0
+
+    def test_outputs_that_are_no_numbers_show_in_every_figure(self):
+        found = figures(Regression(), run_of(Numbers()), torch.tensor([[1.0], [math.nan]]), torch.tensor([1.0, 2.0]))
+        assert all(math.isnan(value) for value in found.values())
+
+
+ALL = [
+    (Classification(), classes(4), torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)),
+    (Multilabel(), run_of(LabelSets(names=("a", "b"))), torch.zeros(3, 2), torch.ones(3, 2)),
+    (Regression(), run_of(Numbers()), torch.zeros(3, 1), torch.tensor([1.0, 2.0, 3.0])),
+]
+
+
+@pytest.mark.parametrize(("component", "run", "outputs", "targets"), ALL)
+def test_without_a_sample_the_figures_are_no_numbers(component, run, outputs, targets):
+    metrics = component.evaluate(run)
+    empty = metrics.compute()
+    metrics.update(outputs[:0], targets[:0])
+    assert json.dumps(metrics.compute()) == json.dumps(empty)
+    assert all(math.isnan(value) for value in empty.values() if isinstance(value, float))
+    assert math.isnan(empty["loss"])
+
+
+@pytest.mark.parametrize(("component", "run", "outputs", "targets"), ALL)
+def test_figures_are_plain_data(component, run, outputs, targets):
+    found = figures(component, run, outputs, targets)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+@pytest.mark.parametrize(("component", "run", "outputs", "targets"), ALL)
+def test_an_update_may_come_under_inference_mode_and_the_next_outside(component, run, outputs, targets):
+    metrics = component.evaluate(run)
+    with torch.inference_mode():
+        metrics.update(outputs, targets)
+    metrics.update(outputs, targets)
+    assert metrics.compute()["loss"] == pytest.approx(figures(component, run, outputs, targets)["loss"])
+
+
+@pytest.mark.parametrize(("component", "run", "outputs", "targets"), ALL)
+def test_an_update_never_waits_for_the_device(component, run, outputs, targets, monkeypatch):
+    metrics = component.evaluate(run)
+
+    def refuse(*_):
+        raise AssertionError("a value was read back")
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    metrics.update(outputs, targets)
+    monkeypatch.undo()
+    metrics.compute()
+
+
+@pytest.mark.parametrize(("component", "run", "outputs", "targets"), ALL)
+def test_half_precision_outputs_give_the_figures_of_their_values(component, run, outputs, targets):
+    outputs = outputs + torch.arange(outputs.numel()).view_as(outputs) / 8
+    assert figures(component, run, outputs.bfloat16(), targets) == figures(component, run, outputs, targets)

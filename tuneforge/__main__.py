@@ -1,0 +1,65 @@
+"""The command line's door: `tuneforge` and `python -m tuneforge`. Exit codes are documented in `errors.py`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+import click
+
+from tuneforge.cli import cli
+from tuneforge.errors import TuneforgeError
+
+
+class Stopped(BaseException):
+    """SIGTERM arrived."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        code = cli.main([each for each in given if each != "--debug"], prog_name="tuneforge", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, click.Abort):
+        return _failed("stopped by Ctrl-C", 130)
+    except Stopped:
+        return _failed("stopped by SIGTERM", 143)
+    except Exception as error:  # noqa: BLE001 - the last handler: everything becomes a message and a code
+        if debug:
+            raise
+        return _report(error)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped
+
+
+def _report(error: Exception) -> int:
+    if isinstance(error, TuneforgeError):
+        return _failed("\n".join(error.lines()), error.exit_code)
+    if isinstance(error, click.UsageError):
+        hint = f"\n  do:    {error.ctx.command_path} --help" if error.ctx else ""
+        return _failed(error.format_message() + hint, 2)
+    if isinstance(error, click.ClickException):
+        return _failed(error.format_message(), error.exit_code)
+    if isinstance(error, BrokenPipeError):
+        sys.stderr.close()
+        return 0
+    return _failed(
+        f"{type(error).__name__}: {error}\n  why:   this is a defect of tuneforge or of a plugin\n"
+        "  do:    run again with --debug for the traceback, and report it",
+        1,
+    )
+
+
+def _failed(message: str, code: int) -> int:
+    click.echo(f"error: {message}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Pictures as data: from folders, from a CSV file, from the sets that torchvision knows by name.
+
+Only options are declared here, so that `--help` needs no torch; the work is in `image_files`, `image_splits` and
+`torchvision_data`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tuneforge import Check, between, component, ge, gt, hookimpl, option
+
+if TYPE_CHECKING:
+    from tuneforge import Data, Run
+    from tuneforge.builtin.image_files import Found
+    from tuneforge.builtin.images import Images
+
+_SHARE = Check(
+    "greater than 0 and at most 0.8", lambda share: 0 < share <= 0.8, {"exclusiveMinimum": 0, "maximum": 0.8}
+)
+_STDS = Check("numbers greater than 0", lambda std: bool(std) and min(std) > 0)
+
+
+@component(api=1)
+class PictureOptions:
+    """What all picture data lets the user say: size and looks, shares of the splits, bounds."""
+
+    size: int = option(32, help="Height and width that the model sees, in pixels.", check=between(1, 4096))
+    fit: Literal["crop", "pad", "stretch"] = option(
+        "crop",
+        help="How a picture becomes square: cut at the middle, filled up with its border's colour, or stretched.",
+    )
+    grey: bool = option(False, help="Drop the colours.")
+    invert: bool = option(False, help="Swap dark and light, as for ink on white paper.")
+    channels: Literal[1, 3] = option(3, help="Channels that the model sees; grey is repeated.")
+    normalise: Literal["data", "imagenet", "none"] = option(
+        "data", help="Whose mean and deviation is taken out: the training pictures', ImageNet's, or none."
+    )
+    mean: tuple[float, ...] | None = option(None, help="Mean to take out instead, one number or one a channel.")
+    std: tuple[float, ...] | None = option(None, help="Deviation to divide by instead, like mean.", check=_STDS)
+    val: float = option(
+        0.15, help="Share of each class for validation, where the data has no such split.", check=_SHARE
+    )
+    test: float = option(0.15, help="Share of each class for the test, where the data has no such split.", check=_SHARE)
+    limit: int | None = option(None, help="At most so many pictures of each class, for a quick trial.", check=gt(0))
+    memory_mb: int | None = option(
+        None,
+        help="Most memory for pictures, in MB; more are decoded on demand. None: half of what is free.",
+        check=ge(0),
+    )
+
+    def images(self) -> Images:
+        """The inputs, without a mean yet."""
+        from tuneforge.builtin.images import Images
+
+        shapes = {
+            "crop": (f"resize {self.size}", f"centre-crop {self.size}"),
+            "pad": ("square", f"resize {self.size}"),
+            "stretch": (f"resize {self.size}x{self.size}",),
+        }
+        looks = (("grey",) if self.grey else ()) + (("invert",) if self.invert else ())
+        return Images(ops=(*looks, *shapes[self.fit]), channels=self.channels)
+
+
+@component(api=1)
+class ImageFolder(PictureOptions):
+    """Pictures in folders: one folder a class, or folders train, val and test of them."""
+
+    path: Path = option(help="The folder.")
+
+    @hookimpl
+    def data_prepare(self, run: Run) -> Data:
+        """Find, divide and decode the pictures."""
+        from tuneforge.builtin.image_files import find_folder
+
+        return _data_of(self, find_folder(self.path, where="--data.path"), run)
+
+
+@component(api=1)
+class ImageCsv(PictureOptions):
+    """Pictures that a CSV file names, with a path and a label a row."""
+
+    path: Path = option(help="The CSV file; its first row names the columns.")
+    image: str = option("path", help="Column of the pictures' paths.")
+    label: str = option("label", help="Column of the class names.")
+    split: str = option("split", help="Column that says train, val or test, where the file has it.")
+    root: Path | None = option(None, help="Folder that relative paths start from; by default the file's own.")
+
+    @hookimpl
+    def data_prepare(self, run: Run) -> Data:
+        """Read the file, divide and decode the pictures."""
+        from tuneforge.builtin.image_files import find_csv
+
+        found = find_csv(
+            self.path,
+            image=self.image,
+            label=self.label,
+            split=self.split,
+            root=self.root or self.path.parent,
+            where="--data.path",
+        )
+        return _data_of(self, found, run)
+
+
+@component(api=1)
+class Torchvision(PictureOptions):
+    """A set that torchvision knows by name, such as MNIST, EMNIST or CIFAR10; downloaded only when asked."""
+
+    dataset: str = option("MNIST", help="The set, as torchvision writes it.")
+    root: Path = option(Path("data"), help="Folder that holds the set, or where it is downloaded to.")
+    download: bool = option(False, help="Download the set where the folder lacks it.")
+    subset: str = option("byclass", help="Part of EMNIST: byclass, bymerge, balanced, letters, digits or mnist.")
+    other_share: float | None = option(
+        None,
+        help="Share of one class `other`, made of all that is no digit (EMNIST); none keeps every class.",
+        check=Check("greater than 0 and less than 1", lambda share: 0 < share < 1),
+    )
+
+    @hookimpl
+    def data_prepare(self, run: Run) -> Data:
+        """Load the set, take validation from its training part, and resize it."""
+        from tuneforge.builtin.image_splits import make_data
+        from tuneforge.builtin.torchvision_data import load_set, with_others
+
+        parts = load_set(self.dataset, self.root, images=self.images(), download=self.download, subset=self.subset)
+        notes: tuple[str, ...] = ()
+        if self.other_share is not None:
+            parts, notes = with_others(parts, share=self.other_share, seed=run.config.seed)
+        return make_data(self, parts, seed=run.config.seed, notes=notes)
+
+
+def _data_of(options: PictureOptions, found: Found, run: Run) -> Data:
+    """The data of the files that were found."""
+    import numpy as np
+
+    from tuneforge.builtin.image_splits import Part, Parts, make_data
+    from tuneforge.builtin.images import PictureFiles
+
+    names = tuple(sorted({label for listing in found.parts.values() for label in listing.labels}))
+    codes = {name: code for code, name in enumerate(names)}
+    parts = {
+        split: Part(
+            pictures=PictureFiles(options.images(), listing.paths),
+            codes=np.array([codes[label] for label in listing.labels], dtype=np.int64),
+            ids=listing.ids,
+        )
+        for split, listing in found.parts.items()
+    }
+    return make_data(options, Parts(names, parts), seed=run.config.seed, notes=found.notes)

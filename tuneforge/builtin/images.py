@@ -1,0 +1,391 @@
+"""Pictures as inputs: from the bytes of a file to what a network takes, the same way everywhere.
+
+Shapes: b pictures in a batch, n in all, c channels as stored, h and w pixels as stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import stat
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import attrs
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from tuneforge import Check, DataError, Inputs, between, component, gt, option
+from tuneforge.builtin.image_ops import KNOWN, OPS, Op, final_size, largest, parsed
+from tuneforge.builtin.names import shown
+
+Raw: TypeAlias = "bytes | str | Path | Image.Image | np.ndarray[Any, Any]"
+
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+"""File formats that are read; PIL knows many more, some of which start other programs."""
+
+_PIL_PIXELS = 89_478_485  # above it PIL warns of a decompression bomb
+_EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SMALL_FILE = 16_384  # bytes
+_SHOWN_SIDE = 96  # pixels; smaller pictures are enlarged for people
+
+
+@component(api=1)
+class Images(Inputs):
+    """Pictures, stored as uint8 after fixed operations and normalised when a model takes them."""
+
+    ops: tuple[str, ...] = option((), help=f"Operations on a decoded picture, in order: {OPS}.", check=KNOWN)
+    channels: Literal[1, 3] = option(3, help="Channels that the model takes; grey is repeated, colours are averaged.")
+    mean: tuple[float, ...] = option((0.0,), help="Subtracted, for all channels or each, on the scale 0 to 1.")
+    std: tuple[float, ...] = option(
+        (1.0,),
+        help="Divided by, for all channels or each, on the scale 0 to 1.",
+        check=Check("numbers greater than 0", lambda std: bool(std) and min(std) > 0),
+    )
+    max_bytes: int = option(64 * 2**20, help="Largest file that is read, in bytes.", check=gt(0))
+    max_pixels: int = option(
+        _PIL_PIXELS, help="Largest picture that is decoded or made, in pixels.", check=between(1, _PIL_PIXELS)
+    )
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width as stored; None where the operations leave them to the picture."""
+        return final_size(parsed(self.ops))
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """Shape of one decoded picture (c, h, w); None where the operations leave it to the picture."""
+        return None if self.size is None else (1 if "grey" in self.ops else 3, *self.size)
+
+    def decode(self, raw: Any) -> Tensor:
+        """The stored form of one picture, uint8 (c, h, w).
+
+        Args:
+            raw: The bytes of a file, a path, a PIL image, or a uint8 array (h, w) or (h, w, c).
+
+        Raises:
+            DataError: It is broken, too large, or no picture of an allowed format.
+        """
+        name = _name_of(raw)
+        pixels_chw = self._from_array(raw, name) if isinstance(raw, np.ndarray) else self._from_image(raw, name)
+        return self.prepared(pixels_chw[None], name=name)[0]
+
+    def prepared(self, pictures_nchw: Tensor, *, name: str = "the pictures") -> Tensor:
+        """The stored form of pictures that are uint8 tensors already: (n, c, h, w) after the operations.
+
+        Raises:
+            DataError: An operation would make too large a picture.
+        """
+        ops = parsed(self.ops)
+        self._bound(ops, pictures_nchw.shape[-2], pictures_nchw.shape[-1], name)
+        for op in ops:
+            pictures_nchw = op(pictures_nchw)
+        return pictures_nchw.contiguous()
+
+    def ready(self, stored: Any) -> Tensor:
+        """Normalised float32 (b, channels, h, w), from stored uint8 (b, c, h, w), on whatever device it is on."""
+        if stored.shape[1] > self.channels:
+            stored = stored.float().mean(dim=1, keepdim=True)
+        scale = 1.0 / (255.0 * torch.tensor(self._each(self.std), dtype=torch.float64))
+        shift = -torch.tensor(self._each(self.mean), dtype=torch.float64) * 255.0 * scale
+        scale, shift = (each.float()[:, None, None].to(stored.device) for each in (scale, shift))
+        return torch.mul(stored, scale).add_(shift)
+
+    def picture(self, stored: Any) -> bytes:
+        """A PNG of one stored picture, enlarged to at least 96 pixels without smoothing."""
+        image = Image.fromarray(np.ascontiguousarray(stored.permute(1, 2, 0).squeeze(2).numpy()))
+        factor = -(-_SHOWN_SIDE // max(image.size))
+        enlarged = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        file = io.BytesIO()
+        enlarged.save(file, format="PNG")
+        return file.getvalue()
+
+    def text(self, stored: Any) -> str:
+        """One line on a stored picture: its size and kind."""
+        channels, height, width = stored.shape
+        return f"{'grey' if channels == 1 else 'colour'} picture, {width}x{height}"
+
+    def check(self, path: str | Path) -> None:
+        """Look at a file's header only.
+
+        Raises:
+            DataError: It is too large, or no picture of an allowed format.
+        """
+        self._opened(path, _name_of(path)).close()
+
+    def _each(self, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(values) not in (1, self.channels):
+            raise DataError(
+                f"{len(values)} numbers of mean or std for {self.channels} channel(s)",
+                where="the normalisation of pictures",
+                fix="give one number, or one a channel",
+            )
+        return values * (self.channels // len(values))
+
+    def _bound(self, ops: Sequence[Op], height: int, width: int, name: str) -> None:
+        if largest(ops, height, width) > self.max_pixels:
+            raise DataError(
+                f"{name} is too large or too long: {width}x{height} pixels",
+                why=f"at most {self.max_pixels:,} pixels are decoded or made",
+                fix="make the picture smaller",
+            )
+
+    def _from_array(self, array: np.ndarray[Any, Any], name: str) -> Tensor:
+        """Pixels (c, h, w) of an array (h, w) or (h, w, c)."""
+        if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
+            raise DataError(
+                f"an array of {array.dtype} and shape {array.shape} is no picture",
+                why="other numbers have no agreed range",
+                fix="give uint8 of shape (height, width) or (height, width, 1, 3 or 4)",
+            )
+        if array.ndim == 3 and array.shape[2] not in (1, 3, 4):
+            raise DataError(f"a picture with {array.shape[2]} channels", fix="give 1, 3 or 4 channels")
+        return self._from_image(Image.fromarray(array.squeeze(2) if array.shape[2:] == (1,) else array), name)
+
+    def _from_image(self, raw: Any, name: str) -> Tensor:
+        """Pixels (c, h, w) of a file or a PIL image, upright; 1 channel where both sides are grey, else 3."""
+        image = raw if isinstance(raw, Image.Image) else self._opened(raw, name)
+        self._bound(parsed(self.ops), image.height, image.width, name)
+        grey = "grey" in self.ops
+        try:
+            if image is not raw:
+                image.draft("L" if grey else "RGB", self._draft_size())
+            return _pixels(image, grey=grey)
+        except Exception as error:  # noqa: BLE001 - PIL raises whatever a hostile file makes it raise
+            raise _broken(name, error) from None
+
+    def _draft_size(self) -> tuple[int, int]:
+        """Width and height that a JPEG may be decoded at: twice what the first operation on its size asks for."""
+        for op in parsed(self.ops):
+            if op.name == "resize":
+                return (2 * max(op.size),) * 2
+            if op.name in ("square", "centre-crop"):
+                break
+        return (2**16,) * 2
+
+    def _opened(self, raw: Any, name: str) -> Image.Image:
+        data = self._read(raw, name)
+        try:
+            image = Image.open(data, formats=FORMATS)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise _broken(name, error) from None
+        except Exception as error:  # noqa: BLE001 - PIL raises whatever a hostile file makes it raise
+            raise _broken(name, error) from None
+        self._bound((), image.height, image.width, name)
+        return image
+
+    def _read(self, raw: Any, name: str) -> io.BytesIO:
+        """The bytes, bounded before they are read."""
+        if isinstance(raw, (str, Path)):
+            return io.BytesIO(self._read_file(raw, name))
+        if not isinstance(raw, (bytes, bytearray, memoryview)):
+            raise DataError(
+                f"a {type(raw).__name__} is no picture",
+                fix="give the bytes of a file, a path, a PIL image or a uint8 array",
+            )
+        self._bound_bytes(len(raw), name)
+        return io.BytesIO(raw)
+
+    def _read_file(self, path: str | Path, name: str) -> bytes:
+        try:
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(f"{name} is no file", fix="name a picture")
+            self._bound_bytes(status.st_size, name)
+            return Path(path).read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+            why = getattr(error, "strerror", None) or str(error)
+            raise DataError(f"cannot read {name}", why=why, fix="check the path and its permissions") from None
+
+    def _bound_bytes(self, count: int, name: str) -> None:
+        if count > self.max_bytes:
+            raise DataError(
+                f"{name} is too large: {count:,} bytes",
+                why=f"at most {self.max_bytes:,} bytes are read",
+                fix="make the picture smaller",
+            )
+
+
+@attrs.frozen(eq=False)
+class PictureFiles:
+    """A source that decodes files when they are asked for.
+
+    Args:
+        inputs: How they are decoded; every picture must come out at the same size.
+        paths: One a sample.
+    """
+
+    inputs: Images
+    paths: Sequence[Path]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def fetch(self, rows: Tensor) -> Tensor:
+        """Stored pictures of `rows` (b,), uint8 (b, c, h, w).
+
+        Raises:
+            DataError: Some cannot be decoded; the first is named, the others are counted.
+        """
+        paths = [self.paths[row] for row in rows.tolist()]
+        shape = self.inputs.shape or tuple(self.inputs.decode(paths[0]).shape)
+        out = torch.empty(len(paths), *shape, dtype=torch.uint8)
+
+        def fill(place: int) -> None:
+            stored = self.inputs.decode(paths[place])
+            if stored.shape != shape:
+                raise DataError(
+                    f"{_name_of(paths[place])} is a {self.inputs.text(stored)}, others are {shape[2]}x{shape[1]}",
+                    fix="let the operations give one size, such as 'resize 32x32'",
+                )
+            out[place] = stored
+
+        _for_each(fill, range(len(paths)), num_threads=_num_threads(paths))
+        return out
+
+    def chosen(self, rows: Tensor) -> PictureFiles:
+        """The source of `rows` only."""
+        return PictureFiles(self.inputs, [self.paths[row] for row in rows.tolist()])
+
+    def check(self) -> None:
+        """Look at every file's header.
+
+        Raises:
+            DataError: Some are no pictures; the first is named, the others are counted.
+        """
+        _for_each(lambda place: self.inputs.check(self.paths[place]), range(len(self.paths)), num_threads=1)
+
+
+@attrs.frozen(eq=False)
+class PictureArrays:
+    """A source that holds pictures as they were before the operations, and applies them when asked.
+
+    Args:
+        inputs: The operations.
+        pictures_nchw: uint8.
+        rows: Which of them; by default all.
+    """
+
+    inputs: Images
+    pictures_nchw: Tensor
+    rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.pictures_nchw if self.rows is None else self.rows)
+
+    def fetch(self, rows: Tensor) -> Tensor:
+        """Stored pictures of `rows` (b,), uint8 (b, c, h, w)."""
+        return self.inputs.prepared(self.pictures_nchw.index_select(0, self._own(rows)))
+
+    def chosen(self, rows: Tensor) -> PictureArrays:
+        """The source of `rows` only; nothing is copied."""
+        return PictureArrays(self.inputs, self.pictures_nchw, self._own(rows))
+
+    def _own(self, rows: Tensor) -> Tensor:
+        return rows if self.rows is None else self.rows[rows]
+
+
+def _name_of(raw: Any) -> str:
+    """What messages call a raw picture."""
+    return f"'{shown(raw)}'" if isinstance(raw, (str, Path)) else "the picture"
+
+
+def _broken(name: str, error: BaseException) -> DataError:
+    kind = "no picture of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+    return DataError(
+        f"cannot decode {name}",
+        why=kind if kind.strip() else type(error).__name__,
+        fix=f"repair or remove it; {', '.join(FORMATS)} are read",
+    )
+
+
+def _pixels(image: Image.Image, *, grey: bool) -> Tensor:
+    """Decode: upright, alpha over white, 8 bits; (1, h, w) if `grey` and the picture has no colours, else (3, h, w)."""
+    image.load()
+    turn = _TURNS.get(_orientation(image))
+    plain = _opaque(_eight_bits(image))
+    upright = plain if turn is None else plain.transpose(turn)
+    mode = "L" if grey and upright.mode in ("L", "1") else "RGB"
+    pixels = torch.from_numpy(np.array(upright.convert(mode)))
+    return pixels[None] if mode == "L" else pixels.permute(2, 0, 1)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """The picture over white, where it has transparent parts."""
+    if not image.has_transparency_data:
+        return image
+    layer = image.convert("RGBA")
+    over = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return over.convert("L" if image.mode in ("L", "LA", "La", "1") else "RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The picture with 8 bits a channel; 16 bits are scaled, where PIL would cut them off."""
+    if image.mode == "F":
+        raise ValueError("floating point pictures have no agreed range")
+    if not image.mode.startswith("I"):
+        return image
+    wide = np.asarray(image).astype(np.int64)
+    if wide.min() < 0 or wide.max() > 65535:
+        raise ValueError("only 8 and 16 bits a channel are read")
+    return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number, 1 to 8; a broken EXIF block has none."""
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # noqa: BLE001 - PIL raises whatever a hostile block makes it raise
+        return 1
+
+
+def _num_threads(paths: Sequence[Path]) -> int:
+    """Threads that decode: PIL lets go of Python's lock, but small files cost more Python than decoding.
+
+    With files of 1 kB, threads took three times as long as none (2 cores).
+    """
+    large = sum(path.stat().st_size for path in paths[:8] if path.exists()) > _SMALL_FILE * min(8, len(paths))
+    return min(16, os.cpu_count() or 1) if large and get_worker_info() is None else 1
+
+
+def _for_each(act: Callable[[int], None], places: Sequence[int], *, num_threads: int) -> None:
+    """Act on every place, all of them.
+
+    Raises:
+        DataError: The first of those that were raised, with the number of the others.
+    """
+    failures: dict[int, DataError] = {}
+
+    def guarded(place: int) -> None:
+        try:
+            act(place)
+        except DataError as error:
+            failures[place] = error
+
+    with contextlib.ExitStack() as stack:
+        every = stack.enter_context(ThreadPoolExecutor(num_threads)).map if num_threads > 1 else map
+        for _ in every(guarded, places):
+            pass
+    if failures:
+        raise _first_of([failures[place] for place in sorted(failures)])
+
+
+def _first_of(failures: list[DataError]) -> DataError:
+    first, others = failures[0], len(failures) - 1
+    what = first.what if not others else f"{first.what}, and {others:,} more fail"
+    return DataError(what, where=first.where, why=first.why, fix=first.fix)

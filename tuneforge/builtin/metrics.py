@@ -1,0 +1,343 @@
+"""Figures of an evaluation, streamed: what is kept is a few sums on the outputs' device, never a sample.
+
+Nothing waits for the device in `update`; sums are float64 where the device has it. The figures, their names and what
+they are where a denominator is 0 follow scikit-learn. Where no sample was seen, every figure is NaN.
+
+Shapes: b samples in a batch, k classes, labels or numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tuneforge import DataError, between, component, ge, hookimpl, option
+from tuneforge.builtin.targets import in_columns
+
+if TYPE_CHECKING:
+    from tuneforge import Metrics, Run
+
+_NOTHING = math.nan
+
+
+@component(api=1)
+class Classification:
+    """Accuracy, precision, recall and F1 (macro, weighted, per class), top-k, confusion and calibration.
+
+    Macro averages are over the classes that occur in the truth or in the answers, as scikit-learn's are by default: a
+    class without a sample in a split does not drag them down. A ratio without a denominator is 0, as there. An
+    output that is no number is an answer of no class: it counts as wrong, and `loss` and `ece` become NaN.
+    """
+
+    top_k: int = option(
+        3, help="Answers among which top_k_accuracy looks; left out where there are no more classes.", check=ge(1)
+    )
+    bins: int = option(15, help="Bins of confidence for the expected calibration error.", check=ge(1))
+
+    @hookimpl
+    def evaluate(self, run: Run) -> Metrics:
+        """A fresh accumulator for one pass; it takes outputs (b, k) and targets int64 (b,)."""
+        return ClassFigures(run.data.targets.labels, top_k=self.top_k, bins=self.bins)
+
+
+@component(api=1)
+class Multilabel:
+    """Exact match, Hamming loss, precision, recall and F1 (macro, micro, per label).
+
+    Macro averages are over all labels, as scikit-learn's are for label sets; a ratio without a denominator is 0.
+    """
+
+    threshold: float = option(0.5, help="Probability from which a label counts as given.", check=between(0, 1))
+
+    @hookimpl
+    def evaluate(self, run: Run) -> Metrics:
+        """A fresh accumulator for one pass; it takes outputs (b, k) and targets 0 or 1, float (b, k)."""
+        return LabelFigures(run.data.targets.labels, threshold=self.threshold)
+
+
+@component(api=1)
+class Regression:
+    """Mean absolute error, root mean squared error and R2, in original units; the loss in scaled ones.
+
+    Of several numbers the figures are means over them, as scikit-learn's are, and `per_output` has each.
+    """
+
+    @hookimpl
+    def evaluate(self, run: Run) -> Metrics:
+        """A fresh accumulator for one pass; it takes outputs (b, k) and targets (b,) or (b, k)."""
+        targets = run.data.targets
+        return NumberFigures(getattr(targets, "names", ()), scales=getattr(targets, "scales", (1.0,)))
+
+
+class ClassFigures:
+    """The accumulator of `Classification`.
+
+    Args:
+        labels: Names of the classes; where there are none, their indices serve.
+        top_k: For `top{k}_accuracy`.
+        bins: For `ece`.
+    """
+
+    def __init__(self, labels: Sequence[str], *, top_k: int, bins: int) -> None:
+        self.labels, self.top_k, self.bins = tuple(labels), top_k, bins
+        self._count = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take in a batch: outputs (b, k), targets int64 (b,) or shares (b, k), whose largest is the truth.
+
+        Raises:
+            DataError: The outputs are not one a class.
+        """
+        self.labels = _labels(self.labels, outputs)
+        num_classes = len(self.labels)
+        truth = targets if targets.ndim == 1 else targets.argmax(1)
+        scores = outputs if outputs.dtype == torch.float64 else outputs.float()
+        confidence, answer = scores.softmax(1).max(1)
+        broken = confidence.isnan()
+        right = (answer == truth) & ~broken
+        cells = truth * (num_classes + 1) + torch.where(broken, num_classes, answer)
+        self._count += len(outputs)
+        _add(self._sums, "loss", F.cross_entropy(scores, targets, reduction="none").sum(dtype=_wide(outputs)))
+        _add(self._sums, "cells", _counted(cells, num_classes * (num_classes + 1)))
+        _add(self._sums, "top", (_among_best(scores, truth, self.top_k) & ~broken).sum())
+        _add(self._sums, "bins", _binned(confidence, right, self.bins))
+
+    def compute(self) -> dict[str, Any]:
+        """The figures so far; `confusion` has a row for each true class and a column for each answer."""
+        num_classes, count = len(self.labels), self._count
+        cells = self._sums.get("cells", torch.zeros(num_classes * (num_classes + 1))).cpu().double()
+        confusion = cells.view(num_classes, num_classes + 1)[:, :num_classes]  # the last column answers no class
+        support, given, right = cells.view(num_classes, -1).sum(1), confusion.sum(0), confusion.diagonal()
+        rates = _rates(right, given, support)
+        seen = (support + given) > 0
+        macro = {f"{name}_macro": _mean(values[seen]) for name, values in rates.items()}
+        weighted = {f"{name}_weighted": _ratio(float(values @ support), count) for name, values in rates.items()}
+        top = _ratio(_number(self._sums, "top"), count)
+        return {
+            "loss": _ratio(_number(self._sums, "loss"), count),
+            "accuracy": _ratio(float(right.sum()), count),
+            **macro,
+            **weighted,
+            **self._worst(rates["recall"], support),
+            **({f"top{self.top_k}_accuracy": top} if self.top_k < num_classes else {}),
+            "ece": self._calibration_error(),
+            "per_class": _per_label(self.labels, rates, support, count),
+            "confusion": confusion.long().tolist(),
+        }
+
+    def _worst(self, recall: Tensor, support: Tensor) -> dict[str, Any]:
+        """The class with the lowest recall, the first where several have it; none where no sample was seen."""
+        if not self._count:
+            return {"recall_min": _NOTHING, "worst_class": None}
+        worst = int(recall.masked_fill(support == 0, math.inf).argmin())
+        return {"recall_min": float(recall[worst]), "worst_class": self.labels[worst]}
+
+    def _calibration_error(self) -> float:
+        """Expected calibration error over equal bins of confidence (Guo et al. 2017, arXiv 1706.04599, equation 3)."""
+        if not self._count:
+            return _NOTHING
+        confidence, right = self._sums["bins"].cpu().double().unbind(1)
+        return float((right - confidence).abs().sum()) / self._count
+
+
+class LabelFigures:
+    """The accumulator of `Multilabel`.
+
+    Args:
+        labels: Names of the labels; where there are none, their indices serve.
+        threshold: Probability from which a label counts as given.
+    """
+
+    def __init__(self, labels: Sequence[str], *, threshold: float) -> None:
+        self.labels, self.threshold = tuple(labels), threshold
+        self._count = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take in a batch: outputs (b, k), targets 0 or 1 (b, k).
+
+        Raises:
+            DataError: Outputs and targets are not one a label.
+        """
+        outputs, targets = in_columns(outputs, targets)
+        self.labels = _labels(self.labels, outputs)
+        held = targets >= 0.5
+        given = outputs.float().sigmoid() >= self.threshold
+        wrong = (held != given) | outputs.isnan()
+        losses = F.binary_cross_entropy_with_logits(outputs.float(), targets.float(), reduction="none")
+        self._count += len(outputs)
+        _add(self._sums, "loss", losses.sum(dtype=_wide(outputs)))
+        _add(self._sums, "exact", (~wrong.any(1)).sum())
+        _add(self._sums, "wrong", wrong.sum())
+        _add(self._sums, "labels", torch.stack([(held & given).sum(0), given.sum(0), held.sum(0)]))
+
+    def compute(self) -> dict[str, Any]:
+        """The figures so far."""
+        num_labels = len(self.labels)
+        right, given, support = self._sums.get("labels", torch.zeros(3, num_labels)).cpu().double()
+        rates = _rates(right, given, support)
+        micro = _rates(*(each.sum()[None] for each in (right, given, support)))
+        count, flags = self._count, self._count * num_labels
+        return {
+            "loss": _ratio(_number(self._sums, "loss"), flags),
+            "exact_match": _ratio(_number(self._sums, "exact"), count),
+            "hamming": _ratio(_number(self._sums, "wrong"), flags),
+            **{f"{name}_macro": _mean(values) if count else _NOTHING for name, values in rates.items()},
+            **{f"{name}_micro": _mean(values) if count else _NOTHING for name, values in micro.items()},
+            "per_class": _per_label(self.labels, rates, support, count),
+        }
+
+
+class NumberFigures:
+    """The accumulator of `Regression`.
+
+    Args:
+        names: Of the numbers, for `per_output`.
+        scales: What each number was divided by; one for all will do.
+    """
+
+    def __init__(self, names: Sequence[str], *, scales: Sequence[float]) -> None:
+        self.names, self.scales = tuple(names), tuple(scales)
+        self._count = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take in a batch: outputs (b, k), targets (b,) or (b, k), both standardised.
+
+        Raises:
+            DataError: Their shapes do not fit.
+        """
+        if not len(outputs):
+            return
+        outputs, targets = (each.to(_wide(outputs)) for each in in_columns(outputs, targets))
+        errors = outputs - targets
+        self._merge(targets)
+        _add(self._sums, "absolute", errors.abs().sum(0))
+        _add(self._sums, "squared", errors.square().sum(0))
+
+    def _merge(self, targets: Tensor) -> None:
+        """Mean and squared deviation of the targets, merged by the pairwise rule of Chan, Golub and LeVeque (1979)."""
+        before, count = self._count, len(targets)
+        mean = targets.mean(0)
+        deviation = (targets - mean).square().sum(0)
+        self._count = before + count
+        if before:
+            shift = mean - self._sums["mean"]
+            mean = self._sums["mean"] + shift * (count / self._count)
+            deviation = self._sums["deviation"] + deviation + shift.square() * (before * count / self._count)
+        self._sums.update(mean=mean, deviation=deviation)
+
+    def compute(self) -> dict[str, Any]:
+        """The figures so far."""
+        if not self._count:
+            return dict.fromkeys(("loss", "mae", "rmse", "r2"), _NOTHING)
+        sums = {name: values.cpu().double() for name, values in self._sums.items()}
+        scales = torch.tensor(self.scales, dtype=torch.float64)
+        mean_squared = sums["squared"] / self._count
+        figures = {
+            "mae": sums["absolute"] / self._count * scales,
+            "rmse": mean_squared.sqrt() * scales,
+            "r2": self._explained(sums),
+        }
+        out: dict[str, Any] = {"loss": _mean(mean_squared), **{name: _mean(each) for name, each in figures.items()}}
+        if len(mean_squared) > 1:
+            names = self.names if len(self.names) == len(mean_squared) else [str(i) for i in range(len(mean_squared))]
+            table = torch.stack(list(figures.values()), 1).tolist()
+            out["per_output"] = {
+                name: dict(zip(figures, row, strict=True)) for name, row in zip(names, table, strict=True)
+            }
+        return out
+
+    def _explained(self, sums: dict[str, Tensor]) -> Tensor:
+        """R2 of each number (k,); as scikit-learn has it, 0 where the truth never varies, or 1 if it is met exactly.
+
+        It takes two samples to vary at all: of one, NaN.
+        """
+        if self._count < 2:
+            return torch.full_like(sums["mean"], _NOTHING)
+        rounding = self._count * (4 * torch.finfo(torch.float64).eps * sums["mean"]).square()
+        constant = sums["deviation"] <= rounding
+        exact = torch.where(sums["squared"] <= rounding, 1.0, sums["squared"] * 0.0)
+        return torch.where(constant, exact, 1 - sums["squared"] / sums["deviation"])
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """The widest float of the tensor's device."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def _labels(labels: tuple[str, ...], outputs: Tensor) -> tuple[str, ...]:
+    """The labels, or indices where there are none; one an output.
+
+    Raises:
+        DataError: Their number differs from that of the outputs.
+    """
+    if outputs.ndim != 2 or (labels and outputs.shape[1] != len(labels)):
+        raise DataError(
+            f"outputs {tuple(outputs.shape)} for {len(labels)} labels",
+            why="a sample needs one output a label",
+            fix="give the model's head that many outputs (--adapt head does)",
+        )
+    return labels or tuple(str(index) for index in range(outputs.shape[1]))
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value
+
+
+def _counted(indices: Tensor, size: int) -> Tensor:
+    """How often each index below `size` occurs, int64 (size,); the same whatever the order."""
+    return torch.zeros(size, dtype=torch.int64, device=indices.device).index_add_(0, indices, torch.ones_like(indices))
+
+
+def _among_best(scores: Tensor, truth: Tensor, top_k: int) -> Tensor:
+    """Whether the true class is among the `top_k` highest scores (b,); of equal ones the first comes first."""
+    own = scores.gather(1, truth[:, None])
+    earlier = torch.arange(scores.shape[1], device=scores.device) < truth[:, None]
+    return ((scores > own) | ((scores == own) & earlier)).sum(1) < top_k
+
+
+def _binned(confidence: Tensor, right: Tensor, bins: int) -> Tensor:
+    """Sum of confidence and number of right answers in each bin (bins, 2); a bin holds its upper edge.
+
+    A product with a matrix of zeros and ones, because adding floats by index has no fixed order on CUDA.
+    """
+    place = (confidence.nan_to_num() * bins).ceil().sub(1).clamp(0, bins - 1)
+    member = (torch.arange(bins, device=place.device)[:, None] == place).to(_wide(confidence))
+    return member @ torch.stack([confidence, right.to(confidence)], 1).to(member)
+
+
+def _rates(right: Tensor, given: Tensor, support: Tensor) -> dict[str, Tensor]:
+    """Precision, recall and F1 of each class (k,), 0 where there is nothing to divide by."""
+    return {
+        "precision": right / given.clamp_min(1),
+        "recall": right / support.clamp_min(1),
+        "f1": 2 * right / (given + support).clamp_min(1),
+    }
+
+
+def _per_label(labels: Sequence[str], rates: dict[str, Tensor], support: Tensor, count: int) -> dict[str, Any]:
+    """The rates of each label by name, in scikit-learn's words."""
+    columns = [(values if count else values * _NOTHING).tolist() for values in rates.values()]
+    return {
+        label: {"precision": precision, "recall": recall, "f1-score": f1, "support": int(number)}
+        for label, precision, recall, f1, number in zip(labels, *columns, support.tolist(), strict=True)
+    }
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if len(values) else _NOTHING
+
+
+def _ratio(part: float, whole: int) -> float:
+    return part / whole if whole else _NOTHING
+
+
+def _number(sums: dict[str, Tensor], name: str) -> float:
+    return float(sums[name]) if name in sums else _NOTHING

@@ -1,0 +1,382 @@
+"""How answers are read: one class of several, any number of labels, or numbers with their units.
+
+Shapes: n samples in a split, b in a batch, k outputs, f features.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from tuneforge import Check, DataError, OptionError, Targets, component, option
+
+Doubles = NDArray[np.float64]
+
+_UNIQUE = Check("names that differ", lambda names: len(set(names)) == len(names), {"uniqueItems": True})
+_POSITIVE = Check("numbers greater than 0", lambda values: all(value > 0 for value in values))
+_WORST = torch.finfo(torch.float32).max  # of an answer that is no number; finite, so that JSON can hold it
+
+
+@component(api=1)
+class Classes(Targets):
+    """One class a sample. Stored targets are int64 (n,); during mix-up a step gets shares of classes, float (b, k).
+
+    A model needs at least two classes, which those who make the data check; this only describes.
+    """
+
+    step = "cross-entropy"
+    metrics = ("classification",)
+    monitor = "f1_macro"
+    monitor_mode = "max"
+    headline = ("accuracy", "precision_macro", "recall_macro", "f1_macro")
+
+    names: tuple[str, ...] = option(help="Names of the classes, in the order of the outputs.", check=_UNIQUE)
+
+    @property
+    def size(self) -> int:
+        """Number of classes."""
+        return len(self.names)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.names
+
+    def encode(self, raw: Any) -> int:
+        """The index of a class name; a number is taken as a name too.
+
+        Raises:
+            DataError: No class has that name.
+        """
+        return _index(str(raw), self.names)
+
+    def describe(self, output: Tensor) -> dict[str, Any]:
+        """`class`, its `probability`, and `probabilities` by name; None for each that is no number."""
+        probabilities = _softmax(output)
+        if not probabilities.numel() or probabilities.isnan().any():
+            return {"class": None, "probability": None, "probabilities": dict.fromkeys(self.names)}
+        best = int(probabilities.argmax())
+        by_name = dict(zip(self.names, probabilities.tolist(), strict=True))
+        return {"class": self.names[best], "probability": float(probabilities[best]), "probabilities": by_name}
+
+    def truth(self, target: Tensor) -> str:
+        """The class's name; of shares (k,), each class with its share."""
+        if target.ndim == 0:
+            return self.names[int(target)]
+        shares = zip(self.names, target.tolist(), strict=True)
+        return ", ".join(f"{name} {share:.2f}" for name, share in shares if share > 0)
+
+    def wrongness(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """0 where the class is right, else the cross-entropy (b,)."""
+        losses = F.cross_entropy(outputs.float(), targets, reduction="none")
+        right = outputs.argmax(1) == (targets if targets.ndim == 1 else targets.argmax(1))
+        return _finite(torch.where(right & losses.isfinite(), 0.0, losses))
+
+    def pools(self, targets: Tensor) -> dict[str, Tensor]:
+        """Rows of each class, int64; none for a class without samples."""
+        return {name: (targets == index).nonzero().flatten() for index, name in enumerate(self.names)}
+
+    def fit_head(self, features: Tensor, targets: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
+        """Multinomial logistic regression: minimise the mean cross-entropy + l2 / 2 * |W|^2, the bias free.
+
+        W acts on features scaled to mean 0 and standard deviation 1, and the scaling is folded back. A class without
+        samples gets weight 0 and a bias that gives it at most a chance of about 1/n on every sample.
+
+        Args:
+            features: (n, f).
+            targets: int64 (n,).
+            l2: Strength of the ridge, relative to the mean loss.
+
+        Returns:
+            Weight (k, f) and bias (k,), of the type and on the device of `features`.
+
+        Raises:
+            DataError: There are fewer than two classes to tell apart.
+        """
+        scaled, mean, scale = _standardised(features)
+        present, codes = np.unique(targets.cpu().numpy(), return_inverse=True)
+        if len(present) < 2:
+            raise DataError(
+                f"a head cannot be solved for {len(present)} class(es)",
+                why="all samples have the same answer",
+                fix="give training samples of at least two classes",
+            )
+        # With two classes scikit-learn fits one row, the difference of the two: half of it each has the same answers
+        # and half the ridge, hence twice the C.
+        rows, offsets = _logistic(scaled, codes, strength=l2 / 2 if len(present) == 2 else l2)
+        if len(present) == 2:
+            rows, offsets = np.concatenate([-rows, rows]) / 2, np.concatenate([-offsets, offsets]) / 2
+        logits = scaled @ rows.T + offsets
+        weight = np.zeros((self.size, scaled.shape[1]))
+        bias = np.full(self.size, _log_sum_exp(logits).min() - math.log(len(scaled)))
+        weight[present], bias[present] = rows, offsets
+        return _folded(weight, bias, mean, scale, like=features)
+
+
+@component(api=1)
+class LabelSets(Targets):
+    """Any number of labels a sample. Stored targets are 0 or 1, float32 (n, k)."""
+
+    step = "binary-cross-entropy"
+    metrics = ("multilabel",)
+    monitor = "f1_macro"
+    monitor_mode = "max"
+    headline = ("exact_match", "f1_macro", "f1_micro")
+
+    names: tuple[str, ...] = option(help="Names of the labels, in the order of the outputs.", check=_UNIQUE)
+
+    @property
+    def size(self) -> int:
+        """Number of labels."""
+        return len(self.names)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the labels."""
+        return self.names
+
+    def encode(self, raw: Any) -> list[float]:
+        """1 for each label that holds, else 0, from a list of names.
+
+        Raises:
+            DataError: It is no list, or no label has that name.
+        """
+        if isinstance(raw, str) or not isinstance(raw, Iterable):
+            raise DataError(f"{raw!r} is no list of labels", fix="give a list of names, which may be empty")
+        held = {_index(str(name), self.names) for name in raw}
+        return [float(index in held) for index in range(self.size)]
+
+    def describe(self, output: Tensor) -> dict[str, Any]:
+        """`labels` that are at least as likely as not, and `probabilities` by name; None for what is no number."""
+        probabilities = [
+            None if math.isnan(each) else each for each in output.detach().cpu().double().sigmoid().tolist()
+        ]
+        held = [name for name, each in zip(self.names, probabilities, strict=True) if each is not None and each >= 0.5]
+        return {"labels": held, "probabilities": dict(zip(self.names, probabilities, strict=True))}
+
+    def truth(self, target: Tensor) -> str:
+        """The labels that hold, or "none"."""
+        held = [name for name, value in zip(self.names, target.tolist(), strict=True) if value >= 0.5]
+        return ", ".join(held) or "none"
+
+    def wrongness(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """0 where every label is right, else the binary cross-entropy summed over the labels (b,)."""
+        losses = F.binary_cross_entropy_with_logits(outputs.float(), targets.float(), reduction="none").sum(1)
+        right = ((outputs >= 0) == (targets >= 0.5)).all(1)
+        return _finite(torch.where(right & losses.isfinite(), 0.0, losses))
+
+    def fit_head(self, features: Tensor, targets: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
+        """One logistic regression a label: minimise its mean cross-entropy + l2 / 2 * |w|^2, the bias free.
+
+        w acts on features scaled to mean 0 and standard deviation 1, and the scaling is folded back. A label that all
+        samples have, or none, gets weight 0 and the bias of its smoothed share, (count + 1/2) / (n + 1).
+
+        Args:
+            features: (n, f).
+            targets: 0 or 1, float (n, k).
+            l2: Strength of the ridge, relative to the mean loss.
+
+        Returns:
+            Weight (k, f) and bias (k,), of the type and on the device of `features`.
+        """
+        scaled, mean, scale = _standardised(features)
+        held = targets.cpu().numpy() >= 0.5
+        weight, bias = np.zeros((self.size, scaled.shape[1])), np.zeros(self.size)
+        for index in range(self.size):
+            count = int(held[:, index].sum())
+            if 0 < count < len(held):
+                rows, offsets = _logistic(scaled, held[:, index].astype(np.int64), strength=l2)
+                weight[index], bias[index] = rows[0], offsets[0]
+            else:
+                bias[index] = math.log((count + 0.5) / (len(held) - count + 0.5))
+        return _folded(weight, bias, mean, scale, like=features)
+
+
+@component(api=1)
+class Numbers(Targets):
+    """Numbers with their units (regression). Stored targets are (number - mean) / scale, float32 (n,) or (n, k)."""
+
+    step = "mse"
+    metrics = ("regression",)
+    monitor = "mae"
+    monitor_mode = "min"
+    headline = ("mae", "rmse", "r2")
+
+    names: tuple[str, ...] = option(
+        ("value",), help="Names of the numbers, in the order of the outputs.", check=_UNIQUE
+    )
+    units: tuple[str, ...] = option(("",), help="Unit of each; one for all of them will do.")
+    means: tuple[float, ...] = option((0.0,), help="What was subtracted from each; one for all will do.")
+    scales: tuple[float, ...] = option((1.0,), help="What each was divided by; one for all will do.", check=_POSITIVE)
+
+    def __attrs_post_init__(self) -> None:
+        for name, values in (("units", self.units), ("means", self.means), ("scales", self.scales)):
+            if len(values) not in (1, len(self.names)):
+                raise OptionError(
+                    f"{len(values)} {name} for {len(self.names)} number(s)",
+                    where=", ".join(self.names),
+                    fix="give one each",
+                )
+
+    @property
+    def size(self) -> int:
+        """How many numbers a sample has."""
+        return len(self.names)
+
+    def encode(self, raw: Any) -> float | list[float]:
+        """The standardised number; of several, a list, from a mapping by name or a list in order.
+
+        Raises:
+            DataError: A number is missing, is none, or is not finite.
+        """
+        if isinstance(raw, Mapping):
+            raw = [raw.get(name) for name in self.names]
+        given = list(raw) if isinstance(raw, (list, tuple, np.ndarray)) else [raw]
+        if len(given) != self.size:
+            raise DataError(f"{len(given)} number(s) for {self.size}", where=", ".join(self.names), fix="give one each")
+        numbers = [_number(value, name) for name, value in zip(self.names, given, strict=True)]
+        scaled = [(each - mean) / scale for each, mean, scale in zip(numbers, *self._scaling(), strict=True)]
+        return scaled if self.size > 1 else scaled[0]
+
+    def describe(self, output: Tensor) -> dict[str, Any]:
+        """`value` and `unit`; of several, `values` and `units` by name. None for what is no number."""
+        values = [each if math.isfinite(each) else None for each in self._unscaled(output)]
+        if self.size == 1:
+            return {"value": values[0], "unit": self.units[0]}
+        named_units = dict(zip(self.names, _spread(self.units, self.size), strict=True))
+        return {"values": dict(zip(self.names, values, strict=True)), "units": named_units}
+
+    def truth(self, target: Tensor) -> str:
+        """The number with its unit; several with their names."""
+        texts = [
+            f"{value:.6g} {unit}".strip()
+            for value, unit in zip(self._unscaled(target), _spread(self.units, self.size), strict=True)
+        ]
+        return texts[0] if self.size == 1 else ", ".join(f"{a} {b}" for a, b in zip(self.names, texts, strict=True))
+
+    def wrongness(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The absolute error in scaled units, the mean over the numbers (b,)."""
+        outputs, targets = in_columns(outputs, targets)
+        return _finite((outputs - targets).abs().mean(1))
+
+    def fit_head(self, features: Tensor, targets: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
+        """Ridge regression: minimise the mean squared error of each number + l2 / 2 * |w|^2, the bias free.
+
+        w acts on features scaled to mean 0 and standard deviation 1, and the scaling is folded back. Solved in closed
+        form: (X'X / n + l2 / 2) w = X'y / n.
+
+        Args:
+            features: (n, f).
+            targets: Standardised, float (n,) or (n, k).
+            l2: Strength of the ridge, relative to the mean loss.
+
+        Returns:
+            Weight (k, f) and bias (k,), of the type and on the device of `features`.
+        """
+        scaled, mean, scale = _standardised(features)
+        answers = targets.cpu().double().numpy().reshape(len(targets), -1)
+        bias = answers.mean(0)
+        gram = scaled.T @ scaled / len(scaled) + l2 / 2 * np.eye(scaled.shape[1])
+        weight = np.linalg.solve(gram, scaled.T @ (answers - bias) / len(scaled)).T
+        return _folded(weight, bias, mean, scale, like=features)
+
+    def _scaling(self) -> tuple[Sequence[float], Sequence[float]]:
+        return _spread(self.means, self.size), _spread(self.scales, self.size)
+
+    def _unscaled(self, numbers: Tensor) -> list[float]:
+        """Numbers (k,) or () in original units."""
+        flat = numbers.detach().cpu().double().reshape(-1).tolist()
+        return [each * scale + mean for each, mean, scale in zip(flat, *self._scaling(), strict=True)]
+
+
+def in_columns(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and targets as (b, k) both, so that (b, 1) less (b,) never broadcasts to (b, b).
+
+    Raises:
+        DataError: They do not hold the same numbers of samples and values.
+    """
+    columns, answers = (each.flatten(1) if each.ndim > 1 else each.reshape(-1, 1) for each in (outputs, targets))
+    if columns.shape != answers.shape:
+        raise DataError(
+            f"outputs {tuple(outputs.shape)} do not fit targets {tuple(targets.shape)}",
+            why="each sample needs as many outputs as it has targets",
+            fix="give the model's head as many outputs as the targets' size (--adapt head does)",
+        )
+    return columns, answers
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """A sentence that offers the known name nearest to `name`, or lists what there is."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return f"did you mean '{close[0]}'?" if close else f"known: {listed}" if names else "there are none"
+
+
+def _index(name: str, names: Sequence[str]) -> int:
+    try:
+        return names.index(name)
+    except ValueError:
+        raise DataError(
+            f"there is no class '{name}'", why="it is not among the classes", fix=near(name, names)
+        ) from None
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) or value is None else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{value!r} is no number", where=f"'{name}'", fix="give a finite number, such as 1.5")
+    return number
+
+
+def _spread(values: Sequence[Any], size: int) -> Sequence[Any]:
+    return values if len(values) == size else [values[0]] * size
+
+
+def _softmax(output: Tensor) -> Tensor:
+    return output.detach().cpu().double().softmax(0)
+
+
+def _finite(wrongness: Tensor) -> Tensor:
+    return wrongness.nan_to_num(nan=_WORST, posinf=_WORST)
+
+
+def _standardised(features: Tensor) -> tuple[Doubles, Doubles, Doubles]:
+    """Features (n, f) at mean 0 and standard deviation 1, their means and their deviations (1 for a constant one)."""
+    values = features.detach().cpu().double().numpy()
+    mean, scale = values.mean(0), values.std(0)
+    scale[scale <= 1e-12 * np.abs(mean)] = 1.0
+    return (values - mean) / scale, mean, scale
+
+
+def _folded(weight: Doubles, bias: Doubles, mean: Doubles, scale: Doubles, *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The same map on features as they are: weight (k, f) and bias (k,)."""
+    weight = weight / scale
+    bias = bias - weight @ mean
+    return torch.from_numpy(weight).to(like), torch.from_numpy(bias).to(like)
+
+
+def _logistic(features: Doubles, codes: NDArray[np.int64], *, strength: float) -> tuple[Doubles, Doubles]:
+    """Coefficients and intercepts that minimise the mean cross-entropy + strength / 2 * |coefficients|^2."""
+    from sklearn.linear_model import LogisticRegression
+
+    inverse = 1 / (strength * len(features))
+    model = LogisticRegression(C=inverse, solver="lbfgs", tol=1e-6, max_iter=10_000).fit(features, codes)
+    return model.coef_, model.intercept_
+
+
+def _log_sum_exp(logits: Doubles) -> Doubles:
+    peak = logits.max(1)
+    total: Doubles = peak + np.log(np.exp(logits - peak[:, None]).sum(1))
+    return total

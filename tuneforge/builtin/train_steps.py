@@ -1,0 +1,180 @@
+"""The loss of a batch: cross-entropy, binary cross-entropy, mean squared error.
+
+Each calls `run.forward(batch.inputs)` and returns the mean loss over the batch and the outputs. Where samples have
+weights w, whether of the phase or of a step's own option, the loss is sum(w * loss) / b: weights are scaled to mean 1
+over the training split, so that they shift what matters and not the size of a step. (torch's own weighted mean divides
+by the weights that happen to be in the batch, which gives a rare class in a small batch a different say each time.)
+
+Shapes: b samples in a batch, k outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tuneforge import Check, DataError, OptionError, UnknownNameError, component, hookimpl, option
+from tuneforge.builtin.targets import in_columns, near
+
+if TYPE_CHECKING:
+    from tuneforge import Batch, Run
+
+_SHARE = Check("at least 0 and less than 1", lambda value: bool(0 <= value < 1), {"minimum": 0, "exclusiveMaximum": 1})
+_FACTORS = Check("numbers of at least 0", lambda factors: all(value >= 0 for value in factors.values()))
+
+
+@component(api=1)
+class CrossEntropy:
+    """Cross-entropy over classes; without weights it is torch's `F.cross_entropy` to the bit.
+
+    Label smoothing gives the share e of each target to all k classes evenly (Szegedy et al. 2016, arXiv 1512.00567).
+    """
+
+    label_smoothing: float = option(0.0, help="Share of each target that goes to all classes evenly.", check=_SHARE)
+    class_weights: dict[str, float] = option(
+        {}, help="Factors on the loss by class name, 1 for the others; scaled to mean 1 over the split.", check=_FACTORS
+    )
+
+    @hookimpl
+    def train_step(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss and the outputs (b, k); targets are int64 (b,), or shares of classes, float (b, k).
+
+        Raises:
+            DataError: Outputs or targets have the wrong shape or type, or a target is no class.
+            UnknownNameError: A weight names no class.
+        """
+        outputs, targets = run.forward(batch.inputs), batch.targets
+        _check_classes(outputs, targets, run.data.targets.size)
+        weights = _product(batch.weights, self._weights(run, targets))
+        try:
+            if weights is None:
+                return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing), outputs
+            losses = F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing, reduction="none")
+        except IndexError:  # a target out of range; torch says so on the CPU, and reading the range would cost a sync
+            raise _no_class(targets, outputs.shape[1]) from None
+        return (losses * weights).mean(), outputs
+
+    def _weights(self, run: Run, targets: Tensor) -> Tensor | None:
+        """Each sample's weight (b,) by its class, or None where no class has one."""
+        if not self.class_weights:
+            return None
+        state = run.state(self)
+        if "factors" not in state:
+            raw = _by_label(self.class_weights, run.data.targets.labels, option="class-weights")
+            state["factors"] = raw / raw[run.data.train.targets].mean()
+        factors: Tensor = state["factors"].to(targets.device)
+        return factors[targets] if targets.ndim == 1 else targets @ factors
+
+
+@component(api=1)
+class BinaryCrossEntropy:
+    """Cross-entropy of each label against its own yes or no, the mean over labels and samples."""
+
+    label_smoothing: float = option(0.0, help="How far targets are drawn from 0 and 1 to 1/2.", check=_SHARE)
+    pos_weights: dict[str, float] = option(
+        {}, help="Factors on the loss where a label holds, by label name; 1 for the others.", check=_FACTORS
+    )
+
+    @hookimpl
+    def train_step(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss and the outputs (b, k); targets are 0 or 1, float (b, k).
+
+        Raises:
+            DataError: Outputs or targets have the wrong shape or type.
+            UnknownNameError: A weight names no label.
+        """
+        outputs = run.forward(batch.inputs)
+        answers, targets = in_columns(outputs, _float_targets(batch.targets))
+        targets = targets * (1 - self.label_smoothing) + self.label_smoothing / 2 if self.label_smoothing else targets
+        factors = self._factors(run)
+        pos_weight = None if factors is None else factors.to(outputs.device)
+        if batch.weights is None:
+            return F.binary_cross_entropy_with_logits(answers, targets, pos_weight=pos_weight), outputs
+        losses = F.binary_cross_entropy_with_logits(answers, targets, pos_weight=pos_weight, reduction="none")
+        return (losses.mean(1) * batch.weights).mean(), outputs
+
+    def _factors(self, run: Run) -> Tensor | None:
+        if not self.pos_weights:
+            return None
+        state = run.state(self)
+        if "factors" not in state:
+            state["factors"] = _by_label(self.pos_weights, run.data.targets.labels, option="pos-weights")
+        factors: Tensor = state["factors"]
+        return factors
+
+
+@component(api=1)
+class MSE:
+    """Mean squared error of the standardised numbers, over numbers and samples."""
+
+    @hookimpl
+    def train_step(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss and the outputs (b, k); targets are float (b,) where k is 1, or (b, k).
+
+        Raises:
+            DataError: Outputs or targets have the wrong shape or type.
+        """
+        outputs = run.forward(batch.inputs)
+        answers, targets = in_columns(outputs, _float_targets(batch.targets))
+        if batch.weights is None:
+            return F.mse_loss(answers, targets), outputs
+        return ((answers - targets).square().mean(1) * batch.weights).mean(), outputs
+
+
+def _check_classes(outputs: Tensor, targets: Tensor, size: int) -> None:
+    if outputs.ndim != 2 or outputs.shape[1] != size:
+        raise DataError(
+            f"the model gives outputs {tuple(outputs.shape)} for {size} classes",
+            where="step cross-entropy",
+            why="a sample needs one output a class",
+            fix="give the model's head that many outputs (--adapt head does)",
+        )
+    shares = targets.shape == outputs.shape and targets.is_floating_point()
+    if not shares and (targets.shape != outputs.shape[:1] or targets.dtype != torch.int64):
+        raise DataError(
+            f"targets are {str(targets.dtype).removeprefix('torch.')} {tuple(targets.shape)}",
+            where="step cross-entropy",
+            why=f"it takes class indices, int64 ({len(outputs)},), or shares of classes, float {tuple(outputs.shape)}",
+            fix="store class indices as targets.long(); numbers want --step mse, label sets binary-cross-entropy",
+        )
+
+
+def _no_class(targets: Tensor, size: int) -> DataError:
+    return DataError(
+        f"class indices run from {int(targets.min())} to {int(targets.max())}, and there are {size} classes",
+        where="step cross-entropy",
+        why=f"an index lies from 0 to {size - 1}",
+        fix="name every class in the data's targets, or number the classes from 0",
+    )
+
+
+def _float_targets(targets: Tensor) -> Tensor:
+    if not targets.is_floating_point():
+        raise DataError(
+            f"targets are {str(targets.dtype).removeprefix('torch.')}, and the loss needs floats",
+            fix="store targets.float(); for class indices use --step cross-entropy",
+        )
+    return targets
+
+
+def _by_label(factors: Mapping[str, float], labels: tuple[str, ...], *, option: str) -> Tensor:
+    """A factor for each label (k,), 1 where none is given.
+
+    Raises:
+        UnknownNameError: A factor names no label.
+    """
+    for name in factors:
+        if name not in labels:
+            raise UnknownNameError(f"there is no class '{name}'", where=f"--step.{option}", fix=near(name, labels))
+    vector = torch.tensor([factors.get(label, 1.0) for label in labels])
+    if not vector.any():
+        raise OptionError("every factor is 0", where=f"--step.{option}", why="nothing would be learnt")
+    return vector
+
+
+def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one * other

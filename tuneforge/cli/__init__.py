@@ -1,0 +1,65 @@
+"""The command line: one file a verb, imported when it is used. Helping and listing import neither torch nor plugins."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+STAGES: dict[str, dict[str, str]] = {
+    "tune": {
+        "run": "Tune a model: data, model, strategy, report.",
+    },
+    "judge": {
+        "evaluate": "Evaluate a finished run again, on its own data or on others.",
+        "predict": "Predict with a finished run: a file or a folder of them.",
+        "report": "Print a finished run's figures, and write its page again.",
+    },
+    "extend": {
+        "plugins": "List, show and check the components that are installed.",
+        "doctor": "Say what this machine and this environment have.",
+    },
+}
+"""Every command with its one-line help, by stage of the work."""
+
+
+class Verbs(click.Group):
+    """A group whose commands are imported when used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands, by stage."""
+        return [name for verbs in STAGES.values() for name in verbs]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one command."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module = importlib.import_module(f"tuneforge.cli.{cmd_name}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command, or offer the nearest."""
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and name not in self.list_commands(ctx):
+            from tuneforge.errors import UnknownNameError, close_match
+
+            raise UnknownNameError(f"there is no command '{name}'", fix=close_match(name, self.list_commands(ctx)))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Commands by stage, without importing them."""
+        for stage, verbs in STAGES.items():
+            with formatter.section(f"Commands to {stage}"):
+                formatter.write_dl(list(verbs.items()))
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="tuneforge", prog_name="tuneforge")
+def cli() -> None:
+    """Fine-tune a pretrained PyTorch model on your data, and see which recipe was better.
+
+    Start with: tuneforge run --strategy freeze-then-unfreeze
+    """

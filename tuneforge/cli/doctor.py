@@ -1,0 +1,68 @@
+"""`tuneforge doctor`: what this machine and this environment have."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from typing import Any
+
+import click
+
+_PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pluggy", "attrs", "click", "safetensors")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> int:
+    """Say what this machine and this environment have. Exits 2 where something needed is missing."""
+    facts = {**_machine(), "packages": {name: _version(name) for name in _PACKAGES}, **_torch(), **_plugins()}
+    missing = [name for name, version in facts["packages"].items() if version is None]
+    if as_json:
+        click.echo(json.dumps({**facts, "missing": missing}, indent=1))
+    else:
+        for key, value in facts.items():
+            text = ", ".join(f"{name} {item or 'MISSING'}" for name, item in value.items()) if isinstance(value, dict) else value
+            click.echo(f"{key + ':':<14}{text}")
+        click.echo(f"missing:      {', '.join(missing)}" if missing else "all that a run needs is here")
+    return 2 if missing else 0
+
+
+def _machine() -> dict[str, Any]:
+    free_gb = shutil.disk_usage(".").free / 1e9
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    writable = os.access(".", os.W_OK)
+    return {
+        "python": f"{platform.python_version()} at {sys.prefix}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory_gb:.0f} GB of memory",
+        "this folder": f"{'writable' if writable else 'NOT writable'}, {free_gb:.0f} GB free",
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _torch() -> dict[str, Any]:
+    try:
+        import torch
+    except Exception as error:  # noqa: BLE001 - a torch that does not import is a finding, not a crash
+        return {"torch": f"does not import: {type(error).__name__}: {error}"}
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return {
+        "device": f"auto means {accelerator or 'cpu'}; {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    }
+
+
+def _plugins() -> dict[str, Any]:
+    from tuneforge.plugin import registry
+
+    entries = registry.installed()
+    others = sorted({f"{entry.distribution} {entry.version}" for entry in entries if entry.distribution != registry.BUILTIN})
+    return {"components": f"{len(entries)} installed; from others: {', '.join(others) or 'none'}"}

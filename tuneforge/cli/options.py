@@ -1,0 +1,258 @@
+"""Flags that are read twice: first which components, from flags and file; then the options of those components."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import click
+
+from tuneforge.errors import UsageError
+from tuneforge.plugin import registry
+from tuneforge.plugin.component import Option, options_of, type_text
+from tuneforge.plugin.config import REPEATABLE, SINGLE, Settings, default_name, merged, read_file, resolve
+from tuneforge.plugin.config import RunConfig as RunConfig
+
+SHORT_FORMS = ("epochs", "lr")
+_PICKS = {**SINGLE, **REPEATABLE}
+_HELP = {
+    "data": "Where samples come from.", "model": "What builds the model.",
+    "adapt": "What changes the model, in order.", "step": "What computes the loss.",
+    "evaluate": "What computes the figures.", "strategy": "What says what to do.",
+    "schedule": "Course of the rate, over what the strategy asks.",
+    "optimizer": "Over what the strategy asks.", "with": "An extension that takes part.",
+    "augment": "A random change of training inputs.",
+}  # fmt: skip
+
+
+@attrs.frozen
+class Chosen:
+    """A component that the command line or the file names.
+
+    Args:
+        key: `strategy`, `with`, ...
+        name: As given.
+        prefix: What its options begin with on the command line.
+        given: Its options in the file.
+    """
+
+    key: str
+    name: str
+    prefix: str
+    given: Mapping[str, Any]
+
+
+class ComponentCommand(click.Command):
+    """A command that has, beside its own options, those of the components it is told to use."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Find the components first, then parse with their options known."""
+        picks = [key for key in _PICKS if any(parameter.name == key for parameter in self.params)]
+        ctx.meta["tuneforge.file"] = _file_table(args)
+        ctx.meta["tuneforge.chosen"] = list(_chosen(args, ctx.meta["tuneforge.file"], picks))
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The command's own parameters and the components'."""
+        return [*super().get_params(ctx), *self._dotted(ctx)]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The command's own options, then a section for each component."""
+        own = super().get_params(ctx)
+        records = [record for parameter in own if (record := parameter.get_help_record(ctx))]
+        with formatter.section("Options"):
+            formatter.write_dl(records)
+        for each in ctx.meta["tuneforge.chosen"]:
+            dotted = [record for option in _click_options(each) if (record := option.get_help_record(ctx))]
+            if dotted:
+                with formatter.section(f"Options of {registry.NOUNS[_PICKS[each.key]]} '{each.name}'"):
+                    formatter.write_dl(dotted)
+        formatter.write_paragraph()
+        formatter.write_text("Name a component to see its options, for example: --data digits --help")
+
+    def _dotted(self, ctx: click.Context) -> list[click.Parameter]:
+        return [option for each in ctx.meta.get("tuneforge.chosen", ()) for option in _click_options(each)]
+
+
+def pick_options(*keys: str) -> list[click.Parameter]:
+    """Flags that pick components."""
+    return [
+        click.Option([f"--{key}", key], metavar="NAME", help=_HELP[key] + _default_note(key), multiple=key in REPEATABLE)
+        for key in keys
+    ]
+
+
+def own_options() -> list[click.Parameter]:
+    """Flags that pick components, and the run's own settings."""
+    short = [
+        click.Option([f"--{key}", f"short_{key}"], metavar="VALUE", help=f"Short for --strategy.{key}.")
+        for key in SHORT_FORMS
+    ]
+    settings = [_setting(option) for option in options_of(Settings).values()]
+    config = click.Option(["--config"], metavar="FILE", help="A TOML file with any of these; flags beat it.")
+    return [*pick_options(*_PICKS), *short, *settings, config]
+
+
+def configuration(ctx: click.Context, values: Mapping[str, Any]) -> RunConfig:
+    """The run configuration that parsed flags describe, over the file's.
+
+    Raises:
+        UsageError: A short form names an option that the strategy does not have, or flags contradict.
+    """
+    flags: dict[str, Any] = {}
+    known = options_of(Settings)
+    for name, value in values.items():
+        if name in known and value is not None:
+            flags[known[name].key] = value
+    by_component = _component_values(ctx, values)
+    for key in SINGLE:
+        picked = values.get(key)
+        options = by_component.get((key, picked or _name_in_file(ctx, key)), {})
+        if picked or options:
+            flags[key] = {"name": picked or _name_in_file(ctx, key), **options}
+    for key in REPEATABLE:
+        named = [*values.get(key, ()), *(name for where, name in by_component if where == key)]
+        if named:
+            flags[key] = [{"name": name, **by_component.get((key, name), {})} for name in dict.fromkeys(named)]
+    _apply_short_forms(ctx, flags, values)
+    return resolve(merged(ctx.meta["tuneforge.file"], flags))
+
+
+def default_text(option: Option) -> str:
+    """`[default: 1]` or `[required]`, as help shows it."""
+    if option.required:
+        return "[required]"
+    return f"[default: {_shown(option.default)}]"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(_shown, value)) or "empty"
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={_shown(item)}" for key, item in value.items()) or "empty"
+    return "none" if value is None else str(value)
+
+
+def _setting(option: Option) -> click.Option:
+    if option.type is bool:
+        return click.Option(
+            [f"--{option.key}/--no-{option.key}", option.name], default=None, help=f"{option.help} {default_text(option)}"
+        )
+    return click.Option(
+        [f"--{option.key}", option.name], metavar=_metavar(option), help=f"{option.help} {default_text(option)}"
+    )
+
+
+def _metavar(option: Option) -> str:
+    words = {"integer": "INTEGER", "number": "NUMBER", "text": "TEXT", "path": "PATH", "true or false": "BOOLEAN"}
+    text = type_text(option.type)
+    first = text.partition(" or ")[0]
+    return words.get(text) or words.get(first, "VALUE")
+
+
+def _click_options(chosen: Chosen) -> Iterator[click.Option]:
+    cls = registry.load(registry.find(_PICKS[chosen.key], chosen.name, where=f"--{chosen.key}"))
+    given = {key.replace("-", "_"): value for key, value in chosen.given.items()}
+    for option in options_of(cls).values():
+        shown = attrs.evolve(option, default=given.get(option.name, option.default))
+        choices = f" ({type_text(option.type)})" if _metavar(option) == "VALUE" else ""
+        yield click.Option(
+            [f"--{chosen.prefix}.{option.key}", _python_name(chosen, option)],
+            metavar=_metavar(option),
+            help=f"{option.help}{choices} {default_text(shown)}",
+        )
+
+
+def _python_name(chosen: Chosen, option: Option) -> str:
+    return _python_prefix(chosen) + option.name
+
+
+def _python_prefix(chosen: Chosen) -> str:
+    """What click calls the options of a component: an identifier that no setting has."""
+    return re.sub(r"\W", "_", f"dotted__{chosen.key}__{chosen.name}__")
+
+
+def _component_values(ctx: click.Context, values: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for each in ctx.meta["tuneforge.chosen"]:
+        prefix = _python_prefix(each)
+        given = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+        options = {name: value for name, value in given.items() if value is not None}
+        if options:
+            found[each.key, each.name] = options
+    return found
+
+
+def _apply_short_forms(ctx: click.Context, flags: dict[str, Any], values: Mapping[str, Any]) -> None:
+    name = values.get("strategy") or _name_in_file(ctx, "strategy")
+    for short in SHORT_FORMS:
+        value = values.get(f"short_{short}")
+        if value is None:
+            continue
+        known = options_of(registry.load(registry.find("finetune_strategy", str(name), where="--strategy")))
+        if short not in known:
+            raise UsageError(
+                f"strategy '{name}' has no option '{short}'",
+                where=f"--{short}",
+                fix=f"it has {', '.join(f'--strategy.{each.key}' for each in known.values()) or 'no options'}",
+            )
+        flags.setdefault("strategy", {"name": name}).setdefault(short, value)
+
+
+def _file_table(args: list[str]) -> dict[str, Any]:
+    path = next(iter(_values_of(args, "--config")), None)
+    return read_file(Path(path)) if path is not None else {}
+
+
+def _chosen(args: list[str], file: Mapping[str, Any], picks: list[str]) -> Iterator[Chosen]:
+    """The components whose options this command line can have: named, or used with a dotted flag; and the strategy."""
+    for key in picks:
+        named = list(_values_of(args, f"--{key}"))
+        in_file = _entries(file.get(key))
+        if key in REPEATABLE:
+            for name in dict.fromkeys([*(str(entry.get("name")) for entry in in_file), *named]):
+                given = next((entry for entry in in_file if entry.get("name") == name), {})
+                yield Chosen(key, name, name, _without_name(given))
+            continue
+        given = in_file[0] if in_file else {}
+        dotted = any(arg.startswith(f"--{key}.") for arg in args)
+        name = named[-1] if named else given.get("name") or (default_name(key) if dotted or key == "strategy" else None)
+        if name:
+            same = given.get("name", default_name(key)) == name
+            yield Chosen(key, str(name), key, _without_name(given) if same else {})
+
+
+def _values_of(args: list[str], flag: str) -> Iterator[str]:
+    for index, arg in enumerate(args):
+        if arg == flag and index + 1 < len(args):
+            yield args[index + 1]
+        elif arg.startswith(flag + "="):
+            yield arg.partition("=")[2]
+
+
+def _entries(value: Any) -> list[dict[str, Any]]:
+    if value is None:
+        return []
+    items = value if isinstance(value, list) else [value]
+    return [dict(item) if isinstance(item, Mapping) else {"name": item} for item in items]
+
+
+def _without_name(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "name"}
+
+
+def _name_in_file(ctx: click.Context, key: str) -> str | None:
+    entries = _entries(ctx.meta["tuneforge.file"].get(key))
+    return (entries[0].get("name") if entries else None) or default_name(key)
+
+
+def _default_note(key: str) -> str:
+    if key in REPEATABLE:
+        return " Repeatable."
+    name = default_name(key)
+    return f" [default: {name}]" if name else ""

@@ -1,0 +1,112 @@
+"""`tuneforge plugins`: what is installed, under which names, from which distribution."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from tuneforge.plugin import registry
+
+
+@click.group()
+def plugins() -> None:
+    """List, show and check the components that are installed."""
+
+
+@plugins.command("list")
+@click.option("--hook", metavar="HOOK", help="Only this hook point or kind of part.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_(hook: str | None, as_json: bool) -> None:
+    """List every component: hook, name, aliases, distribution, version. Imports no plugin."""
+    entries = registry.installed() if hook is None else registry.entries_of(hook)
+    if as_json:
+        rows = [
+            {
+                "hook": entry.group, "name": entry.name, "aliases": list(entry.aliases),
+                "distribution": entry.distribution, "version": entry.version, "target": entry.target,
+            }
+            for entry in entries
+        ]  # fmt: skip
+        click.echo(json.dumps(rows, indent=1))
+        return
+    header = ("HOOK", "NAME", "ALIASES", "DISTRIBUTION")
+    table = [
+        (entry.group, entry.name, ", ".join(entry.aliases), f"{entry.distribution} {entry.version}") for entry in entries
+    ]
+    widths = [max(len(row[column]) for row in (header, *table)) for column in range(4)]
+    for row in (header, *table):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@plugins.command()
+@click.argument("name")
+@click.option("--hook", metavar="HOOK", help="Where several hooks have the name: which one.")
+@click.option("--json-schema", is_flag=True, help="Print the JSON Schema of its options.")
+def show(name: str, hook: str | None, json_schema: bool) -> None:
+    """Show one component: what it does, its options, where it comes from."""
+    for position, entry in enumerate(_named(name, hook)):
+        if position:
+            click.echo()
+        _show(entry, json_schema=json_schema)
+
+
+@plugins.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(as_json: bool) -> int:
+    """Load every installed component and say which of them are broken. Exits 2 where one is."""
+    from tuneforge.errors import TuneforgeError
+    from tuneforge.plugin.component import options_of
+
+    verdicts = []
+    for entry in registry.installed():
+        try:
+            options_of(registry.load(entry))
+            problem = None
+        except TuneforgeError as error:
+            problem = str(error)
+        except Exception as error:  # noqa: BLE001 - a broken declaration of any kind is what this command looks for
+            problem = f"{type(error).__name__}: {error}"
+        verdicts.append({"component": registry.describe(entry), "target": entry.target, "problem": problem})
+    broken = [verdict for verdict in verdicts if verdict["problem"]]
+    if as_json:
+        click.echo(json.dumps(verdicts, indent=1))
+    else:
+        for verdict in broken:
+            click.echo(f"broken: {verdict['component']}: {verdict['problem']}")
+        click.echo(f"{len(verdicts) - len(broken)} of {len(verdicts)} components load")
+    return 2 if broken else 0
+
+
+def _named(name: str, hook: str | None) -> list[registry.Entry]:
+    from tuneforge.errors import UnknownNameError, close_match
+
+    if hook is not None:
+        return [registry.find(hook, name)]
+    bare = name.rpartition("/")[2]
+    groups = {entry.group for entry in registry.installed() if bare == entry.name or bare in entry.aliases}
+    if not groups:
+        names = [each for entry in registry.installed() for each in (entry.name, *entry.aliases)]
+        raise UnknownNameError(
+            f"no component '{name}' is installed", fix=f"{close_match(name, names)} See: tuneforge plugins list"
+        )
+    return [registry.find(group, name) for group in registry.GROUPS if group in groups]
+
+
+def _show(entry: registry.Entry, *, json_schema: bool) -> None:
+    import inspect
+
+    from tuneforge.cli.options import default_text
+    from tuneforge.plugin.component import options_of, schema_of, type_text
+
+    cls = registry.load(entry)
+    if json_schema:
+        click.echo(json.dumps(schema_of(cls), indent=1, default=list))
+        return
+    click.echo(f"{entry.name}: {registry.NOUNS[entry.group]}, {entry.distribution} {entry.version}")
+    if entry.aliases:
+        click.echo(f"also called: {', '.join(entry.aliases)}")
+    click.echo(f"\n{inspect.cleandoc(cls.__doc__ or 'No description.')}\n")
+    for option in options_of(cls).values():
+        rule = f", {option.check.text}" if option.check else ""
+        click.echo(f"  {option.key} ({type_text(option.type)}{rule}): {option.help} {default_text(option)}")

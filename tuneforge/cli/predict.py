@@ -1,0 +1,82 @@
+"""`tuneforge predict`: answers for files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("things", nargs=-1, required=True, metavar="FILE|DIR...")
+@click.option("--csv", "as_csv", is_flag=True, help="Print a CSV with every probability.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+@click.option("--device", default="auto", show_default=True, help="Where to compute.")
+def predict(folder: Path, things: tuple[str, ...], as_csv: bool, as_json: bool, device: str) -> int:
+    """Predict with a finished run: files, folders of them, or (for tables) a CSV or a JSON row.
+
+    Exits 65 where some input could not be read; the others are answered all the same.
+    """
+    from tuneforge.engine.tuned import load
+    from tuneforge.errors import DataError
+
+    tuned = load(folder, device_name=device)
+    writer = None
+    failed = 0
+    for name, raw in _raws(things):
+        try:
+            answer = next(tuned.predict([raw]))
+        except DataError as error:
+            failed += 1
+            click.echo(f"error: {name}: {error}", err=True)
+            continue
+        if as_json:
+            click.echo(json.dumps({"input": name, **answer}))
+        elif as_csv:
+            row = {"input": name, **_flat(answer)}
+            if writer is None:
+                writer = csv.DictWriter(sys.stdout, fieldnames=list(row), lineterminator="\n")
+                writer.writeheader()
+            writer.writerow(row)
+        else:
+            click.echo(f"{name}: {_words(answer)}")
+    return DataError.exit_code if failed else 0
+
+
+def _raws(things: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Each thing with its name: files, files of folders in sorted order, rows of a CSV, a row in JSON."""
+    from tuneforge.errors import DataError
+
+    for thing in things:
+        path = Path(thing)
+        if thing.lstrip().startswith("{"):
+            yield thing, json.loads(thing)
+        elif path.is_dir():
+            yield from ((str(each), each) for each in sorted(path.rglob("*")) if each.is_file())
+        elif path.suffix == ".csv" and path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                yield from ((f"{path}:{number}", row) for number, row in enumerate(csv.DictReader(file), start=2))
+        elif path.is_file():
+            yield thing, path
+        else:
+            raise DataError(f"there is no file or folder '{thing}'", where="FILE|DIR", fix="check the path")
+
+
+def _words(answer: dict[str, Any]) -> str:
+    if "class" in answer:
+        return f"{answer['class']} ({100 * answer['probability']:.1f} %)"
+    return ", ".join(f"{key} {value}" for key, value in answer.items() if not isinstance(value, dict))
+
+
+def _flat(answer: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in answer.items():
+        nested = value if isinstance(value, dict) else {}
+        flat |= {f"{key}.{name}": item for name, item in nested.items()} or {key: value}
+    return flat

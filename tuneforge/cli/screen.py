@@ -1,0 +1,75 @@
+"""What a person sees while a run goes on: a bar that moves on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tuneforge.plugin.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from tuneforge.engine.run import Run
+
+_LOOK_S = 0.2
+_ENOUGH_STEPS, _ENOUGH_S = 10, 2.0
+
+
+class Screen:
+    """Lines for people, and progress that costs the run nothing: a thread looks at the run's counters.
+
+    Args:
+        to_stderr: Leave standard output to a program that reads JSON there.
+    """
+
+    def __init__(self, *, to_stderr: bool) -> None:
+        self._console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+        self._run: Run | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self._console, transient=True)
+
+    def __enter__(self) -> Screen:
+        if self._console.is_terminal:
+            self._progress.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text, markup=False)
+
+    @hookimpl
+    def run_started(self, run: Run) -> None:
+        """Know the run whose counters are shown."""
+        self._run = run
+
+    def _watch(self) -> None:
+        task = self._progress.add_task("starting", total=None)
+        phase, began, first, told = None, 0.0, 0, False
+        while not self._over.wait(_LOOK_S):
+            run = self._run
+            if run is None or run.phase is None:
+                continue
+            if run.phase is not phase:
+                phase, began, first, told = run.phase, time.perf_counter(), run.steps_done, False
+            self._progress.update(
+                task, description=f"phase '{phase.name}'", completed=run.steps_done, total=run.total_steps
+            )
+            done, seconds = run.steps_done - first, time.perf_counter() - began
+            if not told and done >= _ENOUGH_STEPS and seconds >= _ENOUGH_S:
+                told = True
+                left = seconds / done * (run.total_steps - run.steps_done)
+                self.say(f"  about {left:.0f} s to go in this phase ({1000 * seconds / done:.1f} ms a step)")

@@ -1,0 +1,187 @@
+"""A finished run put to use: load its model from the folder alone, predict with it, evaluate it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from tuneforge.engine import device, folder, given
+from tuneforge.engine.data import Data, Inputs, Split, Targets, map_inputs
+from tuneforge.engine.model import Model, answer_of
+from tuneforge.engine.parts import part
+from tuneforge.engine.passes import evaluate as evaluate_split
+from tuneforge.engine.run import Run
+from tuneforge.errors import DataError, FolderError
+from tuneforge.plugin.config import RunConfig, resolve
+from tuneforge.plugin.manager import Hooks
+from tuneforge.plugin.steps import Use
+
+
+@attrs.frozen(eq=False)
+class Tuned:
+    """A tuned model with its two contracts: it takes raw things and gives answers for people.
+
+    Args:
+        path: The run's folder.
+        run: A run that only looks: no data splits, nothing is written.
+        inputs: How raw things become tensors.
+        targets: How answers are read.
+    """
+
+    path: Path
+    run: Run
+    inputs: Inputs
+    targets: Targets
+
+    @property
+    def model(self) -> Model:
+        """The tuned model, in eval mode."""
+        return self.run.model
+
+    def outputs(self, raws: Iterable[Any], *, batch_size: int = 64) -> Iterator[Tensor]:
+        """The model's output (k,) for each raw thing, on the CPU, in order.
+
+        Raises:
+            DataError: One of them cannot be decoded.
+        """
+        remaining = iter(raws)
+        while chunk := list(islice(remaining, batch_size)):
+            stored = _stacked([self.inputs.decode(raw) for raw in chunk])
+            with torch.inference_mode():
+                ready = self.inputs.ready(map_inputs(stored, self.run.device.move))
+                yield from answer_of(self.run.forward(self.run.place(ready))).float().cpu()
+
+    def predict(self, raws: Iterable[Any]) -> Iterator[dict[str, Any]]:
+        """The answer for each raw thing as plain data, such as class and probabilities."""
+        for output in self.outputs(raws):
+            yield self.targets.describe(output)
+
+
+def load(path: str | Path, *, model: Any = None, device_name: str = "auto") -> Tuned:
+    """Load a finished run.
+
+    Args:
+        path: The run's folder.
+        model: The module, where the run was given one as an object; it is built from the folder otherwise.
+        device_name: Where to compute.
+
+    Raises:
+        FolderError: The folder holds no finished run, or the weights do not fit.
+        PluginLoadError: A component that the model is built with is not installed.
+    """
+    path = Path(path)
+    record = folder.read_json(path / folder.MODEL)
+    config = resolve(folder.read_json(path / folder.RUN)["config"], where=str(path / folder.RUN))
+    config = attrs.evolve(config, device=device_name, out=None)
+    inputs, targets = (_contract(group, record[group]) for group in ("inputs", "targets"))
+    run = Run(config=config, folder=None, device=device.choose(device_name), hooks=_hooks(config, model), restoring=True)
+    run.take_data(_placeholder(record, inputs, targets))
+    run.take_model(run.hooks.call.model_adapt(run=run, model=None))
+    tensors, _ = folder.load_tensors(path / folder.WEIGHTS)
+    folder.load_state(run.model.module, tensors, where=str(path / folder.WEIGHTS))
+    run.model.module.eval()
+    return Tuned(path, run, inputs, targets)
+
+
+def predict(path: str | Path, raws: Iterable[Any], *, model: Any = None) -> Iterator[dict[str, Any]]:
+    """Answers of a finished run for raw things: files, bytes, arrays, or rows, as its inputs take them."""
+    return load(path, model=model).predict(raws)
+
+
+def evaluate(
+    path: str | Path, *, data: Any = None, model: Any = None, metrics: Iterable[Any] = (), device_name: str = "auto"
+) -> dict[str, Any]:
+    """Evaluate a finished run again, on its own data or on others.
+
+    Args:
+        path: The run's folder.
+        data: Another data source, as `Engine` takes it; None prepares the run's own again.
+        model: The module, where the run was given one as an object.
+        metrics: Metrics by name, or instances; by default those of the run.
+        device_name: Where to compute.
+
+    Returns:
+        Figures of every split but the training split, by name of the split.
+
+    Raises:
+        DataError: The data's classes are not the model's.
+    """
+    tuned = load(path, model=model, device_name=device_name)
+    run = tuned.run
+    member, _ = given.member("data_prepare", data if data is not None else run.config.data, where="--data")
+    for asked in tuple(metrics) or run.config.evaluate or tuned.targets.metrics:
+        run.hooks.add(given.member("evaluate", asked, where="--evaluate")[0])
+    run.hooks.add(member)
+    run.hooks.provider("data_prepare")
+    prepared = run.hooks.call.data_prepare(run=run)
+    _check_labels(prepared.targets.labels, tuned.targets.labels)
+    run.take_data(attrs.evolve(prepared, inputs=_same_inputs(prepared.inputs, tuned.inputs), targets=tuned.targets))
+    splits = {name: split for name, split in run.data.splits().items() if name != "train"}
+    return {name: evaluate_split(run, split, name) for name, split in splits.items()}
+
+
+def _hooks(config: RunConfig, model: Any) -> Hooks:
+    hooks = Hooks()
+    builders = [config.model if model is None else model, *config.adapt]
+    if not any(use.name == "head" for use in config.adapt):
+        builders.append(Use("head"))
+    for asked in builders:
+        try:
+            hooks.add(given.member("model_adapt", asked, where="--model")[0])
+        except TypeError as error:  # a class that only its author can construct
+            raise FolderError(
+                "the run was given its model as an object",
+                why=str(error),
+                fix="give it again: load(path, model=module)",
+            ) from None
+    return hooks
+
+
+def _contract(group: str, record: dict[str, Any]) -> Any:
+    return part(group, Use(record["name"], record["options"]))
+
+
+def _placeholder(record: dict[str, Any], inputs: Inputs, targets: Targets) -> Data:
+    """Data of the right shapes and nothing in it, so that builders can read shapes."""
+    tensors = {
+        name: torch.zeros(2, *shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+        for name, (shape, dtype) in record["stored"].items()
+    }
+    split = Split(tensors[""] if set(tensors) == {""} else tensors, torch.zeros(2, dtype=torch.int64))
+    return Data(train=split, val=split, test=split, inputs=inputs, targets=targets)
+
+
+def _check_labels(found: tuple[str, ...], known: tuple[str, ...]) -> None:
+    if found != known:
+        extra, missing = sorted(set(found) - set(known)), sorted(set(known) - set(found))
+        raise DataError(
+            "the data's classes are not the model's",
+            why=f"only in the data: {extra or 'none'}; only in the model: {missing or 'none'}; order matters too",
+            fix="evaluate on data with the classes that the model was tuned for",
+        )
+
+
+def _same_inputs(found: Inputs, known: Inputs) -> Inputs:
+    """The model's own contract: what is stored must fit it, else the evaluation would feed another input."""
+    from tuneforge.plugin.component import values_of
+
+    same = type(found) is type(known) and values_of(found) == values_of(known)
+    if not same:
+        raise DataError(
+            "the data is prepared otherwise than the model's",
+            why=f"the model was tuned with {known}, the data comes as {found}",
+            fix="give the data source the options of the run (see config in run.json)",
+        )
+    return known
+
+
+def _stacked(samples: list[Any]) -> Any:
+    if isinstance(samples[0], Tensor):
+        return torch.stack(samples)
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
