@@ -83,6 +83,11 @@ class TestCrossEntropy:
         with pytest.raises(UnknownNameError, match="did you mean 'zebra'"):
             CrossEntropy(class_weights={"zebar": 2.0}).train_step(run, batch(torch.tensor([0])))
 
+    def test_weights_that_leave_nothing_to_learn_are_refused(self):
+        step = CrossEntropy(class_weights={"a": 0.0, "b": 0.0})
+        with pytest.raises(OptionError, match="weight 0"):
+            step.train_step(run_of(drawn(1, 3), ABC, train=torch.tensor([0, 1])), batch(torch.tensor([0])))
+
     @pytest.mark.parametrize("targets", [torch.tensor([0, 3]), torch.tensor([-1, 0])])
     @pytest.mark.parametrize("weights", [None, torch.ones(2)])
     def test_a_target_that_is_no_class_says_the_range(self, targets, weights):

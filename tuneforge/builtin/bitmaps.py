@@ -24,11 +24,14 @@ def block_counts(bitmaps_nyx: Bools) -> Images:
 
 
 def deepest(fields_nyx: Floats, ink_n: Floats | NDArray[np.integer]) -> Bools:
-    """Mark the `ink_n` pixels with the greatest values of each field `(n, y, x)`."""
+    """Mark the `ink_n` pixels, rounded, with the greatest values of each field `(n, y, x)`; of equals, the upper."""
     flat = fields_nyx.reshape(len(fields_nyx), fields_nyx.shape[1] * fields_nyx.shape[2])
-    ranks = flat.shape[1] - np.clip(np.rint(ink_n), 1, flat.shape[1]).astype(np.int64)
-    threshold = np.take_along_axis(np.sort(flat, axis=1), ranks[:, None], axis=1)
-    return (flat >= threshold).reshape(fields_nyx.shape)
+    ink = np.clip(np.rint(ink_n), 1, flat.shape[1]).astype(np.int64)[:, None]
+    threshold = np.take_along_axis(np.sort(flat, axis=1), flat.shape[1] - ink, axis=1)
+    above, equal = flat > threshold, flat == threshold
+    fitting = np.cumsum(equal, axis=1, dtype=np.int32) <= ink - above.sum(axis=1, keepdims=True)
+    marked: Bools = above | (equal & fitting)
+    return marked.reshape(fields_nyx.shape)
 
 
 def bounds(masks_nyx: Bools) -> tuple[Floats, Floats, Floats, Floats]:

@@ -7,7 +7,7 @@ Only options are declared here, so that `--help` needs no torch; the work is in 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tuneforge import Check, between, component, ge, gt, hookimpl, option
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tuneforge.builtin.image_files import Found
     from tuneforge.builtin.images import Images
 
+_GREY_SETS = ("MNIST", "EMNIST", "FashionMNIST", "KMNIST", "QMNIST", "USPS", "SEMEION")
 _SHARE = Check(
     "greater than 0 and at most 0.8", lambda share: 0 < share <= 0.8, {"exclusiveMinimum": 0, "maximum": 0.8}
 )
@@ -52,6 +53,9 @@ class PictureOptions:
 
     def images(self) -> Images:
         """The inputs, without a mean yet."""
+        return self._images(grey=self.grey)
+
+    def _images(self, *, grey: bool) -> Images:
         from tuneforge.builtin.images import Images
 
         shapes = {
@@ -59,7 +63,7 @@ class PictureOptions:
             "pad": ("square", f"resize {self.size}"),
             "stretch": (f"resize {self.size}x{self.size}",),
         }
-        looks = (("grey",) if self.grey else ()) + (("invert",) if self.invert else ())
+        looks = (("grey",) if grey else ()) + (("invert",) if self.invert else ())
         return Images(ops=(*looks, *shapes[self.fit]), channels=self.channels)
 
 
@@ -117,6 +121,10 @@ class Torchvision(PictureOptions):
         check=Check("greater than 0 and less than 1", lambda share: 0 < share < 1),
     )
 
+    def images(self) -> Images:
+        """The inputs, without a mean yet; a set without colours makes the pictures of others grey too."""
+        return self._images(grey=self.grey or self.dataset in _GREY_SETS)
+
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
         """Load the set, take validation from its training part, and resize it."""
@@ -127,7 +135,7 @@ class Torchvision(PictureOptions):
         notes: tuple[str, ...] = ()
         if self.other_share is not None:
             parts, notes = with_others(parts, share=self.other_share, seed=run.config.seed)
-        return make_data(self, parts, seed=run.config.seed, notes=notes)
+        return make_data(self, parts, seed=run.config.seed, notes=notes, known=_known(run))
 
 
 def _data_of(options: PictureOptions, found: Found, run: Run) -> Data:
@@ -135,7 +143,7 @@ def _data_of(options: PictureOptions, found: Found, run: Run) -> Data:
     import numpy as np
 
     from tuneforge.builtin.image_splits import Part, Parts, make_data
-    from tuneforge.builtin.images import PictureFiles
+    from tuneforge.builtin.picture_sources import PictureFiles
 
     names = tuple(sorted({label for listing in found.parts.values() for label in listing.labels}))
     codes = {name: code for code, name in enumerate(names)}
@@ -147,4 +155,9 @@ def _data_of(options: PictureOptions, found: Found, run: Run) -> Data:
         )
         for split, listing in found.parts.items()
     }
-    return make_data(options, Parts(names, parts), seed=run.config.seed, notes=found.notes)
+    return make_data(options, Parts(names, parts), seed=run.config.seed, notes=found.notes, known=_known(run))
+
+
+def _known(run: Run) -> Any:
+    """The inputs of the run that is restored, whose normalisation holds for other data too."""
+    return run.data.inputs if run.restoring else None

@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tuneforge import Data, DataError, Split
-from tuneforge.builtin.images import Images, PictureFiles
+from tuneforge import Data, DataError, Split, UsageError
+from tuneforge.builtin.images import Images
+from tuneforge.builtin.picture_sources import PictureFiles
 from tuneforge.builtin.targets import Classes
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ class Parts:
         return Parts(self.names, by_split)
 
 
-def make_data(options: PictureOptions, parts: Parts, *, seed: int, notes: Sequence[str] = ()) -> Data:
+def make_data(
+    options: PictureOptions, parts: Parts, *, seed: int, notes: Sequence[str] = (), known: Any = None
+) -> Data:
     """The data of a run.
 
     Args:
@@ -89,6 +92,7 @@ def make_data(options: PictureOptions, parts: Parts, *, seed: int, notes: Sequen
         parts: What `val` or `test` lacks is taken from `train`.
         seed: The run's.
         notes: Sentences on what was found.
+        known: The inputs of a tuned model that this data is for; their normalisation beats what the options say.
 
     Raises:
         DataError: Too few classes, too few pictures of one, a class that training lacks, or a broken picture.
@@ -100,14 +104,16 @@ def make_data(options: PictureOptions, parts: Parts, *, seed: int, notes: Sequen
     if not held:
         _check_files(parts)
     sources = {split: _stored(part.pictures) if held else part.pictures for split, part in parts.by_split.items()}
-    mean, std = normalisation(options, inputs, sources["train"])
+    mean, std = (
+        (known.mean, known.std) if isinstance(known, Images) else normalisation(options, inputs, sources["train"])
+    )
     splits = {
         split: Split(sources[split], torch.from_numpy(part.codes), ids=part.ids)
         for split, part in parts.by_split.items()
     }
     return Data(
         **splits,
-        inputs=attrs.evolve(inputs, mean=mean, std=std),
+        inputs=inputs.normalised(mean, std),
         targets=Classes(names=parts.names),
         notes=(*notes, *_missing_notes(parts), *memory_notes),
     )
@@ -159,9 +165,19 @@ def limited(parts: Parts, limit: int | None, *, seed: int) -> Parts:
 
 
 def divided(parts: Parts, shares: Mapping[str, float], *, seed: int) -> Parts:
-    """All three splits: what is missing is taken from training, stratified by class."""
+    """All three splits: what is missing is taken from training, stratified by class.
+
+    Raises:
+        UsageError: The shares of what is missing leave no training.
+        DataError: A class has too few pictures to be in every split.
+    """
     train = parts.by_split["train"]
     missing = {split: share for split, share in shares.items() if split not in parts.by_split}
+    if sum(missing.values()) >= 1:
+        asked = " and ".join(f"{split} {share:g}" for split, share in missing.items())
+        raise UsageError(
+            f"{asked} leave nothing to learn from", why="together they must be less than 1", fix="lower one"
+        )
     rows = stratified(train.codes, parts.names, missing, seed=seed)
     taken = {split: train.chosen(chosen) for split, chosen in rows.items()} if missing else {}
     return parts.changed({split: taken.get(split) or parts.by_split[split] for split in SPLITS})
@@ -216,9 +232,9 @@ def free_memory_mb() -> int:
 
 def _measured(inputs: Images, source: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     count = len(source)
-    rows = torch.linspace(0, count - 1, min(count, _MEASURED)).round().long().unique()
+    rows = torch.from_numpy(np.unique(np.linspace(0, count - 1, min(count, _MEASURED)).round().astype(np.int64)))
     stored = source.fetch(rows) if not isinstance(source, Tensor) else source.index_select(0, rows)
-    plain = attrs.evolve(inputs, mean=(0.0,), std=(1.0,)).ready(stored).double()
+    plain = inputs.normalised((0.0,), (1.0,)).ready(stored).double()
     mean = [round(value, 4) for value in plain.mean(dim=(0, 2, 3)).tolist()]
     std = [round(value, 4) or 1.0 for value in plain.std(dim=(0, 2, 3)).tolist()]
     if len(set(mean)) == 1 and len(set(std)) == 1:
@@ -247,13 +263,13 @@ def _state(seed: int, *words: str) -> int:
 def _held(parts: Parts, inputs: Images, memory_mb: int | None) -> tuple[bool, list[str]]:
     """Whether all pictures are held in memory, and a sentence where they are not."""
     needed_mb = sum(len(part.codes) for part in parts.by_split.values()) * math.prod(inputs.shape or ()) / 2**20
-    budget_mb = free_memory_mb() // 2 if memory_mb is None else memory_mb
+    budget_mb = free_memory_mb() / 2 if memory_mb is None else memory_mb
     if needed_mb <= budget_mb:
         return True, []
     why = "half of what is free" if memory_mb is None else "--data.memory-mb"
     return False, [
         f"pictures are decoded when they are needed: they would take {needed_mb:,.1f} MB, "
-        f"more than {budget_mb:,} MB ({why})"
+        f"more than {budget_mb:,.1f} MB ({why})"
     ]
 
 
@@ -261,8 +277,8 @@ def _stored(pictures: Pictures) -> Tensor:
     """All pictures in memory, uint8 (n, c, h, w)."""
     if isinstance(pictures, PictureFiles):
         return pictures.fetch(torch.arange(len(pictures)))
-    chunks = torch.arange(len(pictures)).split(_CHUNK)
-    return torch.cat([pictures.fetch(rows) for rows in chunks])
+    starts = range(0, len(pictures), _CHUNK)
+    return torch.cat([pictures.fetch(torch.arange(at, min(at + _CHUNK, len(pictures)))) for at in starts])
 
 
 def _check_files(parts: Parts) -> None:

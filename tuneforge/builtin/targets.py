@@ -213,9 +213,11 @@ class Numbers(Targets):
     names: tuple[str, ...] = option(
         ("value",), help="Names of the numbers, in the order of the outputs.", check=_UNIQUE
     )
-    units: tuple[str, ...] = option(("",), help="Unit of each; one for all of them will do.")
-    means: tuple[float, ...] = option((0.0,), help="What was subtracted from each; one for all will do.")
-    scales: tuple[float, ...] = option((1.0,), help="What each was divided by; one for all will do.", check=_POSITIVE)
+    units: tuple[str, ...] = option(default=("",), help="Unit of each; one for all of them will do.")
+    means: tuple[float, ...] = option(default=(0.0,), help="What was subtracted from each; one for all will do.")
+    scales: tuple[float, ...] = option(
+        default=(1.0,), help="What each was divided by; one for all will do.", check=_POSITIVE
+    )
 
     def __attrs_post_init__(self) -> None:
         for name, values in (("units", self.units), ("means", self.means), ("scales", self.scales)):

@@ -19,7 +19,8 @@ from torchvision import datasets
 
 from tuneforge import DataError, UnknownNameError
 from tuneforge.builtin.image_splits import Part, Parts, Pictures
-from tuneforge.builtin.images import Images, PictureArrays, PictureFiles
+from tuneforge.builtin.images import Images
+from tuneforge.builtin.picture_sources import PictureArrays, PictureFiles
 
 _Arguments = Mapping[str, Mapping[str, Any]]
 

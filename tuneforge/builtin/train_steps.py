@@ -46,6 +46,7 @@ class CrossEntropy:
         Raises:
             DataError: Outputs or targets have the wrong shape or type, or a target is no class.
             UnknownNameError: A weight names no class.
+            OptionError: No class that occurs has a weight.
         """
         outputs, targets = run.forward(batch.inputs), batch.targets
         _check_classes(outputs, targets, run.data.targets.size)
@@ -65,7 +66,10 @@ class CrossEntropy:
         state = run.state(self)
         if "factors" not in state:
             raw = _by_label(self.class_weights, run.data.targets.labels, option="class-weights")
-            state["factors"] = raw / raw[run.data.train.targets].mean()
+            mean = raw[run.data.train.targets].mean()
+            if mean == 0:
+                raise OptionError("every class of the training split has weight 0", where="--step.class-weights")
+            state["factors"] = raw / mean
         factors: Tensor = state["factors"].to(targets.device)
         return factors[targets] if targets.ndim == 1 else targets @ factors
 
@@ -170,10 +174,7 @@ def _by_label(factors: Mapping[str, float], labels: tuple[str, ...], *, option: 
     for name in factors:
         if name not in labels:
             raise UnknownNameError(f"there is no class '{name}'", where=f"--step.{option}", fix=near(name, labels))
-    vector = torch.tensor([factors.get(label, 1.0) for label in labels])
-    if not vector.any():
-        raise OptionError("every factor is 0", where=f"--step.{option}", why="nothing would be learnt")
-    return vector
+    return torch.tensor([factors.get(label, 1.0) for label in labels])
 
 
 def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:

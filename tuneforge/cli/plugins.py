@@ -57,11 +57,14 @@ def check(as_json: bool) -> int:
     """Load every installed component and say which of them are broken. Exits 2 where one is."""
     from tuneforge.errors import TuneforgeError
     from tuneforge.plugin.component import options_of
+    from tuneforge.plugin.manager import check_hooks
 
     verdicts = []
     for entry in registry.installed():
         try:
-            options_of(registry.load(entry))
+            cls = registry.load(entry)
+            options_of(cls)
+            check_hooks(cls, registry.describe(entry))
             problem = None
         except TuneforgeError as error:
             problem = str(error)

@@ -131,8 +131,8 @@ def select(model: Model, selectors: Iterable[str]) -> list[str]:
 
     Args:
         model: Whose parameters.
-        selectors: `"head"`, `"all"`, `"norms"`, `"biases"`, a group's name, `"groups[i]"` or a slice of groups, a glob
-            over parameter names, or `"re:..."`.
+        selectors: `"head"`, `"all"`, `"norms"`, `"biases"`, a group's name, `"groups[i]"` or a slice of groups, a
+            module's path, a glob over parameter names, or `"re:..."`.
 
     Raises:
         SelectorError: One of them matches nothing; the message lists near names.
@@ -195,24 +195,28 @@ def answer_of(output: Any) -> Any:
 def found_groups(module: nn.Module, head: str) -> tuple[Group, ...]:
     """Layer groups of any module, from its structure.
 
-    The children are the groups; a child that holds more than half of what is not the head, or the head itself and
-    more, is opened into its own children. What lies under `head` is the last group.
+    The children are the groups. A sequence that holds more than half of all parameters is opened into its members, as
+    is whatever contains the head; a norm stays with the layer before it. What lies under `head` is the last group.
     """
-    paths = [path for path in _opened(module, "", head, _count(module)) if path != head]
-    return (*(Group(path, (path,)) for path in paths), Group("head", (head,)))
+    below = [group for group in _opened(module, "", head, _count(module)) if group.name != head]
+    return (*below, Group("head", (head,)))
 
 
-def _opened(module: nn.Module, path: str, head: str, total: int) -> list[str]:
-    """Paths of parameter-holding modules below `path`, opened where one is too large or contains the head."""
-    out: list[str] = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
+def _opened(module: nn.Module, path: str, head: str, total: int) -> list[Group]:
+    """Groups below `path`, opened where one is too large or contains the head."""
+    own = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
+    groups = [Group(name, (name,)) for name in own]
     for name, child in module.named_children():
         below = f"{path}.{name}".lstrip(".")
         if _count(child) == 0:
             continue
-        contains_head = head.startswith(below + ".")
-        large = _count(child) > total / 2 and isinstance(child, (nn.Sequential, nn.ModuleList)) and len(child) > 1
-        out += _opened(child, below, head, total) if (contains_head or large) and below != head else [below]
-    return out
+        if isinstance(child, NORMS) and groups and below != head:
+            groups[-1] = Group(groups[-1].name, (*groups[-1].prefixes, below))
+            continue
+        large = _count(child) > total / 2 and isinstance(child, (nn.Sequential, nn.ModuleList))
+        inside = _opened(child, below, head, total) if large or head.startswith(below + ".") else []
+        groups += inside if len(inside) > 1 or head.startswith(below + ".") else [Group(below, (below,))]
+    return groups
 
 
 def _count(module: nn.Module) -> int:
@@ -242,6 +246,9 @@ def _matches(model: Model, selector: str) -> list[str]:
         return [name for name in names if name.rpartition(".")[2] == "bias"]
     if selector.startswith("re:"):
         return [name for name in names if re.search(_pattern(selector), name)]
+    below = [name for name in names if name.startswith(selector + ".")]
+    if below:
+        return below
     return [name for name in names if fnmatch.fnmatchcase(name, selector)]
 
 

@@ -293,7 +293,8 @@ _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 
 def _convert_plain(value: Any, kind: Any) -> Any:
     if kind is bool:
-        return value if isinstance(value, bool) else _WORDS[value.lower()] if str(value).lower() in _WORDS else _refuse(value)
+        word = value.lower() if isinstance(value, str) else ""
+        return value if isinstance(value, bool) else _WORDS[word] if word in _WORDS else _refuse(value)
     if kind in (int, float) and isinstance(value, bool):
         return _refuse(value)
     if kind is int:

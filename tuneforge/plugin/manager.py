@@ -113,19 +113,31 @@ def implementations(member: Member) -> list[Implementation]:
         PluginLoadError: One is misspelt, has a parameter the hook lacks or one with a default, or is an
             old-style wrapper.
     """
-    found = []
     cls = type(member.component)
+    found = []
+    for name, hook, marks in check_hooks(cls, member.label):
+        wrapper = bool(marks.get("wrapper"))
+        bound = inspect.getattr_static(cls, name).__get__(member.component, cls)
+        guard = _guarded_wrapper if wrapper else _guarded
+        found.append(Implementation(hook, guard(member, hook, bound), wrapper, marks, member))
+    return found
+
+
+def check_hooks(cls: type, label: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """The hook implementations of a class: attribute, hook, and marks. Runs none of its code.
+
+    Raises:
+        PluginLoadError: As `implementations`.
+    """
+    found = []
     for name in dir(cls):
         static = inspect.getattr_static(cls, name)
         function = getattr(static, "__func__", static)
         marks = getattr(function, "tuneforge_impl", None) if inspect.isfunction(function) else None
         if marks is not None:
             hook = marks.get("specname") or name
-            wrapper = bool(marks.get("wrapper"))
-            _check(member, hook, name, function, marks)
-            bound = static.__get__(member.component, cls)
-            guard = _guarded_wrapper if wrapper else _guarded
-            found.append(Implementation(hook, guard(member, hook, bound), wrapper, marks, member))
+            _check(label, hook, f"{cls.__module__}:{cls.__qualname__}.{name}", function, marks)
+            found.append((name, hook, marks))
     return found
 
 
@@ -154,18 +166,17 @@ def guarded_steps(member: Member, steps: Any) -> Generator[Any, Any, Any]:
         answer = yield step
 
 
-def _check(member: Member, hook: str, name: str, function: Callable[..., Any], marks: dict[str, Any]) -> None:
-    where = f"{type(member.component).__module__}:{type(member.component).__qualname__}.{name}"
+def _check(label: str, hook: str, where: str, function: Callable[..., Any], marks: dict[str, Any]) -> None:
     if hook not in _SPECS:
         raise PluginLoadError(
-            f"{member.label} implements a hook '{hook}' that does not exist",
+            f"{label} implements a hook '{hook}' that does not exist",
             where=where,
             why="a misspelt hook would never be called",
             fix=close_match(hook, _SPECS),
         )
     if marks.get("hookwrapper") or (marks.get("wrapper") and not inspect.isgeneratorfunction(function)):
         raise PluginLoadError(
-            f"{member.label} has a wrapper of '{hook}' of the wrong form",
+            f"{label} has a wrapper of '{hook}' of the wrong form",
             where=where,
             fix="use @hookimpl(wrapper=True) on a generator: result = yield; return result",
         )
@@ -173,7 +184,7 @@ def _check(member: Member, hook: str, name: str, function: Callable[..., Any], m
     for parameter in list(inspect.signature(function).parameters.values())[1:]:
         if parameter.name not in allowed or parameter.default is not parameter.empty:
             raise PluginLoadError(
-                f"{member.label}: parameter '{parameter.name}' of '{hook}' would never be passed",
+                f"{label}: parameter '{parameter.name}' of '{hook}' would never be passed",
                 where=where,
                 why=f"the hook passes {', '.join(allowed[1:])}, by name, to parameters without a default",
                 fix="remove the parameter or its default",

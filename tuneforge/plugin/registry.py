@@ -188,7 +188,8 @@ def _only(candidates: list[Entry], reference: str, where: str) -> Entry:
     builtin = [entry for entry in candidates if entry.distribution == BUILTIN]
     if builtin or len(candidates) == 1:
         return (builtin or candidates)[0]
-    owners = [f"{entry.distribution}/{entry.name}" for entry in candidates]
+    candidates = sorted(candidates, key=lambda entry: entry.distribution)
+    owners = [f"{entry.distribution}/{reference}" for entry in candidates]
     raise UnknownNameError(
         f"'{reference}' is ambiguous",
         where=where,

@@ -1,0 +1,54 @@
+"""Fixtures: the engine on the small world, and distributions planted by hand."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import tiny_data, tiny_net
+
+import tuneforge as tf
+from tuneforge.plugin import registry
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tune(tmp_path: Path) -> Callable[..., tf.Result]:
+    """Run the engine on the small world: `tune([Phase(...)], seed=1)`."""
+    number = iter(range(1000))
+
+    def run(strategy: Any, **given: Any) -> tf.Result:
+        given = {"data": tiny_data(), "model": tiny_net(), "batch_size": 16, "page": False, **given}
+        return tf.Engine(strategy=strategy, out=tmp_path / f"run{next(number)}", **given).run()
+
+    return run
+
+
+@pytest.fixture
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Install a distribution by hand: `plant("bad-pkg", {"tuneforge.finetune_strategy": {"x": "bad:X"}}, bad="...")`."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+    planted: list[str] = []
+
+    def add(distribution: str, entries: dict[str, dict[str, str]], **modules: str) -> None:
+        info = site / f"{distribution.replace('-', '_')}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        lines = [f"[{group}]\n" + "\n".join(f"{name} = {target}" for name, target in named.items()) for group, named in entries.items()]
+        (info / "entry_points.txt").write_text("\n\n".join(lines) + "\n")
+        for name, source in modules.items():
+            (site / f"{name}.py").write_text(source)
+            planted.append(name)
+        registry.forget()
+
+    yield add
+    registry.forget()
+    for name in planted:
+        sys.modules.pop(name, None)

@@ -1,0 +1,241 @@
+import json
+
+import pytest
+import torch
+from small import tiny_data, tiny_net
+
+import tuneforge as tf
+from tuneforge.plugin.steps import from_json
+
+
+def weights(result):
+    return (result.folder / "model.safetensors").read_bytes()
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tune):
+    strategy = [tf.Phase("head", train="head", epochs=1), tf.Phase("all", epochs=2, lr=0.01)]
+    one, two, other = (tune(strategy, seed=seed, extensions=[tf.use("ema")]) for seed in (1, 1, 2))
+    assert weights(one) == weights(two)
+    assert weights(one) != weights(other)
+    for name in ("metrics.jsonl", "steps.jsonl", "report.json", "model.json"):
+        assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
+
+
+def test_noise_inside_the_model_does_not_depend_on_what_ran_before(tune):
+    one = tune([tf.Phase("all", epochs=2)])
+    torch.rand(17)
+    assert weights(one) == weights(tune([tf.Phase("all", epochs=2)]))
+
+
+def test_the_folder_holds_what_it_should(tune):
+    result = tune([tf.Phase("head", train="head", epochs=2)])
+    names = {path.name for path in result.folder.iterdir()}
+    assert names >= {"run.json", "status.json", "steps.jsonl", "metrics.jsonl", "report.json", "model.safetensors", "model.json", "log.txt", "mistakes.json"}
+    assert not [name for name in names if name.endswith(".part")]
+    assert json.loads((result.folder / "status.json").read_text())["state"] == "done"
+    epochs = [from_json(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(entry["epoch"], entry["step"]) for entry in epochs] == [(1, 6), (2, 12)]
+    report = json.loads((result.folder / "report.json").read_text())
+    assert {"accuracy", "precision_macro", "recall_macro", "f1_macro", "per_class", "confusion"} <= set(report["splits"]["test"])
+
+
+def test_a_strategy_is_answered_and_decides(tune):
+    heard = []
+
+    def strategy(brief):
+        report = yield tf.Phase("head", train="head", epochs=1)
+        heard.append(report)
+        if report.val["recall_min"] < 1.1:
+            yield tf.Phase("more", epochs=1)
+
+    result = tune(strategy)
+    assert [step.name for step, _ in result.steps] == ["head", "more"]
+    assert set(heard[0].val["per_class"]) == {"a", "b", "c"}
+    assert len(heard[0].val["confusion"]) == 3
+    logged = [json.loads(line) for line in (result.folder / "steps.jsonl").read_text().splitlines()]
+    assert from_json(json.dumps(logged[0]["answer"])).val["recall_min"] == heard[0].val["recall_min"]
+
+
+def test_early_stop_ends_a_phase_and_says_so_and_best_weights_come_back(tune):
+    phase = tf.Phase("all", epochs=30, lr=0.01, patience=2, restore_best=True)
+    result = tune([phase])
+    report = result.steps[0][1]
+    assert report.epochs < 30
+    assert report.reason.startswith("early stop: f1_macro has not gained for 2 epoch(s)")
+    assert report.best_epoch == report.epochs - 2
+    best = max(entry["val"]["f1_macro"] for entry in report.history)
+    assert report.val["f1_macro"] == best == result.report["splits"]["val"]["f1_macro"]
+
+
+def test_a_phase_can_be_given_in_steps(tune):
+    report = tune([tf.Phase("all", steps=8)]).steps[0][1]
+    assert (report.steps, report.epochs) == (8, 2)
+
+
+def test_accumulated_gradients_step_once_for_several_batches(tune):
+    report = tune([tf.Phase("all", epochs=1)], accumulate=4).steps[0][1]
+    assert report.steps == 2
+
+
+def test_the_optimizer_keeps_moments_over_phases_and_drops_those_of_the_frozen(tune):
+    seen = []
+
+    class Watches:
+        @tf.hookimpl
+        def phase_started(self, run):
+            state = run.optimization.optimizer.state
+            named = run.model.parameters()
+            seen.append(sorted(name for name, parameter in named.items() if parameter in state))
+
+    tune([tf.Phase("a", epochs=1), tf.Phase("b", train="head", epochs=1), tf.Phase("c", epochs=1)], extensions=[Watches()])
+    assert seen == [[], ["head.bias", "head.weight"], ["head.bias", "head.weight"]]
+
+
+def test_rates_follow_layer_decay_and_scales(tune):
+    rates = {}
+
+    class Watches:
+        @tf.hookimpl
+        def phase_started(self, run):
+            by_id = {id(p): group for group in run.optimization.groups() for p in group["params"]}
+            rates.update({name: (by_id[id(p)]["peak_lr"], by_id[id(p)]["weight_decay"]) for name, p in run.model.parameters().items()})
+            rates["groups"] = len(run.optimization.groups())
+
+    phase = tf.Phase("a", epochs=1, lr=0.1, layer_decay=0.5, lr_scales={"second.1.weight": 3.0}, weight_decay=0.2)
+    tune([phase], extensions=[Watches()])
+    assert rates["head.weight"] == (0.1, 0.2)
+    assert rates["second.0.weight"] == (0.05, 0.2)
+    assert rates["second.1.weight"] == (pytest.approx(0.15), 0.0)
+    assert rates["first.0.bias"] == (0.025, 0.0)
+    assert rates["groups"] == 7
+
+
+def test_what_the_user_says_beats_the_strategy(tune):
+    seen = []
+
+    class Watches:
+        @tf.hookimpl
+        def phase_started(self, run):
+            seen.append(type(run.optimization.optimizer).__name__)
+
+    phase = tf.Phase("a", epochs=1, optimizer=tf.use("adamw"))
+    tune([phase], extensions=[Watches()])
+    tune([phase], extensions=[Watches()], optimizer="sgd")
+    assert seen == ["AdamW", "SGD"]
+
+
+def test_a_fit_solves_the_head_and_moves_nothing_else(tune):
+    net = tiny_net()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    report = tune([tf.Fit("probe")], model=net).steps[0][1]
+    moved = [name for name, tensor in net.state_dict().items() if not torch.equal(before[name], tensor)]
+    assert moved == ["head.weight", "head.bias"]
+    assert report.val["accuracy"] > 0.7
+
+
+@pytest.mark.parametrize("measure", ["gradients", "features", "rates"])
+def test_a_probe_leaves_no_trace(tune, measure):
+    plain = tune([tf.Phase("a", epochs=1), tf.Phase("b", train="head", epochs=1)])
+    probed = tune([tf.Phase("a", epochs=1), tf.Probe("look", measure=measure), tf.Phase("b", train="head", epochs=1)])
+    assert weights(plain) == weights(probed)
+    readings = probed.steps[1][1]
+    assert len(readings.values) == (25 if measure == "rates" else 3)
+    assert all(value >= 0 for value in readings.values.values())
+
+
+def test_a_blend_picks_its_weight_on_validation_and_its_ends_are_exact(tune):
+    start = tiny_net()
+    before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+    result = tune([tf.Phase("a", epochs=3, lr=0.01), tf.Blend("mix", snapshots=["start", "a"])], model=start)
+    blended = result.steps[1][1]
+    assert blended.val["f1_macro"] == max(entry["val"]["f1_macro"] for entry in blended.history)
+    only_start = tune([tf.Phase("a", epochs=1), tf.Blend("mix", snapshots=["start", "a"], weights=[0.0])], model=tiny_net())
+    state = only_start.model.module.state_dict()
+    assert all(torch.equal(before[name], tensor) for name, tensor in state.items() if tensor.is_floating_point())
+
+
+def test_class_weights_and_sampling_reach_the_batches(tune):
+    seen = []
+
+    class Watches:
+        @tf.hookimpl(wrapper=True)
+        def train_step(self, batch):
+            seen.append((batch.targets, batch.weights))
+            result = yield
+            return result
+
+    tune([tf.Phase("a", epochs=1, class_weights={"b": 2.0})], extensions=[Watches()])
+    targets, factors = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert factors[targets == 1].unique().item() == pytest.approx(1.5)
+    assert factors[targets == 0].unique().item() == pytest.approx(0.75)
+    seen.clear()
+    tune([tf.Phase("a", epochs=1, sampling={"a": 0.0, "b": 3.0})], extensions=[Watches()])
+    assert torch.bincount(torch.cat([targets for targets, _ in seen]), minlength=3).tolist() == [0, 72, 24]
+
+
+def test_a_loss_that_is_no_number_halts_the_run(tune, tmp_path):
+    with pytest.raises(tf.HaltError, match="training loss is nan"):
+        tune([tf.Phase("a", epochs=1, lr=1e30)], optimizer=tf.use("sgd"))
+    status = json.loads((tmp_path / "run0" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "nan" in status["reason"]
+
+
+def test_two_steps_of_one_name_are_refused(tune):
+    with pytest.raises(tf.PluginError, match="two steps 'a'"):
+        tune([tf.Phase("a", epochs=1), tf.Phase("a", epochs=1)])
+
+
+def test_something_that_is_no_step_is_refused(tune):
+    with pytest.raises(tf.PluginError, match="no step"):
+        tune(lambda brief: ["head"])
+
+
+def test_a_run_never_writes_over_another(tune, tmp_path):
+    result = tune([tf.Phase("a", epochs=1)])
+    engine = tf.Engine(data=tiny_data(), model=tiny_net(), strategy=[tf.Phase("a", epochs=1)], out=result.folder)
+    with pytest.raises(tf.FolderError, match="already holds a run"):
+        engine.run()
+
+
+def test_a_folder_in_use_names_its_holder(tmp_path):
+    from tuneforge.engine.folder import RunFolder
+
+    with RunFolder(tmp_path / "r"), pytest.raises(tf.FolderError, match=r"process \d+"), RunFolder(tmp_path / "r"):
+        pass
+    with RunFolder(tmp_path / "r"):
+        pass
+
+
+def test_averaged_weights_are_what_is_evaluated_and_kept(tune):
+    result = tune([tf.Phase("a", epochs=3, lr=0.05)], extensions=[tf.use("ema", decay=0.9)])
+    assert result.report["splits"]["val"]["loss"] == result.steps[0][1].val["loss"]
+    plain = tune([tf.Phase("a", epochs=3, lr=0.05)])
+    assert weights(plain) != weights(result)
+
+
+def test_averages_leave_frozen_weights_alone_to_the_bit(tune):
+    net = tiny_net()
+    before = net.first[0].weight.clone()
+    tune([tf.Phase("head", train="head", epochs=2)], model=net, extensions=[tf.use("ema", decay=0.5)])
+    assert torch.equal(before, net.first[0].weight)
+
+
+def test_metrics_of_a_third_party_fit_as_they_are(tune):
+    class Single:
+        def __init__(self):
+            self.right = torch.tensor(0)
+
+        def update(self, outputs, targets):
+            self.right += (outputs.argmax(1) == targets).sum()
+
+        def compute(self):
+            return self.right
+
+    class Mine:
+        @tf.hookimpl
+        def evaluate(self, run):
+            return Single()
+
+    figures = tune([tf.Phase("a", epochs=1)], evaluate=["classification", Mine()]).report["splits"]["test"]
+    assert figures["single"] == round(figures["accuracy"] * 30)

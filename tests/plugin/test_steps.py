@@ -1,0 +1,73 @@
+import math
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tuneforge as tf
+from tuneforge.plugin.steps import from_json, plain, to_json
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner),
+    max_leaves=20,
+)
+
+
+def same(one, other):
+    if isinstance(one, float) and isinstance(other, float):
+        return one == other and math.copysign(1, one) == math.copysign(1, other) or (math.isnan(one) and math.isnan(other))
+    if isinstance(one, tuple):
+        return isinstance(other, tuple) and len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, MappingProxyType):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return type(one) is type(other) and one == other
+
+
+@given(VALUES)
+def test_plain_data_survives_json_without_loss(value):
+    assert same(from_json(to_json(value)), plain(value))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        tf.Phase("p", train=["head", "re:x"], epochs=2, lr=0.1, lr_scales={"head": 2.0}, schedule="cosine"),
+        tf.Phase("q", steps=5, class_weights={"a": 2.0}, optimizer=tf.use("sgd", momentum=0.5)),
+        tf.Fit("f", l2=0.1),
+        tf.Probe("r", measure="rates", batches=2),
+        tf.Blend("b", snapshots=["start", "p"]),
+        tf.Report("p", val={"f1": math.nan, "confusion": [[1, 2], [3, 4]]}, history=[{"epoch": 1}]),
+        tf.Readings("r", values={1e-3: math.inf}),
+    ],
+)
+def test_steps_and_answers_survive_json(step):
+    again = from_json(to_json(step))
+    assert type(again) is type(step)
+    assert to_json(again) == to_json(step)
+
+
+def test_numpy_and_torch_scalars_become_numbers():
+    assert plain({"a": np.float32(0.5), "b": torch.tensor(3), "c": [np.int64(1)]}) == {"a": 0.5, "b": 3, "c": (1,)}
+
+
+def test_a_tensor_is_not_plain_data():
+    with pytest.raises(TypeError, match="Tensor"):
+        tf.Report("x", val={"weights": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("wrong", [{}, {"epochs": 1, "steps": 1}, {"epochs": 0}, {"epochs": 1, "lr": 0}, {"epochs": 1, "layer_decay": 2}, {"epochs": 1, "norms": "x"}])
+def test_a_phase_that_makes_no_sense_is_refused_by_name(wrong):
+    with pytest.raises(tf.UsageError, match="Phase 'p'"):
+        tf.Phase("p", **wrong)
+
+
+def test_a_brief_knows_its_backbone():
+    groups = [tf.GroupInfo("a", 3, ["a.w"]), tf.GroupInfo("head", 1, ["h.w"])]
+    brief = tf.Brief(groups, ("x",), 33, 5, 16, "cpu", 0, "f1", "max")
+    assert brief.backbone == (groups[0],)
+    assert brief.head.name == "head"
+    assert brief.steps_per_epoch() == 3

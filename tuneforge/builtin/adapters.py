@@ -1,0 +1,203 @@
+"""Adapters: small changes to a model on its way into the run. Each says what it changed.
+
+Shapes: k outputs, f features, c channels, h and w pixels of a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tuneforge import Model, Noise, PluginError, between, component, gt, hookimpl, option
+
+if TYPE_CHECKING:
+    from tuneforge import Run
+
+Answering: TypeAlias = nn.Linear | nn.Conv2d
+
+_FRESH_STD = 0.01  # of new rows: small beside trained ones, so that they do not speak first
+
+
+@component(api=1)
+class Head:
+    """Fit the head to the data's classes: rows of classes that both know, by name, are kept."""
+
+    keep: bool = option(True, help="Keep the rows of classes that the model knows by name.")
+
+    @hookimpl
+    def model_adapt(self, run: Run, model: Model | None) -> Model:
+        """Replace the head, unless its outputs are the data's already.
+
+        Raises:
+            PluginError: There is no model, or its head is neither linear nor a 1x1 convolution.
+        """
+        model = _present(model, "head")
+        head = _answering(model)
+        labels, size = run.data.targets.labels, run.data.targets.size
+        if model.labels == labels and _num_outputs(head) == size:
+            return model
+        kept = [name for name in labels if self.keep and name in model.labels]
+        rows = {labels.index(name): model.labels.index(name) for name in kept}
+        module = resized(head, size, rows, seed=run.config.seed)
+        changed = model.with_head(module, labels=labels, kept=tuple(kept))
+        return changed.changed(_sentence(_num_outputs(head), size, kept, labels))
+
+
+@component(api=1)
+class InputChannels:
+    """Give the first convolution another number of input channels; answers to grey pictures stay the same."""
+
+    channels: int = option(1, help="Channels of the pictures.", check=gt(0))
+
+    @hookimpl
+    def model_adapt(self, run: Run, model: Model | None) -> Model:
+        """Replace the first convolution, unless it fits.
+
+        Colours become fewer by summing their weights. More channels share the weights: each old one keeps its own,
+        each new one gets their mean, and all are scaled so that their sum is the same.
+
+        Raises:
+            PluginError: There is no model, no plain convolution, or one that mixes its input by itself.
+        """
+        del run
+        model = _present(model, "input-channels")
+        name, conv = _first_conv(model)
+        if conv.in_channels == self.channels:
+            return model
+        if getattr(model.module, "transform_input", False):
+            raise PluginError(
+                f"{type(model.module).__name__} with these weights takes three channels only",
+                why="it rescales red, green and blue by itself (transform_input)",
+                fix="leave input-channels out and use --data.channels 3",
+            )
+        old = conv.in_channels
+        _set(model.module, name, _with_channels(conv, _spread(conv.weight.detach(), self.channels)))
+        return model.changed(f"input: {old} -> {self.channels} channels ('{name}')")
+
+
+@component(api=1)
+class Dropout:
+    """Drop features at random before the head, while training."""
+
+    p: float = option(0.5, help="Share of the features that is dropped.", check=between(0, 1))
+
+    @hookimpl
+    def model_adapt(self, run: Run, model: Model | None) -> Model:
+        """Put dropout before the head; its parameters stay in their layer group.
+
+        Raises:
+            PluginError: There is no model.
+        """
+        del run
+        model = _present(model, "dropout")
+        inside = nn.Sequential(nn.Dropout(self.p), model.head_module())
+        changed = model.with_head(inside, head=f"{model.head}.1")
+        return changed.changed(f"dropout: {self.p:g} of the features before '{model.head}'")
+
+
+def _present(model: Model | None, name: str) -> Model:
+    if model is None:
+        raise PluginError(
+            f"adapter '{name}' was given no model", where="--model", fix=f"name a model first, and then --adapt {name}"
+        )
+    return model
+
+
+def _answering(model: Model) -> Answering:
+    head = model.head_module()
+    if isinstance(head, nn.Linear) or (isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1) and head.groups == 1):
+        return head
+    raise PluginError(
+        f"the head '{model.head}' is a {type(head).__name__}",
+        where="--adapt head",
+        why="only a linear layer or a 1x1 convolution can be resized",
+        fix="let the model name its answering layer as the head",
+    )
+
+
+def _num_outputs(head: Answering) -> int:
+    return head.out_features if isinstance(head, nn.Linear) else head.out_channels
+
+
+def resized(head: Answering, size: int, rows: dict[int, int], *, seed: int) -> Answering:
+    """A layer of the same kind with `size` outputs.
+
+    Args:
+        head: The old layer.
+        size: k.
+        rows: Old row by new row; the others start fresh, from the seed.
+        seed: The run's.
+    """
+    old = head.weight.detach()
+    fresh_kf = Noise(seed, 0, torch.arange(size)).normal("head", old[0].numel()) * _FRESH_STD
+    weight = fresh_kf.reshape(size, *old.shape[1:]).to(old)
+    bias = old.new_zeros(size)
+    for new, kept in rows.items():
+        weight[new] = old[kept]
+        if head.bias is not None:
+            bias[new] = head.bias.detach()[kept]
+    made: Answering
+    if isinstance(head, nn.Linear):
+        made = nn.Linear(head.in_features, size, bias=head.bias is not None, device="meta")
+    else:
+        made = nn.Conv2d(head.in_channels, size, 1, bias=head.bias is not None, device="meta")
+    made.weight = nn.Parameter(weight)
+    if head.bias is not None:
+        made.bias = nn.Parameter(bias)
+    return made
+
+
+def _sentence(old: int, new: int, kept: Sequence[str], labels: Sequence[str]) -> str:
+    fresh = [name for name in labels if name not in set(kept)]
+    sentence = f"head: {old} -> {new} outputs"
+    if not kept:
+        return f"{sentence}, all fresh"
+    return f"{sentence}, kept the rows of {_abridged(kept)}" + (f"; fresh: {_abridged(fresh)}" if fresh else "")
+
+
+def _abridged(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, ..., {names[-1]}"
+
+
+def _first_conv(model: Model) -> tuple[str, nn.Conv2d]:
+    """The first convolution in order of registration, which in all of torchvision's models sees the picture."""
+    for name, module in model.module.named_modules():
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
+            return name, module
+    raise PluginError(
+        f"{type(model.module).__name__} has no convolution", where="--adapt input-channels", fix="leave the adapter out"
+    )
+
+
+def _spread(weight_kchw: Tensor, channels: int) -> Tensor:
+    """The weight for another number of input channels, the sum over them unchanged."""
+    old = weight_kchw.shape[1]
+    if channels <= old:
+        return (weight_kchw.sum(1, keepdim=True) / channels).repeat(1, channels, 1, 1)
+    extra = weight_kchw.mean(1, keepdim=True).repeat(1, channels - old, 1, 1)
+    return torch.cat([weight_kchw, extra], dim=1) * (old / channels)
+
+
+def _with_channels(conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:
+    made = nn.Conv2d(
+        weight.shape[1],
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]  # a tuple of two, which torch's stubs do not say
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+        bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
+        device="meta",
+    )
+    made.weight = nn.Parameter(weight)
+    made.bias = conv.bias
+    return made
+
+
+def _set(module: nn.Module, path: str, new: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, new)

@@ -1,0 +1,213 @@
+"""Answers as arrays and tables bring them: which kind they are, what is refused, and how samples are split.
+
+Shapes: n samples, k numbers or labels a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tuneforge import DataError, Noise
+from tuneforge.builtin.targets import Classes, Numbers, near
+
+Kind = Literal["classes", "label-sets", "numbers"]
+
+
+def answer_array(answers: Any, *, where: str) -> NDArray[Any]:
+    """Answers as an array (n,) or (n, k) of numbers, truth values or text; (n, 1) becomes (n,).
+
+    Raises:
+        DataError: They are of mixed types, missing, or not finite.
+    """
+    try:
+        array = answers.detach().cpu().numpy() if isinstance(answers, Tensor) else np.asarray(answers)
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            "the answers are no array", where=where, why=str(error), fix="give one answer a sample"
+        ) from None
+    if array.dtype == object:
+        array = _of_one_type(array, where)
+    if array.dtype.kind not in "biufU" or array.ndim not in (1, 2):
+        raise DataError(
+            f"answers of type {array.dtype} and shape {array.shape}",
+            where=where,
+            fix="give one class or number a sample (n,), or a row of numbers or 0 and 1 a sample (n, k)",
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        rows = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(1))
+        raise DataError(
+            f"{len(rows)} answer(s) are NaN or infinite",
+            where=f"{where}, row {rows[0]}",
+            why="nothing can be learnt from a sample without an answer",
+            fix="remove these rows, or fill in their answers",
+        )
+    return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+
+
+def kind_of(answers: NDArray[Any], *, where: str) -> Kind:
+    """What the answers are: text, truth values and integers (n,) are classes, floats are numbers.
+
+    A matrix of 0 and 1 is label sets, any other of floats is numbers.
+
+    Raises:
+        DataError: A matrix of integers or text.
+    """
+    if answers.ndim == 1:
+        return "numbers" if answers.dtype.kind == "f" else "classes"
+    if answers.dtype.kind != "U" and np.isin(answers, (0, 1)).all():
+        return "label-sets"
+    if answers.dtype.kind == "f":
+        return "numbers"
+    raise DataError(
+        f"a matrix of {answers.dtype} with shape {answers.shape} can be read in more than one way",
+        where=where,
+        fix="give floats for numbers, 0 and 1 for label sets, or one column for classes",
+    )
+
+
+def class_names(answers: NDArray[Any]) -> tuple[str, ...]:
+    """Names of the classes that occur: sorted, integers by value."""
+    return tuple(str(value) for value in np.unique(answers).tolist())
+
+
+def class_codes(answers: NDArray[Any], names: Sequence[str], *, by_name: bool, where: str) -> Tensor:
+    """Each answer's index in `names`, int64 (n,).
+
+    Args:
+        answers: (n,).
+        names: Of the classes.
+        by_name: Whether an answer is a class's name; else it is its index already.
+        where: What messages name.
+
+    Raises:
+        DataError: An answer is no class; the message offers the nearest.
+    """
+    found, inverse = np.unique(answers, return_inverse=True)
+    index = {name: place for place, name in enumerate(names)}
+    keys = [str(value) if by_name else value for value in found.tolist()]
+    known: dict[Any, int] = index if by_name else {place: place for place in range(len(names))}
+    for key in keys:
+        if key not in known:
+            raise DataError(
+                f"there is no class '{key}'",
+                where=where,
+                why=f"there are {len(names)} classes",
+                fix=near(str(key), names) if by_name else f"an index lies from 0 to {len(names) - 1}",
+            )
+    return torch.tensor([known[key] for key in keys], dtype=torch.int64)[torch.from_numpy(inverse.reshape(-1))]
+
+
+def class_pools(codes: Tensor, targets: Classes, *, splits: int, absent: bool = False, where: str) -> list[Tensor]:
+    """Rows of each class, after checks that each class can be learnt and judged.
+
+    Args:
+        codes: int64 (n,).
+        targets: Names the classes.
+        splits: Among how many splits the samples are to be divided.
+        absent: Whether a class may have no sample at all, as when a tuned model looks at a few others.
+        where: What messages name.
+
+    Raises:
+        DataError: There is one class, or a class has fewer samples than there are splits.
+    """
+    if targets.size < 2:
+        raise DataError(
+            f"there is only one class, '{targets.names[0]}'" if targets.names else "there are no classes",
+            where=where,
+            why="a classifier needs at least two to tell apart",
+            fix="add samples of another class",
+        )
+    pools = {name: rows for name, rows in targets.pools(codes).items() if len(rows) or not absent}
+    few = {name: len(rows) for name, rows in pools.items() if len(rows) < splits}
+    if few:
+        name, count = next(iter(few.items()))
+        others = f", and {len(few) - 1} more have too few as well" if len(few) > 1 else ""
+        raise DataError(
+            f"class '{name}' has {count} sample(s){others}",
+            where=where,
+            why=f"each of {splits} split(s) needs at least one",
+            fix="add samples, merge or remove the class, or give floats if these are numbers",
+        )
+    return list(pools.values())
+
+
+def split_rows(
+    pools: Sequence[Tensor], *, val: float, test: float, seed: int, where: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Divide rows into train, val and test, each pool in the same shares and with at least one row in each split.
+
+    Which split a row lands in depends on the seed and on the other rows' numbers, never on the machine.
+
+    Args:
+        pools: Rows that are divided alike, such as those of one class.
+        val: Share of the validation split; 0 leaves it empty.
+        test: Share of the test split; 0 leaves it empty.
+        seed: The run's.
+        where: What messages name.
+
+    Returns:
+        Rows of each split, int64, in rising order.
+
+    Raises:
+        DataError: A pool has fewer rows than there are splits.
+    """
+    parts: list[tuple[Tensor, ...]] = []
+    for rows in pools:
+        if len(rows) < 1 + (val > 0) + (test > 0):
+            raise DataError(f"{len(rows)} sample(s) cannot fill every split", where=where, fix="add samples")
+        drawn = rows[Noise(seed, 0, rows).uniform("split").argsort(stable=True)]
+        parts.append(torch.split(drawn, _sizes(len(rows), val, test)))
+    train, held, tested = (torch.cat(part).sort().values for part in zip(*parts, strict=True))
+    return train, held, tested
+
+
+def numbers_of(train: NDArray[Any], *, names: Sequence[str], units: Sequence[str], where: str) -> Numbers:
+    """The targets that standardise numbers (n,) or (n, k) by mean and deviation of the training split.
+
+    Raises:
+        DataError: A number is the same in every training sample.
+    """
+    columns = train.astype(np.float64).reshape(len(train), -1)
+    means, scales = columns.mean(0), columns.std(0)
+    for name, mean, scale in zip(names, means, scales, strict=True):
+        if not scale > 1e-12 * abs(mean):
+            raise DataError(
+                f"'{name}' is {mean:g} in every training sample",
+                where=where,
+                why="there is nothing to learn from",
+                fix="check the answers, or leave this number out",
+            )
+    return Numbers(names=tuple(names), units=tuple(units), means=tuple(means.tolist()), scales=tuple(scales.tolist()))
+
+
+def standardised(answers: NDArray[Any], targets: Numbers) -> Tensor:
+    """Numbers (n,) or (n, k) as `targets` stores them, float32 of the same shape."""
+    means, scales = np.array(targets.means), np.array(targets.scales)
+    columns = (answers.astype(np.float64).reshape(len(answers), -1) - means) / scales
+    return torch.from_numpy(columns.astype(np.float32).reshape(answers.shape))
+
+
+def _sizes(count: int, val: float, test: float) -> list[int]:
+    """Rows of each split: the nearest whole number, but at least one of each that is drawn, and one left to train."""
+    kept = 1 + (val > 0)
+    tested = min(max(round(test * count), 1), count - kept) if test > 0 else 0
+    held = min(max(round(val * count), 1), count - 1 - tested) if val > 0 else 0
+    return [count - held - tested, held, tested]
+
+
+def _of_one_type(array: NDArray[Any], where: str) -> NDArray[Any]:
+    types = {type(value) for value in array.ravel()}
+    if types <= {str} or types <= {int, bool, float, np.float64, np.float32, np.int64}:
+        return np.array(array.tolist())
+    raise DataError(
+        f"answers of mixed types: {', '.join(sorted(each.__name__ for each in types))}",
+        where=where,
+        why="each must be a class or a number, and none may be missing",
+        fix="give only text, only integers or only floats",
+    )

@@ -1,0 +1,126 @@
+"""`digit-cnn`: a small convolutional network for characters, pretrained on rendered ones."""
+
+from __future__ import annotations
+
+import string
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tuneforge import DataError, Group, Model, PluginError, UsageError, component, hookimpl, load_tensors, option
+from tuneforge.builtin.seeding import seeded
+
+if TYPE_CHECKING:
+    from tuneforge import Run
+
+WIDTHS = (3, 32, 64, 128, 256, 512)
+"""Channels of the input and after each convolution."""
+
+SIDE = 32
+"""Height and width of the input, in pixels: five poolings leave one."""
+
+LABELS = tuple(string.digits + string.ascii_uppercase + string.ascii_lowercase)
+"""What the pretrained head tells apart."""
+
+SHIPPED = Path(__file__).parent / "weights" / "digit_cnn.safetensors"
+"""The pretrained weights, float16, made by `tuneforge run --data glyphs --model digit-cnn`."""
+
+
+class DigitNet(nn.Module):
+    """Five convolutions of 3x3 with padding 1, each with ReLU and 2x2 max pooling, and a linear head.
+
+    Args:
+        num_outputs: k.
+    """
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.conv3, self.conv4, self.conv5 = (
+            nn.Conv2d(narrow, wide, kernel_size=3, padding=1) for narrow, wide in pairwise(WIDTHS)
+        )
+        self.head = nn.Linear(WIDTHS[-1], num_outputs)
+
+    def forward(self, images_bchw: Tensor) -> Tensor:
+        """Logits (b, k) of images (b, 3, 32, 32)."""
+        features = images_bchw
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5):
+            features = F.max_pool2d(F.relu(conv(features)), 2)
+        logits_bk: Tensor = self.head(features.flatten(1))
+        return logits_bk
+
+
+@component(api=1)
+class DigitCNN:
+    """The digit network: 3x32x32 pictures, five convolutions, pretrained on 62 rendered characters."""
+
+    pretrained: bool = option(True, help="Start from pretrained weights; false starts from scratch.")
+    weights: Path | None = option(None, help="A safetensors file of this network; by default the one that ships.")
+
+    @hookimpl
+    def model_adapt(self, run: Run, model: Model | None) -> Model:
+        """Build the network.
+
+        Raises:
+            PluginError: It is not the first of the chain.
+            DataError: The pictures are not 32x32.
+            UsageError: The weights are not of this network.
+        """
+        if model is not None:
+            raise PluginError(
+                "digit-cnn builds a model; it cannot adapt one",
+                where="--model",
+                fix="name it with --model, and adapters such as head with --adapt",
+            )
+        _require_size(run)
+        if run.restoring or not self.pretrained:
+            return _fresh(run)
+        return _loaded(self.weights or SHIPPED)
+
+
+def _fresh(run: Run) -> Model:
+    """From scratch, for the classes of the data: PyTorch's own initialisation, from the run's seed."""
+    with seeded(run.config.seed):
+        module = DigitNet(run.data.targets.size)
+    return _model(module, run.data.targets.labels, kept=())
+
+
+def _loaded(path: Path) -> Model:
+    """From weights, with the classes that they know."""
+    tensors, metadata = load_tensors(path)
+    num_outputs = len(tensors.get("head.bias", LABELS))
+    with seeded(0):
+        module = DigitNet(num_outputs)
+    expected = module.state_dict()
+    wrong = sorted(expected.keys() ^ tensors.keys())
+    wrong += [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
+    if wrong:
+        raise UsageError(
+            f"'{path}' does not hold the weights of digit-cnn: {', '.join(wrong[:5])}",
+            where="--model.weights",
+            why=f"{len(wrong)} name(s) or shape(s) differ",
+            fix="give a file that was made from this network",
+        )
+    module.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
+    labels = tuple(metadata.get("labels", LABELS if num_outputs == len(LABELS) else ()))
+    return _model(module, labels, kept=labels)
+
+
+def _model(module: DigitNet, labels: tuple[str, ...], *, kept: tuple[str, ...]) -> Model:
+    groups = [Group(name, (name,)) for name, _ in module.named_children()]
+    return Model(module, groups=groups, head="head", labels=labels, kept=kept)
+
+
+def _require_size(run: Run) -> None:
+    example = run.example
+    if isinstance(example, Tensor) and example.ndim == 4 and tuple(example.shape[2:]) == (SIDE, SIDE):
+        return
+    found = "x".join(map(str, example.shape[1:])) if isinstance(example, Tensor) else "a mapping of tensors"
+    raise DataError(
+        f"digit-cnn takes pictures of {SIDE}x{SIDE} pixels, and the data gives {found}",
+        where="--model digit-cnn",
+        fix=f"use --data.size {SIDE}, or another --model",
+    )

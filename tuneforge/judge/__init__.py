@@ -1,0 +1,1 @@
+"""What finished runs say: the figures of a run as one page."""

@@ -1,0 +1,222 @@
+"""Pictures of a run, as SVG that stands inside a page and takes its colours, light or dark, from there.
+
+matplotlib draws with placeholder colours, each of which then becomes a variable of the page's style sheet. Nothing here
+is random and nothing depends on time or on the user's settings: the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import attrs
+import matplotlib
+import matplotlib.style
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+_INK, _MUTED, _GRID = "#0a0b01", "#0a0b02", "#0a0b03"
+_SERIES = tuple(f"#0a0c{number:02x}" for number in range(1, 7))
+_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--line"} | {
+    colour: f"--series-{number}" for number, colour in enumerate(_SERIES, start=1)
+}
+_RIGHT, _WRONG = (13, 148, 136), (234, 88, 12)  # legible on white and on black, so an image needs no variables
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+_STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "tuneforge", "text.parse_math": False, "font.size": 9,
+    "text.color": _INK, "axes.labelcolor": _MUTED, "xtick.color": _MUTED, "ytick.color": _MUTED,
+    "xtick.labelcolor": _MUTED, "ytick.labelcolor": _MUTED, "axes.edgecolor": _GRID, "grid.color": _GRID,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
+    "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.6, "axes.formatter.useoffset": False,
+}  # fmt: skip
+_WIDTH_IN, _LETTER_PT, _MOST_NAME, _MOST_MARKERS = 5.2, 5.0, 24, 40
+
+
+@attrs.frozen
+class Picture:
+    """A picture for people who see it and for those who do not.
+
+    Args:
+        svg: Markup to place in a page.
+        alt: What it shows, in a sentence.
+    """
+
+    svg: Markup
+    alt: str
+
+
+def losses(epochs: Sequence[Mapping[str, Any]]) -> Picture:
+    """The loss of training, and of validation where it has one, over the learning rate.
+
+    Args:
+        epochs: Entries of `metrics.jsonl`, at least one.
+    """
+    with _style():
+        figure, (upper, lower) = _panels(3, 1)
+        _line(upper, epochs, [_number(entry.get("train", {}).get("loss")) for entry in epochs], "training", 0)
+        if any("loss" in entry.get("val", {}) for entry in epochs):
+            _line(upper, epochs, _course(epochs, "loss"), "validation", 1)
+        upper.set_ylabel("loss")
+        upper.legend()
+        _line(lower, epochs, [_number(entry.get("lr")) for entry in epochs], "learning rate", 2)
+        lower.set_ylabel("lr")
+        lower.set_ylim(bottom=0)
+        lower.yaxis.set_major_locator(MaxNLocator(3))
+        _bands((upper, lower), epochs)
+        course = [_number(entry.get("train", {}).get("loss")) for entry in epochs]
+        alt = f"Training loss by epoch: {_from_to(course)} over {len(course)} epoch(s). Below it the learning rate."
+        return _picture(figure, alt, name="losses")
+
+
+def figures(epochs: Sequence[Mapping[str, Any]], names: Sequence[str], *, monitor: str) -> Picture | None:
+    """Figures of validation by epoch, on one axis where all lie within 0..1, else on one each.
+
+    Args:
+        epochs: Entries of `metrics.jsonl`, at least one.
+        names: The figures; those that no epoch has are left out, and of more than six the last.
+        monitor: The figure on which each phase's best epoch is marked.
+
+    Returns:
+        None where no figure was measured.
+    """
+    courses = {name: _course(epochs, name) for name in names if any(name in entry.get("val", {}) for entry in epochs)}
+    courses = dict(list(courses.items())[: len(_SERIES)])
+    if not courses:
+        return None
+    shared = all(0 <= value <= 1 for course in courses.values() for value in course if math.isfinite(value))
+    with _style():
+        figure, panels = _panels(*([1] if shared else [1] * len(courses)))
+        for index, (name, course) in enumerate(courses.items()):
+            axes = panels[0] if shared else panels[index]
+            _line(axes, epochs, course, name, index)
+            if name == monitor:
+                _rings(axes, epochs, course)
+            if not shared:
+                axes.set_ylabel(_short(name))
+        if shared:
+            panels[0].set_ylabel("validation")
+            figure.legend(loc="outside lower center", ncols=2)
+        _bands(panels, epochs)
+        ends = "; ".join(f"{_short(name)} {_from_to(course)}" for name, course in courses.items())
+        alt = f"Figures of the validation split by epoch: {ends}, over {len(epochs)} epoch(s)."
+        return _picture(figure, alt, name="figures")
+
+
+def confusion(shares: NDArray[np.float64], *, alt: str) -> Picture:
+    """A confusion matrix too large for numbers.
+
+    Args:
+        shares: Share of each true class that got each answer (classes, classes).
+        alt: What it shows, in a sentence.
+    """
+    size = len(shares)
+    pixels = np.zeros((size, size, 4), np.uint8)
+    pixels[..., :3] = np.where(np.eye(size, dtype=bool)[..., None], _RIGHT, _WRONG)
+    pixels[..., 3] = np.round(255 * np.sqrt(np.clip(shares, 0, 1)))
+    with _style():
+        figure = Figure(figsize=(6.4, 6.2), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(pixels, interpolation="none", extent=(0.5, size + 0.5, size + 0.5, 0.5))
+        axes.grid(visible=False)
+        axes.set_xlabel("answer (number of the class)")
+        axes.set_ylabel("truth (number of the class)")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(True)
+        return _picture(figure, alt, name="confusion")
+
+
+def _style() -> Any:
+    return matplotlib.style.context(["default", _STYLE])  # type: ignore[list-item]  # it takes mappings too
+
+
+def _panels(*heights: float) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(_WIDTH_IN, max(3.6, 1.3 * len(heights))), layout="constrained")
+    grid = figure.subplots(len(heights), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
+    panels = list(grid[:, 0])
+    panels[-1].set_xlabel("epoch")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, panels
+
+
+def _line(axes: Axes, epochs: Sequence[Mapping[str, Any]], values: list[float], name: str, series: int) -> None:
+    marker = "o" if len(epochs) <= _MOST_MARKERS else ""
+    style: Any = _DASHES[series]
+    numbers = _numbers(epochs)
+    axes.plot(numbers, values, color=_SERIES[series], linestyle=style, marker=marker, markersize=3, label=_short(name))
+
+
+def _rings(axes: Axes, epochs: Sequence[Mapping[str, Any]], course: list[float]) -> None:
+    """A ring at each phase's best epoch: the last one of the phase that was the best so far."""
+    best = {str(entry.get("phase")): index for index, entry in enumerate(epochs) if entry.get("best")}
+    places = [_numbers(epochs)[index] for index in best.values()]
+    heights = [course[index] for index in best.values()]
+    axes.scatter(places, heights, s=70, facecolors="none", edgecolors=_INK, zorder=3, label="best of its phase")
+
+
+def _bands(panels: Sequence[Axes], epochs: Sequence[Mapping[str, Any]]) -> None:
+    """A shaded band for each phase, its name above it: level where it fits, else upright, else left out."""
+    pairs = zip(epochs, _numbers(epochs), strict=True)
+    grouped = groupby(pairs, lambda pair: str(pair[0].get("phase", "")))
+    phases = [(_short(name), [number for _, number in each]) for name, each in grouped]
+    room_pt = 0.84 * 72 * _WIDTH_IN / len(epochs)
+    level = all(_LETTER_PT * len(name) <= room_pt * len(numbers) for name, numbers in phases)
+    for index, (name, numbers) in enumerate(phases):
+        start, end = numbers[0] - 0.5, numbers[-1] + 0.5
+        for axes in panels:
+            axes.axvspan(start, end, facecolor=_INK, alpha=(0.09, 0.03)[index % 2], linewidth=0, zorder=0)
+        if level or room_pt * len(numbers) >= 2 * _LETTER_PT:
+            place: dict[str, Any] = {"transform": panels[0].get_xaxis_transform(), "ha": "center", "va": "bottom"}
+            panels[0].text((start + end) / 2, 1.02, name, rotation=0 if level else 90, fontsize=8, **place)
+    panels[0].set_xlim(phases[0][1][0] - 0.5, phases[-1][1][-1] + 0.5)
+
+
+def _numbers(epochs: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [float(entry.get("epoch", index)) for index, entry in enumerate(epochs, start=1)]
+
+
+def _course(epochs: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [_number(entry.get("val", {}).get(name)) for entry in epochs]
+
+
+def _number(value: Any) -> float:
+    """A finite number as it is; anything else is a gap in a curve."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+
+
+def _from_to(course: list[float]) -> str:
+    known = [value for value in course if math.isfinite(value)]
+    return f"from {known[0]:.4g} to {known[-1]:.4g}" if known else "not a number"
+
+
+def _short(name: str) -> str:
+    """A name on one line of a picture, without what fonts and XML cannot hold."""
+    text = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", " ", name).split())
+    text = text if len(text) <= _MOST_NAME else text[: _MOST_NAME - 1] + "…"
+    return text if not text.startswith("_") else "\u2009" + text  # matplotlib hides labels that begin with _
+
+
+def _picture(figure: Figure, alt: str, *, name: str) -> Picture:
+    """The figure as one <svg> element whose ids begin with `name`, so that several can stand in one page."""
+    buffer = io.StringIO()
+    with warnings.catch_warnings():  # a name in another script: the browser has a font for it where matplotlib has none
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    inside = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
+    inside = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", inside, flags=re.DOTALL)
+    for colour, variable in _VARIABLES.items():
+        inside = inside.replace(colour, f"var({variable})")
+    inside = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", inside)
+    width, height = (72 * side for side in figure.get_size_inches())
+    opening = Markup('<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">').format(width, height, alt)
+    drawn = Markup(inside)  # noqa: S704 - matplotlib escapes what it writes
+    return Picture(opening + drawn + Markup("</svg>"), alt)
