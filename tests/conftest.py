@@ -41,7 +41,10 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         info = site / f"{distribution.replace('-', '_')}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-        lines = [f"[{group}]\n" + "\n".join(f"{name} = {target}" for name, target in named.items()) for group, named in entries.items()]
+        lines = [
+            f"[{group}]\n" + "\n".join(f"{name} = {target}" for name, target in named.items())
+            for group, named in entries.items()
+        ]
         (info / "entry_points.txt").write_text("\n\n".join(lines) + "\n")
         for name, source in modules.items():
             (site / f"{name}.py").write_text(source)

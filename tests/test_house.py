@@ -39,7 +39,9 @@ def files(folder: str) -> list[Path]:
 def test_imports_point_one_way(floor):
     above = FLOORS[FLOORS.index(floor) + 1 :]
     for path in files(floor):
-        wrong = {name for name in imports(path, everywhere=False) for top in above if name.startswith(f"tuneforge.{top}")}
+        wrong = {
+            name for name in imports(path, everywhere=False) for top in above if name.startswith(f"tuneforge.{top}")
+        }
         assert not wrong, f"{path}: {wrong}"
 
 
@@ -51,7 +53,9 @@ def test_builtins_import_only_what_is_exported():
 
 def test_the_engine_imports_neither_torchvision_nor_scikit_learn():
     for path in files("engine"):
-        assert not {name for name in imports(path) if name.split(".")[0] in ("torchvision", "sklearn", "PIL", "matplotlib")}, path
+        assert not {
+            name for name in imports(path) if name.split(".")[0] in ("torchvision", "sklearn", "PIL", "matplotlib")
+        }, path
 
 
 def test_the_plugin_folder_imports_no_torch():

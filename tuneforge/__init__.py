@@ -10,28 +10,216 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from tuneforge.builtin.arrays import data_of as data_of
+    from tuneforge.engine.data import (
+        Batch as Batch,
+    )
+    from tuneforge.engine.data import (
+        Data as Data,
+    )
+    from tuneforge.engine.data import (
+        Inputable as Inputable,
+    )
+    from tuneforge.engine.data import (
+        Inputs as Inputs,
+    )
+    from tuneforge.engine.data import (
+        Source as Source,
+    )
+    from tuneforge.engine.data import (
+        Split as Split,
+    )
+    from tuneforge.engine.data import (
+        Targets as Targets,
+    )
+    from tuneforge.engine.data import (
+        map_inputs as map_inputs,
+    )
+    from tuneforge.engine.engine import Engine as Engine
+    from tuneforge.engine.engine import Result as Result
+    from tuneforge.engine.evaluation import Metrics as Metrics
+    from tuneforge.engine.folder import load_tensors as load_tensors
+    from tuneforge.engine.folder import save_tensors as save_tensors
+    from tuneforge.engine.model import Group as Group
+    from tuneforge.engine.model import Model as Model
+    from tuneforge.engine.order import Noise as Noise
+    from tuneforge.engine.run import Run as Run
+    from tuneforge.engine.tuned import Tuned as Tuned
+    from tuneforge.engine.tuned import evaluate as evaluate
+    from tuneforge.engine.tuned import load as load
+    from tuneforge.engine.tuned import predict as predict
+    from tuneforge.errors import (
+        DataError as DataError,
+    )
+    from tuneforge.errors import (
+        FolderError as FolderError,
+    )
+    from tuneforge.errors import (
+        HaltError as HaltError,
+    )
+    from tuneforge.errors import (
+        MissingDependencyError as MissingDependencyError,
+    )
+    from tuneforge.errors import (
+        OptionError as OptionError,
+    )
+    from tuneforge.errors import (
+        PluginError as PluginError,
+    )
+    from tuneforge.errors import (
+        PluginLoadError as PluginLoadError,
+    )
+    from tuneforge.errors import (
+        SelectorError as SelectorError,
+    )
+    from tuneforge.errors import (
+        TryAgainError as TryAgainError,
+    )
+    from tuneforge.errors import (
+        TuneforgeError as TuneforgeError,
+    )
+    from tuneforge.errors import (
+        UnknownNameError as UnknownNameError,
+    )
+    from tuneforge.errors import (
+        UnsafeFileError as UnsafeFileError,
+    )
+    from tuneforge.errors import (
+        UsageError as UsageError,
+    )
+    from tuneforge.judge.page import write_page as write_page
+    from tuneforge.plugin.component import (
+        Check as Check,
+    )
+    from tuneforge.plugin.component import (
+        between as between,
+    )
+    from tuneforge.plugin.component import (
+        component as component,
+    )
+    from tuneforge.plugin.component import (
+        ge as ge,
+    )
+    from tuneforge.plugin.component import (
+        gt as gt,
+    )
+    from tuneforge.plugin.component import (
+        option as option,
+    )
+    from tuneforge.plugin.config import RunConfig as RunConfig
+    from tuneforge.plugin.hookspecs import hookimpl as hookimpl
+    from tuneforge.plugin.steps import (
+        Answer as Answer,
+    )
+    from tuneforge.plugin.steps import (
+        Blend as Blend,
+    )
+    from tuneforge.plugin.steps import (
+        Brief as Brief,
+    )
+    from tuneforge.plugin.steps import (
+        Fit as Fit,
+    )
+    from tuneforge.plugin.steps import (
+        GroupInfo as GroupInfo,
+    )
+    from tuneforge.plugin.steps import (
+        Phase as Phase,
+    )
+    from tuneforge.plugin.steps import (
+        Probe as Probe,
+    )
+    from tuneforge.plugin.steps import (
+        Readings as Readings,
+    )
+    from tuneforge.plugin.steps import (
+        Report as Report,
+    )
+    from tuneforge.plugin.steps import (
+        Step as Step,
+    )
+    from tuneforge.plugin.steps import (
+        Use as Use,
+    )
+    from tuneforge.plugin.steps import (
+        use as use,
+    )
+
 _HOMES = {
     "tuneforge.errors": (
-        "TuneforgeError", "UsageError", "UnknownNameError", "OptionError", "SelectorError", "PluginError",
-        "PluginLoadError", "DataError", "MissingDependencyError", "HaltError", "FolderError", "TryAgainError",
+        "TuneforgeError",
+        "UsageError",
+        "UnknownNameError",
+        "OptionError",
+        "SelectorError",
+        "PluginError",
+        "PluginLoadError",
+        "DataError",
+        "MissingDependencyError",
+        "HaltError",
+        "FolderError",
+        "TryAgainError",
         "UnsafeFileError",
     ),
-    "tuneforge.plugin.component": ("component", "option", "Check", "gt", "ge", "between"),
+    "tuneforge.plugin.component": (
+        "component",
+        "option",
+        "Check",
+        "gt",
+        "ge",
+        "between",
+    ),
     "tuneforge.plugin.hookspecs": ("hookimpl",),
     "tuneforge.plugin.steps": (
-        "Phase", "Fit", "Probe", "Blend", "Report", "Readings", "Brief", "GroupInfo", "Step", "Answer", "Use", "use",
+        "Phase",
+        "Fit",
+        "Probe",
+        "Blend",
+        "Report",
+        "Readings",
+        "Brief",
+        "GroupInfo",
+        "Step",
+        "Answer",
+        "Use",
+        "use",
     ),
     "tuneforge.plugin.config": ("RunConfig",),
-    "tuneforge.engine.data": ("Batch", "Data", "Inputs", "Source", "Split", "Targets", "Inputable", "map_inputs"),
+    "tuneforge.engine.data": (
+        "Batch",
+        "Data",
+        "Inputs",
+        "Source",
+        "Split",
+        "Targets",
+        "Inputable",
+        "map_inputs",
+    ),
     "tuneforge.engine.order": ("Noise",),
     "tuneforge.engine.evaluation": ("Metrics",),
-    "tuneforge.engine.model": ("Group", "Model"),
+    "tuneforge.engine.model": (
+        "Group",
+        "Model",
+    ),
     "tuneforge.engine.run": ("Run",),
-    "tuneforge.engine.engine": ("Engine", "Result"),
-    "tuneforge.engine.folder": ("load_tensors", "save_tensors"),
-    "tuneforge.engine.tuned": ("Tuned", "evaluate", "load", "predict"),
+    "tuneforge.engine.engine": (
+        "Engine",
+        "Result",
+    ),
+    "tuneforge.engine.folder": (
+        "load_tensors",
+        "save_tensors",
+    ),
+    "tuneforge.engine.tuned": (
+        "Tuned",
+        "evaluate",
+        "load",
+        "predict",
+    ),
     "tuneforge.judge.page": ("write_page",),
-}  # fmt: skip
+    "tuneforge.builtin.arrays": ("data_of",),
+}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [*sorted(_HOME_OF), "__version__"]

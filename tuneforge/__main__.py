@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _failed("stopped by Ctrl-C", 130)
     except Stopped:
         return _failed("stopped by SIGTERM", 143)
-    except Exception as error:  # noqa: BLE001 - the last handler: everything becomes a message and a code
+    except Exception as error:  # the last handler: everything becomes a message and a code
         if debug:
             raise
         return _report(error)

@@ -56,7 +56,7 @@ def test_wrong_usage_is_one_clear_message_and_exit_2(run, tmp_path, monkeypatch,
 
 
 def test_a_short_form_that_the_strategy_lacks_says_what_it_has(run, plant):
-    source = "import tuneforge as tf\n@tf.component(api=1)\nclass Short:\n    'x'\n    only: int = tf.option(1, help='x')\n    @tf.hookimpl\n    def finetune_strategy(self): return []\n"
+    source = "import tuneforge as tf\n@tf.component(api=1)\nclass Short:\n    'x'\n    only: int = tf.option(default=1, help='x')\n    @tf.hookimpl\n    def finetune_strategy(self): return []\n"
     plant("short-pkg", {"tuneforge.finetune_strategy": {"short": "short_mod:Short"}}, short_mod=source)
     code, _, err = run("run", "--strategy", "short", "--epochs", "3")
     assert code == 2
@@ -94,7 +94,11 @@ BROKEN = {
 @pytest.mark.parametrize("kind", BROKEN)
 def test_every_command_survives_a_broken_distribution_and_names_it(run, plant, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
-    plant("planted-pkg", {"tuneforge.finetune_strategy": {"planted": f"planted_{kind}:X", "full": f"planted_{kind}:X"}}, **{f"planted_{kind}": BROKEN[kind]})
+    plant(
+        "planted-pkg",
+        {"tuneforge.finetune_strategy": {"planted": f"planted_{kind}:X", "full": f"planted_{kind}:X"}},
+        **{f"planted_{kind}": BROKEN[kind]},
+    )
     for arguments in (["--help"], ["plugins", "list"], ["run", "--help"], ["doctor"], ["plugins", "show", "ema"]):
         assert run(*arguments)[0] == 0, arguments
     code, _, err = run("run", "--strategy", "planted")
@@ -107,19 +111,30 @@ def test_every_command_survives_a_broken_distribution_and_names_it(run, plant, t
 
 
 def test_the_command_line_and_python_give_the_same_weights(run, tmp_path):
-    code, out, err = run("run", "--strategy", "full", *FEW, "--seed", "3", "--no-page", "--json", "--out", tmp_path / "a")
+    code, out, err = run(
+        "run", "--strategy", "full", *FEW, "--seed", "3", "--no-page", "--json", "--out", tmp_path / "a"
+    )
     assert code == 0, err
     result = tf.Engine(
-        data=tf.use("digits", per_class=4, other_share=0.0), strategy=tf.use("full", epochs=1), seed=3, page=False, out=tmp_path / "b"
+        data=tf.use("digits", per_class=4, other_share=0.0),
+        strategy=tf.use("full", epochs=1),
+        seed=3,
+        page=False,
+        out=tmp_path / "b",
     ).run()
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (result.folder / "model.safetensors").read_bytes()
     assert json.loads(out)["report"]["splits"]["test"]["accuracy"] == result.report["splits"]["test"]["accuracy"]
 
 
 def test_a_printed_configuration_runs_the_same(run, tmp_path):
-    _, toml, _ = run("run", "--strategy", "full", *FEW, "--with", "ema", "--ema.decay", "0.5", "--no-page", "--print-config")
+    _, toml, _ = run(
+        "run", "--strategy", "full", *FEW, "--with", "ema", "--ema.decay", "0.5", "--no-page", "--print-config"
+    )
     (tmp_path / "c.toml").write_text(toml)
-    for name, arguments in {"a": ["--config", tmp_path / "c.toml"], "b": ["--strategy", "full", *FEW, "--with", "ema", "--ema.decay", "0.5", "--no-page"]}.items():
+    for name, arguments in {
+        "a": ["--config", tmp_path / "c.toml"],
+        "b": ["--strategy", "full", *FEW, "--with", "ema", "--ema.decay", "0.5", "--no-page"],
+    }.items():
         assert run("run", *arguments, "--out", tmp_path / name)[0] == 0
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
@@ -150,10 +165,25 @@ def test_a_finished_run_is_evaluated_and_predicts_from_its_folder_alone(run, tmp
 
 def test_a_strategy_in_a_local_file_runs(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "import tuneforge as tf\n@tf.component(api=1)\nclass Mine:\n    'x'\n    epochs: int = tf.option(1, help='x')\n"
+        "import tuneforge as tf\n@tf.component(api=1)\nclass Mine:\n    'x'\n    epochs: int = tf.option(default=1, help='x')\n"
         "    @tf.hookimpl\n    def finetune_strategy(self):\n        yield tf.Phase('mine', train='head', epochs=self.epochs)\n"
     )
-    command = [sys.executable, "-m", "tuneforge", "run", "--strategy", "mine:Mine", "--strategy.epochs", "2", "--data.per-class", "4", "--data.other-share", "0", "--out", "r"]
+    command = [
+        sys.executable,
+        "-m",
+        "tuneforge",
+        "run",
+        "--strategy",
+        "mine:Mine",
+        "--strategy.epochs",
+        "2",
+        "--data.per-class",
+        "4",
+        "--data.other-share",
+        "0",
+        "--out",
+        "r",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "phase 'mine'" in done.stdout

@@ -30,13 +30,25 @@ def test_noise_inside_the_model_does_not_depend_on_what_ran_before(tune):
 def test_the_folder_holds_what_it_should(tune):
     result = tune([tf.Phase("head", train="head", epochs=2)])
     names = {path.name for path in result.folder.iterdir()}
-    assert names >= {"run.json", "status.json", "steps.jsonl", "metrics.jsonl", "report.json", "model.safetensors", "model.json", "log.txt", "mistakes.json"}
+    assert names >= {
+        "run.json",
+        "status.json",
+        "steps.jsonl",
+        "metrics.jsonl",
+        "report.json",
+        "model.safetensors",
+        "model.json",
+        "log.txt",
+        "mistakes.json",
+    }
     assert not [name for name in names if name.endswith(".part")]
     assert json.loads((result.folder / "status.json").read_text())["state"] == "done"
     epochs = [from_json(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert [(entry["epoch"], entry["step"]) for entry in epochs] == [(1, 6), (2, 12)]
     report = json.loads((result.folder / "report.json").read_text())
-    assert {"accuracy", "precision_macro", "recall_macro", "f1_macro", "per_class", "confusion"} <= set(report["splits"]["test"])
+    assert {"accuracy", "precision_macro", "recall_macro", "f1_macro", "per_class", "confusion"} <= set(
+        report["splits"]["test"]
+    )
 
 
 def test_a_strategy_is_answered_and_decides(tune):
@@ -87,7 +99,10 @@ def test_the_optimizer_keeps_moments_over_phases_and_drops_those_of_the_frozen(t
             named = run.model.parameters()
             seen.append(sorted(name for name, parameter in named.items() if parameter in state))
 
-    tune([tf.Phase("a", epochs=1), tf.Phase("b", train="head", epochs=1), tf.Phase("c", epochs=1)], extensions=[Watches()])
+    tune(
+        [tf.Phase("a", epochs=1), tf.Phase("b", train="head", epochs=1), tf.Phase("c", epochs=1)],
+        extensions=[Watches()],
+    )
     assert seen == [[], ["head.bias", "head.weight"], ["head.bias", "head.weight"]]
 
 
@@ -98,7 +113,12 @@ def test_rates_follow_layer_decay_and_scales(tune):
         @tf.hookimpl
         def phase_started(self, run):
             by_id = {id(p): group for group in run.optimization.groups() for p in group["params"]}
-            rates.update({name: (by_id[id(p)]["peak_lr"], by_id[id(p)]["weight_decay"]) for name, p in run.model.parameters().items()})
+            rates.update(
+                {
+                    name: (by_id[id(p)]["peak_lr"], by_id[id(p)]["weight_decay"])
+                    for name, p in run.model.parameters().items()
+                }
+            )
             rates["groups"] = len(run.optimization.groups())
 
     phase = tf.Phase("a", epochs=1, lr=0.1, layer_decay=0.5, lr_scales={"second.1.weight": 3.0}, weight_decay=0.2)
@@ -149,7 +169,9 @@ def test_a_blend_picks_its_weight_on_validation_and_its_ends_are_exact(tune):
     result = tune([tf.Phase("a", epochs=3, lr=0.01), tf.Blend("mix", snapshots=["start", "a"])], model=start)
     blended = result.steps[1][1]
     assert blended.val["f1_macro"] == max(entry["val"]["f1_macro"] for entry in blended.history)
-    only_start = tune([tf.Phase("a", epochs=1), tf.Blend("mix", snapshots=["start", "a"], weights=[0.0])], model=tiny_net())
+    only_start = tune(
+        [tf.Phase("a", epochs=1), tf.Blend("mix", snapshots=["start", "a"], weights=[0.0])], model=tiny_net()
+    )
     state = only_start.model.module.state_dict()
     assert all(torch.equal(before[name], tensor) for name, tensor in state.items() if tensor.is_floating_point())
 

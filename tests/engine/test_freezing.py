@@ -12,7 +12,9 @@ def state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("optimizer", [tf.use("adamw", weight_decay=0.5), tf.use("sgd", momentum=0.9, weight_decay=0.5)])
+@pytest.mark.parametrize(
+    "optimizer", [tf.use("adamw", weight_decay=0.5), tf.use("sgd", momentum=0.9, weight_decay=0.5)]
+)
 def test_a_frozen_backbone_keeps_weights_and_statistics_to_the_bit(tune, optimizer):
     net = tiny_net()
     before = state(net)

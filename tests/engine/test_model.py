@@ -1,9 +1,9 @@
 import pytest
 import torch
+from small import TinyNet
 from torch import nn
 
 import tuneforge as tf
-from small import TinyNet
 from tuneforge.engine.model import freeze, modes, select, set_modes
 
 

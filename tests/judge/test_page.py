@@ -79,7 +79,9 @@ def write_run(folder, *, labels, splits, mistakes, phases=(("head", 3), ("all", 
             epoch = len(metrics) + 1
             val = {key: value * (1 - 0.5 / epoch) for key, value in single_numbers(splits["val"]).items()}
             loss = {"loss": 2.3 / epoch}
-            metrics.append({"step": 45 * epoch, "epoch": epoch, "phase": name, "lr": 2e-3 / epoch, "train": loss, "val": val})
+            metrics.append(
+                {"step": 45 * epoch, "epoch": epoch, "phase": name, "lr": 2e-3 / epoch, "train": loss, "val": val}
+            )
             metrics[-1]["best"] = each != number or number == 1
             timings.append({"epoch": epoch, "seconds": 1.25})
             history.append({"epoch": each, "train": loss, "val": val})
@@ -94,7 +96,13 @@ def write_run(folder, *, labels, splits, mistakes, phases=(("head", 3), ("all", 
     for name, lines in (("metrics", map(to_json, metrics)), ("timings", map(to_json, timings)), ("steps", steps)):
         (folder / f"{name}.jsonl").write_bytes("".join(f"{line}\n" for line in lines).encode(errors="replace"))
     write_json(folder / "mistakes.json", mistakes)
-    report = {"strategy": "freeze-then-unfreeze", "monitor": monitor, "headline": headline, "samples": samples, "splits": splits}
+    report = {
+        "strategy": "freeze-then-unfreeze",
+        "monitor": monitor,
+        "headline": headline,
+        "samples": samples,
+        "splits": splits,
+    }
     write_json(folder / "report.json", report)
     write_json(folder / "model.json", model_record(labels))
     write_json(folder / "run.json", run_record())
@@ -135,7 +143,12 @@ def run_record():
                 "version": "0.1.0",
             }
         ],
-        "environment": {"python": "3.11.2", "torch": "2.14.1", "threads": 2, "command": ["/opt/bin/tuneforge", "run", "a b"]},
+        "environment": {
+            "python": "3.11.2",
+            "torch": "2.14.1",
+            "threads": 2,
+            "command": ["/opt/bin/tuneforge", "run", "a b"],
+        },
     }
 
 
@@ -152,7 +165,12 @@ def classes_run(folder, labels, *, skill=4.0, num_mistakes=6, **more):
 def regression_run(folder):
     splits = {"val": number_figures(100, skill=3), "test": number_figures(100, skill=2)}
     answers = [
-        {"id": f"row {row}", "truth": f"{100 + row} EUR", "answer": {"value": 90.5 - row, "unit": "EUR"}, "wrongness": 2.0}
+        {
+            "id": f"row {row}",
+            "truth": f"{100 + row} EUR",
+            "answer": {"value": 90.5 - row, "unit": "EUR"},
+            "wrongness": 2.0,
+        }
         | {"picture": None, "text": f"rooms {row}, area 72.5, year 1975"}
         for row in range(5)
     ]
@@ -228,7 +246,9 @@ def test_same_run_gives_the_same_bytes(digits):
 def test_ids_are_unique_and_links_lead_somewhere(digits):
     tags = Elements(read(digits)).tags
     ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
-    links = {attrs[key][1:] for _, attrs in tags for key in ("href", "xlink:href") if attrs.get(key, "").startswith("#")}
+    links = {
+        attrs[key][1:] for _, attrs in tags for key in ("href", "xlink:href") if attrs.get(key, "").startswith("#")
+    }
     labels = {attrs["aria-labelledby"] for _, attrs in tags if "aria-labelledby" in attrs}
     assert len(ids) == len(set(ids))
     assert links | labels <= set(ids)
@@ -296,7 +316,10 @@ def test_many_classes_are_folded_away_and_their_largest_confusions_listed(tmp_pa
     np.fill_diagonal(confusion, 0)
     text = Elements(read(folder)).text
     assert "All 200 classes, the weakest first" in text
-    assert f"The 20 most frequent confusions of the test split. truth answer samples of the class class {confusion.max(1).argmax()}" in text
+    assert (
+        f"The 20 most frequent confusions of the test split. truth answer samples of the class class {confusion.max(1).argmax()}"
+        in text
+    )
 
 
 def test_names_of_users_never_become_markup(tmp_path):
@@ -327,7 +350,10 @@ def test_answers_without_pictures_are_lines(tmp_path):
 
 
 def test_run_without_mistakes_says_so(tmp_path):
-    assert "None: every answer on the test split is right." in Elements(read(classes_run(tmp_path / "run", "ab", num_mistakes=0))).text
+    assert (
+        "None: every answer on the test split is right."
+        in Elements(read(classes_run(tmp_path / "run", "ab", num_mistakes=0))).text
+    )
 
 
 def test_run_without_epochs_has_no_curves(tmp_path):
@@ -358,7 +384,9 @@ def test_missing_keys_are_left_out(tmp_path, name):
     folder = classes_run(tmp_path / "run", DIGITS)
     for key in json.loads((folder / name).read_text()):
         whole = (folder / name).read_text()
-        (folder / name).write_text(json.dumps({other: value for other, value in json.loads(whole).items() if other != key}))
+        (folder / name).write_text(
+            json.dumps({other: value for other, value in json.loads(whole).items() if other != key})
+        )
         Elements(read(folder))
         (folder / name).write_text(whole)
     (folder / name).write_text("{}")

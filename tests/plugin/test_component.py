@@ -12,14 +12,14 @@ from tuneforge.plugin.component import build, options_of, parse, schema_of, valu
 class Every:
     """One option of every type."""
 
-    count: int = tf.option(1, help="A count.", check=tf.ge(1))
-    rate: float = tf.option(0.5, help="A rate.", check=tf.between(0, 1))
-    word: str = tf.option("x", help="A word.")
-    flag: bool = tf.option(False, help="A flag.")
-    path: Path | None = tf.option(None, help="A path.")
-    choice: Literal["red", "blue"] = tf.option("red", help="A colour.")
-    many: tuple[int, ...] = tf.option((), help="Numbers.")
-    table: dict[str, float] = tf.option({}, help="Numbers by name.")
+    count: int = tf.option(default=1, help="A count.", check=tf.ge(1))
+    rate: float = tf.option(default=0.5, help="A rate.", check=tf.between(0, 1))
+    word: str = tf.option(default="x", help="A word.")
+    flag: bool = tf.option(default=False, help="A flag.")
+    path: Path | None = tf.option(default=None, help="A path.")
+    choice: Literal["red", "blue"] = tf.option(default="red", help="A colour.")
+    many: tuple[int, ...] = tf.option(default=(), help="Numbers.")
+    table: dict[str, float] = tf.option(default={}, help="Numbers by name.")
 
 
 @tf.component(api=1)
@@ -43,14 +43,27 @@ def test_text_is_parsed_to_the_type_of_the_option():
 def test_dashes_and_underscores_name_the_same_option():
     @tf.component(api=1)
     class Two:
-        head_epochs: int = tf.option(1, help="Epochs.")
+        head_epochs: int = tf.option(default=1, help="Epochs.")
 
-    assert build(Two, {"head-epochs": 2}, where="--x").head_epochs == build(Two, {"head_epochs": 2}, where="--x").head_epochs == 2
+    assert (
+        build(Two, {"head-epochs": 2}, where="--x").head_epochs
+        == build(Two, {"head_epochs": 2}, where="--x").head_epochs
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("count", "x"), ("count", 1.5), ("count", True), ("rate", "nan"), ("flag", "maybe"), ("flag", 1), ("choice", "green"), ("many", "1,b")],
+    [
+        ("count", "x"),
+        ("count", 1.5),
+        ("count", True),
+        ("rate", "nan"),
+        ("flag", "maybe"),
+        ("flag", 1),
+        ("choice", "green"),
+        ("many", "1,b"),
+    ],
 )
 def test_a_value_of_the_wrong_type_is_an_error_that_quotes_it(name, value):
     with pytest.raises(tf.OptionError) as caught:
@@ -106,4 +119,4 @@ def test_the_name_option_is_reserved_for_files():
 
         @tf.component(api=1)
         class Bad:
-            name: str = tf.option("a", help="A name.")
+            name: str = tf.option(default="a", help="A name.")

@@ -19,7 +19,11 @@ def test_another_component_drops_the_files_options():
 
 
 def test_repeated_components_are_joined_by_name():
-    config = resolve(merged({"with": [{"name": "ema", "decay": 0.9}]}, {"with": [{"name": "grad-clip"}, {"name": "ema", "decay": 0.5}]}))
+    config = resolve(
+        merged(
+            {"with": [{"name": "ema", "decay": 0.9}]}, {"with": [{"name": "grad-clip"}, {"name": "ema", "decay": 0.5}]}
+        )
+    )
     assert config.extensions == (tf.use("ema", decay=0.5), tf.use("grad-clip"))
 
 

@@ -79,7 +79,9 @@ def test_a_misspelt_hook_is_found_at_once():
         hooks(Misspelt())
 
 
-@pytest.mark.parametrize("source", ["def train_step(self, run, batch, extra): ...", "def train_step(self, run, batch=None): ..."])
+@pytest.mark.parametrize(
+    "source", ["def train_step(self, run, batch, extra): ...", "def train_step(self, run, batch=None): ..."]
+)
 def test_a_parameter_that_would_never_be_passed_is_found_at_once(source):
     namespace = {}
     exec(source, namespace)

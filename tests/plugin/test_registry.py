@@ -19,7 +19,7 @@ GROUP = "tuneforge.finetune_strategy"
 
 
 def test_groups_are_those_of_the_hook_specifications():
-    assert registry.GROUPS == (*hookspecs.COMPONENT_GROUPS, *hookspecs.PART_GROUPS)
+    assert (*hookspecs.COMPONENT_GROUPS, *hookspecs.PART_GROUPS) == registry.GROUPS
 
 
 def test_every_builtin_component_loads():
@@ -96,7 +96,10 @@ def test_a_distribution_with_unreadable_metadata_hides_no_other(plant, tmp_path)
     assert registry.find("finetune_strategy", "fine").name == "fine"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plugins", "list"], ["run", "--strategy", "full", "--help"], ["run", "--with", "ema", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["plugins", "list"], ["run", "--strategy", "full", "--help"], ["run", "--with", "ema", "--help"]],
+)
 def test_helping_and_listing_import_no_torch(arguments):
     code = (
         "import sys; from tuneforge.__main__ import main; code = main(sys.argv[1:]); "

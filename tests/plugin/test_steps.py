@@ -19,7 +19,9 @@ VALUES = st.recursive(
 
 def same(one, other):
     if isinstance(one, float) and isinstance(other, float):
-        return one == other and math.copysign(1, one) == math.copysign(1, other) or (math.isnan(one) and math.isnan(other))
+        return (one == other and math.copysign(1, one) == math.copysign(1, other)) or (
+            math.isnan(one) and math.isnan(other)
+        )
     if isinstance(one, tuple):
         return isinstance(other, tuple) and len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, MappingProxyType):
@@ -59,7 +61,17 @@ def test_a_tensor_is_not_plain_data():
         tf.Report("x", val={"weights": torch.zeros(3)})
 
 
-@pytest.mark.parametrize("wrong", [{}, {"epochs": 1, "steps": 1}, {"epochs": 0}, {"epochs": 1, "lr": 0}, {"epochs": 1, "layer_decay": 2}, {"epochs": 1, "norms": "x"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"epochs": 1, "steps": 1},
+        {"epochs": 0},
+        {"epochs": 1, "lr": 0},
+        {"epochs": 1, "layer_decay": 2},
+        {"epochs": 1, "norms": "x"},
+    ],
+)
 def test_a_phase_that_makes_no_sense_is_refused_by_name(wrong):
     with pytest.raises(tf.UsageError, match="Phase 'p'"):
         tf.Phase("p", **wrong)

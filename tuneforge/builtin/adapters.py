@@ -25,7 +25,7 @@ _FRESH_STD = 0.01  # of new rows: small beside trained ones, so that they do not
 class Head:
     """Fit the head to the data's classes: rows of classes that both know, by name, are kept."""
 
-    keep: bool = option(True, help="Keep the rows of classes that the model knows by name.")
+    keep: bool = option(default=True, help="Keep the rows of classes that the model knows by name.")
 
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:
@@ -50,7 +50,7 @@ class Head:
 class InputChannels:
     """Give the first convolution another number of input channels; answers to grey pictures stay the same."""
 
-    channels: int = option(1, help="Channels of the pictures.", check=gt(0))
+    channels: int = option(default=1, help="Channels of the pictures.", check=gt(0))
 
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:
@@ -82,7 +82,7 @@ class InputChannels:
 class Dropout:
     """Drop features at random before the head, while training."""
 
-    p: float = option(0.5, help="Share of the features that is dropped.", check=between(0, 1))
+    p: float = option(default=0.5, help="Share of the features that is dropped.", check=between(0, 1))
 
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:
@@ -93,9 +93,9 @@ class Dropout:
         """
         del run
         model = _present(model, "dropout")
-        inside = nn.Sequential(nn.Dropout(self.p), model.head_module())
-        changed = model.with_head(inside, head=f"{model.head}.1")
-        return changed.changed(f"dropout: {self.p:g} of the features before '{model.head}'")
+        changed = model.with_head(nn.Sequential(nn.Dropout(self.p), model.head_module()))
+        sentence = f"dropout: {self.p:g} of the features before '{model.head}'"
+        return changed.changed(sentence, head=f"{model.head}.1")
 
 
 def _present(model: Model | None, name: str) -> Model:

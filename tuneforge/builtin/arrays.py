@@ -59,6 +59,7 @@ from tuneforge.builtin.targets import Classes, LabelSets, Numbers, near
 if TYPE_CHECKING:
     from tuneforge import Run
 
+_WORDS = {"U": "text", "b": "truth values", "i": "integers", "u": "integers", "f": "floats"}
 _POSITIVE = Check("numbers greater than 0", lambda values: all(value > 0 for value in values))
 _SHARE = Check("at least 0 and less than 1", lambda value: bool(0 <= value < 1), {"minimum": 0, "exclusiveMaximum": 1})
 
@@ -358,10 +359,12 @@ class _Reading:
         return tuple(means.tolist()), tuple(scales.where(scales > 1e-12 * means.abs(), 1.0).tolist())
 
     def _sentence(self, targets: Targets) -> str:
-        answers = self.parts["train"].answers
+        kind = _WORDS[self.parts["train"].answers.dtype.kind]
         if self.kind == "numbers":
-            return f"answers of type {answers.dtype} are read as {targets.size} number(s); give integers for classes"
-        return f"answers of type {answers.dtype} are read as {targets.size} {self.kind.replace('-', ' ')}"
+            return f"answers that are {kind} are read as numbers ({targets.size} a sample); give integers for classes"
+        if self.kind == "label-sets":
+            return f"a matrix of 0 and 1 is read as {targets.size} labels, any of which may hold"
+        return f"answers that are {kind} are read as {targets.size} classes"
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:

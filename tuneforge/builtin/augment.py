@@ -32,9 +32,9 @@ PICTURES = ("image", "pixel_values")
 class Flip:
     """Mirror some pictures."""
 
-    p: float = option(0.5, help="Share of the samples that are mirrored.", check=between(0, 1))
+    p: float = option(default=0.5, help="Share of the samples that are mirrored.", check=between(0, 1))
     axis: Literal["horizontal", "vertical"] = option(
-        "horizontal", help="What is swapped: left and right, or top and bottom."
+        default="horizontal", help="What is swapped: left and right, or top and bottom."
     )
 
     def augment(self, run: Run, batch: Batch) -> Batch:
@@ -54,7 +54,7 @@ class Flip:
 class Rotate:
     """Turn pictures about their centre."""
 
-    degrees: float = option(10.0, help="Largest angle to either side.", check=between(0, 180))
+    degrees: float = option(default=10.0, help="Largest angle to either side.", check=between(0, 180))
 
     def augment(self, run: Run, batch: Batch) -> Batch:
         """Turn each sample by an angle uniform in -degrees to degrees; the border is continued outwards."""
@@ -73,7 +73,9 @@ class Rotate:
 class Shift:
     """Move pictures sideways and up or down."""
 
-    share: float = option(0.1, help="Largest way, as a share of the width and of the height.", check=between(0, 1))
+    share: float = option(
+        default=0.1, help="Largest way, as a share of the width and of the height.", check=between(0, 1)
+    )
 
     def augment(self, run: Run, batch: Batch) -> Batch:
         """Move each sample by ways uniform in -share to share; the border is continued outwards."""
@@ -91,9 +93,9 @@ class Shift:
 class Erase:
     """Paint a rectangle of some pictures over with their mean (random erasing, Zhong et al. 2017, 1708.04896)."""
 
-    p: float = option(0.25, help="Share of the samples that lose a rectangle.", check=between(0, 1))
-    low: float = option(0.02, help="Least share of the area that is erased.", check=between(0, 1))
-    high: float = option(0.2, help="Greatest share of the area that is erased.", check=between(0, 1))
+    p: float = option(default=0.25, help="Share of the samples that lose a rectangle.", check=between(0, 1))
+    low: float = option(default=0.02, help="Least share of the area that is erased.", check=between(0, 1))
+    high: float = option(default=0.2, help="Greatest share of the area that is erased.", check=between(0, 1))
 
     def augment(self, run: Run, batch: Batch) -> Batch:
         """Erase one rectangle with sides in a ratio of 1:3 to 3:1 from each chosen sample."""
@@ -126,7 +128,9 @@ class MixUp:
 
     needs_inputs = True
 
-    alpha: float = option(0.2, help="Both parameters of the Beta distribution of a sample's own share.", check=gt(0))
+    alpha: float = option(
+        default=0.2, help="Both parameters of the Beta distribution of a sample's own share.", check=gt(0)
+    )
 
     def augment(self, run: Run, batch: Batch) -> Batch:
         """Mix; class numbers (b,) become shares of classes (b, k), other targets are mixed as numbers.

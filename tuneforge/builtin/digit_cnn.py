@@ -57,8 +57,10 @@ class DigitNet(nn.Module):
 class DigitCNN:
     """The digit network: 3x32x32 pictures, five convolutions, pretrained on 62 rendered characters."""
 
-    pretrained: bool = option(True, help="Start from pretrained weights; false starts from scratch.")
-    weights: Path | None = option(None, help="A safetensors file of this network; by default the one that ships.")
+    pretrained: bool = option(default=True, help="Start from pretrained weights; false starts from scratch.")
+    weights: Path | None = option(
+        default=None, help="A safetensors file of this network; by default the one that ships."
+    )
 
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:

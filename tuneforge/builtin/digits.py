@@ -35,10 +35,12 @@ class Digits:
     in a font family that neither training nor pretraining has seen.
     """
 
-    other_share: float = option(0.4, help="Share of other characters in the whole.", check=between(0, 0.9))
-    val: float = option(0.15, help="Share of the real digits for validation.", check=between(0.01, 0.5))
-    test: float = option(0.2, help="Share of the real digits for the test.", check=between(0.01, 0.5))
-    per_class: int | None = option(None, help="Training images of each class; none: all there are.", check=ge(1))
+    other_share: float = option(default=0.4, help="Share of other characters in the whole.", check=between(0, 0.9))
+    val: float = option(default=0.15, help="Share of the real digits for validation.", check=between(0.01, 0.5))
+    test: float = option(default=0.2, help="Share of the real digits for the test.", check=between(0.01, 0.5))
+    per_class: int | None = option(
+        default=None, help="Training images of each class; none: all there are.", check=ge(1)
+    )
 
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
@@ -86,8 +88,8 @@ class Digits:
 class Glyphs:
     """Rendered characters 0-9, A-Z, a-z in the shape of optdigits: the source domain for pretraining."""
 
-    count: int = option(30_000, help="Images in all.", check=ge(620))
-    fonts: tuple[Path, ...] = option((), help="Font folders besides those of matplotlib.")
+    count: int = option(default=30_000, help="Images in all.", check=ge(620))
+    fonts: tuple[Path, ...] = option(default=(), help="Font folders besides those of matplotlib.")
 
     @hookimpl
     def data_prepare(self, run: Run) -> Data:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class GradClip:
     """Scale the gradients down where their joint norm exceeds a bound (Pascanu et al. 2013)."""
 
-    norm: float = option(1.0, help="Largest joint L2 norm of all gradients.", check=gt(0))
+    norm: float = option(default=1.0, help="Largest joint L2 norm of all gradients.", check=gt(0))
 
     @hookimpl(wrapper=True)
     def optimizer_step(self, run: Run) -> Generator[None, Any, Any]:
@@ -36,7 +36,7 @@ class EMA:
     and best weights use the averages, and a phase ends on them.
     """
 
-    decay: float = option(0.99, help="Share of the average that a step keeps.", check=between(0, 1))
+    decay: float = option(default=0.99, help="Share of the average that a step keeps.", check=between(0, 1))
 
     @hookimpl
     def phase_started(self, run: Run) -> None:
@@ -55,7 +55,7 @@ class EMA:
         named = run.model.parameters()
         decay = min(self.decay, (1 + run.steps_done) / (10 + run.steps_done))
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.values()), [named[name] for name in average], 1 - decay)  # type: ignore[attr-defined]  # as torch.optim.swa_utils does
+            torch._foreach_lerp_(list(average.values()), [named[name] for name in average], 1 - decay)
         return result
 
     @hookimpl

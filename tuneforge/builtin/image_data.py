@@ -27,26 +27,30 @@ _STDS = Check("numbers greater than 0", lambda std: bool(std) and min(std) > 0)
 class PictureOptions:
     """What all picture data lets the user say: size and looks, shares of the splits, bounds."""
 
-    size: int = option(32, help="Height and width that the model sees, in pixels.", check=between(1, 4096))
+    size: int = option(default=32, help="Height and width that the model sees, in pixels.", check=between(1, 4096))
     fit: Literal["crop", "pad", "stretch"] = option(
-        "crop",
+        default="crop",
         help="How a picture becomes square: cut at the middle, filled up with its border's colour, or stretched.",
     )
-    grey: bool = option(False, help="Drop the colours.")
-    invert: bool = option(False, help="Swap dark and light, as for ink on white paper.")
-    channels: Literal[1, 3] = option(3, help="Channels that the model sees; grey is repeated.")
+    grey: bool = option(default=False, help="Drop the colours.")
+    invert: bool = option(default=False, help="Swap dark and light, as for ink on white paper.")
+    channels: Literal[1, 3] = option(default=3, help="Channels that the model sees; grey is repeated.")
     normalise: Literal["data", "imagenet", "none"] = option(
-        "data", help="Whose mean and deviation is taken out: the training pictures', ImageNet's, or none."
+        default="data", help="Whose mean and deviation is taken out: the training pictures', ImageNet's, or none."
     )
-    mean: tuple[float, ...] | None = option(None, help="Mean to take out instead, one number or one a channel.")
-    std: tuple[float, ...] | None = option(None, help="Deviation to divide by instead, like mean.", check=_STDS)
+    mean: tuple[float, ...] | None = option(default=None, help="Mean to take out instead, one number or one a channel.")
+    std: tuple[float, ...] | None = option(default=None, help="Deviation to divide by instead, like mean.", check=_STDS)
     val: float = option(
-        0.15, help="Share of each class for validation, where the data has no such split.", check=_SHARE
+        default=0.15, help="Share of each class for validation, where the data has no such split.", check=_SHARE
     )
-    test: float = option(0.15, help="Share of each class for the test, where the data has no such split.", check=_SHARE)
-    limit: int | None = option(None, help="At most so many pictures of each class, for a quick trial.", check=gt(0))
+    test: float = option(
+        default=0.15, help="Share of each class for the test, where the data has no such split.", check=_SHARE
+    )
+    limit: int | None = option(
+        default=None, help="At most so many pictures of each class, for a quick trial.", check=gt(0)
+    )
     memory_mb: int | None = option(
-        None,
+        default=None,
         help="Most memory for pictures, in MB; more are decoded on demand. None: half of what is free.",
         check=ge(0),
     )
@@ -86,10 +90,10 @@ class ImageCsv(PictureOptions):
     """Pictures that a CSV file names, with a path and a label a row."""
 
     path: Path = option(help="The CSV file; its first row names the columns.")
-    image: str = option("path", help="Column of the pictures' paths.")
-    label: str = option("label", help="Column of the class names.")
-    split: str = option("split", help="Column that says train, val or test, where the file has it.")
-    root: Path | None = option(None, help="Folder that relative paths start from; by default the file's own.")
+    image: str = option(default="path", help="Column of the pictures' paths.")
+    label: str = option(default="label", help="Column of the class names.")
+    split: str = option(default="split", help="Column that says train, val or test, where the file has it.")
+    root: Path | None = option(default=None, help="Folder that relative paths start from; by default the file's own.")
 
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
@@ -111,12 +115,14 @@ class ImageCsv(PictureOptions):
 class Torchvision(PictureOptions):
     """A set that torchvision knows by name, such as MNIST, EMNIST or CIFAR10; downloaded only when asked."""
 
-    dataset: str = option("MNIST", help="The set, as torchvision writes it.")
-    root: Path = option(Path("data"), help="Folder that holds the set, or where it is downloaded to.")
-    download: bool = option(False, help="Download the set where the folder lacks it.")
-    subset: str = option("byclass", help="Part of EMNIST: byclass, bymerge, balanced, letters, digits or mnist.")
+    dataset: str = option(default="MNIST", help="The set, as torchvision writes it.")
+    root: Path = option(default=Path("data"), help="Folder that holds the set, or where it is downloaded to.")
+    download: bool = option(default=False, help="Download the set where the folder lacks it.")
+    subset: str = option(
+        default="byclass", help="Part of EMNIST: byclass, bymerge, balanced, letters, digits or mnist."
+    )
     other_share: float | None = option(
-        None,
+        default=None,
         help="Share of one class `other`, made of all that is no digit (EMNIST); none keeps every class.",
         check=Check("greater than 0 and less than 1", lambda share: 0 < share < 1),
     )

@@ -182,7 +182,7 @@ def _listed(
 
 def _no_classes(folder: Path, loose: list[Path], classes: Iterable[str], *, where: str) -> DataError:
     if loose:
-        why = f"{_counted(len(loose), 'picture')} lie directly in it, so their class is unknown"
+        why = f"pictures lie directly in it ({len(loose):,}), so their class is unknown"
     elif classes:
         why = "its folders hold no file that ends as a picture does"
     else:

@@ -44,17 +44,19 @@ _SHOWN_SIDE = 96  # pixels; smaller pictures are enlarged for people
 class Images(Inputs):
     """Pictures, stored as uint8 after fixed operations and normalised when a model takes them."""
 
-    ops: tuple[str, ...] = option((), help=f"Operations on a decoded picture, in order: {OPS}.", check=KNOWN)
-    channels: Literal[1, 3] = option(3, help="Channels that the model takes; grey is repeated, colours are averaged.")
-    mean: tuple[float, ...] = option((0.0,), help="Subtracted, for all channels or each, on the scale 0 to 1.")
+    ops: tuple[str, ...] = option(default=(), help=f"Operations on a decoded picture, in order: {OPS}.", check=KNOWN)
+    channels: Literal[1, 3] = option(
+        default=3, help="Channels that the model takes; grey is repeated, colours are averaged."
+    )
+    mean: tuple[float, ...] = option(default=(0.0,), help="Subtracted, for all channels or each, on the scale 0 to 1.")
     std: tuple[float, ...] = option(
-        (1.0,),
+        default=(1.0,),
         help="Divided by, for all channels or each, on the scale 0 to 1.",
         check=Check("numbers greater than 0", lambda std: bool(std) and min(std) > 0),
     )
-    max_bytes: int = option(64 * 2**20, help="Largest file that is read, in bytes.", check=gt(0))
+    max_bytes: int = option(default=64 * 2**20, help="Largest file that is read, in bytes.", check=gt(0))
     max_pixels: int = option(
-        _PIL_PIXELS, help="Largest picture that is decoded or made, in pixels.", check=between(1, _PIL_PIXELS)
+        default=_PIL_PIXELS, help="Largest picture that is decoded or made, in pixels.", check=between(1, _PIL_PIXELS)
     )
 
     @property

@@ -35,9 +35,11 @@ class Classification:
     """
 
     top_k: int = option(
-        3, help="Answers among which top_k_accuracy looks; left out where there are no more classes.", check=ge(1)
+        default=3,
+        help="Answers among which top_k_accuracy looks; left out where there are no more classes.",
+        check=ge(1),
     )
-    bins: int = option(15, help="Bins of confidence for the expected calibration error.", check=ge(1))
+    bins: int = option(default=15, help="Bins of confidence for the expected calibration error.", check=ge(1))
 
     @hookimpl
     def evaluate(self, run: Run) -> Metrics:
@@ -52,7 +54,7 @@ class Multilabel:
     Macro averages are over all labels, as scikit-learn's are for label sets; a ratio without a denominator is 0.
     """
 
-    threshold: float = option(0.5, help="Probability from which a label counts as given.", check=between(0, 1))
+    threshold: float = option(default=0.5, help="Probability from which a label counts as given.", check=between(0, 1))
 
     @hookimpl
     def evaluate(self, run: Run) -> Metrics:

@@ -37,9 +37,9 @@ _NOT_ARGUMENTS = {
 class SGD:
     """Stochastic gradient descent with momentum: torch.optim.SGD."""
 
-    momentum: float = option(0.9, help="Share of the last step that goes on.", check=_MOMENTUM)
-    nesterov: bool = option(False, help="Look ahead along the momentum (Nesterov).")
-    weight_decay: float = option(0.0, help="Decay of matrices, added to their gradient.", check=ge(0))
+    momentum: float = option(default=0.9, help="Share of the last step that goes on.", check=_MOMENTUM)
+    nesterov: bool = option(default=False, help="Look ahead along the momentum (Nesterov).")
+    weight_decay: float = option(default=0.0, help="Decay of matrices, added to their gradient.", check=ge(0))
 
     def __attrs_post_init__(self) -> None:
         if self.nesterov and self.momentum == 0:
@@ -62,10 +62,10 @@ class SGD:
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101): torch.optim.AdamW."""
 
-    beta1: float = option(0.9, help="Memory of the mean gradient.", check=_MOMENTUM)
-    beta2: float = option(0.999, help="Memory of the mean squared gradient.", check=_MOMENTUM)
-    eps: float = option(1e-8, help="Added to the root of the mean squared gradient.", check=gt(0))
-    weight_decay: float = option(0.01, help="Decay of matrices, times the rate.", check=ge(0))
+    beta1: float = option(default=0.9, help="Memory of the mean gradient.", check=_MOMENTUM)
+    beta2: float = option(default=0.999, help="Memory of the mean squared gradient.", check=_MOMENTUM)
+    eps: float = option(default=1e-8, help="Added to the root of the mean squared gradient.", check=gt(0))
+    weight_decay: float = option(default=0.01, help="Decay of matrices, times the rate.", check=ge(0))
 
     def make(self, groups: list[dict[str, Any]], *, fused: bool) -> torch.optim.Optimizer:
         """The optimizer over `groups`; arguments as of `SGD.make`."""
@@ -80,8 +80,10 @@ class Torch:
     """Any optimizer of torch.optim by its name, such as RMSprop or NAdam."""
 
     kind: str = option(help="Name in torch.optim, in any case.")
-    arguments: dict[str, float] = option({}, help="Its arguments that are single numbers; 1 and 0 for on and off.")
-    weight_decay: float = option(0.0, help="Decay of matrices, the optimizer's own way.", check=ge(0))
+    arguments: dict[str, float] = option(
+        default={}, help="Its arguments that are single numbers; 1 and 0 for on and off."
+    )
+    weight_decay: float = option(default=0.0, help="Decay of matrices, the optimizer's own way.", check=ge(0))
 
     def __attrs_post_init__(self) -> None:
         self._arguments(_kind(self.kind))

@@ -33,8 +33,10 @@ class Step:
     The stepwise decay of He et al. 2015 (arXiv 1512.03385), with the milestones in shares of the phase.
     """
 
-    milestones: tuple[float, ...] = option((0.5, 0.75), help="Progress at which the rate drops.", check=_MILESTONES)
-    gamma: float = option(0.1, help="Factor on the rate at each milestone.", check=between(0, 1))
+    milestones: tuple[float, ...] = option(
+        default=(0.5, 0.75), help="Progress at which the rate drops.", check=_MILESTONES
+    )
+    gamma: float = option(default=0.1, help="Factor on the rate at each milestone.", check=between(0, 1))
 
     def factor(self, progress: float) -> float:
         """The factor at `progress`; at a milestone itself the rate has dropped."""
@@ -50,8 +52,8 @@ class Cosine:
     1706.02677). Continuous where there is a warm-up or none.
     """
 
-    warmup: float = option(0.1, help="Share of the phase in which the rate rises.", check=between(0, 1))
-    floor: float = option(0.0, help="Factor at the end.", check=between(0, 1))
+    warmup: float = option(default=0.1, help="Share of the phase in which the rate rises.", check=between(0, 1))
+    floor: float = option(default=0.0, help="Factor at the end.", check=between(0, 1))
 
     def factor(self, progress: float) -> float:
         """The factor at `progress`."""
@@ -69,9 +71,9 @@ class OneCycle:
     `final_div / div` here.) Defaults are fastai's, with the `pct_start` of its `fine_tune`. Continuous.
     """
 
-    pct_start: float = option(0.3, help="Share of the phase in which the rate rises.", check=between(0, 1))
-    div: float = option(25.0, help="Peak rate over the rate at the start.", check=ge(1))
-    final_div: float = option(1e5, help="Peak rate over the rate at the end.", check=ge(1))
+    pct_start: float = option(default=0.3, help="Share of the phase in which the rate rises.", check=between(0, 1))
+    div: float = option(default=25.0, help="Peak rate over the rate at the start.", check=ge(1))
+    final_div: float = option(default=1e5, help="Peak rate over the rate at the end.", check=ge(1))
 
     def factor(self, progress: float) -> float:
         """The factor at `progress`."""
@@ -88,8 +90,8 @@ class SlantedTriangular:
     to 1 over `cut` and falls back to 0 over the rest; the paper's defaults. Continuous.
     """
 
-    cut: float = option(0.1, help="Share of the phase in which the rate rises.", check=between(0, 1))
-    ratio: float = option(32.0, help="Peak rate over the lowest one.", check=ge(1))
+    cut: float = option(default=0.1, help="Share of the phase in which the rate rises.", check=between(0, 1))
+    ratio: float = option(default=32.0, help="Peak rate over the lowest one.", check=ge(1))
 
     def factor(self, progress: float) -> float:
         """The factor at `progress`."""

@@ -11,11 +11,13 @@ from tuneforge import Brief, Phase, Step, between, component, ge, gt, hookimpl, 
 class Full:
     """Train every layer from the first step, warmed up and cosine-annealed."""
 
-    epochs: int = option(8, help="Epochs with every layer trained.", check=ge(1))
-    lr: float = option(1e-3, help="Peak learning rate.", check=gt(0))
-    warmup: float = option(0.1, help="Share of the steps in which the rate rises.", check=between(0, 1))
-    patience: int | None = option(None, help="Stop after this many epochs without gain; none: never.", check=ge(1))
-    restore_best: bool = option(True, help="End on the weights of the best epoch.")
+    epochs: int = option(default=8, help="Epochs with every layer trained.", check=ge(1))
+    lr: float = option(default=1e-3, help="Peak learning rate.", check=gt(0))
+    warmup: float = option(default=0.1, help="Share of the steps in which the rate rises.", check=between(0, 1))
+    patience: int | None = option(
+        default=None, help="Stop after this many epochs without gain; none: never.", check=ge(1)
+    )
+    restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
     def finetune_strategy(self) -> Iterable[Step]:
@@ -37,10 +39,12 @@ class Full:
 class HeadOnly:
     """Train the head on a frozen backbone (linear probing by gradient descent)."""
 
-    epochs: int = option(5, help="Epochs with the head trained.", check=ge(1))
-    lr: float = option(2e-3, help="Peak learning rate.", check=gt(0))
-    patience: int | None = option(None, help="Stop after this many epochs without gain; none: never.", check=ge(1))
-    restore_best: bool = option(True, help="End on the weights of the best epoch.")
+    epochs: int = option(default=5, help="Epochs with the head trained.", check=ge(1))
+    lr: float = option(default=2e-3, help="Peak learning rate.", check=gt(0))
+    patience: int | None = option(
+        default=None, help="Stop after this many epochs without gain; none: never.", check=ge(1)
+    )
+    restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
     def finetune_strategy(self) -> Iterable[Step]:
@@ -67,12 +71,12 @@ class FreezeThenUnfreeze:
     `lr / 2 / lr_mult` for the first layer group, geometric in between; weight decay 0.01.
     """
 
-    head_epochs: int = option(1, help="Epochs with the backbone frozen.", check=ge(1))
-    epochs: int = option(8, help="Epochs with every layer trained.", check=ge(1))
-    lr: float = option(2e-3, help="Peak learning rate of the head while the backbone is frozen.", check=gt(0))
-    lr_mult: float = option(100.0, help="Rate of the head over that of the first layer group.", check=ge(1))
-    patience: int | None = option(None, help="Stop a phase after this many epochs without gain.", check=ge(1))
-    restore_best: bool = option(True, help="End each phase on the weights of its best epoch.")
+    head_epochs: int = option(default=1, help="Epochs with the backbone frozen.", check=ge(1))
+    epochs: int = option(default=8, help="Epochs with every layer trained.", check=ge(1))
+    lr: float = option(default=2e-3, help="Peak learning rate of the head while the backbone is frozen.", check=gt(0))
+    lr_mult: float = option(default=100.0, help="Rate of the head over that of the first layer group.", check=ge(1))
+    patience: int | None = option(default=None, help="Stop a phase after this many epochs without gain.", check=ge(1))
+    restore_best: bool = option(default=True, help="End each phase on the weights of its best epoch.")
 
     @hookimpl
     def finetune_strategy(self, brief: Brief) -> Iterable[Step]:
@@ -110,11 +114,11 @@ class GradualUnfreeze:
     and the rate follows a slanted triangle in each phase.
     """
 
-    group_epochs: int = option(1, help="Epochs before the next layer group is thawed.", check=ge(1))
-    epochs: int = option(4, help="Epochs with every layer trained, at the end.", check=ge(1))
-    lr: float = option(2e-3, help="Peak learning rate of the head.", check=gt(0))
-    factor: float = option(2.6, help="Rate of a layer group over that of the group below it.", check=ge(1))
-    restore_best: bool = option(True, help="End each phase on the weights of its best epoch.")
+    group_epochs: int = option(default=1, help="Epochs before the next layer group is thawed.", check=ge(1))
+    epochs: int = option(default=4, help="Epochs with every layer trained, at the end.", check=ge(1))
+    lr: float = option(default=2e-3, help="Peak learning rate of the head.", check=gt(0))
+    factor: float = option(default=2.6, help="Rate of a layer group over that of the group below it.", check=ge(1))
+    restore_best: bool = option(default=True, help="End each phase on the weights of its best epoch.")
 
     @hookimpl
     def finetune_strategy(self, brief: Brief) -> Iterator[Step]:

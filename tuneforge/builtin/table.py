@@ -59,12 +59,12 @@ class TableCsv:
     path: Path = option(help="The file.")
     target: str = option(help="Name of the column to predict.")
     task: Literal["auto", "classes", "numbers"] = option(
-        "auto", help="What the target is; auto: numbers if it holds numbers other than a few whole ones."
+        default="auto", help="What the target is; auto: numbers if it holds numbers other than a few whole ones."
     )
-    unit: str = option("", help="Unit of the target, where it is a number.")
-    val: float = option(0.15, help="Share of the rows for validation.", check=_SHARE)
-    test: float = option(0.15, help="Share of the rows for the test.", check=_SHARE)
-    delimiter: str = option(",", help="What separates the cells of a row.", check=_ONE_CHARACTER)
+    unit: str = option(default="", help="Unit of the target, where it is a number.")
+    val: float = option(default=0.15, help="Share of the rows for validation.", check=_SHARE)
+    test: float = option(default=0.15, help="Share of the rows for the test.", check=_SHARE)
+    delimiter: str = option(default=",", help="What separates the cells of a row.", check=_ONE_CHARACTER)
 
     def __attrs_post_init__(self) -> None:
         if self.val + self.test >= 1:
@@ -220,13 +220,13 @@ class TableRow(Inputs):
 class MLP:
     """A multilayer perceptron for rows of numbers: linear layers with ReLU, and a linear head."""
 
-    hidden: tuple[int, ...] = option((64, 64), help="Width of each hidden layer.", check=_WIDTHS)
+    hidden: tuple[int, ...] = option(default=(64, 64), help="Width of each hidden layer.", check=_WIDTHS)
     dropout: float = option(
-        0.0,
+        default=0.0,
         help="Share of each hidden layer that is dropped in training.",
         check=Check("in [0, 1)", lambda p: 0 <= p < 1),
     )
-    weights: Path | None = option(None, help="A safetensors file of such a network, such as a run's.")
+    weights: Path | None = option(default=None, help="A safetensors file of such a network, such as a run's.")
 
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:

@@ -211,7 +211,7 @@ class Numbers(Targets):
     headline = ("mae", "rmse", "r2")
 
     names: tuple[str, ...] = option(
-        ("value",), help="Names of the numbers, in the order of the outputs.", check=_UNIQUE
+        default=("value",), help="Names of the numbers, in the order of the outputs.", check=_UNIQUE
     )
     units: tuple[str, ...] = option(default=("",), help="Unit of each; one for all of them will do.")
     means: tuple[float, ...] = option(default=(0.0,), help="What was subtracted from each; one for all will do.")

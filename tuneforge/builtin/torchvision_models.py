@@ -87,9 +87,9 @@ _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$
 class Torchvision:
     """A classification model of torchvision, from scratch or with weights."""
 
-    arch: str = option("resnet18", help="The architecture, as torchvision.models names it.")
+    arch: str = option(default="resnet18", help="The architecture, as torchvision.models names it.")
     weights: str = option(
-        "none", help="`none`, a .safetensors file, or `download` for torchvision's own, trained on ImageNet."
+        default="none", help="`none`, a .safetensors file, or `download` for torchvision's own, trained on ImageNet."
     )
 
     @hookimpl

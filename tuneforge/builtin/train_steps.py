@@ -34,9 +34,13 @@ class CrossEntropy:
     Label smoothing gives the share e of each target to all k classes evenly (Szegedy et al. 2016, arXiv 1512.00567).
     """
 
-    label_smoothing: float = option(0.0, help="Share of each target that goes to all classes evenly.", check=_SHARE)
+    label_smoothing: float = option(
+        default=0.0, help="Share of each target that goes to all classes evenly.", check=_SHARE
+    )
     class_weights: dict[str, float] = option(
-        {}, help="Factors on the loss by class name, 1 for the others; scaled to mean 1 over the split.", check=_FACTORS
+        default={},
+        help="Factors on the loss by class name, 1 for the others; scaled to mean 1 over the split.",
+        check=_FACTORS,
     )
 
     @hookimpl
@@ -78,9 +82,9 @@ class CrossEntropy:
 class BinaryCrossEntropy:
     """Cross-entropy of each label against its own yes or no, the mean over labels and samples."""
 
-    label_smoothing: float = option(0.0, help="How far targets are drawn from 0 and 1 to 1/2.", check=_SHARE)
+    label_smoothing: float = option(default=0.0, help="How far targets are drawn from 0 and 1 to 1/2.", check=_SHARE)
     pos_weights: dict[str, float] = option(
-        {}, help="Factors on the loss where a label holds, by label name; 1 for the others.", check=_FACTORS
+        default={}, help="Factors on the loss where a label holds, by label name; 1 for the others.", check=_FACTORS
     )
 
     @hookimpl

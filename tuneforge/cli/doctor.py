@@ -25,7 +25,11 @@ def doctor(as_json: bool) -> int:
         click.echo(json.dumps({**facts, "missing": missing}, indent=1))
     else:
         for key, value in facts.items():
-            text = ", ".join(f"{name} {item or 'MISSING'}" for name, item in value.items()) if isinstance(value, dict) else value
+            text = (
+                ", ".join(f"{name} {item or 'MISSING'}" for name, item in value.items())
+                if isinstance(value, dict)
+                else value
+            )
             click.echo(f"{key + ':':<14}{text}")
         click.echo(f"missing:      {', '.join(missing)}" if missing else "all that a run needs is here")
     return 2 if missing else 0
@@ -42,6 +46,12 @@ def _machine() -> dict[str, Any]:
     }
 
 
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item or 'MISSING'}" for name, item in value.items())
+    return str(value)
+
+
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
@@ -55,14 +65,15 @@ def _torch() -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - a torch that does not import is a finding, not a crash
         return {"torch": f"does not import: {type(error).__name__}: {error}"}
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return {
-        "device": f"auto means {accelerator or 'cpu'}; {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    }
+    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    return {"device": f"auto means {accelerator or 'cpu'}; {threads} threads, {capability}"}
 
 
 def _plugins() -> dict[str, Any]:
     from tuneforge.plugin import registry
 
     entries = registry.installed()
-    others = sorted({f"{entry.distribution} {entry.version}" for entry in entries if entry.distribution != registry.BUILTIN})
+    others = sorted(
+        {f"{entry.distribution} {entry.version}" for entry in entries if entry.distribution != registry.BUILTIN}
+    )
     return {"components": f"{len(entries)} installed; from others: {', '.join(others) or 'none'}"}

@@ -80,7 +80,9 @@ class ComponentCommand(click.Command):
 def pick_options(*keys: str) -> list[click.Parameter]:
     """Flags that pick components."""
     return [
-        click.Option([f"--{key}", key], metavar="NAME", help=_HELP[key] + _default_note(key), multiple=key in REPEATABLE)
+        click.Option(
+            [f"--{key}", key], metavar="NAME", help=_HELP[key] + _default_note(key), multiple=key in REPEATABLE
+        )
         for key in keys
     ]
 
@@ -110,9 +112,10 @@ def configuration(ctx: click.Context, values: Mapping[str, Any]) -> RunConfig:
     by_component = _component_values(ctx, values)
     for key in SINGLE:
         picked = values.get(key)
-        options = by_component.get((key, picked or _name_in_file(ctx, key)), {})
+        name = picked or _name_in_file(ctx, key)
+        options = by_component.get((key, str(name)), {})
         if picked or options:
-            flags[key] = {"name": picked or _name_in_file(ctx, key), **options}
+            flags[key] = {"name": name, **options}
     for key in REPEATABLE:
         named = [*values.get(key, ()), *(name for where, name in by_component if where == key)]
         if named:
@@ -141,7 +144,9 @@ def _shown(value: Any) -> str:
 def _setting(option: Option) -> click.Option:
     if option.type is bool:
         return click.Option(
-            [f"--{option.key}/--no-{option.key}", option.name], default=None, help=f"{option.help} {default_text(option)}"
+            [f"--{option.key}/--no-{option.key}", option.name],
+            default=None,
+            help=f"{option.help} {default_text(option)}",
         )
     return click.Option(
         [f"--{option.key}", option.name], metavar=_metavar(option), help=f"{option.help} {default_text(option)}"
@@ -221,10 +226,11 @@ def _chosen(args: list[str], file: Mapping[str, Any], picks: list[str]) -> Itera
             continue
         given = in_file[0] if in_file else {}
         dotted = any(arg.startswith(f"--{key}.") for arg in args)
-        name = named[-1] if named else given.get("name") or (default_name(key) if dotted or key == "strategy" else None)
-        if name:
-            same = given.get("name", default_name(key)) == name
-            yield Chosen(key, str(name), key, _without_name(given) if same else {})
+        default = default_name(key) if dotted or key == "strategy" else None
+        found = named[-1] if named else given.get("name", default)
+        if found:
+            same = given.get("name", default_name(key)) == found
+            yield Chosen(key, str(found), key, _without_name(given) if same else {})
 
 
 def _values_of(args: list[str], flag: str) -> Iterator[str]:

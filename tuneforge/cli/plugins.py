@@ -32,7 +32,8 @@ def list_(hook: str | None, as_json: bool) -> None:
         return
     header = ("HOOK", "NAME", "ALIASES", "DISTRIBUTION")
     table = [
-        (entry.group, entry.name, ", ".join(entry.aliases), f"{entry.distribution} {entry.version}") for entry in entries
+        (entry.group, entry.name, ", ".join(entry.aliases), f"{entry.distribution} {entry.version}")
+        for entry in entries
     ]
     widths = [max(len(row[column]) for row in (header, *table)) for column in range(4)]
     for row in (header, *table):

@@ -31,7 +31,12 @@ class Screen:
         self._run: Run | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(*columns, console=self._console, transient=True)
 
     def __enter__(self) -> Screen:

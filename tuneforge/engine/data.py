@@ -81,7 +81,9 @@ class Split:
         self.ids = ids
         counts = {len(self.source), len(targets), *([len(ids)] if ids is not None else [])}
         if len(counts) != 1:
-            raise DataError(f"inputs, targets and ids differ in number: {sorted(counts)}", fix="give one of each a sample")
+            raise DataError(
+                f"inputs, targets and ids differ in number: {sorted(counts)}", fix="give one of each a sample"
+            )
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -263,7 +265,6 @@ class Data:
         return self.inputs.ready(self.train.fetch(torch.tensor([0, min(1, len(self.train) - 1)])))
 
 
-
 def batches(
     split: Split, rows: Iterator[Tensor], finish: Callable[[Tensor, Inputable], Batch], *, workers: int
 ) -> Iterator[Batch]:
@@ -296,11 +297,11 @@ class _Fetcher(torch.utils.data.Dataset[Any]):
 
 def in_turn(size: int, batch_size: int) -> Iterator[Tensor]:
     """All rows once, in order, in batches."""
-    return iter(torch.arange(size).split(batch_size))
+    return iter(torch.split(torch.arange(size), batch_size))
 
 
 def in_order(order: Order, batch_size: int, *, start: int = 0) -> Iterator[Tensor]:
     """The rows of an epoch from batch `start` on; positions are asked in blocks, so no list is held."""
     block = 4096 * batch_size
     for begin in range(start * batch_size, order.size, block):
-        yield from order.rows(begin, min(begin + block, order.size)).split(batch_size)
+        yield from torch.split(order.rows(begin, min(begin + block, order.size)), batch_size)

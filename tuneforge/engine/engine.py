@@ -31,7 +31,7 @@ from tuneforge.plugin import registry
 from tuneforge.plugin.config import RunConfig, as_table, resolve
 from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.manager import Hooks, Member, guarded_steps
-from tuneforge.plugin.steps import Answer, Blend, Brief, Fit, Phase, Probe, Report, Step, Use, to_json
+from tuneforge.plugin.steps import Answer, Blend, Brief, Fit, Phase, Probe, Step, Use, to_json
 
 MISTAKES_KEPT = 24
 
@@ -330,7 +330,7 @@ def mistakes(run: Run, split: Split, worst: Worst) -> list[dict[str, Any]]:
     for row, output, wrongness in zip(worst.rows.tolist(), worst.outputs, worst.wrongness.tolist(), strict=True):
         stored = split.fetch(torch.tensor([row]))
         sample = {name: tensor[0] for name, tensor in tensors_of(stored).items()}
-        shown = sample[""] if "" in sample else sample
+        shown = sample.get("", sample)
         picture = run.data.inputs.picture(shown)
         out.append(
             {

@@ -80,7 +80,9 @@ def number(value: Any) -> Any:
 def single_numbers(figures: Mapping[str, Any]) -> dict[str, float]:
     """Only those figures that are one number."""
     return {
-        name: value for name, value in figures.items() if isinstance(value, (int, float)) and not isinstance(value, bool)
+        name: value
+        for name, value in figures.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
 
 
@@ -110,4 +112,6 @@ class Worst:
 
 def _named_figures(metrics: Any) -> dict[str, Any]:
     computed = metrics.compute()
-    return dict(computed) if isinstance(computed, Mapping) else {kebab(type(metrics).__name__).replace("-", "_"): computed}
+    return (
+        dict(computed) if isinstance(computed, Mapping) else {kebab(type(metrics).__name__).replace("-", "_"): computed}
+    )

@@ -123,4 +123,8 @@ def _arrays(asked: Any) -> Any:
 def _are_steps(asked: Any) -> bool:
     if isinstance(asked, (str, Mapping)) or not isinstance(asked, Iterable):
         return False
-    return all(isinstance(step, (Phase, Fit, Probe, Blend)) for step in asked) if isinstance(asked, (list, tuple)) else True
+    return (
+        all(isinstance(step, (Phase, Fit, Probe, Blend)) for step in asked)
+        if isinstance(asked, (list, tuple))
+        else True
+    )

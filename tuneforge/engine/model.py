@@ -15,12 +15,16 @@ from tuneforge.errors import PluginError, SelectorError, close_match
 from tuneforge.plugin.steps import GroupInfo
 
 NORMS = (
-    nn.modules.batchnorm._NormBase,  # noqa: SLF001 - the only common base of batch and instance norms
+    nn.modules.batchnorm._NormBase,  # the only common base of batch and instance norms
     nn.LayerNorm,
     nn.GroupNorm,
     nn.LocalResponseNorm,
     nn.RMSNorm,
 )
+
+
+def _names(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(values)
 
 
 @attrs.frozen
@@ -33,11 +37,15 @@ class Group:
     """
 
     name: str
-    prefixes: tuple[str, ...] = attrs.field(converter=tuple)
+    prefixes: tuple[str, ...] = attrs.field(converter=_names)
 
     def holds(self, parameter: str) -> bool:
         """True where the parameter of that name lies under one of the prefixes."""
         return any(parameter == prefix or parameter.startswith(prefix + ".") for prefix in self.prefixes)
+
+
+def _groups(values: Iterable[Group]) -> tuple[Group, ...]:
+    return tuple(values)
 
 
 @attrs.frozen(eq=False)
@@ -46,7 +54,8 @@ class Model:
 
     Args:
         module: The network. It takes ready inputs: one tensor, or a mapping's tensors by keyword.
-        groups: Layer groups from the input to the answer; together they hold every parameter once. The last is the head.
+        groups: Layer groups from the input to the answer; together they hold every parameter once. The last is the
+            head.
         head: Path of the module that gives the answer, such as `"fc"`; a linear layer or a 1x1 convolution.
         labels: Names of the outputs as the weights know them; empty where they have none.
         kept: Those of `labels` whose head rows came with the weights; the others start fresh.
@@ -57,11 +66,11 @@ class Model:
     """
 
     module: nn.Module
-    groups: tuple[Group, ...] = attrs.field(converter=tuple)
+    groups: tuple[Group, ...] = attrs.field(converter=_groups)
     head: str
-    labels: tuple[str, ...] = attrs.field(default=(), converter=tuple)
-    kept: tuple[str, ...] = attrs.field(default=(), converter=tuple)
-    changes: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    labels: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    kept: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    changes: tuple[str, ...] = attrs.field(default=(), converter=_names)
 
     def __attrs_post_init__(self) -> None:
         for name, _ in self.module.named_parameters():
@@ -283,7 +292,9 @@ def _nothing(model: Model, selector: str) -> SelectorError:
         f"selector {selector!r} matches no parameter",
         where=f"layer groups: {groups}",
         why="a pattern that matches nothing would silently train nothing",
-        fix=close_match(selector, known) if len(known) < 12 or _near(selector, known) else "use a group, a slice or a glob",
+        fix=close_match(selector, known)
+        if len(known) < 12 or _near(selector, known)
+        else "use a group, a slice or a glob",
     )
 
 

@@ -40,7 +40,8 @@ def train(run: Run, phase: Phase, parts: Parts) -> Report:
     draws = _Draws.of(run, phase)
     proof = Proof.begin(run.model, trained, plan)
     course = _Course(phase, *_monitor(run, phase))
-    per_epoch = -(-(-(-len(run.data.train) // run.config.batch_size)) // run.config.accumulate)
+    num_batches = math.ceil(len(run.data.train) / run.config.batch_size)
+    per_epoch = math.ceil(num_batches / run.config.accumulate)
     run.phase, run.steps_done, run.progress = phase, 0, 0.0
     run.total_steps = phase.steps or per_epoch * (phase.epochs or 0)
     run.hooks.call.phase_started(run=run)

@@ -52,13 +52,16 @@ def _gradients(run: Run, step: Probe, parts: Parts) -> dict[Any, float]:
 def _relative(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         return torch.zeros((), device=parameter.device)
-    return parameter.grad.norm() / parameter.detach().norm().clamp_min(1e-12)
+    ratio: Tensor = parameter.grad.norm() / parameter.detach().norm().clamp_min(1e-12)
+    return ratio
 
 
 def _features(run: Run, step: Probe, parts: Parts) -> dict[Any, float]:
     """How far each group's output on validation lies from that on training, in standard deviations a channel."""
     del parts
-    modules = {group.name: run.model.module.get_submodule(_last_module(run, group.prefixes)) for group in run.model.groups}
+    modules = {
+        group.name: run.model.module.get_submodule(_last_module(run, group.prefixes)) for group in run.model.groups
+    }
     train = _moments(run, modules, _some_batches(run, step.batches))
     val = _moments(run, modules, islice(run.evaluation_batches(run.data.val), step.batches))
     drift = {}

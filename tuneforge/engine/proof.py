@@ -63,7 +63,9 @@ class Proof:
         for name, seen in self.watched.items():
             parameter = named[name]
             if parameter.grad is not None:
-                smallest = torch.finfo(parameter.dtype).eps * parameter.detach().abs() + torch.finfo(parameter.dtype).tiny
+                smallest = (
+                    torch.finfo(parameter.dtype).eps * parameter.detach().abs() + torch.finfo(parameter.dtype).tiny
+                )
                 due = (rates[id(parameter)] * parameter.grad.abs() > smallest).any()
                 self.watched[name] = due if seen is None else seen | due
 
@@ -106,9 +108,7 @@ def _still_buffers(module: nn.Module, plan: list[tuple[nn.Module, bool]]) -> lis
     """Names of the buffers that the phase may not move: those of modules in eval mode."""
     path_of = {child: path for path, child in module.named_modules()}
     still = [child for child, training in plan if not training]
-    return [
-        f"{path_of[child]}.{name}".lstrip(".") for child in still for name, _ in child.named_buffers(recurse=False)
-    ]
+    return [f"{path_of[child]}.{name}".lstrip(".") for child in still for name, _ in child.named_buffers(recurse=False)]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

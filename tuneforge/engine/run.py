@@ -95,7 +95,7 @@ class Run:
         """Set the model, on the run's device and in its layout; the engine's."""
         model.module.to(self.device.torch)
         if self._channels_last(model):
-            model.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+            model.module.to(memory_format=torch.channels_last)
         self._model = model
 
     def note(self, text: str) -> None:

@@ -26,7 +26,8 @@ def of_model(model: Model) -> Iterable[str]:
     infos = model.group_infos()
     total = sum(info.num_parameters for info in infos)
     groups = ", ".join(f"{info.name} {info.num_parameters:,}" for info in infos)
-    yield f"model: {type(model.module).__name__}, {total:,} parameters in {len(infos)} layer groups ({shortened_text(groups)})"
+    name = type(model.module).__name__
+    yield f"model: {name}, {total:,} parameters in {len(infos)} layer groups ({shortened_text(groups)})"
     yield from (f"adapted: {change}" for change in model.changes)
 
 
@@ -113,9 +114,8 @@ def _by_class(figures: Mapping[str, Any]) -> Iterable[str]:
     yield f"{'class':<{width}}  precision  recall  f1-score  support"
     shown = dict(list(per_class.items())[:30])
     for name, row in shown.items():
-        yield (
-            f"{name:<{width}}  {row['precision']:>9.4f}  {row['recall']:>6.4f}  {row['f1-score']:>8.4f}  {row['support']:>7}"
-        )
+        rates = f"{row['precision']:>9.4f}  {row['recall']:>6.4f}  {row['f1-score']:>8.4f}"
+        yield f"{name:<{width}}  {rates}  {row['support']:>7}"
     if len(per_class) > len(shown):
         yield f"... and {len(per_class) - len(shown)} more in report.json"
     if "worst_class" in figures:

@@ -77,10 +77,13 @@ def load(path: str | Path, *, model: Any = None, device_name: str = "auto") -> T
     """
     path = Path(path)
     record = folder.read_json(path / folder.MODEL)
-    config = resolve(folder.read_json(path / folder.RUN)["config"], where=str(path / folder.RUN))
-    config = attrs.evolve(config, device=device_name, out=None)
+    table = folder.read_json(path / folder.RUN)["config"]
+    table.pop("out", None)
+    config = resolve({**table, "device": device_name}, where=str(path / folder.RUN))
     inputs, targets = (_contract(group, record[group]) for group in ("inputs", "targets"))
-    run = Run(config=config, folder=None, device=device.choose(device_name), hooks=_hooks(config, model), restoring=True)
+    run = Run(
+        config=config, folder=None, device=device.choose(device_name), hooks=_hooks(config, model), restoring=True
+    )
     run.take_data(_placeholder(record, inputs, targets))
     run.take_model(run.hooks.call.model_adapt(run=run, model=None))
     tensors, _ = folder.load_tensors(path / folder.WEIGHTS)

@@ -74,23 +74,18 @@ class _Record:
 
     @classmethod
     def read(cls, folder: Path) -> _Record:
-        """Read the files; one that is missing is empty, but without the first and the last there is no run."""
-        first, last = folder / names.RUN, folder / names.REPORT
-        if not first.exists() and not last.exists():
-            names.read_json(last)
-        run, model, report, mistakes = (
-            names.read_json(path) if path.exists() else None
-            for path in (first, folder / names.MODEL, last, folder / names.MISTAKES)
-        )
-        timings = _lines(folder / names.TIMINGS)
+        """Read the files; one that is missing is empty, but without both the first and the last there is no run."""
+        if not (folder / names.RUN).exists() and not (folder / names.REPORT).exists():
+            names.read_json(folder / names.REPORT)
+        run = _read(folder / names.RUN, {})
         return cls(
-            name=_command_name(folder, (run or {}).get("config", {}).get("out")),
-            run=run or {},
-            model=model or {},
-            report=report or {},
-            mistakes=mistakes,
+            name=_command_name(folder, run.get("config", {}).get("out")),
+            run=run,
+            model=_read(folder / names.MODEL, {}),
+            report=_read(folder / names.REPORT, {}),
+            mistakes=_read(folder / names.MISTAKES, None),
             epochs=_lines(folder / names.METRICS),
-            seconds={line["epoch"]: line["seconds"] for line in timings},
+            seconds={line["epoch"]: line["seconds"] for line in _lines(folder / names.TIMINGS)},
             steps=_lines(folder / names.STEPS),
         )
 
@@ -112,9 +107,9 @@ class _Record:
     @property
     def headline(self) -> list[str]:
         """The figures worth a column: those the targets name, else the first that there are."""
-        numbers = [single_numbers(figures) for figures in self.splits.values()]
-        named = [name for name in self.report.get("headline") or () if any(name in each for each in self.splits.values())]
-        return named or list(numbers[0] if numbers else ())[:4]
+        known = list(self.splits.values())
+        named = [name for name in self.report.get("headline") or () if any(name in each for each in known)]
+        return named or list(single_numbers(known[0]) if known else ())[:4]
 
     def samples(self, split: str) -> int | None:
         """Number of samples of a split."""
@@ -126,15 +121,19 @@ def figure(value: Any) -> str:
     """A figure for people: what is no number is said in words."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return NOT_A_NUMBER
-    if isinstance(value, float):
-        size = abs(value)
-        return f"{value:,.1f}" if size >= 1000 else f"{value:.4f}" if size >= 1e-3 or not size else f"{value:.2e}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.2e}"
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
 
 
 def duration(seconds: float) -> str:
     """A time for people."""
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    for unit, size, most in (("s", 1, 120), ("min", 60, 7200)):
+        if seconds < most:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 3600:.1f} h"
 
 
 def _template() -> jinja2.Template:
@@ -142,7 +141,7 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"figure": figure, "duration": duration, "split": lambda name: _SPLITS.get(name, name)}
+    environment.filters.update(figure=figure, duration=duration, split=lambda name: _SPLITS.get(name, name))
     return environment.get_template("page.html.j2")
 
 
@@ -154,6 +153,8 @@ def _content(record: _Record) -> dict[str, Any]:
         "curves": _curves(record),
         "epochs": _epochs(record),
         "steps": _steps(record),
+        "unmoved": _unmoved(record),
+        "monitor": record.monitor,
         "classes": _classes(record),
         "confusion": _confusion(record),
         "outputs": _test(record).get("per_output"),
@@ -233,8 +234,9 @@ def _steps(record: _Record) -> list[dict[str, Any]]:
     out, before = [], 0
     for line in record.steps:
         step, answer = line["step"], line["answer"]
-        kind = type(step).__name__
-        told = {"kind": kind, "name": step.name, "what": story.of_step(step).removeprefix(f"{kind.lower()} '{step.name}': ")}
+        kind = type(step).__name__.lower()
+        what = story.of_step(step).removeprefix(f"{kind} '{step.name}': ")
+        told = {"kind": kind, "name": step.name, "what": what}
         if isinstance(answer, Readings):
             out.append({**told, "answer": None, "readings": dict(answer.values)})
             continue
@@ -247,13 +249,18 @@ def _steps(record: _Record) -> list[dict[str, Any]]:
     return out
 
 
+def _unmoved(record: _Record) -> list[tuple[Sequence[str], list[str]]]:
+    """Tensors that had a rate and never moved, with the steps of which that is true."""
+    steps: dict[tuple[str, ...], list[str]] = {}
+    for line in record.steps:
+        if isinstance(line["answer"], Report) and line["answer"].unmoved:
+            steps.setdefault(line["answer"].unmoved, []).append(line["step"].name)
+    return list(steps.items())
+
+
 def _classes(record: _Record) -> dict[str, Any] | None:
     """The classes of the test split, the weakest first, those without a sample last."""
-
-    def strength(pair: tuple[str, Mapping[str, Any]]) -> tuple[bool, float]:
-        return not pair[1].get("support"), pair[1].get("recall") or 0.0
-
-    rows = sorted(_per_class(record), key=strength)
+    rows = sorted(_per_class(record), key=lambda pair: (not pair[1].get("support"), pair[1].get("recall") or 0.0))
     return {"rows": rows, "folded": len(rows) > _MOST_OPEN} if rows else None
 
 
@@ -266,7 +273,8 @@ def _confusion(record: _Record) -> dict[str, Any] | None:
     size, right, total = len(counts), int(counts.trace()), int(counts.sum())
     content = {"names": _labels(record, size), "size": size, "right": right, "total": total}
     if size <= _MOST_IN_MATRIX:
-        cells = [list(zip(map(int, row), map(float, part), strict=True)) for row, part in zip(counts, shares, strict=True)]
+        rows = zip(counts.astype(np.int64).tolist(), shares.tolist(), strict=True)
+        cells = [list(zip(*row, strict=True)) for row in rows]
         return {**content, "cells": cells, "picture": None, "largest": []}
     alt = f"Confusion matrix of {size} classes: {right:,} of {total:,} answers lie on the diagonal, which is right."
     largest = _largest(record)[:_LARGEST_KEPT]
@@ -291,7 +299,7 @@ def _largest(record: _Record) -> list[dict[str, Any]]:
 def _mistakes(record: _Record) -> dict[str, Any] | None:
     if record.mistakes is None or "test" not in record.splits:
         return None
-    are_classes = not any("value" in each["answer"] or "values" in each["answer"] for each in record.mistakes)
+    are_numbers = any("value" in each["answer"] or "values" in each["answer"] for each in record.mistakes)
     shown = [
         {
             "id": str(each.get("id", "")),
@@ -304,7 +312,8 @@ def _mistakes(record: _Record) -> dict[str, Any] | None:
         }
         for each in record.mistakes
     ]
-    return {"shown": shown, "are_classes": are_classes, "are_pictures": any(each["picture"] for each in shown)}
+    title = "Worst answers" if are_numbers else "Worst mistakes"
+    return {"shown": shown, "title": title, "are_pictures": any(each["picture"] for each in shown)}
 
 
 def _answer_words(answer: Mapping[str, Any]) -> str:
@@ -341,7 +350,7 @@ def _data(record: _Record) -> dict[str, Any]:
 
 def _stored_words(name: str, kind: Sequence[Any]) -> str:
     shape, dtype = kind
-    sizes = " × ".join(map(str, shape)) or "one number"
+    sizes = "x".join(map(str, shape)) or "one number"
     return f"{name} {sizes} {dtype.removeprefix('torch.')}".strip()
 
 
@@ -375,6 +384,10 @@ def _labels(record: _Record, size: int) -> list[str]:
         if len(known) == size:
             return [str(name) for name in known]
     return [str(number) for number in range(size)]
+
+
+def _read(path: Path, default: Any) -> Any:
+    return names.read_json(path) if path.exists() else default
 
 
 def _lines(path: Path) -> list[Any]:

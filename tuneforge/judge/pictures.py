@@ -32,13 +32,14 @@ _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--line"} | {
 _RIGHT, _WRONG = (13, 148, 136), (234, 88, 12)  # legible on white and on black, so an image needs no variables
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 _STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "tuneforge", "text.parse_math": False, "font.size": 9,
+    "svg.fonttype": "none", "svg.hashsalt": "tuneforge", "text.parse_math": False, "font.size": 10,
     "text.color": _INK, "axes.labelcolor": _MUTED, "xtick.color": _MUTED, "ytick.color": _MUTED,
     "xtick.labelcolor": _MUTED, "ytick.labelcolor": _MUTED, "axes.edgecolor": _GRID, "grid.color": _GRID,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
     "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.6, "axes.formatter.useoffset": False,
 }  # fmt: skip
-_WIDTH_IN, _LETTER_PT, _MOST_NAME, _MOST_MARKERS = 5.2, 5.0, 24, 40
+_WIDTH_IN, _LETTER_PT = 5.2, 5.6
+_MOST_NAME, _MOST_UPRIGHT, _MOST_MARKERS = 24, 12, 40
 
 
 @attrs.frozen
@@ -71,7 +72,7 @@ def losses(epochs: Sequence[Mapping[str, Any]]) -> Picture:
         lower.set_ylabel("lr")
         lower.set_ylim(bottom=0)
         lower.yaxis.set_major_locator(MaxNLocator(3))
-        _bands((upper, lower), epochs)
+        _bands(figure, (upper, lower), epochs)
         course = [_number(entry.get("train", {}).get("loss")) for entry in epochs]
         alt = f"Training loss by epoch: {_from_to(course)} over {len(course)} epoch(s). Below it the learning rate."
         return _picture(figure, alt, name="losses")
@@ -105,7 +106,7 @@ def figures(epochs: Sequence[Mapping[str, Any]], names: Sequence[str], *, monito
         if shared:
             panels[0].set_ylabel("validation")
             figure.legend(loc="outside lower center", ncols=2)
-        _bands(panels, epochs)
+        _bands(figure, panels, epochs)
         ends = "; ".join(f"{_short(name)} {_from_to(course)}" for name, course in courses.items())
         alt = f"Figures of the validation split by epoch: {ends}, over {len(epochs)} epoch(s)."
         return _picture(figure, alt, name="figures")
@@ -135,7 +136,7 @@ def confusion(shares: NDArray[np.float64], *, alt: str) -> Picture:
 
 
 def _style() -> Any:
-    return matplotlib.style.context(["default", _STYLE])  # type: ignore[list-item]  # it takes mappings too
+    return matplotlib.style.context(["default", _STYLE])
 
 
 def _panels(*heights: float) -> tuple[Figure, list[Axes]]:
@@ -143,7 +144,7 @@ def _panels(*heights: float) -> tuple[Figure, list[Axes]]:
     grid = figure.subplots(len(heights), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
     panels = list(grid[:, 0])
     panels[-1].set_xlabel("epoch")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure, panels
 
 
@@ -159,23 +160,27 @@ def _rings(axes: Axes, epochs: Sequence[Mapping[str, Any]], course: list[float])
     best = {str(entry.get("phase")): index for index, entry in enumerate(epochs) if entry.get("best")}
     places = [_numbers(epochs)[index] for index in best.values()]
     heights = [course[index] for index in best.values()]
-    axes.scatter(places, heights, s=70, facecolors="none", edgecolors=_INK, zorder=3, label="best of its phase")
+    label = "best of its phase"
+    axes.scatter(places, heights, s=70, facecolors="none", edgecolors=_INK, zorder=3, clip_on=False, label=label)
 
 
-def _bands(panels: Sequence[Axes], epochs: Sequence[Mapping[str, Any]]) -> None:
+def _bands(figure: Figure, panels: Sequence[Axes], epochs: Sequence[Mapping[str, Any]]) -> None:
     """A shaded band for each phase, its name above it: level where it fits, else upright, else left out."""
     pairs = zip(epochs, _numbers(epochs), strict=True)
     grouped = groupby(pairs, lambda pair: str(pair[0].get("phase", "")))
     phases = [(_short(name), [number for _, number in each]) for name, each in grouped]
     room_pt = 0.84 * 72 * _WIDTH_IN / len(epochs)
     level = all(_LETTER_PT * len(name) <= room_pt * len(numbers) for name, numbers in phases)
+    if not level:
+        figure.set_figheight(figure.get_figheight() + _LETTER_PT * _MOST_UPRIGHT / 72)
     for index, (name, numbers) in enumerate(phases):
         start, end = numbers[0] - 0.5, numbers[-1] + 0.5
         for axes in panels:
             axes.axvspan(start, end, facecolor=_INK, alpha=(0.09, 0.03)[index % 2], linewidth=0, zorder=0)
         if level or room_pt * len(numbers) >= 2 * _LETTER_PT:
             place: dict[str, Any] = {"transform": panels[0].get_xaxis_transform(), "ha": "center", "va": "bottom"}
-            panels[0].text((start + end) / 2, 1.02, name, rotation=0 if level else 90, fontsize=8, **place)
+            shown = name if level else _short(name, most=_MOST_UPRIGHT)
+            panels[0].text((start + end) / 2, 1.02, shown, rotation=0 if level else 90, fontsize=9, **place)
     panels[0].set_xlim(phases[0][1][0] - 0.5, phases[-1][1][-1] + 0.5)
 
 
@@ -197,10 +202,10 @@ def _from_to(course: list[float]) -> str:
     return f"from {known[0]:.4g} to {known[-1]:.4g}" if known else "not a number"
 
 
-def _short(name: str) -> str:
+def _short(name: str, *, most: int = _MOST_NAME) -> str:
     """A name on one line of a picture, without what fonts and XML cannot hold."""
     text = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", " ", name).split())
-    text = text if len(text) <= _MOST_NAME else text[: _MOST_NAME - 1] + "…"
+    text = text if len(text) <= most else text[: most - 1] + "…"
     return text if not text.startswith("_") else "\u2009" + text  # matplotlib hides labels that begin with _
 
 

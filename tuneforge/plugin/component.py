@@ -50,13 +50,13 @@ def ge(low: float) -> Check:
 
 def between(low: float, high: float) -> Check:
     """From `low` to `high`, both included."""
-    return Check(
-        f"from {low} to {high}", lambda value: bool(low <= value <= high), {"minimum": low, "maximum": high}
-    )
+    return Check(f"from {low} to {high}", lambda value: bool(low <= value <= high), {"minimum": low, "maximum": high})
 
 
-def option(default: Any = attrs.NOTHING, *, help: str, check: Check | None = None) -> Any:  # noqa: A002 - click's word
-    """One option of a component.
+def option(*, default: Any = attrs.NOTHING, help: str, check: Check | None = None) -> Any:  # noqa: A002 - click's word
+    """One option of a component: `lr: float = option(default=1e-3, help="Peak rate.", check=gt(0))`.
+
+    All by keyword, because that is how type checkers learn which options have a default.
 
     Args:
         default: The value when nobody says otherwise; an option without one is required.
@@ -87,7 +87,7 @@ def component(*, api: int) -> Callable[[C], C]:
                 raise OptionError(
                     f"field '{field.name}' of component {cls.__qualname__} is not a valid option",
                     why=f"fields are declared with option(...), and {sorted(RESERVED)} are reserved",
-                    fix=f"write: {field.name}: TYPE = option(DEFAULT, help='...')",
+                    fix=f"write: {field.name}: TYPE = option(default=DEFAULT, help='...')",
                 )
         made.__tuneforge_api__ = api  # type: ignore[attr-defined]  # read by the registry at load
         return made

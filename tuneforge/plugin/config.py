@@ -29,18 +29,22 @@ GROUP_OF = {**SINGLE, **REPEATABLE}
 class Settings:
     """The run's own settings, beside the components it names."""
 
-    batch_size: int = option(32, help="Samples a training step.", check=ge(1))
-    eval_batch_size: int | None = option(None, help="Samples a forward pass in evaluation; none: 256.", check=ge(1))
-    accumulate: int = option(1, help="Batches whose gradients are averaged into one optimizer step.", check=ge(1))
-    seed: int = option(0, help="Of the split, the order, the augmentation and every fresh weight.", check=ge(0))
-    device: str = option("auto", help="auto, cpu, cuda, cuda:1, mps, xla, or any device torch knows.")
-    workers: int = option(0, help="Processes that decode ahead where the data is not in memory.", check=ge(0))
-    precision: Literal["float32", "bfloat16"] = option("float32", help="Of the forward pass (autocast).")
-    memory_format: Literal["auto", "contiguous", "channels-last"] = option(
-        "auto", help="Layout of 4-D tensors; auto: channels-last where the model has 4-D weights."
+    batch_size: int = option(default=32, help="Samples a training step.", check=ge(1))
+    eval_batch_size: int | None = option(
+        default=None, help="Samples a forward pass in evaluation; none: 256.", check=ge(1)
     )
-    page: bool = option(True, help="Write report.html when the run is done.")
-    out: Path | None = option(None, help="Folder of the run; none: a new one under runs/.")
+    accumulate: int = option(
+        default=1, help="Batches whose gradients are averaged into one optimizer step.", check=ge(1)
+    )
+    seed: int = option(default=0, help="Of the split, the order, the augmentation and every fresh weight.", check=ge(0))
+    device: str = option(default="auto", help="auto, cpu, cuda, cuda:1, mps, xla, or any device torch knows.")
+    workers: int = option(default=0, help="Processes that decode ahead where the data is not in memory.", check=ge(0))
+    precision: Literal["float32", "bfloat16"] = option(default="float32", help="Of the forward pass (autocast).")
+    memory_format: Literal["auto", "contiguous", "channels-last"] = option(
+        default="auto", help="Layout of 4-D tensors; auto: channels-last where the model has 4-D weights."
+    )
+    page: bool = option(default=True, help="Write report.html when the run is done.")
+    out: Path | None = option(default=None, help="Folder of the run; none: a new one under runs/.")
 
 
 @attrs.frozen(kw_only=True, eq=True)

@@ -91,7 +91,9 @@ class Hooks:
         for link in self._links("model_adapt"):
             model = _call(link, run=run, model=model)
             if model is None:
-                raise PluginError(f"{link.owner.label} returned no model from model_adapt", fix="end it with: return model")
+                raise PluginError(
+                    f"{link.owner.label} returned no model from model_adapt", fix="end it with: return model"
+                )
         return model
 
     def _evaluate(self, run: Any) -> Any:
@@ -217,12 +219,14 @@ def _guarded_wrapper(member: Member, hook: str, function: Callable[..., Any]) ->
             )
         try:
             result = yield
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - a wrapper may handle whatever it wraps, as the hook library lets it
             returned = _named(member, hook, _throw, inner, error)
             return returned
         returned = _named(member, hook, _send, inner, result)
         if returned is None and result is not None:
-            raise PluginError(f"{member.label}: the wrapper of '{hook}' lost the result", fix="end it with: return result")
+            raise PluginError(
+                f"{member.label}: the wrapper of '{hook}' lost the result", fix="end it with: return result"
+            )
         return returned
 
     return guarded

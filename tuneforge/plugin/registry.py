@@ -234,7 +234,9 @@ def _checked(found: Any, entry: Entry) -> type:
             f"{describe(entry)} was written for plugin API {api}",
             where=entry.target,
             why=f"this tuneforge speaks API {API}",
-            fix="update tuneforge" if isinstance(api, int) and api > API else f"update {entry.distribution or 'the class'}",
+            fix="update tuneforge"
+            if isinstance(api, int) and api > API
+            else f"update {entry.distribution or 'the class'}",
         )
     checked: type = found
     return checked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -27,7 +27,7 @@ def plain(value: Any) -> Any:
         return MappingProxyType({plain(key): plain(item) for key, item in value.items()})
     if isinstance(value, (list, tuple)):
         return tuple(plain(item) for item in value)
-    if getattr(value, "ndim", None) == 0 or hasattr(value, "dtype") and not hasattr(value, "shape"):
+    if getattr(value, "ndim", None) == 0:
         return plain(value.item())
     raise TypeError(f"{type(value).__name__} is not plain data")
 
@@ -56,6 +56,14 @@ def use(name: str, **options: Any) -> Use:
 
 def _as_use(value: str | Use | None) -> Use | None:
     return Use(value) if isinstance(value, str) else value
+
+
+def _names(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(values)
+
+
+def _numbers(values: Iterable[float]) -> tuple[float, ...]:
+    return tuple(values)
 
 
 def _as_selectors(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
@@ -169,9 +177,9 @@ class Blend:
     """
 
     name: str
-    snapshots: tuple[str, ...] = attrs.field(converter=tuple, kw_only=True)
+    snapshots: tuple[str, ...] = attrs.field(converter=_names, kw_only=True)
     weights: tuple[float, ...] = attrs.field(
-        default=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), converter=tuple, kw_only=True
+        default=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), converter=_numbers, kw_only=True
     )
     monitor: str | None = attrs.field(default=None, kw_only=True)
 
@@ -212,7 +220,7 @@ class Report:
     history: tuple[Mapping[str, Any], ...] = attrs.field(default=(), converter=plain)
     trained: int = 0
     frozen: int = 0
-    unmoved: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    unmoved: tuple[str, ...] = attrs.field(default=(), converter=_names)
     chosen: Mapping[str, Any] = _data()
 
 
@@ -244,7 +252,11 @@ class GroupInfo:
 
     name: str
     num_parameters: int
-    tensors: tuple[str, ...] = attrs.field(converter=tuple)
+    tensors: tuple[str, ...] = attrs.field(converter=_names)
+
+
+def _infos(values: Iterable[GroupInfo]) -> tuple[GroupInfo, ...]:
+    return tuple(values)
 
 
 @attrs.frozen
@@ -264,8 +276,8 @@ class Brief:
         old_classes: Classes whose head rows came with the model.
     """
 
-    groups: tuple[GroupInfo, ...] = attrs.field(converter=tuple)
-    classes: tuple[str, ...] = attrs.field(converter=tuple)
+    groups: tuple[GroupInfo, ...] = attrs.field(converter=_infos)
+    classes: tuple[str, ...] = attrs.field(converter=_names)
     num_train: int
     num_val: int
     batch_size: int
@@ -273,7 +285,7 @@ class Brief:
     seed: int
     monitor: str
     monitor_mode: str
-    old_classes: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    old_classes: tuple[str, ...] = attrs.field(default=(), converter=_names)
 
     @property
     def backbone(self) -> tuple[GroupInfo, ...]:
@@ -294,7 +306,7 @@ _KINDS = {cls.__name__: cls for cls in (Use, Phase, Fit, Probe, Blend, Report, R
 
 
 def to_json(value: Any) -> str:
-    """One line of JSON from which `from_json` restores an equal value; keys are sorted, so equal values give equal text."""
+    """One line of JSON from which `from_json` restores an equal value; equal values give equal text."""
     return json.dumps(_encode(plain(value)), sort_keys=True, allow_nan=False, ensure_ascii=False)
 
 

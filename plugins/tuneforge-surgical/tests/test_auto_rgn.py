@@ -1,0 +1,89 @@
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+from tuneforge_surgical import AutoRGN
+from tuneforge_surgical.auto_rgn import relative_rates
+
+import tuneforge as tf
+
+
+class Independent:
+    """Computes each tensor's relative gradient norm when a phase starts, over the whole training split at once."""
+
+    def __init__(self):
+        self.norms = []
+
+    @tf.hookimpl
+    def phase_started(self, run):
+        split, named = run.data.train, run.model.parameters()
+        modes = [(module, module.training) for module in run.model.module.modules()]
+        run.model.module.eval()
+        loss = F.cross_entropy(run.model.module(split.fetch(torch.arange(len(split)))), split.targets)
+        gradients = torch.autograd.grad(loss, list(named.values()))
+        self.norms.append({name: float(g.norm() / named[name].norm()) for name, g in zip(named, gradients, strict=True)})
+        for module, training in modes:
+            module.training = training
+
+
+def without_zeros(net):
+    """The network with no bias at zero."""
+    with torch.no_grad():
+        for name, tensor in net.named_parameters():
+            if name.endswith("bias"):
+                tensor.add_(0.5)
+    return net
+
+
+def test_rates_are_relative_gradient_norms_over_their_maximum(tune, network):
+    judge = Independent()
+    tuned = tune(AutoRGN(epochs=2, lr=0.03), net=without_zeros(network), batch_size=200, extensions=[judge])
+    for norms, (step, _) in zip(judge.norms, tuned.result.steps[1::2], strict=True):
+        largest = max(norm for name, norm in norms.items() if not name.endswith("bias"))
+        expected = {name: min(1.0, norm / largest) for name, norm in norms.items()}
+        assert dict(step.lr_scales) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_optimizer_gets_those_rates(tune):
+    tuned = tune(AutoRGN(epochs=2, lr=0.03))
+    for rates, (step, _) in zip(tuned.rates, tuned.result.steps[1::2], strict=True):
+        assert rates == pytest.approx({name: 0.03 * scale for name, scale in step.lr_scales.items()})
+        assert max(step.lr_scales.values()) == 1.0
+        assert set(rates) == set(tuned.result.model.parameters())
+
+
+def test_a_measurement_comes_before_each_epoch_and_all_layers_train(tune):
+    tuned = tune(AutoRGN(epochs=2, lr=0.03, restore_best=False))
+    assert tuned.step_names() == ["rgn-1", "epoch-1", "rgn-2", "epoch-2"]
+    assert set(tuned.result.model.parameters()) <= tuned.moved()
+
+
+def test_a_bias_at_zero_silences_nothing(tune):
+    assert relative_rates({"a.weight": 2.0, "b.weight": 1.0, "b.bias": 1e11, "a.bias": 0.5}) == {
+        "a.weight": 1.0, "b.weight": 0.5, "b.bias": 1.0, "a.bias": 0.25
+    }  # fmt: skip
+    step, _ = tune(AutoRGN(epochs=1), known=()).result.steps[1]  # the fresh head's bias is zero
+    assert step.lr_scales["head.weight"] == 1.0
+    assert min(step.lr_scales.values()) > 1e-6
+
+
+def test_without_any_gradient_nothing_moves():
+    assert relative_rates({"a.weight": 0.0, "a.bias": 0.0}) == {"a.weight": 0.0, "a.bias": 0.0}
+    assert relative_rates({"a.bias": 2.0, "b.bias": 1.0}) == {"a.bias": 1.0, "b.bias": 0.5}
+
+
+def test_the_run_ends_on_the_weights_of_its_best_epoch(tune):
+    tuned = tune(AutoRGN(epochs=6, lr=0.5))
+    figures = [answer.val["f1_macro"] for step, answer in tuned.result.steps if isinstance(step, tf.Phase)]
+    assert figures[-1] < max(figures)
+    assert tuned.result.report["splits"]["val"]["f1_macro"] == max(figures)
+    kept = tune(AutoRGN(epochs=6, lr=0.5, restore_best=False))
+    assert kept.result.report["splits"]["val"]["f1_macro"] == figures[-1]
+
+
+def test_it_runs_by_its_name(tune):
+    tuned = tune(tf.use("auto-rgn", epochs=1))
+    components = json.loads((tuned.result.folder / "run.json").read_text())["components"]
+    (strategy,) = (each for each in components if each["hook"] == "finetune_strategy")
+    assert (strategy["name"], strategy["distribution"]) == ("auto-rgn", "tuneforge-surgical")

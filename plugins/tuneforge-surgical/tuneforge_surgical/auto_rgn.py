@@ -1,0 +1,52 @@
+"""`auto-rgn`: every layer trains, each tensor at the rate that its own relative gradient asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from typing import Any
+
+from tuneforge import Blend, Brief, Phase, Probe, Step, component, ge, gt, hookimpl, option
+
+
+@component(api=1)
+class AutoRGN:
+    """Train all layers, and measure before each epoch at which rate each tensor does.
+
+    Auto-RGN (Lee et al. 2023, arXiv 2210.11466, section 4): with g a tensor's gradient and w its value, its relative
+    gradient norm RGN = |g| / |w|, the mean over a few batches, and its rate in the next epoch lr * RGN / max RGN. What
+    the new data pulls at most trains at the full rate, what fits already hardly moves. As in the authors' code: 5
+    batches, a constant rate within an epoch, and the best epoch on validation is kept.
+
+    The maximum is over all tensors but biases, and a bias gets at most the full rate: one that has just been started
+    at zero has no scale, and its RGN would bring the rate of everything else to nothing.
+    """
+
+    epochs: int = option(default=15, help="Epochs, each after a new measurement.", check=ge(1))
+    lr: float = option(default=1e-3, help="Learning rate of the tensor with the largest relative gradient norm.", check=gt(0))
+    batches: int = option(default=5, help="Training batches that a measurement looks at.", check=ge(1))
+    restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
+
+    @hookimpl
+    def finetune_strategy(self, brief: Brief) -> Generator[Step, Any, None]:
+        """For each epoch a probe and a phase."""
+        sign = 1 if brief.monitor_mode == "max" else -1
+        figures: dict[str, float] = {}
+        for epoch in range(1, self.epochs + 1):
+            readings = yield Probe(f"rgn-{epoch}", measure="gradients", by="tensor", batches=self.batches)
+            scales = relative_rates(readings.values)
+            report = yield Phase(f"epoch-{epoch}", train="all", epochs=1, lr=self.lr, lr_scales=scales)
+            figures[report.step] = sign * report.val[brief.monitor]
+        best, last = max(figures, key=lambda name: figures[name]), report.step
+        if self.restore_best and best != last:
+            yield Blend("best-epoch", snapshots=(best, last), weights=(0.0,))  # 0: all of the first
+
+
+def relative_rates(norms: Mapping[str, float]) -> dict[str, float]:
+    """Each tensor's relative gradient norm over the largest of them, from 0 to 1.
+
+    Args:
+        norms: Relative gradient norm by tensor name. Biases do not count for the largest, unless there is nothing else.
+    """
+    scaled = [norm for name, norm in norms.items() if not name.endswith("bias")]
+    largest = max(scaled or norms.values()) or 1.0  # 0: no gradient anywhere, so nothing moves
+    return {name: min(1.0, norm / largest) for name, norm in norms.items()}

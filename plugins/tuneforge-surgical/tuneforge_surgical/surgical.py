@@ -1,0 +1,71 @@
+"""`surgical`: tune the one block that the shift of the data concerns, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tuneforge import Brief, Phase, Step, UnknownNameError, component, ge, gt, hookimpl, option
+
+
+@component(api=1)
+class Surgical:
+    """Tune one block of layers; every other parameter stays as it was pretrained, to the bit.
+
+    Surgical fine-tuning (Lee et al. 2023, arXiv 2210.11466): minimise the loss over the parameters of one block alone.
+    The block follows from what has shifted: the first for inputs (noise, blur, another camera), one in the middle for
+    features (other kinds of the same class), the last, which is the head, for what answers mean. As in the paper, the
+    rate is constant and the best epoch on validation is kept; its rate is the best of 1e-1 to 1e-5.
+
+    A head with fresh rows would give the block nothing to go by: then the head alone trains first, and is frozen after.
+    """
+
+    block: str | int = option(default="first", help="What is tuned: first, last, a layer group's name, or its index from 0.")
+    epochs: int = option(default=15, help="Epochs with the block trained.", check=ge(1))
+    head_epochs: int = option(default=3, help="Epochs with the head trained before, where it has fresh rows.", check=ge(1))
+    lr: float = option(default=1e-3, help="Learning rate.", check=gt(0))
+    patience: int | None = option(default=None, help="Stop a phase after this many epochs without gain.", check=ge(1))
+    restore_best: bool = option(default=True, help="End each phase on the weights of its best epoch.")
+
+    @hookimpl
+    def finetune_strategy(self, brief: Brief) -> Iterable[Step]:
+        """One phase over the block, after one over the head if the block is not the head and the head has fresh rows.
+
+        Raises:
+            UnknownNameError: The model has no such block.
+        """
+        index = index_of(self.block, brief)
+        group = brief.groups[index]
+        phases = [self._phase(f"{group.name}-only", f"groups[{index}]", self.epochs)]
+        if group is not brief.head and has_fresh_rows(brief):
+            phases.insert(0, self._phase("fresh-head", "head", self.head_epochs))
+        return phases
+
+    def _phase(self, name: str, train: str, epochs: int) -> Phase:
+        return Phase(
+            name, train=train, epochs=epochs, lr=self.lr, patience=self.patience, restore_best=self.restore_best
+        )
+
+
+def has_fresh_rows(brief: Brief) -> bool:
+    """True where the head has a row that did not come with the model: that of a class new to it, or any at all."""
+    return not brief.old_classes or set(brief.old_classes) != set(brief.classes)
+
+
+def index_of(block: str | int, brief: Brief) -> int:
+    """Which layer group `block` is, counted from the input; a group's own name beats the other ways to say it.
+
+    Raises:
+        UnknownNameError: None of them; the message lists the groups.
+    """
+    names = [group.name for group in brief.groups]
+    said = {"first": 0, "last": len(names) - 1}
+    said |= {str(index): index for index in range(len(names))} | {str(-1 - index): len(names) - 1 - index for index in range(len(names))}
+    said |= {name: index for index, name in enumerate(names)}
+    if str(block) in said:
+        return said[str(block)]
+    raise UnknownNameError(
+        f"the model has no block '{block}'",
+        where="--strategy.block",
+        why=f"its {len(names)} layer groups, from the input to the answer, are {', '.join(names)}",
+        fix=f"name one of them, first, last, or an index from 0 to {len(names) - 1}",
+    )
