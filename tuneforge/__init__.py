@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     )
     from tuneforge.errors import (
         UsageError as UsageError,
+        close_match as close_match,
     )
     from tuneforge.judge.page import write_page as write_page
     from tuneforge.plugin.component import (
@@ -161,6 +162,7 @@ _HOMES = {
         "FolderError",
         "TryAgainError",
         "UnsafeFileError",
+        "close_match",
     ),
     "tuneforge.plugin.component": (
         "component",

@@ -74,7 +74,9 @@ class TestClassification:
         assert found["loss"] == pytest.approx(F.cross_entropy(outputs, targets).item(), **NEAR)
         assert found["accuracy"] == pytest.approx(judge.accuracy_score(targets, answers), **NEAR)
         for average in ("macro", "weighted"):
-            expected = judge.precision_recall_fscore_support(targets, answers, average=average, zero_division=0)[:3]
+            expected = judge.precision_recall_fscore_support(
+                targets, answers, labels=targets.unique(), average=average, zero_division=0
+            )[:3]
             assert [found[f"{name}_{average}"] for name in ("precision", "recall", "f1")] == pytest.approx(
                 expected, **NEAR
             )
@@ -127,6 +129,12 @@ class TestClassification:
         whole = figures(Classification(), classes(number), outputs, targets)
         split = figures(Classification(), classes(number), outputs, targets, parts=9)
         assert_near(whole, split)
+
+    def test_an_answer_outside_a_splits_classes_costs_recall_but_makes_no_class_of_its_own(self):
+        outputs = torch.eye(3)[[0, 1, 2, 1]] * 5
+        found = figures(Classification(), classes(3), outputs, torch.tensor([0, 1, 0, 1]))
+        assert found["recall_macro"] == 0.75
+        assert found["precision_macro"] == 1.0
 
     def test_a_class_without_samples_or_answers_does_not_drag_the_macro_average(self):
         outputs = torch.eye(3)[[0, 1]] * 5

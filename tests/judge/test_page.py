@@ -20,8 +20,9 @@ from tuneforge.judge.page import duration, figure, write_page
 from tuneforge.plugin.steps import Phase, Probe, Readings, Report, to_json
 
 HOSTILE = (
-    "<script>alert(1)</script>", '" onmouseover="alert(2)', "'; DROP TABLE runs; --", "{{ 7 * 7 }}", "two\nlines\tof text",
-    "$\\frac{1}{", "_hidden", "数字 ✓ ‮abc", "]]> --> </style>", "&lt;b&gt;", "x" * 500, "\udcff\x00\x1b[31m", "",
+    "<script>alert(1)</script>", '" onmouseover="alert(2)', "'; DROP TABLE runs; --", "{{ 7 * 7 }}",
+    "two\nlines\tof text", "$\\frac{1}{", "_hidden", "数字 ✓ \u202eabc", "]]> --> </style>", "&lt;b&gt;",
+    "x" * 500, "\udcff\x00\x1b[31m", "",
 )  # fmt: skip
 
 
@@ -79,10 +80,8 @@ def write_run(folder, *, labels, splits, mistakes, phases=(("head", 3), ("all", 
             epoch = len(metrics) + 1
             val = {key: value * (1 - 0.5 / epoch) for key, value in single_numbers(splits["val"]).items()}
             loss = {"loss": 2.3 / epoch}
-            metrics.append(
-                {"step": 45 * epoch, "epoch": epoch, "phase": name, "lr": 2e-3 / epoch, "train": loss, "val": val}
-            )
-            metrics[-1]["best"] = each != number or number == 1
+            entry = {"step": 45 * epoch, "epoch": epoch, "phase": name, "lr": 2e-3 / epoch, "train": loss, "val": val}
+            metrics.append({**entry, "best": each != number or number == 1})
             timings.append({"epoch": epoch, "seconds": 1.25})
             history.append({"epoch": each, "train": loss, "val": val})
         report = Report(
@@ -96,14 +95,8 @@ def write_run(folder, *, labels, splits, mistakes, phases=(("head", 3), ("all", 
     for name, lines in (("metrics", map(to_json, metrics)), ("timings", map(to_json, timings)), ("steps", steps)):
         (folder / f"{name}.jsonl").write_bytes("".join(f"{line}\n" for line in lines).encode(errors="replace"))
     write_json(folder / "mistakes.json", mistakes)
-    report = {
-        "strategy": "freeze-then-unfreeze",
-        "monitor": monitor,
-        "headline": headline,
-        "samples": samples,
-        "splits": splits,
-    }
-    write_json(folder / "report.json", report)
+    report = {"strategy": "freeze-then-unfreeze", "monitor": monitor, "headline": headline, "samples": samples}
+    write_json(folder / "report.json", {**report, "splits": splits})
     write_json(folder / "model.json", model_record(labels))
     write_json(folder / "run.json", run_record())
     return folder
@@ -113,8 +106,7 @@ def model_record(labels):
     return {
         "head": "fc",
         "labels": list(labels),
-        "groups": [{"name": "features.0", "parameters": 896}, {"name": "features.3", "parameters": 1_567_936}]
-        + [{"name": "fc", "parameters": 5_643}],
+        "groups": [{"name": "features", "parameters": 1_568_832}, {"name": "fc", "parameters": 5_643}],
         "changes": ["head: 62 outputs became 11; 10 rows kept by class name, 1 fresh"],
         "inputs": {"name": "images", "options": {}},
         "targets": {"name": "classes", "options": {}},
@@ -134,21 +126,8 @@ def run_record():
             "model": {"name": "digit-cnn"},
             "strategy": {"name": "freeze-then-unfreeze", "head-epochs": 1, "note": 'a "quoted" </code> one'},
         },
-        "components": [
-            {
-                "hook": "data_prepare",
-                "name": "digits",
-                "target": "tuneforge.builtin.digits:Digits",
-                "distribution": "tuneforge",
-                "version": "0.1.0",
-            }
-        ],
-        "environment": {
-            "python": "3.11.2",
-            "torch": "2.14.1",
-            "threads": 2,
-            "command": ["/opt/bin/tuneforge", "run", "a b"],
-        },
+        "components": [{"hook": "data_prepare", "name": "digits", "distribution": "tuneforge", "version": "0.1.0"}],
+        "environment": {"python": "3.11.2", "threads": 2, "command": ["/opt/bin/tuneforge", "run", "a b"]},
     }
 
 
@@ -170,8 +149,9 @@ def regression_run(folder):
             "truth": f"{100 + row} EUR",
             "answer": {"value": 90.5 - row, "unit": "EUR"},
             "wrongness": 2.0,
+            "picture": None,
+            "text": f"rooms {row}, area 72.5, year 1975",
         }
-        | {"picture": None, "text": f"rooms {row}, area 72.5, year 1975"}
         for row in range(5)
     ]
     figures = {"headline": ["mae", "rmse", "r2"], "monitor": "mae"}
@@ -215,7 +195,7 @@ def read(folder):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    return classes_run(tmp_path_factory.mktemp("runs") / "digits", DIGITS)
+    return classes_run(tmp_path_factory.mktemp("runs") / "digits", DIGITS, skill=2.5)
 
 
 def test_page_lies_in_the_folder_and_names_strategy_data_and_model(digits):
@@ -228,7 +208,8 @@ def test_page_needs_nothing_from_outside(digits):
     names = {tag for tag, _ in page.tags}
     targets = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "xlink:href")]
     assert not names & {"script", "link", "iframe", "object", "embed", "base", "form"}
-    assert targets and all(value.startswith(("#", "data:image/png;base64,")) for value in targets)
+    assert targets
+    assert all(value.startswith(("#", "data:image/png;base64,")) for value in targets)
     assert not re.search(r"@import|url\((?!#)", read(digits))
 
 
@@ -239,16 +220,21 @@ def test_page_forbids_scripts_and_outside_content_itself(digits):
     ]
 
 
-def test_same_run_gives_the_same_bytes(digits):
-    assert write_page(digits).read_bytes() == write_page(digits).read_bytes()
+def test_same_run_gives_the_same_bytes_in_another_process_and_without_pyplot(digits):
+    before = write_page(digits).read_bytes()
+    code = (
+        "import pathlib, sys; from tuneforge.judge.page import write_page; write_page(pathlib.Path(sys.argv[1]))\n"
+        "sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, digits], check=False).returncode == 0
+    assert (digits / "report.html").read_bytes() == before
 
 
 def test_ids_are_unique_and_links_lead_somewhere(digits):
     tags = Elements(read(digits)).tags
     ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
-    links = {
-        attrs[key][1:] for _, attrs in tags for key in ("href", "xlink:href") if attrs.get(key, "").startswith("#")
-    }
+    targets = [attrs.get(key, "") for _, attrs in tags for key in ("href", "xlink:href")]
+    links = {target[1:] for target in targets if target.startswith("#")}
     labels = {attrs["aria-labelledby"] for _, attrs in tags if "aria-labelledby" in attrs}
     assert len(ids) == len(set(ids))
     assert links | labels <= set(ids)
@@ -289,9 +275,14 @@ def test_classes_stand_in_the_order_of_their_recall(digits):
 
 def test_steps_tell_why_they_ended_and_what_never_moved(digits):
     text = Elements(read(digits)).text
-    assert "1. head phase train head, 3 epoch(s), lr 0.001 all 3 epochs done best epoch: 2 1–3 5,643 1,568,832" in text
-    assert "all 5 epochs done best epoch: 7 4–8" in text
-    assert "Step head : 1 tensor had a learning rate and never received a gradient worth a move: aux.weight" in text
+    assert (
+        "1. head phase train head, 3 epoch(s), lr 0.001 all 3 epochs done best epoch: 2 1\N{EN DASH}3 5,643 1,568,832"
+        in text
+    )
+    assert "all 5 epochs done best epoch: 7 4\N{EN DASH}8" in text
+    assert (
+        "1 tensor had a learning rate and never received a gradient worth a move: aux.weight (in head , all )" in text
+    )
 
 
 def test_configuration_is_a_file_that_runs_the_same(digits):
@@ -306,7 +297,7 @@ def test_configuration_is_a_file_that_runs_the_same(digits):
 def test_any_number_of_classes_makes_a_page(tmp_path, number):
     page = Elements(read(classes_run(tmp_path / "run", [f"class {index}" for index in range(number)])))
     assert sum(tag == "svg" for tag, _ in page.tags) == (3 if number > 30 else 2)
-    assert any(attrs.get("class") == "matrix" for _, attrs in page.tags) == (0 < number <= 30)
+    assert any((attrs.get("class") or "").startswith("matrix") for _, attrs in page.tags) == (0 < number <= 30)
     assert ("most frequent confusions" in page.text) == (number > 30)
 
 
@@ -315,11 +306,10 @@ def test_many_classes_are_folded_away_and_their_largest_confusions_listed(tmp_pa
     confusion = np.array(json.loads((folder / "report.json").read_text())["splits"]["test"]["confusion"])
     np.fill_diagonal(confusion, 0)
     text = Elements(read(folder)).text
+    listed = text.split("share: of the samples of the true class. truth answer samples share")[1]
     assert "All 200 classes, the weakest first" in text
-    assert (
-        f"The 20 most frequent confusions of the test split. truth answer samples of the class class {confusion.max(1).argmax()}"
-        in text
-    )
+    assert listed.startswith(f" class {confusion.max(1).argmax()} class")
+    assert len(re.findall(r"class \d+ class \d+ \d+ \d+\.\d %", listed)) == 20
 
 
 def test_names_of_users_never_become_markup(tmp_path):
@@ -350,10 +340,8 @@ def test_answers_without_pictures_are_lines(tmp_path):
 
 
 def test_run_without_mistakes_says_so(tmp_path):
-    assert (
-        "None: every answer on the test split is right."
-        in Elements(read(classes_run(tmp_path / "run", "ab", num_mistakes=0))).text
-    )
+    folder = classes_run(tmp_path / "run", "ab", num_mistakes=0)
+    assert "No wrong answer on the test split was recorded." in Elements(read(folder)).text
 
 
 def test_run_without_epochs_has_no_curves(tmp_path):
@@ -381,14 +369,11 @@ def test_missing_file_is_left_out(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["run.json", "model.json", "report.json"])
 def test_missing_keys_are_left_out(tmp_path, name):
-    folder = classes_run(tmp_path / "run", DIGITS)
-    for key in json.loads((folder / name).read_text()):
-        whole = (folder / name).read_text()
-        (folder / name).write_text(
-            json.dumps({other: value for other, value in json.loads(whole).items() if other != key})
-        )
+    folder = classes_run(tmp_path / "run", DIGITS, phases=[("all", 1)] if name == "report.json" else ())
+    whole = json.loads((folder / name).read_text())
+    for key in whole:
+        write_json(folder / name, {other: value for other, value in whole.items() if other != key})
         Elements(read(folder))
-        (folder / name).write_text(whole)
     (folder / name).write_text("{}")
     Elements(read(folder))
 
@@ -407,15 +392,18 @@ def test_commands_name_the_folder_as_the_user_did(tmp_path):
     assert f"tuneforge evaluate '{folder}'" in Elements(read(folder)).text
 
 
-def test_pictures_are_drawn_without_pyplot():
-    code = "import sys, tuneforge.judge.page as page; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(None, "not a number"), (float("nan"), "not a number"), (0.0, "0.0000"), (0.98611, "0.9861"), (2e-5, "2.00e-05")]
-    + [(12345.678, "12,345.7"), (-3.5, "-3.5000"), (1234, "1,234")],
+    [
+        (None, "not a number"),
+        (math.nan, "not a number"),
+        (0.0, "0.0000"),
+        (0.98611, "0.9861"),
+        (2e-5, "2.00e-05"),
+        (-3.5, "-3.5000"),
+        (12345.678, "12,345.7"),
+        (1234, "1,234"),
+    ],
 )
 def test_figures_for_people(value, shown):
     assert figure(value) == shown

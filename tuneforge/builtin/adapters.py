@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
+import attrs
 import torch
 from torch import Tensor, nn
 
@@ -35,10 +36,10 @@ class Head:
             PluginError: There is no model, or its head is neither linear nor a 1x1 convolution.
         """
         model = _present(model, "head")
-        head = _answering(model)
+        head = answering(model)
         labels, size = run.data.targets.labels, run.data.targets.size
-        if model.labels == labels and _num_outputs(head) == size:
-            return model
+        if _num_outputs(head) == size and model.labels in ((), labels):
+            return attrs.evolve(model, labels=labels)  # whose names are not known is taken at its word
         kept = [name for name in labels if self.keep and name in model.labels]
         rows = {labels.index(name): model.labels.index(name) for name in kept}
         module = resized(head, size, rows, seed=run.config.seed)
@@ -106,7 +107,12 @@ def _present(model: Model | None, name: str) -> Model:
     return model
 
 
-def _answering(model: Model) -> Answering:
+def answering(model: Model) -> Answering:
+    """The layer that gives the answer.
+
+    Raises:
+        PluginError: It is neither linear nor a 1x1 convolution.
+    """
     head = model.head_module()
     if isinstance(head, nn.Linear) or (isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1) and head.groups == 1):
         return head

@@ -68,9 +68,12 @@ class Op:
             return 255 - pictures_nchw
         if self.name == "square":
             return _squared(pictures_nchw)
+        out: Tensor
         if self.name == "centre-crop":
-            return F.center_crop(pictures_nchw, [self.size[0], self.size[-1]])
-        return F.resize(pictures_nchw, list(self.shape(*pictures_nchw.shape[-2:])), antialias=True)
+            out = F.center_crop(pictures_nchw, [self.size[0], self.size[-1]])
+        else:
+            out = F.resize(pictures_nchw, list(self.shape(*pictures_nchw.shape[-2:])), antialias=True)
+        return out
 
 
 @functools.lru_cache(maxsize=256)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from tuneforge.builtin.image_data import PictureOptions
 
 Rows = NDArray[np.int64]
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation, one number for all channels or one each."""
 
 SPLITS = ("train", "val", "test")
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -112,7 +114,9 @@ def make_data(
         for split, part in parts.by_split.items()
     }
     return Data(
-        **splits,
+        train=splits["train"],
+        val=splits["val"],
+        test=splits["test"],
         inputs=inputs.normalised(mean, std),
         targets=Classes(names=parts.names),
         notes=(*notes, *_missing_notes(parts), *memory_notes),
@@ -209,16 +213,14 @@ def stratified(codes: Rows, names: Sequence[str], shares: Mapping[str, float], *
     return {split: np.sort(np.concatenate(rows)) for split, rows in out.items()}
 
 
-def normalisation(options: PictureOptions, inputs: Images, source: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalisation(options: PictureOptions, inputs: Images, source: Any) -> Normalisation:
     """Mean and standard deviation on the scale 0 to 1: as the user says, ImageNet's, or those of training.
 
     The last are taken over up to 2048 pictures at even distances, and rounded, so that they are the same everywhere.
     """
-    mean, std = {"imagenet": _IMAGENET, "none": ((0.0,), (1.0,))}.get(options.normalise, (None, None))
-    if inputs.channels == 1 and mean is not None:
-        mean, std = (round(sum(mean) / len(mean), 4),), (round(sum(std or ()) / len(mean), 4),)
-    if mean is None or std is None:
-        mean, std = _measured(inputs, source) if None in (options.mean, options.std) else ((0.0,), (1.0,))
+    if options.mean and options.std:
+        return options.mean, options.std
+    mean, std = _named(options.normalise, inputs.channels) or _measured(inputs, source)
     return options.mean or mean, options.std or std
 
 
@@ -230,7 +232,19 @@ def free_memory_mb() -> int:
     return int(os.sysconf("SC_PHYS_PAGES") * page_mb / 2)
 
 
-def _measured(inputs: Images, source: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _named(name: str, channels: int) -> Normalisation | None:
+    """A normalisation that needs no pictures; for grey ones the mean over the channels."""
+    if name == "none":
+        return (0.0,), (1.0,)
+    if name != "imagenet":
+        return None
+    if channels == 3:
+        return _IMAGENET
+    mean, std = ((round(sum(each) / 3, 4),) for each in _IMAGENET)
+    return mean, std
+
+
+def _measured(inputs: Images, source: Any) -> Normalisation:
     count = len(source)
     rows = torch.from_numpy(np.unique(np.linspace(0, count - 1, min(count, _MEASURED)).round().astype(np.int64)))
     stored = source.fetch(rows) if not isinstance(source, Tensor) else source.index_select(0, rows)

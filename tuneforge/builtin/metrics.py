@@ -29,9 +29,10 @@ _NOTHING = math.nan
 class Classification:
     """Accuracy, precision, recall and F1 (macro, weighted, per class), top-k, confusion and calibration.
 
-    Macro averages are over the classes that occur in the truth or in the answers, as scikit-learn's are by default: a
-    class without a sample in a split does not drag them down. A ratio without a denominator is 0, as there. An
-    output that is no number is an answer of no class: it counts as wrong, and `loss` and `ece` become NaN.
+    Macro averages are over the classes that occur in the truth (scikit-learn's with `labels=unique(truth)`): a split
+    of a part of the classes is judged by that part, where a wrong answer outside it still costs recall. A ratio
+    without a denominator is 0, as there. An output that is no number is an answer of no class: it counts as wrong,
+    and `loss` and `ece` become NaN.
     """
 
     top_k: int = option(
@@ -117,7 +118,7 @@ class ClassFigures:
         confusion = cells.view(num_classes, num_classes + 1)[:, :num_classes]  # the last column answers no class
         support, given, right = cells.view(num_classes, -1).sum(1), confusion.sum(0), confusion.diagonal()
         rates = _rates(right, given, support)
-        seen = (support + given) > 0
+        seen = support > 0
         macro = {f"{name}_macro": _mean(values[seen]) for name, values in rates.items()}
         weighted = {f"{name}_weighted": _ratio(float(values @ support), count) for name, values in rates.items()}
         top = _ratio(_number(self._sums, "top"), count)

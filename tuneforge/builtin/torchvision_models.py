@@ -27,7 +27,7 @@ from tuneforge import (
     load_tensors,
     option,
 )
-from tuneforge.builtin.adapters import resized
+from tuneforge.builtin.adapters import answering, resized
 from tuneforge.builtin.seeding import seeded
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _filled(module: nn.Module, head: str, state: State, labels: tuple[str, ...],
     if known:
         rows = len(state[f"{head}.weight"])
         labels = labels if len(labels) == rows else ()
-        sized = resized(model.head_module(), rows, {}, seed=run.config.seed)
+        sized = resized(answering(model), rows, {}, seed=run.config.seed)
         model = model.with_head(sized, labels=labels, kept=labels)
     if isinstance(module, models.VisionTransformer) and "encoder.pos_embedding" in state:
         state = interpolate_embeddings(module.image_size, module.patch_size, state)

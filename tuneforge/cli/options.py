@@ -112,10 +112,10 @@ def configuration(ctx: click.Context, values: Mapping[str, Any]) -> RunConfig:
     by_component = _component_values(ctx, values)
     for key in SINGLE:
         picked = values.get(key)
-        name = picked or _name_in_file(ctx, key)
-        options = by_component.get((key, str(name)), {})
+        found = picked or _name_in_file(ctx, key)
+        options = by_component.get((key, str(found)), {})
         if picked or options:
-            flags[key] = {"name": name, **options}
+            flags[key] = {"name": found, **options}
     for key in REPEATABLE:
         named = [*values.get(key, ()), *(name for where, name in by_component if where == key)]
         if named:

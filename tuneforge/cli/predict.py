@@ -69,8 +69,10 @@ def _raws(things: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
 
 
 def _words(answer: dict[str, Any]) -> str:
-    if "class" in answer:
+    if answer.get("probability") is not None:
         return f"{answer['class']} ({100 * answer['probability']:.1f} %)"
+    if "value" in answer:
+        return f"{answer['value']} {answer.get('unit') or ''}".strip()
     return ", ".join(f"{key} {value}" for key, value in answer.items() if not isinstance(value, dict))
 
 

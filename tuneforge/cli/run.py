@@ -27,8 +27,9 @@ def _run(**values: Any) -> None:
         click.echo(to_toml(Engine.of(config).config), nl=False)
         return
     screen = Screen(to_stderr=as_json)
+    engine = Engine.of(config, say=screen.say, also=[screen])
     with screen:
-        result = Engine.of(config, say=screen.say, also=[screen]).run()
+        result = engine.run()
     screen.say("")
     screen.say(f"done: {result.folder}")
     screen.say(f"next: tuneforge report {result.folder}")

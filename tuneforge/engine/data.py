@@ -79,6 +79,8 @@ class Split:
         self.targets = targets
         self.source: Source = inputs if isinstance(inputs, Source) else Stored(inputs)
         self.ids = ids
+        if not len(targets):
+            raise DataError("a split is empty", fix="give each of train, val and test at least one sample")
         counts = {len(self.source), len(targets), *([len(ids)] if ids is not None else [])}
         if len(counts) != 1:
             raise DataError(
@@ -104,7 +106,8 @@ class Split:
     def take(self, rows: Tensor) -> Split:
         """The split of `rows` only, in that order."""
         ids = [self.id_of(int(row)) for row in rows]
-        return Split(Taken(self.source, rows), self.targets[rows], ids=ids)
+        taken = self.fetch(rows) if self.in_memory else Taken(self.source, rows)
+        return Split(taken, self.targets[rows], ids=ids)
 
     def fingerprint(self) -> str:
         """SHA-256 over stored inputs and targets where they are in memory, else over ids and targets."""
@@ -114,7 +117,7 @@ class Split:
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         for row in range(len(self) if not tensors else 0):
-            digest.update(self.id_of(row).encode() + b"\0")
+            digest.update(self.id_of(row).encode(errors="surrogateescape") + b"\0")
         return digest.hexdigest()
 
 

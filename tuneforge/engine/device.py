@@ -17,9 +17,11 @@ class Device:
 
     Args:
         torch: The device as torch names it.
+        lazy: True where operations wait until a step is marked, as on a TPU through torch-xla.
     """
 
     torch: torch.device
+    lazy: bool = False
 
     def move(self, tensor: Tensor) -> Tensor:
         """The tensor on this device; the same object where it is there already."""
@@ -27,7 +29,7 @@ class Device:
 
     def mark_step(self) -> None:
         """Tell a lazy device that a step's graph is complete; nothing on eager ones."""
-        if self.torch.type == "xla":
+        if self.lazy:
             importlib.import_module("torch_xla.core.xla_model").mark_step()
 
     def reseed(self, seed: int) -> None:
@@ -47,7 +49,7 @@ def choose(name: str) -> Device:
         return Device(_exact(found) if found is not None else torch.device("cpu"))
     try:
         if name.partition(":")[0] == "xla":
-            return Device(importlib.import_module("torch_xla.core.xla_model").xla_device())
+            return Device(importlib.import_module("torch_xla.core.xla_model").xla_device(), lazy=True)
         return Device(_exact(torch.device(name)))
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UsageError(

@@ -34,6 +34,7 @@ from tuneforge.plugin.manager import Hooks, Member, guarded_steps
 from tuneforge.plugin.steps import Answer, Blend, Brief, Fit, Phase, Probe, Step, Use, to_json
 
 MISTAKES_KEPT = 24
+_PAGE = "report-page"
 
 
 @attrs.frozen(eq=False)
@@ -105,6 +106,8 @@ class Engine:
         uses |= {name: _named(asked) for name, asked in parts.items() if asked is not None}
         lists["augment"] = [_named(asked) for asked in augment]
         self.config: RunConfig = resolve({**settings, **uses, **lists}, where="Engine")
+        if self.config.page and not any(use.name == _PAGE for use in self.config.extensions):
+            self._take("with", _PAGE)
         self._check_parts()
 
     @classmethod
@@ -124,9 +127,9 @@ class Engine:
             try:
                 result = self._run(place)
             except BaseException as error:
-                reason = str(error) or type(error).__name__
                 place.append(folder.LOG, traceback.format_exc())
-                place.status("failed", reason=reason)
+                state = "failed" if isinstance(error, Exception) else "stopped"
+                place.status(state, reason=str(error) or type(error).__name__)
                 raise
             place.status("done")
             return result

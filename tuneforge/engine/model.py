@@ -106,10 +106,10 @@ class Model:
         except AttributeError:
             raise PluginError(f"the model has no module '{self.head}'", why="it was named as the head") from None
 
-    def with_head(self, head: nn.Module, **changed: Any) -> Model:
-        """The same model with another module at `head` (the module is changed in place)."""
+    def with_head(self, module: nn.Module, **changed: Any) -> Model:
+        """The same model with another module at its head (the network is changed in place), and other fields changed."""
         parent, _, name = self.head.rpartition(".")
-        setattr(self.module.get_submodule(parent), name, head)
+        setattr(self.module.get_submodule(parent), name, module)
         return attrs.evolve(self, **changed)
 
     def changed(self, sentence: str, **fields: Any) -> Model:
@@ -240,7 +240,7 @@ def _last_linear(module: nn.Module) -> str:
             why="the last linear layer is taken for the head",
             fix="name the head: Model.of(module, head='path.of.it')",
         )
-    return linear[-1]
+    return str(linear[-1])
 
 
 def _matches(model: Model, selector: str) -> list[str]:

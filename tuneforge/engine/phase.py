@@ -92,7 +92,7 @@ def _train_epoch(run: Run, draws: _Draws, plan: list[Any], proof: Proof, schedul
         count += len(batch.rows)
         if index % run.config.accumulate and index != last:
             continue
-        run.optimization.set_factor(schedule.factor(run.progress))
+        run.optimization.set_factor(schedule.factor((run.steps_done + 0.5) / run.total_steps))  # the middle of the step
         if proof.watched:
             proof.observe(run.model, run.optimization.groups())
         run.hooks.call.optimizer_step(run=run)

@@ -151,7 +151,8 @@ def _content(record: _Record) -> dict[str, Any]:
         "result": _result(record),
         "weakest": _weakest(record),
         "curves": _curves(record),
-        "epochs": _epochs(record),
+        "epochs": record.epochs,
+        "seconds": record.seconds,
         "steps": _steps(record),
         "unmoved": _unmoved(record),
         "monitor": record.monitor,
@@ -202,7 +203,7 @@ def _weakest(record: _Record) -> dict[str, Any] | None:
     name, row = min(seen, key=lambda pair: pair[1]["recall"])
     weakest = {"name": name, "recall": row["recall"], "support": row["support"], "taken": None}
     weakest["found"] = round(row["recall"] * row["support"])
-    taken = [each for each in _largest(record) if each["truth"] == name]
+    taken = [each for each in _largest(record) if each["truth"] == name and each["count"] > 1]
     return weakest | ({"taken": taken[0]} if taken else {})
 
 
@@ -212,21 +213,6 @@ def _curves(record: _Record) -> list[pictures.Picture]:
     drawn = list(dict.fromkeys([*record.headline[:5], *filter(None, [record.monitor])]))
     of_validation = pictures.figures(record.epochs, drawn, monitor=record.monitor)
     return [pictures.losses(record.epochs), *([of_validation] if of_validation else [])]
-
-
-def _epochs(record: _Record) -> list[dict[str, Any]]:
-    return [
-        {
-            "epoch": entry.get("epoch", index),
-            "phase": entry.get("phase", ""),
-            "lr": entry.get("lr"),
-            "loss": entry.get("train", {}).get("loss"),
-            "figures": [entry.get("val", {}).get(name) for name in record.headline],
-            "seconds": record.seconds.get(entry.get("epoch", index)),
-            "best": entry.get("best", False),
-        }
-        for index, entry in enumerate(record.epochs, start=1)
-    ]
 
 
 def _steps(record: _Record) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 from tuneforge_surgical import AutoRGN
 from tuneforge_surgical.auto_rgn import relative_rates
+from world import network
 
 import tuneforge as tf
 
@@ -22,7 +23,9 @@ class Independent:
         run.model.module.eval()
         loss = F.cross_entropy(run.model.module(split.fetch(torch.arange(len(split)))), split.targets)
         gradients = torch.autograd.grad(loss, list(named.values()))
-        self.norms.append({name: float(g.norm() / named[name].norm()) for name, g in zip(named, gradients, strict=True)})
+        self.norms.append(
+            {name: float(g.norm() / named[name].detach().norm()) for name, g in zip(named, gradients, strict=True)}
+        )
         for module, training in modes:
             module.training = training
 
@@ -36,9 +39,9 @@ def without_zeros(net):
     return net
 
 
-def test_rates_are_relative_gradient_norms_over_their_maximum(tune, network):
+def test_rates_are_relative_gradient_norms_over_their_maximum(tune):
     judge = Independent()
-    tuned = tune(AutoRGN(epochs=2, lr=0.03), net=without_zeros(network), batch_size=200, extensions=[judge])
+    tuned = tune(AutoRGN(epochs=2, lr=0.03), net=without_zeros(network()), batch_size=200, extensions=[judge])
     for norms, (step, _) in zip(judge.norms, tuned.result.steps[1::2], strict=True):
         largest = max(norm for name, norm in norms.items() if not name.endswith("bias"))
         expected = {name: min(1.0, norm / largest) for name, norm in norms.items()}

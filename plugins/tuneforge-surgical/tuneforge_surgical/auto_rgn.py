@@ -22,7 +22,7 @@ class AutoRGN:
     """
 
     epochs: int = option(default=15, help="Epochs, each after a new measurement.", check=ge(1))
-    lr: float = option(default=1e-3, help="Learning rate of the tensor with the largest relative gradient norm.", check=gt(0))
+    lr: float = option(default=1e-3, help="Learning rate where the relative gradient is largest.", check=gt(0))
     batches: int = option(default=5, help="Training batches that a measurement looks at.", check=ge(1))
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 

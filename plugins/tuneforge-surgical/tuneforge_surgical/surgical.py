@@ -19,9 +19,9 @@ class Surgical:
     A head with fresh rows would give the block nothing to go by: then the head alone trains first, and is frozen after.
     """
 
-    block: str | int = option(default="first", help="What is tuned: first, last, a layer group's name, or its index from 0.")
+    block: str | int = option(default="first", help="What is tuned: first, last, or a layer group by name or index.")
     epochs: int = option(default=15, help="Epochs with the block trained.", check=ge(1))
-    head_epochs: int = option(default=3, help="Epochs with the head trained before, where it has fresh rows.", check=ge(1))
+    head_epochs: int = option(default=3, help="Epochs of the head before, where it has fresh rows.", check=ge(1))
     lr: float = option(default=1e-3, help="Learning rate.", check=gt(0))
     patience: int | None = option(default=None, help="Stop a phase after this many epochs without gain.", check=ge(1))
     restore_best: bool = option(default=True, help="End each phase on the weights of its best epoch.")
@@ -58,8 +58,8 @@ def index_of(block: str | int, brief: Brief) -> int:
         UnknownNameError: None of them; the message lists the groups.
     """
     names = [group.name for group in brief.groups]
-    said = {"first": 0, "last": len(names) - 1}
-    said |= {str(index): index for index in range(len(names))} | {str(-1 - index): len(names) - 1 - index for index in range(len(names))}
+    said = {str(index): index % len(names) for index in range(-len(names), len(names))}
+    said |= {"first": 0, "last": len(names) - 1}
     said |= {name: index for index, name in enumerate(names)}
     if str(block) in said:
         return said[str(block)]

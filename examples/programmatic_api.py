@@ -1,0 +1,46 @@
+"""The engine from a program: your own arrays, your own network, steps as a list, and the tuned model put to use."""
+
+import click
+import numpy as np
+import torch
+from sklearn.datasets import load_wine
+
+import tuneforge as tf
+
+
+class Network(torch.nn.Module):
+    """Two hidden layers and a head: (batch, 13) -> (batch, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            torch.nn.Linear(13, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32), torch.nn.ReLU()
+        )
+        self.head = torch.nn.Linear(32, 3)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Logits of standardised rows."""
+        logits: torch.Tensor = self.head(self.body(rows))
+        return logits
+
+
+@click.command()
+@click.option("--epochs", default=20, show_default=True)
+def main(epochs: int) -> None:
+    """Tune on the 178 wines that ship in scikit-learn, then classify three of them."""
+    wines = load_wine()
+    names = np.array(["Barolo", "Grignolino", "Barbera"])[wines.target]
+    torch.manual_seed(0)
+    network = Network()
+    steps = [tf.Phase("all", epochs=epochs, lr=0.01, schedule="cosine", patience=8, restore_best=True), tf.Fit("head")]
+    data = tf.data_of(wines.data.astype("float32"), names, standardise=True)
+    result = tf.Engine(data=data, model=network, strategy=steps, say=click.echo, seed=1).run()
+
+    tuned = tf.load(result.folder, model=network)
+    for row, name in list(zip(wines.data, names, strict=True))[::60]:
+        answer = next(tuned.predict([row.astype("float32")]))
+        click.echo(f"{name}: answered {answer['class']} with probability {answer['probability']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""The recipe of `recipe_plain_torch.py` as one command: the same network, data, optimizer, batches and epochs.
+
+What the plain script writes by hand is here what a run does anyway: pretrained weights (the head keeps the rows of the
+ten digits by name), validation in training, eval mode, the best epoch kept, precision, recall and F1, a report to keep.
+"""
+
+import shlex
+import subprocess
+import sys
+
+COMMAND = (
+    "tuneforge run --data digits --model digit-cnn --strategy full --strategy.epochs 10 --strategy.lr 0.01"
+    " --schedule constant --optimizer sgd --optimizer.momentum 0.9 --batch-size 32"
+)
+
+
+def main() -> int:
+    """Run the command, with further flags given to this script."""
+    flags = shlex.split(COMMAND)[1:] + sys.argv[1:]
+    print(COMMAND)
+    return subprocess.run([sys.executable, "-m", "tuneforge", *flags], check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

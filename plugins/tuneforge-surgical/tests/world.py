@@ -1,0 +1,73 @@
+"""A small network that came with its weights, clouds of points to tune it on, and a witness of its runs."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+import tuneforge as tf
+
+CLASSES = ("0", "1", "2")
+
+
+class Witness:
+    """Notes every tensor, and every tensor's rate, when a phase starts."""
+
+    def __init__(self) -> None:
+        self.starts: list[dict[str, Tensor]] = []
+        self.rates: list[dict[str, float]] = []
+
+    @tf.hookimpl
+    def phase_started(self, run: tf.Run) -> None:
+        names = {parameter: name for name, parameter in run.model.parameters().items()}
+        groups = run.optimization.groups()
+        self.starts.append(state_of(run.model.module))
+        self.rates.append({names[tensor]: group["peak_lr"] for group in groups for tensor in group["params"]})
+
+
+@attrs.frozen(eq=False)
+class Tuned:
+    """One run: what was noted at the start of each phase, every tensor at its end, and its result."""
+
+    starts: list[dict[str, Tensor]]
+    rates: list[dict[str, float]]
+    end: dict[str, Tensor]
+    result: tf.Result
+
+    def moved(self, since: int = 0) -> set[str]:
+        """Names of the parameters and buffers that differ between a phase's start and the run's end."""
+        return {name for name, tensor in self.starts[since].items() if not torch.equal(tensor, self.end[name])}
+
+    def step_names(self) -> list[str]:
+        return [step.name for step, _ in self.result.steps]
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    """Two blocks with BatchNorm and a linear head: (b, 6) -> (b, 3)."""
+    net = nn.Sequential()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net.add_module("stem", nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU()))
+        net.add_module("body", nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU()))
+        net.add_module("head", nn.Linear(16, 3))
+    return net
+
+
+def model(net: nn.Module, known: tuple[str, ...] = CLASSES) -> tf.Model:
+    """The network as a model that came with the head's rows of the classes `known`; a run starts the others fresh."""
+    groups = [tf.Group(name, (name,)) for name in ("stem", "body", "head")]
+    labels = (*known, *("?" * (3 - len(known))))
+    return tf.Model(net, groups=groups, head="head", labels=labels, kept=known)
+
+
+def clouds(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Points (n, 6) around twelve centres, and their three classes (n,)."""
+    centres = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)) * 2
+    cloud = torch.arange(count) % 12
+    noise = torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
+    return centres[cloud] + noise / 2, cloud % 3

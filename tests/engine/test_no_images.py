@@ -1,0 +1,87 @@
+"""The engine knows no images and no classes: a table with numbers to predict, and a model fed a mapping of tensors."""
+
+import csv
+
+import pytest
+import torch
+from torch import nn
+
+import tuneforge as tf
+from tuneforge.__main__ import main
+
+
+class Reader(nn.Module):
+    """Embeds ids, averages those that the mask shows, answers: ids and mask (batch, 6) -> (batch, 2)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(20, 8)
+        self.mix = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Dropout(0.1))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, ids, mask):
+        shown = self.words(ids) * mask.unsqueeze(2)
+        return {"logits": self.head(self.mix(shown.sum(1) / mask.sum(1, keepdim=True)))}
+
+
+def sentences(count):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 20, (count, 6), generator=generator)
+    mask = (torch.arange(6) < torch.randint(1, 7, (count, 1), generator=generator)).float()
+    counts = ((ids < 10) * mask).sum(1) / mask.sum(1)
+    return {"ids": ids, "mask": mask}, (counts > 0.5).long()
+
+
+@pytest.fixture
+def read(tmp_path):
+    inputs, labels = sentences(300)
+    network = Reader()
+    result = tf.Engine(
+        data=(inputs, labels),
+        model=network,
+        strategy=tf.use("freeze-then-unfreeze", head_epochs=2, epochs=12, lr=0.04, lr_mult=2.0),
+        extensions=["grad-clip"],
+        out=tmp_path / "read",
+    ).run()
+    return result, network
+
+
+def test_a_mapping_of_tensors_is_tuned_frozen_scheduled_and_evaluated(read):
+    result, _ = read
+    (head, first), (_, second) = result.steps
+    assert head.train == ("head",)
+    assert first.trained == 18
+    assert first.frozen == sum(p.numel() for p in Reader().parameters()) - 18
+    assert second.frozen == 0
+    assert result.report["splits"]["test"]["accuracy"] > 0.85
+    assert "page" not in result.report
+    assert (result.folder / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_mapping_of_tensors_is_predicted_from_the_folder(read):
+    result, network = read
+    tuned = tf.load(result.folder, model=network)
+    rows = [{"ids": [1, 2, 3, 15, 0, 0], "mask": [1.0, 1, 1, 1, 0, 0]}, {"ids": [12] * 6, "mask": [1.0] * 6}]
+    assert [answer["class"] for answer in tuned.predict(rows)] == ["1", "0"]
+
+
+def test_a_regression_on_a_table_is_tuned_from_the_command_line(tmp_path, capsys):
+    path = tmp_path / "flats.csv"
+    generator = torch.Generator().manual_seed(0)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["size", "kind", "price"])
+        for size in (torch.rand(200, generator=generator) * 100 + 20).tolist():
+            kind = "old" if int(size) % 2 else "new"
+            writer.writerow([f"{size:.1f}", kind, f"{size * 30 + (500 if kind == 'new' else 0):.0f}"])
+    arguments = ["run", "--data", "table-csv", "--data.path", str(path), "--data.target", "price", "--model", "mlp"]
+    strategy = ["--strategy", "freeze-then-unfreeze", "--strategy.epochs", "40", "--lr", "0.02", "--out", str(tmp_path / "r")]
+    assert main([*arguments, *strategy]) == 0
+    out = capsys.readouterr().out
+    assert "phase 'head'" in out
+    assert "r2 0.9" in out
+    assert "mae" in (tmp_path / "r" / "report.html").read_text()
+    assert main(["predict", str(tmp_path / "r"), '{"size": "50", "kind": "new"}']) == 0
+    price = float(capsys.readouterr().out.rpartition(": ")[2].split()[0])
+    assert price == pytest.approx(2000, rel=0.15)
