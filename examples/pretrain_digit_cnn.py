@@ -2,9 +2,10 @@
 
     python examples/pretrain_digit_cnn.py --out digit_cnn.safetensors
 
-62 classes (0-9, A-Z, a-z) in the shape of optdigits; the control family of the digits is among none of the fonts. More
-fonts are welcome: `--fonts FOLDER` may be repeated. Case is normalised away, so a part of the letters (o and O, s and S)
-cannot be told apart; what the network learns is strokes. Prints the accuracy on fresh glyphs, which a test checks.
+62 classes (0-9, A-Z, a-z) in the shape of optdigits; the control family of the digits is among none of the fonts.
+More fonts are welcome: `--fonts FOLDER` may be repeated. Case is normalised away, so a part of the letters (o and O, s
+and S) cannot be told apart; what the network learns is strokes. Prints the accuracy on fresh glyphs, which a test
+checks.
 """
 
 from pathlib import Path
@@ -16,8 +17,8 @@ import tuneforge as tf
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("digit_cnn.safetensors"), show_default=True)
-@click.option("--count", default=60_000, show_default=True, help="Glyphs in all.")
-@click.option("--epochs", default=8, show_default=True)
+@click.option("--count", default=40_000, show_default=True, help="Glyphs in all.")
+@click.option("--epochs", default=6, show_default=True)
 @click.option("--fonts", multiple=True, type=click.Path(path_type=Path, exists=True), help="A further font folder.")
 def main(out: Path, count: int, epochs: int, fonts: tuple[Path, ...]) -> None:
     """Train from scratch and write the weights in half precision."""

@@ -1,10 +1,10 @@
-"""The recipe this project starts from, put right, in plain torch. `recipe_tuneforge.py` is the command that does the same.
+"""The recipe this project starts from, put right, in plain torch; `recipe_tuneforge.py` is the command for the same.
 
-Mended: (1) ReLU was applied to the logits, which kills every negative one; (2) images were reshaped to rows of 32 before a
-convolution that takes (batch, 3, 32, 32); (3) no pretrained weights were loaded, though the work was called fine-tuning;
-(4) ten outputs and no class for the 40 % other characters; (5) it never validated and (6) never called eval(); (7) a loop
-variable had the name of its module; (8) it reported no recall and no F1. Kept: DataLoader, SGD 0.01 with momentum 0.9,
-batches of 32, 10 epochs, validation while it trains.
+Mended: (1) ReLU was applied to the logits, which kills every negative one; (2) images were reshaped to rows of 32
+before a convolution that takes (batch, 3, 32, 32); (3) no pretrained weights were loaded, though the work was called
+fine-tuning; (4) ten outputs and no class for the 40 % other characters; (5) it never validated and (6) never called
+eval(); (7) a loop variable had the name of its module; (8) it reported no recall and no F1. Kept: DataLoader, SGD 0.01
+with momentum 0.9, batches of 32, 10 epochs, validation while it trains.
 """
 
 from types import SimpleNamespace
@@ -15,17 +15,18 @@ from sklearn.metrics import classification_report
 from torch.utils.data import DataLoader, TensorDataset
 
 import tuneforge as tf
-from tuneforge.builtin.digit_cnn import DigitNet
+from tuneforge.builtin.digit_cnn import SHIPPED, DigitNet
 from tuneforge.builtin.digits import Digits
-from tuneforge.builtin.digit_cnn import SHIPPED
 
 
 def loader(data: tf.Data, split: tf.Split, *, shuffle: bool) -> DataLoader:
+    """A split as a DataLoader: images (batch, 3, 32, 32) and labels (batch,)."""
     inputs = data.inputs.ready(split.fetch(torch.arange(len(split))))
     return DataLoader(TensorDataset(inputs, split.targets), batch_size=32, shuffle=shuffle)
 
 
 def answers(network: torch.nn.Module, batches: DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
+    """The network's answers (n,) beside the truth (n,)."""
     network.eval()  # (6)
     with torch.inference_mode():
         pairs = [(network(images).argmax(1), labels) for images, labels in batches]
@@ -36,6 +37,7 @@ def answers(network: torch.nn.Module, batches: DataLoader) -> tuple[torch.Tensor
 @click.option("--epochs", default=10, show_default=True)
 @click.option("--per-class", type=int, help="Training images of each class; all by default.")
 def main(epochs: int, per_class: int | None) -> None:
+    """Train and report."""
     torch.manual_seed(0)
     data = Digits(per_class=per_class).data_prepare(SimpleNamespace(config=SimpleNamespace(seed=0)))
     network = DigitNet(11)  # (4); its forward ends on the head: (1), (2)

@@ -31,7 +31,7 @@ def tune(tmp_path: Path) -> Callable[..., tf.Result]:
 
 @pytest.fixture
 def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Install a distribution by hand: `plant("bad-pkg", {"tuneforge.finetune_strategy": {"x": "bad:X"}}, bad="...")`."""
+    """Install a distribution by hand: `plant("bad-pkg", {"tuneforge.evaluate": {"x": "bad:X"}}, bad="...")`."""
     site = tmp_path / "site"
     site.mkdir()
     monkeypatch.syspath_prepend(str(site))

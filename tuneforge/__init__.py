@@ -87,6 +87,8 @@ if TYPE_CHECKING:
     )
     from tuneforge.errors import (
         UsageError as UsageError,
+    )
+    from tuneforge.errors import (
         close_match as close_match,
     )
     from tuneforge.judge.page import write_page as write_page

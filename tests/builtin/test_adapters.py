@@ -51,7 +51,17 @@ def test_the_sentence_abridges_long_lists() -> None:
 
 def test_a_head_that_fits_by_name_and_size_is_left_alone() -> None:
     model = small("ab")
-    assert Head().model_adapt(run_of("a", "b"), model) is model
+    adapted = Head().model_adapt(run_of("a", "b"), model)
+    assert adapted.module.fc is model.module.fc
+    assert adapted.changes == ()
+
+
+def test_a_head_of_the_right_size_whose_names_are_not_known_is_taken_at_its_word() -> None:
+    model = small("", head=nn.Linear(5, 2))
+    head = model.module.fc
+    adapted = Head().model_adapt(run_of("a", "b"), model)
+    assert adapted.module.fc is head
+    assert (adapted.labels, adapted.kept, adapted.changes) == (("a", "b"), (), ())
 
 
 def test_the_same_names_in_another_order_are_put_in_order() -> None:
@@ -62,9 +72,7 @@ def test_the_same_names_in_another_order_are_put_in_order() -> None:
     assert adapted.changes == ("head: 2 -> 2 outputs, kept the rows of b, a",)
 
 
-@pytest.mark.parametrize(
-    ("model_labels", "run"), [("", run_of("a", "b")), ("xyz", run_of("a", "b")), ("ab", run_of(size=2))]
-)
+@pytest.mark.parametrize(("model_labels", "run"), [("xyz", run_of("a", "b")), ("ab", run_of(size=2))])
 def test_without_shared_names_every_row_is_fresh(model_labels: str, run: Any) -> None:
     model = small(model_labels, head=nn.Linear(5, 2))
     old = model.module.fc.weight
@@ -76,7 +84,8 @@ def test_without_shared_names_every_row_is_fresh(model_labels: str, run: Any) ->
 
 def test_numbers_without_names_keep_a_head_of_the_same_size() -> None:
     model = small("", head=nn.Linear(5, 2))
-    assert Head().model_adapt(run_of(size=2), model) is model
+    head = model.module.fc
+    assert Head().model_adapt(run_of(size=2), model).module.fc is head
 
 
 def test_keeping_can_be_turned_off() -> None:

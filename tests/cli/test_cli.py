@@ -21,6 +21,25 @@ def run(capsys):
     return call
 
 
+SHORT = """
+import tuneforge as tf
+@tf.component(api=1)
+class Short:
+    'x'
+    only: int = tf.option(default=1, help='x')
+    @tf.hookimpl
+    def finetune_strategy(self): return []
+"""
+LOCAL = """
+import tuneforge as tf
+@tf.component(api=1)
+class Mine:
+    'x'
+    epochs: int = tf.option(default=1, help='x')
+    @tf.hookimpl
+    def finetune_strategy(self):
+        yield tf.Phase('mine', train='head', epochs=self.epochs)
+"""
 FEW = ["--data.per-class", "4", "--data.other-share", "0", "--strategy.epochs", "1"]
 
 
@@ -56,8 +75,7 @@ def test_wrong_usage_is_one_clear_message_and_exit_2(run, tmp_path, monkeypatch,
 
 
 def test_a_short_form_that_the_strategy_lacks_says_what_it_has(run, plant):
-    source = "import tuneforge as tf\n@tf.component(api=1)\nclass Short:\n    'x'\n    only: int = tf.option(default=1, help='x')\n    @tf.hookimpl\n    def finetune_strategy(self): return []\n"
-    plant("short-pkg", {"tuneforge.finetune_strategy": {"short": "short_mod:Short"}}, short_mod=source)
+    plant("short-pkg", {"tuneforge.finetune_strategy": {"short": "short_mod:Short"}}, short_mod=SHORT)
     code, _, err = run("run", "--strategy", "short", "--epochs", "3")
     assert code == 2
     assert "--strategy.only" in err
@@ -87,7 +105,14 @@ BROKEN = {
     "raises": "raise ImportError('planted')",
     "exits": "raise SystemExit(3)",
     "old": "import tuneforge as tf\n@tf.component(api=99)\nclass X:\n    'x'\n",
-    "misspelt": "import tuneforge as tf\n@tf.component(api=1)\nclass X:\n    'x'\n    @tf.hookimpl\n    def finetune_stratagem(self): return []\n",
+    "misspelt": """
+import tuneforge as tf
+@tf.component(api=1)
+class X:
+    'x'
+    @tf.hookimpl
+    def finetune_stratagem(self): return []
+""",
 }
 
 
@@ -164,10 +189,7 @@ def test_a_finished_run_is_evaluated_and_predicts_from_its_folder_alone(run, tmp
 
 
 def test_a_strategy_in_a_local_file_runs(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "import tuneforge as tf\n@tf.component(api=1)\nclass Mine:\n    'x'\n    epochs: int = tf.option(default=1, help='x')\n"
-        "    @tf.hookimpl\n    def finetune_strategy(self):\n        yield tf.Phase('mine', train='head', epochs=self.epochs)\n"
-    )
+    (tmp_path / "mine.py").write_text(LOCAL)
     command = [
         sys.executable,
         "-m",

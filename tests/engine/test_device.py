@@ -12,8 +12,8 @@ def test_a_lazy_device_is_told_of_each_step(tune, monkeypatch):
     """The seam for torch-xla with a device made up for the test; nothing is claimed beyond it."""
     marked = []
     fake = types.SimpleNamespace(xla_device=lambda: torch.device("cpu"), mark_step=lambda: marked.append(1))
-    for name, module in {"torch_xla": types.ModuleType("torch_xla"), "torch_xla.core": types.ModuleType("core")}.items():
-        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("torch_xla", "torch_xla.core"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "torch_xla.core.xla_model", fake)
     report = tune([tf.Phase("a", epochs=2)], device="xla").steps[0][1]
     assert len(marked) == report.steps == 12

@@ -198,23 +198,28 @@ def digits(tmp_path_factory):
     return classes_run(tmp_path_factory.mktemp("runs") / "digits", DIGITS, skill=2.5)
 
 
-def test_page_lies_in_the_folder_and_names_strategy_data_and_model(digits):
+@pytest.fixture(scope="module")
+def html(digits):
+    return read(digits)
+
+
+def test_page_lies_in_the_folder_and_names_strategy_data_and_model(digits, html):
     assert write_page(digits) == digits / "report.html"
-    assert "digit-cnn tuned on digits by freeze-then-unfreeze" in Elements(read(digits)).text
+    assert "digit-cnn tuned on digits by freeze-then-unfreeze" in Elements(html).text
 
 
-def test_page_needs_nothing_from_outside(digits):
-    page = Elements(read(digits))
+def test_page_needs_nothing_from_outside(html):
+    page = Elements(html)
     names = {tag for tag, _ in page.tags}
     targets = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "xlink:href")]
     assert not names & {"script", "link", "iframe", "object", "embed", "base", "form"}
     assert targets
     assert all(value.startswith(("#", "data:image/png;base64,")) for value in targets)
-    assert not re.search(r"@import|url\((?!#)", read(digits))
+    assert not re.search(r"@import|url\((?!#)", html)
 
 
-def test_page_forbids_scripts_and_outside_content_itself(digits):
-    policies = [attrs["content"] for tag, attrs in Elements(read(digits)).tags if "http-equiv" in attrs]
+def test_page_forbids_scripts_and_outside_content_itself(html):
+    policies = [attrs["content"] for tag, attrs in Elements(html).tags if "http-equiv" in attrs]
     assert policies == [
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     ]
@@ -230,8 +235,8 @@ def test_same_run_gives_the_same_bytes_in_another_process_and_without_pyplot(dig
     assert (digits / "report.html").read_bytes() == before
 
 
-def test_ids_are_unique_and_links_lead_somewhere(digits):
-    tags = Elements(read(digits)).tags
+def test_ids_are_unique_and_links_lead_somewhere(html):
+    tags = Elements(html).tags
     ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
     targets = [attrs.get(key, "") for _, attrs in tags for key in ("href", "xlink:href")]
     links = {target[1:] for target in targets if target.startswith("#")}
@@ -240,8 +245,7 @@ def test_ids_are_unique_and_links_lead_somewhere(digits):
     assert links | labels <= set(ids)
 
 
-def test_every_picture_has_words_and_every_table_a_caption(digits):
-    html = read(digits)
+def test_every_picture_has_words_and_every_table_a_caption(html):
     tags = Elements(html).tags
     assert all(attrs.get("alt") for tag, attrs in tags if tag == "img")
     assert all(attrs.get("aria-label") and attrs["role"] == "img" for tag, attrs in tags if tag == "svg")
@@ -249,32 +253,32 @@ def test_every_picture_has_words_and_every_table_a_caption(digits):
     assert html.count("<table") == html.count("<caption")
 
 
-def test_table_of_results_has_a_row_for_every_split(digits):
+def test_table_of_results_has_a_row_for_every_split(digits, html):
     report = json.loads((digits / "report.json").read_text())
-    text = Elements(read(digits)).text
+    text = Elements(html).text
     for split, name in (("val", "validation 360"), ("test", "test 360"), ("real digits", "real digits 100")):
         accuracy = report["splits"][split]["accuracy"]
         assert f"{name} {accuracy:.4f}" in text
 
 
-def test_weakest_class_is_named_with_what_it_is_taken_for(digits):
+def test_weakest_class_is_named_with_what_it_is_taken_for(digits, html):
     figures = json.loads((digits / "report.json").read_text())["splits"]["test"]
     worst = figures["worst_class"]
     row = figures["confusion"][DIGITS.index(worst)]
-    text = Elements(read(digits)).text
+    text = Elements(html).text
     assert f"Weakest class of the test split: {worst} with a recall of {figures['recall_min']:.4f}" in text
     assert f", {row[DIGITS.index(worst)]} of 30 found, most often taken for" in text
 
 
-def test_classes_stand_in_the_order_of_their_recall(digits):
+def test_classes_stand_in_the_order_of_their_recall(digits, html):
     per_class = json.loads((digits / "report.json").read_text())["splits"]["test"]["per_class"]
-    table = Elements(read(digits)).text.split("the weakest recall first.")[1]
+    table = Elements(html).text.split("the weakest recall first.")[1]
     shown = re.findall(r"(\d|other) [01]\.\d{4} ([01]\.\d{4}) [01]\.\d{4} 30", table)
     assert [name for name, _ in shown] == sorted(per_class, key=lambda name: per_class[name]["recall"])
 
 
-def test_steps_tell_why_they_ended_and_what_never_moved(digits):
-    text = Elements(read(digits)).text
+def test_steps_tell_why_they_ended_and_what_never_moved(html):
+    text = Elements(html).text
     assert (
         "1. head phase train head, 3 epoch(s), lr 0.001 all 3 epochs done best epoch: 2 1\N{EN DASH}3 5,643 1,568,832"
         in text
@@ -285,10 +289,10 @@ def test_steps_tell_why_they_ended_and_what_never_moved(digits):
     )
 
 
-def test_configuration_is_a_file_that_runs_the_same(digits):
+def test_configuration_is_a_file_that_runs_the_same(html):
     import tomllib
 
-    written = re.search(r"as TOML\"><code>(.*?)</code>", read(digits), re.DOTALL)[1]
+    written = re.search(r"as TOML\"><code>(.*?)</code>", html, re.DOTALL)[1]
     table = tomllib.loads(written.replace("&#34;", '"').replace("&lt;", "<").replace("&gt;", ">"))
     assert table["strategy"] == {"name": "freeze-then-unfreeze", "head-epochs": 1, "note": 'a "quoted" </code> one'}
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tuneforge import Data, DataError, Split, between, component, ge, hookimpl, option
-from tuneforge.builtin.digit_images import DigitImages, control_digits, digits_and_others, real_digits
+from tuneforge.builtin.digit_images import AMBIGUOUS, DigitImages, control_digits, digits_and_others, real_digits
 from tuneforge.builtin.glyphs import glyph_images
 from tuneforge.builtin.images import Images
 from tuneforge.builtin.targets import Classes
@@ -81,7 +81,12 @@ class Digits:
     def _notes(self, parts: dict[str, DigitImages]) -> list[str]:
         origins = np.concatenate([part.origins for part in parts.values()])
         counts = ", ".join(f"{int((origins == origin).sum()):,} {origin}" for origin in dict.fromkeys(origins.tolist()))
-        return [f"images by origin: {counts}"]
+        notes = [f"images by origin: {counts}"]
+        if self.other_share:
+            notes.append(
+                f"left out of the others, because 8x8 pixels cannot tell them from digits: {' '.join(AMBIGUOUS)}"
+            )
+        return notes
 
 
 @component(api=1)

@@ -134,6 +134,7 @@ def known_classes(parts: Parts) -> Parts:
     if len(known) < 2:
         raise DataError(
             f"there is only one class, '{known[0]}'" if known else "there is no picture",
+            where="--data",
             why="with fewer than two classes there is nothing to tell apart",
             fix="add pictures of at least one more class",
         )
@@ -261,6 +262,7 @@ def _counts(count: int, shares: Mapping[str, float], *, name: str) -> dict[str, 
     if count <= len(shares):
         raise DataError(
             f"class '{name}' has {count} picture{'s' if count > 1 else ''}, too few to divide",
+            where="--data",
             why=f"it needs at least {len(shares) + 1}: one for train and one for each of {', '.join(shares)}",
             fix="add pictures of it, remove the class, or bring your own folders train, val and test",
         )

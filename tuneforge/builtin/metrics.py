@@ -116,7 +116,7 @@ class ClassFigures:
         num_classes, count = len(self.labels), self._count
         cells = self._sums.get("cells", torch.zeros(num_classes * (num_classes + 1))).cpu().double()
         confusion = cells.view(num_classes, num_classes + 1)[:, :num_classes]  # the last column answers no class
-        support, given, right = cells.view(num_classes, -1).sum(1), confusion.sum(0), confusion.diagonal()
+        support, given, right = cells.view(num_classes, num_classes + 1).sum(1), confusion.sum(0), confusion.diagonal()
         rates = _rates(right, given, support)
         seen = support > 0
         macro = {f"{name}_macro": _mean(values[seen]) for name, values in rates.items()}

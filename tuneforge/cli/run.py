@@ -33,7 +33,7 @@ def _run(**values: Any) -> None:
     screen.say("")
     screen.say(f"done: {result.folder}")
     screen.say(f"next: tuneforge report {result.folder}")
-    screen.say(f"      tuneforge predict {result.folder} IMAGE")
+    screen.say(f"      tuneforge predict {result.folder} FILE")
     if as_json:
         click.echo(json.dumps({"folder": str(result.folder), "report": _read_report(result.folder)}))
 

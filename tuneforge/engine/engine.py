@@ -98,6 +98,7 @@ class Engine:
     ) -> None:
         self._say = say
         self._members: list[tuple[str, Member]] = []
+        self._watchers: list[Member] = []
         singles = {"data": data, "model": model, "step": step, "strategy": strategy}
         uses = {name: self._take(name, asked) for name, asked in singles.items() if asked is not None}
         many = {"adapt": adapt, "evaluate": evaluate, "with": extensions}
@@ -112,10 +113,11 @@ class Engine:
 
     @classmethod
     def of(cls, config: RunConfig, *, say: Callable[[str], None] | None = None, also: Sequence[Any] = ()) -> Engine:
-        """The engine of a configuration, with further live extensions `also`."""
+        """The engine of a configuration; `also` are extensions that only watch, and that no file records."""
         chosen = {name: getattr(config, name) for name in _CHOICES}
-        chosen["extensions"] = (*config.extensions, *also)
-        return cls(**chosen, **config.settings(), say=say)
+        engine = cls(**chosen, extensions=config.extensions, **config.settings(), say=say)
+        engine._watchers = [given.member("extension", each, where="also")[0] for each in also]
+        return engine
 
     def run(self) -> Result:
         """Do it: data, model, steps, report.
@@ -156,7 +158,7 @@ class Engine:
 
     def _start(self, place: RunFolder) -> Run:
         hooks = Hooks()
-        for _, each in self._members:
+        for each in (*(member for _, member in self._members), *self._watchers):
             hooks.add(each)
         hooks.add(Member(_Steps(), "engine", "the engine's own optimizer step"))
         run = Run(

@@ -107,7 +107,7 @@ class Model:
             raise PluginError(f"the model has no module '{self.head}'", why="it was named as the head") from None
 
     def with_head(self, module: nn.Module, **changed: Any) -> Model:
-        """The same model with another module at its head (the network is changed in place), and other fields changed."""
+        """The same model with another module at its head (the network is changed in place)."""
         parent, _, name = self.head.rpartition(".")
         setattr(self.module.get_submodule(parent), name, module)
         return attrs.evolve(self, **changed)

@@ -190,7 +190,7 @@ class _Course:
         if self.phase.patience is not None and since >= self.phase.patience:
             return f"early stop: {self.monitor} has not gained for {since} epoch(s), best {self.best:.4f}"
         if done:
-            return f"all {self.phase.epochs} epochs done" if self.phase.epochs else f"all {self.phase.steps} steps done"
+            return f"{self.phase.epochs} epoch(s) done" if self.phase.epochs else f"{self.phase.steps} step(s) done"
         return ""
 
 

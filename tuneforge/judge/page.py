@@ -299,7 +299,8 @@ def _mistakes(record: _Record) -> dict[str, Any] | None:
         for each in record.mistakes
     ]
     title = "Worst answers" if are_numbers else "Worst mistakes"
-    return {"shown": shown, "title": title, "are_pictures": any(each["picture"] for each in shown)}
+    are_pictures = any(each["picture"] for each in shown)
+    return {"shown": shown, "title": title, "are_numbers": are_numbers, "are_pictures": are_pictures}
 
 
 def _answer_words(answer: Mapping[str, Any]) -> str:

@@ -215,7 +215,8 @@ def _same_distribution(one: str, other: str) -> bool:
 def _import_advice(entry: Entry) -> str:
     if not entry.distribution:
         return "the reference is package.module:Name; the current folder is on the path"
-    return f"reinstall or update it (pip install -U {entry.distribution}), or remove it (pip uninstall {entry.distribution})"
+    name = entry.distribution
+    return f"reinstall or update it (pip install -U {name}), or remove it (pip uninstall {name})"
 
 
 def _checked(found: Any, entry: Entry) -> type:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +15,7 @@ from tuneforge.errors import UsageError
 
 
 def plain(value: Any) -> Any:
-    """Read-only plain data: sequences become tuples, mappings read-only, numpy and torch scalars Python's.
+    """Read-only plain data: sequences become tuples, mappings read-only, paths text, numpy and torch scalars Python's.
 
     Raises:
         TypeError: `value` holds something that is not data, such as a tensor of many elements or a model.
@@ -27,6 +28,8 @@ def plain(value: Any) -> Any:
         return MappingProxyType({plain(key): plain(item) for key, item in value.items()})
     if isinstance(value, (list, tuple)):
         return tuple(plain(item) for item in value)
+    if isinstance(value, PurePath):
+        return str(value)
     if getattr(value, "ndim", None) == 0:
         return plain(value.item())
     raise TypeError(f"{type(value).__name__} is not plain data")
@@ -307,7 +310,7 @@ _KINDS = {cls.__name__: cls for cls in (Use, Phase, Fit, Probe, Blend, Report, R
 
 def to_json(value: Any) -> str:
     """One line of JSON from which `from_json` restores an equal value; equal values give equal text."""
-    return json.dumps(_encode(plain(value)), sort_keys=True, allow_nan=False, ensure_ascii=False)
+    return json.dumps(_encode(plain(value)), sort_keys=True, allow_nan=False)
 
 
 def from_json(text: str) -> Any:

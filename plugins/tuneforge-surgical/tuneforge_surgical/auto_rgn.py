@@ -7,18 +7,21 @@ from typing import Any
 
 from tuneforge import Blend, Brief, Phase, Probe, Step, component, ge, gt, hookimpl, option
 
+UNBOUNDED = 1e4
+"""A relative gradient norm from here on is that of zeros: a probe divides by 1e-12 there. Others seldom exceed 10."""
+
 
 @component(api=1)
 class AutoRGN:
     """Train all layers, and measure before each epoch at which rate each tensor does.
 
-    Auto-RGN (Lee et al. 2023, arXiv 2210.11466, section 4): with g a tensor's gradient and w its value, its relative
+    Auto-RGN (Lee et al. 2023, arXiv 2210.11466): with g a tensor's gradient and w its value, its relative
     gradient norm RGN = |g| / |w|, the mean over a few batches, and its rate in the next epoch lr * RGN / max RGN. What
     the new data pulls at most trains at the full rate, what fits already hardly moves. As in the authors' code: 5
     batches, a constant rate within an epoch, and the best epoch on validation is kept.
 
-    The maximum is over all tensors but biases, and a bias gets at most the full rate: one that has just been started
-    at zero has no scale, and its RGN would bring the rate of everything else to nothing.
+    A tensor that is all zero, as the bias of a new head, has no relative norm: it gets the full rate and does not count
+    for the maximum, else it would bring the rate of everything else to nothing.
     """
 
     epochs: int = option(default=15, help="Epochs, each after a new measurement.", check=ge(1))
@@ -42,11 +45,10 @@ class AutoRGN:
 
 
 def relative_rates(norms: Mapping[str, float]) -> dict[str, float]:
-    """Each tensor's relative gradient norm over the largest of them, from 0 to 1.
+    """Each tensor's relative gradient norm over the largest of them, from 0 to 1; 1 where it is unbounded.
 
     Args:
-        norms: Relative gradient norm by tensor name. Biases do not count for the largest, unless there is nothing else.
+        norms: Relative gradient norm by tensor name.
     """
-    scaled = [norm for name, norm in norms.items() if not name.endswith("bias")]
-    largest = max(scaled or norms.values()) or 1.0  # 0: no gradient anywhere, so nothing moves
-    return {name: min(1.0, norm / largest) for name, norm in norms.items()}
+    largest = max((norm for norm in norms.values() if norm < UNBOUNDED), default=0.0)
+    return {name: min(1.0, norm / (largest or 1.0)) for name, norm in norms.items()}

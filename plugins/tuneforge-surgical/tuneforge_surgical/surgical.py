@@ -13,15 +13,15 @@ class Surgical:
 
     Surgical fine-tuning (Lee et al. 2023, arXiv 2210.11466): minimise the loss over the parameters of one block alone.
     The block follows from what has shifted: the first for inputs (noise, blur, another camera), one in the middle for
-    features (other kinds of the same class), the last, which is the head, for what answers mean. As in the paper, the
-    rate is constant and the best epoch on validation is kept; its rate is the best of 1e-1 to 1e-5.
+    features (other kinds of the same class), the last, which is the head, for what answers mean. As in the authors'
+    code, the rate is constant and the best epoch on validation is kept; 1e-3 is the middle of the rates they search.
 
     A head with fresh rows would give the block nothing to go by: then the head alone trains first, and is frozen after.
     """
 
     block: str | int = option(default="first", help="What is tuned: first, last, or a layer group by name or index.")
     epochs: int = option(default=15, help="Epochs with the block trained.", check=ge(1))
-    head_epochs: int = option(default=3, help="Epochs of the head before, where it has fresh rows.", check=ge(1))
+    head_epochs: int = option(default=5, help="Epochs of the head before, where it has fresh rows.", check=ge(1))
     lr: float = option(default=1e-3, help="Learning rate.", check=gt(0))
     patience: int | None = option(default=None, help="Stop a phase after this many epochs without gain.", check=ge(1))
     restore_best: bool = option(default=True, help="End each phase on the weights of its best epoch.")
