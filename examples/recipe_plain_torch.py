@@ -1,10 +1,9 @@
 """The recipe this project starts from, put right, in plain torch; `recipe_tuneforge.py` is the command for the same.
 
 Mended: (1) ReLU was applied to the logits, which kills every negative one; (2) images were reshaped to rows of 32
-before a convolution that takes (batch, 3, 32, 32); (3) no pretrained weights were loaded, though the work was called
-fine-tuning; (4) ten outputs and no class for the 40 % other characters; (5) it never validated and (6) never called
-eval(); (7) a loop variable had the name of its module; (8) it reported no recall and no F1. Kept: DataLoader, SGD 0.01
-with momentum 0.9, batches of 32, 10 epochs, validation while it trains.
+before a convolution that takes (batch, 3, 32, 32); (3) no pretrained weights were loaded; (4) ten outputs, and no class
+for the 40 % others; (5) it never validated and (6) never called eval(); (7) a loop variable had the name of its module;
+(8) it reported no recall and no F1. Kept: DataLoader, SGD 0.01 with momentum 0.9, batches of 32, 10 epochs.
 """
 
 from types import SimpleNamespace
@@ -41,9 +40,8 @@ def main(epochs: int, per_class: int | None) -> None:
     torch.manual_seed(0)
     data = Digits(per_class=per_class).data_prepare(SimpleNamespace(config=SimpleNamespace(seed=0)))
     network = DigitNet(11)  # (4); its forward ends on the head: (1), (2)
-    weights = {
-        name: tensor.float() for name, tensor in tf.load_tensors(SHIPPED)[0].items() if not name.startswith("head")
-    }
+    shipped, _ = tf.load_tensors(SHIPPED)
+    weights = {name: tensor.float() for name, tensor in shipped.items() if "head" not in name}
     network.load_state_dict(weights, strict=False)  # (3)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     for epoch in range(epochs):

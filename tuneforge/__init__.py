@@ -143,6 +143,9 @@ if TYPE_CHECKING:
         Step as Step,
     )
     from tuneforge.plugin.steps import (
+        Steps as Steps,
+    )
+    from tuneforge.plugin.steps import (
         Use as Use,
     )
     from tuneforge.plugin.steps import (
@@ -185,6 +188,7 @@ _HOMES = {
         "Brief",
         "GroupInfo",
         "Step",
+        "Steps",
         "Answer",
         "Use",
         "use",

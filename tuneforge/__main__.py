@@ -42,8 +42,7 @@ def _report(error: Exception) -> int:
     if isinstance(error, TuneforgeError):
         return _failed("\n".join(error.lines()), error.exit_code)
     if isinstance(error, click.UsageError):
-        hint = f"\n  do:    {error.ctx.command_path} --help" if error.ctx else ""
-        return _failed(error.format_message() + hint, 2)
+        return _failed(error.format_message() + _help_hint(error.ctx), 2)
     if isinstance(error, click.ClickException):
         return _failed(error.format_message(), error.exit_code)
     if isinstance(error, BrokenPipeError):
@@ -54,6 +53,13 @@ def _report(error: Exception) -> int:
         "  do:    run again with --debug for the traceback, and report it",
         1,
     )
+
+
+def _help_hint(ctx: click.Context | None) -> str:
+    if ctx is None:
+        return ""
+    chosen = ctx.meta.get("tuneforge.chosen", ())
+    return "\n  do:    " + " ".join([ctx.command_path, *(f"--{each.key} {each.name}" for each in chosen), "--help"])
 
 
 def _failed(message: str, code: int) -> int:

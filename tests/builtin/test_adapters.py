@@ -61,7 +61,7 @@ def test_a_head_of_the_right_size_whose_names_are_not_known_is_taken_at_its_word
     head = model.module.fc
     adapted = Head().model_adapt(run_of("a", "b"), model)
     assert adapted.module.fc is head
-    assert (adapted.labels, adapted.kept, adapted.changes) == (("a", "b"), (), ())
+    assert (adapted.labels, adapted.kept, adapted.changes) == (("a", "b"), ("a", "b"), ())
 
 
 def test_the_same_names_in_another_order_are_put_in_order() -> None:

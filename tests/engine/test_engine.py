@@ -261,3 +261,34 @@ def test_metrics_of_a_third_party_fit_as_they_are(tune):
 
     figures = tune([tf.Phase("a", epochs=1)], evaluate=["classification", Mine()]).report["splits"]["test"]
     assert figures["single"] == round(figures["accuracy"] * 30)
+
+
+def test_a_blend_of_one_snapshot_goes_back_to_it(tune):
+    net = tiny_net()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    tune([tf.Phase("a", epochs=1), tf.Blend("back", snapshots=["start"])], model=net)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_rate_factors_of_what_does_not_train_are_refused(tune):
+    with pytest.raises(tf.SelectorError, match="nothing trains"):
+        tune([tf.Phase("a", train="head", epochs=1, lr_scales={"first": 0.1})])
+    with pytest.raises(tf.UsageError, match="at least 0"):
+        tf.Phase("a", epochs=1, lr_scales={"head": -1.0})
+
+
+def test_a_clipped_gradient_that_cannot_move_a_tensor_is_no_defect(tune):
+    report = tune(
+        [tf.Phase("a", epochs=1, lr=1e-3)], optimizer=tf.use("sgd"), extensions=[tf.use("grad-clip", norm=1e-30)]
+    )
+    assert len(report.steps[0][1].unmoved) == 10
+
+
+@pytest.mark.parametrize("wrong", [42, tf.Phase, object()])
+def test_what_is_no_strategy_is_refused_with_a_message(tune, wrong):
+    with pytest.raises(tf.UsageError, match="is no strategy"):
+        tune(wrong)
+
+
+def test_a_single_phase_is_a_strategy(tune):
+    assert tune(tf.Phase("a", epochs=1)).steps[0][0].name == "a"

@@ -113,3 +113,15 @@ def test_dropout_after_a_trained_embedding_runs_in_training_mode_though_it_comes
     model = tf.Model.of(Reversed())
     assert trained_modes(model, ["all"])["drop"]
     assert not trained_modes(model, ["head"])["drop"]
+
+
+def test_selectors_with_a_mark_in_front_take_away(model):
+    assert select(model, ["head", "!biases"]) == ["head.weight"]
+    assert select(model, ["!norms", "!head"]) == ["first.0.weight", "first.0.bias", "second.0.weight", "second.0.bias"]
+    with pytest.raises(tf.SelectorError):
+        select(model, ["head", "!all"])
+
+
+def test_two_groups_of_one_name_are_refused():
+    with pytest.raises(tf.PluginError, match="names must differ"):
+        tf.Model(TinyNet(), groups=[tf.Group("a", ["first", "second"]), tf.Group("a", ["head"])], head="head")

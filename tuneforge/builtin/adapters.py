@@ -39,7 +39,8 @@ class Head:
         head = answering(model)
         labels, size = run.data.targets.labels, run.data.targets.size
         if _num_outputs(head) == size and model.labels in ((), labels):
-            return attrs.evolve(model, labels=labels)  # whose names are not known is taken at its word
+            known = model.kept if model.labels else labels  # whose names are not known is taken at its word
+            return attrs.evolve(model, labels=labels, kept=known)
         kept = [name for name in labels if self.keep and name in model.labels]
         rows = {labels.index(name): model.labels.index(name) for name in kept}
         module = resized(head, size, rows, seed=run.config.seed)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import platform
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 
-import tuneforge
 from tuneforge.engine import device, folder, given, story
-from tuneforge.engine.data import Inputs, Split, Targets, tensors_of
 from tuneforge.engine.evaluation import Worst
 from tuneforge.engine.folder import RunFolder, save_tensors, state_of
 from tuneforge.engine.model import Model
@@ -24,16 +18,15 @@ from tuneforge.engine.parts import Parts, part
 from tuneforge.engine.passes import evaluate
 from tuneforge.engine.phase import train
 from tuneforge.engine.probe import probe
+from tuneforge.engine.record import MISTAKES_KEPT, Keeper, describe_model, describe_run, mistakes
 from tuneforge.engine.run import Run
 from tuneforge.engine.solve import Snapshot, blend, fit, snapshot
 from tuneforge.errors import PluginError
-from tuneforge.plugin import registry
-from tuneforge.plugin.config import RunConfig, as_table, resolve
+from tuneforge.plugin.config import RunConfig, resolve
 from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.manager import Hooks, Member, guarded_steps
 from tuneforge.plugin.steps import Answer, Blend, Brief, Fit, Phase, Probe, Step, Use, to_json
 
-MISTAKES_KEPT = 24
 _PAGE = "report-page"
 
 
@@ -169,8 +162,8 @@ class Engine:
             say=self._voice(place),
         )
         run.augments = tuple(part("augment", use) for use in self.config.augment)
-        hooks.add(Member(_Keeper(place), "engine", "the engine's own record"))
-        place.write(folder.RUN, self._description(run))
+        hooks.add(Member(Keeper(place), "engine", "the engine's own record"))
+        place.write(folder.RUN, describe_run(run, self._members))
         place.status("running")
         run.note(f"run: {place.path}")
         return run
@@ -252,47 +245,17 @@ class Engine:
 
         return say
 
-    def _description(self, run: Run) -> dict[str, Any]:
-        return {
-            "tuneforge": tuneforge.__version__,
-            "config": as_table(self.config),
-            "components": [given.recorded(member, group) for group, member in self._members],
-            "environment": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "threads": torch.get_num_threads(),
-                "machine": platform.machine(),
-                "cpu": torch.backends.cpu.get_cpu_capability(),
-                "device": str(run.device.torch),
-                "command": sys.argv,
-            },
-        }
-
 
 class _Steps:
     """The engine's own answer to `optimizer_step`."""
 
     @hookimpl
     def optimizer_step(self, run: Run) -> bool:
-        """Apply the gradients and drop them."""
+        """Note what the gradients are due to move, apply them and drop them."""
+        if run.proof is not None and run.proof.watched:
+            run.proof.observe(run.model, run.optimization.groups())
         run.optimization.step()
         return True
-
-
-class _Keeper:
-    """Writes each epoch's figures, once; times go into a file of their own, so that figures compare to the bit."""
-
-    def __init__(self, place: RunFolder) -> None:
-        self._place = place
-
-    @hookimpl
-    def epoch_ended(self, run: Run) -> None:
-        """Write and say the epoch's numbers."""
-        entry = dict(run.history[-1])
-        run.note(story.of_epoch(entry, run.data.targets.headline))
-        seconds = entry.pop("seconds")
-        self._place.append(folder.METRICS, to_json(entry))
-        self._place.append(folder.TIMINGS, to_json({"epoch": entry["epoch"], "seconds": seconds}))
 
 
 def brief_of(run: Run) -> Brief:
@@ -309,45 +272,6 @@ def brief_of(run: Run) -> Brief:
         monitor_mode=run.data.targets.monitor_mode,
         old_classes=run.model.kept,
     )
-
-
-def describe_model(run: Run) -> dict[str, Any]:
-    """What is needed, beside the configuration and the weights, to use the model without its data."""
-    example = run.data.train.fetch(torch.tensor([0]))
-    return {
-        "head": run.model.head,
-        "labels": list(run.model.labels),
-        "groups": [{"name": info.name, "parameters": info.num_parameters} for info in run.model.group_infos()],
-        "changes": list(run.model.changes),
-        "inputs": _part_record("inputs", run.data.inputs),
-        "targets": _part_record("targets", run.data.targets),
-        "stored": {name: [list(tensor.shape[1:]), str(tensor.dtype)] for name, tensor in tensors_of(example).items()},
-        "fingerprints": {name: split.fingerprint() for name, split in run.data.splits().items()},
-        "notes": list(run.data.notes),
-    }
-
-
-def mistakes(run: Run, split: Split, worst: Worst) -> list[dict[str, Any]]:
-    """The worst mistakes for people: what it was, what the model said, and the input as a picture or a line."""
-    if worst.outputs is None:
-        return []
-    out = []
-    for row, output, wrongness in zip(worst.rows.tolist(), worst.outputs, worst.wrongness.tolist(), strict=True):
-        stored = split.fetch(torch.tensor([row]))
-        sample = {name: tensor[0] for name, tensor in tensors_of(stored).items()}
-        shown = sample.get("", sample)
-        picture = run.data.inputs.picture(shown)
-        out.append(
-            {
-                "id": split.id_of(row),
-                "truth": run.data.targets.truth(split.targets[row]),
-                "answer": run.data.targets.describe(output),
-                "wrongness": wrongness,
-                "picture": base64.b64encode(picture).decode() if picture else None,
-                "text": None if picture else run.data.inputs.text(shown),
-            }
-        )
-    return out
 
 
 _GROUPS = {
@@ -372,6 +296,7 @@ def _checked(step: Any, member: Member) -> Step:
         raise PluginError(
             f"{member.label} asked for {step!r:.80}, which is no step",
             why=f"steps are {', '.join(kind.__name__ for kind in _STEPS)}",
+            fix="yield each step by itself" if isinstance(step, (list, tuple)) else "",
         )
     return step  # type: ignore[no-any-return]  # just checked
 
@@ -387,9 +312,3 @@ def _check_name(step: Step, snapshots: Mapping[str, Snapshot], member: Member) -
 
 def _named(asked: str | Use) -> Use:
     return Use(asked) if isinstance(asked, str) else asked
-
-
-def _part_record(group: str, instance: Inputs | Targets) -> dict[str, Any]:
-    from tuneforge.plugin.component import values_of
-
-    return {"name": registry.entry_for(group, type(instance)).name, "options": values_of(instance)}

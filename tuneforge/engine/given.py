@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -46,6 +47,7 @@ class GivenSteps:
 
     def __init__(self, steps: Iterable[Step] | Callable[[Brief], Iterable[Step]]) -> None:
         self._steps = steps
+        self.name = getattr(steps, "__name__", "a list of steps")
 
     @hookimpl
     def finetune_strategy(self, brief: Brief) -> Iterable[Step]:
@@ -91,28 +93,34 @@ def recorded(each: Member, group: str) -> dict[str, Any]:
 def _instance(group: str, component: Any) -> tuple[Member, Use]:
     entry = registry.entry_for(group, type(component))
     options = plain(values_of(component)) if hasattr(type(component), "__tuneforge_api__") else {}
-    label = f"{registry.NOUNS[group]} {type(component).__name__}"
+    label = f"{registry.NOUNS[group]} {getattr(component, 'name', type(component).__name__)}"
     return Member(component, entry.name, label), Use(entry.name, options)
 
 
 def _wrapped(group: str, asked: Any, where: str) -> Any:
     """An object as something with hook implementations."""
-    if any(hasattr(getattr(type(asked), name, None), "tuneforge_impl") for name in dir(type(asked))):
+    if not isinstance(asked, type) and any(_is_implementation(type(asked), name) for name in dir(type(asked))):
         return asked
     if isinstance(asked, Data):
         return GivenData(asked)
     if isinstance(asked, (nn.Module, Model)) and group == "model_adapt":
         return GivenModel(asked)
-    if group == "finetune_strategy" and (callable(asked) or _are_steps(asked)):
+    if isinstance(asked, (Phase, Fit, Probe, Blend)):
+        asked = [asked]
+    if group == "finetune_strategy" and not isinstance(asked, type) and (callable(asked) or _are_steps(asked)):
         return GivenSteps(asked)
     if group == "data_prepare":
         return _arrays(asked)
     raise UsageError(
-        f"{type(asked).__name__} is no {registry.NOUNS[group]}",
+        f"{asked!r:.80} is no {registry.NOUNS[group]}",
         where=where,
         why="a name, use(...), or an instance with hook implementations is expected",
-        fix="decorate its methods with @hookimpl, or give a name",
+        fix="give an instance of the class" if isinstance(asked, type) else "decorate its methods with @hookimpl",
     )
+
+
+def _is_implementation(cls: type, name: str) -> bool:
+    return hasattr(inspect.getattr_static(cls, name), "tuneforge_impl")
 
 
 def _arrays(asked: Any) -> Any:

@@ -62,7 +62,7 @@ class Model:
         changes: What each adapter changed, a sentence each; printed and stored.
 
     Raises:
-        PluginError: A parameter lies in no group, or in two; or there is no module at `head`.
+        PluginError: A parameter lies in no group, or in two; two groups have one name; there is no module at `head`.
     """
 
     module: nn.Module
@@ -73,6 +73,13 @@ class Model:
     changes: tuple[str, ...] = attrs.field(default=(), converter=_names)
 
     def __attrs_post_init__(self) -> None:
+        names = [group.name for group in self.groups]
+        if len(set(names)) != len(names) or "head" in names[:-1]:
+            raise PluginError(
+                f"layer groups are named {', '.join(names)}",
+                why="names must differ, and 'head' is the name of the last group only",
+                fix="rename the groups",
+            )
         for name, _ in self.module.named_parameters():
             holders = [group.name for group in self.groups if group.holds(name)]
             if len(holders) != 1:
@@ -91,13 +98,14 @@ class Model:
         Args:
             module: The network.
             head: Path of the answering layer; by default the last linear layer in order of registration.
-            labels: Names of the outputs.
+            labels: Names of the outputs; their rows of the head are taken as trained.
 
         Raises:
             PluginError: It has no linear layer, and `head` was not given.
         """
         head = head or _last_linear(module)
-        return cls(module, groups=found_groups(module, head), head=head, labels=tuple(labels))
+        names = tuple(labels)
+        return cls(module, groups=found_groups(module, head), head=head, labels=names, kept=names)
 
     def head_module(self) -> nn.Module:
         """The module that gives the answer."""
@@ -141,17 +149,20 @@ def select(model: Model, selectors: Iterable[str]) -> list[str]:
     Args:
         model: Whose parameters.
         selectors: `"head"`, `"all"`, `"norms"`, `"biases"`, a group's name, `"groups[i]"` or a slice of groups, a
-            module's path, a glob over parameter names, or `"re:..."`.
+            module's path, a glob over parameter names, or `"re:..."`; with `!` in front one takes away.
 
     Raises:
         SelectorError: One of them matches nothing; the message lists near names.
     """
-    chosen: set[str] = set()
-    for selector in selectors:
-        names = _matches(model, selector)
+    listed = list(selectors)
+    chosen: set[str] = set(model.parameters()) if listed and listed[0].startswith("!") else set()
+    for selector in listed:
+        names = _matches(model, selector.removeprefix("!"))
         if not names:
             raise _nothing(model, selector)
-        chosen.update(names)
+        chosen = chosen - set(names) if selector.startswith("!") else chosen | set(names)
+    if not chosen:
+        raise _nothing(model, " and ".join(listed))
     return [name for name in model.parameters() if name in chosen]
 
 

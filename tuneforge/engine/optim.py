@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tuneforge.engine.model import NORMS, Model, select
+from tuneforge.errors import SelectorError
 from tuneforge.plugin.steps import Phase
 
 PEAK = "peak_lr"
@@ -88,10 +89,10 @@ def parameter_groups(model: Model, phase: Phase, trained: list[str], *, weight_d
         Groups of equal rate and equal decay; norms and biases are not decayed.
 
     Raises:
-        SelectorError: A selector of `phase.lr_scales` matches nothing.
+        SelectorError: A selector of `phase.lr_scales` matches nothing that trains.
     """
     decay = weight_decay if phase.weight_decay is None else phase.weight_decay
-    scales = {name: scale for selector, scale in phase.lr_scales.items() for name in select(model, [selector])}
+    scales = _scales(model, phase, trained)
     plain = undecayed(model.module)
     named = model.parameters()
     partition: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -102,6 +103,21 @@ def parameter_groups(model: Model, phase: Phase, trained: list[str], *, weight_d
         {"params": parameters, "lr": rate, PEAK: rate, "weight_decay": decayed}
         for (rate, decayed), parameters in partition.items()
     ]
+
+
+def _scales(model: Model, phase: Phase, trained: list[str]) -> dict[str, float]:
+    scales: dict[str, float] = {}
+    for selector, scale in phase.lr_scales.items():
+        names = [name for name in select(model, [selector]) if name in set(trained)]
+        if not names:
+            raise SelectorError(
+                f"lr_scales names '{selector}', of which nothing trains",
+                where=f"phase '{phase.name}'",
+                why=f"the phase trains {' and '.join(phase.train)}",
+                fix="leave it out, or train it",
+            )
+        scales |= dict.fromkeys(names, scale)
+    return scales
 
 
 def undecayed(module: nn.Module) -> set[str]:

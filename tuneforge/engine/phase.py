@@ -42,7 +42,7 @@ def train(run: Run, phase: Phase, parts: Parts) -> Report:
     course = _Course(phase, *_monitor(run, phase))
     num_batches = math.ceil(len(run.data.train) / run.config.batch_size)
     per_epoch = math.ceil(num_batches / run.config.accumulate)
-    run.phase, run.steps_done, run.progress = phase, 0, 0.0
+    run.phase, run.proof, run.steps_done, run.progress = phase, proof, 0, 0.0
     run.total_steps = phase.steps or per_epoch * (phase.epochs or 0)
     run.hooks.call.phase_started(run=run)
 
@@ -60,7 +60,7 @@ def train(run: Run, phase: Phase, parts: Parts) -> Report:
     if phase.restore_best and course.best_epoch != len(course.history):
         load_state(run.model.module, {**state_of(run.model.module), **course.best_state}, where="best weights")
         run.optimization.forget()
-    run.phase = None
+    run.phase = run.proof = None
     sizes = {name: parameter.numel() for name, parameter in run.model.parameters().items()}
     return Report(
         step=phase.name,
@@ -93,8 +93,6 @@ def _train_epoch(run: Run, draws: _Draws, plan: list[Any], proof: Proof, schedul
         if index % run.config.accumulate and index != last:
             continue
         run.optimization.set_factor(schedule.factor((run.steps_done + 0.5) / run.total_steps))  # the middle of the step
-        if proof.watched:
-            proof.observe(run.model, run.optimization.groups())
         run.hooks.call.optimizer_step(run=run)
         run.device.mark_step()
         run.step += 1
@@ -166,7 +164,8 @@ class _Course:
         Where the phase asks for best weights, those of the best epoch are kept: what trained, and every buffer.
         """
         numbers = single_numbers(figures)
-        if self.monitor not in numbers:
+        watched = self.phase.patience is not None or self.phase.restore_best or self.phase.monitor is not None
+        if watched and self.monitor not in numbers:
             raise UsageError(
                 f"no metric gives the figure '{self.monitor}'",
                 where=f"phase '{self.phase.name}'",
@@ -175,7 +174,7 @@ class _Course:
             )
         self.figures = figures
         self.history.append({"epoch": len(self.history) + 1, "train": {"loss": loss}, "val": numbers})
-        value = numbers[self.monitor]
+        value = numbers.get(self.monitor, math.nan)
         gain = value - self.best if self.mode == "max" else self.best - value
         if self.best_epoch == 0 or gain > self.phase.min_gain or math.isnan(self.best):
             self.best, self.best_epoch, self.best_figures = value, len(self.history), figures

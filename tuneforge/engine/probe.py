@@ -52,7 +52,8 @@ def _gradients(run: Run, step: Probe, parts: Parts) -> dict[Any, float]:
 def _relative(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         return torch.zeros((), device=parameter.device)
-    ratio: Tensor = parameter.grad.norm() / parameter.detach().norm().clamp_min(1e-12)
+    gradient, weight = parameter.grad.norm(), parameter.detach().norm()
+    ratio: Tensor = torch.where(gradient == 0, gradient, gradient / weight)  # of zero weights: infinite
     return ratio
 
 

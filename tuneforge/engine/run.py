@@ -16,6 +16,7 @@ from tuneforge.engine.device import Device
 from tuneforge.engine.model import Model, answer_of, call
 from tuneforge.engine.optim import Optimization
 from tuneforge.engine.order import Noise, Order, key_of
+from tuneforge.engine.proof import Proof
 from tuneforge.errors import PluginError
 from tuneforge.plugin.config import RunConfig
 from tuneforge.plugin.manager import Hooks
@@ -43,6 +44,9 @@ class Run:
         steps_done: Optimizer steps that the phase has taken.
         history: One entry an epoch: step, epoch, phase, rate, training loss and validation figures.
         evaluating: Name of the split under evaluation, or None.
+        optimization: The run's one optimizer.
+        proof: Evidence that the phase gathers, if one trains.
+        augments: Random changes of training inputs.
     """
 
     config: RunConfig
@@ -60,6 +64,7 @@ class Run:
     history: list[dict[str, Any]] = attrs.field(factory=list)
     evaluating: str | None = None
     optimization: Optimization = attrs.field(factory=Optimization)
+    proof: Proof | None = None
     augments: tuple[Any, ...] = ()
     _data: Data | None = None
     _model: Model | None = None

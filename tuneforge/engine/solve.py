@@ -65,7 +65,7 @@ def blend(run: Run, step: Blend, snapshots: Mapping[str, Snapshot]) -> Report:
     candidates = (
         {weight: mixed(chosen[0], chosen[1], weight) for weight in step.weights}
         if len(chosen) == 2
-        else {1 / len(chosen): averaged(chosen)}
+        else {1 / len(chosen): averaged(chosen)}  # of one: itself
     )
     monitor = step.monitor or run.data.targets.monitor
     sign = 1 if run.data.targets.monitor_mode == "max" else -1

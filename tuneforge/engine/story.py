@@ -62,7 +62,8 @@ def of_answer(answer: Answer) -> Iterable[str]:
         return
     assert isinstance(answer, Report)
     yield f"  ended: {answer.reason}"
-    yield f"  proved: {answer.frozen:,} frozen parameters unchanged to the bit, {answer.trained:,} trained"
+    if answer.frozen and answer.trained:
+        yield f"  proved: {answer.frozen:,} frozen parameters unchanged to the bit, {answer.trained:,} trained"
     if answer.unmoved:
         yield f"  warning: never received a gradient worth a move: {shortened(answer.unmoved)}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import PurePath
 from types import MappingProxyType
 from typing import Any
@@ -78,13 +78,14 @@ class Phase:
     """Train what a selector names.
 
     Args:
-        name: Unique within the run; `Blend` and the report refer to it.
-        train: What trains: `"head"`, `"all"`, a layer group, a slice of groups such as `"groups[-2:]"`, a glob over
-            parameter names, or `"re:..."`; several are joined. All else is frozen.
+        name: Unique within the run; `Blend` and the report refer to it. `"start"` is taken.
+        train: What trains: `"head"`, `"all"`, `"norms"`, `"biases"`, a layer group, a slice of groups such as
+            `"groups[-2:]"`, a module's path, a glob over parameter names, or `"re:..."`. Several are joined in order;
+            one with `!` in front takes away. All else is frozen.
         epochs: Passes over the training split; give this or `steps`.
         steps: Optimizer steps, where an epoch is too coarse.
         lr: Peak learning rate, of the group nearest to the answer where `layer_decay` is given.
-        lr_scales: Factors on `lr` by selector; a later one beats an earlier one.
+        lr_scales: Factors on `lr` by selector, at least 0; a later one beats an earlier one.
         layer_decay: Factor on `lr` from each layer group to the one below it, in (0, 1].
         schedule: The course of the rate over this phase; None leaves it to the run.
         optimizer: None goes on with the run's; another name starts a new one.
@@ -122,6 +123,8 @@ class Phase:
         _require(self, (self.epochs or self.steps or 0) >= 1, "epochs or steps must be at least 1")
         _require(self, self.lr > 0, f"lr must be greater than 0, not {self.lr}")
         _require(self, 0 < self.layer_decay <= 1, f"layer_decay must lie in (0, 1], not {self.layer_decay}")
+        finite = all(math.isfinite(scale) and scale >= 0 for scale in self.lr_scales.values())
+        _require(self, finite, f"lr_scales must be numbers of at least 0, not {dict(self.lr_scales)}")
         _require(self, self.norms in ("still", "moving"), f"norms must be 'still' or 'moving', not {self.norms!r}")
 
 
@@ -171,11 +174,12 @@ class Probe:
 class Blend:
     """Interpolate between named snapshots of the weights and keep the best on validation (WiSE-FT, soups).
 
+    With one snapshot this goes back to it.
+
     Args:
         name: Unique within the run.
         snapshots: `"start"`, or the name of an earlier step: its weights at its end.
-        weights: Candidate weights of the last snapshot against the first (two snapshots); with more, their mean is
-            taken and this is ignored.
+        weights: With two snapshots, candidate weights of the last one; of any other number the mean is taken.
         monitor: The validation figure that picks, or None for the targets' own.
     """
 
@@ -187,11 +191,13 @@ class Blend:
     monitor: str | None = attrs.field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
-        _require(self, len(self.snapshots) >= 2, "name at least two snapshots")
+        _require(self, len(self.snapshots) >= 1, "name at least one snapshot")
         _require(self, bool(self.weights), "give at least one weight")
 
 
 Step = Phase | Fit | Probe | Blend
+Steps = Generator[Step, Any, None]
+"""The type of a strategy that is a generator: it yields steps, and each `yield` returns the step's answer."""
 
 
 @attrs.frozen
