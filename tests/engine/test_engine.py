@@ -281,7 +281,7 @@ def test_a_clipped_gradient_that_cannot_move_a_tensor_is_no_defect(tune):
     report = tune(
         [tf.Phase("a", epochs=1, lr=1e-3)], optimizer=tf.use("sgd"), extensions=[tf.use("grad-clip", norm=1e-30)]
     )
-    assert len(report.steps[0][1].unmoved) == 10
+    assert "first.0.weight" in report.steps[0][1].unmoved
 
 
 @pytest.mark.parametrize("wrong", [42, tf.Phase, object()])
