@@ -35,9 +35,8 @@ def main(runs: int) -> None:
     click.echo(f"{runs} interleaved runs, {os.cpu_count()} cores, Python {platform.python_version()}")
     for name, times in seconds.items():
         median = statistics.median(times)
-        click.echo(
-            f"{name:38} {1000 * median:6.0f} ms  [{1000 * min(times):.0f} .. {1000 * max(times):.0f}]  {median / base:.2f} x"
-        )
+        spread = f"[{1000 * min(times):.0f} .. {1000 * max(times):.0f}]"
+        click.echo(f"{name:38} {1000 * median:6.0f} ms  {spread}  {median / base:.2f} x")
 
 
 if __name__ == "__main__":
