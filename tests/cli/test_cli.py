@@ -234,3 +234,13 @@ def test_a_folder_that_holds_no_run_exits_73(run, tmp_path):
 def test_names_of_groups_have_flags_and_nouns():
     assert set(registry.NOUNS) == set(registry.GROUPS)
     assert set(registry.FLAGS) <= set(registry.GROUPS)
+
+
+def test_options_of_local_extensions_are_keyed_by_the_class_name(run, plant):
+    source = LOCAL.replace("Mine", "StayNear").replace("finetune_strategy(self)", "phase_started(self, run)")
+    plant("unrelated", {}, near_mod=source)
+    _, out, _ = run("run", "--with", "near_mod:StayNear", "--help")
+    assert "--stay-near.epochs INTEGER" in out
+    code, toml, err = run("run", "--with", "near_mod:StayNear", "--stay-near.epochs", "7", "--print-config")
+    assert code == 0, err
+    assert "epochs = 7" in toml

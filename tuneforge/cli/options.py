@@ -15,6 +15,7 @@ from tuneforge.plugin import registry
 from tuneforge.plugin.component import Option, options_of, type_text
 from tuneforge.plugin.config import REPEATABLE, SINGLE, Settings, default_name, merged, read_file, resolve
 from tuneforge.plugin.config import RunConfig as RunConfig
+from tuneforge.plugin.names import kebab
 
 SHORT_FORMS = ("epochs", "lr")
 _PICKS = {**SINGLE, **REPEATABLE}
@@ -222,7 +223,7 @@ def _chosen(args: list[str], file: Mapping[str, Any], picks: list[str]) -> Itera
         if key in REPEATABLE:
             for name in dict.fromkeys([*(str(entry.get("name")) for entry in in_file), *named]):
                 given = next((entry for entry in in_file if entry.get("name") == name), {})
-                yield Chosen(key, name, name, _without_name(given))
+                yield Chosen(key, name, _prefix(name), _without_name(given))
             continue
         given = in_file[0] if in_file else {}
         dotted = any(arg.startswith(f"--{key}.") for arg in args)
@@ -231,6 +232,11 @@ def _chosen(args: list[str], file: Mapping[str, Any], picks: list[str]) -> Itera
         if found:
             same = given.get("name", default_name(key)) == found
             yield Chosen(key, str(found), key, _without_name(given) if same else {})
+
+
+def _prefix(reference: str) -> str:
+    """`ema` for `ema` and `some-package/ema`, `stay-near` for `local_module:StayNear`."""
+    return kebab(reference.rpartition(":")[2]) if ":" in reference else reference.rpartition("/")[2]
 
 
 def _values_of(args: list[str], flag: str) -> Iterator[str]:
