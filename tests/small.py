@@ -44,3 +44,21 @@ def tiny_net(seed: int = 0) -> TinyNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return TinyNet()
+
+
+class Double(nn.Module):
+    """What `Doubles` puts around a head's input."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs * 2
+
+
+@tf.component(api=1)
+class Doubles:
+    """An extension that changes the model's shape in a wrapper, and no weight."""
+
+    @tf.hookimpl(wrapper=True)
+    def model_adapt(self, run: tf.Run):
+        model = yield
+        inside = nn.Sequential(Double(), model.head_module())
+        return model.with_head(inside, head=f"{model.head}.1")

@@ -1,5 +1,6 @@
 import json
 
+import attrs
 import pytest
 import torch
 from small import tiny_data, tiny_net
@@ -292,3 +293,279 @@ def test_what_is_no_strategy_is_refused_with_a_message(tune, wrong):
 
 def test_a_single_phase_is_a_strategy(tune):
     assert tune(tf.Phase("a", epochs=1)).steps[0][0].name == "a"
+
+
+class Linear(torch.nn.Module):
+    """One layer, so that a step can be computed by hand: (batch, 8) -> (batch, 3)."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Identity()
+        self.head = torch.nn.Linear(8, 3)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+
+    def forward(self, inputs):
+        return self.head(self.body(inputs))
+
+
+def test_accumulated_batches_move_as_one_large_batch_does_also_where_the_last_group_is_smaller(tune):
+    phase = [tf.Phase("a", steps=1, lr=0.1)]
+    moved = []
+    for given in ({"batch_size": 96}, {"batch_size": 32, "accumulate": 100}, {"batch_size": 20, "accumulate": 5}):
+        net = Linear()
+        tune(phase, model=net, optimizer=tf.use("sgd", momentum=0.0), **given)
+        moved.append(net.head.weight.detach().clone())
+    assert moved[0].abs().max() > 0
+    assert torch.allclose(moved[0], moved[1], atol=1e-7)
+    assert torch.allclose(moved[0], moved[2], atol=1e-7)
+
+
+def test_batches_of_one_step_get_noise_of_their_own(tune):
+    seen = []
+
+    class Watches:
+        @tf.hookimpl(wrapper=True)
+        def train_step(self):
+            seen.append(torch.rand(1).item())
+            result = yield
+            return result
+
+    tune([tf.Phase("a", steps=1)], accumulate=3, extensions=[Watches()])
+    assert len(set(seen)) == 3
+
+
+def test_a_blend_on_the_loss_takes_the_least_and_a_nan_never_wins(tune):
+    phase = tf.Phase("a", epochs=3, lr=0.01)
+    mix = tune([phase, tf.Blend("mix", snapshots=["start", "a"], monitor="loss")]).steps[1][1]
+    assert mix.val["loss"] == min(entry["val"]["loss"] for entry in mix.history)
+
+    class Odd:
+        def __init__(self, values):
+            self.values = values
+
+        @tf.hookimpl
+        def evaluate(self, run):
+            return self
+
+        def update(self, outputs, targets):
+            pass
+
+        def compute(self):
+            return {"odd": next(self.values)}
+
+    values = iter([1.0, float("nan"), 0.5, 0.5, 0.5])
+    blend = tf.Blend("mix", snapshots=["start", "a"], weights=[0.0, 1.0], monitor="odd", monitor_mode="max")
+    chosen = tune([tf.Phase("a", epochs=1), blend], evaluate=["classification", Odd(values)]).steps[1][1].chosen
+    assert chosen["weight"] == 1.0
+
+
+def test_a_figure_whose_direction_nobody_knows_must_be_declared(tune):
+    with pytest.raises(tf.UsageError, match="monitor_mode"):
+        tune([tf.Phase("a", epochs=1, monitor="perplexity")])
+
+
+def test_infinite_masks_survive_a_blend():
+    from tuneforge.engine.solve import averaged, mixed
+
+    mask = {"mask": torch.tensor([0.0, -torch.inf]), "weight": torch.tensor([1.0, 2.0])}
+    other = {"mask": mask["mask"].clone(), "weight": torch.tensor([3.0, 2.0])}
+    for state in (mixed(mask, other, 0.5), averaged([mask, other])):
+        assert state["mask"].tolist() == [0.0, -torch.inf]
+        assert state["weight"].tolist() == [2.0, 2.0]
+
+
+def test_what_came_frozen_stays_frozen_and_flags_are_as_they_came(tune):
+    net = tiny_net()
+    net.first[0].weight.requires_grad_(False)
+    before = net.first[0].weight.clone()
+    result = tune([tf.Phase("all", epochs=1), tf.Phase("head", train="head", epochs=1)], model=net)
+    assert torch.equal(net.first[0].weight, before)
+    assert [name for name, each in net.named_parameters() if not each.requires_grad] == ["first.0.weight"]
+    assert "came frozen" in result.model.changes[0]
+
+
+def test_the_callers_random_generator_is_left_as_it_was(tune):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    tune([tf.Phase("a", epochs=1)])
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_an_engine_runs_once(tmp_path):
+    engine = tf.Engine(
+        data=tiny_data(), model=tiny_net(), strategy=tf.Phase("a", epochs=1), page=False, out=tmp_path / "a"
+    )
+    engine.run()
+    with pytest.raises(tf.UsageError, match="runs once"):
+        engine.run()
+
+
+def test_fresh_weights_of_any_builder_follow_from_the_seed(tune):
+    class Builds:
+        @tf.hookimpl
+        def model_adapt(self):
+            from small import TinyNet
+
+            return tf.Model.of(TinyNet())
+
+    one, two, other = (tune([tf.Phase("a", epochs=1)], model=Builds(), seed=seed) for seed in (1, 1, 2))
+    assert weights(one) == weights(two)
+    assert weights(one) != weights(other)
+
+
+def test_the_same_extension_twice_is_refused(tune):
+    with pytest.raises(tf.UsageError, match="named twice"):
+        tune([tf.Phase("a", epochs=1)], extensions=[tf.use("ema", decay=0.5), tf.use("ema", decay=0.9)])
+
+
+def test_a_method_that_is_only_named_like_a_hook_is_refused(tune):
+    class Forgot:
+        @tf.hookimpl
+        def phase_started(self, run):
+            pass
+
+        def epoch_ended(self, run):
+            pass
+
+    with pytest.raises(tf.PluginLoadError, match="no @hookimpl"):
+        tune([tf.Phase("a", epochs=1)], extensions=[Forgot()])
+
+
+def test_a_component_must_answer_the_hook_it_is_chosen_for(tune):
+    with pytest.raises(tf.UsageError, match="does not implement train_step"):
+        tune([tf.Phase("a", epochs=1)], step=_clipper())
+
+
+def _clipper():
+    from tuneforge.builtin.extensions import GradClip
+
+    return GradClip()
+
+
+def test_an_object_that_hides_a_generator_is_answered(tune):
+    heard = []
+
+    class Plan:
+        def __iter__(self):
+            heard.append((yield tf.Phase("a", epochs=1)))
+
+    tune(lambda brief: Plan())
+    assert heard[0].step == "a"
+
+
+def test_a_head_that_does_not_answer_is_found_before_training(tune):
+    class Aux(Linear):
+        def __init__(self):
+            super().__init__()
+            self.late = torch.nn.Linear(8, 5)
+
+    with pytest.raises(tf.PluginError, match="the head 'late' does not give the answer"):
+        tune([tf.Phase("a", epochs=1)], model=tf.Model.of(Aux(), head="late"), adapt=[KeepHead()])
+
+
+class KeepHead:
+    @tf.hookimpl
+    def model_adapt(self, model):
+        return model
+
+
+def test_a_model_that_cannot_take_the_data_is_found_before_training(tune):
+    with pytest.raises(tf.PluginError, match="cannot take the data"):
+        tune([tf.Phase("a", epochs=1)], model=torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 3)))
+
+
+def test_a_model_that_flattens_with_view_runs_without_channels_last(tmp_path):
+    class Viewer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(2, 4, 3, padding=1)
+            self.head = torch.nn.Linear(64, 2)
+
+        def forward(self, images):
+            return self.head(self.conv(images).view(len(images), -1))
+
+    images, labels = torch.randn(40, 2, 4, 4), torch.arange(40) % 2
+    said = []
+    tf.Engine(
+        data=(images, labels), model=Viewer(), strategy=tf.Phase("a", epochs=1), say=said.append, out=tmp_path / "r"
+    ).run()
+    assert [line for line in said if "channels-last is off" in line]
+
+
+def test_sgd_goes_on_over_a_thawing(tune):
+    steps = [tf.Phase("head", train="head", epochs=1), tf.Phase("all", epochs=1)]
+    assert tune(steps, optimizer="sgd").steps[1][1].frozen == 0
+
+
+def test_one_sample_left_over_joins_the_batch_before(tune):
+    from small import blobs
+
+    data = attrs.evolve(tiny_data(), train=blobs(97, seed=1))
+    assert tune([tf.Phase("a", epochs=1)], data=data).steps[0][1].steps == 6
+
+
+def test_a_model_that_keeps_tensors_from_evaluation_can_train_on(tune):
+    class Caches(Linear):
+        kept = None
+
+        def forward(self, inputs):
+            if self.kept is None or len(self.kept) != len(inputs):
+                self.kept = torch.ones(len(inputs), 1)
+            return super().forward(inputs * self.kept)
+
+    tune([tf.Phase("a", epochs=2)], model=Caches(), batch_size=16, eval_batch_size=16)
+
+
+def test_a_module_that_merges_for_evaluation_is_told_to_train_again(tune):
+    class Merges(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(8, 3)
+            self.calls = []
+
+        def train(self, mode=True):
+            self.calls.append(mode)
+            return super().train(mode)
+
+    net = Linear()
+    net.head = Merges()
+    tune([tf.Phase("a", epochs=2)], model=net)
+    assert net.head.calls[-1] is False
+    assert net.head.calls.count(True) >= 2
+
+
+def test_a_step_that_returns_only_the_loss_is_named(tune):
+    class Bare:
+        @tf.hookimpl
+        def train_step(self, run, batch):
+            return run.forward(batch.inputs).sum()
+
+    with pytest.raises(tf.PluginError, match="scalar loss and the outputs"):
+        tune([tf.Phase("a", epochs=1)], step=Bare())
+
+
+def test_load_rebuilds_what_an_extension_did_to_the_model(tmp_path):
+    result = tf.Engine(
+        data=tf.use("digits", per_class=2, other_share=0.0), strategy=tf.Phase("a", steps=1), page=False,
+        extensions=["small:Doubles"], out=tmp_path / "r",
+    ).run()  # fmt: skip
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(tf.load(result.folder).model.module(images), result.model.module.eval()(images))
+
+
+def test_an_error_after_the_report_leaves_the_run_done(tune, tmp_path):
+    class Fails:
+        @tf.hookimpl
+        def run_ended(self):
+            raise ValueError("page")
+
+    with pytest.raises(tf.PluginError):
+        tune([tf.Phase("a", epochs=1)], extensions=[Fails()])
+    assert json.loads((tmp_path / "run0" / "status.json").read_text())["state"] == "done"
+
+
+def test_no_step_at_all_is_said(tmp_path):
+    said = []
+    tf.Engine(data=tiny_data(), model=tiny_net(), strategy=[], say=said.append, page=False, out=tmp_path / "r").run()
+    assert [line for line in said if "nothing was trained" in line]

@@ -77,10 +77,14 @@ class EMA:
         run.state(self).clear()
 
     def _swap(self, run: Run) -> None:
-        average = run.state(self)["average"]
+        import torch
+
         named = run.model.parameters()
-        for name in average:
-            average[name], named[name].data = named[name].data, average[name]
+        with torch.no_grad():
+            for name, average in run.state(self)["average"].items():
+                live = named[name].clone()
+                named[name].copy_(average)
+                average.copy_(live)
 
 
 @component(api=1)

@@ -55,7 +55,8 @@ class SGD:
         import torch
 
         arguments = {"momentum": self.momentum, "nesterov": self.nesterov, "weight_decay": self.weight_decay}
-        return _made(torch.optim.SGD, groups, arguments, fused=fused)
+        # The fused kernel cannot mix tensors with and without a momentum in one group, as a thawed layer makes them.
+        return _made(torch.optim.SGD, groups, arguments, fused=fused and not self.momentum)
 
 
 @component(api=1)

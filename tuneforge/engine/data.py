@@ -113,7 +113,7 @@ class Split:
         """SHA-256 over stored inputs and targets where they are in memory, else over ids and targets."""
         digest = hashlib.sha256()
         tensors = tensors_of(self.source.inputs) if isinstance(self.source, Stored) else {}
-        for name, tensor in {**tensors, "targets": self.targets}.items():
+        for name, tensor in {**{f"input {name}": each for name, each in tensors.items()}, "": self.targets}.items():
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         for row in range(len(self) if not tensors else 0):
@@ -284,10 +284,25 @@ def batches(
             yield finish(chosen, split.fetch(chosen))
         return
     loader = torch.utils.data.DataLoader(
-        _Fetcher(split), sampler=list(rows), batch_size=None, num_workers=workers, prefetch_factor=2
+        _Fetcher(split),
+        sampler=_Rows(rows),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=2,
+        generator=torch.Generator().manual_seed(0),  # else starting it would draw from the global one
     )
     for chosen, stored in loader:
         yield finish(chosen, stored)
+
+
+class _Rows(torch.utils.data.Sampler[Tensor]):
+    """The rows of each batch, asked for one batch at a time."""
+
+    def __init__(self, rows: Iterator[Tensor]) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self._rows
 
 
 @attrs.frozen(eq=False)
@@ -298,13 +313,27 @@ class _Fetcher(torch.utils.data.Dataset[Any]):
         return rows, self.split.fetch(rows)
 
 
+def batch_sizes(size: int, batch_size: int) -> list[int]:
+    """Samples of each batch of an epoch: all equal, then what is left; one sample left over joins the batch before.
+
+    A batch of one has no batch statistics, so a norm could not train on it.
+    """
+    whole, left = divmod(size, batch_size)
+    if left == 1 and whole and batch_size > 1:
+        return [batch_size] * (whole - 1) + [batch_size + 1]
+    return [batch_size] * whole + [left] * (left > 0)
+
+
 def in_turn(size: int, batch_size: int) -> Iterator[Tensor]:
     """All rows once, in order, in batches."""
     return iter(torch.split(torch.arange(size), batch_size))
 
 
 def in_order(order: Order, batch_size: int, *, start: int = 0) -> Iterator[Tensor]:
-    """The rows of an epoch from batch `start` on; positions are asked in blocks, so no list is held."""
-    block = 4096 * batch_size
-    for begin in range(start * batch_size, order.size, block):
-        yield from torch.split(order.rows(begin, min(begin + block, order.size)), batch_size)
+    """The rows of an epoch from batch `start` on; positions are asked in blocks, so no list of samples is held."""
+    sizes = batch_sizes(order.size, batch_size)[start:]
+    position = start * batch_size
+    for first in range(0, len(sizes), 4096):
+        block = sizes[first : first + 4096]
+        yield from torch.split(order.rows(position, position + sum(block)), block)
+        position += sum(block)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import torch
 
 from tuneforge.engine import device, folder, given, story
 from tuneforge.engine.evaluation import Worst
@@ -21,7 +22,7 @@ from tuneforge.engine.probe import probe
 from tuneforge.engine.record import MISTAKES_KEPT, Keeper, describe_model, describe_run, mistakes
 from tuneforge.engine.run import Run
 from tuneforge.engine.solve import Snapshot, blend, fit, snapshot
-from tuneforge.errors import PluginError
+from tuneforge.errors import PluginError, UsageError
 from tuneforge.plugin.config import RunConfig, resolve
 from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.manager import Hooks, Member, guarded_steps
@@ -92,13 +93,15 @@ class Engine:
         self._say = say
         self._members: list[tuple[str, Member]] = []
         self._watchers: list[Member] = []
+        self._ran = False
         singles = {"data": data, "model": model, "step": step, "strategy": strategy}
         uses = {name: self._take(name, asked) for name, asked in singles.items() if asked is not None}
         many = {"adapt": adapt, "evaluate": evaluate, "with": extensions}
-        lists = {name: [self._take(name, asked) for asked in asked_all] for name, asked_all in many.items()}
+        lists = {name: [self._take(name, asked) for asked in _listed(asked_all)] for name, asked_all in many.items()}
         parts = {"schedule": schedule, "optimizer": optimizer}
         uses |= {name: _named(asked) for name, asked in parts.items() if asked is not None}
-        lists["augment"] = [_named(asked) for asked in augment]
+        lists["augment"] = [_named(asked) for asked in _listed(augment)]
+        _refuse_twice([member for group, member in self._members if group == "extension"])
         self.config: RunConfig = resolve({**settings, **uses, **lists}, where="Engine")
         if self.config.page and not any(use.name == _PAGE for use in self.config.extensions):
             self._take("with", _PAGE)
@@ -118,16 +121,21 @@ class Engine:
         Raises:
             TuneforgeError: Something went wrong; the folder keeps what was written, the log and the reason.
         """
-        with RunFolder(self.config.out) as place:
+        if self._ran:
+            raise UsageError(
+                "an Engine runs once",
+                why="its model is tuned now, so a second run would not be the same",
+                fix="make another Engine, with a fresh model",
+            )
+        self._ran = True
+        with RunFolder(self.config.out) as place, torch.random.fork_rng(devices=[]):
             try:
-                result = self._run(place)
+                return self._run(place)
             except BaseException as error:
                 place.append(folder.LOG, traceback.format_exc())
-                state = "failed" if isinstance(error, Exception) else "stopped"
-                place.status(state, reason=str(error) or type(error).__name__)
+                ended = "failed" if isinstance(error, Exception) else "stopped"
+                place.status("done" if place.state == "done" else ended, reason=str(error) or type(error).__name__)
                 raise
-            place.status("done")
-            return result
 
     def _run(self, place: RunFolder) -> Result:
         run = self._start(place)
@@ -139,13 +147,19 @@ class Engine:
             run.note(line)
 
         self._fill_in(run)
-        run.take_model(run.hooks.call.model_adapt(run=run, model=None))
+        run.reseed()  # so that fresh weights follow from the seed
+        run.take_model(_with_fixed(run.hooks.call.model_adapt(run=run, model=None)))
         for line in story.of_model(run.model):
             run.note(line)
         place.write(folder.MODEL, describe_model(run))
 
         done = list(self._converse(run, place))
+        for name, parameter in run.model.parameters().items():
+            parameter.requires_grad_(name not in run.model.fixed)  # as it came
+        if not done:
+            run.note("note: the strategy asked for no step, so nothing was trained")
         report = self._report(run, place, done)
+        place.status("done")
         run.hooks.call.run_ended(run=run)
         return Result(place.path, report, run.model, tuple(done))
 
@@ -265,7 +279,7 @@ def brief_of(run: Run) -> Brief:
         classes=run.data.targets.labels,
         num_train=len(run.data.train),
         num_val=len(run.data.val),
-        batch_size=run.config.batch_size,
+        batch_size=run.config.batch_size * run.config.accumulate,
         device=run.device.torch.type,
         seed=run.config.seed,
         monitor=run.data.targets.monitor,
@@ -308,6 +322,32 @@ def _check_name(step: Step, snapshots: Mapping[str, Snapshot], member: Member) -
             why="a step's name is how reports and Blend refer to it; 'start' is taken",
             fix="give each step its own name",
         )
+
+
+def _listed(asked: Any) -> Sequence[Any]:
+    """A list of what was asked: one thing may stand for a list of it, and None for none."""
+    return asked if isinstance(asked, (list, tuple)) else [] if asked is None else [asked]
+
+
+def _refuse_twice(extensions: list[Member]) -> None:
+    kinds = [type(member.component) for member in extensions]
+    for member in extensions:
+        if kinds.count(type(member.component)) > 1:
+            raise UsageError(
+                f"{member.label} is named twice",
+                where="--with",
+                why="the two would undo or double one another's work",
+                fix="name it once",
+            )
+
+
+def _with_fixed(model: Model) -> Model:
+    """The model, with what came frozen marked as never training."""
+    fixed = [name for name, parameter in model.parameters().items() if not parameter.requires_grad]
+    if not fixed:
+        return model
+    sentence = f"{len(fixed)} parameter tensor(s) came frozen and stay so: {story.shortened(fixed, 4)}"
+    return model.changed(sentence, fixed=fixed)
 
 
 def _named(asked: str | Use) -> Use:

@@ -9,7 +9,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.errors import PluginError
+from tuneforge.engine.data import Targets
+from tuneforge.errors import PluginError, UsageError
 from tuneforge.plugin.names import kebab
 
 
@@ -84,6 +85,36 @@ def single_numbers(figures: Mapping[str, Any]) -> dict[str, float]:
         for name, value in figures.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
+
+
+def watched(targets: Targets, figure: str | None, mode: str | None) -> tuple[str, float]:
+    """The figure that decides, and a sign that makes more of it better.
+
+    Args:
+        targets: Whose own figure is taken where none is named.
+        figure: As a step names it.
+        mode: As a step declares it, `"max"` or `"min"`.
+
+    Raises:
+        UsageError: Nobody has said whether more of it is better.
+    """
+    name = figure or targets.monitor
+    known = targets.monitor_mode if name == targets.monitor else _KNOWN.get(name.removesuffix("_macro"))
+    if mode is None and known is None:
+        raise UsageError(
+            f"is more of '{name}' better, or less?",
+            where="monitor",
+            why="a step watches it, and tuneforge does not know the figure",
+            fix='give the step monitor_mode="max" or monitor_mode="min"',
+        )
+    return name, 1.0 if (mode or known) == "max" else -1.0
+
+
+_KNOWN = {
+    **dict.fromkeys(("accuracy", "precision", "recall", "f1", "recall_min", "exact_match", "r2"), "max"),
+    **dict.fromkeys(("precision_weighted", "recall_weighted", "f1_weighted", "f1_micro"), "max"),
+    **dict.fromkeys(("loss", "mae", "mse", "rmse", "ece", "hamming"), "min"),
+}
 
 
 @attrs.define(eq=False)

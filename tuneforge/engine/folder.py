@@ -174,6 +174,7 @@ class RunFolder:
         self.path = path if path is not None else _fresh_path()
         self._files: dict[str, IO[str]] = {}
         self._lock: IO[str] | None = None
+        self.state = ""
 
     def __enter__(self) -> RunFolder:
         try:
@@ -220,6 +221,7 @@ class RunFolder:
 
     def status(self, state: str, **details: Any) -> None:
         """Say how the run stands: `running`, `done` or `failed`, with the reason."""
+        self.state = state
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self.write(STATUS, {"state": state, "pid": os.getpid(), "time": now, **details})
 

@@ -10,11 +10,11 @@ from torch import nn
 
 from tuneforge.engine.data import Data
 from tuneforge.engine.model import Model
-from tuneforge.errors import UsageError
+from tuneforge.errors import FolderError, UsageError
 from tuneforge.plugin import registry
 from tuneforge.plugin.component import build, values_of
 from tuneforge.plugin.hookspecs import hookimpl
-from tuneforge.plugin.manager import Member
+from tuneforge.plugin.manager import Member, check_hooks
 from tuneforge.plugin.steps import Blend, Brief, Fit, Phase, Probe, Step, Use, plain
 
 
@@ -72,10 +72,38 @@ def member(group: str, asked: Any, *, where: str) -> tuple[Member, Use]:
         asked = Use(asked)
     if isinstance(asked, Use):
         entry = registry.find(group, asked.name, where=where)
+        _refuse_given(entry.target)
         component = build(registry.load(entry), asked.options, where=where)
         options = plain(values_of(component))
-        return Member(component, entry.name, registry.describe(entry)), Use(entry.name, options)
-    return _instance(group, _wrapped(group, asked, where))
+        found = Member(component, entry.name, registry.describe(entry))
+        _require_hook(found, group, where)
+        return found, Use(entry.name, options)
+    found, use = _instance(group, _wrapped(group, asked, where))
+    _require_hook(found, group, where)
+    return found, use
+
+
+def _require_hook(found: Member, group: str, where: str) -> None:
+    """What is chosen for a hook must answer it; an extension may implement anything."""
+    hooks = {hook for _, hook, _ in check_hooks(type(found.component), found.label)}
+    if group != "extension" and group not in hooks:
+        raise UsageError(
+            f"{found.label} does not implement {group}",
+            where=where,
+            why=f"it implements {', '.join(sorted(hooks)) or 'no hook'}",
+            fix="name it with --with, or name another component here",
+        )
+
+
+def _refuse_given(target: str) -> None:
+    """A run that was given objects cannot be built from its folder alone."""
+    if target.startswith(f"{__name__}:"):
+        raise FolderError(
+            "the run was given this part as a Python object",
+            where=target.rpartition(":")[2],
+            why="a folder holds names and options, not objects",
+            fix="give the object again: load(path, model=module), evaluate(path, data=...)",
+        )
 
 
 def recorded(each: Member, group: str) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class Model:
         labels: Names of the outputs as the weights know them; empty where they have none.
         kept: Those of `labels` whose head rows came with the weights; the others start fresh.
         changes: What each adapter changed, a sentence each; printed and stored.
+        fixed: Parameters that never train, whatever a selector says.
 
     Raises:
         PluginError: A parameter lies in no group, or in two; two groups have one name; there is no module at `head`.
@@ -71,6 +72,7 @@ class Model:
     labels: tuple[str, ...] = attrs.field(default=(), converter=_names)
     kept: tuple[str, ...] = attrs.field(default=(), converter=_names)
     changes: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    fixed: tuple[str, ...] = attrs.field(default=(), converter=_names)
 
     def __attrs_post_init__(self) -> None:
         names = [group.name for group in self.groups]
@@ -161,6 +163,7 @@ def select(model: Model, selectors: Iterable[str]) -> list[str]:
         if not names:
             raise _nothing(model, selector)
         chosen = chosen - set(names) if selector.startswith("!") else chosen | set(names)
+    chosen -= set(model.fixed)
     if not chosen:
         raise _nothing(model, " and ".join(listed))
     return [name for name in model.parameters() if name in chosen]
@@ -187,14 +190,36 @@ def modes(model: Model, example: Any, *, norms: str) -> list[tuple[nn.Module, bo
         norms: The phase's policy, `"still"` or `"moving"`.
     """
     reached = _reached(model, example)
-    return [(module, _trains(module, reached, norms)) for module in model.module.modules()]
+    parents = {child: parent for parent in model.module.modules() for child in parent.children()}
+    return [(module, _trains(module, reached, parents, norms)) for module in model.module.modules()]
 
 
 def set_modes(plan: list[tuple[nn.Module, bool]]) -> None:
-    """Put each module into its mode; a module already there costs one comparison."""
+    """Put each module into its mode; a module already there costs one comparison.
+
+    A module with a `train` of its own (one that merges weights for evaluation, say) is told through it; its children
+    come later in the plan.
+    """
     for module, training in plan:
         if module.training is not training:
-            module.training = training
+            if type(module).train is nn.Module.train:
+                module.training = training
+            else:
+                module.train(training)
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name, those that are never saved included; a shared one once."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def put_back(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy tensors of a `whole_state` back, in place."""
+    own = whole_state(module)
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
 
 
 def call(module: nn.Module, inputs: Any) -> Any:
@@ -212,13 +237,74 @@ def answer_of(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
+def works(model: Model, example: Any) -> bool:
+    """True where the module takes ready inputs without an error; nothing is changed."""
+    try:
+        _look(model, example)
+    except Exception:  # noqa: BLE001 - whatever a module raises, the answer is no; `check_answer` shows it
+        return False
+    return True
+
+
+def check_answer(model: Model, example: Any) -> None:
+    """See that the module takes the data and that its head gives the answer.
+
+    Raises:
+        PluginError: It does not; the message says which.
+    """
+    name = type(model.module).__name__
+    try:
+        output, heads = _look(model, example)
+    except Exception as error:
+        raise PluginError(
+            f"{name} cannot take the data",
+            where=f"inputs {shape_text(example)}",
+            why=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            fix="choose a model, adapters or data options that fit one another",
+        ) from error
+    if not isinstance(output, Tensor):
+        raise PluginError(
+            f"{name} answers with {type(output).__name__}",
+            why="a tensor, a tuple that begins with one, or something with `logits` is expected",
+            fix="return the answer as a tensor",
+        )
+    if not any(head.shape[-1] == output.shape[-1] or head.shape[1:2] == output.shape[1:2] for head in heads):
+        raise PluginError(
+            f"the head '{model.head}' does not give the answer of {name}",
+            why="it gives " + (", ".join(str(tuple(head.shape)) for head in heads) or "nothing, it is not called"),
+            fix="name the module that answers: Model.of(module, head='path.of.it')",
+        )
+
+
+def shape_text(inputs: Any) -> str:
+    """Shapes of a batch of inputs, by name where there are several."""
+    if isinstance(inputs, Mapping):
+        return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
+    return str(tuple(inputs.shape)) if isinstance(inputs, Tensor) else type(inputs).__name__
+
+
+def _look(model: Model, example: Any) -> tuple[Any, list[Tensor]]:
+    """The answer for the example and what the head gave on the way, in eval mode, without a trace."""
+    heads: list[Tensor] = []
+    handle = model.head_module().register_forward_hook(lambda module, args, output: heads.append(output))
+    before = [(module, module.training) for module in model.module.modules()]
+    try:
+        model.module.eval()
+        with torch.no_grad():
+            return answer_of(call(model.module, example)), [head for head in heads if isinstance(head, Tensor)]
+    finally:
+        set_modes(before)
+        handle.remove()
+
+
 def found_groups(module: nn.Module, head: str) -> tuple[Group, ...]:
     """Layer groups of any module, from its structure.
 
     The children are the groups. A sequence that holds more than half of all parameters is opened into its members, as
     is whatever contains the head; a norm stays with the layer before it. What lies under `head` is the last group.
     """
-    below = [group for group in _opened(module, "", head, _count(module)) if group.name != head]
+    found = [group for group in _opened(module, "", head, _count(module)) if group.name != head]
+    below = [Group("not-the-head" if group.name == "head" else group.name, group.prefixes) for group in found]
     return (*below, Group("head", (head,)))
 
 
@@ -338,7 +424,8 @@ def _reached(model: Model, example: Any) -> dict[nn.Module, bool]:
 
 def _watcher(found: dict[nn.Module, bool]) -> Any:
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found[module] = found.get(module, False) or any(map(_requires_grad, (*args, *kwargs.values())))
+        if torch.is_grad_enabled():  # else autograd cannot tell
+            found[module] = found.get(module, False) or any(map(_requires_grad, (*args, *kwargs.values())))
 
     return watch
 
@@ -351,11 +438,15 @@ def _requires_grad(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and any(map(_requires_grad, value))
 
 
-def _trains(module: nn.Module, reached: dict[nn.Module, bool], norms: str) -> bool:
-    parameters = list(module.parameters())
-    if not parameters:
-        return reached.get(module, True)
+def _trains(module: nn.Module, reached: dict[nn.Module, bool], parents: dict[nn.Module, nn.Module], norms: str) -> bool:
     own = list(module.parameters(recurse=False))
+    if isinstance(module, NORMS) and norms == "moving":
+        return True
     if isinstance(module, NORMS) and own:
-        return norms == "moving" or all(parameter.requires_grad for parameter in own)
-    return any(parameter.requires_grad for parameter in parameters)
+        return all(parameter.requires_grad for parameter in own)
+    if any(True for _ in module.parameters()):
+        return any(parameter.requires_grad for parameter in module.parameters())
+    if module in reached:
+        return reached[module]
+    above = parents.get(module, module)  # it did not run, or ran where autograd cannot tell: as what holds it
+    return any(parameter.requires_grad for parameter in above.parameters())

@@ -115,16 +115,18 @@ class Noise:
         seed: The run's.
         epoch: Counted over the whole run.
         rows: Rows of the split in this batch, int64 (batch,).
+        salt: Tells two users of one stream apart.
     """
 
     seed: int
     epoch: int
     rows: Tensor
+    salt: int = 0
 
     def uniform(self, stream: str, *shape: int) -> Tensor:
         """Uniform in [0, 1), float32 (batch, *shape), on the CPU; another `stream` is independent."""
         count = int(np.prod(shape, dtype=np.int64)) if shape else 1
-        start = mixed(self.rows.numpy().astype(np.uint64) ^ np.uint64(key_of(self.seed, stream, self.epoch)))
+        start = mixed(self.rows.numpy().astype(np.uint64) ^ np.uint64(key_of(self.seed, stream, self.epoch, self.salt)))
         steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         words = mixed(start[:, None] + steps[None, :])
         numbers = (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tuneforge.engine.data import Split
 from tuneforge.engine.evaluation import Worst
 from tuneforge.engine.run import Run
+from tuneforge.errors import DataError
 
 
 def evaluate(
@@ -34,7 +35,8 @@ def evaluate(
     run.hooks.call.evaluation_started(run=run)
     metrics = run.hooks.call.evaluate(run=run)
     run.model.module.eval()
-    with torch.inference_mode():
+    run.reseed()
+    with torch.no_grad():  # not inference_mode: what a model caches in forward must be usable in training
         for batch in run.evaluation_batches(split):
             outputs = run.forward(batch.inputs)
             metrics.update(outputs, batch.targets)
@@ -52,14 +54,21 @@ def head_features(run: Run, split: Split) -> tuple[Tensor, Tensor]:
     caught: list[Tensor] = []
 
     def catch(module: nn.Module, args: tuple[Any, ...]) -> None:
-        caught.append(args[0].detach().flatten(1).float().cpu())
+        caught.extend(each.detach().flatten(1).float().cpu() for each in args[:1])
 
     run.model.module.eval()
     handle = run.model.head_module().register_forward_pre_hook(catch)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             for batch in run.evaluation_batches(split):
                 run.forward(batch.inputs)
     finally:
         handle.remove()
-    return torch.cat(caught), split.targets
+    features = torch.cat(caught) if caught else torch.empty(0, 0)
+    if len(features) != len(split):
+        raise DataError(
+            f"the head took {len(features)} inputs for {len(split)} samples",
+            why="it is not called once a sample, so it cannot be solved on its features",
+            fix="use a strategy without Fit",
+        )
+    return features, split.targets

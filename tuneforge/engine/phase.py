@@ -12,15 +12,15 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.evaluation import single_numbers
-from tuneforge.engine.folder import load_state, state_of
-from tuneforge.engine.model import freeze, modes, select, set_modes
+from tuneforge.engine.data import Batch, batch_sizes
+from tuneforge.engine.evaluation import single_numbers, watched
+from tuneforge.engine.model import freeze, modes, put_back, select, set_modes, whole_state
 from tuneforge.engine.order import Order
 from tuneforge.engine.parts import Parts
 from tuneforge.engine.passes import evaluate
 from tuneforge.engine.proof import Proof
 from tuneforge.engine.run import Run
-from tuneforge.errors import DataError, HaltError, UsageError
+from tuneforge.errors import DataError, HaltError, PluginError, UsageError
 from tuneforge.plugin.steps import Phase, Report
 
 
@@ -39,9 +39,8 @@ def train(run: Run, phase: Phase, parts: Parts) -> Report:
     run.optimization.arrange(run.model, phase, trained, optimizer, same=same)
     draws = _Draws.of(run, phase)
     proof = Proof.begin(run.model, trained, plan)
-    course = _Course(phase, *_monitor(run, phase))
-    num_batches = math.ceil(len(run.data.train) / run.config.batch_size)
-    per_epoch = math.ceil(num_batches / run.config.accumulate)
+    course = _Course(phase, *watched(run.data.targets, phase.monitor, phase.monitor_mode))
+    per_epoch = math.ceil(len(batch_sizes(len(run.data.train), run.config.batch_size)) / run.config.accumulate)
     run.phase, run.proof, run.steps_done, run.progress = phase, proof, 0, 0.0
     run.total_steps = phase.steps or per_epoch * (phase.epochs or 0)
     run.hooks.call.phase_started(run=run)
@@ -55,10 +54,10 @@ def train(run: Run, phase: Phase, parts: Parts) -> Report:
         figures = evaluate(run, run.data.val, "val", then=take)
         _record(run, course, loss, figures, seconds=time.perf_counter() - began)
 
-    unmoved = proof.conclude(run.model)
     run.hooks.call.phase_ended(run=run)
+    unmoved = proof.conclude(run.model)
     if phase.restore_best and course.best_epoch != len(course.history):
-        load_state(run.model.module, {**state_of(run.model.module), **course.best_state}, where="best weights")
+        put_back(run.model.module, course.best_state)
         run.optimization.forget()
     run.phase = run.proof = None
     sizes = {name: parameter.numel() for name, parameter in run.model.parameters().items()}
@@ -82,15 +81,18 @@ def _train_epoch(run: Run, draws: _Draws, plan: list[Any], proof: Proof, schedul
     total = torch.zeros((), device=run.device.torch)
     count = 0
     order = draws.order(run)
-    last = -(-order.size // run.config.batch_size)
-    for index, batch in enumerate(run.training_batches(order, draws.weights), start=1):
+    sizes = batch_sizes(order.size, run.config.batch_size)
+    every = run.config.accumulate
+    run.model.module.train()  # so that a module's own train() is told; the modes of the phase follow
+    for index, batch in enumerate(run.training_batches(order, draws.weights)):
         set_modes(plan)
-        run.reseed()
-        loss, _ = run.hooks.call.train_step(run=run, batch=batch)
-        (loss if run.config.accumulate == 1 else loss / run.config.accumulate).backward()
+        run.reseed(index % every)
+        loss = loss_of(run, batch)
+        share = len(batch.rows) / sum(sizes[index - index % every :][:every])
+        torch.autograd.backward(loss if every == 1 else loss * share)
         total += loss.detach() * len(batch.rows)
         count += len(batch.rows)
-        if index % run.config.accumulate and index != last:
+        if (index + 1) % every and index + 1 < len(sizes):
             continue
         run.optimization.set_factor(schedule.factor((run.steps_done + 0.5) / run.total_steps))  # the middle of the step
         run.hooks.call.optimizer_step(run=run)
@@ -103,6 +105,22 @@ def _train_epoch(run: Run, draws: _Draws, plan: list[Any], proof: Proof, schedul
         if run.steps_done == run.total_steps:
             break
     return _finite(run, float(total) / count)
+
+
+def loss_of(run: Run, batch: Batch) -> Tensor:
+    """The loss that the step, and whatever wraps it, gives for a batch.
+
+    Raises:
+        PluginError: The step gave something else than a scalar loss and the outputs.
+    """
+    given = run.hooks.call.train_step(run=run, batch=batch)
+    if isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[0], Tensor) and given[0].numel() == 1:
+        return given[0]
+    raise PluginError(
+        f"{run.hooks.provider('train_step').label} gave {type(given).__name__} from train_step",
+        why="it must return a scalar loss and the outputs: return loss, outputs",
+        fix="look at the step and at what wraps it",
+    )
 
 
 def _finite(run: Run, loss: float) -> float:
@@ -134,22 +152,13 @@ def _record(run: Run, course: _Course, loss: float, figures: Mapping[str, Any], 
     run.hooks.call.epoch_ended(run=run)
 
 
-def _monitor(run: Run, phase: Phase) -> tuple[str, str]:
-    """The figure that decides, and whether more of it is better."""
-    targets = run.data.targets
-    if phase.monitor is None or phase.monitor == targets.monitor:
-        return targets.monitor, targets.monitor_mode
-    falls = ("loss", "error", "mae", "mse", "rmse", "ece", "hamming")
-    return phase.monitor, "min" if any(word in phase.monitor for word in falls) else "max"
-
-
 @attrs.define(eq=False)
 class _Course:
     """How a phase goes: its figures so far, the best of them, and why it ended."""
 
     phase: Phase
     monitor: str
-    mode: str
+    sign: float
     reason: str = ""
     best: float = math.nan
     best_epoch: int = 0
@@ -164,8 +173,8 @@ class _Course:
         Where the phase asks for best weights, those of the best epoch are kept: what trained, and every buffer.
         """
         numbers = single_numbers(figures)
-        watched = self.phase.patience is not None or self.phase.restore_best or self.phase.monitor is not None
-        if watched and self.monitor not in numbers:
+        decides = self.phase.patience is not None or self.phase.restore_best or self.phase.monitor is not None
+        if decides and self.monitor not in numbers:
             raise UsageError(
                 f"no metric gives the figure '{self.monitor}'",
                 where=f"phase '{self.phase.name}'",
@@ -175,12 +184,12 @@ class _Course:
         self.figures = figures
         self.history.append({"epoch": len(self.history) + 1, "train": {"loss": loss}, "val": numbers})
         value = numbers.get(self.monitor, math.nan)
-        gain = value - self.best if self.mode == "max" else self.best - value
-        if self.best_epoch == 0 or gain > self.phase.min_gain or math.isnan(self.best):
+        gain = self.sign * (value - self.best)
+        if self.best_epoch == 0 or gain > self.phase.min_gain or (math.isnan(self.best) and not math.isnan(value)):
             self.best, self.best_epoch, self.best_figures = value, len(self.history), figures
             if self.phase.restore_best:
                 frozen = set(run.model.parameters()) - set(trained)
-                state = state_of(run.model.module)
+                state = whole_state(run.model.module)
                 self.best_state = {name: tensor.clone() for name, tensor in state.items() if name not in frozen}
         self.reason = self._reason(run.steps_done >= run.total_steps)
 
@@ -247,6 +256,8 @@ def _factors(asked: Mapping[str, float] | str, pools: dict[str, Tensor], *, bala
 def _shares(factors: dict[str, float], pools: dict[str, Tensor], size: int) -> tuple[int, ...]:
     """Draws of each pool, in proportion to its size times its factor, summing to `size` (largest remainders)."""
     mass = [factors[name] * len(rows) for name, rows in pools.items()]
+    if not sum(mass):
+        raise UsageError("sampling leaves no class to draw from", fix="give at least one class a factor above 0")
     exact = [size * part / sum(mass) for part in mass]
     counts = [math.floor(part) for part in exact]
     by_remainder = sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])
@@ -263,4 +274,6 @@ def _weights(run: Run, phase: Phase, size: int) -> Tensor | None:
     weights = torch.ones(size)
     for name, factor in _factors(phase.class_weights, pools, balance=size / len(pools)).items():
         weights[pools[name]] = factor
+    if not weights.sum():
+        raise UsageError("class_weights leave no class to learn from", fix="give at least one class a factor above 0")
     return weights / weights.mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge.engine.data import Batch
-from tuneforge.engine.folder import load_state, state_of
-from tuneforge.engine.model import freeze, select, set_modes
+from tuneforge.engine.model import freeze, put_back, select, set_modes, whole_state
 from tuneforge.engine.optim import Optimization
 from tuneforge.engine.order import Order
 from tuneforge.engine.parts import Parts
+from tuneforge.engine.phase import loss_of
 from tuneforge.engine.run import Run
 from tuneforge.plugin.steps import Phase, Probe, Readings
 
@@ -26,6 +27,7 @@ RATES = tuple(10 ** (exponent / 4) for exponent in range(-24, 1))
 def probe(run: Run, step: Probe, parts: Parts) -> Readings:
     """Do a `Probe` step."""
     with _untouched(run):
+        run.phase = Phase(step.name, train=step.train, steps=1)  # what a step that asks for its phase finds
         measures = {"gradients": _gradients, "features": _features, "rates": _rates}
         return Readings(step=step.name, values=measures[step.measure](run, step, parts))
 
@@ -36,25 +38,26 @@ def _gradients(run: Run, step: Probe, parts: Parts) -> dict[Any, float]:
     names = select(run.model, step.train)
     freeze(run.model, names)
     named = run.model.parameters()
-    keys = {name: _group_of(run, name) if step.by == "group" else name for name in names}
-    ratios: dict[Any, list[Tensor]] = {}
+    members: dict[Any, list[nn.Parameter]] = {}
+    for name in names:
+        members.setdefault(_group_of(run, name) if step.by == "group" else name, []).append(named[name])
+    total = dict.fromkeys(members, 0.0)
     count = 0
     for batch in _some_batches(run, step.batches):
         count += 1
         run.model.module.zero_grad(set_to_none=True)
-        run.hooks.call.train_step(run=run, batch=batch)[0].backward()
-        for name in names:
-            ratios.setdefault(keys[name], []).append(_relative(named[name]))
-    size = {key: list(keys.values()).count(key) for key in ratios}
-    return {key: float(torch.stack(found).sum()) / count / size[key] for key, found in ratios.items()}
+        torch.autograd.backward(loss_of(run, batch))
+        for key, parameters in members.items():
+            total[key] += _relative(parameters)
+    return {key: value / count for key, value in total.items()}
 
 
-def _relative(parameter: nn.Parameter) -> Tensor:
-    if parameter.grad is None:
-        return torch.zeros((), device=parameter.device)
-    gradient, weight = parameter.grad.norm(), parameter.detach().norm()
-    ratio: Tensor = torch.where(gradient == 0, gradient, gradient / weight)  # of zero weights: infinite
-    return ratio
+def _relative(parameters: list[nn.Parameter]) -> float:
+    """Joint norm of the gradients over the joint norm of the weights; infinite where all weights are 0."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradient = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+    weight = float(torch.nn.utils.get_total_norm([parameter.detach() for parameter in parameters]))
+    return gradient / weight if weight else math.inf if gradient else 0.0
 
 
 def _features(run: Run, step: Probe, parts: Parts) -> dict[Any, float]:
@@ -82,7 +85,7 @@ def _moments(run: Run, modules: dict[str, nn.Module], batches: Iterator[Batch]) 
 
     handles = [module.register_forward_hook(catcher(name)) for name, module in modules.items()]
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             for batch in batches:
                 run.forward(batch.inputs)
     finally:
@@ -104,20 +107,20 @@ def _rates(run: Run, step: Probe, parts: Parts) -> dict[Any, float]:
     """The loss on a batch after one optimizer step at each of `RATES`, always from the same weights."""
     names = select(run.model, step.train)
     freeze(run.model, names)
-    start = {name: tensor.clone() for name, tensor in state_of(run.model.module).items()}
+    start = {name: tensor.clone() for name, tensor in whole_state(run.model.module).items()}
     batches = list(_some_batches(run, step.batches))
     losses: dict[Any, float] = {}
     for rate in RATES:
         total = 0.0
         for batch in batches:
-            load_state(run.model.module, start, where=step.name)
+            put_back(run.model.module, start)
             optimization = Optimization()
             phase = Phase(step.name, train=step.train, steps=1, lr=rate)
             optimization.arrange(run.model, phase, names, parts.part_of(phase), same=False)
-            run.hooks.call.train_step(run=run, batch=batch)[0].backward()
+            torch.autograd.backward(loss_of(run, batch))
             optimization.step()
             with torch.no_grad():
-                total += float(run.hooks.call.train_step(run=run, batch=batch)[0])
+                total += float(loss_of(run, batch))
         losses[rate] = total / len(batches)
     return losses
 
@@ -140,7 +143,7 @@ def _last_module(run: Run, prefixes: tuple[str, ...]) -> str:
 def _untouched(run: Run) -> Iterator[None]:
     """Put weights, buffers, gradients' requirement, modes and random generators back, to the bit."""
     module = run.model.module
-    state = {name: tensor.clone() for name, tensor in state_of(module).items()}
+    state = {name: tensor.clone() for name, tensor in whole_state(module).items()}
     wanted = {name: parameter.requires_grad for name, parameter in run.model.parameters().items()}
     plan = [(child, child.training) for child in module.modules()]
     with torch.random.fork_rng(device_type=run.device.torch.type) if run.device.torch.type == "cuda" else _cpu_rng():
@@ -148,7 +151,8 @@ def _untouched(run: Run) -> Iterator[None]:
         try:
             yield
         finally:
-            load_state(module, state, where="probe")
+            run.phase = None
+            put_back(module, state)
             set_modes(plan)
             freeze(run.model, [name for name, wants in wanted.items() if wants])
 

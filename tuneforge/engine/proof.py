@@ -66,7 +66,8 @@ class Proof:
                 smallest = (
                     torch.finfo(parameter.dtype).eps * parameter.detach().abs() + torch.finfo(parameter.dtype).tiny
                 )
-                due = (rates[id(parameter)] * parameter.grad.abs() > smallest).any()
+                gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+                due = (rates[id(parameter)] * gradient.abs() > smallest).any()
                 self.watched[name] = due if seen is None else seen | due
 
     def narrow(self, model: Model) -> None:
@@ -106,9 +107,9 @@ class Proof:
 
 def _still_buffers(module: nn.Module, plan: list[tuple[nn.Module, bool]]) -> list[str]:
     """Names of the buffers that the phase may not move: those of modules in eval mode."""
-    path_of = {child: path for path, child in module.named_modules()}
-    still = [child for child, training in plan if not training]
-    return [f"{path_of[child]}.{name}".lstrip(".") for child in still for name, _ in child.named_buffers(recurse=False)]
+    still = {id(buffer) for child, training in plan if not training for buffer in child.buffers(recurse=False)}
+    moving = {id(buffer) for child, training in plan if training for buffer in child.buffers(recurse=False)}
+    return [name for name, buffer in module.named_buffers() if id(buffer) in still - moving]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -119,4 +120,6 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor if not tensor.is_floating_point() else tensor.view(_INTEGERS[tensor.element_size()])
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.view(_INTEGERS[tensor.element_size()]) if tensor.is_floating_point() else tensor

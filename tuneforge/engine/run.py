@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tuneforge.engine.data import Batch, Data, Inputable, Split, batches, in_order, in_turn, map_inputs
 from tuneforge.engine.device import Device
-from tuneforge.engine.model import Model, answer_of, call
+from tuneforge.engine.model import Model, answer_of, call, check_answer, works
 from tuneforge.engine.optim import Optimization
 from tuneforge.engine.order import Noise, Order, key_of
 from tuneforge.engine.proof import Proof
@@ -69,6 +69,7 @@ class Run:
     _data: Data | None = None
     _model: Model | None = None
     _example: Any = None
+    _contiguous: bool = False
     _states: dict[int, dict[str, Any]] = attrs.field(factory=dict)
 
     @property
@@ -97,11 +98,22 @@ class Run:
         self._data = data
 
     def take_model(self, model: Model) -> None:
-        """Set the model, on the run's device and in its layout; the engine's."""
+        """Set the model, on the run's device and in its layout; the engine's.
+
+        Raises:
+            PluginError: It cannot take the data, or its head is not what answers.
+        """
         model.module.to(self.device.torch)
+        self._model = model
         if self._channels_last(model):
             model.module.to(memory_format=torch.channels_last)
-        self._model = model
+            self._example = None
+            if self.config.memory_format == "auto" and not works(model, self.example):
+                self._contiguous = True
+                model.module.to(memory_format=torch.contiguous_format)
+                self.note("note: the model needs contiguous tensors, so channels-last is off")
+            self._example = None
+        check_answer(model, self.example)
 
     def note(self, text: str) -> None:
         """Say a sentence to the user: on the screen and in the run's log."""
@@ -127,10 +139,11 @@ class Run:
         """Inputs or targets on the run's device, 4-D tensors in its layout."""
         return map_inputs(inputs, self._placed) if isinstance(inputs, (Tensor, Mapping)) else inputs
 
-    def reseed(self) -> None:
-        """Give the noise inside the model the generator state of this step, whatever came before."""
-        torch.default_generator.manual_seed(key_of(self.config.seed, "step", self.step) & 0x7FFFFFFFFFFFFFFF)
-        self.device.reseed(key_of(self.config.seed, "step", self.step) & 0x7FFFFFFFFFFFFFFF)
+    def reseed(self, batch: int = 0) -> None:
+        """Give the noise inside the model the generator state of this step (and batch of it), whatever came before."""
+        seed = key_of(self.config.seed, "step", self.step, batch) & 0x7FFFFFFFFFFFFFFF
+        torch.default_generator.manual_seed(seed)
+        self.device.reseed(seed)
 
     def training_batches(self, order: Order, weights: Tensor | None) -> Iterator[Batch]:
         """Batches of one epoch of the training split, augmented, on the device."""
@@ -139,8 +152,8 @@ class Run:
         def finish(rows: Tensor, stored: Inputable) -> Batch:
             noise = Noise(self.config.seed, self.epoch, rows)
             batch = self._batch(split, rows, stored, noise, weights)
-            for part in self.augments:
-                batch = part.augment(self, batch)
+            for place, part in enumerate(self.augments):
+                batch = part.augment(self, attrs.evolve(batch, noise=attrs.evolve(noise, salt=place)))
             return batch
 
         return batches(split, in_order(order, self.config.batch_size), finish, workers=self.config.workers)
@@ -170,6 +183,6 @@ class Run:
         return moved
 
     def _channels_last(self, model: Model) -> bool:
-        if self.config.memory_format != "auto":
+        if self.config.memory_format != "auto" or self._contiguous:
             return self.config.memory_format == "channels-last"
         return any(parameter.ndim == 4 for parameter in model.module.parameters())

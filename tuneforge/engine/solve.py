@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tuneforge.engine.evaluation import single_numbers
-from tuneforge.engine.folder import load_state, state_of
-from tuneforge.engine.model import freeze, select
+from tuneforge.engine.evaluation import single_numbers, watched
+from tuneforge.engine.model import freeze, put_back, select, whole_state
 from tuneforge.engine.passes import evaluate, head_features
 from tuneforge.engine.proof import Proof
 from tuneforge.engine.run import Run
-from tuneforge.errors import UsageError
+from tuneforge.errors import DataError, UsageError
 from tuneforge.plugin.steps import Blend, Fit, Report
 
 Snapshot = dict[str, Tensor]
@@ -30,12 +30,7 @@ def fit(run: Run, step: Fit) -> Report:
     plan = [(module, False) for module in run.model.module.modules()]
     proof = Proof.begin(run.model, trained, plan)
     features, targets = head_features(run, run.data.train)
-    weight, bias = run.data.targets.fit_head(features, targets, l2=step.l2)
-    head = run.model.head_module()
-    with torch.no_grad():
-        for parameter, solved in ((head.weight, weight), (head.bias, bias)):
-            if isinstance(parameter, Tensor):
-                parameter.copy_(solved.reshape(parameter.shape))
+    _load_head(run.model.head_module(), *run.data.targets.fit_head(features, targets, l2=step.l2), features)
     run.optimization.forget()
     unmoved = proof.conclude(run.model)
     sizes = {name: parameter.numel() for name, parameter in run.model.parameters().items()}
@@ -48,6 +43,27 @@ def fit(run: Run, step: Fit) -> Report:
         frozen=sum(sizes.values()) - solved_count,
         unmoved=unmoved,
     )
+
+
+def _load_head(head: nn.Module, weight: Tensor, bias: Tensor, features: Tensor) -> None:
+    """Copy a solved head in, and see that it answers as solved.
+
+    Raises:
+        DataError: The head is no plain linear map with a bias, or its weight is computed from something else.
+    """
+    plain = isinstance(head, (nn.Linear, nn.Conv2d)) and head.bias is not None and head.weight.numel() == weight.numel()
+    if isinstance(head, (nn.Linear, nn.Conv2d)) and head.bias is not None and plain:
+        with torch.no_grad():
+            head.weight.copy_(weight.reshape(head.weight.shape))
+            head.bias.copy_(bias)
+        held = head.weight.detach().reshape(weight.shape).to(weight)  # not so where the weight is computed
+        plain = torch.allclose(held, weight, rtol=1e-3, atol=1e-6)
+    if not plain:
+        raise DataError(
+            f"the head, a {type(head).__name__} on {tuple(features.shape)} features, cannot be solved",
+            why="Fit needs a linear layer (or 1x1 convolution) with a bias, whose weight is a parameter",
+            fix="use a strategy without Fit",
+        )
 
 
 def blend(run: Run, step: Blend, snapshots: Mapping[str, Snapshot]) -> Report:
@@ -67,16 +83,15 @@ def blend(run: Run, step: Blend, snapshots: Mapping[str, Snapshot]) -> Report:
         if len(chosen) == 2
         else {1 / len(chosen): averaged(chosen)}  # of one: itself
     )
-    monitor = step.monitor or run.data.targets.monitor
-    sign = 1 if run.data.targets.monitor_mode == "max" else -1
+    monitor, sign = watched(run.data.targets, step.monitor, step.monitor_mode)
     figures = {}
     for weight, state in candidates.items():
-        load_state(run.model.module, state, where=step.name)
+        put_back(run.model.module, state)
         figures[weight] = evaluate(run, run.data.val, "val")
         if monitor not in single_numbers(figures[weight]):
             raise UsageError(f"no metric gives the figure '{monitor}'", where=f"step '{step.name}'")
-    best = max(candidates, key=lambda weight: sign * figures[weight][monitor])
-    load_state(run.model.module, candidates[best], where=step.name)
+    best = max(candidates, key=lambda weight: _worth(sign * figures[weight][monitor]))
+    put_back(run.model.module, candidates[best])
     run.optimization.forget()
     return Report(
         step=step.name,
@@ -89,7 +104,7 @@ def blend(run: Run, step: Blend, snapshots: Mapping[str, Snapshot]) -> Report:
 
 def snapshot(run: Run, before: Snapshot | None) -> Snapshot:
     """The whole state now; tensors equal to the snapshot before are shared with it, so frozen ones cost nothing."""
-    state = state_of(run.model.module)
+    state = whole_state(run.model.module)
     if before is None:
         return {name: tensor.clone() for name, tensor in state.items()}
     return {
@@ -99,10 +114,7 @@ def snapshot(run: Run, before: Snapshot | None) -> Snapshot:
 
 def mixed(first: Snapshot, last: Snapshot, weight: float) -> Snapshot:
     """`first` and `last` interpolated; equal tensors stay equal to the bit, and 0 and 1 give the ends exactly."""
-    return {
-        name: torch.lerp(tensor, last[name], weight) if tensor.is_floating_point() else last[name]
-        for name, tensor in first.items()
-    }
+    return {name: _between(tensor, last[name], weight) for name, tensor in first.items()}
 
 
 def averaged(states: list[Snapshot]) -> Snapshot:
@@ -110,8 +122,16 @@ def averaged(states: list[Snapshot]) -> Snapshot:
     mean = {name: tensor.clone() for name, tensor in states[0].items()}
     for count, state in enumerate(states[1:], start=2):
         for name, tensor in mean.items():
-            if tensor.is_floating_point():
-                tensor += (state[name] - tensor) / count
-            else:
-                tensor.copy_(state[name])
+            tensor.copy_(_between(tensor, state[name], 1 / count))
     return mean
+
+
+def _between(first: Tensor, last: Tensor, weight: float) -> Tensor:
+    """Numbers interpolated where they differ (an infinite mask stays what it is); counts are the last one's."""
+    if not (first.is_floating_point() or first.is_complex()):
+        return last
+    return torch.where(first == last, first, torch.lerp(first, last, weight))
+
+
+def _worth(value: float) -> float:
+    return -math.inf if math.isnan(value) else value

@@ -17,9 +17,9 @@ from tuneforge.engine.model import Model, answer_of
 from tuneforge.engine.parts import part
 from tuneforge.engine.passes import evaluate as evaluate_split
 from tuneforge.engine.run import Run
-from tuneforge.errors import DataError, FolderError
+from tuneforge.errors import DataError
 from tuneforge.plugin.config import RunConfig, resolve
-from tuneforge.plugin.manager import Hooks
+from tuneforge.plugin.manager import Hooks, implementations
 from tuneforge.plugin.steps import Use
 
 
@@ -130,19 +130,19 @@ def evaluate(
 
 
 def _hooks(config: RunConfig, model: Any) -> Hooks:
+    """Everything that had a hand in building the model: its chain, and any other component that changed it."""
     hooks = Hooks()
     builders = [config.model if model is None else model, *config.adapt]
     if not any(use.name == "head" for use in config.adapt):
         builders.append(Use("head"))
     for asked in builders:
-        try:
-            hooks.add(given.member("model_adapt", asked, where="--model")[0])
-        except TypeError as error:  # a class that only its author can construct
-            raise FolderError(
-                "the run was given its model as an object",
-                why=str(error),
-                fix="give it again: load(path, model=module)",
-            ) from None
+        hooks.add(given.member("model_adapt", asked, where="--model")[0])
+    others = {"train_step": config.step, "finetune_strategy": config.strategy}
+    for group, use in [*others.items(), *(("extension", each) for each in config.extensions)]:
+        if use is not None and not use.name.startswith(given.__name__):
+            member, _ = given.member(group, use, where=group)
+            if any(each.hook == "model_adapt" for each in implementations(member)):
+                hooks.add(member)
     return hooks
 
 

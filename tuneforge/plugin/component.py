@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -298,9 +299,9 @@ def _convert_plain(value: Any, kind: Any) -> Any:
     if kind in (int, float) and isinstance(value, bool):
         return _refuse(value)
     if kind is int:
-        return int(value) if isinstance(value, (int, str)) else _refuse(value)
+        return int(value) if isinstance(value, (numbers.Integral, str)) else _refuse(value)
     if kind is float:
-        number = float(value) if isinstance(value, (int, float, str)) else _refuse(value)
+        number = float(value) if isinstance(value, (numbers.Real, str)) else _refuse(value)
         return _refuse(value) if math.isnan(number) else number
     if kind is Path:
         return Path(value)

@@ -136,6 +136,13 @@ def check_hooks(cls: type, label: str) -> list[tuple[str, str, dict[str, Any]]]:
         static = inspect.getattr_static(cls, name)
         function = getattr(static, "__func__", static)
         marks = getattr(function, "tuneforge_impl", None) if inspect.isfunction(function) else None
+        if marks is None and name in _SPECS and inspect.isfunction(function):
+            raise PluginLoadError(
+                f"{label} has a method '{name}' that is no hook implementation",
+                where=f"{cls.__module__}:{cls.__qualname__}.{name}",
+                why="it has a hook's name and no @hookimpl, so it would never be called",
+                fix="decorate it with @hookimpl, or give it another name",
+            )
         if marks is not None:
             hook = marks.get("specname") or name
             _check(label, hook, f"{cls.__module__}:{cls.__qualname__}.{name}", function, marks)
@@ -151,19 +158,16 @@ def guarded_steps(member: Member, steps: Any) -> Generator[Any, Any, Any]:
     Raises:
         PluginError: The body raised, or a generator returned a value.
     """
-    if not hasattr(steps, "send"):
-        for step in _named(member, "finetune_strategy", iter, steps):
-            yield step
-        return
+    iterator = _named(member, "finetune_strategy", iter, steps)
     answer = None
     while True:
         try:
-            step = steps.send(answer)
+            step = iterator.send(answer) if hasattr(iterator, "send") else next(iterator)
         except StopIteration as stop:
             if stop.value is not None:
                 raise _returned_steps(member, stop.value) from None
             return
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _failure(member, "finetune_strategy", error) from error
         answer = yield step
 
@@ -249,7 +253,7 @@ def _throw(generator: Generator[None, Any, Any], error: BaseException) -> Any:
 
 
 def _named(member: Member, hook: str, function: Callable[..., Any], *args: Any) -> Any:
-    return _guarded(member, hook, function)(*args) if not isinstance(function, type) else function(*args)
+    return _guarded(member, hook, function)(*args)
 
 
 def _failure(member: Member, hook: str, error: BaseException) -> TuneforgeError:

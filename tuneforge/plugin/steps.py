@@ -92,6 +92,7 @@ class Phase:
         weight_decay: Of matrices; biases and norms are never decayed. None is the optimizer's default.
         patience: Epochs without gain after which the phase stops; None never stops early.
         monitor: The validation figure of early stopping and best weights, or None for the targets' own.
+        monitor_mode: `"max"` or `"min"`, where tuneforge does not know whether more of `monitor` is better.
         min_gain: What counts as a gain of `monitor`, absolute.
         restore_best: End on the weights of the best epoch rather than the last.
         norms: `"still"`: a norm with a frozen parameter keeps its statistics; `"moving"`: frozen norms go on
@@ -112,6 +113,7 @@ class Phase:
     weight_decay: float | None = attrs.field(default=None, kw_only=True)
     patience: int | None = attrs.field(default=None, kw_only=True)
     monitor: str | None = attrs.field(default=None, kw_only=True)
+    monitor_mode: str | None = attrs.field(default=None, kw_only=True)
     min_gain: float = attrs.field(default=0.0, kw_only=True)
     restore_best: bool = attrs.field(default=False, kw_only=True)
     norms: str = attrs.field(default="still", kw_only=True)
@@ -120,12 +122,21 @@ class Phase:
 
     def __attrs_post_init__(self) -> None:
         _require(self, (self.epochs is None) != (self.steps is None), "give epochs or steps, one of the two")
-        _require(self, (self.epochs or self.steps or 0) >= 1, "epochs or steps must be at least 1")
-        _require(self, self.lr > 0, f"lr must be greater than 0, not {self.lr}")
-        _require(self, 0 < self.layer_decay <= 1, f"layer_decay must lie in (0, 1], not {self.layer_decay}")
-        finite = all(math.isfinite(scale) and scale >= 0 for scale in self.lr_scales.values())
-        _require(self, finite, f"lr_scales must be numbers of at least 0, not {dict(self.lr_scales)}")
+        for name in ("epochs", "steps", "patience"):
+            _require_number(self, name, whole=True, low=1)
+        _require_number(self, "lr", low=0.0)
+        _require(self, self.lr > 0, "lr must be greater than 0")
+        _require_number(self, "layer_decay", low=0.0, high=1.0)
+        _require(self, self.layer_decay > 0, "layer_decay must be greater than 0")
+        _require_number(self, "weight_decay", low=0.0)
+        _require_number(self, "min_gain", low=0.0)
+        for name in ("lr_scales", "class_weights", "sampling"):
+            _require_factors(self, name)
+        _require(
+            self, isinstance(self.restore_best, bool), f"restore_best must be True or False, not {self.restore_best!r}"
+        )
         _require(self, self.norms in ("still", "moving"), f"norms must be 'still' or 'moving', not {self.norms!r}")
+        _require_direction(self)
 
 
 @attrs.frozen
@@ -141,7 +152,8 @@ class Fit:
     l2: float = attrs.field(default=1e-3, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
-        _require(self, self.l2 > 0, f"l2 must be greater than 0, not {self.l2}")
+        _require_number(self, "l2", low=0.0)
+        _require(self, self.l2 > 0, "l2 must be greater than 0")
 
 
 @attrs.frozen
@@ -181,6 +193,7 @@ class Blend:
         snapshots: `"start"`, or the name of an earlier step: its weights at its end.
         weights: With two snapshots, candidate weights of the last one; of any other number the mean is taken.
         monitor: The validation figure that picks, or None for the targets' own.
+        monitor_mode: `"max"` or `"min"`, where tuneforge does not know whether more of `monitor` is better.
     """
 
     name: str
@@ -189,10 +202,13 @@ class Blend:
         default=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), converter=_numbers, kw_only=True
     )
     monitor: str | None = attrs.field(default=None, kw_only=True)
+    monitor_mode: str | None = attrs.field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
+        _require_direction(self)
         _require(self, len(self.snapshots) >= 1, "name at least one snapshot")
         _require(self, bool(self.weights), "give at least one weight")
+        _require(self, all(0 <= weight <= 1 for weight in self.weights), "weights must lie from 0 to 1")
 
 
 Step = Phase | Fit | Probe | Blend
@@ -277,7 +293,7 @@ class Brief:
         classes: Names of the classes; empty where the targets have none.
         num_train: Samples of the training split.
         num_val: Samples of the validation split.
-        batch_size: Samples a training step.
+        batch_size: Samples an optimizer step.
         device: Kind of device: `cpu`, `cuda`, ...
         seed: The run's.
         monitor: The validation figure that the targets are judged by, and `"max"` or `"min"`.
@@ -359,6 +375,30 @@ def _decode(value: Any) -> Any:
         fields = {key: _decode(item) for key, item in value.items() if key != "$kind"}
         return _KINDS[value["$kind"]](**fields)
     return MappingProxyType({key: _decode(item) for key, item in value.items()})
+
+
+def _require_number(step: Any, name: str, *, low: float, high: float = math.inf, whole: bool = False) -> None:
+    value = getattr(step, name)
+    if value is None:
+        return
+    kind = int if whole else (int, float)
+    holds = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    span = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+    _require(step, holds, f"{name} must be {'a whole number' if whole else 'a number'} of {span}, not {value!r}")
+
+
+def _require_factors(step: Any, name: str) -> None:
+    factors = getattr(step, name)
+    if not isinstance(factors, Mapping) or not factors:
+        return
+    known = [value for value in factors.values() if isinstance(value, (int, float))]
+    holds = len(known) == len(factors) and all(math.isfinite(value) and value >= 0 for value in known)
+    _require(step, holds, f"{name} must be numbers of at least 0, not {dict(factors)}")
+
+
+def _require_direction(step: Any) -> None:
+    mode = step.monitor_mode
+    _require(step, mode in (None, "max", "min"), f"monitor_mode must be 'max' or 'min', not {mode!r}")
 
 
 def _require(step: Any, holds: bool, message: str) -> None:
