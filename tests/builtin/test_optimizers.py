@@ -50,7 +50,11 @@ def test_a_groups_own_weight_decay_beats_the_default(part):
     assert [group["peak_lr"] for group in made.param_groups] == [0.1, 0.1]
 
 
-@pytest.mark.parametrize("part", [SGD(), AdamW(), Torch(kind="Adam")])
+def test_sgd_with_momentum_is_never_fused_because_thawed_layers_have_none_yet():
+    assert not SGD(momentum=0.9).make(groups(), fused=True).param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("part", [SGD(momentum=0.0), AdamW(), Torch(kind="Adam")])
 def test_fused_is_taken_where_asked_for_and_only_then(part):
     assert part.make(groups(), fused=True).param_groups[0]["fused"] is True
     assert not part.make(groups(), fused=False).param_groups[0]["fused"]
