@@ -74,6 +74,9 @@ if TYPE_CHECKING:
         SelectorError as SelectorError,
     )
     from tuneforge.errors import (
+        StoppedError as StoppedError,
+    )
+    from tuneforge.errors import (
         TryAgainError as TryAgainError,
     )
     from tuneforge.errors import (
@@ -159,6 +162,7 @@ _HOMES = {
         "UnknownNameError",
         "OptionError",
         "SelectorError",
+        "StoppedError",
         "PluginError",
         "PluginLoadError",
         "DataError",

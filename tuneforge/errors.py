@@ -14,6 +14,7 @@
     ├── HaltError                    70   the run stopped itself (NaN, a broken proof)
     ├── FolderError                  73   a folder is in use, missing or not writable
     ├── TryAgainError                75   a passing fault, such as a full disk
+    ├── StoppedError            130, 143   Ctrl-C or SIGTERM; what was done is saved, `tuneforge resume` goes on
     └── UnsafeFileError              77   a file that could execute code or is not what it claims
 
 A message has four parts: what went wrong, where, why, and what to do about it.
@@ -108,6 +109,20 @@ class TryAgainError(TuneforgeError):
     """A passing fault of the machine, such as a full disk."""
 
     exit_code = 75
+
+
+class StoppedError(TuneforgeError):
+    """The run was asked to stop (by Ctrl-C or SIGTERM), saved a checkpoint and did.
+
+    Args:
+        what: One sentence.
+        exit_code: 130 for Ctrl-C, 143 for SIGTERM.
+        fix: How to go on.
+    """
+
+    def __init__(self, what: str, *, exit_code: int, fix: str = "") -> None:
+        super().__init__(what, fix=fix)
+        self.exit_code = exit_code
 
 
 class UnsafeFileError(TuneforgeError):

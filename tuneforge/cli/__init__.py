@@ -9,6 +9,7 @@ import click
 STAGES: dict[str, dict[str, str]] = {
     "tune": {
         "run": "Tune a model: data, model, strategy, report.",
+        "resume": "Go on with a run that was stopped or killed.",
     },
     "judge": {
         "evaluate": "Evaluate a finished run again, on its own data or on others.",

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from typing import Any
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tuneforge.cli.options import ComponentCommand, configuration, own_options
+
+if TYPE_CHECKING:
+    from tuneforge.cli.screen import Screen
+    from tuneforge.engine.engine import Engine
 
 
 def _run(**values: Any) -> None:
@@ -19,16 +27,27 @@ def _run(**values: Any) -> None:
     """
     config = configuration(click.get_current_context(), values)
     as_json = values["as_json"]
-    from tuneforge.cli.screen import Screen
     from tuneforge.engine.engine import Engine
     from tuneforge.plugin.config import to_toml
 
     if values["print_config"]:
         click.echo(to_toml(Engine.of(config).config), nl=False)
         return
+    carry_out(lambda screen: Engine.of(config, say=screen.say, also=[screen]), as_json=as_json)
+
+
+def carry_out(make: Callable[[Screen], Engine], *, as_json: bool) -> None:
+    """Run an engine with a screen, and say what to do next. A first Ctrl-C or SIGTERM saves and stops; a second kills.
+
+    Args:
+        make: Makes the engine, once there is a screen to watch it.
+        as_json: End with one JSON object on standard output.
+    """
+    from tuneforge.cli.screen import Screen
+
     screen = Screen(to_stderr=as_json)
-    engine = Engine.of(config, say=screen.say, also=[screen])
-    with screen:
+    engine = make(screen)
+    with screen, stopping(engine):
         result = engine.run()
     screen.say("")
     screen.say(f"done: {result.folder}")
@@ -36,6 +55,26 @@ def _run(**values: Any) -> None:
     screen.say(f"      tuneforge predict {result.folder} FILE")
     if as_json:
         click.echo(json.dumps({"folder": str(result.folder), "report": _read_report(result.folder)}))
+
+
+@contextlib.contextmanager
+def stopping(engine: Engine) -> Iterator[None]:
+    """While this lasts, the first signal asks the engine to stop, and the second one ends the process as it would."""
+    codes = {signal.SIGINT: 130, signal.SIGTERM: 143}
+    before = {number: signal.getsignal(number) for number in codes}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        engine.stop("Ctrl-C" if number == signal.SIGINT else "SIGTERM", exit_code=codes[signal.Signals(number)])
+
+    for number in codes:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _read_report(folder: Any) -> Any:

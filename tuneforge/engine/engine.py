@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
 
-from tuneforge.engine import device, folder, given, story
+from tuneforge.engine import checkpoint, device, folder, given, story
+from tuneforge.engine.checkpoint import Checkpoints
 from tuneforge.engine.evaluation import Worst
 from tuneforge.engine.folder import RunFolder, save_tensors, state_of
+from tuneforge.engine.memory import Memory, found
 from tuneforge.engine.model import Model
 from tuneforge.engine.parts import Parts, part
 from tuneforge.engine.passes import evaluate
 from tuneforge.engine.phase import train
 from tuneforge.engine.probe import probe
-from tuneforge.engine.record import MISTAKES_KEPT, Keeper, describe_model, describe_run, mistakes
+from tuneforge.engine.record import (
+    MISTAKES_KEPT,
+    SAME_BITS,
+    Keeper,
+    describe_environment,
+    describe_model,
+    describe_run,
+    mistakes,
+)
 from tuneforge.engine.run import Run
-from tuneforge.engine.solve import Snapshot, blend, fit, snapshot
-from tuneforge.errors import PluginError, UsageError
+from tuneforge.engine.solve import Snapshot, blend, fit
+from tuneforge.errors import PluginError, StoppedError, UsageError
 from tuneforge.plugin.config import RunConfig, resolve
 from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.manager import Hooks, Member, guarded_steps
-from tuneforge.plugin.steps import Answer, Blend, Brief, Fit, Phase, Probe, Step, Use, to_json
+from tuneforge.plugin.steps import Answer, Blend, Brief, Fit, Phase, Probe, Step, Use
 
 _PAGE = "report-page"
 
@@ -94,6 +105,8 @@ class Engine:
         self._members: list[tuple[str, Member]] = []
         self._watchers: list[Member] = []
         self._ran = False
+        self._resumed: Path | None = None
+        self._stop: StoppedError | None = None
         singles = {"data": data, "model": model, "step": step, "strategy": strategy}
         uses = {name: self._take(name, asked) for name, asked in singles.items() if asked is not None}
         many = {"adapt": adapt, "evaluate": evaluate, "with": extensions}
@@ -115,6 +128,36 @@ class Engine:
         engine._watchers = [given.member("extension", each, where="also")[0] for each in also]
         return engine
 
+    @classmethod
+    def resume(
+        cls, path: str | Path, *, say: Callable[[str], None] | None = None, also: Sequence[Any] = (), **objects: Any
+    ) -> Engine:
+        """The engine that goes on with a run that was stopped or killed; its `run` ends as if nothing had happened.
+
+        Args:
+            path: The run's folder.
+            say: Where sentences for the user go.
+            also: Extensions that only watch.
+            objects: What the run was given as Python objects, such as `model` and `data`.
+
+        Raises:
+            FolderError: The folder holds no run, or one that was given objects which are missing here.
+            UsageError: The run is done.
+        """
+        path = Path(path)
+        config = resolve(folder.read_json(path / folder.RUN)["config"], where=str(path / folder.RUN))
+        if folder.read_json(path / folder.STATUS)["state"] == "done":
+            raise UsageError(f"the run in '{path}' is done", fix=f"see it: tuneforge report {path}")
+        chosen = {name: getattr(config, name) for name in _CHOICES} | {"extensions": config.extensions} | objects
+        engine = cls(**chosen, **{**config.settings(), "out": path}, say=say)
+        engine._watchers = [given.member("extension", each, where="also")[0] for each in also]
+        engine._resumed = path
+        return engine
+
+    def stop(self, reason: str, *, exit_code: int) -> None:
+        """Ask the run to save a checkpoint after the step it is in, and to stop with `StoppedError`."""
+        self._stop = StoppedError(f"stopped by {reason}", exit_code=exit_code, fix="go on with: tuneforge resume")
+
     def run(self) -> Result:
         """Do it: data, model, steps, report.
 
@@ -128,12 +171,13 @@ class Engine:
                 fix="make another Engine, with a fresh model",
             )
         self._ran = True
-        with RunFolder(self.config.out) as place, torch.random.fork_rng(devices=[]):
+        with RunFolder(self.config.out, resume=self._resumed is not None) as place, torch.random.fork_rng(devices=[]):
             try:
                 return self._run(place)
             except BaseException as error:
                 place.append(folder.LOG, traceback.format_exc())
-                ended = "failed" if isinstance(error, Exception) else "stopped"
+                stopped = isinstance(error, StoppedError) or not isinstance(error, Exception)
+                ended = "stopped" if stopped else "failed"
                 place.status("done" if place.state == "done" else ended, reason=str(error) or type(error).__name__)
                 raise
 
@@ -146,22 +190,59 @@ class Engine:
         for line in story.of_data(run.data):
             run.note(line)
 
+        memory = Memory(
+            run,
+            place,
+            Checkpoints(place.path, self.config.checkpoint_s, self.config.keep),
+            stopping=lambda: self._stop,
+            parts=Parts(self.config),
+        )
+        state = self._recalled(run) if self._resumed is not None else None
+        run.restoring = state is not None
         self._fill_in(run)
         run.reseed()  # so that fresh weights follow from the seed
         run.take_model(_with_fixed(run.hooks.call.model_adapt(run=run, model=None)))
+        run.restoring = False
         for line in story.of_model(run.model):
             run.note(line)
-        place.write(folder.MODEL, describe_model(run))
+        if state is None:
+            place.cut(dict.fromkeys((folder.STEPS, folder.METRICS, folder.TIMINGS), 0))
+            place.write(folder.MODEL, describe_model(run))
+            memory.begin(brief_of(run))
+        else:
+            memory.recall(state)
+            for line in memory.story():
+                run.note(line)
 
-        done = list(self._converse(run, place))
+        run.save = memory.save
+        self._converse(run, memory)
         for name, parameter in run.model.parameters().items():
             parameter.requires_grad_(name not in run.model.fixed)  # as it came
-        if not done:
+        if not memory.done:
             run.note("note: the strategy asked for no step, so nothing was trained")
-        report = self._report(run, place, done)
+        report = self._report(run, place)
         place.status("done")
+        checkpoint.clear(place.path)
+        if memory.checkpoints.count:
+            cost = 1000 * memory.checkpoints.spent_s / memory.checkpoints.count
+            run.note(f"checkpoints: {memory.checkpoints.count}, {cost:.0f} ms each")
         run.hooks.call.run_ended(run=run)
-        return Result(place.path, report, run.model, tuple(done))
+        return Result(place.path, report, run.model, tuple(memory.done))
+
+    def _recalled(self, run: Run) -> dict[str, Any] | None:
+        """The state of the newest checkpoint that is whole, or None where the run begins again."""
+        assert self._resumed is not None
+        state, passed_over = found(self._resumed, run.device.torch)
+        for why in passed_over:
+            run.note(f"passed over: {why}")
+        if state is None:
+            run.note("there is no whole checkpoint, so the run begins again")
+        before = folder.read_json(self._resumed / folder.RUN)["environment"]
+        now = describe_environment(run)
+        changed = [f"{key} {before.get(key)} -> {now[key]}" for key in SAME_BITS if before.get(key) != now[key]]
+        if changed:
+            run.note(f"note: not to the bit, because the machine has changed: {', '.join(changed)}")
+        return state
 
     def _start(self, place: RunFolder) -> Run:
         hooks = Hooks()
@@ -177,7 +258,8 @@ class Engine:
         )
         run.augments = tuple(part("augment", use) for use in self.config.augment)
         hooks.add(Member(Keeper(place), "engine", "the engine's own record"))
-        place.write(folder.RUN, describe_run(run, self._members))
+        if self._resumed is None:
+            place.write(folder.RUN, describe_run(run, self._members))
         place.status("running")
         run.note(f"run: {place.path}")
         return run
@@ -195,32 +277,36 @@ class Engine:
         for hook in ("train_step", "finetune_strategy", "optimizer_step"):
             run.hooks.provider(hook)
 
-    def _converse(self, run: Run, place: RunFolder) -> Iterable[tuple[Step, Answer]]:
-        """The conversation: the strategy says what to do, the engine does it and reports back."""
+    def _converse(self, run: Run, memory: Memory) -> None:
+        """The conversation: the strategy says what to do, the engine does it and reports back.
+
+        What was done before a resume is replayed: the strategy is answered from the log, and must ask the same.
+        """
         member = run.hooks.provider("finetune_strategy")
-        asked = run.hooks.call.finetune_strategy(brief=brief_of(run))
+        assert memory.brief is not None
+        asked = run.hooks.call.finetune_strategy(brief=memory.brief)
         if isinstance(asked, (list, tuple)):
             for planned in asked:
                 run.note(f"plan: {story.of_step(_checked(planned, member))}")
-        parts = Parts(self.config)
-        snapshots: dict[str, Snapshot] = {"start": snapshot(run, None)}
         steps = guarded_steps(member, asked)
         answer: Answer | None = None
-        while True:
+        for number in itertools.count():
             try:
                 step = _checked(steps.send(answer), member)
             except StopIteration:
                 return
-            _check_name(step, snapshots, member)
+            if number < len(memory.done):
+                answer = memory.replayed(number, step)
+                continue
+            _check_name(step, memory.snapshots, member)
             run.note(story.of_step(step))
-            answer = _do(run, step, parts, snapshots)
-            snapshots[step.name] = snapshot(run, list(snapshots.values())[-1])
-            place.append(folder.STEPS, f'{{"step": {to_json(step)}, "answer": {to_json(answer)}}}')
+            resumed, memory.phase = memory.phase, None
+            answer = _do(run, step, memory, resumed)
             for line in story.of_answer(answer):
                 run.note(line)
-            yield step, answer
+            memory.finish(step, answer)
 
-    def _report(self, run: Run, place: RunFolder, done: list[tuple[Step, Answer]]) -> dict[str, Any]:
+    def _report(self, run: Run, place: RunFolder) -> dict[str, Any]:
         worst = Worst(MISTAKES_KEPT)
         splits = {"val": evaluate(run, run.data.val, "val"), "test": evaluate(run, run.data.test, "test", worst=worst)}
         splits |= {name: evaluate(run, split, name) for name, split in run.data.further.items()}
@@ -293,16 +379,16 @@ _GROUPS = {
     "evaluate": "evaluate", "strategy": "finetune_strategy", "with": "extension",
 }  # fmt: skip
 _CHOICES = ("data", "model", "adapt", "step", "evaluate", "strategy", "schedule", "optimizer", "augment")
-_STEPS: dict[type, Callable[[Run, Any, Parts, dict[str, Snapshot]], Answer]] = {
-    Phase: lambda run, step, parts, snapshots: train(run, step, parts),
-    Fit: lambda run, step, parts, snapshots: fit(run, step),
-    Probe: lambda run, step, parts, snapshots: probe(run, step, parts),
-    Blend: lambda run, step, parts, snapshots: blend(run, step, snapshots),
+_STEPS: dict[type, Callable[[Run, Any, Memory, dict[str, Any] | None], Answer]] = {
+    Phase: lambda run, step, memory, resumed: train(run, step, memory.parts, resumed),
+    Fit: lambda run, step, memory, resumed: fit(run, step),
+    Probe: lambda run, step, memory, resumed: probe(run, step, memory.parts),
+    Blend: lambda run, step, memory, resumed: blend(run, step, memory.snapshots),
 }
 
 
-def _do(run: Run, step: Step, parts: Parts, snapshots: dict[str, Snapshot]) -> Answer:
-    return _STEPS[type(step)](run, step, parts, snapshots)
+def _do(run: Run, step: Step, memory: Memory, resumed: dict[str, Any] | None) -> Answer:
+    return _STEPS[type(step)](run, step, memory, resumed)
 
 
 def _checked(step: Any, member: Member) -> Step:

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -165,13 +165,15 @@ class RunFolder:
 
     Args:
         path: A new or empty folder, or None for a new one under `runs/`.
+        resume: The folder of a run that goes on.
 
     Raises:
         FolderError: Another process holds it, it already holds a run, or it is not writable.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, resume: bool = False) -> None:
         self.path = path if path is not None else _fresh_path()
+        self._resume = resume
         self._files: dict[str, IO[str]] = {}
         self._lock: IO[str] | None = None
         self.state = ""
@@ -183,7 +185,7 @@ class RunFolder:
         except OSError as error:
             raise _write_error(self.path, error) from error
         self._take_lock(self._lock)
-        if (self.path / RUN).exists():
+        if (self.path / RUN).exists() and not self._resume:
             self.__exit__(None, None, None)
             raise FolderError(
                 f"'{self.path}' already holds a run",
@@ -218,6 +220,16 @@ class RunFolder:
             self._files[name].flush()
         except OSError as error:
             raise _write_error(self.path / name, error) from error
+
+    def offsets(self, names: Iterable[str]) -> dict[str, int]:
+        """Bytes of each file so far."""
+        return {name: (self.path / name).stat().st_size if (self.path / name).exists() else 0 for name in names}
+
+    def cut(self, offsets: Mapping[str, int]) -> None:
+        """Cut files back to what they held at a checkpoint."""
+        for name, size in offsets.items():
+            if (self.path / name).exists():
+                os.truncate(self.path / name, size)
 
     def status(self, state: str, **details: Any) -> None:
         """Say how the run stands: `running`, `done` or `failed`, with the reason."""

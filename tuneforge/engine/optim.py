@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tuneforge.engine.model import NORMS, Model, select
 from tuneforge.errors import SelectorError
@@ -25,6 +25,7 @@ class Optimization:
 
     part: Any = None
     optimizer: torch.optim.Optimizer | None = None
+    pending: dict[str, dict[str, Any]] = attrs.field(factory=dict)
 
     def arrange(self, model: Model, phase: Phase, trained: list[str], part: Any, *, same: bool) -> None:
         """Partition what trains into groups, and drop the state of what no longer does.
@@ -46,6 +47,13 @@ class Optimization:
             self.optimizer.param_groups.clear()
             for group in groups:
                 self.optimizer.add_param_group(group)
+        if same:
+            named = model.parameters()
+            for name in (name for name in trained if name in self.pending):
+                self.optimizer.state[named[name]] = {
+                    key: _laid_out_as(named[name], value) for key, value in self.pending[name].items()
+                }
+        self.pending = {}
 
     def set_factor(self, factor: float) -> None:
         """Set every group's rate to `factor` times its peak."""
@@ -60,8 +68,19 @@ class Optimization:
 
     def forget(self) -> None:
         """Drop the moments of every tensor, because its weights were replaced."""
+        self.pending = {}
         if self.optimizer is not None:
             self.optimizer.state.clear()
+
+    def state(self, model: Model) -> dict[str, dict[str, Any]]:
+        """What the optimizer remembers, by parameter name; `pending` takes it back at the next `arrange`."""
+        if self.optimizer is None:
+            return self.pending
+        return {
+            name: dict(self.optimizer.state[parameter])
+            for name, parameter in model.parameters().items()
+            if parameter in self.optimizer.state
+        }
 
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups with their present rates."""
@@ -74,6 +93,13 @@ class Optimization:
     def _made(self) -> torch.optim.Optimizer:
         assert self.optimizer is not None, "arrange() comes before a step"
         return self.optimizer
+
+
+def _laid_out_as(parameter: nn.Parameter, value: Any) -> Any:
+    """A moment in the memory layout of its parameter, which fused kernels take for granted."""
+    if isinstance(value, Tensor) and value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    return value
 
 
 def parameter_groups(model: Model, phase: Phase, trained: list[str], *, weight_decay: float) -> list[dict[str, Any]]:

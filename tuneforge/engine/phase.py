@@ -12,6 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from tuneforge.engine import faults
 from tuneforge.engine.data import Batch, batch_sizes
 from tuneforge.engine.evaluation import single_numbers, watched
 from tuneforge.engine.model import freeze, modes, put_back, select, set_modes, whole_state
@@ -24,8 +25,14 @@ from tuneforge.errors import DataError, HaltError, PluginError, UsageError
 from tuneforge.plugin.steps import Phase, Report
 
 
-def train(run: Run, phase: Phase, parts: Parts) -> Report:
-    """Do a `Phase` step.
+def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None = None) -> Report:
+    """Do a `Phase` step, from its beginning or from where a checkpoint left it.
+
+    Args:
+        run: With data and model.
+        phase: What to do.
+        parts: Gives optimizer and schedule.
+        resumed: What `Progress.state` gave, in a run that goes on.
 
     Raises:
         SelectorError: The phase names parameters that do not exist.
@@ -38,21 +45,29 @@ def train(run: Run, phase: Phase, parts: Parts) -> Report:
     schedule = parts.schedule(phase)
     run.optimization.arrange(run.model, phase, trained, optimizer, same=same)
     draws = _Draws.of(run, phase)
-    proof = Proof.begin(run.model, trained, plan)
     course = _Course(phase, *watched(run.data.targets, phase.monitor, phase.monitor_mode))
     per_epoch = math.ceil(len(batch_sizes(len(run.data.train), run.config.batch_size)) / run.config.accumulate)
-    run.phase, run.proof, run.steps_done, run.progress = phase, proof, 0, 0.0
+    run.phase, run.steps_done, run.progress = phase, 0, 0.0
     run.total_steps = phase.steps or per_epoch * (phase.epochs or 0)
-    run.hooks.call.phase_started(run=run)
+    if resumed is None:
+        run.proof = Proof.begin(run.model, trained, plan)
+        progress = Progress(course, torch.zeros((), device=run.device.torch))
+        run.hooks.call.phase_started(run=run)
+    else:
+        run.proof = Proof.restored(resumed["proof"])
+        progress = Progress.restored(resumed, course, run)
+        run.optimization.set_factor(schedule.factor((run.steps_done - 0.5) / run.total_steps))  # as the last step had it
+    proof = run.proof
 
     while not course.reason:
         began = time.perf_counter()
-        loss = _train_epoch(run, draws, plan, proof, schedule)
+        loss = _train_epoch(run, draws, plan, progress, schedule)
         proof.narrow(run.model)
         run.epoch += 1
         take = functools.partial(course.take, run, loss, trained)
         figures = evaluate(run, run.data.val, "val", then=take)
         _record(run, course, loss, figures, seconds=time.perf_counter() - began)
+        faults.point("epoch")
 
     run.hooks.call.phase_ended(run=run)
     unmoved = proof.conclude(run.model)
@@ -76,22 +91,24 @@ def train(run: Run, phase: Phase, parts: Parts) -> Report:
     )
 
 
-def _train_epoch(run: Run, draws: _Draws, plan: list[Any], proof: Proof, schedule: Any) -> float:
-    """One pass over the training split, or what is left of a phase given in steps. Returns the mean loss."""
-    total = torch.zeros((), device=run.device.torch)
-    count = 0
+def _train_epoch(run: Run, draws: _Draws, plan: list[Any], progress: Progress, schedule: Any) -> float:
+    """One pass over the training split, or what is left of it. Returns the mean loss."""
     order = draws.order(run)
     sizes = batch_sizes(order.size, run.config.batch_size)
     every = run.config.accumulate
+    proof = run.proof
+    assert proof is not None
     run.model.module.train()  # so that a module's own train() is told; the modes of the phase follow
-    for index, batch in enumerate(run.training_batches(order, draws.weights)):
+    for index, batch in enumerate(
+        run.training_batches(order, draws.weights, start=progress.batch), start=progress.batch
+    ):
         set_modes(plan)
         run.reseed(index % every)
         loss = loss_of(run, batch)
         share = len(batch.rows) / sum(sizes[index - index % every :][:every])
         torch.autograd.backward(loss if every == 1 else loss * share)
-        total += loss.detach() * len(batch.rows)
-        count += len(batch.rows)
+        progress.loss += loss.detach() * len(batch.rows)
+        progress.count += len(batch.rows)
         if (index + 1) % every and index + 1 < len(sizes):
             continue
         run.optimization.set_factor(schedule.factor((run.steps_done + 0.5) / run.total_steps))  # the middle of the step
@@ -100,11 +117,62 @@ def _train_epoch(run: Run, draws: _Draws, plan: list[Any], proof: Proof, schedul
         run.step += 1
         run.steps_done += 1
         run.progress = run.steps_done / run.total_steps
+        progress.batch = index + 1
         if proof.watched and run.steps_done.bit_count() == 1:  # after steps 1, 2, 4, 8, ...
             proof.narrow(run.model)
+        faults.point("step")
+        run.save(progress)
+        faults.point("step-saved")
         if run.steps_done == run.total_steps:
             break
-    return _finite(run, float(total) / count)
+    return progress.next_epoch(run)
+
+
+@attrs.define(eq=False)
+class Progress:
+    """Where a phase is: what a checkpoint must hold, beside weights and optimizer, to go on to the bit.
+
+    Args:
+        course: The figures so far.
+        loss: Sum of the losses of this epoch's samples, on the device.
+        count: Samples of this epoch so far.
+        batch: The batch that comes next.
+    """
+
+    course: _Course
+    loss: Tensor
+    count: int = 0
+    batch: int = 0
+
+    def next_epoch(self, run: Run) -> float:
+        """Begin the next epoch, and give the mean loss of the one that ended."""
+        mean = float(self.loss) / self.count
+        self.loss, self.count, self.batch = torch.zeros_like(self.loss), 0, 0
+        return _finite(run, mean)
+
+    def state(self, run: Run) -> dict[str, Any]:
+        """All of it as tensors and plain data."""
+        assert run.proof is not None
+        return {
+            "loss": self.loss,
+            "count": self.count,
+            "batch": self.batch,
+            "steps_done": run.steps_done,
+            "course": {name: getattr(self.course, name) for name in _COURSE_STATE},
+            "proof": run.proof.state(),
+        }
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], course: _Course, run: Run) -> Progress:
+        """What `state` gave, with the run's counters of the phase."""
+        for name in _COURSE_STATE:
+            setattr(course, name, state["course"][name])
+        run.steps_done = state["steps_done"]
+        run.progress = run.steps_done / run.total_steps
+        return cls(course, state["loss"], state["count"], state["batch"])
+
+
+_COURSE_STATE = ("reason", "best", "best_epoch", "best_figures", "best_state", "figures", "history")
 
 
 def loss_of(run: Run, batch: Batch) -> Tensor:

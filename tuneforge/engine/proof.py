@@ -33,6 +33,17 @@ class Proof:
     frozen: list[str]
     watched: dict[str, Tensor | None]
 
+    def state(self) -> dict[str, Any]:
+        """All of it as tensors and plain data."""
+        due = {name: None if seen is None else bool(seen) for name, seen in self.watched.items()}
+        return {"before": self.before, "frozen": self.frozen, "watched": due}
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> Proof:
+        """What `state` gave."""
+        watched = {name: None if due is None else torch.tensor(due) for name, due in state["watched"].items()}
+        return cls(before=state["before"], frozen=state["frozen"], watched=watched)
+
     @classmethod
     def begin(cls, model: Model, trained: list[str], plan: list[tuple[nn.Module, bool]]) -> Proof:
         """Take the evidence from before the phase.

@@ -23,6 +23,7 @@ from tuneforge.plugin.manager import Member
 from tuneforge.plugin.steps import to_json
 
 MISTAKES_KEPT = 24
+SAME_BITS = ("torch", "threads", "machine", "cpu", "device")
 
 
 class Keeper:
@@ -47,15 +48,19 @@ def describe_run(run: Run, members: list[tuple[str, Member]]) -> dict[str, Any]:
         "tuneforge": tuneforge.__version__,
         "config": as_table(run.config),
         "components": [given.recorded(member, group) for group, member in members],
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "device": str(run.device.torch),
-            "command": sys.argv,
-        },
+        "environment": {**describe_environment(run), "command": sys.argv},
+    }
+
+
+def describe_environment(run: Run) -> dict[str, Any]:
+    """What the bits of a run depend on beside its configuration."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "device": str(run.device.torch),
     }
 
 

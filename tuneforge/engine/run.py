@@ -47,6 +47,8 @@ class Run:
         optimization: The run's one optimizer.
         proof: Evidence that the phase gathers, if one trains.
         augments: Random changes of training inputs.
+        save: Is called after each step, with what the phase knows, and saves a checkpoint where one is due.
+        states: What each component remembers, by its place and name.
     """
 
     config: RunConfig
@@ -70,7 +72,8 @@ class Run:
     _model: Model | None = None
     _example: Any = None
     _contiguous: bool = False
-    _states: dict[int, dict[str, Any]] = attrs.field(factory=dict)
+    save: Callable[[Any], None] = lambda progress: None
+    states: dict[str, dict[str, Any]] = attrs.field(factory=dict)
 
     @property
     def data(self) -> Data:
@@ -121,7 +124,17 @@ class Run:
 
     def state(self, component: object) -> dict[str, Any]:
         """What a component remembers while the run goes on: tensors and plain data, saved with checkpoints."""
-        return self._states.setdefault(id(component), {})
+        return self.states.setdefault(self._key_of(component), {})
+
+    def _key_of(self, component: object) -> str:
+        """The same key for the same component in a resumed run: its place among the members and its name."""
+        for place, member in enumerate(self.hooks.members):
+            if member.component is component:
+                return f"{place}:{member.name}"
+        for place, part in enumerate(self.augments):
+            if part is component:
+                return f"augment:{place}"
+        raise PluginError(f"{type(component).__name__} takes no part in this run", fix="call run.state(self)")
 
     def forward(self, inputs: Any) -> Any:
         """The model's answer (b, k) for a batch's inputs."""
@@ -145,8 +158,8 @@ class Run:
         torch.default_generator.manual_seed(seed)
         self.device.reseed(seed)
 
-    def training_batches(self, order: Order, weights: Tensor | None) -> Iterator[Batch]:
-        """Batches of one epoch of the training split, augmented, on the device."""
+    def training_batches(self, order: Order, weights: Tensor | None, *, start: int = 0) -> Iterator[Batch]:
+        """Batches of one epoch of the training split from batch `start` on, augmented, on the device."""
         split = self.data.train
 
         def finish(rows: Tensor, stored: Inputable) -> Batch:
@@ -156,7 +169,7 @@ class Run:
                 batch = part.augment(self, attrs.evolve(batch, noise=attrs.evolve(noise, salt=place)))
             return batch
 
-        return batches(split, in_order(order, self.config.batch_size), finish, workers=self.config.workers)
+        return batches(split, in_order(order, self.config.batch_size, start=start), finish, workers=self.config.workers)
 
     def evaluation_batches(self, split: Split) -> Iterator[Batch]:
         """Every sample of a split once, in order, on the device."""
