@@ -28,7 +28,7 @@ def test_freeze_then_unfreeze_runs_on(arch, tmp_path):
         train=noise(6, side, 0), val=noise(3, side, 1), test=noise(3, side, 2),
         inputs=Images(ops=(f"resize {side}",)), targets=Classes(names=("a", "b", "c")),
     )  # fmt: skip
-    kept = {}
+    kept, said = {}, []
 
     class Keeps:
         @tf.hookimpl
@@ -36,12 +36,14 @@ def test_freeze_then_unfreeze_runs_on(arch, tmp_path):
             kept[run.phase.name] = {name: tensor.clone() for name, tensor in run.model.module.state_dict().items()}
 
     result = tf.Engine(
-        data=data, model=tf.use("torchvision", arch=arch), strategy=tf.use("freeze-then-unfreeze", epochs=1),
-        batch_size=3, extensions=[Keeps()], page=False, out=tmp_path / "run",
+        data=data, model=tf.use("torchvision", arch=arch),
+        strategy=tf.use("freeze-then-unfreeze", head_epochs=2, epochs=1),
+        batch_size=3, extensions=[Keeps()], page=False, out=tmp_path / "run", say=said.append,
     ).run()  # fmt: skip
     (_, head), (_, both) = result.steps
     moved = [name for name, tensor in kept["all"].items() if not torch.equal(tensor, kept["head"][name])]
     assert moved
+    assert [line for line in said if line.strip().startswith("cached")], said
     assert set(moved) <= set(result.model.group_infos()[-1].tensors)
     assert head.frozen > 100 * head.trained
     assert both.frozen == 0

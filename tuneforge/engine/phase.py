@@ -15,6 +15,7 @@ from torch import Tensor
 from tuneforge.engine import faults
 from tuneforge.engine.data import Batch, batch_sizes
 from tuneforge.engine.evaluation import single_numbers, watched
+from tuneforge.engine.frozen import NoPrefixError, Prefix, prefix_of
 from tuneforge.engine.model import freeze, modes, put_back, select, set_modes, whole_state
 from tuneforge.engine.order import Order
 from tuneforge.engine.parts import Parts
@@ -45,6 +46,7 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
     schedule = parts.schedule(phase)
     run.optimization.arrange(run.model, phase, trained, optimizer, same=same)
     draws = _Draws.of(run, phase)
+    run.prefix = _kept_prefix(run, phase, plan) if len(trained) < len(run.model.parameters()) else None
     course = _Course(phase, *watched(run.data.targets, phase.monitor, phase.monitor_mode))
     per_epoch = math.ceil(len(batch_sizes(len(run.data.train), run.config.batch_size)) / run.config.accumulate)
     run.phase, run.steps_done, run.progress = phase, 0, 0.0
@@ -56,7 +58,9 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
     else:
         run.proof = Proof.restored(resumed["proof"])
         progress = Progress.restored(resumed, course, run)
-        run.optimization.set_factor(schedule.factor((run.steps_done - 0.5) / run.total_steps))  # as the last step had it
+        run.optimization.set_factor(
+            schedule.factor((run.steps_done - 0.5) / run.total_steps)
+        )  # as the last step had it
     proof = run.proof
 
     while not course.reason:
@@ -74,7 +78,7 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
     if phase.restore_best and course.best_epoch != len(course.history):
         put_back(run.model.module, course.best_state)
         run.optimization.forget()
-    run.phase = run.proof = None
+    run.phase = run.proof = run.prefix = None
     sizes = {name: parameter.numel() for name, parameter in run.model.parameters().items()}
     return Report(
         step=phase.name,
@@ -89,6 +93,18 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
         frozen=sum(sizes.values()) - sum(sizes[name] for name in trained),
         unmoved=unmoved,
     )
+
+
+def _kept_prefix(run: Run, phase: Phase, plan: list[Any]) -> Prefix | None:
+    """What the phase keeps of its frozen part; None, with the reason said, where it keeps nothing."""
+    try:
+        prefix = prefix_of(run, phase, plan)
+    except NoPrefixError as why:
+        run.note(f"  not cached: {why}")
+        return None
+    total = prefix.bytes_each * (len(run.data.train) + len(run.data.val)) / 2**20
+    run.note(f"  cached: what the frozen part gives for each sample, {total:.1f} MB, looked at once for all epochs")
+    return prefix
 
 
 def _train_epoch(run: Run, draws: _Draws, plan: list[Any], progress: Progress, schedule: Any) -> float:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tuneforge.engine.data import Batch, Data, Inputable, Split, batches, in_order, in_turn, map_inputs
 from tuneforge.engine.device import Device
@@ -23,6 +23,28 @@ from tuneforge.plugin.manager import Hooks
 from tuneforge.plugin.steps import Phase
 
 EVALUATION_BATCH = 256
+
+
+@attrs.frozen(eq=False)
+class Features:
+    """Inputs of a batch as the frozen part of the model gives them: the values at its border, each (b, ...)."""
+
+    values: tuple[Tensor, ...]
+
+
+class KeptPrefix(Protocol):
+    """What a phase keeps of its frozen part (see `tuneforge.engine.frozen`)."""
+
+    @property
+    def training(self) -> nn.Module:
+        """The values to the answer, while the phase trains."""
+
+    @property
+    def evaluating(self) -> nn.Module:
+        """The same in eval mode."""
+
+    def values(self, split: Split, rows: Tensor) -> Features | None:
+        """The values of some samples, or None where the split is not kept."""
 
 
 @attrs.define(eq=False)
@@ -46,6 +68,7 @@ class Run:
         evaluating: Name of the split under evaluation, or None.
         optimization: The run's one optimizer.
         proof: Evidence that the phase gathers, if one trains.
+        prefix: What the phase keeps of its frozen part, if it does.
         augments: Random changes of training inputs.
         save: Is called after each step, with what the phase knows, and saves a checkpoint where one is due.
         states: What each component remembers, by its place and name.
@@ -67,6 +90,7 @@ class Run:
     evaluating: str | None = None
     optimization: Optimization = attrs.field(factory=Optimization)
     proof: Proof | None = None
+    prefix: KeptPrefix | None = None
     augments: tuple[Any, ...] = ()
     _data: Data | None = None
     _model: Model | None = None
@@ -139,7 +163,12 @@ class Run:
     def forward(self, inputs: Any) -> Any:
         """The model's answer (b, k) for a batch's inputs."""
         with self.autocast():
-            output = answer_of(call(self.model.module, inputs))
+            if isinstance(inputs, Features):
+                assert self.prefix is not None
+                part = self.prefix.evaluating if self.evaluating else self.prefix.training
+                output = answer_of(part(*map(self._placed, inputs.values)))
+            else:
+                output = answer_of(call(self.model.module, inputs))
         return output.float() if isinstance(output, Tensor) and output.dtype == torch.bfloat16 else output
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -161,6 +190,11 @@ class Run:
     def training_batches(self, order: Order, weights: Tensor | None, *, start: int = 0) -> Iterator[Batch]:
         """Batches of one epoch of the training split from batch `start` on, augmented, on the device."""
         split = self.data.train
+        if self.prefix is not None:
+            for rows in in_order(order, self.config.batch_size, start=start):
+                noise = Noise(self.config.seed, self.epoch, rows)
+                yield self._kept_batch(split, rows, noise, weights)
+            return
 
         def finish(rows: Tensor, stored: Inputable) -> Batch:
             noise = Noise(self.config.seed, self.epoch, rows)
@@ -169,16 +203,31 @@ class Run:
                 batch = part.augment(self, attrs.evolve(batch, noise=attrs.evolve(noise, salt=place)))
             return batch
 
-        return batches(split, in_order(order, self.config.batch_size, start=start), finish, workers=self.config.workers)
+        ordered = in_order(order, self.config.batch_size, start=start)
+        yield from batches(split, ordered, finish, workers=self.config.workers)
 
     def evaluation_batches(self, split: Split) -> Iterator[Batch]:
         """Every sample of a split once, in order, on the device."""
+        size = self.config.eval_batch_size or max(EVALUATION_BATCH, self.config.batch_size)
+        if self.prefix is not None and self.prefix.values(split, torch.tensor([0])) is not None:
+            for rows in in_turn(len(split), size):
+                yield self._kept_batch(split, rows, Noise(self.config.seed, 0, rows), None)
+            return
 
         def finish(rows: Tensor, stored: Inputable) -> Batch:
             return self._batch(split, rows, stored, Noise(self.config.seed, 0, rows), None)
 
-        size = self.config.eval_batch_size or max(EVALUATION_BATCH, self.config.batch_size)
-        return batches(split, in_turn(len(split), size), finish, workers=self.config.workers)
+        yield from batches(split, in_turn(len(split), size), finish, workers=self.config.workers)
+
+    def _kept_batch(self, split: Split, rows: Tensor, noise: Noise, weights: Tensor | None) -> Batch:
+        assert self.prefix is not None
+        return Batch(
+            inputs=self.prefix.values(split, rows),
+            targets=self.place(split.targets.index_select(0, rows)),
+            rows=rows,
+            weights=None if weights is None else self.device.move(weights.index_select(0, rows)),
+            noise=noise,
+        )
 
     def _batch(self, split: Split, rows: Tensor, stored: Inputable, noise: Noise, weights: Tensor | None) -> Batch:
         return Batch(

@@ -43,6 +43,10 @@ class Settings:
     memory_format: Literal["auto", "contiguous", "channels-last"] = option(
         default="auto", help="Layout of 4-D tensors; auto: channels-last where the model has 4-D weights."
     )
+    cache: Literal["auto", "off"] = option(
+        default="auto", help="Keep what the frozen part of the model gives for each sample, where that pays."
+    )
+    cache_mb: int = option(default=2048, help="Memory for that, in MB.", check=ge(0))
     checkpoint_s: float = option(default=60.0, help="Seconds between two checkpoints.", check=ge(0))
     keep: int = option(default=2, help="Checkpoints kept while the run goes on.", check=ge(1))
     page: bool = option(default=True, help="Write report.html when the run is done.")
