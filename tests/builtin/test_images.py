@@ -340,3 +340,25 @@ def test_the_final_size_is_known_only_where_it_is_the_same_for_all() -> None:
     assert final_size([Op.parse("square")]) is None
     assert final_size([]) is None
     assert final_size([Op.parse("resize 32"), Op.parse("centre-crop 24x16")]) == (24, 16)
+
+
+def test_ink_is_the_same_whatever_its_ground_margin_and_place() -> None:
+    stroke = torch.zeros(40, 20, dtype=torch.uint8)
+    stroke[:, 5:12] = 255
+    stroke[30:, :] = 200
+    inputs = Images(ops=("grey", "ink", "resize 8", "resize 32"))
+    stored = []
+    for ground, ink, place in ((0, 1, (3, 4)), (0, 1, (50, 30)), (255, -1, (20, 60))):
+        paper = torch.full((1, 120, 100), ground, dtype=torch.uint8)
+        top, left = place
+        paper[0, top : top + 40, left : left + 20] = stroke if ink > 0 else 255 - stroke
+        stored.append(inputs.prepared(paper[None])[0])
+    assert stored[0].shape == (1, 32, 32)
+    assert torch.equal(stored[0], stored[1])
+    assert torch.equal(stored[0], stored[2])
+
+
+def test_ink_leaves_small_pictures_and_empty_paper_alone() -> None:
+    small = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    assert torch.equal(Images(ops=("ink",)).prepared(small), small)
+    assert Images(ops=("ink", "resize 8")).prepared(torch.zeros(1, 1, 30, 40, dtype=torch.uint8)).shape == (1, 1, 8, 8)

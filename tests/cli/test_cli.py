@@ -244,3 +244,33 @@ def test_options_of_local_extensions_are_keyed_by_the_class_name(run, plant):
     code, toml, err = run("run", "--with", "near_mod:StayNear", "--stay-near.epochs", "7", "--print-config")
     assert code == 0, err
     assert "epochs = 7" in toml
+
+
+def test_a_name_that_two_distributions_install_is_listed_as_a_clash(run, plant):
+    plant("planted-pkg", {"tuneforge.finetune_strategy": {"full": "planted_full:Short"}}, planted_full=SHORT)
+    _, out, _ = run("plugins", "check")
+    assert "clash: strategy 'full'" in out
+    assert "planted-pkg/full" in out
+
+
+def test_a_run_that_is_not_done_is_neither_reported_nor_used(run, tmp_path):
+    code, _, _ = run("run", "--data", "image-folder", "--data.path", tmp_path / "none", "--out", tmp_path / "r")
+    assert code == 65
+    for arguments in (["report", tmp_path / "r"], ["predict", tmp_path / "r", tmp_path], ["evaluate", tmp_path / "r"]):
+        code, _, err = run(*arguments)
+        assert code == 73
+        assert "it is failed" in err
+        assert "tuneforge resume" in err
+
+
+def test_nothing_to_resume_is_said(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("resume")
+    assert code == 73
+    assert "no run to go on with" in err
+
+
+def test_an_option_of_an_extension_is_named_as_it_was_typed(run):
+    code, _, err = run("run", "--with", "ema", "--ema.decay", "2")
+    assert code == 2
+    assert "--ema.decay" in err

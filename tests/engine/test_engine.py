@@ -515,7 +515,7 @@ def test_a_model_that_keeps_tensors_from_evaluation_can_train_on(tune):
                 self.kept = torch.ones(len(inputs), 1)
             return super().forward(inputs * self.kept)
 
-    tune([tf.Phase("a", epochs=2)], model=Caches(), batch_size=16, eval_batch_size=16)
+    assert tune([tf.Phase("a", epochs=2)], model=Caches(), batch_size=16, eval_batch_size=16).steps[0][1].epochs == 2
 
 
 def test_a_module_that_merges_for_evaluation_is_told_to_train_again(tune):

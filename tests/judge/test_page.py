@@ -368,6 +368,7 @@ def test_figures_that_are_no_numbers_are_said_in_words(tmp_path):
 def test_missing_file_is_left_out(tmp_path, name):
     folder = classes_run(tmp_path / "run", DIGITS)
     (folder / name).unlink()
+    assert "</html>" in read(folder)
     Elements(read(folder))
 
 
@@ -377,9 +378,9 @@ def test_missing_keys_are_left_out(tmp_path, name):
     whole = json.loads((folder / name).read_text())
     for key in whole:
         write_json(folder / name, {other: value for other, value in whole.items() if other != key})
-        Elements(read(folder))
+        assert "</html>" in read(folder)
     (folder / name).write_text("{}")
-    Elements(read(folder))
+    assert "</html>" in read(folder)
 
 
 def test_folder_without_a_run_is_refused(tmp_path):

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -80,6 +81,13 @@ class DigitCNN:
         _require_size(run)
         if run.restoring or not self.pretrained:
             return _fresh(run)
+        if self.weights is not None and not self.weights.is_file():
+            raise UsageError(
+                f"there is no file '{self.weights}'",
+                where="--model.weights",
+                why="it should hold weights of digit-cnn",
+                fix="check the path, or leave it out for the weights that ship",
+            )
         return _loaded(self.weights or SHIPPED)
 
 
@@ -87,7 +95,7 @@ def _fresh(run: Run) -> Model:
     """From scratch, for the classes of the data: PyTorch's own initialisation, from the run's seed."""
     with seeded(run.config.seed):
         module = DigitNet(run.data.targets.size)
-    return _model(module, run.data.targets.labels, kept=())
+    return attrs.evolve(_model(module, run.data.targets.labels, kept=()), pretrained=False)
 
 
 def _loaded(path: Path) -> Model:

@@ -118,7 +118,7 @@ class Glyphs:
 
 def _inputs() -> Images:
     """From any picture to the 8x8 blocks of optdigits, and up to the 32x32 that the network takes."""
-    return Images(ops=("grey", "resize 8", "resize 32"), channels=3, mean=(MEAN,), std=(STD,))
+    return Images(ops=("grey", "ink", "resize 8", "resize 32"), channels=3, mean=(MEAN,), std=(STD,))
 
 
 def _stored(images_nyx: Any, inputs: Images) -> Tensor:

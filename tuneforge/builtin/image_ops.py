@@ -16,9 +16,10 @@ from torchvision.transforms.v2 import functional as F
 
 from tuneforge import Check
 
-_PLAIN = ("grey", "invert", "square")
+_PLAIN = ("grey", "invert", "ink", "square")
 _SIZED = ("resize", "centre-crop")
-OPS = "'grey', 'invert', 'square', 'resize N', 'resize HxW', 'centre-crop N' or 'centre-crop HxW'"
+_CUT_ALREADY = 16  # pixels a side
+OPS = "'grey', 'invert', 'ink', 'square', 'resize N', 'resize HxW', 'centre-crop N' or 'centre-crop HxW'"
 """The vocabulary, as messages show it."""
 
 
@@ -27,7 +28,8 @@ class Op:
     """One operation on pictures of one size.
 
     Args:
-        name: `grey`: one channel (ITU-R 601 luma); `invert`: 255 minus it; `square`: the shorter side is filled up
+        name: `grey`: one channel (ITU-R 601 luma); `invert`: 255 minus it; `ink`: of a picture of more than 16 pixels
+            a side, light ink on dark, cut to the ink and filled up to a square; `square`: the shorter side is filled up
             with the median of the border; `resize`: scaled with antialiasing; `centre-crop`: cut or filled up with 0.
         size: Empty; or the shorter side of `resize` and both of `centre-crop`; or height and width.
     """
@@ -51,7 +53,7 @@ class Op:
 
     def shape(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after the operation."""
-        if self.name == "square":
+        if self.name == "square" or (self.name == "ink" and max(height, width) > _CUT_ALREADY):
             return (max(height, width),) * 2
         if not self.size:
             return height, width
@@ -68,6 +70,8 @@ class Op:
             return 255 - pictures_nchw
         if self.name == "square":
             return _squared(pictures_nchw)
+        if self.name == "ink":
+            return _inked(pictures_nchw)
         out: Tensor
         if self.name == "centre-crop":
             out = F.center_crop(pictures_nchw, [self.size[0], self.size[-1]])
@@ -119,6 +123,40 @@ def _squared(pictures_nchw: Tensor) -> Tensor:
     top, left = (side - height) // 2, (side - width) // 2
     out[..., top : top + height, left : left + width] = pictures_nchw
     return out
+
+
+def _inked(pictures_nchw: Tensor) -> Tensor:
+    """One character as it comes from paper or a screen, the way characters are cut out for recognition.
+
+    Dark ink on a light ground is turned around, by the median of the border; ink is what lies more than a quarter of
+    the way from the ground to the lightest pixel. Pictures of at most 16 pixels a side are cut out already.
+    """
+    if max(pictures_nchw.shape[-2:]) <= _CUT_ALREADY:
+        return pictures_nchw
+    return torch.cat([_cut_out(picture[None]) for picture in pictures_nchw])
+
+
+def _cut_out(picture_1chw: Tensor) -> Tensor:
+    if _ground(picture_1chw) > 127:
+        picture_1chw = 255 - picture_1chw
+    above = picture_1chw.float().amax(dim=(0, 1)) - float(_ground(picture_1chw))
+    inked = above > above.max() / 4
+    if above.max() <= 0:
+        return _squared(picture_1chw)
+    rows, columns = inked.any(1).nonzero().flatten(), inked.any(0).nonzero().flatten()
+    cut = picture_1chw[..., int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1]
+    height, width = cut.shape[-2:]
+    side = max(height, width)
+    out = cut.new_full((*cut.shape[:2], side, side), int(_ground(picture_1chw)))
+    top, left = (side - height) // 2, (side - width) // 2
+    out[..., top : top + height, left : left + width] = cut
+    return out
+
+
+def _ground(picture_1chw: Tensor) -> Tensor:
+    """The median of the border: what a character is written on."""
+    edges = (picture_1chw[..., 0, :], picture_1chw[..., -1, :], picture_1chw[..., 0], picture_1chw[..., -1])
+    return torch.cat([edge.flatten() for edge in edges]).median()
 
 
 def _known(texts: Sequence[str]) -> bool:

@@ -151,6 +151,8 @@ class TableRow(Inputs):
     that training did not have, is none of the values.
     """
 
+    rows = True
+
     columns: tuple[str, ...] = option(help="Names of the columns.")
     kinds: tuple[str, ...] = option(help="number, number-or-none or text, of each column.")
     means: tuple[float, ...] = option(help="Training mean of each column of numbers; 0 for text.")
@@ -261,7 +263,7 @@ class MLP:
                 layers[f"layer{number}"], num_features = nn.Sequential(*parts), width
             layers["head"] = nn.Linear(num_features, num_outputs)
         groups = [Group(name, (name,)) for name in layers]
-        return Model(nn.Sequential(layers), groups=groups, head="head", labels=labels)
+        return Model(nn.Sequential(layers), groups=groups, head="head", labels=labels, pretrained=False)
 
     def _loaded(self, path: Path, num_features: int) -> Model:
         """From weights, with the outputs that they have; the adapter `head` fits those to the data."""

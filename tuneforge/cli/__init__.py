@@ -63,4 +63,6 @@ def cli() -> None:
     """Fine-tune a pretrained PyTorch model on your data, and see which recipe was better.
 
     Start with: tuneforge run --strategy freeze-then-unfreeze
+
+    With --debug anywhere, an error comes with its traceback.
     """

@@ -38,7 +38,7 @@ evaluate = ComponentCommand(
     help=_evaluate.__doc__,
     params=[
         click.Argument(["folder"], type=click.Path(path_type=Path), metavar="RUN"),
-        *pick_options("data", "evaluate"),
+        *pick_options("data", "evaluate", instead="the run's own"),
         click.Option(["--device"], default="auto", help="Where to compute.", show_default=True),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object."),
     ],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 import click
@@ -15,7 +16,7 @@ from tuneforge.plugin import registry
 from tuneforge.plugin.component import Option, options_of, type_text
 from tuneforge.plugin.config import REPEATABLE, SINGLE, Settings, default_name, merged, read_file, resolve
 from tuneforge.plugin.config import RunConfig as RunConfig
-from tuneforge.plugin.names import kebab
+from tuneforge.plugin.names import prefix_of
 
 SHORT_FORMS = ("epochs", "lr")
 _PICKS = {**SINGLE, **REPEATABLE}
@@ -23,8 +24,8 @@ _HELP = {
     "data": "Where samples come from.", "model": "What builds the model.",
     "adapt": "What changes the model, in order.", "step": "What computes the loss.",
     "evaluate": "What computes the figures.", "strategy": "What says what to do.",
-    "schedule": "Course of the rate, over what the strategy asks.",
-    "optimizer": "Over what the strategy asks.", "with": "An extension that takes part.",
+    "schedule": "Course of the learning rate, in place of the strategy's.",
+    "optimizer": "The optimizer, in place of the strategy's.", "with": "An extension that takes part.",
     "augment": "A random change of training inputs.",
 }  # fmt: skip
 
@@ -78,12 +79,11 @@ class ComponentCommand(click.Command):
         return [option for each in ctx.meta.get("tuneforge.chosen", ()) for option in _click_options(each)]
 
 
-def pick_options(*keys: str) -> list[click.Parameter]:
-    """Flags that pick components."""
+def pick_options(*keys: str, instead: str = "") -> list[click.Parameter]:
+    """Flags that pick components; `instead` says what happens without one, where that is not the usual."""
+    notes = {key: f" [default: {instead}]" if instead else _default_note(key) for key in keys}
     return [
-        click.Option(
-            [f"--{key}", key], metavar="NAME", help=_HELP[key] + _default_note(key), multiple=key in REPEATABLE
-        )
+        click.Option([f"--{key}", key], metavar="NAME", help=_HELP[key] + notes[key], multiple=key in REPEATABLE)
         for key in keys
     ]
 
@@ -155,6 +155,8 @@ def _setting(option: Option) -> click.Option:
 
 
 def _metavar(option: Option) -> str:
+    if typing.get_origin(option.type) is Literal:
+        return "[" + "|".join(map(str, typing.get_args(option.type))) + "]"
     words = {"integer": "INTEGER", "number": "NUMBER", "text": "TEXT", "path": "PATH", "true or false": "BOOLEAN"}
     text = type_text(option.type)
     first = text.partition(" or ")[0]
@@ -223,7 +225,7 @@ def _chosen(args: list[str], file: Mapping[str, Any], picks: list[str]) -> Itera
         if key in REPEATABLE:
             for name in dict.fromkeys([*(str(entry.get("name")) for entry in in_file), *named]):
                 given = next((entry for entry in in_file if entry.get("name") == name), {})
-                yield Chosen(key, name, _prefix(name), _without_name(given))
+                yield Chosen(key, name, prefix_of(name), _without_name(given))
             continue
         given = in_file[0] if in_file else {}
         dotted = any(arg.startswith(f"--{key}.") for arg in args)
@@ -232,11 +234,6 @@ def _chosen(args: list[str], file: Mapping[str, Any], picks: list[str]) -> Itera
         if found:
             same = given.get("name", default_name(key)) == found
             yield Chosen(key, str(found), key, _without_name(given) if same else {})
-
-
-def _prefix(reference: str) -> str:
-    """`ema` for `ema` and `some-package/ema`, `stay-near` for `local_module:StayNear`."""
-    return kebab(reference.rpartition(":")[2]) if ":" in reference else reference.rpartition("/")[2]
 
 
 def _values_of(args: list[str], flag: str) -> Iterator[str]:

@@ -76,10 +76,27 @@ def check(as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps(verdicts, indent=1))
     else:
+        for clash in _clashes():
+            click.echo(clash)
         for verdict in broken:
             click.echo(f"broken: {verdict['component']}: {verdict['problem']}")
         click.echo(f"{len(verdicts) - len(broken)} of {len(verdicts)} components load")
     return 2 if broken else 0
+
+
+def _clashes() -> list[str]:
+    """A line for each name that several distributions install for one hook."""
+    owners: dict[tuple[str, str], list[str]] = {}
+    for entry in registry.installed():
+        for name in (entry.name, *entry.aliases):
+            owners.setdefault((entry.group, name), []).append(entry.distribution)
+    return [
+        f"clash: {registry.NOUNS[group]} '{name}' is installed by {' and '.join(found)}; "
+        + (f"the bare name means {registry.BUILTIN}'s" if registry.BUILTIN in found else "the bare name is refused")
+        + f"; write {' or '.join(f'{each}/{name}' for each in found)}"
+        for (group, name), found in owners.items()
+        if len(set(found)) > 1
+    ]
 
 
 def _named(name: str, hook: str | None) -> list[registry.Entry]:

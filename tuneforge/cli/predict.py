@@ -29,12 +29,14 @@ def predict(folder: Path, things: tuple[str, ...], as_csv: bool, as_json: bool, 
     tuned = load(folder, device_name=device)
     writer = None
     failed = 0
-    for name, raw in _raws(things):
+    looked_at = 0
+    for name, raw in _raws(things, rows=tuned.inputs.rows):
+        looked_at += 1
         try:
             answer = next(tuned.predict([raw]))
         except DataError as error:
             failed += 1
-            click.echo(f"error: {name}: {error}", err=True)
+            click.echo(f"error: {name}: " + "\n".join(error.lines()), err=True)
             continue
         if as_json:
             click.echo(json.dumps({"input": name, **answer}))
@@ -46,10 +48,17 @@ def predict(folder: Path, things: tuple[str, ...], as_csv: bool, as_json: bool, 
             writer.writerow(row)
         else:
             click.echo(f"{name}: {_words(answer)}")
+    if not looked_at:
+        raise DataError(
+            "there is nothing to predict",
+            where=" ".join(things),
+            why="no file and no row was found",
+            fix="check the path",
+        )
     return DataError.exit_code if failed else 0
 
 
-def _raws(things: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+def _raws(things: tuple[str, ...], *, rows: bool) -> Iterator[tuple[str, Any]]:
     """Each thing with its name: files, files of folders in sorted order, rows of a CSV, a row in JSON."""
     from tuneforge.errors import DataError
 
@@ -59,7 +68,7 @@ def _raws(things: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
             yield thing, json.loads(thing)
         elif path.is_dir():
             yield from ((str(each), each) for each in sorted(path.rglob("*")) if each.is_file())
-        elif path.suffix == ".csv" and path.is_file():
+        elif rows and path.suffix == ".csv" and path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 yield from ((f"{path}:{number}", row) for number, row in enumerate(csv.DictReader(file), start=2))
         elif path.is_file():

@@ -15,8 +15,10 @@ def report(folder: Path, as_json: bool) -> None:
     """Print a finished run's figures, and write its page (report.html) again."""
     from tuneforge.engine import folder as names
     from tuneforge.engine import story
+    from tuneforge.engine.tuned import require_done
     from tuneforge.judge.page import write_page
 
+    require_done(folder)
     content = names.read_json(folder / names.REPORT)
     if as_json:
         click.echo(json.dumps(content))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -49,10 +50,10 @@ def carry_out(make: Callable[[Screen], Engine], *, as_json: bool) -> None:
     engine = make(screen)
     with screen, stopping(engine):
         result = engine.run()
-    screen.say("")
-    screen.say(f"done: {result.folder}")
-    screen.say(f"next: tuneforge report {result.folder}")
-    screen.say(f"      tuneforge predict {result.folder} FILE")
+    place = shlex.quote(str(result.folder))
+    screen.say(f"done: {place}")
+    screen.say(f"next: tuneforge report {place}")
+    screen.say(f"      tuneforge predict {place} FILE")
     if as_json:
         click.echo(json.dumps({"folder": str(result.folder), "report": _read_report(result.folder)}))
 

@@ -50,7 +50,8 @@ class Screen:
     ) -> None:
         self._over.set()
         self._thread.join()
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def say(self, text: str) -> None:
         """Print a line."""

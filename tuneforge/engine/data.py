@@ -156,6 +156,9 @@ class Inputs(ABC):
     Its options are all it holds, so that a run folder alone can decode what production sends.
     """
 
+    rows = False
+    """True where a raw thing is a row of named values, so that a CSV is a list of them."""
+
     @abstractmethod
     def decode(self, raw: Any) -> Inputable:
         """The stored form of one raw thing: bytes of a file, a path, or a row of JSON values; no sample axis.

@@ -34,7 +34,7 @@ from tuneforge.engine.record import (
 from tuneforge.engine.run import Run
 from tuneforge.engine.solve import Snapshot, blend, fit
 from tuneforge.errors import PluginError, StoppedError, UsageError
-from tuneforge.plugin.config import RunConfig, resolve
+from tuneforge.plugin.config import REPEATABLE, RunConfig, resolve
 from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.manager import Hooks, Member, guarded_steps
 from tuneforge.plugin.steps import Answer, Blend, Brief, Fit, Phase, Probe, Step, Use
@@ -156,7 +156,7 @@ class Engine:
 
     def stop(self, reason: str, *, exit_code: int) -> None:
         """Ask the run to save a checkpoint after the step it is in, and to stop with `StoppedError`."""
-        self._stop = StoppedError(f"stopped by {reason}", exit_code=exit_code, fix="go on with: tuneforge resume")
+        self._stop = StoppedError(f"stopped by {reason}", exit_code=exit_code, fix="go on with: tuneforge resume RUN")
 
     def run(self) -> Result:
         """Do it: data, model, steps, report.
@@ -205,6 +205,10 @@ class Engine:
         run.restoring = False
         for line in story.of_model(run.model):
             run.note(line)
+        if not run.model.pretrained and state is None:
+            run.note(
+                "note: every weight is fresh, so freezing keeps nothing; --strategy full trains all from the start"
+            )
         if state is None:
             place.cut(dict.fromkeys((folder.STEPS, folder.METRICS, folder.TIMINGS), 0))
             place.write(folder.MODEL, describe_model(run))
@@ -326,12 +330,13 @@ class Engine:
 
     def _take(self, key: str, asked: Any) -> Use:
         group = _GROUPS[key]
-        member, use = given.member(group, asked, where=f"--{key}")
+        member, use = given.member(group, asked, where=f"--{key}", repeatable=key in REPEATABLE)
         self._members.append((group, member))
         return use
 
     def _check_parts(self) -> None:
-        """Build every part that was named once, so that a wrong option is found before anything runs."""
+        """Build every part once and look for the device, so that what is wrong is found before a folder is made."""
+        device.choose(self.config.device)
         named = [("lr_schedule", self.config.schedule), ("optimizer", self.config.optimizer)]
         for group, use in [*named, *(("augment", use) for use in self.config.augment)]:
             if use is not None:

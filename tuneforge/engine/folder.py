@@ -139,7 +139,9 @@ def read_json(path: Path) -> Any:
             fix="name a folder that tuneforge run has written, such as runs/NAME",
         ) from None
     except (ValueError, OSError) as error:
-        raise FolderError(f"cannot read '{path.name}'", where=str(path.parent), why=str(error)) from None
+        raise FolderError(
+            f"cannot read '{path.name}'", where=str(path.parent), why=str(error), fix="restore the file, or run again"
+        ) from None
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ from tuneforge.plugin import registry
 from tuneforge.plugin.component import build, values_of
 from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.manager import Member, check_hooks
+from tuneforge.plugin.names import prefix_of
 from tuneforge.plugin.steps import Blend, Brief, Fit, Phase, Probe, Step, Use, plain
 
 
@@ -55,13 +56,14 @@ class GivenSteps:
         return self._steps(brief) if callable(self._steps) else self._steps
 
 
-def member(group: str, asked: Any, *, where: str) -> tuple[Member, Use]:
+def member(group: str, asked: Any, *, where: str, repeatable: bool = False) -> tuple[Member, Use]:
     """The member that a name, a `Use` or an object stands for, and how the configuration records it.
 
     Args:
         group: The hook point.
         asked: A reference, a `Use`, a component instance, or one of the objects above.
         where: What messages name.
+        repeatable: Several may be named, so that options are keyed by the component's name.
 
     Raises:
         UnknownNameError: Nothing of that name is installed.
@@ -73,7 +75,9 @@ def member(group: str, asked: Any, *, where: str) -> tuple[Member, Use]:
     if isinstance(asked, Use):
         entry = registry.find(group, asked.name, where=where)
         _refuse_given(entry.target)
-        component = build(registry.load(entry), asked.options, where=where)
+        component = build(
+            registry.load(entry), asked.options, where=f"--{prefix_of(asked.name)}" if repeatable else where
+        )
         options = plain(values_of(component))
         found = Member(component, entry.name, registry.describe(entry))
         _require_hook(found, group, where)

@@ -61,6 +61,7 @@ class Model:
         kept: Those of `labels` whose head rows came with the weights; the others start fresh.
         changes: What each adapter changed, a sentence each; printed and stored.
         fixed: Parameters that never train, whatever a selector says.
+        pretrained: False where every weight is fresh, so that there is nothing to keep by freezing.
 
     Raises:
         PluginError: A parameter lies in no group, or in two; two groups have one name; there is no module at `head`.
@@ -73,6 +74,7 @@ class Model:
     kept: tuple[str, ...] = attrs.field(default=(), converter=_names)
     changes: tuple[str, ...] = attrs.field(default=(), converter=_names)
     fixed: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    pretrained: bool = True
 
     def __attrs_post_init__(self) -> None:
         names = [group.name for group in self.groups]

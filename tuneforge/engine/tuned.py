@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from tuneforge.engine.model import Model, answer_of
 from tuneforge.engine.parts import part
 from tuneforge.engine.passes import evaluate as evaluate_split
 from tuneforge.engine.run import Run
-from tuneforge.errors import DataError
+from tuneforge.errors import DataError, FolderError
 from tuneforge.plugin.config import RunConfig, resolve
 from tuneforge.plugin.manager import Hooks, implementations
 from tuneforge.plugin.steps import Use
@@ -76,6 +77,7 @@ def load(path: str | Path, *, model: Any = None, device_name: str = "auto") -> T
         PluginLoadError: A component that the model is built with is not installed.
     """
     path = Path(path)
+    require_done(path)
     record = folder.read_json(path / folder.MODEL)
     table = folder.read_json(path / folder.RUN)["config"]
     table.pop("out", None)
@@ -90,6 +92,22 @@ def load(path: str | Path, *, model: Any = None, device_name: str = "auto") -> T
     folder.load_state(run.model.module, tensors, where=str(path / folder.WEIGHTS))
     run.model.module.eval()
     return Tuned(path, run, inputs, targets)
+
+
+def require_done(path: Path) -> None:
+    """Refuse a run that has no result yet.
+
+    Raises:
+        FolderError: It holds no run, or one that is running, stopped or failed.
+    """
+    status = folder.read_json(path / folder.STATUS)
+    if status["state"] != "done":
+        raise FolderError(
+            f"the run in '{path}' is not done",
+            where=folder.STATUS,
+            why=f"it is {status['state']}" + (f": {status['reason']}" if status.get("reason") else ""),
+            fix=f"wait for it, or go on with it: tuneforge resume {shlex.quote(str(path))}",
+        )
 
 
 def predict(path: str | Path, raws: Iterable[Any], *, model: Any = None) -> Iterator[dict[str, Any]]:

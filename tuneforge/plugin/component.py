@@ -196,17 +196,23 @@ def parse(declared: Option, value: Any, *, where: str) -> Any:
         raise OptionError(
             f"{value!r} is not a valid value for '{declared.key}'",
             where=where,
-            why=f"it must be {type_text(declared.type)}",
-            fix=declared.help,
+            why=f"it must be of this kind: {type_text(declared.type)}",
+            fix=_advice(declared, where),
         ) from None
     if declared.check is not None and converted is not None and not declared.check.test(converted):
         raise OptionError(
             f"{value!r} is out of range for '{declared.key}'",
             where=where,
             why=f"it must be {declared.check.text}",
-            fix=declared.help,
+            fix=_advice(declared, where),
         )
     return converted
+
+
+def _advice(declared: Option, where: str) -> str:
+    shown = where.startswith("--") and not declared.required and declared.default not in (None, (), {})
+    example = f", for example {where} {declared.default}" if shown else ""
+    return f"give a value that fits{example}; it means: {declared.help}"
 
 
 def schema_of(cls: type) -> dict[str, Any]:

@@ -96,9 +96,11 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"cannot read '{path}'", where="--config", why=error.strerror or str(error)) from None
+        raise UsageError(
+            f"cannot read '{path}'", where="--config", why=error.strerror or str(error), fix="check the path"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"'{path}' is not TOML", where="--config", why=str(error)) from None
+        raise UsageError(f"'{path}' is not TOML", where="--config", why=str(error), fix="mend that line") from None
     for key in table:
         check_key(key, where=str(path))
     return table

@@ -204,7 +204,7 @@ def _unknown(group: str, reference: str, where: str) -> UnknownNameError:
         f"{NOUNS[group]} '{reference}' is not installed",
         where=where,
         why=f"no installed distribution has an entry point of that name in group '{PREFIX}{group}'",
-        fix=f"{close_match(reference, names)} See: tuneforge plugins list",
+        fix=f"{close_match(reference, names)}; see: tuneforge plugins list, or write module:Class for code of your own",
     )
 
 

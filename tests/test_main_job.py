@@ -1,0 +1,47 @@
+"""The main job, whole: the default run on the real digits reaches what it promises."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tuneforge as tf
+from tuneforge.builtin.digit_images import real_digits
+from tuneforge.builtin.digits import Digits
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    return tf.Engine(out=tmp_path_factory.mktemp("main") / "run").run()
+
+
+@pytest.mark.slow
+def test_the_default_run_recognises_digits_others_and_print(result):
+    splits = result.report["splits"]
+    assert len(splits["test"]["per_class"]) == 11
+    assert splits["test"]["f1_macro"] >= 0.95
+    assert splits["real digits"]["f1_macro"] >= 0.95
+    assert splits["control"]["accuracy"] >= 0.85
+
+
+@pytest.mark.slow
+def test_a_digit_on_paper_is_read_whatever_its_ink_margin_and_size(result):
+    """Real digits of the test split as a person sends them: dark on white, large, with a margin, off the middle."""
+    images, labels = real_digits()
+    test = [int(name.removeprefix("real/")) for name in _test_ids()][:60]
+    answers = list(tf.predict(result.folder, [_on_paper(images[index]) for index in test]))
+    right = [answer["class"] == str(labels[index]) for index, answer in zip(test, answers, strict=True)]
+    assert np.mean(right) >= 0.85
+
+
+def _test_ids():
+    run = SimpleNamespace(config=SimpleNamespace(seed=0))
+    return Digits().data_prepare(run).further["real digits"].ids
+
+
+def _on_paper(image):
+    ink = Image.fromarray((255 - image * 15.9).astype("uint8")).resize((80, 80), Image.Resampling.BICUBIC)
+    paper = Image.new("L", (200, 160), 255)
+    paper.paste(ink, (90, 30))
+    return np.asarray(paper)
