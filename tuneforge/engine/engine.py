@@ -26,6 +26,7 @@ from tuneforge.engine.record import (
     MISTAKES_KEPT,
     SAME_BITS,
     Keeper,
+    brief_of,
     describe_environment,
     describe_model,
     describe_run,
@@ -37,7 +38,7 @@ from tuneforge.errors import PluginError, StoppedError, UsageError
 from tuneforge.plugin.config import REPEATABLE, RunConfig, resolve
 from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.manager import Hooks, Member, guarded_steps
-from tuneforge.plugin.steps import Answer, Blend, Brief, Fit, Phase, Probe, Step, Use
+from tuneforge.plugin.steps import Answer, Blend, Fit, Phase, Probe, Step, Use
 
 _PAGE = "report-page"
 
@@ -110,11 +111,13 @@ class Engine:
         singles = {"data": data, "model": model, "step": step, "strategy": strategy}
         uses = {name: self._take(name, asked) for name, asked in singles.items() if asked is not None}
         many = {"adapt": adapt, "evaluate": evaluate, "with": extensions}
-        lists = {name: [self._take(name, asked) for asked in _listed(asked_all)] for name, asked_all in many.items()}
+        lists = {
+            name: [self._take(name, asked) for asked in given.listed(asked_all)] for name, asked_all in many.items()
+        }
         parts = {"schedule": schedule, "optimizer": optimizer}
-        uses |= {name: _named(asked) for name, asked in parts.items() if asked is not None}
-        lists["augment"] = [_named(asked) for asked in _listed(augment)]
-        _refuse_twice([member for group, member in self._members if group == "extension"])
+        uses |= {name: given.named(asked) for name, asked in parts.items() if asked is not None}
+        lists["augment"] = [given.named(asked) for asked in given.listed(augment)]
+        given.refuse_twice([member for group, member in self._members if group == "extension"])
         self.config: RunConfig = resolve({**settings, **uses, **lists}, where="Engine")
         if self.config.page and not any(use.name == _PAGE for use in self.config.extensions):
             self._take("with", _PAGE)
@@ -201,7 +204,7 @@ class Engine:
         run.restoring = state is not None
         self._fill_in(run)
         run.reseed()  # so that fresh weights follow from the seed
-        run.take_model(_with_fixed(run.hooks.call.model_adapt(run=run, model=None)))
+        run.take_model(given.with_fixed(run.hooks.call.model_adapt(run=run, model=None)))
         run.restoring = False
         for line in story.of_model(run.model):
             run.note(line)
@@ -363,22 +366,6 @@ class _Steps:
         return True
 
 
-def brief_of(run: Run) -> Brief:
-    """What the strategy is told."""
-    return Brief(
-        groups=run.model.group_infos(),
-        classes=run.data.targets.labels,
-        num_train=len(run.data.train),
-        num_val=len(run.data.val),
-        batch_size=run.config.batch_size * run.config.accumulate,
-        device=run.device.torch.type,
-        seed=run.config.seed,
-        monitor=run.data.targets.monitor,
-        monitor_mode=run.data.targets.monitor_mode,
-        old_classes=run.model.kept,
-    )
-
-
 _GROUPS = {
     "data": "data_prepare", "model": "model_adapt", "adapt": "model_adapt", "step": "train_step",
     "evaluate": "evaluate", "strategy": "finetune_strategy", "with": "extension",
@@ -413,33 +400,3 @@ def _check_name(step: Step, snapshots: Mapping[str, Snapshot], member: Member) -
             why="a step's name is how reports and Blend refer to it; 'start' is taken",
             fix="give each step its own name",
         )
-
-
-def _listed(asked: Any) -> Sequence[Any]:
-    """A list of what was asked: one thing may stand for a list of it, and None for none."""
-    return asked if isinstance(asked, (list, tuple)) else [] if asked is None else [asked]
-
-
-def _refuse_twice(extensions: list[Member]) -> None:
-    kinds = [type(member.component) for member in extensions]
-    for member in extensions:
-        if kinds.count(type(member.component)) > 1:
-            raise UsageError(
-                f"{member.label} is named twice",
-                where="--with",
-                why="the two would undo or double one another's work",
-                fix="name it once",
-            )
-
-
-def _with_fixed(model: Model) -> Model:
-    """The model, with what came frozen marked as never training."""
-    fixed = [name for name, parameter in model.parameters().items() if not parameter.requires_grad]
-    if not fixed:
-        return model
-    sentence = f"{len(fixed)} parameter tensor(s) came frozen and stay so: {story.shortened(fixed, 4)}"
-    return model.changed(sentence, fixed=fixed)
-
-
-def _named(asked: str | Use) -> Use:
-    return Use(asked) if isinstance(asked, str) else asked

@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tuneforge.engine.data import Split, map_inputs, tensors_of
-from tuneforge.engine.model import answer_of, call, put_back, set_modes
+from tuneforge.engine.freezing import put_back, set_modes
+from tuneforge.engine.model import answer_of, call
 from tuneforge.engine.proof import same_bits
 from tuneforge.engine.run import Features, Run
 from tuneforge.plugin.steps import Phase

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from tuneforge.engine import story
 from tuneforge.engine.data import Data
 from tuneforge.engine.model import Model
 from tuneforge.errors import FolderError, UsageError
@@ -108,6 +109,42 @@ def _refuse_given(target: str) -> None:
             why="a folder holds names and options, not objects",
             fix="give the object again: load(path, model=module), evaluate(path, data=...)",
         )
+
+
+def listed(asked: Any) -> Sequence[Any]:
+    """A list of what was asked: one thing may stand for a list of it, and None for none."""
+    return asked if isinstance(asked, (list, tuple)) else [] if asked is None else [asked]
+
+
+def refuse_twice(extensions: list[Member]) -> None:
+    """Refuse an extension that is named twice.
+
+    Raises:
+        UsageError: The message names it.
+    """
+    kinds = [type(member.component) for member in extensions]
+    for member in extensions:
+        if kinds.count(type(member.component)) > 1:
+            raise UsageError(
+                f"{member.label} is named twice",
+                where="--with",
+                why="the two would undo or double one another's work",
+                fix="name it once",
+            )
+
+
+def named(asked: str | Use) -> Use:
+    """A part by name, as a `Use`."""
+    return Use(asked) if isinstance(asked, str) else asked
+
+
+def with_fixed(model: Model) -> Model:
+    """The model, with what came frozen marked as never training."""
+    fixed = [name for name, parameter in model.parameters().items() if not parameter.requires_grad]
+    if not fixed:
+        return model
+    sentence = f"{len(fixed)} parameter tensor(s) came frozen and stay so: {story.shortened(fixed, 4)}"
+    return model.changed(sentence, fixed=fixed)
 
 
 def recorded(each: Member, group: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from tuneforge.engine import checkpoint, faults, folder
 from tuneforge.engine.checkpoint import Checkpoints
 from tuneforge.engine.folder import RunFolder
-from tuneforge.engine.model import put_back, whole_state
+from tuneforge.engine.freezing import put_back, whole_state
 from tuneforge.engine.order import Order
 from tuneforge.engine.parts import Parts
 from tuneforge.engine.phase import Progress

@@ -8,7 +8,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tuneforge.engine.model import NORMS, Model, select
+from tuneforge.engine.freezing import select
+from tuneforge.engine.model import NORMS, Model
 from tuneforge.errors import SelectorError
 from tuneforge.plugin.steps import Phase
 

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from tuneforge.engine import faults
 from tuneforge.engine.data import Batch, batch_sizes
+from tuneforge.engine.draws import Draws
 from tuneforge.engine.evaluation import single_numbers, watched
+from tuneforge.engine.freezing import freeze, modes, put_back, select, set_modes, whole_state
 from tuneforge.engine.frozen import NoPrefixError, Prefix, prefix_of
-from tuneforge.engine.model import freeze, modes, put_back, select, set_modes, whole_state
-from tuneforge.engine.order import Order
 from tuneforge.engine.parts import Parts
 from tuneforge.engine.passes import evaluate
 from tuneforge.engine.proof import Proof
 from tuneforge.engine.run import Run
-from tuneforge.errors import DataError, HaltError, PluginError, UsageError
+from tuneforge.errors import HaltError, PluginError, UsageError
 from tuneforge.plugin.steps import Phase, Report
 
 
@@ -45,7 +45,7 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
     optimizer, same = parts.optimizer(phase)
     schedule = parts.schedule(phase)
     run.optimization.arrange(run.model, phase, trained, optimizer, same=same)
-    draws = _Draws.of(run, phase)
+    draws = Draws.of(run, phase)
     run.prefix = _kept_prefix(run, phase, plan) if len(trained) < len(run.model.parameters()) else None
     course = _Course(phase, *watched(run.data.targets, phase.monitor, phase.monitor_mode))
     per_epoch = math.ceil(len(batch_sizes(len(run.data.train), run.config.batch_size)) / run.config.accumulate)
@@ -107,7 +107,7 @@ def _kept_prefix(run: Run, phase: Phase, plan: list[Any]) -> Prefix | None:
     return prefix
 
 
-def _train_epoch(run: Run, draws: _Draws, plan: list[Any], progress: Progress, schedule: Any) -> float:
+def _train_epoch(run: Run, draws: Draws, plan: list[Any], progress: Progress, schedule: Any) -> float:
     """One pass over the training split, or what is left of it. Returns the mean loss."""
     order = draws.order(run)
     sizes = batch_sizes(order.size, run.config.batch_size)
@@ -284,80 +284,3 @@ class _Course:
         if done:
             return f"{self.phase.epochs} epoch(s) done" if self.phase.epochs else f"{self.phase.steps} step(s) done"
         return ""
-
-
-@attrs.frozen(eq=False)
-class _Draws:
-    """How often each sample is drawn, and with what weight."""
-
-    size: int
-    counts: tuple[int, ...]
-    pools: tuple[Tensor, ...]
-    weights: Tensor | None
-
-    @classmethod
-    def of(cls, run: Run, phase: Phase) -> _Draws:
-        """Read the phase's `sampling` and `class_weights`.
-
-        Raises:
-            DataError: The targets have no classes to weigh.
-        """
-        size = len(run.data.train)
-        counts: tuple[int, ...] = ()
-        pools: dict[str, Tensor] = {}
-        if phase.sampling is not None:
-            pools = _pools(run, phase)
-            counts = _shares(_factors(phase.sampling, pools, balance=1.0), pools, size)
-        return cls(size, counts, tuple(pools.values()), _weights(run, phase, size))
-
-    def order(self, run: Run) -> Order:
-        """The order of the epoch that begins."""
-        return Order(self.size, run.config.seed, run.epoch, self.counts, self.pools)
-
-
-def _pools(run: Run, phase: Phase) -> dict[str, Tensor]:
-    pools = {name: rows for name, rows in run.data.targets.pools(run.data.train.targets).items() if len(rows)}
-    if not pools:
-        raise DataError(
-            f"phase '{phase.name}' weighs classes, and the targets have none",
-            fix="leave class_weights and sampling out",
-        )
-    return pools
-
-
-def _factors(asked: Mapping[str, float] | str, pools: dict[str, Tensor], *, balance: float) -> dict[str, float]:
-    """A factor for each class: as asked, 1 where nothing is said; `"balanced"` evens out the classes' sizes."""
-    if isinstance(asked, str):
-        if asked != "balanced":
-            raise UsageError(f"class weights must be 'balanced' or a table, not {asked!r}")
-        return {name: balance / len(rows) for name, rows in pools.items()}
-    unknown = sorted(set(asked) - set(pools))
-    if unknown:
-        raise UsageError(f"no training sample has class '{unknown[0]}'", fix=f"classes: {', '.join(pools)}")
-    return {name: asked.get(name, 1.0) for name in pools}
-
-
-def _shares(factors: dict[str, float], pools: dict[str, Tensor], size: int) -> tuple[int, ...]:
-    """Draws of each pool, in proportion to its size times its factor, summing to `size` (largest remainders)."""
-    mass = [factors[name] * len(rows) for name, rows in pools.items()]
-    if not sum(mass):
-        raise UsageError("sampling leaves no class to draw from", fix="give at least one class a factor above 0")
-    exact = [size * part / sum(mass) for part in mass]
-    counts = [math.floor(part) for part in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])
-    for index in by_remainder[: size - sum(counts)]:
-        counts[index] += 1
-    return tuple(counts)
-
-
-def _weights(run: Run, phase: Phase, size: int) -> Tensor | None:
-    """The factor of each sample's loss (n,), mean 1 over the split; None where nothing is asked."""
-    if phase.class_weights is None:
-        return None
-    pools = _pools(run, phase)
-    weights = torch.ones(size)
-    for name, factor in _factors(phase.class_weights, pools, balance=size / len(pools)).items():
-        weights[pools[name]] = factor
-    if not weights.sum():
-        raise UsageError("class_weights leave no class to learn from", fix="give at least one class a factor above 0")
-    return weights / weights.mean()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge.engine.data import Batch
-from tuneforge.engine.model import freeze, put_back, select, set_modes, whole_state
+from tuneforge.engine.freezing import freeze, put_back, select, set_modes, whole_state
 from tuneforge.engine.optim import Optimization
 from tuneforge.engine.order import Order
 from tuneforge.engine.parts import Parts

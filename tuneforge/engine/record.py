@@ -20,7 +20,7 @@ from tuneforge.plugin.component import values_of
 from tuneforge.plugin.config import as_table
 from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.manager import Member
-from tuneforge.plugin.steps import to_json
+from tuneforge.plugin.steps import Brief, to_json
 
 MISTAKES_KEPT = 24
 SAME_BITS = ("torch", "threads", "machine", "cpu", "device")
@@ -62,6 +62,22 @@ def describe_environment(run: Run) -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "device": str(run.device.torch),
     }
+
+
+def brief_of(run: Run) -> Brief:
+    """What the strategy is told."""
+    return Brief(
+        groups=run.model.group_infos(),
+        classes=run.data.targets.labels,
+        num_train=len(run.data.train),
+        num_val=len(run.data.val),
+        batch_size=run.config.batch_size * run.config.accumulate,
+        device=run.device.torch.type,
+        seed=run.config.seed,
+        monitor=run.data.targets.monitor,
+        monitor_mode=run.data.targets.monitor_mode,
+        old_classes=run.model.kept,
+    )
 
 
 def describe_model(run: Run) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge.engine.evaluation import single_numbers, watched
-from tuneforge.engine.model import freeze, put_back, select, whole_state
+from tuneforge.engine.freezing import freeze, put_back, select, whole_state
 from tuneforge.engine.passes import evaluate, head_features
 from tuneforge.engine.proof import Proof
 from tuneforge.engine.run import Run
