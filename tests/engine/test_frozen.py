@@ -1,5 +1,7 @@
 """The frozen prefix: one look at the data, the same figures, and none where it is not right or does not pay."""
 
+import random
+
 import attrs
 import pytest
 import torch
@@ -135,9 +137,29 @@ class Viewer(Body):
         return self.head(features.view(count, -1))
 
 
+class DrawsInPython(Body):
+    """Layer drop with a generator that a trace does not see: the branch of the trace would be taken for ever."""
+
+    def between(self, features):
+        return features if random.random() < 0.5 else -features
+
+
+class DrawsAConstant(Body):
+    def between(self, features):
+        return features + torch.rand(1)
+
+
+class Odd(Body):
+    def between(self, features):
+        return features * len(str(features.shape)) if isinstance(features, torch.Tensor) else features.odd(1)
+
+
 @pytest.mark.parametrize(
     ("network", "words"),
     [
+        (DrawsInPython, "draws random numbers"),
+        (DrawsAConstant, "draws random numbers"),
+        (Odd, "cannot be run in parts"),
         (Mixes, "mixes samples"),
         (Branches, "cannot be traced"),
     ],

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import random
 from collections.abc import Iterator
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -72,14 +74,18 @@ def prefix_of(run: Run, phase: Phase, plan: list[tuple[nn.Module, bool]]) -> Pre
     _refuse_without_looking(run, phase)
     module, example = run.model.module, run.example
     with _untouched(module):
-        set_modes(plan)
-        graph = _traced(module)
-        border = _border(graph, module, example)
-        head, training = _cut(graph, module, border)
-        module.eval()
-        evaluating = _cut(_traced(module), module, border)[1]
-        set_modes(plan)
-        prefix = Prefix(head, training, evaluating, _check(run, head, training, evaluating, plan))
+        try:
+            set_modes(plan)
+            graph = _traced(module)
+            border = _border(graph, module, example)
+            head, training = _cut(graph, module, border)
+            module.eval()
+            evaluating = _cut(_traced(module), module, border)[1]
+            prefix = Prefix(head, training, evaluating, _check(run, head, training, evaluating, plan))
+        except NoPrefixError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it runs the model's own code in parts, which may raise anything
+            raise NoPrefixError(f"the model cannot be run in parts ({type(error).__name__})") from None
         for split in (run.data.train, run.data.val):
             prefix.kept[id(split)] = _filled(run, prefix.head, split)
     return prefix
@@ -100,10 +106,21 @@ def _refuse_without_looking(run: Run, phase: Phase) -> None:
 
 
 def _traced(module: nn.Module) -> fx.Graph:
+    before = _generators()
     try:
-        return fx.Tracer().trace(module)
+        graph = fx.Tracer().trace(module)
+        if _generators() != before:  # what was drawn while tracing would be the same number for ever
+            raise NoPrefixError("the model draws random numbers that a trace would freeze")
+        return graph
+    except NoPrefixError:
+        raise
     except Exception as error:  # noqa: BLE001 - tracing runs the model's own code on stand-ins, which may raise anything
         raise NoPrefixError(f"the model cannot be traced ({type(error).__name__})") from None
+
+
+def _generators() -> tuple[Any, ...]:
+    state = np.random.get_state(legacy=True)
+    return random.getstate(), state[1].tobytes(), state[2], torch.get_rng_state().numpy().tobytes()
 
 
 def _border(graph: fx.Graph, module: nn.Module, example: Any) -> list[str]:
