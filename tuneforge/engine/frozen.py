@@ -119,7 +119,7 @@ def _traced(module: nn.Module) -> fx.Graph:
 
 
 def _generators() -> tuple[Any, ...]:
-    state = np.random.get_state(legacy=True)
+    state: Any = np.random.get_state(legacy=True)
     return random.getstate(), state[1].tobytes(), state[2], torch.get_rng_state().numpy().tobytes()
 
 
