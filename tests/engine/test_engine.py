@@ -569,3 +569,14 @@ def test_no_step_at_all_is_said(tmp_path):
     said = []
     tf.Engine(data=tiny_data(), model=tiny_net(), strategy=[], say=said.append, page=False, out=tmp_path / "r").run()
     assert [line for line in said if "nothing was trained" in line]
+
+
+def test_freezing_a_model_of_fresh_weights_is_said_and_training_all_of_it_is_not(tmp_path):
+    said = {}
+    for strategy in ("freeze-then-unfreeze", "full"):
+        lines = []
+        data = tf.use("digits", per_class=2, other_share=0.0)
+        model, asked = tf.use("digit-cnn", pretrained=False), tf.use(strategy, epochs=1)
+        tf.Engine(data=data, model=model, strategy=asked, say=lines.append, page=False, out=tmp_path / strategy).run()
+        said[strategy] = any("every weight is fresh" in line for line in lines)
+    assert said == {"freeze-then-unfreeze": True, "full": False}

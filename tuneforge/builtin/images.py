@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,8 +20,6 @@ from torch import Tensor
 from tuneforge import Check, DataError, Inputs, between, component, gt, option
 from tuneforge.builtin.image_ops import KNOWN, OPS, Op, final_size, largest, parsed
 from tuneforge.builtin.names import shown
-
-Raw: TypeAlias = "bytes | str | Path | Image.Image | np.ndarray[Any, Any]"
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 """File formats that are read; PIL knows many more, some of which start other programs."""

@@ -67,10 +67,11 @@ class Screen:
         phase, began, first, told = None, 0.0, 0, False
         while not self._over.wait(_LOOK_S):
             run = self._run
-            if run is None or run.phase is None:
+            present = None if run is None else run.phase
+            if run is None or present is None:
                 continue
-            if run.phase is not phase:
-                phase, began, first, told = run.phase, time.perf_counter(), run.steps_done, False
+            if present is not phase:
+                phase, began, first, told = present, time.perf_counter(), run.steps_done, False
             self._progress.update(
                 task, description=f"phase '{phase.name}'", completed=run.steps_done, total=run.total_steps
             )

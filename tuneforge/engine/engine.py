@@ -208,10 +208,6 @@ class Engine:
         run.restoring = False
         for line in story.of_model(run.model):
             run.note(line)
-        if not run.model.pretrained and state is None:
-            run.note(
-                "note: every weight is fresh, so freezing keeps nothing; --strategy full trains all from the start"
-            )
         if state is None:
             place.cut(dict.fromkeys((folder.STEPS, folder.METRICS, folder.TIMINGS), 0))
             place.write(folder.MODEL, describe_model(run))

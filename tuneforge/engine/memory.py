@@ -14,7 +14,6 @@ from tuneforge.engine import checkpoint, faults, folder
 from tuneforge.engine.checkpoint import Checkpoints
 from tuneforge.engine.folder import RunFolder
 from tuneforge.engine.freezing import put_back, whole_state
-from tuneforge.engine.order import Order
 from tuneforge.engine.parts import Parts
 from tuneforge.engine.phase import Progress
 from tuneforge.engine.run import Run
@@ -119,11 +118,6 @@ class Memory:
         batch = self.phase["batch"] if self.phase else 0
         where = f"in step {len(self.done) + 1} of the strategy, " if self.phase else f"after {len(self.done)} steps, "
         yield f"goes on {where}optimizer step {run.step}, epoch {run.epoch + 1}, batch {batch + 1}"
-        if self.phase:
-            start = batch * run.config.batch_size
-            stop = min(start + 4, len(run.data.train))
-            rows = Order(len(run.data.train), run.config.seed, run.epoch).rows(start, max(start, stop)).tolist()
-            yield f"next samples: {', '.join(map(run.data.train.id_of, rows)) or 'the validation split'}"
 
     def _state(self, progress: Progress | None) -> dict[str, Any]:
         run = self.run

@@ -46,7 +46,10 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
     schedule = parts.schedule(phase)
     run.optimization.arrange(run.model, phase, trained, optimizer, same=same)
     draws = Draws.of(run, phase)
-    run.prefix = _kept_prefix(run, phase, plan) if len(trained) < len(run.model.parameters()) else None
+    freezes = len(trained) < len(run.model.parameters())
+    if freezes and not run.model.pretrained:
+        run.note("  note: every weight is fresh, so freezing keeps nothing; --strategy full trains all from the start")
+    run.prefix = _kept_prefix(run, phase, plan) if freezes else None
     course = _Course(phase, *watched(run.data.targets, phase.monitor, phase.monitor_mode))
     per_epoch = math.ceil(len(batch_sizes(len(run.data.train), run.config.batch_size)) / run.config.accumulate)
     run.phase, run.steps_done, run.progress = phase, 0, 0.0
@@ -58,6 +61,7 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
     else:
         run.proof = Proof.restored(resumed["proof"])
         progress = Progress.restored(resumed, course, run)
+        _say_what_comes_next(run, draws, progress)
         run.optimization.set_factor(
             schedule.factor((run.steps_done - 0.5) / run.total_steps)
         )  # as the last step had it
@@ -95,6 +99,13 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
     )
 
 
+def _say_what_comes_next(run: Run, draws: Draws, progress: Progress) -> None:
+    order = draws.order(run)
+    start = min(progress.batch * run.config.batch_size, order.size)
+    rows = order.rows(start, min(start + 4, order.size)).tolist()
+    run.note(f"  next samples: {', '.join(map(run.data.train.id_of, rows)) or 'the validation split'}")
+
+
 def _kept_prefix(run: Run, phase: Phase, plan: list[Any]) -> Prefix | None:
     """What the phase keeps of its frozen part; None, with the reason said, where it keeps nothing."""
     try:
@@ -121,8 +132,10 @@ def _train_epoch(run: Run, draws: Draws, plan: list[Any], progress: Progress, sc
         set_modes(plan)
         run.reseed(index % every)
         loss = loss_of(run, batch)
-        share = len(batch.rows) / sum(sizes[index - index % every :][:every])
-        torch.autograd.backward(loss if every == 1 else loss * share)
+        if every == 1:
+            torch.autograd.backward(loss)
+        else:
+            torch.autograd.backward(loss * (len(batch.rows) / sum(sizes[index - index % every :][:every])))
         progress.loss += loss.detach() * len(batch.rows)
         progress.count += len(batch.rows)
         if (index + 1) % every and index + 1 < len(sizes):

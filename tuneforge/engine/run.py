@@ -193,12 +193,12 @@ class Run:
         if self.prefix is not None:
             for rows in in_order(order, self.config.batch_size, start=start):
                 noise = Noise(self.config.seed, self.epoch, rows)
-                yield self._kept_batch(split, rows, noise, weights)
+                yield self._batch(split, rows, self.prefix.values(split, rows), noise, weights)
             return
 
         def finish(rows: Tensor, stored: Inputable) -> Batch:
             noise = Noise(self.config.seed, self.epoch, rows)
-            batch = self._batch(split, rows, stored, noise, weights)
+            batch = self._batch(split, rows, self._ready(stored), noise, weights)
             for place, part in enumerate(self.augments):
                 batch = part.augment(self, attrs.evolve(batch, noise=attrs.evolve(noise, salt=place)))
             return batch
@@ -211,27 +211,20 @@ class Run:
         size = self.config.eval_batch_size or max(EVALUATION_BATCH, self.config.batch_size)
         if self.prefix is not None and self.prefix.values(split, torch.tensor([0])) is not None:
             for rows in in_turn(len(split), size):
-                yield self._kept_batch(split, rows, Noise(self.config.seed, 0, rows), None)
+                yield self._batch(split, rows, self.prefix.values(split, rows), Noise(self.config.seed, 0, rows), None)
             return
 
         def finish(rows: Tensor, stored: Inputable) -> Batch:
-            return self._batch(split, rows, stored, Noise(self.config.seed, 0, rows), None)
+            return self._batch(split, rows, self._ready(stored), Noise(self.config.seed, 0, rows), None)
 
         yield from batches(split, in_turn(len(split), size), finish, workers=self.config.workers)
 
-    def _kept_batch(self, split: Split, rows: Tensor, noise: Noise, weights: Tensor | None) -> Batch:
-        assert self.prefix is not None
-        return Batch(
-            inputs=self.prefix.values(split, rows),
-            targets=self.place(split.targets.index_select(0, rows)),
-            rows=rows,
-            weights=None if weights is None else self.device.move(weights.index_select(0, rows)),
-            noise=noise,
-        )
+    def _ready(self, stored: Inputable) -> Any:
+        return self.place(self.data.inputs.ready(map_inputs(stored, self.device.move)))
 
-    def _batch(self, split: Split, rows: Tensor, stored: Inputable, noise: Noise, weights: Tensor | None) -> Batch:
+    def _batch(self, split: Split, rows: Tensor, inputs: Any, noise: Noise, weights: Tensor | None) -> Batch:
         return Batch(
-            inputs=self.place(self.data.inputs.ready(map_inputs(stored, self.device.move))),
+            inputs=inputs,
             targets=self.place(split.targets.index_select(0, rows)),
             rows=rows,
             weights=None if weights is None else self.device.move(weights.index_select(0, rows)),
