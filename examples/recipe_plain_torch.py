@@ -38,7 +38,7 @@ def answers(network: torch.nn.Module, batches: DataLoader) -> tuple[torch.Tensor
 def main(epochs: int, per_class: int | None) -> None:
     """Train and report."""
     torch.manual_seed(0)
-    data = Digits(per_class=per_class).data_prepare(SimpleNamespace(config=SimpleNamespace(seed=0)))
+    data = Digits(per_class=per_class).data_prepare(SimpleNamespace(data_seed=0))
     network = DigitNet(11)  # (4); its forward ends on the head: (1), (2)
     shipped, _ = tf.load_tensors(SHIPPED)
     weights = {name: tensor.float() for name, tensor in shipped.items() if "head" not in name}

@@ -17,6 +17,12 @@ from tuneforge.plugin import registry
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features of one test are never found by another, and never in the user's folder."""
+    monkeypatch.setenv("TUNEFORGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def tune(tmp_path: Path) -> Callable[..., tf.Result]:
     """Run the engine on the small world: `tune([Phase(...)], seed=1)`."""

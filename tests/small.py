@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import torch
 from torch import nn
 
@@ -62,3 +63,13 @@ class Doubles:
         model = yield
         inside = nn.Sequential(Double(), model.head_module())
         return model.with_head(inside, head=f"{model.head}.1")
+
+
+@tf.component(api=1)
+class Shaken:
+    """An augmentation: each sample moves by its own numbers."""
+
+    per_sample = True
+
+    def augment(self, run: tf.Run, batch: tf.Batch) -> tf.Batch:
+        return attrs.evolve(batch, inputs=batch.inputs + 0.1 * batch.noise.normal("shaken", 8))

@@ -20,6 +20,15 @@ SMALL = {
     "why_tuning.py": ["--seeds", "2", "--epochs", "1"],
     "pretrain_digit_cnn.py": ["--count", "700", "--epochs", "1"],
 }
+BENCHMARKS = {
+    "frozen_phase.py": ["--runs", "1", "--samples", "64", "--epochs", "2"],
+    "overhead.py": ["--runs", "1", "--pairs", "1", "--samples", "64", "--epochs", "2"],
+    "unfrozen.py": ["--runs", "1", "--pairs", "1", "--samples", "64", "--epochs", "1"],
+    "gradual.py": ["--runs", "1", "--samples", "64", "--epochs", "2"],
+    "architectures.py": ["--only", "shufflenet_v2_x0_5", "--samples", "32"],
+    "memory.py": ["--sizes", "100"],
+    "precision.py": ["--seeds", "1", "--epochs", "1", "--only", "float32,bfloat16"],
+}
 
 
 def test_every_example_is_run_and_short():
@@ -28,11 +37,23 @@ def test_every_example_is_run_and_short():
     assert max(len(path.read_text().splitlines()) for path in scripts.values()) <= 60
 
 
+def output_of(script, arguments, folder):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_the_example_runs(name, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    command = [sys.executable, str(EXAMPLES / name), *SMALL[name]]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    assert output_of(name, SMALL[name], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_benchmark_prints_a_table_and_leaves_nothing_behind(name, tmp_path):
+    lines = output_of(f"benchmarks/{name}", BENCHMARKS[name], tmp_path).splitlines()
+    assert len([line for line in lines if line.startswith("|")]) > 2
+    assert not list(tmp_path.iterdir())

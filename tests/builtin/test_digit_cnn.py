@@ -19,6 +19,7 @@ from tuneforge.builtin.digits import Glyphs
 def run_of(labels: tuple[str, ...] = ("a", "b", "c"), *, seed: int = 0, restoring: bool = False, side: int = 32) -> Any:
     return SimpleNamespace(
         config=SimpleNamespace(seed=seed),
+        data_seed=seed,
         data=SimpleNamespace(targets=SimpleNamespace(size=len(labels), labels=labels)),
         example=torch.zeros(2, 3, side, side),
         restoring=restoring,

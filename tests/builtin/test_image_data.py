@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import string
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from tuneforge.builtin.image_splits import stratified
 
 
 def run_of(seed: int = 0, **fields: Any) -> Any:
-    return SimpleNamespace(config=SimpleNamespace(seed=seed), restoring=False, **fields)
+    return SimpleNamespace(config=SimpleNamespace(seed=seed), data_seed=seed, restoring=False, **fields)
 
 
 def picture(path: Path, level: int = 0, *, side: int = 4) -> Path:
@@ -253,6 +254,52 @@ def test_the_budget_is_half_of_what_is_free(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(image_splits, "free_memory_mb", lambda: 1)
     assert folder_data(tmp_path, size=4).notes == ()
     assert "more than 0.5 MB (half of what is free)" in folder_data(tmp_path, size=512).notes[0]
+
+
+def test_a_file_more_takes_less_than_a_hundred_bytes(tmp_path: Path) -> None:
+    folder_data(folder_of(tmp_path / "few", {"a": 5, "b": 5}), memory_mb=0)
+    for number in range(4000):
+        folder = tmp_path / "many" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        os.link(tmp_path / "few" / "a" / "000.png", folder / f"a longer name, number {number:05d}.png")
+    tracemalloc.start()
+    data = folder_data(tmp_path / "many", memory_mb=0)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(map(len, data.splits().values())) == 4000
+    assert held / 4000 < 100
+
+
+def test_normalisation_does_not_depend_on_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(40):
+        path = tmp_path / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels // (1 + np.arange(3, dtype=np.uint8))).save(path)
+    expected = {}
+    for channels in (1, 3):
+        data = ImageFolder(path=tmp_path, size=8, channels=channels).data_prepare(run_of())
+        plain = data.inputs.normalised((0.0,), (1.0,)).ready(data.train.fetch(torch.arange(len(data.train)))).double()
+        assert data.inputs.mean == pytest.approx(plain.mean(dim=(0, 2, 3)).tolist(), abs=6e-5)
+        assert data.inputs.std == pytest.approx(plain.std(dim=(0, 2, 3)).tolist(), abs=6e-5)
+        expected[channels] = data.inputs
+    monkeypatch.setattr(image_splits, "_CHUNK", 3)
+    for channels, inputs in expected.items():
+        again = ImageFolder(path=tmp_path, size=8, channels=channels).data_prepare(run_of()).inputs
+        assert (again.mean, again.std) == (inputs.mean, inputs.std)
+
+
+def test_a_streamed_split_is_fingerprinted_by_its_files_and_classes(tmp_path: Path) -> None:
+    folder_of(tmp_path, {"a": 10, "b": 10})
+    first, again = (folder_data(tmp_path, memory_mb=0).train for _ in range(2))
+    assert first.fingerprint() == again.fingerprint()
+    assert first.inputs_fingerprint() == again.inputs_fingerprint()
+    path = tmp_path / first.id_of(0)
+    os.utime(path, ns=(0, 1))
+    assert first.inputs_fingerprint() == again.inputs_fingerprint()  # it is taken once
+    other = folder_data(tmp_path, memory_mb=0).train
+    assert other.inputs_fingerprint() != first.inputs_fingerprint()
+    assert other.fingerprint() != first.fingerprint()
 
 
 def test_free_memory_is_asked_of_the_system() -> None:

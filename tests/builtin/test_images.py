@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tuneforge import DataError, OptionError
-from tuneforge.builtin.image_ops import Op, final_size
+from tuneforge.builtin.image_ops import Op, final_size, reduction
 from tuneforge.builtin.images import Images
 from tuneforge.builtin.picture_sources import PictureArrays, PictureFiles
 from tuneforge.plugin.component import build, values_of
@@ -28,6 +28,11 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, format=kind, **options)
     return file.getvalue()
+
+
+def picture(path: Path) -> Path:
+    path.write_bytes(encoded(Image.fromarray(COLOURS), "PNG"))
+    return path
 
 
 def chw(array: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -362,3 +367,78 @@ def test_ink_leaves_small_pictures_and_empty_paper_alone() -> None:
     small = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
     assert torch.equal(Images(ops=("ink",)).prepared(small), small)
     assert Images(ops=("ink", "resize 8")).prepared(torch.zeros(1, 1, 30, 40, dtype=torch.uint8)).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("ops", "height", "width", "margin", "scale"),
+    [
+        (("resize 224", "centre-crop 224"), 750, 1000, 2, 1),
+        (("resize 224", "centre-crop 224"), 750, 1000, 1, 2),
+        (("resize 224", "centre-crop 224"), 1800, 1792, 1, 8),
+        (("resize 224", "centre-crop 224"), 1791, 5000, 1, 8),
+        (("resize 224", "centre-crop 224"), 1784, 5000, 1, 4),
+        (("resize 224", "centre-crop 224"), 3000, 4000, 2, 4),
+        (("resize 224", "centre-crop 224"), 3000, 4000, 0, 1),
+        (("resize 100x200",), 1600, 800, 1, 4),
+        (("resize 100x200",), 800, 1600, 1, 4),
+        (("grey", "square", "resize 32"), 16, 512, 2, 8),
+        (("grey", "ink", "resize 8", "resize 32"), 2000, 2000, 2, 1),
+        (("centre-crop 64", "resize 8"), 2000, 2000, 2, 1),
+        (("grey",), 2000, 2000, 2, 1),
+        (("resize 8",), 5, 3000, 1, 1),
+    ],
+)
+def test_a_jpeg_is_reduced_only_where_enough_is_left(
+    ops: tuple[str, ...], height: int, width: int, margin: int, scale: int
+) -> None:
+    assert reduction(tuple(map(Op.parse, ops)), height, width, margin=margin) == scale
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([0, 1, 2]), st.sampled_from([0, 6]))
+def test_a_reduced_jpeg_comes_out_at_the_size_of_a_whole_one(height: int, width: int, margin: int, turn: int) -> None:
+    exif = Image.Exif()
+    if turn:
+        exif[0x0112] = turn
+    data = encoded(Image.new("RGB", (width, height), (90, 120, 30)), "JPEG", exif=exif)
+    for ops in (("resize 8", "centre-crop 8"), ("square", "resize 8"), ("resize 6x9",)):
+        stored, whole = (Images(ops=ops, jpeg_margin=each).decode(data) for each in (margin, 0))
+        assert stored.shape == whole.shape == Images(ops=ops).prepared(whole[None]).shape[1:]
+        assert (stored.int() - whole.int()).abs().max() <= 2
+
+
+def test_the_margin_of_jpegs_is_an_option_that_goes_with_the_model() -> None:
+    assert values_of(Images(ops=("resize 8x8",), jpeg_margin=1).normalised((0.5,), (0.2,)))["jpeg_margin"] == 1
+
+
+def test_a_check_reads_the_header_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(Image.fromarray(np.tile(COLOURS, (60, 60, 1))), "PNG")[:200])
+    Images().check(path)
+    with pytest.raises(DataError):
+        Images().decode(path)
+
+
+def test_files_have_a_fingerprint_of_paths_sizes_times_and_operations(tmp_path: Path) -> None:
+    paths = [picture(tmp_path / f"{number}.png") for number in range(3)]
+    inputs = Images(ops=("resize 8x8",))
+    before = PictureFiles(inputs, paths).fingerprint()
+    assert PictureFiles(inputs, list(map(str, paths))).fingerprint() == before
+    assert PictureFiles(inputs, paths).chosen(torch.arange(3)).fingerprint() == before
+    assert PictureFiles(inputs, paths[::-1]).fingerprint() != before
+    assert PictureFiles(Images(ops=("resize 9x9",)), paths).fingerprint() != before
+    assert PictureFiles(Images(ops=("resize 8x8",), jpeg_margin=1), paths).fingerprint() != before
+    status = paths[1].stat()
+    os.utime(paths[1], ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert PictureFiles(inputs, paths).fingerprint() != before
+    paths[1].unlink()
+    with pytest.raises(DataError, match=r"cannot read '.*1\.png'; No such file"):
+        PictureFiles(inputs, paths).fingerprint()
+
+
+def test_arrays_have_a_fingerprint_of_what_is_chosen() -> None:
+    pictures = torch.from_numpy(RNG.integers(0, 256, (5, 1, 4, 4), dtype=np.uint8))
+    source = PictureArrays(Images(ops=("resize 8x8",)), pictures)
+    some = source.chosen(torch.tensor([3, 1])).fingerprint()
+    assert some == PictureArrays(Images(ops=("resize 8x8",)), pictures[[3, 1]]).fingerprint()
+    assert len({some, source.fingerprint(), PictureArrays(Images(), pictures).fingerprint()}) == 3

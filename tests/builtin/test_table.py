@@ -36,7 +36,7 @@ def houses(count=40, **changes):
 
 
 def prepared(path, target="price", *, known=None, seed=0, **options):
-    run = SimpleNamespace(config=SimpleNamespace(seed=seed), restoring=known is not None, data=known)
+    run = SimpleNamespace(config=SimpleNamespace(seed=seed), data_seed=seed, restoring=known is not None, data=known)
     return TableCsv(path=path, target=target, **options).data_prepare(run)
 
 
@@ -243,7 +243,9 @@ class TestTableRow:
 
 def run_of(example, targets=None, *, seed=0, restoring=False):
     data = SimpleNamespace(targets=targets or Classes(names=("a", "b", "c")))
-    return SimpleNamespace(example=example, data=data, config=SimpleNamespace(seed=seed), restoring=restoring)
+    return SimpleNamespace(
+        example=example, data=data, config=SimpleNamespace(seed=seed), data_seed=seed, restoring=restoring
+    )
 
 
 class TestMLP:

@@ -274,3 +274,25 @@ def test_an_option_of_an_extension_is_named_as_it_was_typed(run):
     code, _, err = run("run", "--with", "ema", "--ema.decay", "2")
     assert code == 2
     assert "--ema.decay" in err
+
+
+def test_the_cache_is_listed_and_cleared_by_key(run, tmp_path, monkeypatch):
+    import torch
+
+    from tuneforge.engine.store import Store
+
+    monkeypatch.setenv("TUNEFORGE_CACHE", str(tmp_path))
+    for letter in "ab":
+        about = {"model": "Net", "split": "train", "samples": 9}
+        Store(tmp_path, 10).put(letter * 64, [(torch.zeros(1 << 18),)], about)
+    code, out, _ = run("cache", "list")
+    assert (code, out.count("Net, 9 samples of train")) == (0, 2)
+    assert "2 entries, 2.0 MB" in out
+    code, out, _ = run("cache", "list", "--json")
+    assert {json.loads(line)["key"][0] for line in out.splitlines()} == {"a", "b"}
+    code, _, err = run("cache", "clear", "c")
+    assert code == 2
+    assert "no entry's key begins with 'c'" in err
+    assert run("cache", "clear", "aaa")[1].startswith("1.0 MB freed")
+    assert run("cache", "clear")[1].startswith("1.0 MB freed")
+    assert "0 entries" in run("cache", "list", "--cache-dir", str(tmp_path / "none"))[1]

@@ -234,3 +234,13 @@ def test_answers_reach_the_strategy():
     with pytest.raises(StopIteration):
         driven.send("b")
     assert heard == ["a", "b"]
+
+
+def test_a_yield_from_a_list_is_told_to_loop():
+    def asked():
+        yield from [1, 2]
+
+    steps = guarded_steps(member(object()), asked())
+    assert next(steps) == 1
+    with pytest.raises(tf.PluginError, match=r"`yield from` something that takes no answers.*loop instead"):
+        steps.send("report")

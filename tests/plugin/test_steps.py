@@ -83,3 +83,8 @@ def test_a_brief_knows_its_backbone():
     assert brief.backbone == (groups[0],)
     assert brief.head.name == "head"
     assert brief.steps_per_epoch() == 3
+
+
+def test_the_order_of_rate_factors_is_kept_because_a_later_one_beats_an_earlier():
+    phase = tf.Phase("x", train="all", epochs=1, lr=1.0, lr_scales={"norms": 0.1, "all": 0.5, "head": 2.0})
+    assert list(from_json(to_json(phase)).lr_scales) == ["norms", "all", "head"]

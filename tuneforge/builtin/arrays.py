@@ -185,7 +185,7 @@ class Arrays:
         parts = {split: samples_of(x, y, split) for split, (x, y) in given.items()}
         shares = {split: 0.0 if split in parts else share for split, share in (("val", self.val), ("test", self.test))}
         known = run.data if run.restoring else None
-        return _Reading(self, parts, known).data(shares, run.config.seed)
+        return _Reading(self, parts, known).data(shares, run.data_seed)
 
 
 def data_of(
@@ -381,7 +381,7 @@ def _parsed(raw: bytes | Path) -> Any:
     try:
         content = raw.read_bytes() if isinstance(raw, Path) else raw
         if content.startswith(b"\x93NUMPY"):
-            return np.load(io.BytesIO(content), allow_pickle=False)
+            return np.load(io.BytesIO(content), allow_pickle=False)  # noqa: TID251 - which never opens a pickle
         return json.loads(content)
     except (OSError, ValueError) as error:
         where = str(raw) if isinstance(raw, Path) else ""

@@ -32,6 +32,7 @@ PICTURES = ("image", "pixel_values")
 class Flip:
     """Mirror some pictures."""
 
+    per_sample = True
     p: float = option(default=0.5, help="Share of the samples that are mirrored.", check=between(0, 1))
     axis: Literal["horizontal", "vertical"] = option(
         default="horizontal", help="What is swapped: left and right, or top and bottom."
@@ -54,6 +55,7 @@ class Flip:
 class Rotate:
     """Turn pictures about their centre."""
 
+    per_sample = True
     degrees: float = option(default=10.0, help="Largest angle to either side.", check=between(0, 180))
 
     def augment(self, run: Run, batch: Batch) -> Batch:
@@ -73,6 +75,7 @@ class Rotate:
 class Shift:
     """Move pictures sideways and up or down."""
 
+    per_sample = True
     share: float = option(
         default=0.1, help="Largest way, as a share of the width and of the height.", check=between(0, 1)
     )
@@ -93,6 +96,7 @@ class Shift:
 class Erase:
     """Paint a rectangle of some pictures over with their mean (random erasing, Zhong et al. 2017, 1708.04896)."""
 
+    per_sample = True
     p: float = option(default=0.25, help="Share of the samples that lose a rectangle.", check=between(0, 1))
     low: float = option(default=0.02, help="Least share of the area that is erased.", check=between(0, 1))
     high: float = option(default=0.2, help="Greatest share of the area that is erased.", check=between(0, 1))

@@ -45,7 +45,7 @@ class Digits:
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
         """Split the real digits, and make each split's other characters for it alone."""
-        seed = run.config.seed
+        seed = run.data_seed
         parts = {
             name: digits_and_others(indices, other_share=self.other_share, seed=seed, split=name)
             for name, indices in self._real_split(seed).items()
@@ -100,7 +100,7 @@ class Glyphs:
     def data_prepare(self, run: Run) -> Data:
         """Render them all at once and cut: every class is as frequent in each split."""
         inputs = _inputs()
-        made = glyph_images(self.count, seed=run.config.seed, folders=self.fonts)
+        made = glyph_images(self.count, seed=run.data_seed, folders=self.fonts)
         images, labels = _stored(made.images, inputs), torch.from_numpy(made.labels)
         borders = [0, round(0.8 * self.count), round(0.9 * self.count), self.count]
         cuts = [slice(start, stop) for start, stop in pairwise(borders)]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import difflib
+import heapq
+import itertools
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +15,7 @@ from pathlib import Path
 import attrs
 
 from tuneforge import DataError
-from tuneforge.builtin.names import shown
+from tuneforge.builtin.names import Packed, Paths, Shown, shown
 
 EXTENSIONS = frozenset(
     (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -24,25 +27,43 @@ SPLITS = {
 }  # fmt: skip
 """Names of folders and values of a column, and the split that each means."""
 
+_FOLDER, _PICTURE = "folder", "picture"
 _HIDDEN, _FOREIGN, _BROKEN, _SEEN = "hidden", "no picture by name", "a broken link or no file", "a folder linked twice"
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Listing:
-    """Pictures of one split, or of all of them where they are not divided yet.
+    """Pictures of one split, or of all of them where they are not divided yet; millions fit in memory.
 
     Args:
-        paths: One a picture.
-        labels: The class of each, by name.
-        ids: A stable name of each, as text.
+        root: What names start from.
+        names: The path of each picture below `root`, as it is.
+        codes: The class of each, its place among `classes`.
+        classes: Names of classes, in the order in which they came.
     """
 
-    paths: tuple[Path, ...]
-    labels: tuple[str, ...]
-    ids: tuple[str, ...]
+    root: Path
+    names: Packed = attrs.field(factory=Packed)
+    codes: array[int] = attrs.field(factory=lambda: array("q"))
+    classes: dict[str, int] = attrs.field(factory=dict)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
+
+    def append(self, name: str, label: str) -> None:
+        """Add a picture."""
+        self.names.append(name)
+        self.codes.append(self.classes.setdefault(label, len(self.classes)))
+
+    @property
+    def paths(self) -> Paths:
+        """Where each picture lies."""
+        return Paths(self.root, self.names)
+
+    @property
+    def ids(self) -> Shown:
+        """A stable name of each, as text."""
+        return Shown(self.names)
 
 
 @attrs.frozen
@@ -78,8 +99,8 @@ def find_folder(root: Path, *, where: str) -> Found:
     skipped: Counter[str] = Counter()
     notes: list[str] = []
     parts: dict[str, Listing] = {}
-    for split, folder in _split_folders(root, skipped, notes, where=where).items():
-        listing = _listed(folder, root, split, skipped, notes, where=where)
+    for split, name in _split_folders(root, skipped, notes, where=where).items():
+        listing = _listed(root, name, split, skipped, notes, where=where)
         if listing is not None:
             parts[split] = listing
     return Found(parts, (*notes, *_skip_notes(skipped)))
@@ -107,64 +128,73 @@ def find_csv(path: Path, *, image: str, label: str, split: str, root: Path, wher
             columns = list(reader.fieldnames or ())
             for needed in (image, label):
                 _require_column(needed, columns, path, where)
-            rows = [(reader.line_num, row[image], row[label], row.get(split)) for row in reader]
+            rows = ((reader.line_num, row[image], row[label], row.get(split)) for row in reader)
+            parts = _by_split(rows, root, path, divided=split in columns)
     except (OSError, csv.Error) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise DataError(f"cannot read '{shown(path)}'", where=where, why=why, fix="name a CSV file") from None
-    if not rows:
+    if not parts:
         raise DataError(f"'{shown(path)}' has no rows", where=where, fix="add a row a picture below the first")
-    return Found(_by_split(rows, root, path, divided=split in columns, where=where))
+    return Found(parts)
 
 
-def _split_folders(root: Path, skipped: Counter[str], notes: list[str], *, where: str) -> dict[str, Path]:
-    """The folder of each split; the root alone where pictures are not divided.
+def _split_folders(root: Path, skipped: Counter[str], notes: list[str], *, where: str) -> dict[str, str]:
+    """The name of each split's folder; that of the root, which is empty, where pictures are not divided.
 
     A folder called train is a split where it holds folders and no picture; else it is the class of that name.
     """
-    folders = {entry.name.lower(): Path(entry.path) for entry in _entries(root, Counter()) if entry.is_dir()}
-    trains = [folder for name, folder in folders.items() if SPLITS.get(name) == "train"]
-    if len(trains) != 1 or not _holds_only_folders(trains[0]):
-        return {"train": root}
-    for entry in _entries(root, skipped):
-        if not entry.is_dir():
-            skipped[_FOREIGN] += 1
-    strange = [shown(folder.name) for name, folder in folders.items() if name not in SPLITS]
+    found: Counter[str] = Counter()
+    names = [name for name, kind in _entries(root, found) if kind == _FOLDER]
+    trains = [name for name in names if _split_of(name) == "train"]
+    if len(trains) != 1 or not _holds_only_folders(root / trains[0]):
+        return {"train": ""}
+    skipped[_HIDDEN] += found[_HIDDEN]
+    skipped[_FOREIGN] += sum(kind != _FOLDER for _, kind in _entries(root, Counter()))
+    strange = [shown(name) for name in names if _split_of(name) is None]
     if strange:
         notes.append(f"left out beside train, val and test: {', '.join(strange)}")
-    splits = [(SPLITS[name], folder) for name, folder in folders.items() if name in SPLITS]
+    splits = [(split, name) for name in names if (split := _split_of(name)) is not None]
     twice = [split for split, count in Counter(split for split, _ in splits).items() if count > 1]
     if twice:
-        names = " and ".join(f"'{folder.name}'" for split, folder in splits if split == twice[0])
-        raise DataError(f"{names} both mean the split {twice[0]}", where=where, fix="keep one of the folders")
+        both = " and ".join(f"'{shown(name)}'" for split, name in splits if split == twice[0])
+        raise DataError(f"{both} both mean the split {twice[0]}", where=where, fix="keep one of the folders")
     return dict(splits)
 
 
+def _split_of(name: str) -> str | None:
+    return SPLITS.get(name.lower())
+
+
 def _holds_only_folders(folder: Path) -> bool:
-    entries = list(_entries(folder, Counter()))
-    return any(entry.is_dir() for entry in entries) and not any(_is_picture(entry) for entry in entries)
+    kinds = {kind for _, kind in _entries(folder, Counter())}
+    return _FOLDER in kinds and _PICTURE not in kinds
 
 
 def _listed(
-    folder: Path, root: Path, split: str, skipped: Counter[str], notes: list[str], *, where: str
+    root: Path, below: str, split: str, skipped: Counter[str], notes: list[str], *, where: str
 ) -> Listing | None:
-    """Pictures of one folder of class folders; None where a folder other than that of training has none."""
-    classes: dict[str, list[Path]] = {}
-    loose: list[Path] = []
-    for entry in _entries(folder, skipped):
-        if entry.is_dir():
-            classes[shown(entry.name)] = list(_below(Path(entry.path), skipped, set()))
-        elif _is_picture(entry):
-            loose.append(Path(entry.path))
+    """Pictures of the folder of class folders at `below`; None where a folder other than that of training has none."""
+    listing, folder = Listing(root), root / below
+    counts: dict[str, int] = {}
+    loose = 0
+    for name, kind in _entries(folder, skipped):
+        if kind == _FOLDER:
+            before, label = len(listing), shown(name)
+            for picture in _below(root, os.path.join(below, name), skipped, set()):
+                listing.append(picture, label)
+            counts[label] = len(listing) - before
+        elif kind == _PICTURE:
+            loose += 1
         else:
             skipped[_FOREIGN] += 1
-    if not any(classes.values()):
+    if not len(listing):
         if split != "train":
             notes.append(f"left out '{shown(folder)}', because it holds no class of pictures")
             return None
-        raise _no_classes(folder, loose, classes, where=where)
+        raise _no_classes(folder, loose, counts, where=where)
     if loose:
-        notes.append(f"left out, because in no class's folder: {_counted(len(loose), 'picture')} in '{shown(folder)}'")
-    empty = [name for name, paths in classes.items() if not paths]
+        notes.append(f"left out, because in no class's folder: {_counted(loose, 'picture')} in '{shown(folder)}'")
+    empty = [name for name, count in counts.items() if not count]
     if empty and split == "train":
         raise DataError(
             f"class '{empty[0]}' has no pictures" + (f", nor have {len(empty) - 1} more" if len(empty) > 1 else ""),
@@ -172,17 +202,12 @@ def _listed(
             why=f"no file in it ends in {', '.join(sorted(EXTENSIONS))}",
             fix="add pictures to the folder or remove it",
         )
-    pairs = [(path, name) for name, paths in classes.items() for path in paths]
-    return Listing(
-        paths=tuple(path for path, _ in pairs),
-        labels=tuple(name for _, name in pairs),
-        ids=tuple(shown(path.relative_to(root)) for path, _ in pairs),
-    )
+    return listing
 
 
-def _no_classes(folder: Path, loose: list[Path], classes: Iterable[str], *, where: str) -> DataError:
+def _no_classes(folder: Path, loose: int, classes: Iterable[str], *, where: str) -> DataError:
     if loose:
-        why = f"pictures lie directly in it ({len(loose):,}), so their class is unknown"
+        why = f"pictures lie directly in it ({loose:,}), so their class is unknown"
     elif classes:
         why = "its folders hold no file that ends as a picture does"
     else:
@@ -192,43 +217,47 @@ def _no_classes(folder: Path, loose: list[Path], classes: Iterable[str], *, wher
     )
 
 
-def _entries(folder: Path, skipped: Counter[str]) -> Iterator[os.DirEntry[str]]:
-    """What a folder holds, hidden things left out, in the order of the names' bytes on every file system."""
+def _entries(folder: Path, skipped: Counter[str]) -> Iterator[tuple[str, str]]:
+    """Name and kind of what a folder holds, hidden things left out, in the order of the names' bytes everywhere."""
+    names: dict[str, list[bytes]] = {}
     try:
         with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
+            for entry in found:
+                if entry.name.startswith("."):
+                    skipped[_HIDDEN] += 1
+                else:  # bytes alone, because a million entries of a folder would fill memory
+                    names.setdefault(_kind(entry), []).append(os.fsencode(entry.name))
     except OSError as error:
         raise DataError(
             f"cannot read the folder '{shown(folder)}'", why=error.strerror or "", fix="check its permissions"
         ) from None
-    for entry in entries:
-        if entry.name.startswith("."):
-            skipped[_HIDDEN] += 1
-        else:
-            yield entry
+    in_order = [zip(sorted(each), itertools.repeat(kind), strict=False) for kind, each in names.items()]
+    return ((os.fsdecode(name), kind) for name, kind in heapq.merge(*in_order))
 
 
-def _below(folder: Path, skipped: Counter[str], seen: set[tuple[int, int]]) -> Iterator[Path]:
-    """Pictures under a folder at any depth; links are followed, each folder is entered once."""
-    status = folder.stat()
+def _kind(entry: os.DirEntry[str]) -> str:
+    if entry.is_dir():
+        return _FOLDER
+    if not entry.is_file():
+        return _BROKEN
+    return _PICTURE if os.path.splitext(entry.name)[1].lower() in EXTENSIONS else _FOREIGN
+
+
+def _below(root: Path, below: str, skipped: Counter[str], seen: set[tuple[int, int]]) -> Iterator[str]:
+    """Names, from `root` on, of pictures below a folder at any depth; links are followed, each folder entered once."""
+    status = (root / below).stat()
     key = (status.st_dev, status.st_ino)
     if key in seen:
         skipped[_SEEN] += 1
         return
     seen.add(key)
-    for entry in _entries(folder, skipped):
-        if entry.is_dir():
-            yield from _below(Path(entry.path), skipped, seen)
-        elif not entry.is_file():
-            skipped[_BROKEN] += 1
-        elif _is_picture(entry):
-            yield Path(entry.path)
+    for name, kind in _entries(root / below, skipped):
+        if kind == _FOLDER:
+            yield from _below(root, os.path.join(below, name), skipped, seen)
+        elif kind == _PICTURE:
+            yield os.path.join(below, name)
         else:
-            skipped[_FOREIGN] += 1
-
-
-def _is_picture(entry: os.DirEntry[str]) -> bool:
-    return entry.is_file() and os.path.splitext(entry.name)[1].lower() in EXTENSIONS
+            skipped[kind] += 1
 
 
 def _skip_notes(skipped: Counter[str]) -> list[str]:
@@ -253,33 +282,36 @@ def _require_column(name: str, columns: list[str], path: Path, where: str) -> No
 
 
 def _by_split(
-    rows: list[tuple[int, str | None, str | None, str | None]], root: Path, path: Path, *, divided: bool, where: str
+    rows: Iterable[tuple[int, str | None, str | None, str | None]], root: Path, path: Path, *, divided: bool
 ) -> dict[str, Listing]:
     """The rows as listings."""
-    grouped: dict[str, list[tuple[Path, str, str]]] = {}
-    missing: list[tuple[int, str]] = []
+    grouped: dict[str, Listing] = {}
+    first_missing: tuple[int, str] | None = None
+    missing = count = 0
     for line, image, label, split in rows:
+        count += 1
         if not image or not label or not image.strip() or not label.strip():
             raise DataError(
                 f"row at line {line} has no {'path' if not image else 'label'}",
                 where=shown(path),
                 fix="give every row a path and a label, or remove it",
             )
-        if divided and SPLITS.get((split or "").strip().lower()) is None:
+        name = _split_of((split or "").strip()) if divided else "train"
+        if name is None:
             raise DataError(
                 f"row at line {line} has the split '{shown(split or '')}'",
                 where=shown(path),
                 fix="write train, val or test",
             )
         if not (root / image).is_file():
-            missing.append((line, image))
-        name = SPLITS[(split or "").strip().lower()] if divided else "train"
-        grouped.setdefault(name, []).append((root / image, shown(label.strip()), shown(image)))
-    if missing:
+            missing += 1
+            first_missing = first_missing or (line, image)
+        grouped.setdefault(name, Listing(root)).append(image, shown(label.strip()))
+    if first_missing is not None:
         raise DataError(
-            f"{_counted(len(missing), 'picture')} of {len(rows):,} do not exist, the first: '{shown(missing[0][1])}'",
-            where=f"{shown(path)}, line {missing[0][0]}",
+            f"{_counted(missing, 'picture')} of {count:,} do not exist, the first: '{shown(first_missing[1])}'",
+            where=f"{shown(path)}, line {first_missing[0]}",
             why=f"relative paths start from '{shown(root)}'",
             fix="correct the paths, or name another start with --data.root",
         )
-    return {name: Listing(*map(tuple, zip(*found, strict=True))) for name, found in grouped.items()}
+    return grouped

@@ -106,6 +106,27 @@ def largest(ops: Sequence[Op], height: int, width: int) -> int:
     return pixels
 
 
+def reduction(ops: Sequence[Op], height: int, width: int, *, margin: int) -> int:
+    """The part of its height and width that a picture may be decoded at: 1, or a half, quarter or eighth as 2, 4 or 8.
+
+    Args:
+        ops: What is done to it; a resize makes up for the reduction, if nothing before it depends on single pixels.
+        height: Of the whole picture, before it is turned upright.
+        width: Of the same.
+        margin: How many times what the resize makes each side must be at least; 0 for no reduction.
+    """
+    places = [place for place, op in enumerate(ops) if op.name in ("resize", "centre-crop", "ink")]
+    if not margin or not places or ops[places[0]].name != "resize":
+        return 1
+    before, resize = ops[: places[0]], ops[places[0]]
+    for scale in (8, 4, 2):
+        low, high = sorted((-(-height // scale), -(-width // scale)))
+        sides = [_shape_after(before, *shape) for shape in ((low, high), (high, low))]
+        if all(had >= margin * made for shape in sides for had, made in zip(shape, resize.shape(*shape), strict=True)):
+            return scale
+    return 1
+
+
 def _shape_after(ops: Sequence[Op], height: int, width: int) -> tuple[int, int]:
     for op in ops:
         height, width = op.shape(height, width)

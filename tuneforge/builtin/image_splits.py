@@ -5,6 +5,7 @@ Shapes: n samples, c channels, h and w pixels.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import zlib
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from tuneforge import Data, DataError, Split, UsageError
 from tuneforge.builtin.images import Images
+from tuneforge.builtin.names import chosen
 from tuneforge.builtin.picture_sources import PictureFiles
 from tuneforge.builtin.targets import Classes
 
@@ -32,7 +34,7 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 SPLITS = ("train", "val", "test")
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _MEASURED = 2048  # pictures of training that mean and std are taken from
-_CHUNK = 1024  # pictures that are prepared at once
+_CHUNK = 64  # pictures that are prepared at once
 
 
 class Pictures(Protocol):
@@ -64,7 +66,7 @@ class Part:
 
     def chosen(self, rows: Rows) -> Part:
         """The part of `rows` only."""
-        return Part(self.pictures.chosen(torch.from_numpy(rows)), self.codes[rows], [self.ids[row] for row in rows])
+        return Part(self.pictures.chosen(torch.from_numpy(rows)), self.codes[rows], chosen(self.ids, rows))
 
 
 @attrs.frozen(eq=False)
@@ -183,8 +185,8 @@ def divided(parts: Parts, shares: Mapping[str, float], *, seed: int) -> Parts:
         raise UsageError(
             f"{asked} leave nothing to learn from", why="together they must be less than 1", fix="lower one"
         )
-    rows = stratified(train.codes, parts.names, missing, seed=seed)
-    taken = {split: train.chosen(chosen) for split, chosen in rows.items()} if missing else {}
+    rows = stratified(train.codes, parts.names, missing, seed=seed) if missing else {}
+    taken = {split: train.chosen(chosen) for split, chosen in rows.items()}
     return parts.changed({split: taken.get(split) or parts.by_split[split] for split in SPLITS})
 
 
@@ -246,15 +248,30 @@ def _named(name: str, channels: int) -> Normalisation | None:
 
 
 def _measured(inputs: Images, source: Any) -> Normalisation:
-    count = len(source)
-    rows = torch.from_numpy(np.unique(np.linspace(0, count - 1, min(count, _MEASURED)).round().astype(np.int64)))
-    stored = source.fetch(rows) if not isinstance(source, Tensor) else source.index_select(0, rows)
-    plain = inputs.normalised((0.0,), (1.0,)).ready(stored).double()
-    mean = [round(value, 4) for value in plain.mean(dim=(0, 2, 3)).tolist()]
-    std = [round(value, 4) or 1.0 for value in plain.std(dim=(0, 2, 3)).tolist()]
-    if len(set(mean)) == 1 and len(set(std)) == 1:
-        return (mean[0],), (std[0],)
-    return tuple(mean), tuple(std)
+    rows = np.unique(np.linspace(0, len(source) - 1, min(len(source), _MEASURED)).round().astype(np.int64))
+    fetch = functools.partial(source.index_select, 0) if isinstance(source, Tensor) else source.fetch
+    chunks = map(fetch, torch.split(torch.from_numpy(rows), _CHUNK))
+    counts = functools.reduce(torch.add, (_levels(stored, together=inputs.channels == 1) for stored in chunks))
+    means, stds = zip(*map(_mean_and_std, counts), strict=True)
+    if len(set(means)) == 1 and len(set(stds)) == 1:
+        return means[:1], stds[:1]
+    return means, stds
+
+
+def _levels(stored_bchw: Tensor, *, together: bool) -> Tensor:
+    """How often each level occurs, from 0 to 1 in equal steps: (c, 256), or (1, 255 * c + 1) of the channels' sum."""
+    if together:
+        sums = stored_bchw.sum(dim=1, dtype=torch.int64)
+        return torch.bincount(sums.flatten(), minlength=255 * stored_bchw.shape[1] + 1)[None]
+    return torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in stored_bchw.unbind(1)])
+
+
+def _mean_and_std(counts: Tensor) -> tuple[float, float]:
+    """Of levels from 0 to 1 that occur so often (levels,); exact, so that they are the same in any chunks."""
+    levels, weights = torch.linspace(0, 1, len(counts), dtype=torch.float64), counts.double()
+    mean = (levels * weights).sum() / weights.sum()
+    variance = ((levels - mean).square() * weights).sum() / (weights.sum() - 1)
+    return round(mean.item(), 4), round(variance.sqrt().item(), 4) or 1.0
 
 
 def _counts(count: int, shares: Mapping[str, float], *, name: str) -> dict[str, int]:
@@ -293,8 +310,11 @@ def _stored(pictures: Pictures) -> Tensor:
     """All pictures in memory, uint8 (n, c, h, w)."""
     if isinstance(pictures, PictureFiles):
         return pictures.fetch(torch.arange(len(pictures)))
-    starts = range(0, len(pictures), _CHUNK)
-    return torch.cat([pictures.fetch(torch.arange(at, min(at + _CHUNK, len(pictures)))) for at in starts])
+    first = pictures.fetch(torch.tensor([0]))
+    out = first.new_empty(len(pictures), *first.shape[1:])
+    for rows in torch.split(torch.arange(len(pictures)), _CHUNK):
+        out[rows] = pictures.fetch(rows)
+    return out
 
 
 def _check_files(parts: Parts) -> None:
@@ -305,7 +325,7 @@ def _check_files(parts: Parts) -> None:
 
 def _missing_notes(parts: Parts) -> list[str]:
     absent = {
-        split: [name for code, name in enumerate(parts.names) if not (part.codes == code).any()]
+        split: [parts.names[code] for code in np.setdiff1d(np.arange(len(parts.names)), part.codes)]
         for split, part in parts.by_split.items()
     }
     return [f"{split} has no picture of {_abridged(lacking)}" for split, lacking in absent.items() if lacking]

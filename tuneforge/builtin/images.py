@@ -5,20 +5,24 @@ Shapes: b pictures in a batch, n in all, c channels as stored, h and w pixels as
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
+import attrs
 import numpy as np
+import PIL
 import torch
+import torchvision
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from tuneforge import Check, DataError, Inputs, between, component, gt, option
-from tuneforge.builtin.image_ops import KNOWN, OPS, Op, final_size, largest, parsed
+from tuneforge.builtin.image_ops import KNOWN, OPS, Op, final_size, largest, parsed, reduction
 from tuneforge.builtin.names import shown
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
@@ -52,6 +56,12 @@ class Images(Inputs):
         help="Divided by, for all channels or each, on the scale 0 to 1.",
         check=Check("numbers greater than 0", lambda std: bool(std) and min(std) > 0),
     )
+    jpeg_margin: int = option(
+        default=2,
+        help="A JPEG is decoded at a half, a quarter or an eighth of its size where that is still so many times what "
+        "the first resize makes of it; 1 is fastest, 0 decodes all of it.",
+        check=between(0, 8),
+    )
     max_bytes: int = option(default=64 * 2**20, help="Largest file that is read, in bytes.", check=gt(0))
     max_pixels: int = option(
         default=_PIL_PIXELS, help="Largest picture that is decoded or made, in pixels.", check=between(1, _PIL_PIXELS)
@@ -69,14 +79,7 @@ class Images(Inputs):
 
     def normalised(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Images:
         """The same inputs with another mean and deviation."""
-        return Images(
-            ops=self.ops,
-            channels=self.channels,
-            mean=mean,
-            std=std,
-            max_bytes=self.max_bytes,
-            max_pixels=self.max_pixels,
-        )
+        return attrs.evolve(self, mean=mean, std=std)  # type: ignore[misc]  # a component is an attrs class
 
     def decode(self, raw: Any) -> Tensor:
         """The stored form of one picture, uint8 (c, h, w).
@@ -132,7 +135,14 @@ class Images(Inputs):
         Raises:
             DataError: It is too large, or no picture of an allowed format.
         """
-        self._opened(path, name_of(path)).close()
+        name = name_of(path)
+        with self._file(path, name) as file:
+            self._opened(file, name)
+
+    @property
+    def recipe(self) -> str:
+        """All that the stored form of a file follows from, beside the file."""
+        return f"{self.ops} {self.jpeg_margin} Pillow {PIL.__version__} torchvision {torchvision.__version__}"
 
     def _each(self, values: tuple[float, ...]) -> tuple[float, ...]:
         if len(values) not in (1, self.channels):
@@ -165,29 +175,20 @@ class Images(Inputs):
 
     def _from_image(self, raw: Any, name: str) -> Tensor:
         """Pixels (c, h, w) of a file or a PIL image, upright; 1 channel where both sides are grey, else 3."""
-        image = raw if isinstance(raw, Image.Image) else self._opened(raw, name)
+        image = raw if isinstance(raw, Image.Image) else self._opened(self._read(raw, name), name)
         self._bound(parsed(self.ops), image.height, image.width, name)
         grey = "grey" in self.ops
         try:
             if image is not raw:
-                image.draft("L" if grey else "RGB", self._draft_size())
+                scale = reduction(parsed(self.ops), image.height, image.width, margin=self.jpeg_margin)
+                image.draft("L" if grey else "RGB", (max(1, image.width // scale), max(1, image.height // scale)))
             return _pixels(image, grey=grey)
         except Exception as error:  # noqa: BLE001 - PIL raises whatever a hostile file makes it raise
             raise _broken(name, error) from None
 
-    def _draft_size(self) -> tuple[int, int]:
-        """Width and height that a JPEG may be decoded at: twice what the first operation on its size asks for."""
-        for op in parsed(self.ops):
-            if op.name == "resize":
-                return (2 * max(op.size),) * 2
-            if op.name in ("square", "centre-crop"):
-                break
-        return (2**16,) * 2
-
-    def _opened(self, raw: Any, name: str) -> Image.Image:
-        data = self._read(raw, name)
+    def _opened(self, file: IO[bytes], name: str) -> Image.Image:
         try:
-            image = Image.open(data, formats=FORMATS)
+            image = Image.open(file, formats=FORMATS)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise _broken(name, error) from None
         except Exception as error:  # noqa: BLE001 - PIL raises whatever a hostile file makes it raise
@@ -198,7 +199,8 @@ class Images(Inputs):
     def _read(self, raw: Any, name: str) -> io.BytesIO:
         """The bytes, bounded before they are read."""
         if isinstance(raw, (str, Path)):
-            return io.BytesIO(self._read_file(raw, name))
+            with self._file(raw, name) as file:
+                return io.BytesIO(file.read())
         if not isinstance(raw, (bytes, bytearray, memoryview)):
             raise DataError(
                 f"a {type(raw).__name__} is no picture",
@@ -207,13 +209,15 @@ class Images(Inputs):
         self._bound_bytes(len(raw), name)
         return io.BytesIO(raw)
 
-    def _read_file(self, path: str | Path, name: str) -> bytes:
+    @contextlib.contextmanager
+    def _file(self, path: str | Path, name: str) -> Iterator[IO[bytes]]:
         try:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):
                 raise DataError(f"{name} is no file", fix="name a picture")
             self._bound_bytes(status.st_size, name)
-            return Path(path).read_bytes()
+            with open(path, "rb") as file:
+                yield file
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
             why = getattr(error, "strerror", None) or str(error)
             raise DataError(f"cannot read {name}", why=why, fix="check the path and its permissions") from None

@@ -6,20 +6,23 @@ Shapes: b pictures in a batch, n in all, c channels, h and w pixels.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import parent_process
 from pathlib import Path
 
 import attrs
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from tuneforge import DataError
 from tuneforge.builtin.images import Images, name_of
+from tuneforge.builtin.names import chosen
 
 _SMALL_FILE = 16_384  # bytes
+_AT_ONCE = 1024  # pictures
 
 
 @attrs.frozen(eq=False)
@@ -32,7 +35,7 @@ class PictureFiles:
     """
 
     inputs: Images
-    paths: Sequence[Path]
+    paths: Sequence[str | Path]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -43,25 +46,26 @@ class PictureFiles:
         Raises:
             DataError: Some cannot be decoded; the first is named, the others are counted.
         """
-        paths = [self.paths[row] for row in rows.tolist()]
+        paths = chosen(self.paths, rows.numpy())
         shape = self.inputs.shape or tuple(self.inputs.decode(paths[0]).shape)
         out = torch.empty(len(paths), *shape, dtype=torch.uint8)
 
         def fill(place: int) -> None:
-            stored = self.inputs.decode(paths[place])
+            path = paths[place]
+            stored = self.inputs.decode(path)
             if stored.shape != shape:
                 raise DataError(
-                    f"{name_of(paths[place])} is a {self.inputs.text(stored)}, others are {shape[2]}x{shape[1]}",
+                    f"{name_of(path)} is a {self.inputs.text(stored)}, others are {shape[2]}x{shape[1]}",
                     fix="let the operations give one size, such as 'resize 32x32'",
                 )
             out[place] = stored
 
-        _for_each(fill, range(len(paths)), num_threads=_num_threads(paths))
+        _for_each(fill, len(paths), num_threads=_num_threads(paths))
         return out
 
     def chosen(self, rows: Tensor) -> PictureFiles:
         """The source of `rows` only."""
-        return PictureFiles(self.inputs, [self.paths[row] for row in rows.tolist()])
+        return PictureFiles(self.inputs, chosen(self.paths, rows.numpy()))
 
     def check(self) -> None:
         """Look at every file's header.
@@ -69,7 +73,24 @@ class PictureFiles:
         Raises:
             DataError: Some are no pictures; the first is named, the others are counted.
         """
-        _for_each(lambda place: self.inputs.check(self.paths[place]), range(len(self.paths)), num_threads=1)
+        _for_each(lambda place: self.inputs.check(self.paths[place]), len(self.paths), num_threads=1)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over how files are decoded, and each one's path, size and time of change.
+
+        Raises:
+            DataError: A file has gone.
+        """
+        digest = hashlib.sha256(self.inputs.recipe.encode())
+        for path in self.paths:
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                why = error.strerror or str(error)
+                raise DataError(f"cannot read {name_of(path)}", why=why, fix="restore the file") from None
+            digest.update(os.fsencode(os.path.abspath(path)) + b"\0")
+            digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
 
 
 @attrs.frozen(eq=False)
@@ -97,42 +118,53 @@ class PictureArrays:
         """The source of `rows` only; nothing is copied."""
         return PictureArrays(self.inputs, self.pictures_nchw, self._own(rows))
 
+    def fingerprint(self) -> str:
+        """SHA-256 over the operations and the pictures."""
+        digest = hashlib.sha256(self.inputs.recipe.encode())
+        for rows in torch.split(torch.arange(len(self)), _AT_ONCE):
+            digest.update(self.pictures_nchw.index_select(0, self._own(rows)).numpy().data)
+        return digest.hexdigest()
+
     def _own(self, rows: Tensor) -> Tensor:
         return rows if self.rows is None else self.rows[rows]
 
 
-def _num_threads(paths: Sequence[Path]) -> int:
+def _num_threads(paths: Sequence[str | Path]) -> int:
     """Threads that decode: PIL lets go of Python's lock, but small files cost more Python than decoding.
 
-    With files of 1 kB, threads took three times as long as none (2 cores).
+    With files of 1 kB, threads took three times as long as none (2 cores). A process that decodes ahead is one of many.
     """
-    large = sum(path.stat().st_size for path in paths[:8] if path.exists()) > _SMALL_FILE * min(8, len(paths))
-    return min(16, os.cpu_count() or 1) if large and get_worker_info() is None else 1
+    if parent_process() is not None:
+        return 1
+    some = [os.path.getsize(path) for path in paths[:8] if os.path.exists(path)]
+    return min(16, os.cpu_count() or 1) if sum(some) > _SMALL_FILE * len(some) else 1
 
 
-def _for_each(act: Callable[[int], None], places: Sequence[int], *, num_threads: int) -> None:
+def _for_each(act: Callable[[int], None], count: int, *, num_threads: int) -> None:
     """Act on every place, all of them.
 
     Raises:
         DataError: The first of those that were raised, with the number of the others.
     """
-    failures: dict[int, DataError] = {}
+    failures: list[tuple[int, DataError]] = []
 
     def guarded(place: int) -> None:
         try:
             act(place)
         except DataError as error:
-            failures[place] = error
+            failures.append((place, error))
 
     with contextlib.ExitStack() as stack:
         every = stack.enter_context(ThreadPoolExecutor(num_threads)).map if num_threads > 1 else map
-        for _ in every(guarded, places):
-            pass
+        for start in range(0, count, _AT_ONCE):  # an executor holds an object for each place that it is given
+            for _ in every(guarded, range(start, min(start + _AT_ONCE, count))):
+                pass
     if failures:
-        raise _first_of([failures[place] for place in sorted(failures)])
+        raise _first_of(failures)
 
 
-def _first_of(failures: list[DataError]) -> DataError:
-    first, others = failures[0], len(failures) - 1
+def _first_of(failures: list[tuple[int, DataError]]) -> DataError:
+    _, first = min(failures, key=lambda failure: failure[0])
+    others = len(failures) - 1
     what = first.what if not others else f"{first.what}, and {others:,} more fail"
     return DataError(what, where=first.where, why=first.why, fix=first.fix)

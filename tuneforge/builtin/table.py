@@ -83,7 +83,7 @@ class TableCsv:
         known, where = run.data if run.restoring else None, f"{self.path}, column '{self.target}'"
         answers = self._answers(table, self.task if known is None else _task_of(known.targets, self.task))
         targets, pools = self._targets(answers, known, where)
-        rows = split_rows(pools, val=self.val, test=self.test, seed=run.config.seed, where=where)
+        rows = split_rows(pools, val=self.val, test=self.test, seed=run.data_seed, where=where)
         if isinstance(targets, Numbers) and known is None:
             targets = numbers_of(answers[rows[0].numpy()], names=(self.target,), units=(self.unit,), where=where)
         columns = {name: cells for name, cells in table.columns.items() if name != self.target}

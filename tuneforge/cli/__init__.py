@@ -10,6 +10,7 @@ STAGES: dict[str, dict[str, str]] = {
     "tune": {
         "run": "Tune a model: data, model, strategy, report.",
         "resume": "Go on with a run that was stopped or killed.",
+        "cache": "List or clear what frozen models gave for each sample, kept on disk.",
     },
     "judge": {
         "evaluate": "Evaluate a finished run again, on its own data or on others.",

@@ -14,7 +14,16 @@ import click
 from tuneforge.errors import UsageError
 from tuneforge.plugin import registry
 from tuneforge.plugin.component import Option, options_of, type_text
-from tuneforge.plugin.config import REPEATABLE, SINGLE, Settings, default_name, merged, read_file, resolve
+from tuneforge.plugin.config import (
+    REPEATABLE,
+    SINGLE,
+    Settings,
+    default_name,
+    entries_under,
+    merged,
+    read_file,
+    resolve,
+)
 from tuneforge.plugin.config import RunConfig as RunConfig
 from tuneforge.plugin.names import prefix_of
 
@@ -53,9 +62,13 @@ class ComponentCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Find the components first, then parse with their options known."""
         picks = [key for key in _PICKS if any(parameter.name == key for parameter in self.params)]
-        ctx.meta["tuneforge.file"] = _file_table(args)
+        ctx.meta["tuneforge.file"] = self.below_flags(ctx, args)
         ctx.meta["tuneforge.chosen"] = list(_chosen(args, ctx.meta["tuneforge.file"], picks))
         return super().parse_args(ctx, args)
+
+    def below_flags(self, ctx: click.Context, args: list[str]) -> dict[str, Any]:
+        """The table that flags go over: the file's."""
+        return file_table(args)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The command's own parameters and the components'."""
@@ -105,6 +118,15 @@ def configuration(ctx: click.Context, values: Mapping[str, Any]) -> RunConfig:
     Raises:
         UsageError: A short form names an option that the strategy does not have, or flags contradict.
     """
+    return resolve(merged(ctx.meta["tuneforge.file"], flag_table(ctx, values)))
+
+
+def flag_table(ctx: click.Context, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The table that parsed flags alone describe.
+
+    Raises:
+        UsageError: A short form names an option that the strategy does not have.
+    """
     flags: dict[str, Any] = {}
     known = options_of(Settings)
     for name, value in values.items():
@@ -122,23 +144,24 @@ def configuration(ctx: click.Context, values: Mapping[str, Any]) -> RunConfig:
         if named:
             flags[key] = [{"name": name, **by_component.get((key, name), {})} for name in dict.fromkeys(named)]
     _apply_short_forms(ctx, flags, values)
-    return resolve(merged(ctx.meta["tuneforge.file"], flags))
+    return flags
 
 
 def default_text(option: Option) -> str:
     """`[default: 1]` or `[required]`, as help shows it."""
     if option.required:
         return "[required]"
-    return f"[default: {_shown(option.default)}]"
+    return f"[default: {shown(option.default)}]"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """An option's value as a user would write it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (tuple, list)):
-        return ",".join(map(_shown, value)) or "empty"
+        return ",".join(map(shown, value)) or "empty"
     if isinstance(value, Mapping):
-        return ",".join(f"{key}={_shown(item)}" for key, item in value.items()) or "empty"
+        return ",".join(f"{key}={shown(item)}" for key, item in value.items()) or "empty"
     return "none" if value is None else str(value)
 
 
@@ -212,16 +235,17 @@ def _apply_short_forms(ctx: click.Context, flags: dict[str, Any], values: Mappin
         flags.setdefault("strategy", {"name": name}).setdefault(short, value)
 
 
-def _file_table(args: list[str]) -> dict[str, Any]:
-    path = next(iter(_values_of(args, "--config")), None)
+def file_table(args: list[str]) -> dict[str, Any]:
+    """The table of the file that a command line names with `--config`; empty where it names none."""
+    path = next(values_of(args, "--config"), None)
     return read_file(Path(path)) if path is not None else {}
 
 
 def _chosen(args: list[str], file: Mapping[str, Any], picks: list[str]) -> Iterator[Chosen]:
     """The components whose options this command line can have: named, or used with a dotted flag; and the strategy."""
     for key in picks:
-        named = list(_values_of(args, f"--{key}"))
-        in_file = _entries(file.get(key))
+        named = list(values_of(args, f"--{key}"))
+        in_file = entries_under(file.get(key))
         if key in REPEATABLE:
             for name in dict.fromkeys([*(str(entry.get("name")) for entry in in_file), *named]):
                 given = next((entry for entry in in_file if entry.get("name") == name), {})
@@ -236,7 +260,8 @@ def _chosen(args: list[str], file: Mapping[str, Any], picks: list[str]) -> Itera
             yield Chosen(key, str(found), key, _without_name(given) if same else {})
 
 
-def _values_of(args: list[str], flag: str) -> Iterator[str]:
+def values_of(args: list[str], flag: str) -> Iterator[str]:
+    """What a command line gives for a flag, each time that it is there."""
     for index, arg in enumerate(args):
         if arg == flag and index + 1 < len(args):
             yield args[index + 1]
@@ -244,19 +269,12 @@ def _values_of(args: list[str], flag: str) -> Iterator[str]:
             yield arg.partition("=")[2]
 
 
-def _entries(value: Any) -> list[dict[str, Any]]:
-    if value is None:
-        return []
-    items = value if isinstance(value, list) else [value]
-    return [dict(item) if isinstance(item, Mapping) else {"name": item} for item in items]
-
-
 def _without_name(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key != "name"}
 
 
 def _name_in_file(ctx: click.Context, key: str) -> str | None:
-    entries = _entries(ctx.meta["tuneforge.file"].get(key))
+    entries = entries_under(ctx.meta["tuneforge.file"].get(key))
     return (entries[0].get("name") if entries else None) or default_name(key)
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
 import shlex
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +21,10 @@ from tuneforge.cli.options import ComponentCommand, configuration, own_options
 if TYPE_CHECKING:
     from tuneforge.cli.screen import Screen
     from tuneforge.engine.engine import Engine
+    from tuneforge.plugin.config import RunConfig
+
+_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
+_MOMENT_S = 1.0
 
 
 def _run(**values: Any) -> None:
@@ -33,6 +41,9 @@ def _run(**values: Any) -> None:
 
     if values["print_config"]:
         click.echo(to_toml(Engine.of(config).config), nl=False)
+        return
+    if values["plan"]:
+        _print_plan(config, as_json=as_json)
         return
     carry_out(lambda screen: Engine.of(config, say=screen.say, also=[screen]), as_json=as_json)
 
@@ -61,21 +72,67 @@ def carry_out(make: Callable[[Screen], Engine], *, as_json: bool) -> None:
 @contextlib.contextmanager
 def stopping(engine: Engine) -> Iterator[None]:
     """While this lasts, the first signal asks the engine to stop, and the second one ends the process as it would."""
-    codes = {signal.SIGINT: 130, signal.SIGTERM: 143}
-    before = {number: signal.getsignal(number) for number in codes}
+    before = {number: signal.getsignal(number) for number in _CODES}
 
     def ask(number: int, frame: FrameType | None) -> None:
         for each, handler in before.items():
             signal.signal(each, handler)
-        engine.stop("Ctrl-C" if number == signal.SIGINT else "SIGTERM", exit_code=codes[signal.Signals(number)])
+        engine.stop("Ctrl-C" if number == signal.SIGINT else "SIGTERM", exit_code=_CODES[number])
 
-    for number in codes:
+    for number in _CODES:
         signal.signal(number, ask)
     try:
-        yield
+        with _leaving_at_the_second():
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _leaving_at_the_second() -> Iterator[None]:
+    """See that a second signal ends the process within a moment, whatever it is in.
+
+    A handler in Python waits for as long as foreign code runs, and what it raises can be lost, in a destructor say. But
+    the interpreter writes each signal's number into a pipe at once, where a thread reads it; that gives the process a
+    moment to leave tidily.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer)
+
+    def watch() -> None:
+        with open(reader, "rb", buffering=0) as pipe:
+            came = (byte[0] for byte in iter(lambda: pipe.read(1), b"") if byte[0] in _CODES)
+            for second in itertools.islice(came, 1, 2):
+                time.sleep(_MOMENT_S)
+                os._exit(_CODES[second])
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+
+
+def _print_plan(config: RunConfig, *, as_json: bool) -> None:
+    """Print the steps that are known before any is done, and whether the strategy decides what follows."""
+    from tuneforge.builtin.plan_file import as_entry, plan_text
+    from tuneforge.cli.report import beyond_steps
+    from tuneforge.engine import story
+    from tuneforge.engine.engine import Engine
+
+    heading: list[str] = []
+    plan = Engine.of(config, say=heading.append).plan()
+    heading += beyond_steps(config.strategy.name)
+    if as_json:
+        entries = [as_entry(step) for step in plan.steps]
+        click.echo(json.dumps({"steps": entries, "decides": plan.decides, "notes": heading}))
+        return
+    click.echo(plan_text(plan.steps, heading=heading, says=story.of_step), nl=False)
+    if plan.decides:
+        click.echo("\n# then it decides from the report")
 
 
 def _read_report(folder: Any) -> Any:
@@ -91,6 +148,7 @@ run = ComponentCommand(
     params=[
         *own_options(),
         click.Option(["--print-config"], is_flag=True, help="Print a file that runs the same, and stop."),
+        click.Option(["--plan"], is_flag=True, help="Print the strategy's steps as a plan file, and train nothing."),
         click.Option(["--json", "as_json"], is_flag=True, help="End with one JSON object on standard output."),
     ],
 )

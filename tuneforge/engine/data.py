@@ -8,17 +8,20 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, overload, runtime_checkable
 
 import attrs
 import torch
 from torch import Tensor
 
 from tuneforge.engine.order import Noise, Order
+from tuneforge.engine.workers import Workers
 from tuneforge.errors import DataError
 
 Inputable = Tensor | Mapping[str, Tensor]
 """A batch of inputs: one tensor, or a mapping of tensors; the first axis is the sample."""
+
+_AT_ONCE = 2**14  # positions of an order that are asked at once; more cost memory and save no time
 
 
 def map_inputs(inputs: Inputable, change: Callable[[Tensor], Tensor]) -> Inputable:
@@ -35,7 +38,12 @@ def tensors_of(inputs: Inputable) -> dict[str, Tensor]:
 
 @runtime_checkable
 class Source(Protocol):
-    """Samples that are not held in memory: decoded when asked for."""
+    """Samples that are not held in memory: decoded when asked for.
+
+    A source may have `fingerprint() -> str | None` too: what stays the same as long as `fetch` gives the same, such as
+    a SHA-256 over the files' paths, sizes and times; None where it cannot say. With it, features of the samples are
+    shared between runs.
+    """
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -79,6 +87,7 @@ class Split:
         self.targets = targets
         self.source: Source = inputs if isinstance(inputs, Source) else Stored(inputs)
         self.ids = ids
+        self._inputs_digest: str | None = None
         if not len(targets):
             raise DataError("a split is empty", fix="give each of train, val and test at least one sample")
         counts = {len(self.source), len(targets), *([len(ids)] if ids is not None else [])}
@@ -110,15 +119,18 @@ class Split:
         return Split(taken, self.targets[rows], ids=ids)
 
     def fingerprint(self) -> str:
-        """SHA-256 over stored inputs and targets where they are in memory, else over ids and targets."""
-        digest = hashlib.sha256()
-        tensors = tensors_of(self.source.inputs) if isinstance(self.source, Stored) else {}
-        for name, tensor in {**{f"input {name}": each for name, each in tensors.items()}, "": self.targets}.items():
-            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        for row in range(len(self) if not tensors else 0):
+        """SHA-256 over ids, targets and what is known of the inputs."""
+        digest = hashlib.sha256(str(self.inputs_fingerprint()).encode())
+        _hash(digest, self.targets)
+        for row in range(len(self)):
             digest.update(self.id_of(row).encode(errors="surrogateescape") + b"\0")
         return digest.hexdigest()
+
+    def inputs_fingerprint(self) -> str | None:
+        """SHA-256 that changes when the stored inputs do, computed once; None where the source cannot say."""
+        if self._inputs_digest is None:
+            self._inputs_digest = _fingerprint_of(self.source)
+        return self._inputs_digest
 
 
 @attrs.frozen(eq=False)
@@ -134,6 +146,14 @@ class Stored:
         """Gather `rows` (b,)."""
         return map_inputs(self.inputs, lambda tensor: tensor.index_select(0, rows))
 
+    def fingerprint(self) -> str:
+        """SHA-256 over the names, types, shapes and bytes of all inputs."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(tensors_of(self.inputs).items()):
+            digest.update(name.encode() + b"\0")
+            _hash(digest, tensor)
+        return digest.hexdigest()
+
 
 @attrs.frozen(eq=False)
 class Taken:
@@ -148,6 +168,26 @@ class Taken:
     def fetch(self, rows: Tensor) -> Inputable:
         """Gather `rows` (b,) of those taken."""
         return self.source.fetch(self.rows[rows])
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 over the other source's and the rows; None where the other cannot say."""
+        whole = _fingerprint_of(self.source)
+        if whole is None:
+            return None
+        digest = hashlib.sha256(whole.encode())
+        _hash(digest, self.rows)
+        return digest.hexdigest()
+
+
+def _fingerprint_of(source: Source) -> str | None:
+    ask: Callable[[], str | None] = getattr(source, "fingerprint", lambda: None)
+    return ask()
+
+
+def _hash(digest: Any, tensor: Tensor) -> None:
+    """Add type, shape and content of a tensor to a digest."""
+    digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 class Inputs(ABC):
@@ -271,72 +311,83 @@ class Data:
         return self.inputs.ready(self.train.fetch(torch.tensor([0, min(1, len(self.train) - 1)])))
 
 
-def batches(
-    split: Split, rows: Iterator[Tensor], finish: Callable[[Tensor, Inputable], Batch], *, workers: int
-) -> Iterator[Batch]:
-    """Batches of a split, in the order that `rows` says.
+def fetched(split: Split, rows: Iterator[Tensor], *, workers: Workers | int) -> Iterator[tuple[Tensor, Inputable]]:
+    """Batches of rows, int64 (b,), with their stored inputs, in the order that `rows` says.
 
     Args:
         split: Where samples come from.
-        rows: Rows of each batch, int64 (b,).
-        finish: Makes a batch from rows and their stored inputs.
-        workers: Processes that decode ahead where the split is not in memory; 0 decodes in this process.
+        rows: Rows of each batch.
+        workers: Processes that decode ahead where the split is not in memory; a number starts them for this pass
+            alone, and 0 decodes in this process.
     """
-    if split.in_memory or workers == 0:
+    if isinstance(workers, int):
+        own = Workers(workers, [split.source])
+        try:
+            yield from fetched(split, rows, workers=own)
+        finally:
+            own.close()
+    elif split.in_memory or not workers.serve(split.source):
         for chosen in rows:
-            yield finish(chosen, split.fetch(chosen))
-        return
-    loader = torch.utils.data.DataLoader(
-        _Fetcher(split),
-        sampler=_Rows(rows),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=2,
-        generator=torch.Generator().manual_seed(0),  # else starting it would draw from the global one
-    )
-    for chosen, stored in loader:
-        yield finish(chosen, stored)
+            yield chosen, split.fetch(chosen)
+    else:
+        yield from workers.fetched(split.source, rows)
 
 
-class _Rows(torch.utils.data.Sampler[Tensor]):
-    """The rows of each batch, asked for one batch at a time."""
-
-    def __init__(self, rows: Iterator[Tensor]) -> None:
-        self._rows = rows
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self._rows
+def batches(
+    split: Split, rows: Iterator[Tensor], finish: Callable[[Tensor, Inputable], Batch], *, workers: Workers | int
+) -> Iterator[Batch]:
+    """What `finish` makes of the rows of each batch and their stored inputs; see `fetched`."""
+    return (finish(chosen, stored) for chosen, stored in fetched(split, rows, workers=workers))
 
 
-@attrs.frozen(eq=False)
-class _Fetcher(torch.utils.data.Dataset[Any]):
-    split: Split
-
-    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Inputable]:
-        return rows, self.split.fetch(rows)
-
-
-def batch_sizes(size: int, batch_size: int) -> list[int]:
+@attrs.frozen
+class BatchSizes(Sequence[int]):
     """Samples of each batch of an epoch: all equal, then what is left; one sample left over joins the batch before.
 
     A batch of one has no batch statistics, so a norm could not train on it.
+
+    Args:
+        size: Samples of the epoch.
+        batch_size: Samples of all batches but the last.
     """
-    whole, left = divmod(size, batch_size)
-    if left == 1 and whole and batch_size > 1:
-        return [batch_size] * (whole - 1) + [batch_size + 1]
-    return [batch_size] * whole + [left] * (left > 0)
+
+    size: int
+    batch_size: int
+
+    def __len__(self) -> int:
+        whole, left = divmod(self.size, self.batch_size)
+        return whole + (left > 0) - self._joins(whole, left)
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[int]: ...
+    def __getitem__(self, place: int | slice) -> int | list[int]:
+        """The size of one batch, or of each batch of a slice."""
+        count = len(self)
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(count))]
+        at = range(count)[place]
+        return self.batch_size if at < count - 1 else self.size - at * self.batch_size
+
+    def _joins(self, whole: int, left: int) -> bool:
+        return left == 1 and whole > 0 and self.batch_size > 1
+
+
+def batch_sizes(size: int, batch_size: int) -> Sequence[int]:
+    """Samples of each batch of an epoch; see `BatchSizes`. No list is held."""
+    return BatchSizes(size, batch_size)
 
 
 def in_turn(size: int, batch_size: int) -> Iterator[Tensor]:
     """All rows once, in order, in batches."""
-    return iter(torch.split(torch.arange(size), batch_size))
+    return (torch.arange(start, min(start + batch_size, size)) for start in range(0, size, batch_size))
 
 
 def in_order(order: Order, batch_size: int, *, start: int = 0) -> Iterator[Tensor]:
     """The rows of an epoch from batch `start` on; positions are asked in blocks, so no list of samples is held."""
-    sizes = batch_sizes(order.size, batch_size)[start:]
-    position = start * batch_size
-    for first in range(0, len(sizes), 4096):
-        block = sizes[first : first + 4096]
-        yield from torch.split(order.rows(position, position + sum(block)), block)
-        position += sum(block)
+    sizes = BatchSizes(order.size, batch_size)
+    at_once = max(1, _AT_ONCE // batch_size)
+    for first in range(start, len(sizes), at_once):
+        block = sizes[first : first + at_once]
+        yield from torch.split(order.rows(first * batch_size, first * batch_size + sum(block)), block)

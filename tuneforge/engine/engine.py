@@ -13,6 +13,7 @@ import attrs
 import torch
 
 from tuneforge.engine import checkpoint, device, folder, given, story
+from tuneforge.engine.budget import Budget
 from tuneforge.engine.checkpoint import Checkpoints
 from tuneforge.engine.evaluation import Worst
 from tuneforge.engine.folder import RunFolder, save_tensors, state_of
@@ -21,17 +22,9 @@ from tuneforge.engine.model import Model
 from tuneforge.engine.parts import Parts, part
 from tuneforge.engine.passes import evaluate
 from tuneforge.engine.phase import train
+from tuneforge.engine.plan import Plan, check_ahead, looked_at, planned
 from tuneforge.engine.probe import probe
-from tuneforge.engine.record import (
-    MISTAKES_KEPT,
-    SAME_BITS,
-    Keeper,
-    brief_of,
-    describe_environment,
-    describe_model,
-    describe_run,
-    mistakes,
-)
+from tuneforge.engine.record import MISTAKES_KEPT, Keeper, brief_of, describe_model, describe_run, mistakes
 from tuneforge.engine.run import Run
 from tuneforge.engine.solve import Snapshot, blend, fit
 from tuneforge.errors import PluginError, StoppedError, UsageError
@@ -108,6 +101,7 @@ class Engine:
         self._ran = False
         self._resumed: Path | None = None
         self._stop: StoppedError | None = None
+        self._budget = Budget()
         singles = {"data": data, "model": model, "step": step, "strategy": strategy}
         uses = {name: self._take(name, asked) for name, asked in singles.items() if asked is not None}
         many = {"adapt": adapt, "evaluate": evaluate, "with": extensions}
@@ -170,7 +164,7 @@ class Engine:
         if self._ran:
             raise UsageError(
                 "an Engine runs once",
-                why="its model is tuned now, so a second run would not be the same",
+                why="its model has been adapted or tuned, so a second run would not be the same",
                 fix="make another Engine, with a fresh model",
             )
         self._ran = True
@@ -180,12 +174,18 @@ class Engine:
             except BaseException as error:
                 place.append(folder.LOG, traceback.format_exc())
                 stopped = isinstance(error, StoppedError) or not isinstance(error, Exception)
-                ended = "stopped" if stopped else "failed"
-                place.status("done" if place.state == "done" else ended, reason=str(error) or type(error).__name__)
+                ended = "done" if place.state == "done" else "stopped" if stopped else "failed"
+                place.status(ended, reason=str(error) or type(error).__name__, spent_s=self._budget.seconds())
                 raise
 
     def _run(self, place: RunFolder) -> Result:
         run = self._start(place)
+        try:
+            return self._told(run, place)
+        finally:
+            run.close()  # before the folder is free: a process that decodes ahead holds its lock too
+
+    def _told(self, run: Run, place: RunFolder) -> Result:
         run.hooks.call.run_started(run=run)
 
         run.hooks.provider("data_prepare")
@@ -196,11 +196,11 @@ class Engine:
         memory = Memory(
             run,
             place,
-            Checkpoints(place.path, self.config.checkpoint_s, self.config.keep),
+            Checkpoints(place.path, self.config.checkpoint_s, self.config.keep, self.config.checkpoint_steps),
             stopping=lambda: self._stop,
             parts=Parts(self.config),
         )
-        state = self._recalled(run) if self._resumed is not None else None
+        name, state = found(run, place.path) if self._resumed is not None else ("", None)
         run.restoring = state is not None
         self._fill_in(run)
         run.reseed()  # so that fresh weights follow from the seed
@@ -214,38 +214,25 @@ class Engine:
             memory.begin(brief_of(run))
         else:
             memory.recall(state)
-            for line in memory.story():
-                run.note(line)
+            run.note(memory.story(name))
 
         run.save = memory.save
+        if self._stop is not None:
+            memory.save(None)
+        run.budget.start()
         self._converse(run, memory)
         for name, parameter in run.model.parameters().items():
             parameter.requires_grad_(name not in run.model.fixed)  # as it came
         if not memory.done:
             run.note("note: the strategy asked for no step, so nothing was trained")
         report = self._report(run, place)
-        place.status("done")
+        place.status("done", spent_s=self._budget.seconds())
         checkpoint.clear(place.path)
         if memory.checkpoints.count:
             cost = 1000 * memory.checkpoints.spent_s / memory.checkpoints.count
             run.note(f"checkpoints: {memory.checkpoints.count}, {cost:.0f} ms each")
         run.hooks.call.run_ended(run=run)
         return Result(place.path, report, run.model, tuple(memory.done))
-
-    def _recalled(self, run: Run) -> dict[str, Any] | None:
-        """The state of the newest checkpoint that is whole, or None where the run begins again."""
-        assert self._resumed is not None
-        state, passed_over = found(self._resumed, run.device.torch)
-        for why in passed_over:
-            run.note(f"passed over: {why}")
-        if state is None:
-            run.note("there is no whole checkpoint, so the run begins again")
-        before = folder.read_json(self._resumed / folder.RUN)["environment"]
-        now = describe_environment(run)
-        changed = [f"{key} {before.get(key)} -> {now[key]}" for key in SAME_BITS if before.get(key) != now[key]]
-        if changed:
-            run.note(f"note: not to the bit, because the machine has changed: {', '.join(changed)}")
-        return state
 
     def _start(self, place: RunFolder) -> Run:
         hooks = Hooks()
@@ -261,9 +248,10 @@ class Engine:
         )
         run.augments = tuple(part("augment", use) for use in self.config.augment)
         hooks.add(Member(Keeper(place), "engine", "the engine's own record"))
+        self._budget = run.budget = Budget.found(self.config.budget, place.path)
         if self._resumed is None:
             place.write(folder.RUN, describe_run(run, self._members))
-        place.status("running")
+        place.status("running", spent_s=run.budget.before_s)
         run.note(f"run: {place.path}")
         return run
 
@@ -288,12 +276,18 @@ class Engine:
         member = run.hooks.provider("finetune_strategy")
         assert memory.brief is not None
         asked = run.hooks.call.finetune_strategy(brief=memory.brief)
-        if isinstance(asked, (list, tuple)):
-            for planned in asked:
-                run.note(f"plan: {story.of_step(_checked(planned, member))}")
+        plan = asked if isinstance(asked, (list, tuple)) else ()
+        for each in plan:
+            check_ahead(run, _checked(each, member))
+            run.note(f"plan: {story.of_step(each)}")
         steps = guarded_steps(member, asked)
         answer: Answer | None = None
         for number in itertools.count():
+            run.budget.done = len(memory.done)
+            if number == len(memory.done) and memory.phase is None and (spent := run.budget.spent(run)):
+                run.note(f"{spent}, so no further step is taken")
+                steps.close()
+                return
             try:
                 step = _checked(steps.send(answer), member)
             except StopIteration:
@@ -304,6 +298,7 @@ class Engine:
             _check_name(step, memory.snapshots, member)
             run.note(story.of_step(step))
             resumed, memory.phase = memory.phase, None
+            run.planned = tuple(itertools.takewhile(lambda each: isinstance(each, Phase), plan[number + 1 :]))
             answer = _do(run, step, memory, resumed)
             for line in story.of_answer(answer):
                 run.note(line)
@@ -314,13 +309,15 @@ class Engine:
         splits = {"val": evaluate(run, run.data.val, "val"), "test": evaluate(run, run.data.test, "test", worst=worst)}
         splits |= {name: evaluate(run, split, name) for name, split in run.data.further.items()}
         save_tensors(state_of(run.model.module), place.path / folder.WEIGHTS, metadata={"labels": run.model.labels})
-        report = {
+        report: dict[str, Any] = {
             "strategy": run.hooks.provider("finetune_strategy").name,
             "monitor": run.data.targets.monitor,
             "headline": list(run.data.targets.headline),
             "samples": {name: len(split) for name, split in run.data.splits().items()},
             "splits": splits,
         }
+        if run.budget.mark is not None:
+            report["stopped_by_budget"] = run.budget.mark[0]
         place.write(folder.REPORT, report)
         place.write(folder.MISTAKES, mistakes(run, run.data.test, worst))
         for line in story.of_result(splits, run.data.targets.headline):
@@ -348,6 +345,12 @@ class Engine:
                 self._say(text)
 
         return say
+
+    def plan(self) -> Plan:
+        """The steps that are known before any is done: data and model are built, nothing is trained or written."""
+        self._ran = True  # a model of the caller's has been adapted
+        members = (*(each for _, each in self._members), Member(_Steps(), "engine", "the engine's own optimizer step"))
+        return planned(looked_at(self.config, members, self._fill_in), _checked, self._say or (lambda text: None))
 
 
 class _Steps:

@@ -134,6 +134,13 @@ def _pattern(selector: str) -> re.Pattern[str]:
 
 
 def _nothing(model: Model, selector: str) -> SelectorError:
+    if selector.removeprefix("!") in ("norms", "biases"):
+        what = "norm with parameters" if "norms" in selector else "bias"
+        return SelectorError(
+            f"selector '{selector}' matches no parameter",
+            why=f"the model has no {what}",
+            fix=f"train head, all, or a layer group: {', '.join(group.name for group in model.groups)}",
+        )
     known = ["head", "all", "norms", "biases", *(group.name for group in model.groups), *model.parameters()]
     groups = ", ".join(group.name for group in model.groups)
     return SelectorError(

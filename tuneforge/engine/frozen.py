@@ -1,326 +1,433 @@
-"""The frozen prefix: whatever depends only on the input and on frozen parameters is computed once a phase, and kept.
+"""The frozen prefix: whatever depends only on the input and on frozen parameters is computed once, and kept.
 
-The split is by dataflow: `torch.fx` traces the model in the phase's own modes, and every node is *live* that reaches a
-trained parameter, a random operation or a module in training mode. The rest is the prefix; the values that cross the
-border are what is kept. Before anything is trusted, prefix and suffix composed are compared with the model to the bit.
+The model is cut by dataflow (`tuneforge.engine.dataflow`), and before anything is trusted, both parts composed are
+compared with the model to the bit. Values at the border are computed in one fixed geometry, because bits differ with
+the batch size; they are kept in memory or, past a budget, mapped from disk, where another run finds them by a key that
+holds all they depend on (`tuneforge.engine.store`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import operator
-import random
-from collections.abc import Iterator
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tuneforge.engine.data import Split, map_inputs, tensors_of
-from tuneforge.engine.freezing import put_back, set_modes
+from tuneforge.engine.data import Batch, Inputable, Split, fetched, map_inputs, tensors_of
+from tuneforge.engine.dataflow import (
+    Modes,
+    NoPrefixError,
+    Parts,
+    UntraceableError,
+    by_export,
+    by_fx,
+    parts_of,
+    untouched,
+)
+from tuneforge.engine.freezing import select, set_modes
 from tuneforge.engine.model import answer_of, call
+from tuneforge.engine.order import Noise, key_of
 from tuneforge.engine.proof import same_bits
 from tuneforge.engine.run import Features, Run
-from tuneforge.plugin.steps import Phase
+from tuneforge.engine.store import Store, default_folder
+from tuneforge.errors import HaltError, TryAgainError
+from tuneforge.plugin.component import values_of
 
-LEAST_WORK = 16.0
-"""Operations of the prefix for each byte kept, under which recomputing is no dearer than fetching."""
+LEAST_WORK = 32.0
+"""Multiplications of the prefix for each byte kept, under which recomputing is no dearer than fetching from memory."""
 
-_RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "multinomial", "normal", "poisson"}
+LEAST_WORK_DISK = 64.0
+"""The same for fetching from disk."""
+
+Values = tuple[Tensor, ...]
 
 
-class NoPrefixError(Exception):
-    """There is no prefix worth keeping; the message completes `not cached: ...`."""
-
-
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Prefix:
-    """A model in two parts, for one phase.
+    """A model in two parts, with what the first one gave for the training and the validation split.
 
     Args:
-        head: Ready inputs to the values at the border, each (b, ...).
-        training: The values to the answer, while the phase trains.
-        evaluating: The same in eval mode.
+        parts: The model in two.
         bytes_each: Size of the values of one sample.
-        kept: The values of a split's samples, by the split's identity.
+        views: Fixed augmented views of each training sample; 0 where nothing is augmented.
+        kept: The values of a split's samples, by the split's identity and the view.
+        computed: Batches that were computed to fill it; 0 where all was found.
+        found: How many of its parts were found, in memory or on disk.
     """
 
-    head: nn.Module
-    training: nn.Module
-    evaluating: nn.Module
-    bytes_each: int
-    kept: dict[int, tuple[Tensor, ...]] = attrs.field(factory=dict)
+    parts: Parts
+    bytes_each: int = 0
+    views: int = 0
+    kept: dict[tuple[int, int], Values] = attrs.field(factory=dict)
+    computed: int = 0
+    found: int = 0
 
-    def values(self, split: Split, rows: Tensor) -> Features | None:
-        """The values of some samples, or None where the split is not kept."""
-        kept = self.kept.get(id(split))
+    @property
+    def training(self) -> nn.Module:
+        """The values to the answer, while the phase trains."""
+        return self.parts.training
+
+    @property
+    def evaluating(self) -> nn.Module:
+        """The same in eval mode."""
+        return self.parts.evaluating
+
+    def values(self, split: Split, rows: Tensor, *, epoch: int = 0) -> Features | None:
+        """The values of some samples, or None where the split is not kept; `epoch` picks the view."""
+        kept = self.kept.get((id(split), epoch % self.views if self.views else 0))
         return None if kept is None else Features(tuple(each.index_select(0, rows.to(each.device)) for each in kept))
 
 
-def prefix_of(run: Run, phase: Phase, plan: list[tuple[nn.Module, bool]]) -> Prefix:
+def kept_prefix(run: Run, plan: Modes, *, epochs: int, pause: Callable[[], None] = lambda: None) -> Prefix | None:
+    """What a phase keeps of its frozen part; None, with the reason said, where it keeps nothing. See `prefix_of`."""
+    try:
+        prefix = prefix_of(run, plan, epochs=epochs, pause=pause)
+    except NoPrefixError as why:
+        run.note(f"  not cached: {why}")
+        return None
+    views = f", {prefix.views} augmented views each" if prefix.views else ""
+    origin = "one look at the data" if prefix.computed else "found in the cache, so nothing is computed again"
+    size = f"{num_megabytes(run, prefix):.1f} MB"
+    run.note(f"  cached: what the frozen part gives for each sample{views}, {size}, {origin}")
+    return prefix
+
+
+def prefix_of(run: Run, plan: Modes, *, epochs: int, pause: Callable[[], None] = lambda: None) -> Prefix:
     """Split the model for a phase, and fill what is kept from the training and the validation split.
 
     Args:
         run: With the model frozen as the phase asks.
-        phase: What will train.
         plan: The modes of the phase.
+        epochs: Epochs that the phase may take.
+        pause: Is called between batches, and may save and stop the run.
 
     Raises:
         NoPrefixError: There is none, or it would not pay; nothing is changed.
+        HaltError: What was found in the store is not what the model gives.
     """
-    _refuse_without_looking(run, phase)
-    module, example = run.model.module, run.example
-    with _untouched(module):
-        try:
-            set_modes(plan)
-            graph = _traced(module)
-            border = _border(graph, module, example)
-            head, training = _cut(graph, module, border)
-            module.eval()
-            evaluating = _cut(_traced(module), module, border)[1]
-            prefix = Prefix(head, training, evaluating, _check(run, head, training, evaluating, plan))
-        except NoPrefixError:
-            raise
-        except Exception as error:  # noqa: BLE001 - it runs the model's own code in parts, which may raise anything
-            raise NoPrefixError(f"the model cannot be run in parts ({type(error).__name__})") from None
-        for split in (run.data.train, run.data.val):
-            prefix.kept[id(split)] = _filled(run, prefix.head, split)
+    views = run.config.cache_views if run.augments else 0
+    _refuse_without_looking(run, epochs, views)
+    with untouched(run.model.module):
+        prefix = Prefix(_checked_parts(run, plan), views=views)
+    with untouched(run.model.module):
+        run.model.module.eval()
+        work = _measure(run, prefix)
+        _refuse_what_does_not_pay(run, prefix, work, epochs)
+        filler = _Filler(run, prefix, pause, shared=work >= LEAST_WORK_DISK)
+        filler.look_ahead(_later(run, prefix))
+        val = filler.values("val", run.data.val, None)
+        for view in range(max(1, views)):  # validation is not augmented, whatever the epoch
+            prefix.kept[id(run.data.train), view] = filler.values("train", run.data.train, view)
+            prefix.kept[id(run.data.val), view] = val
     return prefix
 
 
-def _refuse_without_looking(run: Run, phase: Phase) -> None:
+def _refuse_without_looking(run: Run, epochs: int, views: int) -> None:
     if run.config.cache == "off":
         raise NoPrefixError("--cache off")
-    if run.augments:
-        raise NoPrefixError("random augmentation changes the inputs in every epoch")
+    for use, part in zip(run.config.augment, run.augments, strict=True):
+        if not getattr(part, "per_sample", False):
+            raise NoPrefixError(f"augmentation '{use.name}' may look at more than one sample")
+    if run.augments and epochs <= views:
+        raise NoPrefixError(f"{epochs} epoch(s) of fresh augmentation cost no more than {views} kept views")
     for member in run.hooks.members:
         if getattr(member.component, "needs_inputs", False):
             raise NoPrefixError(f"{member.label} needs the inputs themselves")
-    if phase.epochs == 1:
-        raise NoPrefixError("each sample is looked at once anyway")
     if any(each._forward_hooks or each._forward_pre_hooks for each in run.model.module.modules()):
         raise NoPrefixError("the model has forward hooks, which a traced part would not call")
 
 
-def _traced(module: nn.Module) -> fx.Graph:
-    before = _generators()
-    try:
-        graph = fx.Tracer().trace(module)
-        if _generators() != before:  # what was drawn while tracing would be the same number for ever
-            raise NoPrefixError("the model draws random numbers that a trace would freeze")
-        return graph
-    except NoPrefixError:
-        raise
-    except Exception as error:  # noqa: BLE001 - tracing runs the model's own code on stand-ins, which may raise anything
-        raise NoPrefixError(f"the model cannot be traced ({type(error).__name__})") from None
+def _checked_parts(run: Run, plan: Modes) -> Parts:
+    """The model in two parts that agree with the whole to the bit and keep samples apart; fx first, then export."""
+    reason: NoPrefixError | None = None
+    for by in (by_fx, by_export):
+        try:
+            parts = parts_of(run.model.module, run.example, plan, by=by)
+            _check(run, parts, plan)
+            return parts
+        except UntraceableError as error:
+            reason = reason or error
+        except NoPrefixError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it runs the model's own code in parts, which may raise anything
+            reason = reason or NoPrefixError(f"the model cannot be run in parts ({type(error).__name__})")
+    assert reason is not None
+    raise reason
 
 
-def _generators() -> tuple[Any, ...]:
-    state: Any = np.random.get_state(legacy=True)
-    return random.getstate(), state[1].tobytes(), state[2], torch.get_rng_state().numpy().tobytes()
-
-
-def _border(graph: fx.Graph, module: nn.Module, example: Any) -> list[str]:
-    """Names of the nodes whose values cross from the prefix to what lives."""
-    live = _live(graph, module)
-    given = _dependent(graph)
-    values = _Values(module, graph).of(example)
-    while True:
-        border = [node for node in graph.nodes if _crosses(node, live, given)]
-        loose = [node for node in border if not _kept_by_sample(values.get(node.name))]
-        if not loose:
-            break
-        live |= set(loose)  # a shape, say: computed again from what it is the shape of
-    names = [node.name for node in border]
-    if not names or all(node.op == "placeholder" for node in border):
-        raise NoPrefixError("nothing frozen lies before what trains")
-    return names
-
-
-def _crosses(node: fx.Node, live: set[fx.Node], given: set[fx.Node]) -> bool:
-    return node not in live and node in given and any(user in live for user in node.users)
-
-
-def _kept_by_sample(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == 2
-
-
-def _live(graph: fx.Graph, module: nn.Module) -> set[fx.Node]:
-    """Nodes that training changes, and all that depends on them; the answer is always one."""
-    live: set[fx.Node] = set()
-    order = {node: place for place, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        if node.op == "output" or _changes(node, module) or any(each in live for each in node.all_input_nodes):
-            live.add(node)
-            for written in _written(node, module):  # whoever reads it afterwards reads what was written
-                live |= {user for user in written.users if order[user] > order[node]}
-    return live
-
-
-def _changes(node: fx.Node, module: nn.Module) -> bool:
-    if node.op == "get_attr":
-        found: Any = operator.attrgetter(str(node.target))(module)
-        return isinstance(found, nn.Parameter) and found.requires_grad
-    if node.op == "call_module":
-        child = module.get_submodule(str(node.target))
-        return child.training or any(parameter.requires_grad for parameter in child.parameters())
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = getattr(node.target, "__name__", str(node.target)).strip("_")
-    if name in _RANDOM or node.kwargs.get("training") is True or node.kwargs.get("dropout_p") not in (None, 0, 0.0):
-        return True
-    return ("dropout" in name or name in ("stochastic_depth", "batch_norm")) and True in node.args
-
-
-def _written(node: fx.Node, module: nn.Module) -> list[fx.Node]:
-    """Nodes whose value this one overwrites in place."""
-    target = getattr(node.target, "__name__", str(node.target))
-    inplace = node.kwargs.get("inplace") is True
-    if node.op == "call_module":
-        inplace = bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method" or node.op == "call_function":
-        inplace = inplace or (target.endswith("_") and not target.endswith("__")) or node.target in _IN_PLACE
-    return node.all_input_nodes[:1] if inplace else []
-
-
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
-
-
-def _dependent(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on the input."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or any(each in found for each in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _cut(graph: fx.Graph, module: nn.Module, border: list[str]) -> tuple[nn.Module, nn.Module]:
-    """The part before the border, and the part after it."""
-    by_name = {node.name: node for node in graph.nodes}
-    if not set(border) <= set(by_name):
-        raise NoPrefixError("the model takes another way in evaluation")
-    crossing = [by_name[name] for name in border]
-    (answer,) = (node for node in graph.nodes if node.op == "output")
-    needed_before, needed_after = _sources(crossing, stop=set()), _sources([answer], stop=set(crossing))
-    before, after = fx.Graph(), fx.Graph()
-    seen: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node.op == "placeholder" or node in needed_before:
-            seen[node] = before.node_copy(node, seen.__getitem__)
-    before.output(tuple(seen[node] for node in crossing))
-    placed = {node: after.placeholder(f"value_{place}") for place, node in enumerate(crossing)}
-    for node in graph.nodes:
-        if node in needed_after and node not in placed and node is not answer:
-            if node.op == "placeholder":
-                raise NoPrefixError("what trains takes the input itself")
-            placed[node] = after.node_copy(node, placed.__getitem__)
-    after.output(fx.map_arg(answer.args[0], placed.__getitem__))
-    return fx.GraphModule(module, before), fx.GraphModule(module, after)
-
-
-def _sources(targets: list[fx.Node], *, stop: set[fx.Node]) -> set[fx.Node]:
-    """What the targets are computed from, not looking beyond `stop`."""
-    found: set[fx.Node] = set()
-    waiting = list(targets)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += [] if node in stop else node.all_input_nodes
-    return found
-
-
-class _Values(fx.Interpreter):
-    """The value of every node for an example."""
-
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(module, garbage_collect_values=False, graph=graph)
-
-    def of(self, example: Any) -> dict[str, Any]:
-        """Values by the node's name, computed without a trace in the model's state."""
-        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
-        given = (
-            {node: example[node.target] for node in inputs if node.target in example}
-            if isinstance(example, dict)
-            else {}
-        )
-        with torch.no_grad():
-            self.run(*([] if given else [example]), initial_env=given or None)
-        return {node.name: value for node, value in self.env.items()}
-
-
-def _check(
-    run: Run, head: nn.Module, training: nn.Module, evaluating: nn.Module, plan: list[tuple[nn.Module, bool]]
-) -> int:
-    """See that the parts agree with the whole to the bit, keep samples apart, pay, and fit. Returns bytes a sample."""
-    module, example = run.model.module, run.example
+def _check(run: Run, parts: Parts, plan: Modes) -> None:
+    """See that both parts composed give what the whole gives, and that a sample's values are its own."""
+    eval_plan = [(each, False) for each in run.model.module.modules()]
+    first, second = (_rows_of(run.example, [place] * 3) for place in (0, 1))
     with torch.no_grad(), run.autocast():
-        for part, modes in ((training, plan), (evaluating, [(child, False) for child in module.modules()])):
-            set_modes(modes)
-            run.reseed()
-            whole = answer_of(call(module, example))
-            run.reseed()
-            if not same_bits(whole, answer_of(part(*call(head, example)))):
-                raise NoPrefixError("the parts of the model do not give what the whole gives")
-        values = call(head, example)
-        for place in (0, 1):  # a sample's values must not depend on its neighbour
-            alike = call(head, _twice(example, place))
-            pairs = zip(values, alike, strict=True)
-            if not all(torch.allclose(one[place], other[place], equal_nan=True) for one, other in pairs):
+        together = _same_in_parts(run, run.example, parts.head, parts.training, plan)
+        _same_in_parts(run, run.example, parts.head, parts.evaluating, eval_plan)
+        alone = _same_in_parts(run, first, parts.head, parts.evaluating, eval_plan)  # and for another batch size
+        for place, values in enumerate((alone, call(parts.head, second))):
+            if not all(_close(one[place], other[place]) for one, other in zip(together, values, strict=True)):
                 raise NoPrefixError("the frozen part mixes samples")
-        with FlopCounterMode(display=False) as counter:
-            call(head, example)
-    bytes_each: int = sum(value[0].numel() * value.element_size() for value in values)
-    if counter.get_total_flops() / 2 < LEAST_WORK * bytes_each:
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Equal but for what another batch size does to the last bits, measured by the largest of them."""
+    largest = float(one.abs().nan_to_num(0, 0, 0).max()) if one.is_floating_point() else 0.0
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-4 * largest, equal_nan=True)
+
+
+def _same_in_parts(run: Run, inputs: Any, head: nn.Module, rest: nn.Module, modes: Modes) -> Values:
+    set_modes(modes)
+    run.reseed()
+    whole = answer_of(call(run.model.module, inputs))
+    run.reseed()
+    values: Values = call(head, inputs)
+    if not same_bits(whole, answer_of(rest(*values))):
+        raise UntraceableError("the parts of the model do not give what the whole gives")
+    return values
+
+
+def _rows_of(example: Any, rows: list[int]) -> Any:
+    return map_inputs(example, lambda tensor: tensor[rows])
+
+
+def _measure(run: Run, prefix: Prefix) -> float:
+    """Set the size of a sample's values, and give the multiplications that the prefix takes for each byte of them."""
+    prefix.bytes_each, work = _cost(run, prefix.parts.head)
+    return work
+
+
+def _cost(run: Run, head: nn.Module) -> tuple[int, float]:
+    """Bytes of a sample's values, and multiplications for each."""
+    with torch.no_grad(), run.autocast(), FlopCounterMode(display=False) as counter:
+        values = call(head, run.example)
+    bytes_each = sum(value[0].numel() * value.element_size() for value in values)
+    return bytes_each, float(counter.get_total_flops()) / 4 / bytes_each  # of two samples; a product and a sum are two
+
+
+def _refuse_what_does_not_pay(run: Run, prefix: Prefix, work: float, epochs: int) -> None:
+    if work < LEAST_WORK:
         raise NoPrefixError("the frozen part is so cheap that computing it again costs no more")
-    total = bytes_each * (len(run.data.train) + len(run.data.val))
-    if total > run.config.cache_mb * 2**20:
-        raise NoPrefixError(f"its values take {total / 2**20:,.0f} MB, more than --cache-mb {run.config.cache_mb}")
-    return bytes_each
+    on_disk = run.config.cache == "auto" and work >= LEAST_WORK_DISK
+    if epochs == 1 and not on_disk:
+        raise NoPrefixError("each sample is looked at once anyway")
+    limits = {"--cache-mb": run.config.cache_mb} | ({"--cache-disk-mb": run.config.cache_disk_mb} if on_disk else {})
+    flag, most = max(limits.items(), key=lambda limit: limit[1])
+    if (megabytes := num_megabytes(run, prefix)) > most:
+        raise NoPrefixError(f"its values take {megabytes:,.0f} MB, more than {flag} {most}")
 
 
-def _twice(example: Any, place: int) -> Any:
-    return map_inputs(example, lambda tensor: tensor[[place, place]])
+def _later(run: Run, prefix: Prefix) -> list[Prefix]:
+    """The prefixes of later phases of the plan, which the same look at the data can fill, while memory lasts.
+
+    Only those that their own phase would keep anyway: so whether they are at hand changes no bit.
+    """
+    found: list[Prefix] = []
+    trained: set[str] = set()
+    left = run.config.cache_mb - num_megabytes(run, prefix)
+    for phase in run.planned:
+        trained |= set(select(run.model, phase.train))
+        parts = prefix.parts
+        try:
+            border = parts.border_if([run.model.parameters()[name] for name in sorted(trained)], run.example)
+            later = Prefix(attrs.evolve(parts, head=parts.trace.before(border), border=border), views=prefix.views)
+            _refuse_without_looking(run, phase.epochs or 2, prefix.views)
+            _refuse_what_does_not_pay(run, later, _measure(run, later), phase.epochs or 2)
+        except NoPrefixError:
+            break
+        left -= num_megabytes(run, later)
+        if left < 0:
+            break
+        found.append(later)
+    return found
 
 
-def _filled(run: Run, head: nn.Module, split: Split) -> tuple[Tensor, ...]:
-    """The values of all samples of a split, computed in one fixed geometry, because bits differ with the batch size."""
-    size = _fill_batch(run.example)
-    kept: list[Tensor] = []
-    run.model.module.eval()
-    with torch.no_grad(), run.autocast():
-        for start in range(0, len(split), size):
-            rows = torch.arange(start, start + size).clamp_max(len(split) - 1)  # the tail is padded with the last one
-            stored = map_inputs(split.fetch(rows), run.device.move)
-            values = call(head, run.place(run.data.inputs.ready(stored)))
-            if not kept:
-                kept = [
-                    torch.empty(len(split), *value.shape[1:], dtype=value.dtype, device=value.device)
-                    for value in values
-                ]
-            stop = min(start + size, len(split))
-            for store, value in zip(kept, values, strict=True):
-                store[start:stop] = value[: stop - start]
-    return tuple(kept)
+def num_megabytes(run: Run, prefix: Prefix) -> float:
+    """Size of all that a prefix keeps."""
+    return prefix.bytes_each * (len(run.data.train) * max(1, prefix.views) + len(run.data.val)) / 2**20
+
+
+@attrs.frozen(eq=False)
+class _Later:
+    """The prefix of a later phase, and its part of the key."""
+
+    parts: Parts
+    model: str
+
+
+class _Filler:
+    """Finds or computes the values of a split, in one fixed geometry."""
+
+    def __init__(self, run: Run, prefix: Prefix, pause: Callable[[], None], *, shared: bool) -> None:
+        self._run, self._prefix, self._pause = run, prefix, pause
+        self._size = _fill_batch(run.example)
+        self._mapped = num_megabytes(run, prefix) > run.config.cache_mb
+        self._store: Store | None = None
+        if run.config.cache == "auto" and shared and num_megabytes(run, prefix) <= run.config.cache_disk_mb:
+            self._store = Store(run.config.cache_dir or default_folder(), run.config.cache_disk_mb)
+        self._model = _model_key(run, prefix.parts.head, self._size)
+        self._later: list[_Later] = []
+
+    def look_ahead(self, later: list[Prefix]) -> None:
+        """Keep what these need too, from the same pass."""
+        if not self._mapped:
+            self._later = [_Later(each.parts, _model_key(self._run, each.parts.head, self._size)) for each in later]
+
+    def values(self, name: str, split: Split, view: int | None) -> Values:
+        """The values of all samples of a split, from the store where they are in it."""
+        key = self._key(split, view, self._model)
+        if key in self._run.features:
+            values = self._run.features.pop(key)
+            self._guard(values, split, view, key)
+            self._prefix.found += 1
+            return values
+        if self._mapped and key is None:
+            raise NoPrefixError(f"its values need the disk, and the {name} split has no fingerprint to find them by")
+        if self._store is None or key is None:
+            return self._held(split, view)
+        stored, trouble = self._store.get(key, mapped=self._mapped)
+        if trouble:
+            self._run.note(f"  {trouble}")
+        if stored is not None:
+            self._guard(stored, split, view, key)
+            self._prefix.found += 1
+            return stored if self._mapped else tuple(map(self._run.device.move, stored))
+        return self._made(self._store, key, name, split, view)
+
+    def _made(self, store: Store, key: str, name: str, split: Split, view: int | None) -> Values:
+        about = {"model": type(self._run.model.module).__name__, "split": name, "samples": len(split)}
+        held = None if self._mapped else self._held(split, view)
+        try:
+            store.put(key, [held] if held is not None else self._blocks(self._prefix.parts.head, split, view), about)
+        except OSError as error:
+            why = f"the cache cannot be written ({error.strerror or error})"
+            if held is None:  # going on without it would give other bits
+                raise TryAgainError(
+                    "there is no room for what the frozen part gives",
+                    where=str(store.folder),
+                    why=why,
+                    fix="free some space, name another --cache-dir, or run with --cache off",
+                ) from None
+            self._run.note(f"  not shared with other runs: {why}")
+        if held is not None:
+            return held
+        values, trouble = store.get(key, mapped=True)
+        if values is None:
+            raise TryAgainError("the cache lost what was just written", where=str(store.folder), why=trouble)
+        return values
+
+    def _held(self, split: Split, view: int | None) -> Values:
+        """The values in memory; those of later phases are put aside on the way."""
+        own = self._prefix.parts.border
+        names = list(dict.fromkeys([*own, *(name for each in self._later for name in each.parts.border)]))
+        kept: dict[str, Tensor] = {}
+        start = 0
+        for block in self._blocks(self._prefix.parts.trace.before(names), split, view):
+            for name, value in zip(names, block, strict=True):
+                if name not in kept:
+                    kept[name] = torch.empty(len(split), *value.shape[1:], dtype=value.dtype, device=value.device)
+                kept[name][start : start + len(value)] = value
+            start += len(block[0])
+        for each in self._later:
+            key = self._key(split, view, each.model)
+            if key is not None:
+                self._run.features[key] = tuple(kept[name] for name in each.parts.border)
+        return tuple(kept[name] for name in own)
+
+    def _blocks(self, head: nn.Module, split: Split, view: int | None) -> Iterator[Values]:
+        rows = (self._rows(split, start) for start in range(0, len(split), self._size))
+        for chosen, stored in fetched(split, rows, workers=self._run.workers):
+            self._pause()
+            yield self._values_of(head, split, chosen, stored, view)
+            self._prefix.computed += 1
+
+    def _rows(self, split: Split, start: int) -> Tensor:
+        """The rows of one batch, whose place and size follow from the split alone."""
+        return torch.arange(start, min(start + self._size, len(split)))
+
+    def _values_of(self, head: nn.Module, split: Split, rows: Tensor, stored: Inputable, view: int | None) -> Values:
+        run = self._run
+        with torch.no_grad(), run.autocast():
+            inputs = run.ready(stored)
+            if view is not None and self._prefix.views:
+                noise = Noise(run.config.seed, view, rows)
+                inputs = run.augmented(Batch(inputs, run.place(split.targets[rows]), rows, None, noise)).inputs
+            values: Values = call(head, inputs)
+        return values
+
+    def _guard(self, values: Values, split: Split, view: int | None, key: str) -> None:
+        """Compute one batch again and compare: a key cannot hold what it does not know of.
+
+        Raises:
+            HaltError: The bits differ.
+        """
+        place = key_of(self._run.config.seed, key) % math.ceil(len(split) / self._size)
+        rows = self._rows(split, place * self._size)
+        again = self._values_of(self._prefix.parts.head, split, rows, split.fetch(rows), view)
+        kept = [each[rows[0] : rows[-1] + 1] for each in values]
+        if not all(same_bits(one.cpu(), other.cpu()) for one, other in zip(kept, again, strict=True)):
+            raise HaltError(
+                "features in the cache are not what the model gives now",
+                where="memory" if self._store is None else str(self._store.path_of(key)),
+                why="one batch was computed again, and its bits differ: something has changed that the key of the "
+                "cache does not hold, such as the code of the model or of the preprocessing",
+                fix="delete them with: tuneforge cache clear; or run with --cache off",
+            )
+
+    def _key(self, split: Split, view: int | None, model: str) -> str | None:
+        """All that the values depend on, in one hash; None where the inputs cannot be told apart."""
+        inputs = split.inputs_fingerprint()
+        if inputs is None:
+            return None
+        run = self._run
+        parts: dict[str, Any] = {"model": model, "inputs": inputs}
+        parts["preprocess"] = [type(run.data.inputs).__qualname__, values_of(run.data.inputs)]
+        if view is not None and self._prefix.views:
+            parts["view"] = [run.config.seed, view, [[use.name, use.options] for use in run.config.augment]]
+        return _hash(parts)
+
+
+def _model_key(run: Run, head: Any, size: int) -> str:
+    """The prefix itself, its weights and buffers, and what else the bits depend on."""
+    tensors = hashlib.sha256()
+    for name, tensor in [*head.named_parameters(remove_duplicate=False), *head.named_buffers(remove_duplicate=False)]:
+        plain = tensor.detach().cpu().contiguous()
+        tensors.update(f"{name} {plain.dtype} {tuple(plain.shape)} {tensor.stride()} ".encode())
+        tensors.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    parts = {
+        "code": head.code,
+        "modules": _modules_called(head),
+        "tensors": tensors.hexdigest(),
+        "batch": size,
+        "precision": run.config.precision,
+        "channels-last": run.channels_last,
+        "device": [str(run.device.torch), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
+        "torch": torch.__version__,
+    }
+    return _hash(parts)
+
+
+def _modules_called(head: Any) -> dict[str, Any]:
+    """What the modules of a graph were built with, as far as plain values show it."""
+    plain = (bool, int, float, str, tuple, type(None))
+    called = [str(node.target) for node in head.graph.nodes if node.op == "call_module"]
+    return {
+        f"{name}:{below}": {"": type(each).__qualname__}
+        | {key: str(value) for key, value in vars(each).items() if isinstance(value, plain)}
+        for name in called
+        for below, each in head.get_submodule(name).named_modules()
+    }
+
+
+def _hash(parts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _fill_batch(example: Any) -> int:
     """Samples of one pass: the fastest from 16 to 64 measured so, by the size of a sample."""
     numbers = sum(tensor[0].numel() for tensor in tensors_of(example).values())
     return max(16, min(64, 1 << (2**21 // max(1, numbers)).bit_length() >> 1))
-
-
-@contextlib.contextmanager
-def _untouched(module: nn.Module) -> Iterator[None]:
-    """Put modes and buffers back: looking at a model in training mode moves the statistics of its norms."""
-    before = [(child, child.training) for child in module.modules()]
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    try:
-        yield
-    finally:
-        set_modes(before)
-        put_back(module, buffers)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from tuneforge.engine.folder import RunFolder
 from tuneforge.engine.freezing import put_back, whole_state
 from tuneforge.engine.parts import Parts
 from tuneforge.engine.phase import Progress
+from tuneforge.engine.record import SAME_BITS, describe_environment
 from tuneforge.engine.run import Run
 from tuneforge.engine.solve import Snapshot, snapshot
-from tuneforge.errors import StoppedError, UsageError
+from tuneforge.errors import FolderError, StoppedError, UsageError
 from tuneforge.plugin.steps import Answer, Brief, Step, from_json, to_json
 
 BRIEF = "brief.json"
@@ -75,10 +77,13 @@ class Memory:
             StoppedError: The run has been asked to stop.
         """
         stopped = self.stopping()
-        if stopped is not None or self.checkpoints.due:
-            self.checkpoints.save(self.run.step, self._state(progress))
+        step, beside = self.run.step, (self.run.epoch, len(self.done))
+        if stopped is not None or self.checkpoints.due(step, beside=beside):
+            best = progress is not None and progress.best
+            self.checkpoints.save(step, self._state(progress), beside=beside, best=best)
         if stopped is not None:
-            raise stopped
+            how = f"go on with: tuneforge resume {shlex.quote(str(self.place.path))}"
+            raise StoppedError(stopped.what, exit_code=stopped.exit_code, fix=how)
 
     def replayed(self, number: int, step: Step) -> Answer:
         """The answer that step `number` got before.
@@ -105,19 +110,19 @@ class Memory:
         self.parts.present = state["optimizer_part"]
         run.states, run.history = state["components"], state["history"]
         run.step, run.epoch = state["step"], state["epoch"]
+        run.budget.before_s = max(run.budget.before_s, state["spent_s"])
         torch.set_rng_state(state["random"].cpu())
         self.snapshots, self.phase = state["snapshots"], state["phase"]
         self.brief = from_json((self.place.path / BRIEF).read_text(encoding="utf-8"))
         for line in folder.read_lines(self.place.path / folder.STEPS):
             pair = [from_json(json.dumps(line[key])) for key in ("step", "answer")]
             self.done.append((pair[0], pair[1]))
+        self.checkpoints.last = (run.step, run.epoch, len(self.done))
 
-    def story(self) -> Iterator[str]:
-        """Where the run goes on."""
-        run = self.run
-        batch = self.phase["batch"] if self.phase else 0
-        where = f"in step {len(self.done) + 1} of the strategy, " if self.phase else f"after {len(self.done)} steps, "
-        yield f"goes on {where}optimizer step {run.step}, epoch {run.epoch + 1}, batch {batch + 1}"
+    def story(self, name: str) -> str:
+        """Where the run goes on from checkpoint `name`; a phase under way says the rest itself."""
+        where = f"in step {len(self.done) + 1}" if self.phase else f"after {len(self.done)} step(s)"
+        return f"resumed from checkpoint '{name}': {where} of the strategy, {self.run.step} optimizer step(s) taken"
 
     def _state(self, progress: Progress | None) -> dict[str, Any]:
         run = self.run
@@ -129,6 +134,7 @@ class Memory:
             "history": run.history,
             "step": run.step,
             "epoch": run.epoch,
+            "spent_s": run.budget.seconds(),
             "random": torch.get_rng_state(),
             "snapshots": self.snapshots,
             "phase": None if progress is None else progress.state(run),
@@ -136,14 +142,34 @@ class Memory:
         }
 
 
-def found(path: Path, device: torch.device) -> tuple[dict[str, Any] | None, list[str]]:
-    """The state to go on from, or None to begin again; and what to say about checkpoints that were passed over."""
-    newest, state, passed_over = checkpoint.newest(path, device)
-    return (state if newest is not None else None), passed_over
+def found(run: Run, path: Path) -> tuple[str, dict[str, Any] | None]:
+    """The newest checkpoint in a run's folder that is whole: its name and state, or None where the run begins again.
+
+    What was skipped, and what could change the bits, is said.
+    """
+    newest, state, passed_over = checkpoint.newest(path, run.device.torch)
+    for why in passed_over:
+        run.note(f"skipped {why}")
+    if newest is None:
+        run.note("there is no whole checkpoint, so the run begins again")
+    before, now = folder.read_json(path / folder.RUN)["environment"], describe_environment(run)
+    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in SAME_BITS if before.get(key) != now[key]]
+    if changed:
+        run.note(f"note: not to the bit, because the machine has changed: {', '.join(changed)}")
+    return ("", None) if newest is None else (newest.name, state)
 
 
 def resumable(runs: Path) -> list[Path]:
-    """Folders under `runs` that hold a run that is not done, the newest last."""
-    paths = [path for path in runs.glob("*") if (path / folder.RUN).exists() and (path / folder.STATUS).exists()]
-    open_runs = [path for path in paths if folder.read_json(path / folder.STATUS)["state"] != "done"]
-    return sorted(open_runs, key=lambda path: (path / folder.STATUS).stat().st_mtime)
+    """Folders under `runs` of runs that are neither done nor running now, the newest last."""
+    paths = [path for path in runs.glob("*") if (path / folder.RUN).exists() and _waits(path)]
+    return sorted(paths, key=lambda path: (path / folder.STATUS).stat().st_mtime)
+
+
+def _waits(path: Path) -> bool:
+    try:
+        if folder.read_json(path / folder.STATUS)["state"] == "done":
+            return False
+        with RunFolder(path, resume=True):
+            return True
+    except FolderError:  # in use, or half a folder
+        return False

@@ -65,7 +65,9 @@ class Optimization:
         """Apply the gradients and drop them."""
         optimizer = self._made()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def forget(self) -> None:
         """Drop the moments of every tensor, because its weights were replaced."""

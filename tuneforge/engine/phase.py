@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from tuneforge.engine import faults
+from tuneforge.engine.compiled import compiled
 from tuneforge.engine.data import Batch, batch_sizes
 from tuneforge.engine.draws import Draws
 from tuneforge.engine.evaluation import single_numbers, watched
 from tuneforge.engine.freezing import freeze, modes, put_back, select, set_modes, whole_state
-from tuneforge.engine.frozen import NoPrefixError, Prefix, prefix_of
+from tuneforge.engine.frozen import kept_prefix
 from tuneforge.engine.parts import Parts
 from tuneforge.engine.passes import evaluate
 from tuneforge.engine.proof import Proof
@@ -49,7 +50,6 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
     freezes = len(trained) < len(run.model.parameters())
     if freezes and not run.model.pretrained:
         run.note("  note: every weight is fresh, so freezing keeps nothing; --strategy full trains all from the start")
-    run.prefix = _kept_prefix(run, phase, plan) if freezes else None
     course = _Course(phase, *watched(run.data.targets, phase.monitor, phase.monitor_mode))
     per_epoch = math.ceil(len(batch_sizes(len(run.data.train), run.config.batch_size)) / run.config.accumulate)
     run.phase, run.steps_done, run.progress = phase, 0, 0.0
@@ -61,11 +61,13 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
     else:
         run.proof = Proof.restored(resumed["proof"])
         progress = Progress.restored(resumed, course, run)
-        _say_what_comes_next(run, draws, progress)
-        run.optimization.set_factor(
-            schedule.factor((run.steps_done - 0.5) / run.total_steps)
-        )  # as the last step had it
+        _say_what_comes_next(run, draws, progress, schedule)
     proof = run.proof
+    if freezes:
+        pause = functools.partial(run.save, progress)
+        run.prefix = kept_prefix(run, plan, epochs=_num_epochs(run, phase), pause=pause)
+    if run.config.compile and not course.reason:
+        run.compiled = compiled(run, plan)
 
     while not course.reason:
         began = time.perf_counter()
@@ -75,14 +77,17 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
         take = functools.partial(course.take, run, loss, trained)
         figures = evaluate(run, run.data.val, "val", then=take)
         _record(run, course, loss, figures, seconds=time.perf_counter() - began)
+        course.reason = course.reason or run.budget.spent(run)
+        run.save(progress)
         faults.point("epoch")
 
     run.hooks.call.phase_ended(run=run)
+    views = run.prefix.views if run.prefix is not None else 0
     unmoved = proof.conclude(run.model)
     if phase.restore_best and course.best_epoch != len(course.history):
         put_back(run.model.module, course.best_state)
         run.optimization.forget()
-    run.phase = run.proof = run.prefix = None
+    run.phase = run.proof = run.prefix = run.compiled = None
     sizes = {name: parameter.numel() for name, parameter in run.model.parameters().items()}
     return Report(
         step=phase.name,
@@ -96,26 +101,35 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
         trained=sum(sizes[name] for name in trained),
         frozen=sum(sizes.values()) - sum(sizes[name] for name in trained),
         unmoved=unmoved,
+        views=views,
     )
 
 
-def _say_what_comes_next(run: Run, draws: Draws, progress: Progress) -> None:
+def _say_what_comes_next(run: Run, draws: Draws, progress: Progress, schedule: Any) -> None:
+    """Say where a resumed phase goes on; leaves the rate as the last step had it."""
     order = draws.order(run)
-    start = min(progress.batch * run.config.batch_size, order.size)
-    rows = order.rows(start, min(start + 4, order.size)).tolist()
-    run.note(f"  next samples: {', '.join(map(run.data.train.id_of, rows)) or 'the validation split'}")
+    start = progress.batch * run.config.batch_size
+    if progress.course.reason:
+        run.note(f"  goes on at the end of the phase, after optimizer step {run.step}")
+    elif _epoch_over(run) or start >= order.size:
+        run.note(f"  goes on at the evaluation after optimizer step {run.step}, epoch {run.epoch + 1}")
+    else:
+        run.optimization.set_factor(schedule.factor((run.steps_done + 0.5) / run.total_steps))
+        samples = ", ".join(map(run.data.train.id_of, order.rows(start, min(start + 4, order.size)).tolist()))
+        place = f"optimizer step {run.step + 1}, epoch {run.epoch + 1}, batch {progress.batch + 1}"
+        run.note(f"  goes on at {place}, lr {run.optimization.rates()[0]:.3g}, next samples {samples}")
+    if run.steps_done:
+        run.optimization.set_factor(schedule.factor((run.steps_done - 0.5) / run.total_steps))
 
 
-def _kept_prefix(run: Run, phase: Phase, plan: list[Any]) -> Prefix | None:
-    """What the phase keeps of its frozen part; None, with the reason said, where it keeps nothing."""
-    try:
-        prefix = prefix_of(run, phase, plan)
-    except NoPrefixError as why:
-        run.note(f"  not cached: {why}")
-        return None
-    total = prefix.bytes_each * (len(run.data.train) + len(run.data.val)) / 2**20
-    run.note(f"  cached: what the frozen part gives for each sample, {total:.1f} MB, looked at once for all epochs")
-    return prefix
+def _epoch_over(run: Run) -> bool:
+    """True where no further step may be taken, though samples of the epoch may be left."""
+    return run.steps_done >= run.total_steps or bool(run.budget.reached(run))
+
+
+def _num_epochs(run: Run, phase: Phase) -> int:
+    per_epoch = len(batch_sizes(len(run.data.train), run.config.batch_size)) / run.config.accumulate
+    return phase.epochs or math.ceil(run.total_steps / per_epoch)
 
 
 def _train_epoch(run: Run, draws: Draws, plan: list[Any], progress: Progress, schedule: Any) -> float:
@@ -126,17 +140,18 @@ def _train_epoch(run: Run, draws: Draws, plan: list[Any], progress: Progress, sc
     proof = run.proof
     assert proof is not None
     run.model.module.train()  # so that a module's own train() is told; the modes of the phase follow
-    for index, batch in enumerate(
-        run.training_batches(order, draws.weights, start=progress.batch), start=progress.batch
-    ):
+    left = () if _epoch_over(run) else run.training_batches(order, draws.weights, start=progress.batch)
+    for index, batch in enumerate(left, start=progress.batch):
         set_modes(plan)
         run.reseed(index % every)
         loss = loss_of(run, batch)
         if every == 1:
             torch.autograd.backward(loss)
         else:
-            torch.autograd.backward(loss * (len(batch.rows) / sum(sizes[index - index % every :][:every])))
-        progress.loss += loss.detach() * len(batch.rows)
+            torch.autograd.backward(
+                loss * (len(batch.rows) / sum(sizes[index - index % every : index - index % every + every]))
+            )
+        progress.loss.add_(loss.detach(), alpha=len(batch.rows))
         progress.count += len(batch.rows)
         if (index + 1) % every and index + 1 < len(sizes):
             continue
@@ -150,9 +165,10 @@ def _train_epoch(run: Run, draws: Draws, plan: list[Any], progress: Progress, sc
         if proof.watched and run.steps_done.bit_count() == 1:  # after steps 1, 2, 4, 8, ...
             proof.narrow(run.model)
         faults.point("step")
+        spent = run.budget.spent(run)
         run.save(progress)
         faults.point("step-saved")
-        if run.steps_done == run.total_steps:
+        if spent or run.steps_done == run.total_steps:
             break
     return progress.next_epoch(run)
 
@@ -172,6 +188,11 @@ class Progress:
     loss: Tensor
     count: int = 0
     batch: int = 0
+
+    @property
+    def best(self) -> bool:
+        """True at the end of an epoch that is the best of the phase so far."""
+        return self.batch == 0 and 0 < self.course.best_epoch == len(self.course.history)
 
     def next_epoch(self, run: Run) -> float:
         """Begin the next epoch, and give the mean loss of the one that ended."""

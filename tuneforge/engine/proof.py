@@ -113,7 +113,7 @@ class Proof:
                 why="each had a rate and a gradient large enough to move it, yet every bit is as before",
                 fix="look for code that restores weights or replaces the optimizer (an extension, a wrapper)",
             )
-        return tuple(self.watched)
+        return tuple(name for name in model.parameters() if name in self.watched)  # a resumed run has another order
 
 
 def _still_buffers(module: nn.Module, plan: list[tuple[nn.Module, bool]]) -> list[str]:

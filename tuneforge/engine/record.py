@@ -17,7 +17,7 @@ from tuneforge.engine.folder import RunFolder
 from tuneforge.engine.run import Run
 from tuneforge.plugin import registry
 from tuneforge.plugin.component import values_of
-from tuneforge.plugin.config import as_table
+from tuneforge.plugin.config import as_table, budget_of
 from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.manager import Member
 from tuneforge.plugin.steps import Brief, to_json
@@ -77,6 +77,7 @@ def brief_of(run: Run) -> Brief:
         monitor=run.data.targets.monitor,
         monitor_mode=run.data.targets.monitor_mode,
         old_classes=run.model.kept,
+        budget=dict([budget_of(run.config.budget)]) if run.config.budget is not None else {},
     )
 
 

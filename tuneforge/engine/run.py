@@ -11,12 +11,14 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tuneforge.engine.data import Batch, Data, Inputable, Split, batches, in_order, in_turn, map_inputs
+from tuneforge.engine.budget import Budget
+from tuneforge.engine.data import Batch, Data, Inputable, Split, batches, in_order, in_turn, map_inputs, tensors_of
 from tuneforge.engine.device import Device
 from tuneforge.engine.model import Model, answer_of, call, check_answer, works
 from tuneforge.engine.optim import Optimization
 from tuneforge.engine.order import Noise, Order, key_of
 from tuneforge.engine.proof import Proof
+from tuneforge.engine.workers import Workers
 from tuneforge.errors import PluginError
 from tuneforge.plugin.config import RunConfig
 from tuneforge.plugin.manager import Hooks
@@ -36,6 +38,10 @@ class KeptPrefix(Protocol):
     """What a phase keeps of its frozen part (see `tuneforge.engine.frozen`)."""
 
     @property
+    def views(self) -> int:
+        """Augmented views of each training sample; 0 where nothing is augmented."""
+
+    @property
     def training(self) -> nn.Module:
         """The values to the answer, while the phase trains."""
 
@@ -43,8 +49,8 @@ class KeptPrefix(Protocol):
     def evaluating(self) -> nn.Module:
         """The same in eval mode."""
 
-    def values(self, split: Split, rows: Tensor) -> Features | None:
-        """The values of some samples, or None where the split is not kept."""
+    def values(self, split: Split, rows: Tensor, *, epoch: int = 0) -> Features | None:
+        """The values of some samples, or None where the split is not kept; `epoch` picks the augmented view."""
 
 
 @attrs.define(eq=False)
@@ -69,8 +75,12 @@ class Run:
         optimization: The run's one optimizer.
         proof: Evidence that the phase gathers, if one trains.
         prefix: What the phase keeps of its frozen part, if it does.
+        compiled: What the phase trains, compiled, if that was asked for.
+        planned: Phases known to follow the present step.
+        features: What the frozen part gave for later phases of the plan, by key.
         augments: Random changes of training inputs.
         save: Is called after each step, with what the phase knows, and saves a checkpoint where one is due.
+        budget: What the run may spend.
         states: What each component remembers, by its place and name.
     """
 
@@ -91,12 +101,17 @@ class Run:
     optimization: Optimization = attrs.field(factory=Optimization)
     proof: Proof | None = None
     prefix: KeptPrefix | None = None
+    compiled: Any = None
+    planned: tuple[Phase, ...] = ()
+    features: dict[str, tuple[Tensor, ...]] = attrs.field(factory=dict)
     augments: tuple[Any, ...] = ()
     _data: Data | None = None
+    _workers: Workers | None = None
     _model: Model | None = None
     _example: Any = None
     _contiguous: bool = False
     save: Callable[[Any], None] = lambda progress: None
+    budget: Budget = attrs.field(factory=Budget)
     states: dict[str, dict[str, Any]] = attrs.field(factory=dict)
 
     @property
@@ -120,9 +135,29 @@ class Run:
             self._example = self.place(self.data.example())
         return self._example
 
+    @property
+    def data_seed(self) -> int:
+        """The seed of everything that `data_prepare` draws."""
+        return self.config.seed if self.config.data_seed is None else self.config.data_seed
+
+    @property
+    def workers(self) -> Workers:
+        """Processes that decode ahead, the same ones for all splits and all passes."""
+        if self._workers is None:
+            sources = [split.source for split in self.data.splits().values()]
+            self._workers = Workers(self.config.workers, sources)
+        return self._workers
+
     def take_data(self, data: Data) -> None:
         """Set the data; the engine's."""
+        self.close()
         self._data = data
+
+    def close(self) -> None:
+        """End the processes that decode ahead; the engine's."""
+        if self._workers is not None:
+            self._workers.close()
+        self._workers = None
 
     def take_model(self, model: Model) -> None:
         """Set the model, on the run's device and in its layout; the engine's.
@@ -163,13 +198,19 @@ class Run:
     def forward(self, inputs: Any) -> Any:
         """The model's answer (b, k) for a batch's inputs."""
         with self.autocast():
-            if isinstance(inputs, Features):
-                assert self.prefix is not None
-                part = self.prefix.evaluating if self.evaluating else self.prefix.training
-                output = answer_of(part(*map(self._placed, inputs.values)))
-            else:
-                output = answer_of(call(self.model.module, inputs))
+            output = answer_of(self._network(inputs, self._placed))
         return output.float() if isinstance(output, Tensor) and output.dtype == torch.bfloat16 else output
+
+    def _network(self, inputs: Any, placed: Callable[[Tensor], Tensor]) -> Any:
+        """The output of the whole model, or of what the frozen prefix leaves; compiled where that was asked for."""
+        kept = isinstance(inputs, Features)
+        network = self.model.module
+        if kept:
+            assert self.prefix is not None
+            network = self.prefix.evaluating if self.evaluating else self.prefix.training
+        if self.compiled is not None and self.evaluating is None and _rows_in(inputs) == self.config.batch_size:
+            network = self.compiled
+        return network(*map(placed, inputs.values)) if kept else call(network, inputs)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of forward passes."""
@@ -187,24 +228,27 @@ class Run:
         torch.default_generator.manual_seed(seed)
         self.device.reseed(seed)
 
+    def augmented(self, batch: Batch) -> Batch:
+        """The batch after every random change of inputs."""
+        for place, part in enumerate(self.augments):
+            batch = part.augment(self, attrs.evolve(batch, noise=attrs.evolve(batch.noise, salt=place)))
+        return batch
+
     def training_batches(self, order: Order, weights: Tensor | None, *, start: int = 0) -> Iterator[Batch]:
         """Batches of one epoch of the training split from batch `start` on, augmented, on the device."""
         split = self.data.train
         if self.prefix is not None:
             for rows in in_order(order, self.config.batch_size, start=start):
                 noise = Noise(self.config.seed, self.epoch, rows)
-                yield self._batch(split, rows, self.prefix.values(split, rows), noise, weights)
+                yield self._batch(split, rows, self.prefix.values(split, rows, epoch=self.epoch), noise, weights)
             return
 
         def finish(rows: Tensor, stored: Inputable) -> Batch:
             noise = Noise(self.config.seed, self.epoch, rows)
-            batch = self._batch(split, rows, self._ready(stored), noise, weights)
-            for place, part in enumerate(self.augments):
-                batch = part.augment(self, attrs.evolve(batch, noise=attrs.evolve(noise, salt=place)))
-            return batch
+            return self.augmented(self._batch(split, rows, self.ready(stored), noise, weights))
 
         ordered = in_order(order, self.config.batch_size, start=start)
-        yield from batches(split, ordered, finish, workers=self.config.workers)
+        yield from batches(split, ordered, finish, workers=self.workers)
 
     def evaluation_batches(self, split: Split) -> Iterator[Batch]:
         """Every sample of a split once, in order, on the device."""
@@ -215,11 +259,12 @@ class Run:
             return
 
         def finish(rows: Tensor, stored: Inputable) -> Batch:
-            return self._batch(split, rows, self._ready(stored), Noise(self.config.seed, 0, rows), None)
+            return self._batch(split, rows, self.ready(stored), Noise(self.config.seed, 0, rows), None)
 
-        yield from batches(split, in_turn(len(split), size), finish, workers=self.config.workers)
+        yield from batches(split, in_turn(len(split), size), finish, workers=self.workers)
 
-    def _ready(self, stored: Inputable) -> Any:
+    def ready(self, stored: Inputable) -> Any:
+        """What the model takes, on the run's device, from stored inputs."""
         return self.place(self.data.inputs.ready(map_inputs(stored, self.device.move)))
 
     def _batch(self, split: Split, rows: Tensor, inputs: Any, noise: Noise, weights: Tensor | None) -> Batch:
@@ -233,11 +278,21 @@ class Run:
 
     def _placed(self, tensor: Tensor) -> Tensor:
         moved = self.device.move(tensor)
-        if moved.ndim == 4 and self._model is not None and self._channels_last(self._model):
+        if moved.ndim == 4 and self.channels_last:
             return moved.contiguous(memory_format=torch.channels_last)
         return moved
+
+    @property
+    def channels_last(self) -> bool:
+        """True where 4-D tensors are laid out with their channels last."""
+        return self._model is not None and self._channels_last(self._model)
 
     def _channels_last(self, model: Model) -> bool:
         if self.config.memory_format != "auto" or self._contiguous:
             return self.config.memory_format == "channels-last"
         return any(parameter.ndim == 4 for parameter in model.module.parameters())
+
+
+def _rows_in(inputs: Any) -> int:
+    values = inputs.values if isinstance(inputs, Features) else tuple(tensors_of(inputs).values())
+    return len(values[0])

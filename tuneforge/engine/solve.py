@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tuneforge.engine.evaluation import single_numbers, watched
 from tuneforge.engine.freezing import freeze, put_back, select, whole_state
+from tuneforge.engine.frozen import kept_prefix
 from tuneforge.engine.passes import evaluate, head_features
 from tuneforge.engine.proof import Proof
 from tuneforge.engine.run import Run
@@ -29,16 +30,20 @@ def fit(run: Run, step: Fit) -> Report:
     freeze(run.model, trained)
     plan = [(module, False) for module in run.model.module.modules()]
     proof = Proof.begin(run.model, trained, plan)
+    run.prefix = kept_prefix(run, plan, epochs=1)
+    if run.prefix is not None and run.model.head not in dict(run.prefix.evaluating.named_modules()):
+        run.prefix = None  # an exported graph holds operations, of which none is the head
     features, targets = head_features(run, run.data.train)
     _load_head(run.model.head_module(), *run.data.targets.fit_head(features, targets, l2=step.l2), features)
     run.optimization.forget()
     unmoved = proof.conclude(run.model)
+    val, run.prefix = evaluate(run, run.data.val, "val"), None
     sizes = {name: parameter.numel() for name, parameter in run.model.parameters().items()}
     solved_count = sum(sizes[name] for name in trained)
     return Report(
         step=step.name,
         reason=f"head solved on {len(features)} frozen features",
-        val=evaluate(run, run.data.val, "val"),
+        val=val,
         trained=solved_count,
         frozen=sum(sizes.values()) - solved_count,
         unmoved=unmoved,

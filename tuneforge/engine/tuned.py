@@ -133,7 +133,22 @@ def evaluate(
     Raises:
         DataError: The data's classes are not the model's.
     """
-    tuned = load(path, model=model, device_name=device_name)
+    run = with_data(load(path, model=model, device_name=device_name), data=data, metrics=metrics)
+    splits = {name: split for name, split in run.data.splits().items() if name != "train"}
+    return {name: evaluate_split(run, split, name) for name, split in splits.items()}
+
+
+def with_data(tuned: Tuned, *, data: Any = None, metrics: Iterable[Any] = ()) -> Run:
+    """The run of a tuned model, with data and metrics, so that splits of it can be evaluated.
+
+    Args:
+        tuned: As `load` gives it.
+        data: Another data source; None prepares the run's own again.
+        metrics: By default those of the run.
+
+    Raises:
+        DataError: The data's classes are not the model's.
+    """
     run = tuned.run
     member, _ = given.member("data_prepare", data if data is not None else run.config.data, where="--data")
     for asked in tuple(metrics) or run.config.evaluate or tuned.targets.metrics:
@@ -143,8 +158,7 @@ def evaluate(
     prepared = run.hooks.call.data_prepare(run=run)
     _check_labels(prepared.targets.labels, tuned.targets.labels)
     run.take_data(attrs.evolve(prepared, inputs=_same_inputs(prepared.inputs, tuned.inputs), targets=tuned.targets))
-    splits = {name: split for name, split in run.data.splits().items() if name != "train"}
-    return {name: evaluate_split(run, split, name) for name, split in splits.items()}
+    return run
 
 
 def _hooks(config: RunConfig, model: Any) -> Hooks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import attrs
 
 from tuneforge.errors import UnknownNameError, UsageError, close_match
-from tuneforge.plugin.component import build, component, ge, option, options_of
+from tuneforge.plugin.component import Check, build, component, ge, option, options_of
 from tuneforge.plugin.steps import Use
 
 SINGLE = {
@@ -23,6 +24,35 @@ REPEATABLE = {"adapt": "model_adapt", "evaluate": "evaluate", "with": "extension
 """Keys that name any number of components, with the group they are found in."""
 
 GROUP_OF = {**SINGLE, **REPEATABLE}
+
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)|(\d+)(epoch|step)s?")
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def budget_of(text: str) -> tuple[str, float]:
+    """What a budget limits, `seconds`, `epochs` or `steps`, and to how many.
+
+    Raises:
+        ValueError: The text is no budget.
+    """
+    found = _BUDGET.fullmatch(text)
+    if found is None or not float(found[1] or found[3]):
+        raise ValueError(text)
+    return ("seconds", float(found[1]) * _SECONDS[found[2]]) if found[1] else (f"{found[4]}s", float(found[3]))
+
+
+def _is_budget(text: str) -> bool:
+    try:
+        return bool(budget_of(text))
+    except ValueError:
+        return False
+
+
+_A_BUDGET = Check(
+    "a number above 0 with its unit, such as 60s, 5m, 2h, 20epochs or 500steps",
+    _is_budget,
+    {"pattern": f"^({_BUDGET.pattern})$"},
+)
 
 
 @component(api=1)
@@ -37,18 +67,45 @@ class Settings:
         default=1, help="Batches whose gradients are averaged into one optimizer step.", check=ge(1)
     )
     seed: int = option(default=0, help="Of the split, the order, the augmentation and every fresh weight.", check=ge(0))
+    data_seed: int | None = option(
+        default=None, help="Of the split and of data that is made; none: --seed. Keep it to compare seeds.", check=ge(0)
+    )
     device: str = option(default="auto", help="auto, cpu, cuda, cuda:1, mps, xla, or any device torch knows.")
     workers: int = option(default=0, help="Processes that decode ahead where the data is not in memory.", check=ge(0))
     precision: Literal["float32", "bfloat16"] = option(default="float32", help="Of the forward pass (autocast).")
+    compile: bool = option(
+        default=False, help="Compile the forward pass of each phase (torch.compile); changes the last bits."
+    )
     memory_format: Literal["auto", "contiguous", "channels-last"] = option(
         default="auto", help="Layout of 4-D tensors; auto: channels-last where the model has 4-D weights."
     )
-    cache: Literal["auto", "off"] = option(
-        default="auto", help="Keep what the frozen part of the model gives for each sample, where that pays."
+    cache: Literal["auto", "memory", "off"] = option(
+        default="auto",
+        help="Keep what the frozen part of the model gives for each sample, where that pays; auto: on disk too, shared "
+        "between runs.",
     )
-    cache_mb: int = option(default=2048, help="Memory for that, in MB.", check=ge(0))
+    cache_mb: int = option(default=2048, help="Memory for that, in MB; more is mapped from disk.", check=ge(0))
+    cache_disk_mb: int = option(
+        default=10_240, help="Disk for that, in MB; the least recently used goes first.", check=ge(0)
+    )
+    cache_dir: Path | None = option(default=None, help="Folder for that; none: the user's cache folder.")
+    cache_views: int = option(
+        default=4, help="Fixed augmented views of each sample that a longer frozen phase goes through.", check=ge(1)
+    )
+    budget: str | None = option(
+        default=None,
+        help="Stop tuning once this is spent: 60s, 5m, 2h, 20epochs or 500steps; none: no limit.",
+        check=_A_BUDGET,
+    )
     checkpoint_s: float = option(default=60.0, help="Seconds between two checkpoints.", check=ge(0))
-    keep: int = option(default=2, help="Checkpoints kept while the run goes on.", check=ge(1))
+    checkpoint_steps: int | None = option(
+        default=None, help="Optimizer steps between two checkpoints, should they come first; none: time.", check=ge(1)
+    )
+    keep: int = option(
+        default=2,
+        help="Checkpoints kept while the run goes on, beside that of the best epoch and those with a file 'pinned'.",
+        check=ge(1),
+    )
     page: bool = option(default=True, help="Write report.html when the run is done.")
     out: Path | None = option(default=None, help="Folder of the run; none: a new one under runs/.")
 
@@ -178,6 +235,12 @@ def to_toml(config: RunConfig) -> str:
     import tomli_w
 
     return tomli_w.dumps(as_table(config))
+
+
+def entries_under(value: Any) -> list[dict[str, Any]]:
+    """The components under a key of a table, each as a table with its name; a bare name or one alone will do."""
+    items = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return [dict(item) if isinstance(item, Mapping) else {"name": item} for item in items]
 
 
 def _use_table(chosen: Use) -> dict[str, Any]:

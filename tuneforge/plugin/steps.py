@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import json
 import math
 from collections.abc import Generator, Iterable, Mapping
@@ -12,6 +13,14 @@ from typing import Any
 import attrs
 
 from tuneforge.errors import UsageError
+
+
+def _read_only(mapping: dict[Any, Any]) -> MappingProxyType[Any, Any]:
+    return MappingProxyType(mapping)
+
+
+# So that a step or a `Use` can be copied and sent to another process, as scikit-learn does with an estimator's options.
+copyreg.pickle(MappingProxyType, lambda mapping: (_read_only, (dict(mapping),)))
 
 
 def plain(value: Any) -> Any:
@@ -233,6 +242,7 @@ class Report:
         frozen: Number of parameters that did not; they are proved unchanged to the bit.
         unmoved: Names of tensors that had a rate and never received a gradient.
         chosen: What the step chose among candidates (`Blend`'s weight).
+        views: Fixed augmented views that each training sample was seen in, where features were kept; else 0.
     """
 
     step: str
@@ -247,6 +257,7 @@ class Report:
     frozen: int = 0
     unmoved: tuple[str, ...] = attrs.field(default=(), converter=_names)
     chosen: Mapping[str, Any] = _data()
+    views: int = 0
 
 
 @attrs.frozen
@@ -299,6 +310,8 @@ class Brief:
         monitor: The validation figure that the targets are judged by, and `"max"` or `"min"`.
         monitor_mode: Whether more of it is better.
         old_classes: Classes whose head rows came with the model.
+        budget: What the run may spend, all of it still there: `{"seconds": 60.0}`, `{"epochs": 20}` or
+            `{"steps": 500}`; empty where there is no limit.
     """
 
     groups: tuple[GroupInfo, ...] = attrs.field(converter=_infos)
@@ -311,6 +324,7 @@ class Brief:
     monitor: str
     monitor_mode: str
     old_classes: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    budget: Mapping[str, float] = _data()
 
     @property
     def backbone(self) -> tuple[GroupInfo, ...]:
@@ -352,14 +366,22 @@ def _encode(value: Any) -> Any:
         return {"$float": repr(value)}
     if type(value) in _KINDS.values():
         fields = {field.name: _encode(getattr(value, field.name)) for field in attrs.fields(type(value))}
+        if isinstance(value, Phase):  # a later factor beats an earlier one, so their order counts
+            fields["lr_scales"] = _encode_mapping(value.lr_scales, keeps_order=True)
         return {"$kind": type(value).__name__, **fields}
     if isinstance(value, Mapping):
-        if all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return {key: _encode(item) for key, item in value.items()}
-        return {"$map": [[_encode(key), _encode(item)] for key, item in value.items()]}
+        return _encode_mapping(value, keeps_order=False)
     if isinstance(value, tuple):
         return [_encode(item) for item in value]
     return value
+
+
+def _encode_mapping(value: Mapping[Any, Any], *, keeps_order: bool) -> dict[str, Any]:
+    """A JSON object, whose keys will be sorted; or a list of pairs where keys are no plain text, or order counts."""
+    plain_keys = all(isinstance(key, str) and not key.startswith("$") for key in value)
+    if plain_keys and not (keeps_order and list(value) != sorted(value)):
+        return {key: _encode(item) for key, item in value.items()}
+    return {"$map": [[_encode(key), _encode(item)] for key, item in value.items()]}
 
 
 def _decode(value: Any) -> Any:

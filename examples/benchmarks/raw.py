@@ -1,0 +1,134 @@
+"""What one writes by hand: a tight loop, and the least that a frozen phase can cost.
+
+Everywhere SGD at 0.01 with momentum 0.9, and an accuracy over the validation images after each epoch.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+import attrs
+import torch
+from common import Entry
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from work import Network, Split, Work
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+LOOKS = (8, 16, 32, 64, 128)
+"""Images a forward pass that a look is tried with."""
+
+
+def raw(
+    work: Work, network: Network, *, layout: torch.memory_format = torch.contiguous_format, loader: bool = False
+) -> None:
+    """A tight loop over indexed tensors, or over a DataLoader."""
+    network.to(memory_format=layout)
+    train, val = laid_out(work.train, layout), laid_out(work.val, layout)
+    batches = partial(iter, loaders(work)[0]) if loader else partial(_shuffled, train, work.batch)
+    optimizer = optimizer_of(work, network)
+    for _ in range(work.epochs):
+        network.train()
+        for images, labels in batches():
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+        accuracy(network, zip(*(each.split(work.batch) for each in val), strict=True))
+
+
+raw_channels_last: Entry = partial(raw, layout=torch.channels_last)
+raw_loader: Entry = partial(raw, loader=True)
+
+
+def raw_bfloat16(work: Work, network: Network) -> None:
+    """The tight loop in channels-last under bfloat16 autocast: other arithmetic."""
+    with torch.autocast("cpu", torch.bfloat16):
+        raw_channels_last(work, network)
+
+
+@attrs.frozen
+class Look:
+    """One inference pass over all images: what a frozen phase cannot go below without knowing the answers before.
+
+    Args:
+        layout: Of images and weights.
+        batch: Images a forward pass.
+    """
+
+    layout: torch.memory_format
+    batch: int
+
+    @classmethod
+    def fastest(cls, work: Work) -> "Look":
+        """The best of two layouts and five batch sizes on the first 256 images (of large ones 64), of three tries."""
+        images = work.train[0][: 256 if work.train[0][0].numel() < 2**14 else 64]
+        network = work.build()
+        tried = [cls(layout, batch) for layout in (torch.contiguous_format, torch.channels_last) for batch in LOOKS]
+        seconds: dict[Look, list[float]] = {look: [] for look in tried}
+        for _ in range(3):
+            for look in tried:
+                began = time.perf_counter()
+                look.features(network, images)
+                seconds[look].append(time.perf_counter() - began)
+        return min(seconds, key=lambda look: min(seconds[look]))
+
+    def features(self, network: Network, images: Tensor) -> Tensor:
+        """What the body gives for images (n, ...): (n, width)."""
+        network.body.to(memory_format=self.layout).eval()
+        with torch.inference_mode():
+            parts = [network.body(part.contiguous(memory_format=self.layout)) for part in images.split(self.batch)]
+            return torch.cat(parts)
+
+    def over_all(self, work: Work, network: Network) -> None:
+        """An entry: the look alone, over both splits."""
+        for images, _ in (work.train, work.val):
+            self.features(network, images)
+
+    def by_hand(self, work: Work, network: Network) -> None:
+        """An entry: the look, then the head alone on its features, with validation."""
+        features = [self.features(network, images).clone() for images, _ in (work.train, work.val)]
+        known = attrs.evolve(work, train=(features[0], work.train[1]), val=(features[1], work.val[1]), frozen=False)
+        raw(known, _only_head(network))
+
+    def __str__(self) -> str:
+        return f"{'channels-last' if self.layout is torch.channels_last else 'contiguous'}, batches of {self.batch}"
+
+
+def optimizer_of(work: Work, network: Network) -> torch.optim.Optimizer:
+    """The optimizer over what trains, with the rest frozen."""
+    if work.frozen:
+        network.freeze()
+    return torch.optim.SGD([each for each in network.parameters() if each.requires_grad], lr=0.01, momentum=0.9)
+
+
+def loaders(work: Work) -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]:
+    """Both splits as a DataLoader, the first in random order."""
+    train, val = TensorDataset(*work.train), TensorDataset(*work.val)
+    return DataLoader(train, work.batch, shuffle=True), DataLoader(val, work.batch)
+
+
+def accuracy(network: torch.nn.Module, batches: Batches) -> float:
+    """Share of right answers."""
+    right = total = 0
+    network.eval()
+    with torch.inference_mode():
+        for images, labels in batches:
+            right += int((network(images).argmax(1) == labels).sum())
+            total += len(labels)
+    return right / total
+
+
+def laid_out(split: Split, layout: torch.memory_format) -> Split:
+    """The split with its images in a layout."""
+    return split[0].contiguous(memory_format=layout), split[1]
+
+
+def _shuffled(split: Split, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for rows in torch.randperm(len(split[0])).split(batch):
+        yield split[0][rows], split[1][rows]
+
+
+def _only_head(network: Network) -> Network:
+    network.body = torch.nn.Identity()
+    return network
