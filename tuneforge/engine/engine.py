@@ -346,11 +346,15 @@ class Engine:
 
         return say
 
-    def plan(self) -> Plan:
-        """The steps that are known before any is done: data and model are built, nothing is trained or written."""
+    def look(self) -> Run:
+        """Data and model as the run would begin with them; nothing is trained or written. No run can follow."""
         self._ran = True  # a model of the caller's has been adapted
         members = (*(each for _, each in self._members), Member(_Steps(), "engine", "the engine's own optimizer step"))
-        return planned(looked_at(self.config, members, self._fill_in), _checked, self._say or (lambda text: None))
+        return looked_at(self.config, members, self._fill_in)
+
+    def plan(self) -> Plan:
+        """The steps that are known before any is done: data and model are built, nothing is trained or written."""
+        return planned(self.look(), _checked, self._say or (lambda text: None))
 
 
 class _Steps:
