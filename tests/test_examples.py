@@ -9,6 +9,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = {
+    "compare_strategies.py": ["--seeds", "2", "--budget", "1epoch", "--per-class", "5"],
     "quick_start.py": ["--epochs", "1", "--per-class", "10"],
     "own_strategy.py": ["--enough", "0.5", "--per-class", "10"],
     "programmatic_api.py": ["--epochs", "5"],
@@ -19,6 +20,7 @@ SMALL = {
     "recipe_tuneforge.py": ["--strategy.epochs", "1", "--data.per-class", "10"],
     "why_tuning.py": ["--seeds", "2", "--epochs", "1"],
     "pretrain_digit_cnn.py": ["--count", "700", "--epochs", "1"],
+    "sklearn_pipeline.py": ["--epochs", "1", "--folds", "2"],
 }
 BENCHMARKS = {
     "frozen_phase.py": ["--runs", "1", "--samples", "64", "--epochs", "2"],

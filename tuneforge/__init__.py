@@ -94,7 +94,9 @@ if TYPE_CHECKING:
     from tuneforge.errors import (
         close_match as close_match,
     )
+    from tuneforge.judge.lr_find import lr_find as lr_find
     from tuneforge.judge.page import write_page as write_page
+    from tuneforge.judge.race import compare as compare
     from tuneforge.plugin.component import (
         Check as Check,
     )
@@ -229,7 +231,9 @@ _HOMES = {
         "load",
         "predict",
     ),
+    "tuneforge.judge.lr_find": ("lr_find",),
     "tuneforge.judge.page": ("write_page",),
+    "tuneforge.judge.race": ("compare",),
     "tuneforge.builtin.arrays": ("data_of",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -88,3 +88,21 @@ def test_a_brief_knows_its_backbone():
 def test_the_order_of_rate_factors_is_kept_because_a_later_one_beats_an_earlier():
     phase = tf.Phase("x", train="all", epochs=1, lr=1.0, lr_scales={"norms": 0.1, "all": 0.5, "head": 2.0})
     assert list(from_json(to_json(phase)).lr_scales) == ["norms", "all", "head"]
+
+
+def test_readings_keep_the_order_of_the_layers():
+    readings = tf.Readings("r", values={"stem": 1.0, "body": 1.0, "head": 0.5})
+    assert list(from_json(to_json(readings)).values) == ["stem", "body", "head"]
+
+
+def test_figures_of_a_report_have_one_order_because_a_strategy_may_break_ties_by_it():
+    per_class = {"b": {"recall": 0.5}, "a": {"recall": 0.5}}
+    report = tf.Report("p", val={"per_class": per_class}, history=[{"val": {"b": 1, "a": 1}, "epoch": 1}])
+    for each in (report, from_json(to_json(report))):
+        assert list(each.val["per_class"]) == ["a", "b"]
+        assert list(each.history[0]["val"]) == ["a", "b"]
+
+
+def test_the_order_of_a_steps_other_mappings_says_nothing():
+    one, other = (tf.Phase("p", epochs=1, class_weights=weights) for weights in ({"a": 1, "b": 2}, {"b": 2, "a": 1}))
+    assert to_json(one) == to_json(other)

@@ -10,11 +10,13 @@ STAGES: dict[str, dict[str, str]] = {
     "tune": {
         "run": "Tune a model: data, model, strategy, report.",
         "resume": "Go on with a run that was stopped or killed.",
+        "lr-find": "Suggest a learning rate: the loss after one step at each of a range of them.",
         "cache": "List or clear what frozen models gave for each sample, kept on disk.",
     },
     "judge": {
         "evaluate": "Evaluate a finished run again, on its own data or on others.",
         "predict": "Predict with a finished run: a file or a folder of them.",
+        "compare": "Race strategies on your data at equal cost, or compare finished runs.",
         "report": "Print a finished run's figures, and write its page again.",
     },
     "extend": {
@@ -36,8 +38,8 @@ class Verbs(click.Group):
         """Import and return one command."""
         if cmd_name not in self.list_commands(ctx):
             return None
-        module = importlib.import_module(f"tuneforge.cli.{cmd_name}")
-        command: click.Command = getattr(module, cmd_name)
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(importlib.import_module(f"tuneforge.cli.{name}"), name)
         return command
 
     def resolve_command(

@@ -87,7 +87,8 @@ def load(path: str | Path, *, model: Any = None, device_name: str = "auto") -> T
         config=config, folder=None, device=device.choose(device_name), hooks=_hooks(config, model), restoring=True
     )
     run.take_data(_placeholder(record, inputs, targets))
-    run.take_model(run.hooks.call.model_adapt(run=run, model=None))
+    built = run.hooks.call.model_adapt(run=run, model=None)
+    run.take_model(attrs.evolve(built, kept=built.labels, pretrained=True))  # which the weights make true
     tensors, _ = folder.load_tensors(path / folder.WEIGHTS)
     folder.load_state(run.model.module, tensors, where=str(path / folder.WEIGHTS))
     run.model.module.eval()

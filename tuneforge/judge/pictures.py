@@ -21,7 +21,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
 _INK, _MUTED, _GRID = "#0a0b01", "#0a0b02", "#0a0b03"
@@ -30,6 +30,11 @@ _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--line"} | {
     colour: f"--series-{number}" for number, colour in enumerate(_SERIES, start=1)
 }
 _RIGHT, _WRONG = (13, 148, 136), (234, 88, 12)  # legible on white and on black, so an image needs no variables
+_LIGHT = {
+    "--ink": "#1b2026", "--muted": "#535d69", "--line": "#d5dae0", "--series-1": "#0072b2", "--series-2": "#c2410c",
+    "--series-3": "#0f7b5f", "--series-4": "#9a3c8f", "--series-5": "#7a5c00", "--series-6": "#4b5563",
+}  # fmt: skip
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # seven, so that with six colours 42 points differ
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 _STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "tuneforge", "text.parse_math": False, "font.size": 10,
@@ -39,6 +44,8 @@ _STYLE = {
     "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.6, "axes.formatter.useoffset": False,
 }  # fmt: skip
 _WIDTH_IN, _LETTER_PT = 5.2, 5.6
+_NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+_MOST_LINEAR = 30  # costs that lie further apart are drawn on a logarithmic axis
 _MOST_NAME, _MOST_UPRIGHT, _MOST_MARKERS = 24, 12, 40
 
 
@@ -53,6 +60,23 @@ class Picture:
 
     svg: Markup
     alt: str
+
+
+@attrs.frozen
+class Point:
+    """Something that costs and is worth a figure, measured one or more times.
+
+    Args:
+        name: As the legend has it.
+        seconds: Cost of each time.
+        values: The figure of each time.
+        hollow: It is no equal of the others.
+    """
+
+    name: str
+    seconds: Sequence[float]
+    values: Sequence[float]
+    hollow: bool = False
 
 
 def losses(epochs: Sequence[Mapping[str, Any]]) -> Picture:
@@ -133,6 +157,49 @@ def confusion(shares: NDArray[np.float64], *, alt: str) -> Picture:
         for side in ("top", "right"):
             axes.spines[side].set_visible(True)
         return _picture(figure, alt, name="confusion")
+
+
+def against_cost(points: Sequence[Point], figure_name: str) -> Picture:
+    """A figure against seconds: one point each, at the means, with bars of one standard deviation each way.
+
+    Args:
+        points: At least one.
+        figure_name: Of the figure.
+    """
+    with _style():
+        figure, (axes,) = _panels(1)
+        for index, point in enumerate(points):
+            colour, marker = _SERIES[index % len(_SERIES)], _MARKERS[index % len(_MARKERS)]
+            (x, across), (y, up) = _mean_and_bar(point.seconds), _mean_and_bar(point.values)
+            bars: dict[str, Any] = {"elinewidth": 1.2, "capsize": 3, "markersize": 7, "linestyle": "none"}
+            bars["markerfacecolor"] = "none" if point.hollow else colour
+            axes.errorbar(x, y, xerr=across, yerr=up, color=colour, marker=marker, label=_short(point.name), **bars)
+        costs = [_mean_and_bar(point.seconds)[0] for point in points]
+        if min(costs) > 0 and max(costs) > _MOST_LINEAR * min(costs):
+            axes.set_xscale("log")
+        else:
+            axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(LogLocator() if axes.get_xscale() == "log" else MaxNLocator(6))
+        axes.set_xlabel("seconds of tuning, mean over seeds")
+        axes.set_ylabel(f"{_short(figure_name)} on validation")
+        figure.legend(loc="outside lower center", ncols=2)
+        figure.set_figheight(figure.get_figheight() + 0.2 * (len(points) + 1) // 2)
+        shown = (f"{_short(each.name)} {np.mean(each.values):.4g} at {np.mean(each.seconds):.3g} s" for each in points)
+        return _picture(figure, f"{_short(figure_name)} on validation against cost: {'; '.join(shown)}.", name="cost")
+
+
+def standalone(picture: Picture) -> str:
+    """A picture as a file of its own: on white, in the colours of the page in light."""
+    text = str(picture.svg).replace("<svg ", f"<svg {_NAMESPACES} ", 1)
+    opening, _, rest = text.partition(">")
+    for variable, colour in _LIGHT.items():
+        rest = rest.replace(f"var({variable})", colour)
+    return f'{opening}><rect width="100%" height="100%" fill="#ffffff"/>{rest}\n'
+
+
+def _mean_and_bar(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and one standard deviation where there are two values or more."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def _style() -> Any:

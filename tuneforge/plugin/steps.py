@@ -48,6 +48,23 @@ def _data() -> Any:
     return attrs.field(factory=dict, converter=plain)
 
 
+def in_order(value: Any) -> Any:
+    """Plain data whose mappings are sorted by name, all the way down.
+
+    What a strategy is told must not depend on whether the run was resumed, the order of figures included: it may break
+    a tie by it.
+    """
+    value = plain(value)
+    if isinstance(value, Mapping):
+        names = sorted(value) if all(isinstance(key, str) for key in value) else list(value)
+        return MappingProxyType({name: in_order(value[name]) for name in names})
+    return tuple(map(in_order, value)) if isinstance(value, tuple) else value
+
+
+def _figures() -> Any:
+    return attrs.field(factory=dict, converter=in_order)
+
+
 @attrs.frozen
 class Use:
     """A part asked for by name, with its options: `Use("one-cycle", {"pct_start": 0.3})`.
@@ -236,7 +253,7 @@ class Report:
         steps: Optimizer steps taken.
         best_epoch: Counted from 1 within the step; 0 where there is none.
         train: Figures of training: `loss` of the last epoch.
-        val: Every figure of the validation split after the step, nested as the metrics gave it.
+        val: Every figure of the validation split after the step, nested as the metrics gave it, sorted by name.
         history: One entry an epoch: `epoch`, `train`, `val` (single numbers only).
         trained: Number of parameters that trained.
         frozen: Number of parameters that did not; they are proved unchanged to the bit.
@@ -250,13 +267,13 @@ class Report:
     epochs: int = 0
     steps: int = 0
     best_epoch: int = 0
-    train: Mapping[str, Any] = _data()
-    val: Mapping[str, Any] = _data()
-    history: tuple[Mapping[str, Any], ...] = attrs.field(default=(), converter=plain)
+    train: Mapping[str, Any] = _figures()
+    val: Mapping[str, Any] = _figures()
+    history: tuple[Mapping[str, Any], ...] = attrs.field(default=(), converter=in_order)
     trained: int = 0
     frozen: int = 0
     unmoved: tuple[str, ...] = attrs.field(default=(), converter=_names)
-    chosen: Mapping[str, Any] = _data()
+    chosen: Mapping[str, Any] = _figures()
     views: int = 0
 
 
@@ -368,6 +385,8 @@ def _encode(value: Any) -> Any:
         fields = {field.name: _encode(getattr(value, field.name)) for field in attrs.fields(type(value))}
         if isinstance(value, Phase):  # a later factor beats an earlier one, so their order counts
             fields["lr_scales"] = _encode_mapping(value.lr_scales, keeps_order=True)
+        if isinstance(value, Readings):  # that of the layers: rates made of them must be the same in a replay
+            fields["values"] = _encode_mapping(value.values, keeps_order=True)
         return {"$kind": type(value).__name__, **fields}
     if isinstance(value, Mapping):
         return _encode_mapping(value, keeps_order=False)

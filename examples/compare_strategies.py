@@ -1,0 +1,45 @@
+"""Which strategy is best on your data? A race at equal cost, decided on validation, with a test and a picture.
+
+From the command line, but for the strategy of our own:
+
+tuneforge compare --strategies head-only:epochs=10,full:epochs=10,lp-ft:epochs=10,greedy-soup --budget 10epochs
+"""
+
+from pathlib import Path
+
+import click
+
+import tuneforge as tf
+
+
+def last_block(brief: tf.Brief) -> list[tf.Step]:
+    """A strategy of our own takes part like any other: the head and the block below it."""
+    return [tf.Phase("top", train="groups[-2:]", epochs=10, lr=1e-3, schedule="cosine", restore_best=True)]
+
+
+@click.command()
+@click.option("--seeds", default=5, show_default=True)
+@click.option("--budget", default="10epochs", show_default=True, help="Of each run; a run may end before.")
+@click.option("--per-class", default=20, show_default=True, help="Training images of each class.")
+@click.option("--out", default="race", show_default=True, type=click.Path(path_type=Path))
+def main(seeds: int, budget: str, per_class: int, out: Path) -> None:
+    """Hold the race; stopped or killed, the same command goes on with it."""
+    entrants = ["head-only:epochs=10", tf.use("full", epochs=10), tf.use("lp-ft", epochs=10), last_block, "greedy-soup"]
+    comparison = tf.compare(
+        entrants,
+        seeds=seeds,
+        budget=budget,
+        baseline="full:epochs=10",
+        data=tf.use("digits", per_class=per_class),
+        page=False,
+        out=out,
+        say=click.echo,
+    )
+    click.echo(comparison.table)
+    click.echo(f"picture: {comparison.folder}/cost.svg")
+    for each in comparison.results["entrants"]:
+        click.echo(f"{each['name']}: {each['verdict']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""`tuneforge compare`: race strategies at equal cost, or compare finished runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tuneforge.cli.options import ComponentCommand, configuration, own_options
+
+if TYPE_CHECKING:
+    from tuneforge.judge.race import Race
+    from tuneforge.judge.table import Comparison
+
+_OTHERS = ("strategy", "short_epochs", "short_lr", "out")
+_SEEDS = 3
+
+
+def _compare(runs: tuple[str, ...], resume: str | None, as_json: bool, **values: Any) -> None:
+    """Race strategies on the same data at equal cost, or compare finished runs; it decides on validation.
+
+    Options of an entrant follow its name: full:lr=3e-4:epochs=20; a list stands in brackets. With greedy-soup among the
+    strategies, the weights of the others are averaged too. All other flags are those of run.
+
+    \b
+    tuneforge compare --strategies lp-ft,full,head-only --seeds 3 --budget 20epochs
+    tuneforge compare --resume runs/NAME
+    tuneforge compare runs/a runs/b runs/c
+    """
+    ctx = click.get_current_context()
+    if runs:
+        _refuse(ctx, values, allowed=("baseline", "out"), what="finished runs are compared as they are")
+        comparison = _of_runs(runs, values)
+    elif resume is not None:
+        _refuse(ctx, values, allowed=(), what="a race goes on as it was begun")
+        comparison = _hold(lambda say: _found(resume, say), Path(resume), as_json=as_json)
+    else:
+        out = values["out"] or ctx.meta["tuneforge.file"].get("out")
+        comparison = _hold(lambda say: _asked(ctx, values, say), out and Path(out), as_json=as_json)
+    if as_json:
+        place = None if comparison.folder is None else str(comparison.folder)
+        click.echo(json.dumps({"folder": place, **comparison.results, "costs": comparison.costs}))
+        return
+    click.echo(comparison.table)
+    if comparison.folder is not None:
+        click.echo(f"done: {comparison.folder}")
+
+
+def _hold(make: Callable[[Callable[[str], None]], Race], out: Path | None, *, as_json: bool) -> Comparison:
+    """Run a race; Ctrl-C and SIGTERM save the run that is under way and stop."""
+    from tuneforge.cli.run import stopping
+    from tuneforge.engine.engine import Engine
+
+    def execute(engine: Engine) -> None:
+        with stopping(engine):
+            engine.run()
+
+    return make(lambda text: click.echo(text, err=as_json)).run(out, execute)
+
+
+def _asked(ctx: click.Context, values: dict[str, Any], say: Callable[[str], None]) -> Race:
+    from tuneforge.judge.race import Race, given_of
+
+    config = configuration(ctx, values)
+    if "strategy" in ctx.meta["tuneforge.file"]:
+        say("note: the strategy of the file takes no part; --strategies does")
+    return Race(
+        values["strategies"] or "",
+        seeds=_SEEDS if values["seeds"] is None else values["seeds"],
+        budget=config.budget,
+        baseline=values["baseline"],
+        halving=values["halving"],
+        given=given_of(config),
+        say=say,
+    )
+
+
+def _found(folder: str, say: Callable[[str], None]) -> Race:
+    from tuneforge.judge.race import Race
+
+    return Race.found(Path(folder), say=say)
+
+
+def _of_runs(runs: tuple[str, ...], values: dict[str, Any]) -> Comparison:
+    from tuneforge.judge.race import compare as compared
+
+    return compared(runs=runs, baseline=values["baseline"], out=values["out"])
+
+
+def _refuse(ctx: click.Context, values: dict[str, Any], *, allowed: tuple[str, ...], what: str) -> None:
+    """Nothing may be asked for that would be ignored.
+
+    Raises:
+        UsageError: The message names the flags.
+    """
+    from tuneforge.errors import UsageError
+
+    given = {parameter.name: parameter.opts[0] for parameter in ctx.command.get_params(ctx) if parameter.opts}
+    asked = [given[name] for name, value in values.items() if value not in (None, False, ()) and name not in allowed]
+    if asked:
+        raise UsageError(f"{what}, so {', '.join(asked)} cannot be asked for", fix="leave that out")
+
+
+compare = ComponentCommand(
+    "compare",
+    callback=_compare,
+    help=_compare.__doc__,
+    params=[
+        click.Argument(["runs"], metavar="[RUN]...", nargs=-1),
+        click.Option(["--strategies"], metavar="NAME[:OPTION=VALUE]...,...", help="Who takes part."),
+        click.Option(["--seeds"], type=int, help=f"How many runs of each, from --seed on. [default: {_SEEDS}]"),
+        click.Option(["--baseline"], metavar="NAME", help="Whom the others are tested against. [default: the first]"),
+        click.Option(["--halving"], is_flag=True, help="Drop the worse half after half the budget, and so on."),
+        click.Option(["--resume"], metavar="RACE", help="Go on with the race in this folder."),
+        click.Option(["--out"], metavar="FOLDER", help="The race's folder; none: a new one under runs/."),
+        *(each for each in own_options() if each.name not in _OTHERS),
+        click.Option(["--json", "as_json"], is_flag=True, help="End with one JSON object on standard output."),
+    ],
+)

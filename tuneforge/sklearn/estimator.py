@@ -1,0 +1,287 @@
+"""What classifier and regressor share: options, and a run of the engine behind `fit`.
+
+Shapes: n samples, f features, c channels, h and w pixels, k outputs.
+"""
+# ruff: noqa: N803 - `X` is scikit-learn's own name for samples, and callers write it
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import tempfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import attrs
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+import tuneforge as tf
+from tuneforge.builtin.answers import split_rows
+from tuneforge.builtin.arrays import Tensors
+from tuneforge.builtin.images import Images
+from tuneforge.engine import folder
+from tuneforge.sklearn.memory import Remembering
+
+_NESTED = ("model", "strategy")  # parameters that have options of their own
+_ROWS = 256  # of a table in one forward pass
+
+
+class TunedEstimator(Remembering):
+    """Options, and a run of the engine behind `fit`; the constructor only stores."""
+
+    def __init__(
+        self,
+        model: Any = None,
+        strategy: Any = "lp-ft",
+        *,
+        model_options: Mapping[str, Any] | None = None,
+        strategy_options: Mapping[str, Any] | None = None,
+        adapt: Sequence[Any] = (),
+        augment: Sequence[Any] = (),
+        extensions: Sequence[Any] = (),
+        optimizer: Any = None,
+        schedule: Any = None,
+        batch_size: int = 32,
+        validation_fraction: float = 0.1,
+        standardise: bool = True,
+        partial_lr: float = 1e-4,
+        device: str = "auto",
+        settings: Mapping[str, Any] | None = None,
+        out: Any = None,
+        random_state: Any = None,
+        verbose: bool = False,
+    ) -> None:
+        self.model = model
+        self.strategy = strategy
+        self.model_options = model_options
+        self.strategy_options = strategy_options
+        self.adapt = adapt
+        self.augment = augment
+        self.extensions = extensions
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.batch_size = batch_size
+        self.validation_fraction = validation_fraction
+        self.standardise = standardise
+        self.partial_lr = partial_lr
+        self.device = device
+        self.settings = settings
+        self.out = out
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The parameters; with `deep`, also `strategy__NAME` and `model__NAME` for each option that is given."""
+        params: dict[str, Any] = super().get_params(deep=deep)
+        for part in _NESTED if deep else ():
+            given = params[f"{part}_options"]
+            params |= {f"{part}__{name}": value for name, value in given.items()} if isinstance(given, Mapping) else {}
+        return params
+
+    def set_params(self, **params: Any) -> Self:
+        """Set parameters; `strategy__NAME` and `model__NAME` set one option and leave the others."""
+        nested = {key: value for key, value in params.items() if key.partition("__")[0] in _NESTED and "__" in key}
+        super().set_params(**{key: value for key, value in params.items() if key not in nested})
+        for key, value in nested.items():
+            part, _, name = key.partition("__")
+            setattr(self, f"{part}_options", {**(getattr(self, f"{part}_options") or {}), name: value})
+        return self
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = False
+        return tags
+
+    def _checked(self, X: Any, y: Any = "no_validation", *, reset: bool, **rules: Any) -> Any:
+        """Samples as float32 (n, f) or (n, ...), or uint8 pictures (n, c, h, w); with answers, a pair.
+
+        Raises:
+            ValueError: They are not finite, or of another shape or type than those that were learnt from.
+        """
+        pictures = getattr(X, "dtype", None) == np.uint8 and getattr(X, "ndim", 0) == 4
+        rules |= {"dtype": np.uint8 if pictures else np.float32, "allow_nd": True, "reset": reset}
+        checked = validate_data(self, X, y, **rules)
+        rows = checked[0] if isinstance(checked, tuple) else checked
+        found = (tuple(rows.shape[1:]), str(rows.dtype))
+        if reset:
+            self._shape, self._dtype = found
+        elif found != (self._shape, self._dtype):
+            raise ValueError(
+                f"samples of shape {found[0]} as {found[1]}; {type(self).__name__} learnt from samples of shape "
+                f"{self._shape} as {self._dtype}"
+            )
+        return checked
+
+    def _learn(self, samples: NDArray[Any], y: NDArray[Any], *, first: bool) -> None:
+        """One run: the strategy's where nothing is learnt yet, else one epoch from the present weights."""
+        seed = self._seed()
+        data = self._data(samples, y, seed, first=first)
+        strategy: Any = (
+            self._named("strategy", default="lp-ft") if first else [tf.Phase("all", epochs=1, lr=self.partial_lr)]
+        )
+        onwards = [] if first else [Onwards.of(self.tuned_.model)]
+        with self._place() as place:
+            result = tf.Engine(
+                data=data,
+                model=self._named("model", default="mlp" if len(self._shape) == 1 else None),
+                adapt=self.adapt,
+                strategy=strategy,
+                schedule=self.schedule,
+                optimizer=self.optimizer,
+                extensions=[*self.extensions, *onwards],
+                augment=self.augment,
+                say=print if self.verbose else None,
+                batch_size=self.batch_size,
+                device=self.device,
+                seed=seed,
+                out=place,
+                **{"page": False, "cache": "memory", **(self.settings or {})},
+            ).run()
+            self._remember(result.folder)
+
+    def _data(self, samples: NDArray[Any], y: NDArray[Any], seed: int, *, first: bool) -> tf.Data:
+        """The samples, divided; how they are read follows from the training part of the first ones."""
+        train, val = divided(self._pools(y), share=self.validation_fraction, seed=seed)
+        inputs = self._inputs(samples, train) if first else self.tuned_.inputs
+        targets = self._targets(y, train) if first else self.tuned_.targets
+        stored, answers = torch.from_numpy(np.array(samples)), self._stored(y, targets)
+        split, held = (
+            tf.Split(stored[rows], answers[rows], ids=list(map(str, rows.tolist()))) for rows in (train, val)
+        )
+        note = "no split is held back for a test: the figures of test are those of val"
+        return tf.Data(split, held, held, inputs=inputs, targets=targets, notes=(note,))
+
+    def _named(self, part: str, *, default: str | None = None) -> Any:
+        """What `model` or `strategy` asks for, with its options; an object is copied, so that it stays as it is.
+
+        Raises:
+            UsageError: Nothing is named and there is no default, or options are given for an object.
+        """
+        asked, options = getattr(self, part), dict(getattr(self, f"{part}_options") or {})
+        asked = default if asked is None else asked
+        if asked is None:
+            raise tf.UsageError(
+                f"samples of shape {self._shape} need a {part}",
+                where=part,
+                why="only tables have a default",
+                fix="give a module, or the name of one, such as digit-cnn",
+            )
+        if isinstance(asked, str):
+            return tf.use(asked, **options)
+        if options:
+            raise tf.UsageError(
+                f"{part}_options go with a name, and {part} is an object", where=part, fix="set them on the object"
+            )
+        return copy.deepcopy(asked)
+
+    def _inputs(self, samples: NDArray[Any], train: Tensor) -> tf.Inputs:
+        """How samples become what the model takes; rows are standardised by the training part."""
+        if samples.dtype == np.uint8 and samples.shape[1] in (1, 3):
+            return Images(ops=("grey",) if samples.shape[1] == 1 else (), channels=samples.shape[1])
+        shapes, dtypes = {"": tuple(samples.shape[1:])}, {"": str(samples.dtype)}
+        if not self.standardise or samples.ndim != 2:
+            return Tensors(shapes=shapes, dtypes=dtypes)
+        means, scales = scaling(samples[train.numpy()])
+        return Tensors(shapes=shapes, dtypes=dtypes, means=means, scales=scales)
+
+    def _outputs(self, X: Any) -> NDArray[np.float64]:
+        """The model's outputs (n, k). Rows of a table go in batches of one size, so that none depends on the others."""
+        check_is_fitted(self, "tuned_")
+        samples = torch.from_numpy(np.array(self._checked(X, reset=False)))
+        run = self.tuned_.run
+        outputs = []
+        with torch.inference_mode():
+            for chunk in torch.split(samples, _ROWS):
+                missing = _ROWS - len(chunk) if samples.ndim == 2 else 0
+                padded = torch.cat([chunk, chunk[-1:].expand(missing, *chunk.shape[1:])]) if missing else chunk
+                outputs.append(run.forward(run.ready(padded))[: len(chunk)].double().cpu())
+        answers: NDArray[np.float64] = torch.cat(outputs).numpy()
+        return answers
+
+    def _seed(self) -> int:
+        generator = check_random_state(self.random_state)
+        plain = isinstance(self.random_state, (int, np.integer))
+        return int(self.random_state) if plain else int(generator.randint(2**31 - 1))
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[Path]:
+        """A new folder for a run: under `out`, or one that is gone afterwards."""
+        if self.out is None:
+            with tempfile.TemporaryDirectory(prefix="tuneforge-") as place:
+                yield Path(place) / "run"
+            return
+        for number in itertools.count(1):
+            self.folder_ = Path(self.out) / f"run-{number}"
+            with contextlib.suppress(FileExistsError):
+                self.folder_.mkdir(parents=True)
+                break
+        yield self.folder_
+
+    def _pools(self, y: NDArray[Any]) -> list[Tensor]:
+        """Rows that are divided alike."""
+        raise NotImplementedError
+
+    def _targets(self, y: NDArray[Any], train: Tensor) -> tf.Targets:
+        """How answers are read, from those of the training part."""
+        raise NotImplementedError
+
+    def _stored(self, y: NDArray[Any], targets: Any) -> Tensor:
+        """Answers as a split stores them."""
+        raise NotImplementedError
+
+
+@tf.component(api=1)
+class Onwards:
+    """Go on from weights that are in memory: the last word on the model, after every adapter and extension."""
+
+    @classmethod
+    def of(cls, model: tf.Model) -> Onwards:
+        """From the present weights of a tuned model."""
+        made = cls()
+        # Tensors are no options: they have no text for a file or a flag. So they are set past the frozen class.
+        state = {name: tensor.clone() for name, tensor in folder.state_of(model.module).items()}
+        object.__setattr__(made, "_state", state)
+        return made
+
+    @tf.hookimpl(wrapper=True)
+    def model_adapt(self, run: tf.Run) -> Generator[None, tf.Model, tf.Model]:
+        """Load them; every row of the head then is a trained one."""
+        model = yield
+        if run.restoring:
+            return model
+        state: dict[str, Tensor] = getattr(self, "_state")  # noqa: B009 - no field of the component
+        folder.load_state(model.module, state, where="the weights learnt so far")
+        return attrs.evolve(model, kept=model.labels, pretrained=True)
+
+
+def divided(pools: Sequence[Tensor], *, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows to validate on: of each pool its share, at least one, and one left to train.
+
+    A row that is alone in its pool trains. Where nothing can be held out, or `share` is 0, all rows do both.
+
+    Raises:
+        OptionError: The share is no share.
+    """
+    if not 0 <= share < 1:
+        raise tf.OptionError(f"a share of {share!r} for validation", where="validation_fraction", fix="give 0 to 1")
+    alone = [rows for rows in pools if len(rows) == 1]
+    others = [rows for rows in pools if len(rows) > 1]
+    if not share or not others:
+        everything = torch.cat(list(pools)).sort().values
+        return everything, everything
+    train, val, _ = split_rows(others, val=share, test=0.0, seed=seed, where="y")
+    return torch.cat([train, *alone]).sort().values, val
+
+
+def scaling(columns: NDArray[Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation (1 for a constant one) of each column."""
+    values = columns.astype(np.float64)
+    means, scales = values.mean(0), values.std(0)
+    return tuple(means.tolist()), tuple(np.where(scales > 1e-6 * np.abs(means), scales, 1.0).tolist())
