@@ -1,0 +1,271 @@
+"""Lightning: a `BaseFinetuning` callback, as its documentation freezes and thaws; with it finetuning-scheduler too."""
+
+import logging
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from case import Fails, Net, NotThereError, Plan, loaders, network, optimizer_of, seeded
+from lightning import pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
+from rows import equal_states
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader
+
+SCHEDULES: dict[str, Any] = {
+    "StepLR": lambda optimizer: {"scheduler": lr_scheduler.StepLR(optimizer, 1)},
+    "CosineAnnealingLR": lambda optimizer: {"scheduler": lr_scheduler.CosineAnnealingLR(optimizer, 3)},
+    "LambdaLR": lambda optimizer: {"scheduler": lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch)},
+    "OneCycleLR": lambda optimizer: {
+        "scheduler": lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=10),
+        "interval": "step",
+    },
+    "ReduceLROnPlateau": lambda optimizer: {
+        "scheduler": lr_scheduler.ReduceLROnPlateau(optimizer),
+        "monitor": "val_loss",
+    },
+}
+RANKS_S = 180
+
+
+class Resumable(DataLoader[Any]):
+    """A loader that knows where it is, as Lightning's documentation asks of one that resumes within an epoch."""
+
+    def __init__(self, loader: DataLoader[Any], *, shuffle: bool) -> None:
+        super().__init__(loader.dataset, loader.batch_size, shuffle=shuffle)
+        self.given = self.skipped = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches that are left of the epoch."""
+        self.given, self.skipped = self.skipped, 0
+        for batch in islice(super().__iter__(), self.given, None):
+            self.given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches given in this epoch."""
+        return {"given": self.given % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after them."""
+        self.skipped = state["given"]
+
+
+class Module(pl.LightningModule):
+    """The network in a LightningModule."""
+
+    def __init__(self, net: Net, plan: Plan) -> None:
+        super().__init__()
+        self.net, self.plan, self.lr = net, plan, 0.01
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The loss."""
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """The figure that schedules and early stopping watch."""
+        self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """What requires a gradient, as the documentation of the callback asks."""
+        optimizer = optimizer_of(self.plan, filter(lambda each: each.requires_grad, self.parameters()))
+        if self.plan.schedule is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": SCHEDULES[self.plan.schedule](optimizer)}
+
+
+class Phases(BaseFinetuning):
+    """Freeze the backbone, its norms with it, and thaw it at the border."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+
+    def freeze_before_training(self, module: Module) -> None:
+        """Before the optimizer is made."""
+        self.freeze(module.net.backbone, train_bn=False)
+
+    def finetune_function(self, module: Module, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        """At the beginning of each epoch."""
+        phases = self.plan.phases
+        if epoch == 0 or phases[epoch] == phases[epoch - 1]:
+            return
+        if phases[epoch] == "head":
+            self.freeze(module.net.backbone, train_bn=False)
+            return
+        backbone = module.net.backbone
+        blocks = [backbone.stem, backbone.twins.one, backbone.twins.two, backbone.after]
+        for place, block in enumerate(blocks if self.plan.apart else [backbone]):
+            self.unfreeze_and_add_param_group(block, optimizer, lr=0.005 / (place + 1))
+
+
+class Lightning:
+    """Lightning by itself."""
+
+    name = "Lightning"
+
+    def version(self) -> str:
+        """Of the package."""
+        return str(pl.__version__)
+
+    def schedules(self) -> tuple[str, ...]:
+        """Of torch."""
+        return tuple(SCHEDULES)
+
+    def callbacks(self, plan: Plan, folder: Path) -> list[Any]:
+        """Freezing, and checkpoints after each step and each epoch."""
+        each_step = ModelCheckpoint(folder, "step-{step}", every_n_train_steps=1, save_top_k=-1)
+        each_epoch = ModelCheckpoint(folder, "epoch-{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        return [Phases(plan), each_step, each_epoch]
+
+    def fit(self, net: Net, plan: Plan, folder: Path, *, resume: bool = False) -> None:
+        """`Trainer.fit`, with the newest checkpoint's path where it resumes."""
+        module = Module(net, plan)
+        files = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+        newest = str(files[-1]) if resume and files else None
+        trainer = self.trainer(folder, self.callbacks(plan, folder), epochs=len(plan.phases))
+        train, val = loaders(plan)
+        loader = Resumable(train, shuffle=plan.shuffle)
+        trainer.fit(torch.compile(module) if plan.compiled else module, loader, val, ckpt_path=newest)
+
+    def trainer(self, folder: Path, callbacks: list[Any], *, epochs: int, **given: Any) -> pl.Trainer:
+        """A trainer that prints no bar."""
+        settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, **given}
+        return pl.Trainer(
+            max_epochs=epochs, default_root_dir=folder, callbacks=callbacks, enable_model_summary=False,
+            num_sanity_val_steps=0, **settings,
+        )  # fmt: skip
+
+    def ranks(self, folder: Path) -> None:
+        """Two processes of strategy `ddp`, then of the one that looks for unused parameters."""
+        said = []
+        for strategy in ("ddp", "ddp_find_unused_parameters_true"):
+            place = folder / strategy
+            place.mkdir()
+            if not (verdict := self.one_of_ranks(strategy, place)):
+                return
+            said.append(f"{strategy}: {verdict}")
+        raise Fails("; ".join(said))
+
+    def one_of_ranks(self, strategy: str, folder: Path) -> str:
+        """What goes wrong under a strategy; empty where nothing does."""
+        command = [sys.executable, __file__, self.name, strategy, str(folder)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=RANKS_S, check=False)
+        except subprocess.TimeoutExpired:
+            return "hangs"
+        files = sorted(folder.glob("rank-*.pt"))
+        if done.returncode or len(files) != 2:
+            return f"stops: {(done.stderr.strip().splitlines() or ['?'])[-1][:90]}"
+        one, two = (torch.load(path) for path in files)  # noqa: TID251 - of our own, a moment ago
+        if torch.equal(one["backbone.stem.0.weight"], network().backbone.stem[0].weight):
+            return "what thaws never trains"
+        differing = equal_states(one, two)
+        return f"the ranks end with {len(differing)} different tensors" if differing else ""
+
+    def rank(self, strategy: str, folder: Path) -> None:
+        """What each process does."""
+        seeded()
+        plan, net = Plan(), network()
+        trainer = self.trainer(
+            folder, self.callbacks(plan, folder), epochs=len(plan.phases), devices=2, strategy=strategy
+        )
+        trainer.fit(Module(net, plan), *loaders(plan))
+        parameters = {name: each.detach().clone() for name, each in net.named_parameters()}
+        torch.save(parameters, folder / f"rank-{trainer.global_rank}.pt")  # noqa: TID251 - read back by `ranks`
+
+    def rates(self, net: Net, folder: Path) -> None:
+        """`Tuner.lr_find`."""
+        plan = Plan()
+        module = Module(net, plan)
+        trainer = self.trainer(folder, [], epochs=3, enable_checkpointing=False)
+        Tuner(trainer).lr_find(module, *loaders(plan), num_training=12)
+
+    def pattern(self, net: Net, folder: Path) -> str:
+        """It names modules, not patterns."""
+        raise NotThereError("freezes modules, not patterns")
+
+    def reasons(self, net: Net, folder: Path, *, asked: bool = False) -> None:
+        """`EarlyStopping` as it comes, or asked to tell."""
+        plan = Plan(phases=("head", *["all"] * 5))
+        stopping = EarlyStopping("val_loss", min_delta=10.0, patience=1, verbose=asked)
+        trainer = self.trainer(folder, [Phases(plan), stopping], epochs=6, enable_checkpointing=False)
+        trainer.fit(Module(net, plan), *loaders(plan))
+
+
+class Scheduler(Lightning):
+    """finetuning-scheduler: a schedule of two phases by regular expressions."""
+
+    name = "finetuning-scheduler"
+    freezes_again = False
+
+    def version(self) -> str:
+        """Of the package."""
+        import finetuning_scheduler
+
+        return str(finetuning_scheduler.__version__)
+
+    def callbacks(self, plan: Plan, folder: Path) -> list[Any]:
+        """Phases by epoch, and a checkpoint an epoch, which is what its own kind of checkpoint can do."""
+        from finetuning_scheduler import FinetuningScheduler, FTSCheckpoint
+
+        schedule = _two_phases(plan)
+        scheduler = FinetuningScheduler(
+            ft_schedule=schedule, epoch_transitions_only=True, restore_best=False,
+            frozen_bn_track_running_stats=False,  # with True the statistics of frozen norms move too
+        )  # fmt: skip
+        return [scheduler, FTSCheckpoint(folder, monitor="val_loss", save_top_k=-1, save_on_train_epoch_end=True)]
+
+    def pattern(self, net: Net, folder: Path) -> str:
+        """A schedule whose expression matches nothing."""
+        from finetuning_scheduler import FinetuningScheduler
+
+        plan = Plan()
+        schedule = _two_phases(plan)
+        schedule[1]["params"] = [r"net.backbon\..*"]
+        callback = FinetuningScheduler(ft_schedule=schedule, epoch_transitions_only=True, restore_best=False)
+        self.trainer(folder, [callback], epochs=2).fit(Module(net, plan), *loaders(plan))
+        return ""
+
+    def reasons(self, net: Net, folder: Path, *, asked: bool = False) -> None:
+        """Phases that end on early stopping, its default."""
+        from finetuning_scheduler import FinetuningScheduler, FTSEarlyStopping
+
+        schedule = {0: {"params": [r"net.head.*"]}, 1: {"params": [r"net.backbone.*"], "lr": 0.005}}
+        stopping = FTSEarlyStopping("val_loss", min_delta=10.0, patience=1, verbose=asked)
+        callbacks = [FinetuningScheduler(ft_schedule=schedule), stopping]
+        self.trainer(folder, callbacks, epochs=12).fit(Module(net, Plan()), *loaders(Plan()))
+
+
+def _two_phases(plan: Plan) -> dict[int, dict[str, Any]]:
+    """The head up to the border, the backbone too from there."""
+    border, end = plan.phases.index("all"), len(plan.phases)
+    return {
+        0: {"params": [r"net.head.*"], "max_transition_epoch": border},
+        1: {"params": [r"net.backbone.*"], "lr": 0.005, "max_transition_epoch": end},
+    }
+
+
+def peers() -> list[Lightning]:
+    """Those that are installed."""
+    warnings.filterwarnings("ignore")  # about workers, loggers and devices that the case does without
+    found: list[Lightning] = [Lightning()]
+    try:
+        import finetuning_scheduler  # noqa: F401
+    except ImportError:
+        return found
+    return [*found, Scheduler()]
+
+
+if __name__ == "__main__":
+    logging.disable(logging.INFO)
+    (asked,) = (each for each in peers() if each.name == sys.argv[1])
+    asked.rank(sys.argv[2], Path(sys.argv[3]))

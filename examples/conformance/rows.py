@@ -1,0 +1,291 @@
+"""Rows 1 to 9 and 11 to 13 on a tool, in terms of what `case.Peer` can do; row 10 is each tool's own.
+
+Each function returns where the tool passes, and raises `Fails` or `NotThereError` where it does not.
+"""
+
+import contextlib
+import io
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from case import (
+    STEPS_AN_EPOCH,
+    Fails,
+    KilledError,
+    Net,
+    PassesWithNote,
+    Peer,
+    Plan,
+    Witness,
+    changed,
+    network,
+    seeded,
+    state_of,
+    watched,
+)
+from torch import Tensor
+
+BORDER = STEPS_AN_EPOCH
+KILLS = {BORDER - 1: "1 step before", BORDER: "at", BORDER + 1: "1 step after", 2 * BORDER: "1 epoch after"}
+"""Training steps after which the process is killed, and where that is from the border of the two phases."""
+
+
+def whole(peer: Peer, plan: Plan, *, net: Net | None = None) -> tuple[Net, Witness]:
+    """A run that nobody interrupts."""
+    net = network() if net is None else net
+    with TemporaryDirectory() as folder, watched(net, plan) as witness:
+        seeded()
+        peer.fit(net, plan, Path(folder))
+    return net, witness
+
+
+def interrupted(peer: Peer, plan: Plan, kill_at: int, *, fresh: Callable[[], Net] = network) -> tuple[Net, Witness]:
+    """A run that is killed and resumed as the tool documents, with a network and a process's seeds anew."""
+    with TemporaryDirectory() as folder:
+        net = network()
+        with watched(net, plan, kill_at=kill_at), contextlib.suppress(KilledError):
+            seeded()
+            peer.fit(net, plan, Path(folder))
+            raise Fails("it was not killed")
+        net = fresh()
+        with watched(net, plan) as witness:
+            seeded()
+            peer.fit(net, plan, Path(folder), resume=True)
+        return net, witness
+
+
+def apart(one: Net, other: Net) -> list[str]:
+    """Names of the parameters in which two runs differ by more than rounding."""
+    ended = dict(other.named_parameters())
+    return [name for name, each in one.named_parameters() if not torch.allclose(each, ended[name], 1e-4, 1e-6)]
+
+
+def row_1(peer: Peer) -> None:
+    """Killed around the border and resumed, the run ends with the same weights."""
+    plan, wrong = Plan(), []
+    expected, _ = whole(peer, plan)
+    for kill_at, place in KILLS.items():
+        try:
+            net, witness = interrupted(peer, plan, kill_at)
+        except Exception as error:  # noqa: BLE001 - whatever a tool raises here, it is a row that it fails
+            wrong.append(f"{place}: {type(error).__name__}")
+            continue
+        if differing := apart(expected, net):
+            wrong.append(f"{place}: {_how(net, witness, differing)}")
+    if wrong:
+        raise Fails("killed " + "; ".join(wrong))
+
+
+def _how(net: Net, witness: Witness, differing: list[str]) -> str:
+    backbone = {name for name, _ in net.backbone.named_parameters(prefix="backbone")}
+    still = witness.starts and not backbone & set(changed(witness.starts[0], state_of(net)))
+    return "the backbone is frozen again" if still else f"{len(differing)} tensors end elsewhere"
+
+
+def row_2(peer: Peer) -> None:
+    """Norms of the frozen backbone keep their statistics, over validation too, and normalise with them."""
+    plan = Plan(phases=("head", "head", "all"))
+    _, witness = whole(peer, plan)
+    moved = [name for name in changed(witness.starts[0], witness.starts[2]) if "running" in name]
+    faults = [f"{len(moved)} statistics of frozen norms move"] if moved else []
+    if faults := [*faults, *(each for each in witness.faults if "norm" in each)]:
+        raise Fails("; ".join(faults))
+
+
+def row_3(peer: Peer) -> None:
+    """Dropout of the frozen backbone is off."""
+    plan = Plan()
+    _, witness = whole(peer, plan, net=network(0.5))
+    if faults := [each for each in witness.faults if "dropout" in each]:
+        raise Fails(faults[0])
+
+
+def row_4(peer: Peer) -> None:
+    """Frozen weights keep still under decay and momentum, also where they are frozen again after training."""
+    wrong = []
+    for optimizer in ("adamw", "sgd"):
+        plan = Plan(("head", "all", *peer_again(peer), "all"), optimizer, decay=0.5)
+        net, witness = whole(peer, plan)
+        ends = [*witness.starts[1:], state_of(net)]
+        for epoch, what in enumerate(plan.phases):
+            moved = [name for name in changed(witness.starts[epoch], ends[epoch]) if name in _weights(net)]
+            if what == "head" and moved:
+                wrong.append(f"{optimizer}, {'frozen again' if epoch else 'frozen first'}: {len(moved)} tensors move")
+    if wrong:
+        raise Fails("; ".join(wrong))
+
+
+def peer_again(peer: Peer) -> tuple[str, ...]:
+    """A phase that freezes the backbone again, where the tool can do that."""
+    return ("head",) if getattr(peer, "freezes_again", True) else ()
+
+
+def _weights(net: Net) -> set[str]:
+    """Names of the backbone's weights and biases, without its norms, which row 2 looks at."""
+    return {f"backbone.{name}" for name in ("stem.0.weight", "stem.0.bias")} | {
+        f"backbone.twins.{name}" for name, _ in net.backbone.get_submodule("twins").named_parameters()
+    }
+
+
+def row_5(peer: Peer) -> None:
+    """Each schedule goes through the border, and through a resume in the epoch after it."""
+    wrong, refused, resumes = [], [], not _resumed_apart(peer, Plan())
+    for schedule in peer.schedules():
+        plan = Plan(schedule=schedule)
+        try:
+            differing = _resumed_apart(peer, plan) if resumes else apart(*[whole(peer, plan)[0]] * 2)
+        except Exception as error:  # noqa: BLE001 - whatever a tool raises here, it is a row that it fails
+            if "support" in str(error):
+                refused.append(schedule)
+            else:
+                wrong.append(f"{schedule}: {type(error).__name__}: {str(error).partition(chr(10))[0][:60]}")
+            continue
+        if differing and resumes:
+            wrong.append(f"{schedule}: resumed, it ends elsewhere")
+    if not resumes:
+        wrong.append("no resume ends where it should (row 1)")
+    if wrong:
+        raise Fails("; ".join(wrong))
+    if refused:
+        raise PassesWithNote(f"{', '.join(refused)} is refused as not supported")
+
+
+def _resumed_apart(peer: Peer, plan: Plan) -> list[str]:
+    """What ends elsewhere in a run that is killed an epoch after the border."""
+    expected, _ = whole(peer, plan)
+    return apart(expected, interrupted(peer, plan, 2 * BORDER)[0])
+
+
+def row_6(peer: Peer) -> None:
+    """Two equal biases that thaw together, each block with its own rate, both train."""
+    net, witness = whole(peer, Plan(apart=True))
+    still = {"backbone.twins.one.bias", "backbone.twins.two.bias"} - set(changed(witness.starts[1], state_of(net)))
+    if still:
+        raise Fails(f"{', '.join(sorted(still))} never trains")
+
+
+def row_7(peer: Peer) -> None:
+    """Resumed with modules registered in another order, every tensor ends where it would have."""
+    plan = Plan()
+    expected, _ = whole(peer, plan)
+    straight, _ = interrupted(peer, plan, 2 * BORDER)
+    if apart(expected, straight):
+        raise Fails("not even in the same order (row 1)")
+    net, _ = interrupted(peer, plan, 2 * BORDER, fresh=lambda: network(backwards=True))
+    if differing := apart(expected, net):
+        raise Fails(f"moments land by position: {len(differing)} tensors end elsewhere, and nothing is said")
+
+
+def row_8(peer: Peer) -> None:
+    """After a resume come the samples that would have come."""
+    plan = Plan(shuffle=True)
+    _, expected = whole(peer, plan)
+    epochs = [expected.batches[start : start + BORDER] for start in range(0, 3 * BORDER, BORDER)]
+    for kill_at in (2 * BORDER, 2 * BORDER + 1):
+        _, witness = interrupted(peer, plan, kill_at)
+        count = len(witness.batches)
+        if witness.batches != expected.batches[-count:]:
+            again = witness.batches[-BORDER:] == epochs[0]
+            raise Fails("epoch 0's order comes again" if again else "other samples come than would have come")
+
+
+def row_9(peer: Peer) -> None:
+    """Compiled, what thaws trains."""
+    net = network()
+    before = state_of(net)
+    with TemporaryDirectory() as folder:
+        seeded()
+        peer.fit(net, Plan(compiled=True), Path(folder))
+    still = _weights(net) - set(changed(before, state_of(net)))
+    if still:
+        raise Fails(f"{len(still)} thawed tensors never train")
+
+
+def row_10(peer: Peer) -> None:
+    """Two ranks go through the border and stay equal."""
+    with TemporaryDirectory() as folder:
+        peer.ranks(Path(folder))
+
+
+def row_11(peer: Peer) -> None:
+    """The learning-rate finder leaves weights, buffers, modes and random generators as they were."""
+    net = network(0.5)
+    before, modes, random_before = state_of(net), [module.training for module in net.modules()], _random_state()
+    with TemporaryDirectory() as folder:
+        peer.rates(net, Path(folder))
+    wrong = [f"{len(moved)} tensors"] if (moved := changed(before, state_of(net))) else []
+    wrong += ["modes"] if modes != [module.training for module in net.modules()] else []
+    after = _random_state()
+    wrong += [name for name, state in random_before.items() if not np.array_equal(state, after[name])]
+    if wrong:
+        raise Fails(f"changes {', '.join(wrong)}")
+
+
+def _random_state() -> dict[str, np.ndarray]:
+    keys = np.random.get_state()[1]
+    return {
+        "torch's random state": torch.get_rng_state().numpy(),
+        "numpy's random state": np.array(keys),
+        "Python's random state": np.array(random.getstate()[1]),
+    }
+
+
+def row_12(peer: Peer) -> None:
+    """A pattern that matches nothing is refused, with near names."""
+    with TemporaryDirectory() as folder:
+        said = ""
+        try:
+            said = peer.pattern(network(), Path(folder))
+        except (Fails, KilledError):
+            raise
+        except Exception as error:
+            if type(error).__name__ == "NotThereError":
+                raise
+            if "backbone.stem" in str(error) or "did you mean" in str(error).lower():
+                return
+            raise PassesWithNote("refused; no near name is offered") from error
+        raise Fails(said or "ignored in silence")
+
+
+def row_13(peer: Peer) -> None:
+    """Where early stopping ends a phase or training, somebody is told why."""
+    if _speaks(peer, asked=False):
+        return
+    if _speaks(peer, asked=True):
+        raise PassesWithNote("if asked to (verbose=True)")
+    raise Fails("early stopping ends training and nothing says so")
+
+
+def _speaks(peer: Peer, *, asked: bool) -> bool:
+    """True where something that is printed or logged says that early stopping ended a phase or training."""
+    out = io.StringIO()
+    handler = logging.StreamHandler(out)
+    loggers = [logging.getLogger(), *map(logging.getLogger, ("lightning", "lightning.pytorch", "finetuning_scheduler"))]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with TemporaryDirectory() as folder, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            peer.reasons(network(), Path(folder), asked=asked)
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    return any(word in out.getvalue().lower() for word in REASONS)
+
+
+REASONS = ("early stop", "not improve", "did not improve", "no improvement", "stopping since", "has not gained")
+"""Words by which a tool may say that it stopped because nothing improved."""
+
+ROWS: dict[int, Callable[[Peer], None]] = {
+    1: row_1, 2: row_2, 3: row_3, 4: row_4, 5: row_5, 6: row_6, 7: row_7, 8: row_8, 9: row_9, 10: row_10,
+    11: row_11, 12: row_12, 13: row_13,
+}  # fmt: skip
+
+
+def equal_states(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """Names of the parameters in which two ranks differ."""
+    return [name for name, each in one.items() if not torch.allclose(each, other[name], 1e-5, 1e-7)]

@@ -1,0 +1,77 @@
+"""Print who passes what: rows 1 to 13 of the known defects, on each tool that is installed here.
+
+Nothing is installed and nothing downloaded. A tool that cannot be imported has no column. Run it from anywhere:
+
+    python examples/conformance/table.py [--rows 1,2,3] [--only Lightning]
+"""
+
+import argparse
+import importlib
+import importlib.util
+import logging
+import traceback
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from case import Fails, NotThereError, PassesWithNote
+from rows import ROWS
+
+MODULES = {"lightning": "on_lightning", "fastai": "on_fastai", "skorch": "on_skorch", "tuneforge": "on_tuneforge"}
+TITLES = {
+    1: "resume around the border of two phases", 2: "frozen norms keep still", 3: "frozen dropout is off",
+    4: "decay and momentum move nothing frozen", 5: "schedules over the border and a resume",
+    6: "equal tensors all train", 7: "optimizer state by name", 8: "order of samples after a resume",
+    9: "thawed layers train when compiled", 10: "two ranks through the border",
+    11: "a search for the rate changes nothing", 12: "a pattern that matches nothing", 13: "an end has its reason",
+}  # fmt: skip
+
+
+def peers() -> Iterable[Any]:
+    """The tools that can be imported, in turn."""
+    for package, module in MODULES.items():
+        if importlib.util.find_spec(package) is not None:
+            yield from importlib.import_module(module).peers()
+
+
+def verdict(peer: Any, number: int, *, debug: bool) -> str:
+    """One cell of the table."""
+    try:
+        (peer.row if hasattr(peer, "row") else lambda row: ROWS[row](peer))(number)
+    except NotThereError as why:
+        return f"n/a: {why}"
+    except PassesWithNote as why:
+        return f"pass, {why}"
+    except Fails as why:
+        return f"fail: {why}"
+    except Exception as error:  # noqa: BLE001 - a tool that stops on the case fails the row
+        if debug:
+            traceback.print_exc()
+        return f"fail: {type(error).__name__}: {str(error).partition(chr(10))[0][:90]}"
+    return "pass"
+
+
+def main() -> None:
+    """Run every row on every tool."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="numbers, joined by commas")
+    parser.add_argument("--only", help="one tool, by its name")
+    parser.add_argument("--debug", action="store_true", help="print what a tool raised")
+    asked = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    found = [each for each in peers() if asked.only in (None, each.name)]
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.setStream(open("/dev/null", "w"))  # noqa: SIM115 - until the process ends
+    print(f"torch {torch.__version__}\n")
+    print("| row | | " + " | ".join(f"{each.name} {each.version()}" for each in found) + " |")
+    print("| --- | --- |" + " --- |" * len(found))
+    for number in map(int, asked.rows.split(",")):
+        cells = [verdict(each, number, debug=asked.debug) for each in found]
+        print(f"| {number} | {TITLES[number]} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

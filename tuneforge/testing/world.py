@@ -1,0 +1,109 @@
+"""The small world of the kit: three clouds of points, and a network that holds every trap at once.
+
+Shapes: b samples in a batch, 8 numbers a sample, 3 classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from tuneforge import Data, Group, Model, Split
+from tuneforge.builtin.arrays import Tensors
+from tuneforge.builtin.targets import Classes
+
+CLASSES = ("a", "b", "c")
+CAME_WITH = ("a", "b", "z")
+"""Labels of the head's rows as the weights come: the row of `c` starts fresh."""
+
+GROUPS = {"stem": ("stem",), "twins": ("twins",), "body": ("body", "spare"), "head": ("head",)}
+TWINS = ("twins.one.bias", "twins.two.bias")
+
+
+class Twins(nn.Module):
+    """Two layers side by side whose biases are both zero: (b, n) -> (b, m)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(inputs, outputs), nn.Linear(inputs, outputs)
+        nn.init.zeros_(self.one.bias)
+        nn.init.zeros_(self.two.bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The sum of both answers."""
+        return torch.tanh(self.one(inputs)) + torch.tanh(self.two(inputs))
+
+
+class Network(nn.Module):
+    """(b, 8) -> (b, 3), with what others got wrong about freezing.
+
+    Norms with and without parameters, the first one right at the input; dropout in every block; two equal biases; a
+    weight that two layers share; a layer that never gets a gradient (`spare`); a stem whose features pay to keep.
+
+    Args:
+        batch_statistics: Of the body's last norm: none are kept, it always normalises with the batch.
+        backwards: Register the blocks in the opposite order; names and values stay the same.
+    """
+
+    def __init__(self, *, batch_statistics: bool = False, backwards: bool = False) -> None:
+        super().__init__()
+        norms = [nn.BatchNorm1d(8, affine=False), nn.BatchNorm1d(64), nn.BatchNorm1d(16, affine=False)]
+        shared = nn.Linear(16, 16)
+        again = nn.Linear(16, 16)
+        again.weight = shared.weight
+        last = nn.BatchNorm1d(16, track_running_stats=not batch_statistics)
+        blocks = {
+            "stem": nn.Sequential(norms[0], nn.Linear(8, 64), norms[1], nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 64)),
+            "twins": Twins(64, 16),
+            "body": nn.Sequential(shared, norms[2], nn.ReLU(), nn.Dropout(0.2), again, last, nn.Dropout(0.2)),
+            "spare": nn.Linear(16, 3),
+            "head": nn.Linear(16, 3),
+        }
+        for name in reversed(blocks) if backwards else blocks:
+            self.add_module(name, blocks[name])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The logits."""
+        features: Tensor = self.get_submodule("body")(self.get_submodule("twins")(self.get_submodule("stem")(inputs)))
+        logits: Tensor = self.get_submodule("head")(features)
+        return logits
+
+
+def model(*, batch_statistics: bool = False, backwards: bool = False) -> Model:
+    """A fresh copy of the network with the weights that it always comes with."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = Network(batch_statistics=batch_statistics, backwards=backwards)
+        _visit(module, (torch.randn(64, 8) * 2 + 1 for _ in range(3)))
+    groups = [Group(name, prefixes) for name, prefixes in GROUPS.items()]
+    return Model(module, groups=groups, head="head", labels=CAME_WITH, kept=CAME_WITH)
+
+
+def _visit(module: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Let the norms see other data than the run's, so that statistics that go on moving show."""
+    module.train()
+    with torch.no_grad():
+        for batch in batches:
+            module(batch)
+
+
+def cloud(count: int, *, seed: int) -> Split:
+    """Points (count, 8) around three centres, and their classes."""
+    centres = torch.randn(len(CLASSES), 8, generator=torch.Generator().manual_seed(0)) * 2
+    classes = torch.arange(count) % len(CLASSES)
+    return Split(centres[classes] + torch.randn(count, 8, generator=torch.Generator().manual_seed(seed)), classes)
+
+
+def data(*, share: int = 0, shares: int = 1) -> Data:
+    """48 samples to train on, or one of several equal shares of them; 24 to validate and 12 to test."""
+    train = cloud(48, seed=1)
+    rows = torch.arange(share, len(train), shares)
+    return Data(
+        train=train.take(rows),
+        val=cloud(24, seed=2),
+        test=cloud(12, seed=3),
+        inputs=Tensors(),
+        targets=Classes(names=CLASSES),
+    )
