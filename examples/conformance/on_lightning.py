@@ -169,7 +169,7 @@ class Lightning:
         if torch.equal(one["backbone.stem.0.weight"], network().backbone.stem[0].weight):
             return "what thaws never trains"
         differing = equal_states(one, two)
-        return f"the ranks end with {len(differing)} different tensors" if differing else ""
+        return f"the ranks drift apart in {len(differing)} tensors" if differing else ""
 
     def rank(self, strategy: str, folder: Path) -> None:
         """What each process does."""

@@ -74,6 +74,7 @@ def check_frozen_dropout_is_off(trial: Trial) -> None:
     watch = Watch(forward=True)
     trial.run(framed(), watch)
     _no_faults(trial, watch, about="dropout")
+    assert watch.looked, f"{trial.label}: no frozen dropout or norm ran, so nothing was seen"
 
 
 def check_decay_and_momentum_move_nothing_frozen(trial: Trial) -> None:
@@ -208,7 +209,7 @@ def check_misspelt_selectors_are_refused(trial: Trial) -> None:
         return attrs.evolve(step, lr_scales=scales) if isinstance(step, Phase) else step
 
     for number, (changed, near) in enumerate([(misspelt, "twins"), (scaled, "body")]):
-        said = _refusal(trial, Framed(changed=changed), f"misspelt-{number}")
+        said = _refusal(trial, Framed(after=[changed(HEAD)], changed=changed), f"misspelt-{number}")
         assert said, f"{trial.label}: a selector that matches nothing was ignored"
         assert near in said, f"{trial.label}: the error does not offer '{near}': {said}"
 
