@@ -36,7 +36,7 @@ def test_a_digit_on_paper_is_read_whatever_its_ink_margin_and_size(result):
 
 
 def _test_ids():
-    run = SimpleNamespace(config=SimpleNamespace(seed=0))
+    run = SimpleNamespace(config=SimpleNamespace(seed=0), data_seed=0)
     return Digits().data_prepare(run).further["real digits"].ids
 
 

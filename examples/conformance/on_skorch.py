@@ -62,13 +62,11 @@ class Skorch:
     def fit(self, net: Net, plan: Plan, folder: Path, *, resume: bool = False) -> None:
         """`fit`; resumed, a `LoadInitState` begins from the checkpoint, for the epochs that are left."""
         saving = Checkpoint(dirname=str(folder), monitor=None)
-        first = [("loading", LoadInitState(saving))] if resume else []
+        last = [("saving", saving), *([("loading", LoadInitState(saving))] if resume else [])]
         done = 0
         if resume and (folder / "history.json").exists():
             done = len(skorch.history.History.from_file(str(folder / "history.json")))
-        self.classifier(
-            net, plan, [*first, *self.callbacks(plan), ("saving", saving)], epochs=len(plan.phases) - done
-        ).fit(*samples())
+        self.classifier(net, plan, [*self.callbacks(plan), *last], epochs=len(plan.phases) - done).fit(*samples())
 
     def ranks(self, folder: Path) -> None:
         """Left to Accelerate, which is a tool of its own."""

@@ -15,7 +15,6 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from tuneforge.engine import faults
 from tuneforge.errors import FolderError, TryAgainError, UnsafeFileError
 
 RUN, STATUS, STEPS, METRICS, REPORT = "run.json", "status.json", "steps.jsonl", "metrics.jsonl", "report.json"
@@ -113,9 +112,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        faults.point("file.before-rename")
         temporary.replace(path)
-        faults.point("file.after-rename")
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _write_error(path, error) from error
