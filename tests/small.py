@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.builtin.arrays import Tensors
+from tuneforge.builtin.tables.arrays import Tensors
 from tuneforge.builtin.targets import Classes
 
 

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 import tuneforge as tf
-from tuneforge.engine import freezing, memory, optim, phase, plan, probe, proof
+from tuneforge.engine import phase, plan, probe
+from tuneforge.engine.network import freezing, optim, proof
+from tuneforge.engine.state import memory
 from tuneforge.plugin import registry
 from tuneforge.testing import CHECKS, SLOW_CHECKS, check_strategy, ranks, rows, small_options, strategy_checks
 
@@ -280,7 +282,7 @@ def test_state_by_position_goes_unseen_until_modules_are_reordered(monkeypatch):
 
 
 def test_a_name_or_a_class_gets_small_options_and_an_instance_keeps_its_own():
-    from tuneforge.builtin.strategies import FreezeThenUnfreeze, Full
+    from tuneforge.builtin.strategies.fixed import FreezeThenUnfreeze, Full
 
     assert small_options(FreezeThenUnfreeze) == {"epochs": 2}
     by_class, by_name, by_instance = (

@@ -15,7 +15,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.builtin.strategies import Full
+from tuneforge.builtin.strategies.fixed import Full
 from tuneforge.sklearn import TunedClassifier, TunedRegressor
 from tuneforge.sklearn.estimator import divided
 

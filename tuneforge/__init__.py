@@ -11,44 +11,47 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tuneforge.builtin.arrays import data_of as data_of
-    from tuneforge.engine.data import (
-        Batch as Batch,
-    )
-    from tuneforge.engine.data import (
-        Data as Data,
-    )
-    from tuneforge.engine.data import (
-        Inputable as Inputable,
-    )
-    from tuneforge.engine.data import (
-        Inputs as Inputs,
-    )
-    from tuneforge.engine.data import (
-        Source as Source,
-    )
-    from tuneforge.engine.data import (
-        Split as Split,
-    )
-    from tuneforge.engine.data import (
-        Targets as Targets,
-    )
-    from tuneforge.engine.data import (
-        map_inputs as map_inputs,
-    )
+    from tuneforge.builtin.tables.arrays import data_of as data_of
+    from tuneforge.check.limited import Limited as Limited
+    from tuneforge.check.limited import LimitError as LimitError
     from tuneforge.engine.engine import Engine as Engine
     from tuneforge.engine.engine import Result as Result
     from tuneforge.engine.evaluation import Metrics as Metrics
-    from tuneforge.engine.folder import load_tensors as load_tensors
-    from tuneforge.engine.folder import save_tensors as save_tensors
-    from tuneforge.engine.model import Group as Group
-    from tuneforge.engine.model import Model as Model
-    from tuneforge.engine.order import Noise as Noise
+    from tuneforge.engine.network.model import Group as Group
+    from tuneforge.engine.network.model import Model as Model
     from tuneforge.engine.run import Run as Run
+    from tuneforge.engine.samples.data import (
+        Batch as Batch,
+    )
+    from tuneforge.engine.samples.data import (
+        Data as Data,
+    )
+    from tuneforge.engine.samples.data import (
+        Inputable as Inputable,
+    )
+    from tuneforge.engine.samples.data import (
+        Inputs as Inputs,
+    )
+    from tuneforge.engine.samples.data import (
+        Source as Source,
+    )
+    from tuneforge.engine.samples.data import (
+        Split as Split,
+    )
+    from tuneforge.engine.samples.data import (
+        Targets as Targets,
+    )
+    from tuneforge.engine.samples.data import (
+        map_inputs as map_inputs,
+    )
+    from tuneforge.engine.samples.order import Noise as Noise
+    from tuneforge.engine.state.folder import load_tensors as load_tensors
+    from tuneforge.engine.state.folder import save_tensors as save_tensors
     from tuneforge.engine.tuned import Tuned as Tuned
     from tuneforge.engine.tuned import evaluate as evaluate
     from tuneforge.engine.tuned import load as load
     from tuneforge.engine.tuned import predict as predict
+    from tuneforge.engine.tuned import with_data as with_data
     from tuneforge.errors import (
         DataError as DataError,
     )
@@ -97,6 +100,21 @@ if TYPE_CHECKING:
     from tuneforge.judge.lr_find import lr_find as lr_find
     from tuneforge.judge.page import write_page as write_page
     from tuneforge.judge.race import compare as compare
+    from tuneforge.plugin.answers import (
+        Answer as Answer,
+    )
+    from tuneforge.plugin.answers import (
+        Brief as Brief,
+    )
+    from tuneforge.plugin.answers import (
+        GroupInfo as GroupInfo,
+    )
+    from tuneforge.plugin.answers import (
+        Readings as Readings,
+    )
+    from tuneforge.plugin.answers import (
+        Report as Report,
+    )
     from tuneforge.plugin.component import (
         Check as Check,
     )
@@ -118,31 +136,16 @@ if TYPE_CHECKING:
     from tuneforge.plugin.config import RunConfig as RunConfig
     from tuneforge.plugin.hookspecs import hookimpl as hookimpl
     from tuneforge.plugin.steps import (
-        Answer as Answer,
-    )
-    from tuneforge.plugin.steps import (
         Blend as Blend,
     )
     from tuneforge.plugin.steps import (
-        Brief as Brief,
-    )
-    from tuneforge.plugin.steps import (
         Fit as Fit,
-    )
-    from tuneforge.plugin.steps import (
-        GroupInfo as GroupInfo,
     )
     from tuneforge.plugin.steps import (
         Phase as Phase,
     )
     from tuneforge.plugin.steps import (
         Probe as Probe,
-    )
-    from tuneforge.plugin.steps import (
-        Readings as Readings,
-    )
-    from tuneforge.plugin.steps import (
-        Report as Report,
     )
     from tuneforge.plugin.steps import (
         Step as Step,
@@ -156,6 +159,13 @@ if TYPE_CHECKING:
     from tuneforge.plugin.steps import (
         use as use,
     )
+    from tuneforge.ship.bundle import Servable as Servable
+    from tuneforge.ship.bundle import load_bundle as load_bundle
+    from tuneforge.ship.bundle import servable_of as servable_of
+    from tuneforge.ship.formats import ExportFormat as ExportFormat
+    from tuneforge.ship.formats import Forward as Forward
+    from tuneforge.ship.formats import answers_of as answers_of
+    from tuneforge.ship.formats import forward_of as forward_of
 
 _HOMES = {
     "tuneforge.errors": (
@@ -175,6 +185,7 @@ _HOMES = {
         "UnsafeFileError",
         "close_match",
     ),
+    "tuneforge.check.limited": ("LimitError", "Limited"),
     "tuneforge.plugin.component": (
         "component",
         "option",
@@ -184,23 +195,10 @@ _HOMES = {
         "between",
     ),
     "tuneforge.plugin.hookspecs": ("hookimpl",),
-    "tuneforge.plugin.steps": (
-        "Phase",
-        "Fit",
-        "Probe",
-        "Blend",
-        "Report",
-        "Readings",
-        "Brief",
-        "GroupInfo",
-        "Step",
-        "Steps",
-        "Answer",
-        "Use",
-        "use",
-    ),
+    "tuneforge.plugin.steps": ("Phase", "Fit", "Probe", "Blend", "Step", "Steps", "Use", "use"),
+    "tuneforge.plugin.answers": ("Report", "Readings", "Brief", "GroupInfo", "Answer"),
     "tuneforge.plugin.config": ("RunConfig",),
-    "tuneforge.engine.data": (
+    "tuneforge.engine.samples.data": (
         "Batch",
         "Data",
         "Inputs",
@@ -210,9 +208,9 @@ _HOMES = {
         "Inputable",
         "map_inputs",
     ),
-    "tuneforge.engine.order": ("Noise",),
+    "tuneforge.engine.samples.order": ("Noise",),
     "tuneforge.engine.evaluation": ("Metrics",),
-    "tuneforge.engine.model": (
+    "tuneforge.engine.network.model": (
         "Group",
         "Model",
     ),
@@ -221,7 +219,7 @@ _HOMES = {
         "Engine",
         "Result",
     ),
-    "tuneforge.engine.folder": (
+    "tuneforge.engine.state.folder": (
         "load_tensors",
         "save_tensors",
     ),
@@ -230,11 +228,23 @@ _HOMES = {
         "evaluate",
         "load",
         "predict",
+        "with_data",
     ),
     "tuneforge.judge.lr_find": ("lr_find",),
     "tuneforge.judge.page": ("write_page",),
     "tuneforge.judge.race": ("compare",),
-    "tuneforge.builtin.arrays": ("data_of",),
+    "tuneforge.builtin.tables.arrays": ("data_of",),
+    "tuneforge.ship.bundle": (
+        "Servable",
+        "load_bundle",
+        "servable_of",
+    ),
+    "tuneforge.ship.formats": (
+        "ExportFormat",
+        "Forward",
+        "answers_of",
+        "forward_of",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from tuneforge import DataError, OptionError, UsageError
-from tuneforge.builtin.arrays import Arrays, Tensors, data_of
+from tuneforge.builtin.tables.arrays import Arrays, Tensors, data_of
 from tuneforge.builtin.targets import Classes, LabelSets, Numbers
-from tuneforge.engine import given
+from tuneforge.engine.samples import given
 from tuneforge.plugin.component import build, values_of
 from tuneforge.plugin.manager import Member, implementations
 
@@ -256,7 +256,7 @@ class TestDatasets:
         assert "not used" in data.notes[0]
 
     def test_reading_many_answers_is_said(self, monkeypatch):
-        monkeypatch.setattr("tuneforge.builtin.samples._MANY", 30)
+        monkeypatch.setattr("tuneforge.builtin.tables.samples._MANY", 30)
         assert "30 is many" in prepared(Pairs(lambda index: ([float(index)], int(Y[index])))).notes[0]
 
     @pytest.mark.parametrize(

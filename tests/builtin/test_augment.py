@@ -12,7 +12,7 @@ from scipy.stats import beta as scipy_beta
 from torch import Tensor
 
 from tuneforge import Batch, Noise, UsageError
-from tuneforge.builtin.augment import Erase, Flip, MixUp, Rotate, Shift, beta
+from tuneforge.builtin.images.augment import Erase, Flip, MixUp, Rotate, Shift, beta
 
 RUN = SimpleNamespace(data=SimpleNamespace(targets=SimpleNamespace(size=4)))
 ROWS = torch.arange(64)

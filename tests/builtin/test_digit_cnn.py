@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from tuneforge import DataError, Group, PluginError, UnsafeFileError, UsageError, save_tensors
-from tuneforge.builtin.digit_cnn import LABELS, SHIPPED, DigitCNN, DigitNet
-from tuneforge.builtin.digits import Glyphs
+from tuneforge.builtin.characters.digit_cnn import LABELS, SHIPPED, DigitCNN, DigitNet
+from tuneforge.builtin.characters.digits import Glyphs
 
 
 def run_of(labels: tuple[str, ...] = ("a", "b", "c"), *, seed: int = 0, restoring: bool = False, side: int = 32) -> Any:

@@ -3,8 +3,8 @@ import pytest
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
-from tuneforge.builtin.bitmaps import block_counts
-from tuneforge.builtin.digit_images import (
+from tuneforge.builtin.characters.bitmaps import block_counts
+from tuneforge.builtin.characters.digit_images import (
     AMBIGUOUS,
     DIGITS,
     OTHER_CHARACTERS,
@@ -13,7 +13,7 @@ from tuneforge.builtin.digit_images import (
     digits_and_others,
     real_digits,
 )
-from tuneforge.builtin.strokes import MAKINGS, bitmaps, digit_margin, make, normalised, recombine
+from tuneforge.builtin.characters.strokes import MAKINGS, bitmaps, digit_margin, make, normalised, recombine
 
 TRAIN, TEST = train_test_split(np.arange(1797), train_size=960, stratify=real_digits()[1], random_state=0)
 
@@ -94,7 +94,7 @@ def test_ambiguous_characters_are_not_among_the_others(train):
 
 
 def test_control_digits_are_of_no_family_that_is_trained_on(monkeypatch):
-    import tuneforge.builtin.digit_images as module
+    import tuneforge.builtin.characters.digit_images as module
 
     used = []
     draw = module.render

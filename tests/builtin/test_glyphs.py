@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from tuneforge.builtin.bitmaps import block_counts, bounds, deepest, distances, thin
-from tuneforge.builtin.fonts import CHARACTERS, find_fonts
-from tuneforge.builtin.glyphs import glyph_images, render
+from tuneforge.builtin.characters.bitmaps import block_counts, bounds, deepest, distances, thin
+from tuneforge.builtin.characters.fonts import CHARACTERS, find_fonts
+from tuneforge.builtin.characters.glyphs import glyph_images, render
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
@@ -28,7 +28,7 @@ def real() -> np.ndarray:
 def test_the_same_seed_gives_the_same_bytes_in_another_process_and_pyplot_stays_out():
     code = """if True:
         import sys, zlib
-        from tuneforge.builtin.glyphs import glyph_images
+        from tuneforge.builtin.characters.glyphs import glyph_images
         print(zlib.crc32(glyph_images(124, seed=3).images.tobytes()))
         print({"matplotlib.pyplot", "torch", "sklearn"} & set(sys.modules))
     """

@@ -17,13 +17,15 @@ import torch
 from PIL import Image
 
 from tuneforge import Data, DataError, Split, UnknownNameError, UsageError
-from tuneforge.builtin import image_splits
-from tuneforge.builtin.image_data import ImageCsv, ImageFolder, Torchvision
-from tuneforge.builtin.image_splits import stratified
+from tuneforge.builtin.images import image_splits
+from tuneforge.builtin.images.image_data import ImageCsv, ImageFolder, Torchvision
+from tuneforge.builtin.images.image_splits import stratified
 
 
 def run_of(seed: int = 0, **fields: Any) -> Any:
-    return SimpleNamespace(config=SimpleNamespace(seed=seed), data_seed=seed, restoring=False, **fields)
+    return SimpleNamespace(
+        config=SimpleNamespace(seed=seed), data_seed=seed, restoring=False, folder=None, **fields
+    )
 
 
 def picture(path: Path, level: int = 0, *, side: int = 4) -> Path:
@@ -233,7 +235,7 @@ def test_broken_pictures_are_named_and_counted_before_training(tmp_path: Path, m
         folder_of(tmp_path / name, {"a": 1, "b": 1})
     for number in (0, 2):
         (tmp_path / "train" / "b" / f"{number:03d}.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"cannot decode '.*train/b/000\.png', and 1 more fail"):
+    with pytest.raises(DataError, match=r"cannot use 'train/b/000\.png', and 1 more;"):
         folder_data(tmp_path, memory_mb=memory_mb)
 
 
@@ -616,5 +618,5 @@ def test_declaring_options_needs_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, tuneforge.builtin.image_data; sys.exit('torch' in sys.modules)"
+    code = "import sys, tuneforge.builtin.images.image_data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

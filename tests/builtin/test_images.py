@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tuneforge import DataError, OptionError
-from tuneforge.builtin.image_ops import Op, final_size, reduction
-from tuneforge.builtin.images import Images
-from tuneforge.builtin.picture_sources import PictureArrays, PictureFiles
+from tuneforge.builtin.images.image_ops import Op, final_size, reduction
+from tuneforge.builtin.images.images import Images
+from tuneforge.builtin.images.picture_sources import PictureArrays, PictureFiles
 from tuneforge.plugin.component import build, values_of
 
 RNG = np.random.default_rng(0)

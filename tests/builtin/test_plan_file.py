@@ -8,19 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tuneforge as tf
-from tuneforge.builtin.plan_file import KINDS, as_entry, plan_text, read_plan
+from tuneforge.builtin.strategies.plan_file import KINDS, as_entry, plan_text, read_plan
 
 EVERYTHING = [
-    tf.Probe("look", measure="rates", train=["head", "!norms"], batches=2, by="tensor"),
-    tf.Fit("fit", l2=0.1),
+    tf.Probe("look", measure="rates", train=["head", "!norms"], batches=2, by="tensor", why="who knows"),
+    tf.Fit("fit", l2=0.1, why="it is cheap"),
     tf.Phase(
         "all", train=("all", "!re:bias$"), epochs=3, lr=1 / 3, lr_scales={"second": 2.0, "head.*": 0.5, "first": 0.0},
         layer_decay=0.7, schedule=tf.use("step", milestones=(0.25, 0.5), gamma=0.3), optimizer="sgd", weight_decay=0.1,
         patience=2, monitor="loss", monitor_mode="min", min_gain=1e-4, restore_best=True, norms="moving",
         class_weights={"a": 1.5, "a b": 2}, sampling="balanced",
     ),
-    tf.Phase("steps", train="head", steps=7, optimizer=tf.use("sgd", momentum=0.9), class_weights="balanced"),
-    tf.Blend("mix", snapshots=["start", "all", "steps"], weights=[0.5], monitor="loss", monitor_mode="min"),
+    tf.Phase(
+        "steps", train="head", steps=7, optimizer=tf.use("sgd", momentum=0.9), class_weights="balanced",
+        mix={"old": 0.25, "a b": 0.5}, why="some said so",
+    ),
+    tf.Blend("mix", snapshots=["start", "all", "steps"], weights=[0.5], monitor="loss", monitor_mode="min", why="both"),
     tf.Blend("back", snapshots=["fit"]),
 ]  # fmt: skip
 
@@ -150,7 +153,7 @@ def test_the_plan_of_a_strategy_runs_as_the_strategy_does(tune, tmp_path, name):
 
 
 def test_the_docstrings_example_is_a_plan(tmp_path):
-    from tuneforge.builtin.plan_file import PlanFile
+    from tuneforge.builtin.strategies.plan_file import PlanFile
 
     example = PlanFile.__doc__.partition("in order:\n")[2].partition("\n    Every field")[0]
     (tmp_path / "plan.toml").write_text(example)

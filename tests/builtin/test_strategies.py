@@ -7,9 +7,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import tuneforge as tf
-from tuneforge.builtin.penalties import L2SP
-from tuneforge.builtin.strategies import LPFT, BiasOnly, LayerDecay, NormOnly, WiSEFT
-from tuneforge.engine import faults, frozen, memory
+from tuneforge.builtin.strategies.fixed import LPFT, BiasOnly, LayerDecay, NormOnly, WiSEFT
+from tuneforge.builtin.strategies.penalties import L2SP
+from tuneforge.engine.frozen import prefix
+from tuneforge.engine.state import faults, memory
 
 NORMS = {f"{block}.1.{name}" for block in ("first", "second") for name in ("weight", "bias")}
 BIASES = {f"{block}.{place}.bias" for block in ("first", "second") for place in (0, 1)}
@@ -83,8 +84,8 @@ def test_layer_decay_gives_rates_geometric_in_depth(tune):
     witness = Witness()
     tune(LayerDecay(epochs=1, lr=0.1, decay=0.5), extensions=[witness])
     (rates,) = witness.rates
-    for prefix, rate in (("head.", 0.1), ("second.", 0.05), ("first.", 0.025)):
-        assert {each for name, each in rates.items() if name.startswith(prefix)} == {rate}
+    for name_of, rate in (("head.", 0.1), ("second.", 0.05), ("first.", 0.025)):
+        assert {each for name, each in rates.items() if name.startswith(name_of)} == {rate}
 
 
 def logits_of_logistic_regression(module, *, l2):
@@ -188,7 +189,7 @@ def test_l2_sp_leaves_out_what_is_frozen(tune):
 
 
 def test_l2_sp_leaves_the_frozen_prefix_to_be_kept(tune, monkeypatch):
-    monkeypatch.setattr(frozen, "LEAST_WORK", 0.0)
+    monkeypatch.setattr(prefix, "LEAST_WORK", 0.0)
     net = tiny_net()
     net.first.requires_grad_(False)
     judge = Judge(3.0, 0.5, start())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tuneforge import DataError, FolderError, OptionError, PluginError, UsageError, save_tensors
-from tuneforge.builtin.table import MLP, TableCsv, TableRow
+from tuneforge.builtin.tables.table import MLP, TableCsv, TableRow
 from tuneforge.builtin.targets import Classes, Numbers
 from tuneforge.plugin.component import build, values_of
 

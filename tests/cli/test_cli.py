@@ -172,7 +172,7 @@ def test_a_finished_run_is_evaluated_and_predicts_from_its_folder_alone(run, tmp
     assert code == 0
     assert json.loads(out)["test"]["accuracy"] == report["splits"]["test"]["accuracy"]
     split = tf.load(folder)
-    from tuneforge.builtin.digit_images import real_digits
+    from tuneforge.builtin.characters.digit_images import real_digits
 
     picture = split.inputs.picture(split.inputs.decode((real_digits()[0][0] * 15).astype("uint8")))
     (tmp_path / "pictures").mkdir()
@@ -279,7 +279,7 @@ def test_an_option_of_an_extension_is_named_as_it_was_typed(run):
 def test_the_cache_is_listed_and_cleared_by_key(run, tmp_path, monkeypatch):
     import torch
 
-    from tuneforge.engine.store import Store
+    from tuneforge.engine.frozen.store import Store
 
     monkeypatch.setenv("TUNEFORGE_CACHE", str(tmp_path))
     for letter in "ab":

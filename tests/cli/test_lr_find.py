@@ -10,7 +10,7 @@ from torch import nn
 
 import tuneforge as tf
 from tuneforge.__main__ import main
-from tuneforge.builtin.arrays import Tensors
+from tuneforge.builtin.tables.arrays import Tensors
 from tuneforge.builtin.targets import Numbers
 from tuneforge.judge.lr_find import suggested
 

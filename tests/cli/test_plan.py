@@ -7,7 +7,7 @@ from small import tiny_data, tiny_net
 
 import tuneforge as tf
 from tuneforge.__main__ import main
-from tuneforge.builtin.plan_file import read_plan
+from tuneforge.builtin.strategies.plan_file import read_plan
 
 FEW = ["--data.per-class", "4", "--data.other-share", "0"]
 SAME = ("model.safetensors", "metrics.jsonl", "steps.jsonl")

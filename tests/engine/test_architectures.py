@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tuneforge as tf
-from tuneforge.builtin.images import Images
+from tuneforge.builtin.images.images import Images
 from tuneforge.builtin.targets import Classes
 
 FAMILIES = {

@@ -9,7 +9,7 @@ import torch
 from small import tiny_data, tiny_net
 
 import tuneforge as tf
-from tuneforge.engine import checkpoint, faults
+from tuneforge.engine.state import checkpoint, faults
 from tuneforge.plugin.config import budget_of
 
 BYTES = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "mistakes.json")

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from small import tiny_data, tiny_net
 
 import tuneforge as tf
-from tuneforge.engine import checkpoint, faults
-from tuneforge.engine.checkpoint import Checkpoints
+from tuneforge.engine.state import checkpoint, faults
+from tuneforge.engine.state.checkpoint import Checkpoints
 
 HISTORIES = int(os.environ.get("TUNEFORGE_HISTORIES", "100"))
 COMPARED = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json", "mistakes.json")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.builtin.arrays import Tensors
+from tuneforge.builtin.tables.arrays import Tensors
 from tuneforge.builtin.targets import Classes
 
 TEN = tuple("0123456789")

@@ -6,7 +6,7 @@ import torch
 from small import tiny_data, tiny_net
 
 import tuneforge as tf
-from tuneforge.plugin.steps import from_json
+from tuneforge.plugin.plain import from_json
 
 
 def weights(result):
@@ -196,6 +196,64 @@ def test_class_weights_and_sampling_reach_the_batches(tune):
     assert torch.bincount(torch.cat([targets for targets, _ in seen]), minlength=3).tolist() == [0, 72, 24]
 
 
+def test_parts_of_the_training_split_are_mixed_by_share_and_a_strategy_is_told_of_them(tune):
+    seen, told = [], []
+    data = attrs.evolve(tiny_data(), pools={"old": torch.arange(12), "new": torch.arange(12, 36)})
+
+    class Watches:
+        @tf.hookimpl(wrapper=True)
+        def train_step(self, batch):
+            seen.append(batch.rows)
+            result = yield
+            return result
+
+        @tf.hookimpl
+        def finetune_strategy(self, brief):
+            told.append(dict(brief.pools))
+            return [
+                tf.Phase("half", epochs=1, mix={"old": 0.5}),
+                tf.Phase("none", epochs=1, mix={"old": 0.0, "new": 1.0}),
+            ]
+
+    tune(Watches(), data=data)
+    half, none = torch.cat(seen[:6]), torch.cat(seen[6:])
+    assert told == [{"old": 12, "new": 24}]
+    assert int((half < 12).sum()) == 48
+    assert torch.bincount(half[half < 12]).tolist() == [4] * 12
+    assert len(half[half >= 12].unique()) == 48
+    assert sorted(none.tolist()) == sorted([*range(12, 36)] * 4)
+
+
+def test_a_mix_of_parts_that_are_not_there_is_an_error_that_names_those_that_are(tune):
+    data = attrs.evolve(tiny_data(), pools={"old": torch.arange(12)})
+    with pytest.raises(tf.DataError, match="no such part.*its parts are old"):
+        tune([tf.Phase("a", epochs=1, mix={"new": 0.5})], data=data)
+    with pytest.raises(tf.DataError, match="rows that do not exist"):
+        attrs.evolve(tiny_data(), pools={"old": torch.tensor([96])})
+    with pytest.raises(tf.UsageError, match="mix or sampling"):
+        tf.Phase("a", epochs=1, mix={"new": 0.5}, sampling="balanced")
+    with pytest.raises(tf.UsageError, match="at most 1"):
+        tf.Phase("a", epochs=1, mix={"new": 0.7, "old": 0.7})
+
+
+def test_a_strategy_says_why_it_asks_and_why_it_ends(tune):
+    @tf.component(api=1)
+    class Says:
+        @tf.hookimpl
+        def finetune_strategy(self):
+            yield tf.Phase("a", epochs=1, why="the <head> is new")
+            return "nothing is left to gain"
+
+    result = tune(Says(), page=True)
+    log, page = (result.folder / "log.txt").read_text(), (result.folder / "report.html").read_text()
+    assert "because the <head> is new" in log
+    assert "ended: nothing is left to gain" in log
+    assert "because <bdi>the &lt;head&gt; is new</bdi>" in page
+    assert "nothing is left to gain" in page
+    assert result.report["ended"] == "nothing is left to gain"
+    assert result.steps[0][0].why == "the <head> is new"
+
+
 def test_a_loss_that_is_no_number_halts_the_run(tune, tmp_path):
     with pytest.raises(tf.HaltError, match="training loss is nan"):
         tune([tf.Phase("a", epochs=1, lr=1e30)], optimizer=tf.use("sgd"))
@@ -222,7 +280,7 @@ def test_a_run_never_writes_over_another(tune, tmp_path):
 
 
 def test_a_folder_in_use_names_its_holder(tmp_path):
-    from tuneforge.engine.folder import RunFolder
+    from tuneforge.engine.state.folder import RunFolder
 
     with RunFolder(tmp_path / "r"), pytest.raises(tf.FolderError, match=r"process \d+"), RunFolder(tmp_path / "r"):
         pass

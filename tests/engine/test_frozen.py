@@ -12,14 +12,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import tuneforge as tf
-from tuneforge.engine import faults, frozen, store
+from tuneforge.engine.frozen import prefix, store
+from tuneforge.engine.state import faults
 
 
 @pytest.fixture(autouse=True)
 def cheap_counts(monkeypatch):
     """The small world's layers are cheap; here that does not matter."""
-    monkeypatch.setattr(frozen, "LEAST_WORK", 0.0)
-    monkeypatch.setattr(frozen, "LEAST_WORK_DISK", 0.0)
+    monkeypatch.setattr(prefix, "LEAST_WORK", 0.0)
+    monkeypatch.setattr(prefix, "LEAST_WORK_DISK", 0.0)
 
 
 def told(tune, strategy, **given):
@@ -213,9 +214,9 @@ def test_a_component_that_needs_the_inputs_turns_it_off(tune):
 
 
 def test_a_cheap_prefix_or_a_large_border_stays_out_of_the_way(tune, monkeypatch):
-    monkeypatch.setattr(frozen, "LEAST_WORK", 1e9)
+    monkeypatch.setattr(prefix, "LEAST_WORK", 1e9)
     assert "so cheap" in reason(tune, tiny_net())
-    monkeypatch.setattr(frozen, "LEAST_WORK", 0.0)
+    monkeypatch.setattr(prefix, "LEAST_WORK", 0.0)
     assert "more than --cache-mb 0" in reason(tune, tiny_net(), cache_mb=0, cache="memory")
     assert "more than --cache-mb 0" in reason(tune, tiny_net(), cache_mb=0, cache_disk_mb=0)
 
@@ -503,14 +504,14 @@ def test_a_stop_while_features_are_computed_saves_and_the_rest_is_the_same(tune,
     data = {"data": tiny_data(), "batch_size": 16, "page": False, "cache": "memory"}
     whole = tf.Engine(strategy=tf_plan, model=tiny_net(), out=tmp_path / "whole", **data).run()
     asked = tf.Engine(strategy=tf_plan, model=tiny_net(), out=tmp_path / "r", **data)
-    blocks = frozen._Filler._values_of
+    blocks = prefix._Filler._values_of
 
     def block(*given):
         asked.stop("SIGTERM", exit_code=143)
         return blocks(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frozen._Filler, "_values_of", block)
+        patch.setattr(prefix._Filler, "_values_of", block)
         with pytest.raises(tf.StoppedError):
             asked.run()
     resumed = tf.Engine.resume(tmp_path / "r", data=tiny_data(), model=tiny_net(), strategy=tf_plan).run()

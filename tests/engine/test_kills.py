@@ -18,9 +18,10 @@ from small import blobs, tiny_data
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.engine import faults, memory, phase
+from tuneforge.engine import phase
 from tuneforge.engine import run as run_module
 from tuneforge.engine.parts import Parts
+from tuneforge.engine.state import faults, memory
 
 KILLS = int(os.environ.get("TUNEFORGE_KILLS", "24"))
 CLOCK_KILLS = int(os.environ.get("TUNEFORGE_CLOCK_KILLS", "2"))

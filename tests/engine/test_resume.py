@@ -13,8 +13,8 @@ from small import TinyNet, tiny_data
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.engine import faults
-from tuneforge.engine.folder import RunFolder
+from tuneforge.engine.state import faults
+from tuneforge.engine.state.folder import RunFolder
 
 COMPARED = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json", "mistakes.json")
 

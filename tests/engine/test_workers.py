@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 import tuneforge as tf
-from tuneforge.engine.data import batches, in_turn
-from tuneforge.engine.workers import Workers
+from tuneforge.engine.samples.data import batches, in_turn
+from tuneforge.engine.samples.workers import Workers
 
 EPOCHS = 16
 SIGNALS = int(os.environ.get("TUNEFORGE_SIGNALS", "4"))
@@ -157,7 +157,7 @@ def test_processes_end_with_what_holds_them():
 
 HOLDER = """
 import os, torch
-from tuneforge.engine.workers import Workers
+from tuneforge.engine.samples.workers import Workers
 
 class Who:
     def fetch(self, rows):

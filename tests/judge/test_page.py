@@ -15,9 +15,11 @@ from PIL import Image
 from tuneforge import FolderError
 from tuneforge.builtin.metrics import ClassFigures, NumberFigures
 from tuneforge.engine.evaluation import single_numbers
-from tuneforge.engine.folder import write_json
+from tuneforge.engine.state.folder import write_json
 from tuneforge.judge.page import duration, figure, write_page
-from tuneforge.plugin.steps import Phase, Probe, Readings, Report, to_json
+from tuneforge.plugin.answers import Readings, Report
+from tuneforge.plugin.plain import to_json
+from tuneforge.plugin.steps import Phase, Probe
 
 HOSTILE = (
     "<script>alert(1)</script>", '" onmouseover="alert(2)', "'; DROP TABLE runs; --", "{{ 7 * 7 }}",

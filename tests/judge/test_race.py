@@ -10,8 +10,9 @@ import torch
 from small import blobs, tiny_data, tiny_net
 
 import tuneforge as tf
-from tuneforge.engine import faults, frozen
-from tuneforge.engine.folder import RunFolder
+from tuneforge.engine.frozen import prefix
+from tuneforge.engine.state import faults
+from tuneforge.engine.state.folder import RunFolder
 from tuneforge.judge.entrants import parsed
 from tuneforge.judge.race import Race, given_of
 from tuneforge.judge.race_folder import unfinished
@@ -128,8 +129,8 @@ def test_the_table_has_mean_and_spread_of_the_runs(race):
 
 
 def test_the_frozen_part_is_computed_once_for_all_of_them(race, monkeypatch):
-    monkeypatch.setattr(frozen, "LEAST_WORK", 0.0)
-    monkeypatch.setattr(frozen, "LEAST_WORK_DISK", 0.0)
+    monkeypatch.setattr(prefix, "LEAST_WORK", 0.0)
+    monkeypatch.setattr(prefix, "LEAST_WORK_DISK", 0.0)
     comparison = race({"one": HEAD, "two": [attrs.evolve(HEAD[0], lr=0.01)]})
     runs = [comparison.folder / name / f"seed-{seed}" for seed in (0, 1) for name in ("one", "two")]
     found = ["found in the cache, so nothing is computed again" in (run / "log.txt").read_text() for run in runs]

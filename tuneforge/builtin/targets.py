@@ -58,6 +58,10 @@ class Classes(Targets):
         """
         return _index(str(raw), self.names)
 
+    def answers(self, outputs: Tensor) -> Tensor:
+        """Probabilities (b, k) of outputs (b, k)."""
+        return outputs.softmax(1)
+
     def describe(self, output: Tensor) -> dict[str, Any]:
         """`class`, its `probability`, and `probabilities` by name; None for each that is no number."""
         probabilities = _softmax(output)
@@ -154,6 +158,10 @@ class LabelSets(Targets):
         held = {_index(str(name), self.names) for name in raw}
         return [float(index in held) for index in range(self.size)]
 
+    def answers(self, outputs: Tensor) -> Tensor:
+        """Probabilities (b, k) of outputs (b, k)."""
+        return outputs.sigmoid()
+
     def describe(self, output: Tensor) -> dict[str, Any]:
         """`labels` that are at least as likely as not, and `probabilities` by name; None for what is no number."""
         probabilities = [
@@ -247,6 +255,11 @@ class Numbers(Targets):
         numbers = [_number(value, name) for name, value in zip(self.names, given, strict=True)]
         scaled = [(each - mean) / scale for each, mean, scale in zip(numbers, *self._scaling(), strict=True)]
         return scaled if self.size > 1 else scaled[0]
+
+    def answers(self, outputs: Tensor) -> Tensor:
+        """Numbers in their units (b, k) of outputs (b, k)."""
+        means, scales = (torch.tensor(each, dtype=outputs.dtype) for each in self._scaling())
+        return outputs * scales.to(outputs.device) + means.to(outputs.device)
 
     def describe(self, output: Tensor) -> dict[str, Any]:
         """`value` and `unit`; of several, `values` and `units` by name. None for what is no number."""

@@ -19,6 +19,13 @@ STAGES: dict[str, dict[str, str]] = {
         "compare": "Race strategies on your data at equal cost, or compare finished runs.",
         "report": "Print a finished run's figures, and write its page again.",
     },
+    "ship": {
+        "export": "Write a finished run as a bundle: ONNX or safetensors, proved to answer as before.",
+        "promote": "Make a run the champion of a name, if it is better.",
+        "models": "List the models of a store, show one, or go back to an earlier version.",
+        "serve": "Serve a run, a bundle or a store's champions over HTTP, with a page to try it.",
+        "test": "Send the test split to a server, and compare its figures with the offline report.",
+    },
     "extend": {
         "plugins": "List, show and check the components that are installed.",
         "doctor": "Say what this machine and this environment have.",

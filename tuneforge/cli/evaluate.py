@@ -15,8 +15,9 @@ def _evaluate(folder: Path, **values: Any) -> None:
     """Evaluate a finished run again: on its own data, or with --data on others."""
     ctx = click.get_current_context()
     config = configuration(ctx, values)
-    from tuneforge.engine import story, tuned
-    from tuneforge.engine.folder import finite
+    from tuneforge.engine import tuned
+    from tuneforge.engine.state import story
+    from tuneforge.engine.state.folder import finite
 
     figures = tuned.evaluate(
         folder,

@@ -53,7 +53,7 @@ def _print(found: Rates) -> None:
 
 
 def _plain(found: Rates) -> dict[str, Any]:
-    from tuneforge.engine.folder import finite
+    from tuneforge.engine.state.folder import finite
 
     losses = [{"rate": rate, "loss": finite(loss)} for rate, loss in found.losses.items()]
     return {"losses": losses, "suggestion": found.suggestion, "reason": found.reason, "trained": found.trained}

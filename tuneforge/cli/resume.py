@@ -149,14 +149,14 @@ def _mentioned(told: Mapping[str, Any], args: list[str]) -> dict[str, Any]:
 
 
 def _told(folder: Path) -> dict[str, Any]:
-    from tuneforge.engine.folder import RUN, read_json
+    from tuneforge.engine.state.folder import RUN, read_json
 
     told: dict[str, Any] = read_json(folder / RUN)["config"]
     return told
 
 
 def _newest(runs: Path) -> Path:
-    from tuneforge.engine.memory import resumable
+    from tuneforge.engine.state.memory import resumable
 
     found = resumable(runs)
     if not found:

@@ -118,10 +118,10 @@ def _leaving_at_the_second() -> Iterator[None]:
 
 def _print_plan(config: RunConfig, *, as_json: bool) -> None:
     """Print the steps that are known before any is done, and whether the strategy decides what follows."""
-    from tuneforge.builtin.plan_file import as_entry, plan_text
+    from tuneforge.builtin.strategies.plan_file import as_entry, plan_text
     from tuneforge.cli.report import beyond_steps
-    from tuneforge.engine import story
     from tuneforge.engine.engine import Engine
+    from tuneforge.engine.state import story
 
     heading: list[str] = []
     plan = Engine.of(config, say=heading.append).plan()
@@ -136,7 +136,7 @@ def _print_plan(config: RunConfig, *, as_json: bool) -> None:
 
 
 def _read_report(folder: Any) -> Any:
-    from tuneforge.engine.folder import REPORT, read_json
+    from tuneforge.engine.state.folder import REPORT, read_json
 
     return read_json(folder / REPORT)
 

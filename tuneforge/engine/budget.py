@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from tuneforge.engine import faults
-from tuneforge.engine.folder import STATUS, read_json, write_json
+from tuneforge.engine.state import faults
+from tuneforge.engine.state.folder import STATUS, read_json, write_json
 from tuneforge.plugin.config import budget_of
 
 if TYPE_CHECKING:

@@ -12,26 +12,29 @@ from typing import Any
 import attrs
 import torch
 
-from tuneforge.engine import checkpoint, device, folder, given, story
 from tuneforge.engine.budget import Budget
-from tuneforge.engine.checkpoint import Checkpoints
 from tuneforge.engine.evaluation import Worst
-from tuneforge.engine.folder import RunFolder, save_tensors, state_of
-from tuneforge.engine.memory import Memory, found
-from tuneforge.engine.model import Model
+from tuneforge.engine.network import device
+from tuneforge.engine.network.model import Model
 from tuneforge.engine.parts import Parts, part
 from tuneforge.engine.passes import evaluate
 from tuneforge.engine.phase import train
 from tuneforge.engine.plan import Plan, check_ahead, looked_at, planned
 from tuneforge.engine.probe import probe
-from tuneforge.engine.record import MISTAKES_KEPT, Keeper, brief_of, describe_model, describe_run, mistakes
 from tuneforge.engine.run import Run
+from tuneforge.engine.samples import given
 from tuneforge.engine.solve import Snapshot, blend, fit
+from tuneforge.engine.state import checkpoint, folder, story
+from tuneforge.engine.state.checkpoint import Checkpoints
+from tuneforge.engine.state.folder import RunFolder, save_tensors, state_of
+from tuneforge.engine.state.memory import Memory, found
+from tuneforge.engine.state.record import MISTAKES_KEPT, Keeper, brief_of, describe_model, describe_run, mistakes
 from tuneforge.errors import PluginError, StoppedError, UsageError
+from tuneforge.plugin.answers import Answer
 from tuneforge.plugin.config import REPEATABLE, RunConfig, resolve
 from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.manager import Hooks, Member, guarded_steps
-from tuneforge.plugin.steps import Answer, Blend, Fit, Phase, Probe, Step, Use
+from tuneforge.plugin.steps import Blend, Fit, Phase, Probe, Step, Use
 
 _PAGE = "report-page"
 
@@ -220,12 +223,12 @@ class Engine:
         if self._stop is not None:
             memory.save(None)
         run.budget.start()
-        self._converse(run, memory)
+        reason = self._converse(run, memory)
         for name, parameter in run.model.parameters().items():
             parameter.requires_grad_(name not in run.model.fixed)  # as it came
         if not memory.done:
             run.note("note: the strategy asked for no step, so nothing was trained")
-        report = self._report(run, place)
+        report = self._report(run, place, reason)
         place.status("done", spent_s=self._budget.seconds())
         checkpoint.clear(place.path)
         if memory.checkpoints.count:
@@ -268,10 +271,13 @@ class Engine:
         for hook in ("train_step", "finetune_strategy", "optimizer_step"):
             run.hooks.provider(hook)
 
-    def _converse(self, run: Run, memory: Memory) -> None:
+    def _converse(self, run: Run, memory: Memory) -> str:
         """The conversation: the strategy says what to do, the engine does it and reports back.
 
         What was done before a resume is replayed: the strategy is answered from the log, and must ask the same.
+
+        Returns:
+            Why it ended, where the strategy or the budget says so; else "".
         """
         member = run.hooks.provider("finetune_strategy")
         assert memory.brief is not None
@@ -282,21 +288,27 @@ class Engine:
             run.note(f"plan: {story.of_step(each)}")
         steps = guarded_steps(member, asked)
         answer: Answer | None = None
-        for number in itertools.count():
+        number = -1
+        while True:
+            number += 1
             run.budget.done = len(memory.done)
             if number == len(memory.done) and memory.phase is None and (spent := run.budget.spent(run)):
                 run.note(f"{spent}, so no further step is taken")
                 steps.close()
-                return
+                return spent
             try:
                 step = _checked(steps.send(answer), member)
-            except StopIteration:
-                return
+            except StopIteration as end:
+                if end.value:
+                    run.note(f"ended: {end.value}")
+                return str(end.value or "")
             if number < len(memory.done):
                 answer = memory.replayed(number, step)
                 continue
             _check_name(step, memory.snapshots, member)
             run.note(story.of_step(step))
+            if step.why:
+                run.note(f"  because {step.why}")
             resumed, memory.phase = memory.phase, None
             run.planned = tuple(itertools.takewhile(lambda each: isinstance(each, Phase), plan[number + 1 :]))
             answer = _do(run, step, memory, resumed)
@@ -304,13 +316,14 @@ class Engine:
                 run.note(line)
             memory.finish(step, answer)
 
-    def _report(self, run: Run, place: RunFolder) -> dict[str, Any]:
+    def _report(self, run: Run, place: RunFolder, reason: str) -> dict[str, Any]:
         worst = Worst(MISTAKES_KEPT)
         splits = {"val": evaluate(run, run.data.val, "val"), "test": evaluate(run, run.data.test, "test", worst=worst)}
         splits |= {name: evaluate(run, split, name) for name, split in run.data.further.items()}
         save_tensors(state_of(run.model.module), place.path / folder.WEIGHTS, metadata={"labels": run.model.labels})
         report: dict[str, Any] = {
             "strategy": run.hooks.provider("finetune_strategy").name,
+            "ended": reason,
             "monitor": run.data.targets.monitor,
             "headline": list(run.data.targets.headline),
             "samples": {name: len(split) for name, split in run.data.splits().items()},

@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.data import Targets
+from tuneforge.engine.samples.data import Targets
 from tuneforge.errors import PluginError, UsageError
 from tuneforge.plugin.names import kebab
 
@@ -129,6 +129,10 @@ class Worst:
     wrongness: Tensor = attrs.field(factory=lambda: torch.empty(0))
     rows: Tensor = attrs.field(factory=lambda: torch.empty(0, dtype=torch.int64))
     outputs: Tensor | None = None
+
+    def forget(self) -> None:
+        """Begin again."""
+        self.wrongness, self.rows, self.outputs = torch.empty(0), torch.empty(0, dtype=torch.int64), None
 
     def update(self, wrongness: Tensor, rows: Tensor, outputs: Tensor) -> None:
         """Take in one batch: wrongness (b,), rows (b,), outputs (b, k)."""

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuneforge.engine.data import Split
 from tuneforge.engine.evaluation import Worst
+from tuneforge.engine.network.device import is_out_of_memory
 from tuneforge.engine.run import Run
+from tuneforge.engine.samples.data import Split
 from tuneforge.errors import DataError
 
 
@@ -33,9 +34,30 @@ def evaluate(
     """
     run.evaluating = name
     run.hooks.call.evaluation_started(run=run)
+    figures: dict[str, Any] | None = None
+    while figures is None:
+        try:
+            figures = _one_pass(run, split, worst)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or run.eval_batch == 1:
+                raise
+            why = f"out of memory while '{name}' is evaluated"
+        if figures is None:
+            run.eval_batch = -(-run.eval_batch // 2)
+            run.device.release()
+            run.note(f"  {why}: from here on {run.eval_batch} samples a pass")
+    then(figures)
+    run.hooks.call.evaluation_ended(run=run)
+    run.evaluating = None
+    return figures
+
+
+def _one_pass(run: Run, split: Split, worst: Worst | None) -> dict[str, Any]:
     metrics = run.hooks.call.evaluate(run=run)
     run.model.module.eval()
     run.reseed()
+    if worst is not None:
+        worst.forget()
     with torch.no_grad():  # not inference_mode: what a model caches in forward must be usable in training
         for batch in run.evaluation_batches(split):
             outputs = run.forward(batch.inputs)
@@ -43,9 +65,6 @@ def evaluate(
             if worst is not None:
                 worst.update(run.data.targets.wrongness(outputs, batch.targets), batch.rows, outputs)
         figures: dict[str, Any] = metrics.compute()
-    then(figures)
-    run.hooks.call.evaluation_ended(run=run)
-    run.evaluating = None
     return figures
 
 

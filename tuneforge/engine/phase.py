@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Mapping
@@ -12,19 +13,21 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine import faults
-from tuneforge.engine.compiled import compiled
-from tuneforge.engine.data import Batch, batch_sizes
-from tuneforge.engine.draws import Draws
 from tuneforge.engine.evaluation import single_numbers, watched
-from tuneforge.engine.freezing import freeze, modes, put_back, select, set_modes, whole_state
-from tuneforge.engine.frozen import kept_prefix
+from tuneforge.engine.frozen.prefix import kept_prefix
+from tuneforge.engine.gradients import Gradients
+from tuneforge.engine.network.compiled import compiled
+from tuneforge.engine.network.freezing import freeze, modes, put_back, select, whole_state
+from tuneforge.engine.network.proof import Proof
 from tuneforge.engine.parts import Parts
 from tuneforge.engine.passes import evaluate
-from tuneforge.engine.proof import Proof
 from tuneforge.engine.run import Run
-from tuneforge.errors import HaltError, PluginError, UsageError
-from tuneforge.plugin.steps import Phase, Report
+from tuneforge.engine.samples.data import batch_sizes
+from tuneforge.engine.samples.draws import Draws
+from tuneforge.engine.state import faults
+from tuneforge.errors import HaltError, UsageError
+from tuneforge.plugin.answers import Report
+from tuneforge.plugin.steps import Phase
 
 
 def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None = None) -> Report:
@@ -47,6 +50,7 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
     schedule = parts.schedule(phase)
     run.optimization.arrange(run.model, phase, trained, optimizer, same=same)
     draws = Draws.of(run, phase)
+    gradients = Gradients.of(plan, resumed["gradients"] if resumed is not None else None)
     freezes = len(trained) < len(run.model.parameters())
     if freezes and not run.model.pretrained:
         run.note("  note: every weight is fresh, so freezing keeps nothing; --strategy full trains all from the start")
@@ -56,11 +60,11 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
     run.total_steps = phase.steps or per_epoch * (phase.epochs or 0)
     if resumed is None:
         run.proof = Proof.begin(run.model, trained, plan)
-        progress = Progress(course, torch.zeros((), device=run.device.torch))
+        progress = Progress(course, gradients, torch.zeros((), device=run.device.torch))
         run.hooks.call.phase_started(run=run)
     else:
         run.proof = Proof.restored(resumed["proof"])
-        progress = Progress.restored(resumed, course, run)
+        progress = Progress.restored(resumed, course, gradients, run)
         _say_what_comes_next(run, draws, progress, schedule)
     proof = run.proof
     if freezes:
@@ -71,7 +75,7 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
 
     while not course.reason:
         began = time.perf_counter()
-        loss = _train_epoch(run, draws, plan, progress, schedule)
+        loss = _train_epoch(run, draws, progress, schedule)
         proof.narrow(run.model)
         run.epoch += 1
         take = functools.partial(course.take, run, loss, trained)
@@ -101,6 +105,7 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
         trained=sum(sizes[name] for name in trained),
         frozen=sum(sizes.values()) - sum(sizes[name] for name in trained),
         unmoved=unmoved,
+        left_out=gradients.left_out,
         views=views,
     )
 
@@ -114,12 +119,17 @@ def _say_what_comes_next(run: Run, draws: Draws, progress: Progress, schedule: A
     elif _epoch_over(run) or start >= order.size:
         run.note(f"  goes on at the evaluation after optimizer step {run.step}, epoch {run.epoch + 1}")
     else:
-        run.optimization.set_factor(schedule.factor((run.steps_done + 0.5) / run.total_steps))
+        _set_rate(run, progress, schedule, run.steps_done)
         samples = ", ".join(map(run.data.train.id_of, order.rows(start, min(start + 4, order.size)).tolist()))
         place = f"optimizer step {run.step + 1}, epoch {run.epoch + 1}, batch {progress.batch + 1}"
         run.note(f"  goes on at {place}, lr {run.optimization.rates()[0]:.3g}, next samples {samples}")
     if run.steps_done:
-        run.optimization.set_factor(schedule.factor((run.steps_done - 0.5) / run.total_steps))
+        _set_rate(run, progress, schedule, run.steps_done - 1)
+
+
+def _set_rate(run: Run, progress: Progress, schedule: Any, step: int) -> None:
+    """The rate of a step of the phase: that of its middle, lowered where the run went back."""
+    run.optimization.set_factor(progress.gradients.rate * schedule.factor((step + 0.5) / run.total_steps))
 
 
 def _epoch_over(run: Run) -> bool:
@@ -132,36 +142,28 @@ def _num_epochs(run: Run, phase: Phase) -> int:
     return phase.epochs or math.ceil(run.total_steps / per_epoch)
 
 
-def _train_epoch(run: Run, draws: Draws, plan: list[Any], progress: Progress, schedule: Any) -> float:
+def _train_epoch(run: Run, draws: Draws, progress: Progress, schedule: Any) -> float:
     """One pass over the training split, or what is left of it. Returns the mean loss."""
     order = draws.order(run)
-    sizes = batch_sizes(order.size, run.config.batch_size)
-    every = run.config.accumulate
-    proof = run.proof
+    gradients, proof = progress.gradients, run.proof
     assert proof is not None
     run.model.module.train()  # so that a module's own train() is told; the modes of the phase follow
-    left = () if _epoch_over(run) else run.training_batches(order, draws.weights, start=progress.batch)
-    for index, batch in enumerate(left, start=progress.batch):
-        set_modes(plan)
-        run.reseed(index % every)
-        loss = loss_of(run, batch)
-        if every == 1:
-            torch.autograd.backward(loss)
-        else:
-            torch.autograd.backward(
-                loss * (len(batch.rows) / sum(sizes[index - index % every : index - index % every + every]))
-            )
-        progress.loss.add_(loss.detach(), alpha=len(batch.rows))
-        progress.count += len(batch.rows)
-        if (index + 1) % every and index + 1 < len(sizes):
-            continue
-        run.optimization.set_factor(schedule.factor((run.steps_done + 0.5) / run.total_steps))  # the middle of the step
-        run.hooks.call.optimizer_step(run=run)
+    if progress.batch == 0:
+        gradients.begin_epoch(run)
+    left = iter(() if _epoch_over(run) else run.training_batches(order, draws.weights, start=progress.batch))
+    while batches := list(itertools.islice(left, run.config.accumulate)):
+        _set_rate(run, progress, schedule, run.steps_done)
+        losses = gradients.compute(run, batches)
+        if losses is not None:
+            for loss, count in losses:
+                progress.loss.add_(loss, alpha=count)
+                progress.count += count
+            run.hooks.call.optimizer_step(run=run)
         run.device.mark_step()
         run.step += 1
         run.steps_done += 1
         run.progress = run.steps_done / run.total_steps
-        progress.batch = index + 1
+        progress.batch += len(batches)
         if proof.watched and run.steps_done.bit_count() == 1:  # after steps 1, 2, 4, 8, ...
             proof.narrow(run.model)
         faults.point("step")
@@ -179,12 +181,14 @@ class Progress:
 
     Args:
         course: The figures so far.
+        gradients: What the steps are made of.
         loss: Sum of the losses of this epoch's samples, on the device.
         count: Samples of this epoch so far.
         batch: The batch that comes next.
     """
 
     course: _Course
+    gradients: Gradients
     loss: Tensor
     count: int = 0
     batch: int = 0
@@ -196,6 +200,13 @@ class Progress:
 
     def next_epoch(self, run: Run) -> float:
         """Begin the next epoch, and give the mean loss of the one that ended."""
+        if not self.count:
+            raise HaltError(
+                "no step of a whole epoch could be applied",
+                where=f"epoch {run.epoch + 1}",
+                why="a loss or a gradient was no number in every one of them, so it is the weights that are at fault",
+                fix="start again with a lower learning rate, or with --with grad-clip",
+            )
         mean = float(self.loss) / self.count
         self.loss, self.count, self.batch = torch.zeros_like(self.loss), 0, 0
         return _finite(run, mean)
@@ -208,37 +219,22 @@ class Progress:
             "count": self.count,
             "batch": self.batch,
             "steps_done": run.steps_done,
+            "gradients": self.gradients.state(),
             "course": {name: getattr(self.course, name) for name in _COURSE_STATE},
             "proof": run.proof.state(),
         }
 
     @classmethod
-    def restored(cls, state: dict[str, Any], course: _Course, run: Run) -> Progress:
+    def restored(cls, state: dict[str, Any], course: _Course, gradients: Gradients, run: Run) -> Progress:
         """What `state` gave, with the run's counters of the phase."""
         for name in _COURSE_STATE:
             setattr(course, name, state["course"][name])
         run.steps_done = state["steps_done"]
         run.progress = run.steps_done / run.total_steps
-        return cls(course, state["loss"], state["count"], state["batch"])
+        return cls(course, gradients, state["loss"], state["count"], state["batch"])
 
 
 _COURSE_STATE = ("reason", "best", "best_epoch", "best_figures", "best_state", "figures", "history")
-
-
-def loss_of(run: Run, batch: Batch) -> Tensor:
-    """The loss that the step, and whatever wraps it, gives for a batch.
-
-    Raises:
-        PluginError: The step gave something else than a scalar loss and the outputs.
-    """
-    given = run.hooks.call.train_step(run=run, batch=batch)
-    if isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[0], Tensor) and given[0].numel() == 1:
-        return given[0]
-    raise PluginError(
-        f"{run.hooks.provider('train_step').label} gave {type(given).__name__} from train_step",
-        why="it must return a scalar loss and the outputs: return loss, outputs",
-        fix="look at the step and at what wraps it",
-    )
 
 
 def _finite(run: Run, loss: float) -> float:

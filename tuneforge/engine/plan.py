@@ -10,12 +10,14 @@ from typing import Any
 import attrs
 import torch
 
-from tuneforge.engine import device, given, story
-from tuneforge.engine.freezing import select
-from tuneforge.engine.optim import parameter_groups
+from tuneforge.engine.network import device
+from tuneforge.engine.network.freezing import select
+from tuneforge.engine.network.optim import parameter_groups
 from tuneforge.engine.parts import Parts
-from tuneforge.engine.record import brief_of
 from tuneforge.engine.run import Run
+from tuneforge.engine.samples import given
+from tuneforge.engine.state import story
+from tuneforge.engine.state.record import brief_of
 from tuneforge.plugin.config import RunConfig
 from tuneforge.plugin.manager import Hooks, Member, guarded_steps
 from tuneforge.plugin.steps import Phase, Probe, Step

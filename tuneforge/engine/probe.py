@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuneforge.engine.data import Batch
-from tuneforge.engine.freezing import freeze, put_back, select, set_modes, whole_state
-from tuneforge.engine.optim import Optimization
-from tuneforge.engine.order import Order
+from tuneforge.engine.gradients import outcome_of
+from tuneforge.engine.network.freezing import freeze, put_back, select, set_modes, whole_state
+from tuneforge.engine.network.optim import Optimization
 from tuneforge.engine.parts import Parts
-from tuneforge.engine.phase import loss_of
 from tuneforge.engine.run import Run
-from tuneforge.plugin.steps import Phase, Probe, Readings
+from tuneforge.engine.samples.data import Batch
+from tuneforge.engine.samples.order import Order
+from tuneforge.plugin.answers import Readings
+from tuneforge.plugin.steps import Phase, Probe
 
 RATES = tuple(10 ** (exponent / 4) for exponent in range(-24, 1))
 """Rates of a `"rates"` probe: 1e-6 to 1, four a decade."""
@@ -46,7 +47,7 @@ def _gradients(run: Run, step: Probe, parts: Parts) -> dict[Any, float]:
     for batch in _some_batches(run, step.batches):
         count += 1
         run.model.module.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss_of(run, batch))
+        torch.autograd.backward(outcome_of(run, batch)[0])
         for key, parameters in members.items():
             total[key] += _relative(parameters)
     return {key: value / count for key, value in total.items()}
@@ -117,10 +118,10 @@ def _rates(run: Run, step: Probe, parts: Parts) -> dict[Any, float]:
             optimization = Optimization()
             phase = Phase(step.name, train=step.train, steps=1, lr=rate)
             optimization.arrange(run.model, phase, names, parts.part_of(phase), same=False)
-            torch.autograd.backward(loss_of(run, batch))
+            torch.autograd.backward(outcome_of(run, batch)[0])
             optimization.step()
             with torch.no_grad():
-                total += float(loss_of(run, batch))
+                total += float(outcome_of(run, batch)[0])
         losses[rate] = total / len(batches)
     return losses
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,13 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge.engine.budget import Budget
-from tuneforge.engine.data import Batch, Data, Inputable, Split, batches, in_order, in_turn, map_inputs, tensors_of
-from tuneforge.engine.device import Device
-from tuneforge.engine.model import Model, answer_of, call, check_answer, works
-from tuneforge.engine.optim import Optimization
-from tuneforge.engine.order import Noise, Order, key_of
-from tuneforge.engine.proof import Proof
-from tuneforge.engine.workers import Workers
+from tuneforge.engine.network.device import Device
+from tuneforge.engine.network.model import Model, answer_of, call, check_answer, works
+from tuneforge.engine.network.optim import Optimization
+from tuneforge.engine.network.proof import Proof
+from tuneforge.engine.samples.data import (
+    Batch,
+    Data,
+    Inputable,
+    Split,
+    batches,
+    in_order,
+    in_turn,
+    map_inputs,
+    tensors_of,
+)
+from tuneforge.engine.samples.order import Noise, Order, key_of
+from tuneforge.engine.samples.workers import Workers
 from tuneforge.errors import PluginError
 from tuneforge.plugin.config import RunConfig
 from tuneforge.plugin.manager import Hooks
@@ -37,7 +47,7 @@ class Features:
 
 
 class KeptPrefix(Protocol):
-    """What a phase keeps of its frozen part (see `tuneforge.engine.frozen`)."""
+    """What a phase keeps of its frozen part (see `tuneforge.engine.frozen.prefix`)."""
 
     @property
     def bytes_each(self) -> int:
@@ -76,6 +86,8 @@ class Run:
         progress: Share of the phase done, 0 to 1.
         total_steps: Optimizer steps that the phase may take.
         steps_done: Optimizer steps that the phase has taken.
+        micro_batch: Samples of a training pass, where fewer than a batch; memory that runs out makes it smaller.
+        eval_batch: Samples of an evaluation pass; memory that runs out makes it smaller.
         history: One entry an epoch: step, epoch, phase, rate, training loss and validation figures.
         evaluating: Name of the split under evaluation, or None.
         optimization: The run's one optimizer.
@@ -102,6 +114,8 @@ class Run:
     progress: float = 0.0
     total_steps: int = 0
     steps_done: int = 0
+    micro_batch: int | None = attrs.field(default=attrs.Factory(lambda self: self.config.micro_batch, takes_self=True))
+    eval_batch: int = attrs.field(default=attrs.Factory(lambda self: _eval_batch(self.config), takes_self=True))
     history: list[dict[str, Any]] = attrs.field(factory=list)
     evaluating: str | None = None
     optimization: Optimization = attrs.field(factory=Optimization)
@@ -262,11 +276,12 @@ class Run:
             rows = torch.cat(block)
             kept = prefix.values(self.data.train, rows, epoch=self.epoch)
             noise = Noise(self.config.seed, self.epoch, rows)
-            yield from _cut(self._batch(self.data.train, rows, kept, noise, weights), [len(each) for each in block])
+            whole = self._batch(self.data.train, rows, kept, noise, weights)
+            yield from in_pieces(whole, [len(each) for each in block])
 
     def evaluation_batches(self, split: Split) -> Iterator[Batch]:
         """Every sample of a split once, in order, on the device."""
-        size = self.config.eval_batch_size or max(EVALUATION_BATCH, self.config.batch_size)
+        size = self.eval_batch
         if self.prefix is not None and self.prefix.values(split, torch.tensor([0])) is not None:
             for rows in in_turn(len(split), size):
                 yield self._batch(split, rows, self.prefix.values(split, rows), Noise(self.config.seed, 0, rows), None)
@@ -307,15 +322,31 @@ class Run:
         return any(parameter.ndim == 4 for parameter in model.module.parameters())
 
 
+def _eval_batch(config: RunConfig) -> int:
+    return config.eval_batch_size or max(EVALUATION_BATCH, config.batch_size)
+
+
 def _rows_in(inputs: Any) -> int:
     values = inputs.values if isinstance(inputs, Features) else tuple(tensors_of(inputs).values())
     return len(values[0])
 
 
-def _cut(whole: Batch, sizes: list[int]) -> Iterator[Batch]:
-    """A batch of features as several, without a copy."""
-    values = zip(*(torch.split(each, sizes) for each in whole.inputs.values), strict=True)
-    rows, all_targets = torch.split(whole.rows, sizes), torch.split(whole.targets, sizes)
-    weights = [None] * len(sizes) if whole.weights is None else torch.split(whole.weights, sizes)
-    for inputs, targets, own, weight in zip(values, all_targets, rows, weights, strict=True):
-        yield Batch(Features(inputs), targets, own, weight, attrs.evolve(whole.noise, rows=own))
+def in_pieces(whole: Batch, sizes: Sequence[int]) -> Iterator[Batch]:
+    """A batch as several of these sizes, without a copy."""
+    if len(sizes) == 1:
+        yield whole
+        return
+    start = 0
+    for size in sizes:
+        part = slice(start, start + size)
+        weights = None if whole.weights is None else whole.weights[part]
+        rows = whole.rows[part]
+        inputs = _part_of(whole.inputs, part)
+        yield Batch(inputs, whole.targets[part], rows, weights, attrs.evolve(whole.noise, rows=rows))
+        start += size
+
+
+def _part_of(inputs: Any, part: slice) -> Any:
+    if isinstance(inputs, Features):
+        return Features(tuple(each[part] for each in inputs.values))
+    return map_inputs(inputs, lambda tensor: tensor[part])

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge.engine.evaluation import single_numbers, watched
-from tuneforge.engine.freezing import freeze, put_back, select, whole_state
-from tuneforge.engine.frozen import kept_prefix
+from tuneforge.engine.frozen.prefix import kept_prefix
+from tuneforge.engine.network.freezing import freeze, put_back, select, whole_state
+from tuneforge.engine.network.proof import Proof
 from tuneforge.engine.passes import evaluate, head_features
-from tuneforge.engine.proof import Proof
 from tuneforge.engine.run import Run
 from tuneforge.errors import DataError, UsageError
-from tuneforge.plugin.steps import Blend, Fit, Report
+from tuneforge.plugin.answers import Report
+from tuneforge.plugin.steps import Blend, Fit
 
 Snapshot = dict[str, Tensor]
 

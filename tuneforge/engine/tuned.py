@@ -12,12 +12,14 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine import device, folder, given
-from tuneforge.engine.data import Data, Inputs, Split, Targets, map_inputs
-from tuneforge.engine.model import Model, answer_of
+from tuneforge.engine.network import device
+from tuneforge.engine.network.model import Model, answer_of
 from tuneforge.engine.parts import part
 from tuneforge.engine.passes import evaluate as evaluate_split
 from tuneforge.engine.run import Run
+from tuneforge.engine.samples import given
+from tuneforge.engine.samples.data import Data, Inputs, Split, Targets, map_inputs
+from tuneforge.engine.state import folder
 from tuneforge.errors import DataError, FolderError
 from tuneforge.plugin.config import RunConfig, resolve
 from tuneforge.plugin.manager import Hooks, implementations

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from tuneforge.engine.freezing import select
-from tuneforge.engine.optim import Optimization
+from tuneforge.engine.network.freezing import select
+from tuneforge.engine.network.optim import Optimization
 from tuneforge.engine.parts import Parts
 from tuneforge.engine.probe import probe
 from tuneforge.errors import UsageError

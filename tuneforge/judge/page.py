@@ -15,11 +15,12 @@ import jinja2
 import numpy as np
 import tomli_w
 
-from tuneforge.engine import folder as names
-from tuneforge.engine import story
 from tuneforge.engine.evaluation import single_numbers
+from tuneforge.engine.state import folder as names
+from tuneforge.engine.state import story
 from tuneforge.judge import pictures
-from tuneforge.plugin.steps import Readings, Report, from_json
+from tuneforge.plugin.answers import Readings, Report
+from tuneforge.plugin.plain import from_json
 
 NOT_A_NUMBER = "not a number"
 _MOST_IN_MATRIX = 30
@@ -154,6 +155,7 @@ def _content(record: _Record) -> dict[str, Any]:
         "epochs": record.epochs,
         "seconds": record.seconds,
         "steps": _steps(record),
+        "ended": record.report.get("ended"),
         "unmoved": _unmoved(record),
         "monitor": record.monitor,
         "classes": _classes(record),
@@ -222,7 +224,7 @@ def _steps(record: _Record) -> list[dict[str, Any]]:
         step, answer = line["step"], line["answer"]
         kind = type(step).__name__.lower()
         what = story.of_step(step).removeprefix(f"{kind} '{step.name}': ")
-        told = {"kind": kind, "name": step.name, "what": what}
+        told = {"kind": kind, "name": step.name, "what": what, "why": step.why}
         if isinstance(answer, Readings):
             out.append({**told, "answer": None, "readings": dict(answer.values)})
             continue

@@ -19,11 +19,11 @@ from typing import Any
 import attrs
 from torch import nn
 
-from tuneforge.engine import folder as names
-from tuneforge.engine import given as objects
 from tuneforge.engine.engine import Engine
-from tuneforge.engine.folder import RunFolder
-from tuneforge.engine.model import Model
+from tuneforge.engine.network.model import Model
+from tuneforge.engine.samples import given as objects
+from tuneforge.engine.state import folder as names
+from tuneforge.engine.state.folder import RunFolder
 from tuneforge.errors import FolderError, StoppedError, TryAgainError, TuneforgeError, UsageError
 from tuneforge.judge import finished
 from tuneforge.judge.entrants import SOUP, Entrant, asked_for, baseline_of, entered

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import tuneforge
-from tuneforge.engine import folder as names
-from tuneforge.engine.folder import RunFolder, finite
+from tuneforge.engine.state import folder as names
+from tuneforge.engine.state.folder import RunFolder, finite
 from tuneforge.errors import FolderError, UsageError
 from tuneforge.judge.entrants import is_object
 from tuneforge.plugin.config import GROUP_OF

@@ -17,11 +17,11 @@ from typing import Any
 
 import attrs
 
-from tuneforge.engine import folder as names
-from tuneforge.engine.memory import BRIEF
 from tuneforge.engine.passes import evaluate
 from tuneforge.engine.run import Run
 from tuneforge.engine.solve import Snapshot, mixed
+from tuneforge.engine.state import folder as names
+from tuneforge.engine.state.memory import BRIEF
 from tuneforge.engine.tuned import load, with_data
 from tuneforge.judge.entrants import SOUP
 from tuneforge.judge.standings import Finished, ahead_of

@@ -10,12 +10,12 @@ from typing import Any
 
 import attrs
 
-from tuneforge.engine import folder as names
-from tuneforge.engine.memory import BRIEF
+from tuneforge.engine.state import folder as names
+from tuneforge.engine.state.memory import BRIEF
 from tuneforge.engine.tuned import require_done
 from tuneforge.errors import FolderError, UsageError
 from tuneforge.judge.statistics import LEVEL, Paired, holm, mean_and_spread, paired
-from tuneforge.plugin.steps import from_json
+from tuneforge.plugin.plain import from_json
 
 RANKED, DROPPED, FAILED = "ranked", "dropped", "failed"
 BETTER, WORSE, SAME = "better", "worse", "no significant difference"

@@ -66,6 +66,17 @@ class Settings:
     accumulate: int = option(
         default=1, help="Batches whose gradients are averaged into one optimizer step.", check=ge(1)
     )
+    micro_batch: int | None = option(
+        default=None,
+        help="Samples of a forward and backward pass, where fewer than a batch; none: a whole batch, and fewer from "
+        "where memory runs out.",
+        check=ge(1),
+    )
+    on_nan: Literal["halt", "skip", "rollback"] = option(
+        default="halt",
+        help="When a loss or a gradient is no number: end the run, leave that step out, or also go back to the "
+        "beginning of the epoch with half the rate.",
+    )
     seed: int = option(default=0, help="Of the split, the order, the augmentation and every fresh weight.", check=ge(0))
     data_seed: int | None = option(
         default=None, help="Of the split and of data that is made; none: --seed. Keep it to compare seeds.", check=ge(0)

@@ -14,11 +14,12 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tuneforge.engine.data import Batch, Data
     from tuneforge.engine.evaluation import Metrics
-    from tuneforge.engine.model import Model
+    from tuneforge.engine.network.model import Model
     from tuneforge.engine.run import Run
-    from tuneforge.plugin.steps import Brief, Step
+    from tuneforge.engine.samples.data import Batch, Data
+    from tuneforge.plugin.answers import Brief
+    from tuneforge.plugin.steps import Step
 
 hookspec = pluggy.HookspecMarker("tuneforge")
 hookimpl = pluggy.HookimplMarker("tuneforge")

@@ -175,10 +175,11 @@ def check_hooks(cls: type, label: str) -> list[tuple[str, str, dict[str, Any]]]:
     return found
 
 
-def guarded_steps(member: Member, steps: Any) -> Generator[Any, Any, Any]:
+def guarded_steps(member: Member, steps: Any) -> Generator[Any, Any, str]:
     """Drive a strategy's iterable so that whatever its body raises names the strategy.
 
-    A generator's body runs outside the hook call, so the guard of the hook does not reach it.
+    A generator's body runs outside the hook call, so the guard of the hook does not reach it. It returns what the body
+    returned: the reason why there is no further step, or "".
 
     Raises:
         PluginError: The body raised, or a generator returned a value.
@@ -189,9 +190,9 @@ def guarded_steps(member: Member, steps: Any) -> Generator[Any, Any, Any]:
         try:
             step = iterator.send(answer) if hasattr(iterator, "send") else next(iterator)
         except StopIteration as stop:
-            if stop.value is not None:
+            if stop.value is not None and not isinstance(stop.value, str):
                 raise _returned_steps(member, stop.value) from None
-            return
+            return stop.value or ""
         except (Exception, SystemExit) as error:
             if isinstance(error, AttributeError) and "has no attribute 'send'" in str(error):
                 raise _yield_from(member, error) from error
@@ -304,7 +305,7 @@ def _yield_from(member: Member, error: AttributeError) -> PluginError:
 def _returned_steps(member: Member, value: Any) -> PluginError:
     return PluginError(
         f"{member.label} returns {type(value).__name__} from a function that also yields",
-        why="a generator's return value is not run",
+        why="a generator's return value is not run: it may be a sentence that says why no further step follows",
         fix="yield each step, or return a list and yield nothing",
     )
 

@@ -23,10 +23,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 import tuneforge as tf
-from tuneforge.builtin.answers import split_rows
-from tuneforge.builtin.arrays import Tensors
-from tuneforge.builtin.images import Images
-from tuneforge.engine import folder
+from tuneforge.builtin.images.images import Images
+from tuneforge.builtin.tables.answers import split_rows
+from tuneforge.builtin.tables.arrays import Tensors
+from tuneforge.engine.state import folder
 from tuneforge.sklearn.memory import Remembering
 
 _NESTED = ("model", "strategy")  # parameters that have options of their own

@@ -15,8 +15,8 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.engine import folder
-from tuneforge.plugin.steps import from_json, to_json
+from tuneforge.engine.state import folder
+from tuneforge.plugin.plain import from_json, to_json
 
 ESTIMATOR = "estimator.json"
 """What a saved estimator has beside the files of a run."""

@@ -20,7 +20,7 @@ import attrs
 import torch
 
 from tuneforge import Engine, Group, Model, Phase, Run, hookimpl, load_tensors, save_tensors
-from tuneforge.plugin.steps import from_json, to_json
+from tuneforge.plugin.plain import from_json, to_json
 from tuneforge.testing import world
 from tuneforge.testing.trial import Framed, Trial
 from tuneforge.testing.watch import Watch, same

@@ -1,0 +1,1 @@
+"""Rows: arrays, tensors, data sets given in Python, CSV files."""

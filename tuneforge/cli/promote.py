@@ -1,0 +1,64 @@
+"""`tuneforge promote`: make a run the champion of a name, if the gate lets it pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+REFUSED = 3
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@click.option(
+    "--store", default="models", show_default=True, type=click.Path(path_type=Path), metavar="DIR", help="The store."
+)
+@click.option("--name", metavar="NAME", help="Of the model. [default: what the run's data source is called]")
+@click.option(
+    "--to", multiple=True, metavar="FORMAT", help="What the version holds; repeatable. [default: onnx and safetensors]"
+)
+@click.option(
+    "--new", type=click.Path(path_type=Path), metavar="DIR", help="Held-out files of the new world, one folder a class."
+)
+@click.option(
+    "--margin", type=float, help="Share of right answers that may be lost on the old test set. [default: 0.02]"
+)
+@click.option("--floor", type=float, help="Least recall of each class on the old test set. [default: 0.5]")
+@click.option("--alpha", type=float, help="Level of the test that shows a difference. [default: 0.05]")
+@click.option("--latency-ratio", type=float, help="How many times as long a lone answer may take. [default: 2]")
+@click.option("--accept-equal", is_flag=True, help="Promote also where no significant difference is found.")
+@click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
+def promote(
+    folder: Path,
+    store: Path,
+    name: str | None,
+    to: tuple[str, ...],
+    new: Path | None,
+    as_json: bool,
+    accept_equal: bool,
+    **given: float | None,
+) -> int:
+    """Make a finished run, or a bundle, the champion of a name, if it is better.
+
+    The champion's own test split must not be answered worse, no class may fall under the floor, and on the new
+    world's files (without them: on the old test split) the challenger must be significantly better. Exits 3 where the
+    champion stays.
+    """
+    from tuneforge.ship.gate import Rules
+    from tuneforge.ship.promote import promote as promoted
+
+    def say(text: str) -> None:
+        click.echo(text, err=as_json)
+
+    rules = Rules(**{key: value for key, value in given.items() if value is not None}, accept_equal=accept_equal)
+    done = promoted(folder, store=store, name=name, to=to or None, new=new, rules=rules, say=say)
+    if as_json:
+        result = {"name": done.name, "version": done.version, "against": done.against, **done.verdict.plain()}
+        click.echo(json.dumps(result))
+    else:
+        click.echo(done.verdict.table())
+        if done.version is not None:
+            click.echo(f"done: {store / done.name / str(done.version)} is the champion of {done.name}")
+    return 0 if done.version is not None else REFUSED

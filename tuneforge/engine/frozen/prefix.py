@@ -1,0 +1,433 @@
+"""The frozen prefix: whatever depends only on the input and on frozen parameters is computed once, and kept.
+
+The model is cut by dataflow (`dataflow.py` beside this), and before anything is trusted, both parts composed are
+compared with the model to the bit. Values at the border are computed in one fixed geometry, because bits differ with
+the batch size; they are kept in memory or, past a budget, mapped from disk, where another run finds them by a key that
+holds all they depend on (`store.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tuneforge.engine.frozen.dataflow import (
+    Modes,
+    NoPrefixError,
+    Parts,
+    UntraceableError,
+    by_export,
+    by_fx,
+    parts_of,
+    untouched,
+)
+from tuneforge.engine.frozen.store import Store, default_folder
+from tuneforge.engine.network.freezing import select, set_modes
+from tuneforge.engine.network.model import answer_of, call
+from tuneforge.engine.network.proof import same_bits
+from tuneforge.engine.run import Features, Run
+from tuneforge.engine.samples.data import Batch, Inputable, Split, fetched, map_inputs, tensors_of
+from tuneforge.engine.samples.order import Noise, key_of
+from tuneforge.errors import HaltError, TryAgainError
+from tuneforge.plugin.component import values_of
+
+LEAST_WORK = 32.0
+"""Multiplications of the prefix for each byte kept, under which recomputing is no dearer than fetching from memory."""
+
+LEAST_WORK_DISK = 64.0
+"""The same for fetching from disk."""
+
+Values = tuple[Tensor, ...]
+
+
+@attrs.define(eq=False)
+class Prefix:
+    """A model in two parts, with what the first one gave for the training and the validation split.
+
+    Args:
+        parts: The model in two.
+        bytes_each: Size of the values of one sample.
+        views: Fixed augmented views of each training sample; 0 where nothing is augmented.
+        kept: The values of a split's samples, by the split's identity and the view.
+        computed: Batches that were computed to fill it; 0 where all was found.
+        found: How many of its parts were found, in memory or on disk.
+    """
+
+    parts: Parts
+    bytes_each: int = 0
+    views: int = 0
+    kept: dict[tuple[int, int], Values] = attrs.field(factory=dict)
+    computed: int = 0
+    found: int = 0
+
+    @property
+    def training(self) -> nn.Module:
+        """The values to the answer, while the phase trains."""
+        return self.parts.training
+
+    @property
+    def evaluating(self) -> nn.Module:
+        """The same in eval mode."""
+        return self.parts.evaluating
+
+    def values(self, split: Split, rows: Tensor, *, epoch: int = 0) -> Features | None:
+        """The values of some samples, or None where the split is not kept; `epoch` picks the view."""
+        kept = self.kept.get((id(split), epoch % self.views if self.views else 0))
+        return None if kept is None else Features(tuple(each.index_select(0, rows.to(each.device)) for each in kept))
+
+
+def kept_prefix(run: Run, plan: Modes, *, epochs: int, pause: Callable[[], None] = lambda: None) -> Prefix | None:
+    """What a phase keeps of its frozen part; None, with the reason said, where it keeps nothing. See `prefix_of`."""
+    try:
+        prefix = prefix_of(run, plan, epochs=epochs, pause=pause)
+    except NoPrefixError as why:
+        run.note(f"  not cached: {why}")
+        return None
+    views = f", {prefix.views} augmented views each" if prefix.views else ""
+    origin = "one look at the data" if prefix.computed else "found in the cache, so nothing is computed again"
+    size = f"{num_megabytes(run, prefix):.1f} MB"
+    run.note(f"  cached: what the frozen part gives for each sample{views}, {size}, {origin}")
+    return prefix
+
+
+def prefix_of(run: Run, plan: Modes, *, epochs: int, pause: Callable[[], None] = lambda: None) -> Prefix:
+    """Split the model for a phase, and fill what is kept from the training and the validation split.
+
+    Args:
+        run: With the model frozen as the phase asks.
+        plan: The modes of the phase.
+        epochs: Epochs that the phase may take.
+        pause: Is called between batches, and may save and stop the run.
+
+    Raises:
+        NoPrefixError: There is none, or it would not pay; nothing is changed.
+        HaltError: What was found in the store is not what the model gives.
+    """
+    views = run.config.cache_views if run.augments else 0
+    _refuse_without_looking(run, epochs, views)
+    with untouched(run.model.module):
+        prefix = Prefix(_checked_parts(run, plan), views=views)
+    with untouched(run.model.module):
+        run.model.module.eval()
+        work = _measure(run, prefix)
+        _refuse_what_does_not_pay(run, prefix, work, epochs)
+        filler = _Filler(run, prefix, pause, shared=work >= LEAST_WORK_DISK)
+        filler.look_ahead(_later(run, prefix))
+        val = filler.values("val", run.data.val, None)
+        for view in range(max(1, views)):  # validation is not augmented, whatever the epoch
+            prefix.kept[id(run.data.train), view] = filler.values("train", run.data.train, view)
+            prefix.kept[id(run.data.val), view] = val
+    return prefix
+
+
+def _refuse_without_looking(run: Run, epochs: int, views: int) -> None:
+    if run.config.cache == "off":
+        raise NoPrefixError("--cache off")
+    for use, part in zip(run.config.augment, run.augments, strict=True):
+        if not getattr(part, "per_sample", False):
+            raise NoPrefixError(f"augmentation '{use.name}' may look at more than one sample")
+    if run.augments and epochs <= views:
+        raise NoPrefixError(f"{epochs} epoch(s) of fresh augmentation cost no more than {views} kept views")
+    for member in run.hooks.members:
+        if getattr(member.component, "needs_inputs", False):
+            raise NoPrefixError(f"{member.label} needs the inputs themselves")
+    if any(each._forward_hooks or each._forward_pre_hooks for each in run.model.module.modules()):
+        raise NoPrefixError("the model has forward hooks, which a traced part would not call")
+
+
+def _checked_parts(run: Run, plan: Modes) -> Parts:
+    """The model in two parts that agree with the whole to the bit and keep samples apart; fx first, then export."""
+    reason: NoPrefixError | None = None
+    for by in (by_fx, by_export):
+        try:
+            parts = parts_of(run.model.module, run.example, plan, by=by)
+            _check(run, parts, plan)
+            return parts
+        except UntraceableError as error:
+            reason = reason or error
+        except NoPrefixError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it runs the model's own code in parts, which may raise anything
+            reason = reason or NoPrefixError(f"the model cannot be run in parts ({type(error).__name__})")
+    assert reason is not None
+    raise reason
+
+
+def _check(run: Run, parts: Parts, plan: Modes) -> None:
+    """See that both parts composed give what the whole gives, and that a sample's values are its own."""
+    eval_plan = [(each, False) for each in run.model.module.modules()]
+    first, second = (_rows_of(run.example, [place] * 3) for place in (0, 1))
+    with torch.no_grad(), run.autocast():
+        together = _same_in_parts(run, run.example, parts.head, parts.training, plan)
+        _same_in_parts(run, run.example, parts.head, parts.evaluating, eval_plan)
+        alone = _same_in_parts(run, first, parts.head, parts.evaluating, eval_plan)  # and for another batch size
+        for place, values in enumerate((alone, call(parts.head, second))):
+            if not all(_close(one[place], other[place]) for one, other in zip(together, values, strict=True)):
+                raise NoPrefixError("the frozen part mixes samples")
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Equal but for what another batch size does to the last bits, measured by the largest of them."""
+    largest = float(one.abs().nan_to_num(0, 0, 0).max()) if one.is_floating_point() else 0.0
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-4 * largest, equal_nan=True)
+
+
+def _same_in_parts(run: Run, inputs: Any, head: nn.Module, rest: nn.Module, modes: Modes) -> Values:
+    set_modes(modes)
+    run.reseed()
+    whole = answer_of(call(run.model.module, inputs))
+    run.reseed()
+    values: Values = call(head, inputs)
+    if not same_bits(whole, answer_of(rest(*values))):
+        raise UntraceableError("the parts of the model do not give what the whole gives")
+    return values
+
+
+def _rows_of(example: Any, rows: list[int]) -> Any:
+    return map_inputs(example, lambda tensor: tensor[rows])
+
+
+def _measure(run: Run, prefix: Prefix) -> float:
+    """Set the size of a sample's values, and give the multiplications that the prefix takes for each byte of them."""
+    prefix.bytes_each, work = _cost(run, prefix.parts.head)
+    return work
+
+
+def _cost(run: Run, head: nn.Module) -> tuple[int, float]:
+    """Bytes of a sample's values, and multiplications for each."""
+    with torch.no_grad(), run.autocast(), FlopCounterMode(display=False) as counter:
+        values = call(head, run.example)
+    bytes_each = sum(value[0].numel() * value.element_size() for value in values)
+    return bytes_each, float(counter.get_total_flops()) / 4 / bytes_each  # of two samples; a product and a sum are two
+
+
+def _refuse_what_does_not_pay(run: Run, prefix: Prefix, work: float, epochs: int) -> None:
+    if work < LEAST_WORK:
+        raise NoPrefixError("the frozen part is so cheap that computing it again costs no more")
+    on_disk = run.config.cache == "auto" and work >= LEAST_WORK_DISK
+    if epochs == 1 and not on_disk:
+        raise NoPrefixError("each sample is looked at once anyway")
+    limits = {"--cache-mb": run.config.cache_mb} | ({"--cache-disk-mb": run.config.cache_disk_mb} if on_disk else {})
+    flag, most = max(limits.items(), key=lambda limit: limit[1])
+    if (megabytes := num_megabytes(run, prefix)) > most:
+        raise NoPrefixError(f"its values take {megabytes:,.0f} MB, more than {flag} {most}")
+
+
+def _later(run: Run, prefix: Prefix) -> list[Prefix]:
+    """The prefixes of later phases of the plan, which the same look at the data can fill, while memory lasts.
+
+    Only those that their own phase would keep anyway: so whether they are at hand changes no bit.
+    """
+    found: list[Prefix] = []
+    trained: set[str] = set()
+    left = run.config.cache_mb - num_megabytes(run, prefix)
+    for phase in run.planned:
+        trained |= set(select(run.model, phase.train))
+        parts = prefix.parts
+        try:
+            border = parts.border_if([run.model.parameters()[name] for name in sorted(trained)], run.example)
+            later = Prefix(attrs.evolve(parts, head=parts.trace.before(border), border=border), views=prefix.views)
+            _refuse_without_looking(run, phase.epochs or 2, prefix.views)
+            _refuse_what_does_not_pay(run, later, _measure(run, later), phase.epochs or 2)
+        except NoPrefixError:
+            break
+        left -= num_megabytes(run, later)
+        if left < 0:
+            break
+        found.append(later)
+    return found
+
+
+def num_megabytes(run: Run, prefix: Prefix) -> float:
+    """Size of all that a prefix keeps."""
+    return prefix.bytes_each * (len(run.data.train) * max(1, prefix.views) + len(run.data.val)) / 2**20
+
+
+@attrs.frozen(eq=False)
+class _Later:
+    """The prefix of a later phase, and its part of the key."""
+
+    parts: Parts
+    model: str
+
+
+class _Filler:
+    """Finds or computes the values of a split, in one fixed geometry."""
+
+    def __init__(self, run: Run, prefix: Prefix, pause: Callable[[], None], *, shared: bool) -> None:
+        self._run, self._prefix, self._pause = run, prefix, pause
+        self._size = _fill_batch(run.example)
+        self._mapped = num_megabytes(run, prefix) > run.config.cache_mb
+        self._store: Store | None = None
+        if run.config.cache == "auto" and shared and num_megabytes(run, prefix) <= run.config.cache_disk_mb:
+            self._store = Store(run.config.cache_dir or default_folder(), run.config.cache_disk_mb)
+        self._model = _model_key(run, prefix.parts.head, self._size)
+        self._later: list[_Later] = []
+
+    def look_ahead(self, later: list[Prefix]) -> None:
+        """Keep what these need too, from the same pass."""
+        if not self._mapped:
+            self._later = [_Later(each.parts, _model_key(self._run, each.parts.head, self._size)) for each in later]
+
+    def values(self, name: str, split: Split, view: int | None) -> Values:
+        """The values of all samples of a split, from the store where they are in it."""
+        key = self._key(split, view, self._model)
+        if key in self._run.features:
+            values = self._run.features.pop(key)
+            self._guard(values, split, view, key)
+            self._prefix.found += 1
+            return values
+        if self._mapped and key is None:
+            raise NoPrefixError(f"its values need the disk, and the {name} split has no fingerprint to find them by")
+        if self._store is None or key is None:
+            return self._held(split, view)
+        stored, trouble = self._store.get(key, mapped=self._mapped)
+        if trouble:
+            self._run.note(f"  {trouble}")
+        if stored is not None:
+            self._guard(stored, split, view, key)
+            self._prefix.found += 1
+            return stored if self._mapped else tuple(map(self._run.device.move, stored))
+        return self._made(self._store, key, name, split, view)
+
+    def _made(self, store: Store, key: str, name: str, split: Split, view: int | None) -> Values:
+        about = {"model": type(self._run.model.module).__name__, "split": name, "samples": len(split)}
+        held = None if self._mapped else self._held(split, view)
+        try:
+            store.put(key, [held] if held is not None else self._blocks(self._prefix.parts.head, split, view), about)
+        except OSError as error:
+            why = f"the cache cannot be written ({error.strerror or error})"
+            if held is None:  # going on without it would give other bits
+                raise TryAgainError(
+                    "there is no room for what the frozen part gives",
+                    where=str(store.folder),
+                    why=why,
+                    fix="free some space, name another --cache-dir, or run with --cache off",
+                ) from None
+            self._run.note(f"  not shared with other runs: {why}")
+        if held is not None:
+            return held
+        values, trouble = store.get(key, mapped=True)
+        if values is None:
+            raise TryAgainError("the cache lost what was just written", where=str(store.folder), why=trouble)
+        return values
+
+    def _held(self, split: Split, view: int | None) -> Values:
+        """The values in memory; those of later phases are put aside on the way."""
+        own = self._prefix.parts.border
+        names = list(dict.fromkeys([*own, *(name for each in self._later for name in each.parts.border)]))
+        kept: dict[str, Tensor] = {}
+        start = 0
+        for block in self._blocks(self._prefix.parts.trace.before(names), split, view):
+            for name, value in zip(names, block, strict=True):
+                if name not in kept:
+                    kept[name] = torch.empty(len(split), *value.shape[1:], dtype=value.dtype, device=value.device)
+                kept[name][start : start + len(value)] = value
+            start += len(block[0])
+        for each in self._later:
+            key = self._key(split, view, each.model)
+            if key is not None:
+                self._run.features[key] = tuple(kept[name] for name in each.parts.border)
+        return tuple(kept[name] for name in own)
+
+    def _blocks(self, head: nn.Module, split: Split, view: int | None) -> Iterator[Values]:
+        rows = (self._rows(split, start) for start in range(0, len(split), self._size))
+        for chosen, stored in fetched(split, rows, workers=self._run.workers):
+            self._pause()
+            yield self._values_of(head, split, chosen, stored, view)
+            self._prefix.computed += 1
+
+    def _rows(self, split: Split, start: int) -> Tensor:
+        """The rows of one batch, whose place and size follow from the split alone."""
+        return torch.arange(start, min(start + self._size, len(split)))
+
+    def _values_of(self, head: nn.Module, split: Split, rows: Tensor, stored: Inputable, view: int | None) -> Values:
+        run = self._run
+        with torch.no_grad(), run.autocast():
+            inputs = run.ready(stored)
+            if view is not None and self._prefix.views:
+                noise = Noise(run.config.seed, view, rows)
+                inputs = run.augmented(Batch(inputs, run.place(split.targets[rows]), rows, None, noise)).inputs
+            values: Values = call(head, inputs)
+        return values
+
+    def _guard(self, values: Values, split: Split, view: int | None, key: str) -> None:
+        """Compute one batch again and compare: a key cannot hold what it does not know of.
+
+        Raises:
+            HaltError: The bits differ.
+        """
+        place = key_of(self._run.config.seed, key) % math.ceil(len(split) / self._size)
+        rows = self._rows(split, place * self._size)
+        again = self._values_of(self._prefix.parts.head, split, rows, split.fetch(rows), view)
+        kept = [each[rows[0] : rows[-1] + 1] for each in values]
+        if not all(same_bits(one.cpu(), other.cpu()) for one, other in zip(kept, again, strict=True)):
+            raise HaltError(
+                "features in the cache are not what the model gives now",
+                where="memory" if self._store is None else str(self._store.path_of(key)),
+                why="one batch was computed again, and its bits differ: something has changed that the key of the "
+                "cache does not hold, such as the code of the model or of the preprocessing",
+                fix="delete them with: tuneforge cache clear; or run with --cache off",
+            )
+
+    def _key(self, split: Split, view: int | None, model: str) -> str | None:
+        """All that the values depend on, in one hash; None where the inputs cannot be told apart."""
+        inputs = split.inputs_fingerprint()
+        if inputs is None:
+            return None
+        run = self._run
+        parts: dict[str, Any] = {"model": model, "inputs": inputs}
+        parts["preprocess"] = [type(run.data.inputs).__qualname__, values_of(run.data.inputs)]
+        if view is not None and self._prefix.views:
+            parts["view"] = [run.config.seed, view, [[use.name, use.options] for use in run.config.augment]]
+        return _hash(parts)
+
+
+def _model_key(run: Run, head: Any, size: int) -> str:
+    """The prefix itself, its weights and buffers, and what else the bits depend on."""
+    tensors = hashlib.sha256()
+    for name, tensor in [*head.named_parameters(remove_duplicate=False), *head.named_buffers(remove_duplicate=False)]:
+        plain = tensor.detach().cpu().contiguous()
+        tensors.update(f"{name} {plain.dtype} {tuple(plain.shape)} {tensor.stride()} ".encode())
+        tensors.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    parts = {
+        "code": head.code,
+        "modules": _modules_called(head),
+        "tensors": tensors.hexdigest(),
+        "batch": size,
+        "precision": run.config.precision,
+        "channels-last": run.channels_last,
+        "device": [str(run.device.torch), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
+        "torch": torch.__version__,
+    }
+    return _hash(parts)
+
+
+def _modules_called(head: Any) -> dict[str, Any]:
+    """What the modules of a graph were built with, as far as plain values show it."""
+    plain = (bool, int, float, str, tuple, type(None))
+    called = [str(node.target) for node in head.graph.nodes if node.op == "call_module"]
+    return {
+        f"{name}:{below}": {"": type(each).__qualname__}
+        | {key: str(value) for key, value in vars(each).items() if isinstance(value, plain)}
+        for name in called
+        for below, each in head.get_submodule(name).named_modules()
+    }
+
+
+def _hash(parts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _fill_batch(example: Any) -> int:
+    """Samples of one pass: the fastest from 16 to 64 measured so, by the size of a sample."""
+    numbers = sum(tensor[0].numel() for tensor in tensors_of(example).values())
+    return max(16, min(64, 1 << (2**21 // max(1, numbers)).bit_length() >> 1))

@@ -1,0 +1,250 @@
+"""The gradients of one optimizer step: in smaller pieces where memory is short, and none that is no number."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from tuneforge.engine.network.device import is_out_of_memory, root_of
+from tuneforge.engine.network.freezing import put_back, set_modes, whole_state
+from tuneforge.engine.run import Run, in_pieces
+from tuneforge.engine.samples.data import Batch, batch_sizes, tensors_of
+from tuneforge.errors import HaltError, PluginError
+
+IN_SUCCESSION = 10
+"""Steps in succession that may be left out before the run halts: the weights, not a batch, are at fault then."""
+
+ROLLBACKS = 5
+"""Times that a phase may go back."""
+
+_NAMED = 8  # samples named in a message
+
+
+class _NotFiniteError(Exception):
+    """A loss or a gradient that is no number.
+
+    Args:
+        what: It, with its value.
+        batches: What it was computed from.
+        outputs: What the model gave for the last of them, where the loss was bad.
+    """
+
+    def __init__(self, what: str, batches: list[Batch], outputs: Any = None) -> None:
+        self.what, self.batches, self.outputs = what, batches, outputs
+
+
+@attrs.define(eq=False)
+class Gradients:
+    """What a phase's steps are made of.
+
+    Args:
+        plan: The mode of each module.
+        buffers: What a forward pass of the phase may change, such as the statistics of a norm.
+        rate: Factor on the rate; halved each time that the phase goes back.
+        left_out: Optimizer steps that were not applied.
+        again: Steps left out in succession, up to now.
+        rollbacks: Times that the phase went back.
+        before: Weights, optimizer and memories of components at the beginning of the epoch, where the run may go back.
+    """
+
+    plan: list[tuple[nn.Module, bool]]
+    buffers: list[Tensor]
+    rate: float = 1.0
+    left_out: tuple[int, ...] = ()
+    again: int = 0
+    rollbacks: int = 0
+    before: dict[str, Any] = attrs.field(factory=dict)
+
+    @classmethod
+    def of(cls, plan: list[tuple[nn.Module, bool]], state: dict[str, Any] | None) -> Gradients:
+        """Those of a phase, from its beginning or from what `state` gave."""
+        moving = {id(buffer): buffer for module, training in plan if training for buffer in module.buffers(False)}
+        return cls(plan, list(moving.values()), **(state or {}))
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed phase goes on with."""
+        names = ("rate", "left_out", "again", "rollbacks", "before")
+        return {name: getattr(self, name) for name in names}
+
+    def begin_epoch(self, run: Run) -> None:
+        """Keep what the run may go back to."""
+        if run.config.on_nan == "rollback":
+            tensors = {name: tensor.clone() for name, tensor in whole_state(run.model.module).items()}
+            kept = {"optimizer": run.optimization.state(run.model), "components": run.states}
+            self.before = {"model": tensors, **copy.deepcopy(kept)}
+
+    def compute(self, run: Run, batches: list[Batch]) -> list[tuple[Tensor, int]] | None:
+        """Forward and backward passes of one optimizer step.
+
+        Args:
+            run: With the phase under way.
+            batches: What the step is computed from.
+
+        Returns:
+            The loss of each piece and the number of its samples; None where the step is not to be applied.
+
+        Raises:
+            HaltError: A loss or a gradient is no number, or memory does not suffice for the smallest piece.
+        """
+        held = [buffer.clone() for buffer in self.buffers]
+        while True:
+            try:
+                losses = self._passes(run, batches)
+                self.again = 0
+                return losses
+            except _NotFiniteError as error:
+                self._undo(run, held)
+                self._answer(run, error)
+                return None
+            except (RuntimeError, MemoryError, PluginError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                largest = max(len(batch.rows) for batch in batches)
+                why = str(root_of(error)).partition("\n")[0]
+            self._undo(run, held)
+            self._halve(run, largest, why)
+
+    def _passes(self, run: Run, batches: list[Batch]) -> list[tuple[Tensor, int]]:
+        total = sum(len(batch.rows) for batch in batches)
+        watches = run.device.torch.type == "cpu" or run.config.on_nan != "halt"
+        losses = []
+        for place, batch in enumerate(batches):
+            run.reseed(place)
+            for piece in in_pieces(batch, batch_sizes(len(batch.rows), run.micro_batch or len(batch.rows))):
+                set_modes(self.plan)
+                loss, outputs = outcome_of(run, piece)
+                if watches and not math.isfinite(value := loss.item()):
+                    raise _NotFiniteError(f"the training loss is {value}", [piece], outputs)
+                count = len(piece.rows)
+                torch.autograd.backward(loss if count == total else loss * (count / total))
+                losses.append((loss.detach(), count))
+        if watches and (bad := _not_finite(run)):
+            raise _NotFiniteError(f"the gradient of '{bad}' is no number", batches)
+        return losses
+
+    def _undo(self, run: Run, held: list[Tensor]) -> None:
+        """As if no forward pass had been."""
+        run.model.module.zero_grad(set_to_none=True)
+        for buffer, value in zip(self.buffers, held, strict=True):
+            buffer.copy_(value)
+
+    def _halve(self, run: Run, largest: int, why: str) -> None:
+        now = min(run.micro_batch or largest, largest)
+        least = 2 if self.buffers else 1  # a norm needs two samples for its statistics
+        if now <= least:
+            raise HaltError(
+                f"memory does not suffice for a training pass over {now} sample(s)",
+                where=f"optimizer step {run.step + 1}",
+                why=why,
+                fix="use a smaller model or smaller inputs, or --precision bfloat16",
+            )
+        run.micro_batch = max(least, -(-now // 2))
+        run.device.release()
+        run.note(f"  out of memory at optimizer step {run.step + 1}: from here on {run.micro_batch} samples a pass")
+        if self.buffers:
+            run.note("  note: norms see smaller batches now, so the numbers are not those of whole batches")
+
+    def _answer(self, run: Run, error: _NotFiniteError) -> None:
+        """Do what was asked for: halt, leave the step out, or go back with a lower rate too."""
+        assert run.phase is not None
+        where = f"phase '{run.phase.name}', epoch {run.epoch + 1}, optimizer step {run.step + 1}"
+        why = _suspects(run, error)
+        self.again += 1
+        policy = run.config.on_nan
+        exhausted = {"skip": self.again > IN_SUCCESSION, "rollback": self.rollbacks >= ROLLBACKS}
+        if exhausted.get(policy, True):
+            times = {"skip": f"{IN_SUCCESSION} steps in succession", "rollback": f"{ROLLBACKS} times"}.get(policy)
+            raise HaltError(
+                error.what,
+                where=where,
+                why=why + (f"; it was left out {times} before" if times else ""),
+                fix="mend those samples, lower the learning rate, add --with grad-clip, or use --on-nan skip",
+            )
+        self.left_out = (*self.left_out, run.step + 1)
+        if policy == "skip":
+            run.note(f"  left out: {where}: {error.what}; {why}")
+            return
+        self.rate, self.rollbacks = self.rate / 2, self.rollbacks + 1
+        put_back(run.model.module, self.before["model"])
+        run.optimization.put_back(run.model, self.before["optimizer"])
+        for key, memory in run.states.items():
+            memory.clear()
+            memory.update(copy.deepcopy(self.before["components"].get(key, {})))
+        run.note(f"  went back to the beginning of the epoch: {where}: {error.what}; {why}; the rate is halved")
+
+
+def outcome_of(run: Run, batch: Batch) -> tuple[Tensor, Any]:
+    """The loss and the outputs that the step, and whatever wraps it, gives for a batch.
+
+    Raises:
+        PluginError: The step gave something else than a scalar loss and the outputs.
+    """
+    given = run.hooks.call.train_step(run=run, batch=batch)
+    if isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[0], Tensor) and given[0].numel() == 1:
+        return given[0], given[1]
+    raise PluginError(
+        f"{run.hooks.provider('train_step').label} gave {type(given).__name__} from train_step",
+        why="it must return a scalar loss and the outputs: return loss, outputs",
+        fix="look at the step and at what wraps it",
+    )
+
+
+def _not_finite(run: Run) -> str:
+    """The name of a tensor whose gradient is not finite; "" where all are.
+
+    A sum is infinite or no number where an element is, and costs one read.
+    """
+    for name, parameter in run.model.parameters().items():
+        gradient = parameter.grad
+        if gradient is not None:
+            values = gradient.coalesce().values() if gradient.is_sparse else gradient
+            if not math.isfinite(abs(values.sum().item())) and not bool(values.isfinite().all()):
+                return name
+    return ""
+
+
+def _suspects(run: Run, error: _NotFiniteError) -> str:
+    """The samples behind a bad number: those with a bad input, else target, else output, else all of them."""
+    for words, things in _evidence(error):
+        names = [
+            run.data.train.id_of(int(row))
+            for batch, thing in zip(error.batches, things, strict=True)
+            for row in batch.rows[_bad_rows(thing, len(batch.rows))]
+        ]
+        if names:
+            return f"{words} {_listed(names)}"
+    names = [run.data.train.id_of(int(row)) for batch in error.batches for row in batch.rows]
+    return f"inputs, targets and outputs are finite; the samples were {_listed(names)}"
+
+
+def _evidence(error: _NotFiniteError) -> Iterator[tuple[str, list[Any]]]:
+    yield "there is an input that is no number in", [batch.inputs for batch in error.batches]
+    yield "there is a target that is no number in", [batch.targets for batch in error.batches]
+    if error.outputs is not None:
+        yield "the model gave what is no number for", [error.outputs]
+
+
+def _bad_rows(thing: Any, size: int) -> Tensor:
+    """True (b,) for each sample of which a value is no number."""
+    bad = torch.zeros(size, dtype=torch.bool)
+    values = getattr(thing, "values", None)
+    tensors = values if isinstance(values, tuple) else tensors_of(thing).values() if _holds_tensors(thing) else ()
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.ndim and len(tensor) == size:
+            bad |= ~tensor.detach().reshape(size, -1).isfinite().all(1).cpu()
+    return bad
+
+
+def _holds_tensors(thing: Any) -> bool:
+    return isinstance(thing, (Tensor, dict))
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

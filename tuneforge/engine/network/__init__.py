@@ -1,0 +1,1 @@
+"""What the engine trains: the model, what is frozen in it, its optimizer, and the proof."""

@@ -1,0 +1,1 @@
+"""What the engine reads: the splits, their order, batches, workers and given objects."""

@@ -1,0 +1,167 @@
+"""The model card of a bundle: what it is, how good it is, where it comes from, and how to use it without tuneforge."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tuneforge.engine.evaluation import single_numbers
+
+SCRIPT = '''\
+"""Name the class of pictures with onnxruntime, numpy and Pillow alone: python classify.py BUNDLE FOLDER|FILE..."""
+
+import json
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+bundle, given = Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]]
+record = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+names = record["targets"]["options"]["names"]
+(channels, height, width), _ = record["stored"][""]
+session = onnxruntime.InferenceSession(bundle / "model.onnx", providers=["CPUExecutionProvider"])
+
+files = [file for path in given for file in (sorted(path.rglob("*.png")) if path.is_dir() else [path])]
+right = 0
+for file in files:
+    picture = Image.open(file).convert("L" if channels == 1 else "RGB")
+    if picture.size != (width, height):
+        sys.exit(f"{file}: {picture.size} pixels, and the model takes {(width, height)}; prepare it as the card says")
+    pixels = np.asarray(picture).reshape(1, height, width, channels).transpose(0, 3, 1, 2)
+    (answers,) = session.run(["answers"], {"input": np.ascontiguousarray(pixels)})
+    name = names[int(answers[0].argmax())]
+    right += quote(name, safe=" ") == file.parent.name
+    print(f"{file}: {name} ({answers[0].max():.4f})")
+if len(given) == 1 and given[0].is_dir():
+    print(f"right, where the folder is the class: {right} of {len(files)}")
+'''
+"""Printed in the card of a picture model in ONNX; the tests run it where there is no torch."""
+
+
+def text(record: Mapping[str, Any]) -> str:
+    """The card as Markdown.
+
+    Args:
+        record: The content of `bundle.json`.
+    """
+    return "\n".join([*_head(record), *_figures(record), *_use(record), *_data(record), *_provenance(record)]) + "\n"
+
+
+def _head(record: Mapping[str, Any]) -> Iterator[str]:
+    labels = record["labels"]
+    yield f"# {record['name']}"
+    yield ""
+    answers = f"one answer over {len(labels)} names: {', '.join(labels)}" if labels else "numbers"
+    yield f"A model tuned with tuneforge {record['tuneforge']} by the strategy `{record['strategy']}`."
+    yield f"It gives {answers}."
+    yield ""
+    yield "| form | computed by | compared with the tuned model on the test split |"
+    yield "| --- | --- | --- |"
+    for name, form in record["formats"].items():
+        parity = form["parity"]
+        batches = ", ".join(map(str, parity["batches"]))
+        yield (
+            f"| {name} | {form['backend']} | {parity['samples']:,} samples, batches of {batches}: "
+            f"off by at most {parity['largest']:.1e}, {parity['different']} other classes |"
+        )
+    yield ""
+
+
+def _figures(record: Mapping[str, Any]) -> Iterator[str]:
+    test = record["figures"]["test"]
+    yield f"## How good it is: {record['samples']['test']:,} test samples, looked at once, at the end of the run"
+    yield ""
+    yield "| figure | test |"
+    yield "| --- | --- |"
+    yield from (f"| {name} | {value:.4f} |" for name, value in single_numbers(test).items())
+    yield ""
+    if classes := test.get("per_class"):
+        yield "| class | precision | recall | f1-score | support |"
+        yield "| --- | --- | --- | --- | --- |"
+        for name, row in classes.items():
+            scores = " | ".join(_number(row.get(key)) for key in ("precision", "recall", "f1-score"))
+            yield f"| {_cell(name)} | {scores} | {row.get('support')} |"
+        yield ""
+        yield f"It is weakest at `{test.get('worst_class')}`. What is none of these classes is called one of them as well."
+        yield ""
+
+
+def _use(record: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Use"
+    yield ""
+    if "onnx" in record["formats"]:
+        shapes = ", ".join(
+            f"`{name or 'input'}`, {dtype.removeprefix('torch.')} of shape (batch, {', '.join(map(str, shape))})"
+            for name, (shape, dtype) in record["stored"].items()
+        )
+        yield f"`model.onnx` takes {shapes}; what follows on that is inside the graph."
+        yield "It gives `outputs`, as the network does, and `answers`: probabilities, or numbers in their own unit."
+        yield "Any batch size will do."
+        yield ""
+    if _plain_script(record):
+        yield "The pictures of a folder, or files, with onnxruntime, numpy and Pillow alone (`classify.py`):"
+        yield ""
+        yield f"```python\n{SCRIPT}```"
+        yield ""
+        yield "It takes pictures as they are stored; `tuneforge export RUN --pictures DIR` writes those of the test split."
+        yield ""
+    yield "With tuneforge, from raw files or rows:"
+    yield ""
+    yield "```py"
+    yield "import tuneforge as tf"
+    yield ""
+    yield 'print(*tf.load_bundle("BUNDLE").predict(["picture.png"]))'
+    yield "```"
+    yield ""
+
+
+def _data(record: Mapping[str, Any]) -> Iterator[str]:
+    yield "## How inputs are prepared"
+    yield ""
+    yield f"By `{record['inputs']['name']}`, with these options; the same for training, test and use:"
+    yield ""
+    yield from _options(record["inputs"]["options"])
+    yield "Answers are read by " + f"`{record['targets']['name']}`:"
+    yield ""
+    yield from _options(record["targets"]["options"])
+    for note in (*record["notes"], *record["changes"]):
+        yield f"- {note}"
+    yield ""
+
+
+def _provenance(record: Mapping[str, Any]) -> Iterator[str]:
+    run = record["run"]
+    yield "## Where it comes from"
+    yield ""
+    yield f"- Run `{run['folder']}`: `{shlex.join(run['environment']['command'])}`. All options are in `bundle.json`."
+    yield f"- Samples: {', '.join(f'{count:,} {name}' for name, count in record['samples'].items())}."
+    yield from (f"- Fingerprint of {name}: `{digest}`." for name, digest in record["fingerprints"].items())
+    versions = ", ".join(f"{name} {each}" for name, each in record["versions"].items())
+    yield f"- Exported {record['created']} with {versions}."
+    parts = [each for each in run["components"] if each.get("distribution") not in ("tuneforge", "", None)]
+    for each in parts:
+        yield f"- Component `{each['name']}` of {each['distribution']} {each.get('version', '')}."
+
+
+def _plain_script(record: Mapping[str, Any]) -> bool:
+    """True for a picture model in ONNX that names classes and takes pictures of one size."""
+    kinds = (record["inputs"]["name"], record["targets"]["name"])
+    return "onnx" in record["formats"] and kinds == ("images", "classes")
+
+
+def _options(options: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"- {name}: `{value}`" for name, value in options.items())
+    yield ""
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _cell(name: str) -> str:
+    return name.replace("|", "\\|")

@@ -1,0 +1,36 @@
+"""The test split's pictures as files, as they are stored: for programs that know nothing of tuneforge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tuneforge.engine.samples.data import Split, Targets, fetched, in_turn
+from tuneforge.errors import DataError, FolderError
+
+
+def write_pictures(split: Split, targets: Targets, folder: Path) -> int:
+    """Write every picture of a split as `CLASS/NUMBER.png`, without loss; returns how many.
+
+    Names of classes are written as in a URL, so that any name can be a folder's.
+
+    Raises:
+        DataError: The samples are no pictures of 8 bits in one class each.
+        FolderError: There is something in the folder already.
+    """
+    from PIL import Image
+
+    if folder.exists() and any(folder.iterdir()):
+        raise FolderError(f"'{folder}' is not empty", where="--pictures", fix="name another folder")
+    for rows, stored in fetched(split, in_turn(len(split), 256), workers=0):
+        if not isinstance(stored, Tensor) or stored.dtype != torch.uint8 or stored.shape[1:2] not in ((1,), (3,)):
+            raise DataError("the inputs are no pictures", where="--pictures", fix="leave that out")
+        for row, picture in zip(rows.tolist(), stored, strict=True):
+            place = folder / quote(targets.truth(split.targets[row]), safe=" ") / f"{row:06d}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).squeeze(2).numpy())).save(place)
+    return len(split)

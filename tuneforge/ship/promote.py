@@ -1,0 +1,149 @@
+"""Promotion: a run becomes a bundle, the gate judges it as it would be served, and the store admits it or not."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from tuneforge.engine.samples.data import Data, Split, Targets
+from tuneforge.engine.state import folder as names
+from tuneforge.engine.tuned import load
+from tuneforge.errors import PluginError
+from tuneforge.ship import sealed
+from tuneforge.ship.bundle import BUNDLE, Servable, load_bundle
+from tuneforge.ship.export import export, prepared
+from tuneforge.ship.gate import Rules, Verdict, judge, refused
+from tuneforge.ship.parity import ParityError
+from tuneforge.ship.store import INCOMING, Store
+from tuneforge.ship.worlds import data_of_bundle, split_of_files
+
+_ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
+
+
+@attrs.frozen
+class Promotion:
+    """How it ended.
+
+    Args:
+        verdict: What the gate said.
+        name: Of the model.
+        version: Its number, where it was promoted.
+        against: The champion that it was judged against.
+    """
+
+    verdict: Verdict
+    name: str
+    version: int | None
+    against: int | None
+
+
+def promote(
+    run: str | Path,
+    *,
+    store: str | Path = "models",
+    name: str | None = None,
+    to: Sequence[str] | None = None,
+    data: Any = None,
+    model: Any = None,
+    old: Split | None = None,
+    old_targets: Targets | None = None,
+    new: Split | str | Path | None = None,
+    new_targets: Targets | None = None,
+    rules: Rules | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Promotion:
+    """Make a run, or a bundle of one, the champion of a name if the gate lets it pass.
+
+    Args:
+        run: The folder of a finished run, or of a bundle.
+        store: The store's folder.
+        name: Of the model; None: what the run's data source is called.
+        to: The forms that the version holds, of a run; None: ONNX where its packages are installed and the network can
+            be written so, and safetensors.
+        data: The run's data, where it was given them as objects.
+        model: The module, where the run was given one as an object.
+        old: The old world's test split; None: the champion's own, prepared again.
+        old_targets: How its targets are read; by default as the champion reads them.
+        new: The new world's held-out split, or a folder of its files with one folder a class; None: superiority on the
+            old one decides.
+        new_targets: Of the new split; by default as the challenger reads them.
+        rules: What the challenger must keep to.
+        say: Where sentences for the user go.
+
+    Raises:
+        FolderError: The run is not done, or another process is promoting.
+        DataError: The data is no longer what the run or the champion was tested on.
+    """
+    run = Path(run)
+    place = Store(store, name or _name_of(run))
+    with place.locked():
+        against, incoming = place.champion, place.path / INCOMING
+        try:
+            found = _incoming(run, incoming, to, place.name, data, model, say)
+            challenger = load_bundle(incoming, name=place.name, version="challenger")
+            champion = None if against is None else place.servable(against)
+            world = old if old is not None else _old_world(champion, challenger, found)
+            if isinstance(new, (str, Path)):
+                new = split_of_files(Path(new), challenger.inputs, new_targets or challenger.targets)
+            known = {"old_targets": old_targets, "new_targets": new_targets}
+            verdict = judge(champion, challenger, world, new, rules=rules, **known, used=place.times_used)
+        except ParityError as error:
+            verdict = refused("parity", f"{error.what}: {error.why}")
+        about = {"run": str(run), "verdict": names.finite(verdict.plain())}
+        if verdict.promoted:
+            return Promotion(verdict, place.name, place.admit(incoming, about), against)
+        shutil.rmtree(incoming, ignore_errors=True)
+        place.note("refused", against=against, **about)
+        return Promotion(verdict, place.name, None, against)
+
+
+def _name_of(run: Path) -> str:
+    """What the run's data source is called: it stays when the model is tuned again."""
+    if (run / BUNDLE).is_file():
+        config = names.read_json(run / BUNDLE)["run"]["config"]
+    else:
+        config = names.read_json(run / names.RUN)["config"]
+    name = config["data"]["name"]
+    return run.absolute().name if "." in name or ":" in name else name.rpartition("/")[2]
+
+
+def _incoming(
+    run: Path,
+    incoming: Path,
+    to: Sequence[str] | None,
+    name: str,
+    data: Any,
+    model: Any,
+    say: Callable[[str], None],
+) -> Data:
+    """Write the challenger's bundle beside the versions; returns the data it was tuned and tested on."""
+    if (run / BUNDLE).is_file():
+        sealed.verify(run)
+        shutil.copytree(run, incoming)
+        return data_of_bundle(names.read_json(run / BUNDLE), data)
+    found = prepared(load(run, model=model, device_name="cpu"), data)
+    if to is None and all(importlib.util.find_spec(each) for each in _ONNX_NEEDS):
+        try:
+            export(run, to=("onnx", "safetensors"), out=incoming, name=name, data=found, model=model, say=say)
+            return found
+        except ParityError:
+            raise
+        except PluginError as error:
+            say(f"note: {error.what}, so the version holds safetensors alone ({error.why})")
+    elif to is None:
+        say("note: without the packages of 'tuneforge[export]' the version holds safetensors alone")
+    export(run, to=to or ("safetensors",), out=incoming, name=name, data=found, model=model, say=say)
+    return found
+
+
+def _old_world(champion: Servable | None, challenger: Servable, found: Data) -> Split:
+    """The champion's own test split; the challenger's where it is the same one, or where there is no champion."""
+    own = challenger.record["fingerprints"]["test"]
+    if champion is None or champion.record["fingerprints"]["test"] == own:
+        return found.test
+    return data_of_bundle(champion.record).test

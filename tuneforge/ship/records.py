@@ -1,0 +1,419 @@
+"""What production asked, what it was answered, and what people say is right: one SQLite file.
+
+A label that was acknowledged is on the disk: the file is in WAL mode with synchronous=FULL, so a commit returns when
+the log is flushed. One process serves, others may read and label at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import attrs
+
+from tuneforge.errors import DataError, FolderError, TryAgainError, UnknownNameError, UsageError
+
+Side = Literal["train", "held-out"]
+
+HELD_OUT = 0.2
+"""Share of the contents that is set aside for the gate, unless told otherwise when the file is made."""
+
+MOST_NAME = 100
+"""Characters that a class may have."""
+
+_VERSION = 1
+_EVICTED_AT_ONCE = 32
+_LARGEST_SHARE = 0.1  # of the cap, for one request
+_WAL_BYTES = 4 * 2**20
+_SCHEMA = """
+CREATE TABLE settings (held_out REAL NOT NULL);
+CREATE TABLE requests (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, time REAL NOT NULL, version TEXT NOT NULL,
+    answer TEXT NOT NULL, named TEXT, confidence REAL, features BLOB, content TEXT NOT NULL, held_out INTEGER NOT NULL,
+    label TEXT, label_number INTEGER
+);
+CREATE TABLE bodies (number INTEGER PRIMARY KEY, content_type TEXT NOT NULL, body BLOB NOT NULL);
+CREATE TABLE labels (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, request INTEGER NOT NULL, name TEXT NOT NULL, time REAL NOT NULL
+);
+CREATE INDEX unlabelled ON requests (number) WHERE label IS NULL;
+CREATE INDEX uncertain ON requests (confidence) WHERE label IS NULL;
+CREATE INDEX labelled ON requests (label_number) WHERE label IS NOT NULL;
+CREATE INDEX contents ON requests (content) WHERE label IS NOT NULL;
+"""
+
+
+@attrs.frozen
+class Exchange:
+    """One thing that was asked and what was answered.
+
+    Args:
+        id: The request's, by which a label finds it.
+        version: The model that answered.
+        body: The input as it was sent.
+        content_type: What the body is, such as `image/png`.
+        answer: Plain data; `class` and `probability`, where it has them, are what it is ranked and judged by.
+        time: Seconds since 1970.
+        features: What drift is measured on, float32 bytes; None where nobody asked.
+        content: A digest of what the model saw, so that one picture sent in two ways counts as one; by default the
+            SHA-256 of the body.
+    """
+
+    id: str
+    version: str
+    body: bytes
+    content_type: str
+    answer: dict[str, Any]
+    time: float = attrs.field(factory=time.time)
+    features: bytes | None = None
+    content: str = ""
+
+    @property
+    def raw(self) -> Any:
+        """What the inputs contract decodes: the value of JSON, or the bytes."""
+        return json.loads(self.body) if self.content_type == "application/json" else self.body
+
+
+@attrs.frozen
+class Label:
+    """A label as it stands in the file.
+
+    Args:
+        id: The request's.
+        name: The class that is right.
+        previous: The label before it; None where it is the first.
+        held_out: True where the sample is for the gate alone.
+        agrees: Whether the answer had been this class; None where the answer named none.
+    """
+
+    id: str
+    name: str
+    previous: str | None
+    held_out: bool
+    agrees: bool | None
+
+
+@attrs.frozen
+class Labelled:
+    """A labelled sample, for training or for the gate.
+
+    Args:
+        exchange: The request and its answer.
+        label: The class that is right.
+        held_out: True where it is for the gate alone.
+    """
+
+    exchange: Exchange
+    label: str
+    held_out: bool
+
+
+@attrs.frozen
+class Counts:
+    """What the file holds.
+
+    Args:
+        requests: Requests kept.
+        labelled: Requests with a label.
+        held_out: Labelled requests that are set aside.
+        labels: Labels ever given, relabelling included.
+        bytes: Size of the file in use.
+    """
+
+    requests: int
+    labelled: int
+    held_out: int
+    labels: int
+    bytes: int
+
+
+class Records:
+    """The file of requests and labels: `with Records(path) as records: ...`. Threads may share it.
+
+    Args:
+        path: The file; made where there is none.
+        cap_mb: Most megabytes in use. Past it the oldest requests without a label go; a labelled one never does.
+        held_out: Share of the contents that is set aside; counts when the file is made, and stays for its life, so
+            that what was held out once is never trained on.
+
+    Raises:
+        FolderError: The file cannot be opened, or is none of ours.
+    """
+
+    def __init__(self, path: str | Path, *, cap_mb: float = 256, held_out: float = HELD_OUT) -> None:
+        if not 0 <= held_out < 1:
+            raise UsageError(
+                f"a share of {held_out} cannot be held out", where="held_out", fix="give at least 0, less than 1"
+            )
+        self.path = Path(path)
+        self.cap_bytes = int(cap_mb * 2**20)
+        self.evicted, self.refused = 0, 0
+        self._lock = threading.RLock()
+        try:
+            self._db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise FolderError(f"cannot open '{self.path}'", why=str(error), fix="check the path") from None
+        try:
+            self._prepare(held_out)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; what was acknowledged is in it already."""
+        with self._lock:
+            self._db.close()
+
+    @property
+    def full(self) -> bool:
+        """True where the cap is reached and only labelled requests are left, so that no new one is kept."""
+        return self._used() > self.cap_bytes and self._one("SELECT 1 FROM requests WHERE label IS NULL") is None
+
+    def keep(self, exchanges: Sequence[Exchange]) -> int:
+        """Keep requests with their answers, all in one commit; make room where the cap is reached.
+
+        Returns:
+            How many were kept. The others are counted in `refused`: an id that is there already, a body of more than
+            a tenth of the cap, or no room beside what is labelled.
+        """
+        kept = 0
+        with self._commit():
+            for each in exchanges:
+                room = len(each.body) <= _LARGEST_SHARE * self.cap_bytes and self._make_room()
+                kept += self._insert(each) if room else 0
+        self.refused += len(exchanges) - kept
+        return kept
+
+    def label(self, request_id: str, name: str) -> Label:
+        """Say which class is right for a request; on return it is on the disk. The last label counts, all are kept.
+
+        Raises:
+            UnknownNameError: No request of that id is kept.
+            DataError: The name is empty, too long or not printable.
+            TryAgainError: The disk is full, or another process holds the file.
+        """
+        name = _checked_name(name)
+        with self._commit():
+            row = self._one("SELECT number, label, held_out, named FROM requests WHERE id = ?", request_id)
+            if row is None:
+                raise UnknownNameError(
+                    f"no request '{request_id[:80]}' is kept",
+                    why="only a share of the requests is kept, and the oldest ones go when the file is full",
+                    fix="give the id of a request that the server has answered lately",
+                )
+            number, previous, held_out, named = row
+            added = self._db.execute(
+                "INSERT INTO labels (request, name, time) VALUES (?, ?, ?)", (number, name, time.time())
+            )
+            self._db.execute(
+                "UPDATE requests SET label = ?, label_number = ? WHERE number = ?", (name, added.lastrowid, number)
+            )
+        return Label(request_id, name, previous, bool(held_out), None if named is None else named == name)
+
+    def labelled(self, side: Side | None = None) -> Iterator[Labelled]:
+        """Labelled samples in the order of their labels, each content once, with the newest label it was given.
+
+        Args:
+            side: `"train"`, or `"held-out"` for the gate; None gives both. A content is always on the same side.
+        """
+        newest = self._all(
+            "SELECT label_number FROM requests AS r WHERE label IS NOT NULL AND (? IS NULL OR held_out = ?) "
+            "AND NOT EXISTS (SELECT 1 FROM requests WHERE content = r.content AND label IS NOT NULL "
+            "AND label_number > r.label_number) ORDER BY label_number",
+            side, side == "held-out",
+        )  # fmt: skip
+        for (number,) in newest:
+            row = self._one(f"{_EXCHANGE} WHERE label_number = ?", number)
+            if row is not None:  # else it was labelled anew meanwhile
+                yield Labelled(_exchange(row[:-2]), row[-2], bool(row[-1]))
+
+    def history(self, request_id: str) -> list[str]:
+        """Every label that a request was given, oldest first."""
+        query = "SELECT name FROM labels JOIN requests ON request = requests.number WHERE id = ? ORDER BY labels.number"
+        return [name for (name,) in self._all(query, request_id)]
+
+    def judged(self, *, last: int | None = None, version: str | None = None) -> list[tuple[str, str]]:
+        """Answered class and right class of labelled requests whose answer named a class, newest request first.
+
+        Args:
+            last: At most so many.
+            version: Of one model only.
+        """
+        return self._all(
+            "SELECT named, label FROM requests WHERE label IS NOT NULL AND named IS NOT NULL "
+            "AND (? IS NULL OR version = ?) ORDER BY number DESC LIMIT ?",
+            version, version, -1 if last is None else last,
+        )  # fmt: skip
+
+    def recent(self, last: int, *, version: str | None = None) -> list[tuple[float | None, bytes | None]]:
+        """Confidence and features of the newest requests."""
+        return self._all(
+            "SELECT confidence, features FROM requests WHERE ? IS NULL OR version = ? ORDER BY number DESC LIMIT ?",
+            version, version, last,
+        )  # fmt: skip
+
+    def least_certain(self, *, skip: Sequence[str] = ()) -> Exchange | None:
+        """The unlabelled request whose answer was least certain; None where there is none.
+
+        Args:
+            skip: Ids that are passed over.
+        """
+        marks = ", ".join("?" * len(skip))
+        found = self._one(
+            f"SELECT id FROM requests WHERE label IS NULL AND id NOT IN ({marks}) "  # noqa: S608 - question marks only
+            "ORDER BY confidence IS NULL, confidence, number DESC LIMIT 1",
+            *skip,
+        )
+        return None if found is None else self.find(found[0])
+
+    def find(self, request_id: str) -> Exchange | None:
+        """The request of that id; None where it is not kept."""
+        row = self._one(f"{_EXCHANGE} WHERE id = ?", request_id)
+        return None if row is None else _exchange(row[:-2])
+
+    def classes(self) -> list[str]:
+        """Classes that labels name, sorted."""
+        return [name for (name,) in self._all("SELECT DISTINCT label FROM requests WHERE label IS NOT NULL ORDER BY 1")]
+
+    def num_labels(self) -> int:
+        """Labels ever given: what a trigger counts."""
+        return int(self._one("SELECT COUNT(*) FROM labels")[0])
+
+    def counts(self) -> Counts:
+        """What the file holds."""
+        requests = self._one("SELECT COUNT(*) FROM requests")[0]
+        labelled, held_out = self._one("SELECT COUNT(*), TOTAL(held_out) FROM requests WHERE label IS NOT NULL")
+        return Counts(requests, labelled, int(held_out), self.num_labels(), self._used())
+
+    def _prepare(self, held_out: float) -> None:
+        try:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA fullfsync=ON")  # of macOS, whose fsync leaves data in the drive's memory
+            self._db.execute(f"PRAGMA journal_size_limit={_WAL_BYTES}")
+            self._db.execute("BEGIN IMMEDIATE")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                for statement in _SCHEMA.split(";"):
+                    self._db.execute(statement)
+                self._db.execute("INSERT INTO settings VALUES (?)", (held_out,))
+                self._db.execute(f"PRAGMA user_version={_VERSION}")
+            self._db.execute("COMMIT")
+        except sqlite3.DatabaseError as error:
+            raise FolderError(f"cannot use '{self.path}' for records", why=str(error), fix="name another") from None
+        if version not in (0, _VERSION):
+            raise FolderError(
+                f"'{self.path}' has records of kind {version}",
+                why=f"this version of tuneforge reads kind {_VERSION}",
+                fix="use the version of tuneforge that wrote them, or name another file",
+            )
+        self.held_out = float(self._one("SELECT held_out FROM settings")[0])
+
+    def _insert(self, each: Exchange) -> bool:
+        content = each.content or hashlib.sha256(each.body).hexdigest()
+        named, confidence = each.answer.get("class"), each.answer.get("probability")
+        added = self._db.execute(
+            "INSERT OR IGNORE INTO requests (id, time, version, answer, named, confidence, features, content, held_out)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                each.id, each.time, each.version, json.dumps(each.answer), named, confidence, each.features, content,
+                in_share(content, self.held_out, salt="held out"),
+            ),
+        )  # fmt: skip
+        if added.rowcount:
+            row = (added.lastrowid, each.content_type, each.body)
+            self._db.execute("INSERT INTO bodies VALUES (?, ?, ?)", row)
+        return bool(added.rowcount)
+
+    def _make_room(self) -> bool:
+        """Remove the oldest requests without a label until the file is below its cap; False where it cannot be."""
+        while self._used() > self.cap_bytes:
+            query = "SELECT number FROM requests WHERE label IS NULL ORDER BY number LIMIT ?"
+            oldest = self._db.execute(query, (_EVICTED_AT_ONCE,)).fetchall()
+            if not oldest:
+                return False
+            self._db.executemany("DELETE FROM bodies WHERE number = ?", oldest)
+            self._db.executemany("DELETE FROM requests WHERE number = ?", oldest)
+            self.evicted += len(oldest)
+        return True
+
+    def _used(self) -> int:
+        """Bytes of the pages in use."""
+        pages, free, size = (self._one(f"PRAGMA {name}")[0] for name in ("page_count", "freelist_count", "page_size"))
+        return int((pages - free) * size)
+
+    @contextlib.contextmanager
+    def _commit(self) -> Iterator[None]:
+        """All or nothing, on the disk at the end."""
+        with self._lock, _explained(self.path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _one(self, query: str, *values: Any) -> Any:
+        with self._lock, _explained(self.path):
+            return self._db.execute(query, values).fetchone()
+
+    def _all(self, query: str, *values: Any) -> list[Any]:
+        with self._lock, _explained(self.path):
+            return self._db.execute(query, values).fetchall()
+
+
+_EXCHANGE = (
+    "SELECT id, version, body, content_type, answer, time, features, content, label, held_out "
+    "FROM requests JOIN bodies USING (number)"
+)
+
+
+def in_share(key: str, share: float, *, salt: str) -> bool:
+    """True for a fixed share of all keys; the same key always falls on the same side."""
+    digest = hashlib.sha256(f"{salt}\0{key}".encode()).digest()
+    return int.from_bytes(digest[:8]) < share * 2**64
+
+
+def _exchange(row: tuple[Any, ...]) -> Exchange:
+    request_id, version, body, content_type, answer, at, features, content = row
+    return Exchange(request_id, version, body, content_type, json.loads(answer), at, features, content)
+
+
+def _checked_name(name: str) -> str:
+    name = name.strip()
+    if not name or len(name) > MOST_NAME or not name.isprintable():
+        raise DataError(
+            f"{name[:MOST_NAME]!r} cannot name a class",
+            where="class",
+            why=f"1 to {MOST_NAME} printable characters are needed",
+            fix="give the class's name",
+        )
+    return name
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise TryAgainError(
+            f"cannot write the records in '{path.name}'", why=str(error), fix="free some space, or wait, and try again"
+        ) from None

@@ -1,0 +1,242 @@
+"""The model store: numbered versions of each name, a pointer to the champion, and a log of how it came to be.
+
+`STORE/NAME/1/`, `STORE/NAME/2/`, ... are bundles, never changed; `champion.json` names one of them and is replaced as
+a whole; `log.jsonl` only grows. A number is written to the log before it is used, so none is used twice, whatever is
+deleted. The pointer is switched last: whatever is killed before, the old champion answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tuneforge.engine.state import faults
+from tuneforge.engine.state.folder import read_json, write_json
+from tuneforge.errors import FolderError, TryAgainError, UsageError, close_match
+from tuneforge.ship import sealed
+from tuneforge.ship.bundle import CHAMPION, Servable, load_bundle
+
+LOG = "log.jsonl"
+INCOMING = ".challenger"
+"""Where a challenger is written, in the folder of its name, before it has a number."""
+
+_LOCK = ".lock"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_NUMBER = re.compile(r"[1-9]\d*")
+
+
+class Store:
+    """The versions of one name in a store.
+
+    Args:
+        root: The store's folder.
+        name: Of the model.
+
+    Raises:
+        UsageError: The name cannot be a folder's.
+    """
+
+    def __init__(self, root: str | Path, name: str) -> None:
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"'{name}' cannot be a model's name",
+                where="--name",
+                why="it is part of addresses and of paths",
+                fix="use letters, digits, '.', '_' and '-', and begin with a letter or a digit",
+            )
+        self.root, self.name = Path(root), name
+        self.path = self.root / name
+
+    @property
+    def champion(self) -> int | None:
+        """The number of the version that answers; None before the first."""
+        if not (self.path / CHAMPION).exists():
+            return None
+        number: int = read_json(self.path / CHAMPION)["version"]
+        return number
+
+    def versions(self) -> list[int]:
+        """The numbers of the versions that are there, rising."""
+        if not self.path.is_dir():
+            return []
+        return sorted(int(each.name) for each in self.path.iterdir() if _NUMBER.fullmatch(each.name) and each.is_dir())
+
+    def folder(self, number: int | None = None) -> Path:
+        """The folder of a version, or of the champion.
+
+        Raises:
+            FolderError: There is none.
+        """
+        number = self.champion if number is None else number
+        if number is None or number not in self.versions():
+            raise FolderError(
+                f"'{self.name}' has no version {number}" if number is not None else f"'{self.name}' has no champion",
+                where=str(self.path),
+                why=f"there are: {', '.join(map(str, self.versions())) or 'none'}",
+                fix="see them: tuneforge models list",
+            )
+        return self.path / str(number)
+
+    def servable(self, number: int | None = None, *, backend: str = "auto", device_name: str = "auto") -> Servable:
+        """A version, or the champion, ready to answer.
+
+        Raises:
+            FolderError: There is none, or it is broken.
+        """
+        folder = self.folder(number)
+        return load_bundle(folder, backend=backend, device_name=device_name, name=self.name, version=folder.name)
+
+    def log(self) -> list[dict[str, Any]]:
+        """Every line of the log; one that a kill cut off is passed over."""
+        if not (self.path / LOG).exists():
+            return []
+        lines = []
+        for line in (self.path / LOG).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+        return lines
+
+    def times_used(self, fingerprint: str) -> int:
+        """How often the test set of that fingerprint has been used to decide."""
+        tests = [test for line in self.log() for test in line.get("verdict", {}).get("tests", {}).values()]
+        return sum(test["fingerprint"] == fingerprint for test in tests)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the store for one promotion; what a killed one left is cleared away.
+
+        Raises:
+            FolderError: Another process holds it, or the place cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / _LOCK).open("a+")
+        except OSError as error:
+            raise FolderError(f"cannot write '{self.path}'", where="--store", why=error.strerror or "") from error
+        with lock:  # closing it releases it; the kernel does so for a process that died
+            self._take(lock.fileno())
+            self._tidy()
+            yield
+
+    def admit(self, incoming: Path, about: Mapping[str, Any]) -> int:
+        """Make a sealed bundle the next version and the champion; the store is locked.
+
+        Args:
+            incoming: The bundle, on the store's file system; it is moved.
+            about: What the log keeps of it: the run, the verdict.
+        """
+        known = [*self.versions(), *(line["version"] for line in self.log() if "version" in line)]
+        number = 1 + max(known, default=0)
+        self.note("reserved", version=number)
+        faults.point("store.reserved")
+        sealed.place(incoming, self.path / str(number))
+        faults.point("store.placed")
+        self._point(number, "promoted", about)
+        return number
+
+    def rollback(self, to: int | None = None) -> int:
+        """Make an earlier version the champion again: by default the one before.
+
+        Raises:
+            FolderError: There is no such version, or it is broken.
+            HaltError: It no longer answers as it did.
+        """
+        with self.locked():
+            number = self._before() if to is None else to
+            if number == self.champion:
+                raise UsageError(f"version {number} of '{self.name}' is the champion already", where="--to")
+            self.servable(number).check()
+            self._point(number, "rolled back", {})
+        return number
+
+    def note(self, event: str, **about: Any) -> None:
+        """Add a line to the log, and see it on the disk.
+
+        Raises:
+            TryAgainError: The disk is full.
+        """
+        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **about})
+        try:
+            with (self.path / LOG).open("ab+") as file:
+                if file.tell() and not _ends_a_line(file.fileno(), file.tell()):
+                    line = "\n" + line
+                file.write(line.encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            sealed.flush(self.path)
+        except OSError as error:
+            raise TryAgainError(
+                f"cannot write '{self.path / LOG}'", why=error.strerror or str(error), fix="free some space"
+            ) from error
+
+    def _point(self, number: int, event: str, about: Mapping[str, Any]) -> None:
+        """Log it, then switch the pointer."""
+        self.note(event, version=number, against=self.champion, **about)
+        faults.point("store.logged")
+        write_json(self.path / CHAMPION, {"version": number, "before": self.champion})
+        sealed.flush(self.path)
+        faults.point("store.pointed")
+
+    def _before(self) -> int:
+        before: int | None = read_json(self.path / CHAMPION)["before"] if self.champion is not None else None
+        if before is None:
+            raise UsageError(
+                f"'{self.name}' has no champion before the present one", where=str(self.path), fix="name one with --to"
+            )
+        return before
+
+    def _tidy(self) -> None:
+        """Clear away what a killed promotion left, and say in the log that it did not take effect."""
+        for each in self.path.glob(".*"):
+            if each.is_dir():
+                shutil.rmtree(each)
+        switched = [line for line in self.log() if line["event"] in ("promoted", "rolled back", "interrupted")]
+        if switched and switched[-1]["event"] != "interrupted" and switched[-1]["version"] != self.champion:
+            self.note("interrupted", version=switched[-1]["version"])
+
+    def _take(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(descriptor, 100, 0).decode(errors="replace") or "another process"
+            raise FolderError(
+                f"'{self.path}' is in use", where="--store", why=f"{holder} is promoting", fix="wait for it"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()}".encode())
+
+
+def stores_in(root: str | Path) -> list[Store]:
+    """Every name of a store, sorted.
+
+    Raises:
+        FolderError: There is no such folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FolderError(f"there is no store '{root}'", where="--store", fix="tuneforge promote RUN makes one")
+    return [Store(root, each.name) for each in sorted(root.iterdir()) if (each / LOG).is_file()]
+
+
+def store_of(root: str | Path, name: str) -> Store:
+    """The versions of a name that a store has.
+
+    Raises:
+        FolderError: The store has no such name.
+    """
+    known = [store.name for store in stores_in(root)]
+    if name not in known:
+        raise FolderError(f"the store has no model '{name}'", where=str(root), fix=close_match(name, known))
+    return Store(root, name)
+
+
+def _ends_a_line(descriptor: int, size: int) -> bool:
+    return os.pread(descriptor, 1, size - 1) == b"\n"

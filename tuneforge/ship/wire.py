@@ -1,0 +1,387 @@
+"""The test split sent to a server, and what came back judged as `evaluate` judges: figures, latency, throughput.
+
+Files go to `POST /predict` as they are, so that the server's decoding is tested too. What has no file goes to
+`POST /v2/models/NAME/infer` in its stored form, the tensor that both the server and the offline evaluation give to
+`Inputs.ready`. Either way each sample must be answered as offline.
+
+Shapes: n samples, k outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+import attrs
+import torch
+from torch import Tensor
+
+from tuneforge.engine import tuned
+from tuneforge.engine.evaluation import single_numbers, watched
+from tuneforge.engine.network import device
+from tuneforge.engine.run import Run
+from tuneforge.engine.samples.data import Split, Taken, Targets, in_turn, tensors_of
+from tuneforge.engine.samples.given import member
+from tuneforge.errors import DataError, UnknownNameError, UsageError, close_match
+from tuneforge.plugin import registry
+from tuneforge.plugin.component import options_of
+from tuneforge.plugin.config import resolve
+from tuneforge.plugin.manager import Hooks
+from tuneforge.plugin.steps import Use
+from tuneforge.ship.client import Connection, Server
+
+Via = Literal["auto", "predict", "v2"]
+
+ROUNDING = 1e-6
+"""Figures that differ by less, relative to 1 or to their size, differ by rounding only."""
+
+_DATATYPES = {
+    torch.uint8: "UINT8", torch.bool: "BOOL", torch.int64: "INT64", torch.int32: "INT32",
+    torch.float32: "FP32", torch.float64: "FP64",
+}  # fmt: skip
+
+
+@attrs.frozen
+class Comparison:
+    """A figure over the wire beside the same one offline.
+
+    Args:
+        name: Dotted, such as `per_class.3.recall`.
+        wire: Its value over the wire.
+        offline: Its value in the offline report.
+    """
+
+    name: str
+    wire: Any
+    offline: Any
+
+    @property
+    def equal(self) -> bool:
+        """True where they are the same, or differ by rounding only."""
+        if isinstance(self.wire, float) and isinstance(self.offline, (int, float)):
+            return math.isclose(self.wire, self.offline, rel_tol=ROUNDING, abs_tol=ROUNDING)
+        return bool(self.wire == self.offline)
+
+
+@attrs.frozen
+class Measured:
+    """What a test over the wire found.
+
+    Args:
+        figures: Of each split, as `evaluate` gives them.
+        via: `predict` or `v2`.
+        versions: The versions that answered, in order of appearance.
+        samples: How many were sent.
+        requests: In how many requests.
+        retried: Requests that were sent again because the server was busy.
+        seconds: Wall time of all of it.
+        latencies_s: Of each request, sorted.
+        compared: Figures of each split beside the offline ones; empty where there is no offline report.
+    """
+
+    figures: dict[str, dict[str, Any]]
+    via: str
+    versions: tuple[str, ...]
+    samples: int
+    requests: int
+    retried: int
+    seconds: float
+    latencies_s: tuple[float, ...]
+    compared: dict[str, list[Comparison]]
+
+    def latency_ms(self, percent: float) -> float:
+        """The latency in milliseconds that `percent` of the requests stay within (the nearest rank)."""
+        return 1000 * self.latencies_s[max(0, math.ceil(percent / 100 * len(self.latencies_s)) - 1)]
+
+    @property
+    def per_second(self) -> float:
+        """Samples a second."""
+        return self.samples / self.seconds
+
+
+def measure(
+    server: Server,
+    run: Run,
+    *,
+    splits: Sequence[str] = ("test",),
+    offline: Mapping[str, Mapping[str, Any]] | None = None,
+    name: str | None = None,
+    via: Via = "auto",
+    concurrency: int = 1,
+    rows: int = 1,
+) -> Measured:
+    """Send whole splits to a server and judge its answers.
+
+    Args:
+        server: Which.
+        run: With data and metrics (see `tuned.with_data`); its model is not used.
+        splits: Names of the splits.
+        offline: Figures of the same splits from the offline report, to compare with.
+        name: Of the model; by default the first that the server lists.
+        via: `predict` sends files, `v2` stored tensors, `auto` files where all samples have one.
+        concurrency: Requests under way at a time, each on a connection of its own.
+        rows: Samples of one v2 request.
+
+    Raises:
+        UnknownNameError: There is no such split.
+        DataError: The server refuses a sample, or its classes are not those of the data.
+        TryAgainError: It cannot be reached.
+    """
+    chosen = {split: _split(run, split) for split in splits}
+    all_files = all(files_of(each) is not None for each in chosen.values())
+    via = ("predict" if all_files else "v2") if via == "auto" else via
+    if via == "predict" and not all_files:
+        raise UsageError(
+            "the samples are no files", where="--via predict", fix="use --via v2, which sends them as they are stored"
+        )
+    send = _by_v2(server, run.data.targets, name) if via == "v2" else _by_file(run.data.targets)
+    size = rows if via == "v2" else 1
+    asks = [(split, each, numbers) for split, each in chosen.items() for numbers in in_turn(len(each), size)]
+    began = time.perf_counter()
+    answers = list(_in_threads(server, lambda connection, ask: send(connection, *ask), asks, concurrency))
+    seconds = time.perf_counter() - began
+    figures = {split: _figures(run, each, split, answers) for split, each in chosen.items()}
+    return Measured(
+        figures=figures,
+        via=via,
+        versions=tuple(dict.fromkeys(each.version for each in answers)),
+        samples=sum(len(each) for each in chosen.values()),
+        requests=len(answers),
+        retried=server.retried,
+        seconds=seconds,
+        latencies_s=tuple(sorted(each.seconds for each in answers)),
+        compared={split: compared(figures[split], (offline or {}).get(split)) for split in chosen},
+    )
+
+
+def looking(path: Path | None, *, data: Use | None = None, metrics: Sequence[Use] = (), model: Any = None) -> Run:
+    """A run with the data and the metrics of a finished run, or with others; where there are files, they keep names.
+
+    Args:
+        path: The finished run's folder; None where there is none.
+        data: Where samples come from; needed without a finished run.
+        metrics: By default those of the finished run, or those that fit the data.
+        model: The module, where the run was given one as an object.
+    """
+    if path is not None:
+        found = tuned.load(path, model=model)
+        return tuned.with_data(found, data=_on_demand(data or found.run.config.data), metrics=metrics)
+    assert data is not None
+    run = Run(config=resolve({}), folder=None, device=device.choose("cpu"), hooks=Hooks())
+    run.hooks.add(member("data_prepare", _on_demand(data), where="--data")[0])
+    run.hooks.provider("data_prepare")
+    run.take_data(run.hooks.call.data_prepare(run=run))
+    for asked in metrics or run.data.targets.metrics:
+        run.hooks.add(member("evaluate", asked, where="--evaluate")[0])
+    return run
+
+
+def _on_demand(data: Use) -> Use:
+    """The same source, decoding its files when asked: pictures held in memory have lost the name of their file."""
+    known = options_of(registry.load(registry.find("data_prepare", data.name)))
+    return attrs.evolve(data, options={**data.options, "memory_mb": 0}) if "memory_mb" in known else data
+
+
+def missed(measured: Measured, floors: Mapping[str, float], targets: Targets) -> Iterator[str]:
+    """A sentence for each figure of the first split that is worse than its floor; of errors less is better.
+
+    Raises:
+        UnknownNameError: There is no such figure.
+    """
+    figures = single_numbers(next(iter(measured.figures.values())))
+    for name, floor in floors.items():
+        if name not in figures:
+            raise UnknownNameError(f"there is no figure '{name}'", where="--floor", fix=close_match(name, figures))
+        least = more_is_better(targets, name)
+        if not (figures[name] >= floor if least else figures[name] <= floor):
+            yield f"{name} is {figures[name]:.4f}, and at {'least' if least else 'most'} {floor:g} was asked for"
+
+
+def more_is_better(targets: Targets, name: str) -> bool:
+    """False for errors, such as a loss; a figure that nobody knows is better the more it is."""
+    try:
+        return watched(targets, name, None)[1] > 0
+    except UsageError:
+        return True
+
+
+@attrs.frozen(eq=False)
+class Answered:
+    """The answer to one request: the split that it is of, outputs (b, k) in float64, version and latency."""
+
+    split: str
+    outputs: Tensor
+    version: str
+    seconds: float
+
+
+Ask = tuple[str, Split, Tensor]
+"""What one request asks: a split's name, the split, and rows of it, int64 (b,)."""
+
+Send = Callable[[Connection, str, Split, Tensor], Answered]
+
+
+def compared(wire: Mapping[str, Any], offline: Mapping[str, Any] | None) -> list[Comparison]:
+    """Every figure of a split beside the offline one; nothing where there is no offline report."""
+    if offline is None:
+        return []
+    ours, theirs = dict(_flat(wire)), dict(_flat(offline))
+    return [Comparison(name, ours.get(name), theirs.get(name)) for name in dict.fromkeys([*ours, *theirs])]
+
+
+def files_of(split: Split) -> list[Path] | None:
+    """The file of each sample; None where they are not read from files."""
+    source, rows = split.source, torch.arange(len(split))
+    while isinstance(source, Taken):
+        source, rows = source.source, source.rows[rows]
+    paths = getattr(getattr(source, "pictures", source), "paths", None)  # of files, or of files with stand-ins
+    return None if paths is None else [Path(paths[row]) for row in rows.tolist()]
+
+
+def outputs_of(targets: Targets, description: Mapping[str, Any]) -> Tensor:
+    """A model output (k,), float64, that `Targets.describe` would describe so: logarithms of probabilities, or numbers.
+
+    Raises:
+        DataError: The description is not of these targets.
+    """
+    by_name = description.get("probabilities")
+    if by_name is not None and set(by_name) != set(targets.labels):
+        extra, missing = sorted(set(by_name) - set(targets.labels)), sorted(set(targets.labels) - set(by_name))
+        raise DataError(
+            "the server's classes are not those of the data",
+            why=f"only there: {', '.join(extra) or 'none'}; only in the data: {', '.join(missing) or 'none'}",
+            fix="serve the model of this run, or name its data",
+        )
+    if by_name is not None:
+        values = [math.nan if by_name[name] is None else float(by_name[name]) for name in targets.labels]
+        return _scores(torch.tensor(values, dtype=torch.float64), exclusive="class" in description)
+    values = description.get("values", description.get("value"))
+    encoded = targets.encode(values)
+    return torch.tensor(encoded if isinstance(encoded, list) else [encoded], dtype=torch.float64)
+
+
+def _scores(probabilities: Tensor, *, exclusive: bool) -> Tensor:
+    """Outputs whose softmax (exclusive) or sigmoid gives these probabilities."""
+    tiny = torch.finfo(torch.float64).tiny
+    scores = probabilities.clamp_min(tiny).log()
+    return scores if exclusive else scores - torch.log1p(-probabilities.clamp_max(1 - 1e-16))
+
+
+def _split(run: Run, name: str) -> Split:
+    known = run.data.splits()
+    if name not in known:
+        raise UnknownNameError(f"there is no split '{name}'", where="--split", fix=close_match(name, known))
+    return known[name]
+
+
+def _figures(run: Run, split: Split, name: str, answers: Sequence[Answered]) -> dict[str, Any]:
+    run.evaluating = name
+    metrics = run.hooks.call.evaluate(run=run)
+    metrics.update(torch.cat([each.outputs for each in answers if each.split == name]), split.targets)
+    run.evaluating = None
+    figures: dict[str, Any] = metrics.compute()
+    return figures
+
+
+def _in_threads(
+    server: Server, send: Callable[[Connection, Ask], Answered], asks: Sequence[Ask], concurrency: int
+) -> Iterator[Answered]:
+    """The answers in the order of what is asked, `concurrency` requests under way at a time."""
+    free = [server.connect() for _ in range(min(concurrency, len(asks)))]
+    connections = list(free)
+
+    def work(ask: Ask) -> Answered:
+        connection = free.pop()
+        try:
+            return send(connection, ask)
+        finally:
+            free.append(connection)
+
+    pool = ThreadPoolExecutor(len(connections))
+    try:
+        yield from pool.map(work, asks)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for connection in connections:
+            connection.close()
+
+
+def _by_file(targets: Targets) -> Send:
+    """What sends the file of a sample as it is."""
+
+    def send(connection: Connection, name: str, split: Split, rows: Tensor) -> Answered:
+        (path,) = files_of(split.take(rows)) or ()
+        answer, seconds = connection.ask("POST", "/predict", path.read_bytes(), Content_Type="application/octet-stream")
+        return Answered(name, outputs_of(targets, answer)[None], str(answer.get("version", "")), seconds)
+
+    return send
+
+
+def _by_v2(server: Server, targets: Targets, model: str | None) -> Send:
+    """What sends rows of a split in their stored form, by the metadata that the server gives of its model."""
+    connection = server.connect()
+    try:
+        model = model or _first_model(connection, server)
+        metadata, _ = connection.ask("GET", f"/v2/models/{quote(model)}")
+    finally:
+        connection.close()
+    only = metadata["inputs"][0]["name"]
+    path = f"/v2/models/{quote(model)}/infer"
+
+    def send(connection: Connection, name: str, split: Split, rows: Tensor) -> Answered:
+        inputs = [_v2_tensor(key or only, tensor) for key, tensor in tensors_of(split.fetch(rows)).items()]
+        body = json.dumps({"inputs": inputs}).encode()
+        answer, seconds = connection.ask("POST", path, body, Content_Type="application/json")
+        outputs = _v2_outputs(answer, targets)
+        if len(outputs) != len(rows):
+            raise DataError(f"{len(outputs)} answers to {len(rows)} samples", where=server.url)
+        return Answered(name, outputs, str(answer.get("model_version", "")), seconds)
+
+    return send
+
+
+def _first_model(connection: Connection, server: Server) -> str:
+    found, _ = connection.ask("POST", "/v2/repository/index", b"{}", Content_Type="application/json")
+    if not found:
+        raise DataError("the server has no model", where=server.url, fix="promote one")
+    return str(found[0]["name"])
+
+
+def _v2_tensor(name: str, tensor: Tensor) -> dict[str, Any]:
+    """A tensor as the Open Inference Protocol writes it in JSON."""
+    return {
+        "name": name,
+        "datatype": _DATATYPES[tensor.dtype],
+        "shape": list(tensor.shape),
+        "data": tensor.flatten().tolist(),
+    }
+
+
+def _v2_outputs(answer: Mapping[str, Any], targets: Targets) -> Tensor:
+    """Model outputs (b, k) for the answers, probabilities or numbers in their unit, in the first output tensor."""
+    first = answer["outputs"][0]
+    values = torch.tensor(first["data"], dtype=torch.float64).reshape(first["shape"])
+    if values.ndim != 2 or values.shape[1] != targets.size:
+        raise DataError(
+            f"the server answers with shape {tuple(first['shape'])}",
+            why=f"the data has {targets.size} class(es) or number(s)",
+            fix="serve the model of this run, or name its data",
+        )
+    if targets.labels:
+        return _scores(values, exclusive="class" in targets.describe(values[0]))
+    return torch.tensor([targets.encode(row) for row in values.tolist()], dtype=torch.float64).reshape(values.shape)
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested figures with dotted names; lists are leaves."""
+    if not isinstance(value, Mapping):
+        yield name, value
+        return
+    for key, item in value.items():
+        yield from _flat(item, f"{name}.{key}" if name else str(key))

@@ -1,0 +1,73 @@
+"""The data that a bundle was tuned and tested on, prepared again from what the bundle says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuneforge.engine.network import device
+from tuneforge.engine.parts import part
+from tuneforge.engine.run import Run
+from tuneforge.engine.samples import given
+from tuneforge.engine.samples.data import Data, Inputs, Split, Targets, tensors_of
+from tuneforge.errors import DataError
+from tuneforge.plugin.config import resolve
+from tuneforge.plugin.manager import Hooks
+from tuneforge.plugin.steps import Use
+from tuneforge.ship.bundle import BUNDLE
+
+
+def data_of_bundle(record: Mapping[str, Any], data: Any = None) -> Data:
+    """The splits, as they were.
+
+    Args:
+        record: The content of `bundle.json`.
+        data: A data source, or data, in place of the one that the bundle names.
+
+    Raises:
+        DataError: They are no longer what they were.
+    """
+    table = {key: value for key, value in record["run"]["config"].items() if key != "out"}
+    config = resolve({**table, "device": "cpu"}, where=BUNDLE)
+    hooks = Hooks()
+    hooks.add(given.member("data_prepare", config.data if data is None else data, where="--data")[0])
+    hooks.provider("data_prepare")
+    run = Run(config=config, folder=None, device=device.choose("cpu"), hooks=hooks, restoring=True)
+    run.take_data(_shapes(record))
+    found: Data = hooks.call.data_prepare(run=run)
+    if found.test.fingerprint() != record["fingerprints"]["test"]:
+        raise DataError(
+            f"the test split of '{record['name']}' is not what it was tested on",
+            why="its fingerprint is another one than in its bundle",
+            fix="bring the data back as it was, or give the old test split from Python: tuneforge.promote(old=...)",
+        )
+    return found
+
+
+def split_of_files(folder: Path, inputs: Inputs, targets: Targets) -> Split:
+    """Labelled files, one folder a class, as a model stores its inputs.
+
+    Raises:
+        DataError: There are none, a file cannot be decoded, or a folder is named like no class.
+    """
+    files = [path for path in sorted(folder.glob("*/*")) if path.is_file() and not path.name.startswith(".")]
+    if not files:
+        raise DataError(f"'{folder}' holds no labelled files", fix="give a folder with one folder a class, files in it")
+    stored = [tensors_of(inputs.decode(path)) for path in files]
+    together = {name: torch.stack([each[name] for each in stored]) for name in stored[0]}
+    answers = torch.tensor([targets.encode(path.parent.name) for path in files])
+    return Split(together.get("", together), answers, ids=[str(path.relative_to(folder)) for path in files])
+
+
+def _shapes(record: Mapping[str, Any]) -> Data:
+    """Data of the right shapes and contracts, and nothing in it."""
+    tensors = {
+        name: torch.zeros(2, *shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+        for name, (shape, dtype) in record["stored"].items()
+    }
+    split = Split(tensors.get("", tensors), torch.zeros(2, dtype=torch.int64))
+    inputs, targets = (part(group, Use(**record[group])) for group in ("inputs", "targets"))
+    return Data(train=split, val=split, test=split, inputs=inputs, targets=targets)
