@@ -32,6 +32,10 @@ class Browser:
     def run(self, script: str) -> Any:
         return _post(f"{self._session}/execute/sync", {"script": script, "args": []})
 
+    def ask(self, path: str, content: Any) -> Any:
+        """Anything else that the protocol offers."""
+        return _post(f"{self._session}{path}", content)
+
     def press(self, keys: str) -> None:
         """Press keys one after the other, on whatever has the focus."""
         presses = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]

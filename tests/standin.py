@@ -13,7 +13,7 @@ from tuneforge.engine.tuned import Tuned
 
 
 @contextlib.contextmanager
-def serving(tuned: Tuned, *, busy: int = 0, change=lambda probabilities: probabilities):
+def serving(tuned: Tuned, *, busy: int = 0, change=lambda probabilities: probabilities, labels=None):
     """The address of a server that answers with the model; the first `busy` requests are answered 503."""
     left = [busy]
 
@@ -27,7 +27,8 @@ def serving(tuned: Tuned, *, busy: int = 0, change=lambda probabilities: probabi
         disable_nagle_algorithm = True
 
         def do_GET(self):
-            self.reply(200, {"name": "m", "inputs": [{"name": "input"}]})
+            known = {} if labels is None else {"parameters": {"labels": labels}}
+            self.reply(200, {"name": "m", "inputs": [{"name": "input"}], **known})
 
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))

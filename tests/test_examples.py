@@ -29,7 +29,17 @@ BENCHMARKS = {
     "gradual.py": ["--runs", "1", "--samples", "64", "--epochs", "2"],
     "architectures.py": ["--only", "shufflenet_v2_x0_5", "--samples", "32"],
     "memory.py": ["--sizes", "100"],
+    "serving.py": ["--runs", "1", "--seconds", "0.5", "--count", "5", "--clients", "4"],
     "precision.py": ["--seeds", "1", "--epochs", "1", "--only", "float32,bfloat16"],
+}
+
+PAPERS = {
+    "lp_ft.py": ["--seeds", "2", "--epochs", "5"],
+    "surgical.py": ["--seeds", "1", "--kinds", "inverted", "--epochs", "1"],
+    "wise_ft.py": ["--seeds", "1", "--epochs", "1"],
+    "l2_sp.py": ["--seeds", "1", "--epochs", "1"],
+    "replay.py": ["--seeds", "1", "--epochs", "1"],
+    "strategies.py": ["--seeds", "0-1", "--kinds", "9 - y", "--epochs", "1"],
 }
 
 
@@ -57,5 +67,13 @@ def test_the_example_runs(name, tmp_path):
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_the_benchmark_prints_a_table_and_leaves_nothing_behind(name, tmp_path):
     lines = output_of(f"benchmarks/{name}", BENCHMARKS[name], tmp_path).splitlines()
+    assert len([line for line in lines if line.startswith("|")]) > 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_finding_of_a_paper_is_printed_as_a_table(name, tmp_path):
+    lines = output_of(f"papers/{name}", PAPERS[name], tmp_path).splitlines()
     assert len([line for line in lines if line.startswith("|")]) > 2
     assert not list(tmp_path.iterdir())

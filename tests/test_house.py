@@ -9,7 +9,7 @@ import pytest
 import tuneforge
 
 ROOT = Path(tuneforge.__file__).parent
-FLOORS = ["errors", "plugin", "engine", "judge", "ship", "cli"]
+FLOORS = ["errors", "plugin", "engine", "check", "judge", "ship", "cli"]
 
 
 def imports(path: Path, *, everywhere: bool = True) -> set[str]:

@@ -162,10 +162,15 @@ if TYPE_CHECKING:
     from tuneforge.ship.bundle import Servable as Servable
     from tuneforge.ship.bundle import load_bundle as load_bundle
     from tuneforge.ship.bundle import servable_of as servable_of
+    from tuneforge.ship.export import export as export
     from tuneforge.ship.formats import ExportFormat as ExportFormat
     from tuneforge.ship.formats import Forward as Forward
     from tuneforge.ship.formats import answers_of as answers_of
     from tuneforge.ship.formats import forward_of as forward_of
+    from tuneforge.ship.gate import Rules as Rules
+    from tuneforge.ship.gate import judge as judge
+    from tuneforge.ship.promote import promote as promote
+    from tuneforge.ship.store import Store as Store
 
 _HOMES = {
     "tuneforge.errors": (
@@ -239,6 +244,13 @@ _HOMES = {
         "load_bundle",
         "servable_of",
     ),
+    "tuneforge.ship.export": ("export",),
+    "tuneforge.ship.gate": (
+        "Rules",
+        "judge",
+    ),
+    "tuneforge.ship.promote": ("promote",),
+    "tuneforge.ship.store": ("Store",),
     "tuneforge.ship.formats": (
         "ExportFormat",
         "Forward",

@@ -13,7 +13,7 @@ from standin import serving
 import tuneforge as tf
 from tuneforge.__main__ import main
 from tuneforge.engine import tuned
-from tuneforge.ship import wire
+from tuneforge.ship import senders, wire
 from tuneforge.ship.client import Server
 
 
@@ -102,6 +102,21 @@ def test_a_server_that_is_not_there_is_an_error_to_try_again(tiny):
             wire.measure(Server(f"http://127.0.0.1:{free.getsockname()[1]}"), tiny[1])
 
 
+def test_a_model_that_knows_more_classes_is_judged_by_name(tiny):
+    found, run, offline = tiny
+
+    def change(probabilities):
+        return torch.cat([torch.zeros(len(probabilities), 1), probabilities.flip(1)], 1)
+
+    with serving(found, change=change, labels=["new", "c", "b", "a"]) as url:
+        measured = wire.measure(Server(url), run, offline=offline)
+    assert measured.figures["test"]["accuracy"] == offline["test"]["accuracy"]
+    assert list(measured.figures["test"]["per_class"]) == ["a", "b", "c", "new"]
+    assert {each.name.split(".")[0] for each in measured.compared["test"] if not each.equal} <= {
+        "confusion", "per_class", "top3_accuracy",
+    }  # fmt: skip
+
+
 def test_another_number_of_classes_is_an_error(tiny):
     found, run, _ = tiny
     with (
@@ -134,7 +149,7 @@ def test_a_description_turns_back_into_the_output(targets, output):
 
     built = part("targets", targets)
     described = json.loads(json.dumps(built.describe(torch.tensor(output))))
-    again = built.describe(wire.outputs_of(built, described))
+    again = built.describe(senders.outputs_of(built, described))
     for key, value in described.items():
         assert again[key] == pytest.approx(value) if not isinstance(value, str) else again[key] == value
 

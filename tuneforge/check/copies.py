@@ -60,11 +60,21 @@ class Copy:
     likeness: float
 
 
+@attrs.frozen
+class _Likely:
+    """A picture and another one's crop that are alike by their low frequencies."""
+
+    likeness: float
+    whole: int
+    crop: int
+    box: Box
+
+
 def near_copies(grey_nyx: NDArray[np.uint8], colour_nyxc: NDArray[np.uint8]) -> list[Copy]:
     """All pairs of pictures that are copies of one another, in order.
 
-    Every picture is compared with every other, so time grows with the square of their number: about a minute for
-    10,000 (one core). Pictures that are almost of one grey are left out.
+    Every picture is compared with every other, so time grows with the square of their number. Pictures that are almost
+    of one grey are left out; of a picture that many are like, the likeliest pairs are looked at.
 
     Args:
         grey_nyx: The pictures in small, square (n, y, x).
@@ -75,26 +85,14 @@ def near_copies(grey_nyx: NDArray[np.uint8], colour_nyxc: NDArray[np.uint8]) -> 
         return []
     pictures_nyx = grey_nyx[rows].astype(np.float32)
     colours_ncyx = colour_nyxc[rows].astype(np.float32).transpose(0, 3, 1, 2)
-    boxes = list(_boxes())
-    found: dict[tuple[int, int], tuple[float, int, int, Box]] = {}
-    whole_nf = _described(pictures_nyx, boxes[0])
-    for box in boxes:
-        for whole, crop, likeness in _likely(whole_nf, _described(pictures_nyx, box)):
-            pair = (min(whole, crop), max(whole, crop))
-            if likeness > found.get(pair, (0.0,))[0]:
-                found[pair] = (likeness, whole, crop, box)
-    most = sorted(found.values(), key=lambda each: -each[0])[: _MOST_LIKELY * len(rows)]
+    likely = _likely_pairs(pictures_nyx)
     copies = []
-    for start in range(0, len(most), _BLOCK):
-        block = most[start : start + _BLOCK]
-        wholes, crops = ([each[place] for each in block] for place in (1, 2))
-        edges, grey = _fitted(pictures_nyx[wholes], pictures_nyx[crops], np.array([each[3] for each in block]))
-        colour = _match(_whole(colours_ncyx[wholes]), colours_ncyx[crops], edges)
-        detail = _detail_match(pictures_nyx[wholes], pictures_nyx[crops], edges)
-        likenesses = np.where(detail >= SAME_DETAIL, np.minimum(grey, colour), 0.0)
-        for whole, crop, likeness in zip(wholes, crops, likenesses.tolist(), strict=True):
+    for start in range(0, len(likely), _BLOCK):
+        block = likely[start : start + _BLOCK]
+        for pair, likeness in zip(block, _confirmed(block, pictures_nyx, colours_ncyx), strict=True):
             if likeness >= SAME:
-                copies.append(Copy(*sorted((int(rows[whole]), int(rows[crop]))), round(likeness, 4)))
+                first, second = sorted((int(rows[pair.whole]), int(rows[pair.crop])))
+                copies.append(Copy(first, second, round(likeness, 4)))
     return sorted(copies, key=lambda copy: (copy.first, copy.second))
 
 
@@ -145,13 +143,42 @@ def _waves(start: float, stop: float, side: int) -> Floats:
     return np.asarray(waves / inside.sum(), dtype=np.float32)
 
 
-def _likely(whole_nf: Floats, crop_nf: Floats) -> Iterator[tuple[int, int, float]]:
-    """Places of a whole and of another picture's crop that are alike, with their correlation."""
+def _likely_pairs(pictures_nyx: Floats) -> list[_Likely]:
+    """Pairs that may be copies, each with its best crop, the likeliest first."""
+    found: dict[tuple[int, int], _Likely] = {}
+    most = _MOST_LIKELY * len(pictures_nyx)
+    boxes = list(_boxes())
+    whole_nf = _described(pictures_nyx, boxes[0])
+    for box in boxes:
+        for each in _likely(whole_nf, _described(pictures_nyx, box), box):
+            pair = (min(each.whole, each.crop), max(each.whole, each.crop))
+            if pair not in found or each.likeness > found[pair].likeness:
+                found[pair] = each
+        if len(found) > 2 * most:  # so that pictures which are all alike do not fill memory
+            found = dict(sorted(found.items(), key=lambda item: -item[1].likeness)[:most])
+    return sorted(found.values(), key=lambda each: -each.likeness)[:most]
+
+
+def _likely(whole_nf: Floats, crop_nf: Floats, box: Box) -> Iterator[_Likely]:
+    """Pairs of a whole and of another picture's crop that are alike; of each whole the likeliest only."""
+    kept = min(_MOST_LIKELY, len(crop_nf) - 1)
     for start in range(0, len(whole_nf), _BLOCK):
         likeness = whole_nf[start : start + _BLOCK] @ crop_nf.T
-        for whole, crop in zip(*np.nonzero(likeness >= LIKELY), strict=True):
-            if whole + start != crop:
-                yield int(whole + start), int(crop), float(likeness[whole, crop])
+        every = np.arange(len(likeness))
+        likeness[every, every + start] = 0  # itself
+        best = np.argpartition(-likeness, kept - 1, axis=1)[:, :kept]
+        for row, place in zip(*np.nonzero(np.take_along_axis(likeness, best, axis=1) >= LIKELY), strict=True):
+            crop = int(best[row, place])
+            yield _Likely(float(likeness[row, crop]), int(row + start), crop, box)
+
+
+def _confirmed(pairs: Sequence[_Likely], pictures_nyx: Floats, colours_ncyx: Floats) -> list[float]:
+    """How alike each pair is once fitted, in grey values and in colours; 0 where their detail differs."""
+    wholes, crops = [each.whole for each in pairs], [each.crop for each in pairs]
+    edges, grey = _fitted(pictures_nyx[wholes], pictures_nyx[crops], np.array([each.box for each in pairs]))
+    colour = _match(_whole(colours_ncyx[wholes]), colours_ncyx[crops], edges)
+    detail = _detail_match(pictures_nyx[wholes], pictures_nyx[crops], edges)
+    return [float(each) for each in np.where(detail >= SAME_DETAIL, np.minimum(grey, colour), 0.0)]
 
 
 def _fitted(wholes_pyx: Floats, others_pyx: Floats, boxes_p4: Edges) -> tuple[Edges, NDArray[np.float64]]:

@@ -222,8 +222,12 @@ def _pages() -> tuple[int, int] | None:
 
 
 def _peak_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    """Most memory that the process has had, in MB; `ru_maxrss` would count what it was before it was itself."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
 
 
 def _forbid(writes: str | None) -> list[str]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 
 import click
 
 STAGES: dict[str, dict[str, str]] = {
+    "prepare": {
+        "data": "Check pictures: broken files, copies across splits, labels that are likely wrong.",
+        "import": "Make a foreign .pth file of weights into safetensors, without running what is in it.",
+    },
     "tune": {
         "run": "Tune a model: data, model, strategy, report.",
         "resume": "Go on with a run that was stopped or killed.",
@@ -25,6 +30,7 @@ STAGES: dict[str, dict[str, str]] = {
         "models": "List the models of a store, show one, or go back to an earlier version.",
         "serve": "Serve a run, a bundle or a store's champions over HTTP, with a page to try it.",
         "test": "Send the test split to a server, and compare its figures with the offline report.",
+        "retune": "Tune the champion on labelled feedback, and promote the result through the gate.",
     },
     "extend": {
         "plugins": "List, show and check the components that are installed.",
@@ -46,6 +52,7 @@ class Verbs(click.Group):
         if cmd_name not in self.list_commands(ctx):
             return None
         name = cmd_name.replace("-", "_")
+        name += "_" * keyword.iskeyword(name)
         command: click.Command = getattr(importlib.import_module(f"tuneforge.cli.{name}"), name)
         return command
 

@@ -34,7 +34,7 @@ def list_(store: Path, as_json: bool) -> None:
         click.echo(json.dumps(rows, indent=1))
         return
     header = ("NAME", "VERSION", "CHAMPION", "FORMS", "TEST FIGURES", "RUN")
-    table = [
+    table: list[tuple[str, ...]] = [
         (
             row["name"], str(row["version"]), "yes" if row["champion"] else "", ", ".join(row["formats"]),
             "  ".join(f"{name} {value:.4f}" for name, value in row["figures"].items()), row["run"],

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,26 @@ def _run(**values: Any) -> None:
     if values["plan"]:
         _print_plan(config, as_json=as_json)
         return
+    begun = _begun_before(config)
+    if begun is not None:
+        carry_out(lambda screen: Engine.resume(begun, say=screen.say, also=[screen]), as_json=as_json)
+        return
     carry_out(lambda screen: Engine.of(config, say=screen.say, also=[screen]), as_json=as_json)
+
+
+def _begun_before(config: RunConfig) -> Path | None:
+    """The run that these processes had begun before torchrun started them again; None where it did not."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return None
+    from tuneforge.engine.ranks import Ranks
+    from tuneforge.engine.state.folder import STATUS, read_json
+    from tuneforge.engine.state.memory import resumable
+
+    ranks = Ranks.joined()
+    runs = resumable(Path("runs") if config.out is None else config.out.parent) if ranks.leads else []
+    own = [path for path in runs if config.out in (None, path) and read_json(path / STATUS)["parent"] == os.getppid()]
+    told = ranks.heard(str(own[-1]) if own else None)[0]
+    return None if told is None else Path(told)
 
 
 def carry_out(make: Callable[[Screen], Engine], *, as_json: bool) -> None:
@@ -57,7 +77,8 @@ def carry_out(make: Callable[[Screen], Engine], *, as_json: bool) -> None:
     """
     from tuneforge.cli.screen import Screen
 
-    screen = Screen(to_stderr=as_json)
+    follows = os.environ.get("RANK", "0") != "0"
+    screen = Screen(to_stderr=as_json, quiet=follows)
     engine = make(screen)
     with screen, stopping(engine):
         result = engine.run()
@@ -65,7 +86,7 @@ def carry_out(make: Callable[[Screen], Engine], *, as_json: bool) -> None:
     screen.say(f"done: {place}")
     screen.say(f"next: tuneforge report {place}")
     screen.say(f"      tuneforge predict {place} FILE")
-    if as_json:
+    if as_json and not follows:
         click.echo(json.dumps({"folder": str(result.folder), "report": _read_report(result.folder)}))
 
 

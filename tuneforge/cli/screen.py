@@ -24,10 +24,11 @@ class Screen:
 
     Args:
         to_stderr: Leave standard output to a program that reads JSON there.
+        quiet: Say nothing, as on every rank but the first.
     """
 
-    def __init__(self, *, to_stderr: bool) -> None:
-        self._console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+    def __init__(self, *, to_stderr: bool, quiet: bool = False) -> None:
+        self._console = Console(stderr=to_stderr, highlight=False, soft_wrap=True, quiet=quiet)
         self._run: Run | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)

@@ -65,8 +65,9 @@ class Budget:
             return ""
         if self.mark is None:
             kind, amount = budget_of(self.text)
-            if {"seconds": self.seconds(), "epochs": run.epoch, "steps": run.step}[kind] >= amount:
-                self._write(run.step)
+            over = {"seconds": self.seconds(), "epochs": run.epoch, "steps": run.step}[kind] >= amount
+            if run.ranks.decided(over):
+                self._write(run)
         return self.reached(run)
 
     def reached(self, run: Run) -> str:
@@ -75,9 +76,10 @@ class Budget:
             return ""
         return f"budget of {self.text} spent at step {self.mark[0]}"
 
-    def _write(self, step: int) -> None:
+    def _write(self, run: Run) -> None:
         assert self.folder is not None
-        self.mark = (step, self.done)
-        mark = {"budget": self.text, "step": step, "done": self.done, "spent_s": round(self.seconds(), 3)}
-        write_json(self.folder / MARK, mark)
+        self.mark = (run.step, self.done)
+        mark = {"budget": self.text, "step": run.step, "done": self.done, "spent_s": round(self.seconds(), 3)}
+        if run.ranks.leads:
+            write_json(self.folder / MARK, mark)
         faults.point("budget-marked")

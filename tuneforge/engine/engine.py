@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import torch
 from tuneforge.engine.budget import Budget
 from tuneforge.engine.evaluation import Worst
 from tuneforge.engine.network import device
+from tuneforge.engine.network.freezing import whole_state
 from tuneforge.engine.network.model import Model
 from tuneforge.engine.parts import Parts, part
 from tuneforge.engine.passes import evaluate
 from tuneforge.engine.phase import train
 from tuneforge.engine.plan import Plan, check_ahead, looked_at, planned
 from tuneforge.engine.probe import probe
+from tuneforge.engine.ranks import Ranks
 from tuneforge.engine.run import Run
 from tuneforge.engine.samples import given
 from tuneforge.engine.solve import Snapshot, blend, fit
@@ -29,7 +32,7 @@ from tuneforge.engine.state.checkpoint import Checkpoints
 from tuneforge.engine.state.folder import RunFolder, save_tensors, state_of
 from tuneforge.engine.state.memory import Memory, found
 from tuneforge.engine.state.record import MISTAKES_KEPT, Keeper, brief_of, describe_model, describe_run, mistakes
-from tuneforge.errors import PluginError, StoppedError, UsageError
+from tuneforge.errors import FolderError, PluginError, StoppedError, UsageError
 from tuneforge.plugin.answers import Answer
 from tuneforge.plugin.config import REPEATABLE, RunConfig, resolve
 from tuneforge.plugin.hookspecs import hookimpl
@@ -171,9 +174,13 @@ class Engine:
                 fix="make another Engine, with a fresh model",
             )
         self._ran = True
-        with RunFolder(self.config.out, resume=self._resumed is not None) as place, torch.random.fork_rng(devices=[]):
+        ranks = Ranks.joined()
+        with (
+            _opened(ranks, self.config.out, resume=self._resumed is not None) as place,
+            torch.random.fork_rng(devices=[]),
+        ):
             try:
-                return self._run(place)
+                return self._run(place, ranks)
             except BaseException as error:
                 place.append(folder.LOG, traceback.format_exc())
                 stopped = isinstance(error, StoppedError) or not isinstance(error, Exception)
@@ -181,8 +188,8 @@ class Engine:
                 place.status(ended, reason=str(error) or type(error).__name__, spent_s=self._budget.seconds())
                 raise
 
-    def _run(self, place: RunFolder) -> Result:
-        run = self._start(place)
+    def _run(self, place: RunFolder, ranks: Ranks) -> Result:
+        run = self._start(place, ranks)
         try:
             return self._told(run, place)
         finally:
@@ -230,21 +237,23 @@ class Engine:
             run.note("note: the strategy asked for no step, so nothing was trained")
         report = self._report(run, place, reason)
         place.status("done", spent_s=self._budget.seconds())
-        checkpoint.clear(place.path)
+        if place.writes:
+            checkpoint.clear(place.path)
         if memory.checkpoints.count:
             cost = 1000 * memory.checkpoints.spent_s / memory.checkpoints.count
             run.note(f"checkpoints: {memory.checkpoints.count}, {cost:.0f} ms each")
         run.hooks.call.run_ended(run=run)
         return Result(place.path, report, run.model, tuple(memory.done))
 
-    def _start(self, place: RunFolder) -> Run:
+    def _start(self, place: RunFolder, ranks: Ranks) -> Run:
         hooks = Hooks()
         for each in (*(member for _, member in self._members), *self._watchers):
             hooks.add(each)
         hooks.add(Member(_Steps(), "engine", "the engine's own optimizer step"))
         run = Run(
             config=self.config,
-            folder=place.path,
+            folder=place.path if ranks.leads else None,
+            ranks=ranks,
             device=device.choose(self.config.device),
             hooks=hooks,
             say=self._voice(place),
@@ -256,6 +265,8 @@ class Engine:
             place.write(folder.RUN, describe_run(run, self._members))
         place.status("running", spent_s=run.budget.before_s)
         run.note(f"run: {place.path}")
+        if not ranks.alone:
+            run.note(f"ranks: {ranks.size} processes, each with its share of every batch")
         return run
 
     def _fill_in(self, run: Run) -> None:
@@ -312,6 +323,7 @@ class Engine:
             resumed, memory.phase = memory.phase, None
             run.planned = tuple(itertools.takewhile(lambda each: isinstance(each, Phase), plan[number + 1 :]))
             answer = _do(run, step, memory, resumed)
+            run.ranks.follow(list(whole_state(run.model.module).values()))
             for line in story.of_answer(answer):
                 run.note(line)
             memory.finish(step, answer)
@@ -320,7 +332,8 @@ class Engine:
         worst = Worst(MISTAKES_KEPT)
         splits = {"val": evaluate(run, run.data.val, "val"), "test": evaluate(run, run.data.test, "test", worst=worst)}
         splits |= {name: evaluate(run, split, name) for name, split in run.data.further.items()}
-        save_tensors(state_of(run.model.module), place.path / folder.WEIGHTS, metadata={"labels": run.model.labels})
+        if place.writes:
+            save_tensors(state_of(run.model.module), place.path / folder.WEIGHTS, metadata={"labels": run.model.labels})
         report: dict[str, Any] = {
             "strategy": run.hooks.provider("finetune_strategy").name,
             "ended": reason,
@@ -354,7 +367,7 @@ class Engine:
     def _voice(self, place: RunFolder) -> Callable[[str], None]:
         def say(text: str) -> None:
             place.append(folder.LOG, f"{time.strftime('%H:%M:%S')} {text}")
-            if self._say is not None:
+            if self._say is not None and place.writes:
                 self._say(text)
 
         return say
@@ -368,6 +381,25 @@ class Engine:
     def plan(self) -> Plan:
         """The steps that are known before any is done: data and model are built, nothing is trained or written."""
         return planned(self.look(), _checked, self._say or (lambda text: None))
+
+
+@contextlib.contextmanager
+def _opened(ranks: Ranks, path: Path | None, *, resume: bool) -> Iterator[RunFolder]:
+    """The run's folder, which rank 0 opens; the others are told where it is, and write nothing."""
+    if not ranks.leads:
+        told = ranks.heard(None)[0]
+        if told is None:
+            raise FolderError("rank 0 could not open the run's folder", fix="see what rank 0 says")
+        yield RunFolder(Path(told), writes=False)
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            place = stack.enter_context(RunFolder(path, resume=resume))
+        except FolderError:
+            ranks.heard(None)
+            raise
+        ranks.heard(str(place.path))
+        yield place
 
 
 class _Steps:

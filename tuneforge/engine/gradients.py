@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -79,12 +79,13 @@ class Gradients:
             kept = {"optimizer": run.optimization.state(run.model), "components": run.states}
             self.before = {"model": tensors, **copy.deepcopy(kept)}
 
-    def compute(self, run: Run, batches: list[Batch]) -> list[tuple[Tensor, int]] | None:
-        """Forward and backward passes of one optimizer step.
+    def compute(self, run: Run, batches: list[Batch], sizes: Sequence[int]) -> list[tuple[Tensor, int]] | None:
+        """Forward and backward passes of one optimizer step; on several ranks, the sum of theirs.
 
         Args:
             run: With the phase under way.
-            batches: What the step is computed from.
+            batches: What the step is computed from: this rank's share of each.
+            sizes: Samples of each batch on all ranks together.
 
         Returns:
             The loss of each piece and the number of its samples; None where the step is not to be applied.
@@ -94,27 +95,44 @@ class Gradients:
         """
         held = [buffer.clone() for buffer in self.buffers]
         while True:
+            losses: list[tuple[Tensor, int]] = []
+            wrong: _NotFiniteError | None = None
+            no_room = ""
             try:
-                losses = self._passes(run, batches)
-                self.again = 0
-                return losses
+                losses = self._passes(run, batches, sizes)
             except _NotFiniteError as error:
-                self._undo(run, held)
-                self._answer(run, error)
-                return None
+                wrong = error
             except (RuntimeError, MemoryError, PluginError) as error:
                 if not is_out_of_memory(error):
                     raise
-                largest = max(len(batch.rows) for batch in batches)
-                why = str(root_of(error)).partition("\n")[0]
-            self._undo(run, held)
-            self._halve(run, largest, why)
+                no_room = str(root_of(error)).partition("\n")[0]
+            anywhere_wrong, anywhere_no_room = run.ranks.agree(wrong is not None, bool(no_room))
+            if anywhere_no_room:
+                self._undo(run, held)
+                self._halve(run, max(sizes) if run.ranks.alone else -(-max(sizes) // run.ranks.size), no_room)
+                continue
+            if not anywhere_wrong:
+                run.ranks.sum_gradients([each for each in run.model.parameters().values() if each.requires_grad])
+                if self._watches(run) and (bad := _not_finite(run)):
+                    wrong = _NotFiniteError(f"the gradient of '{bad}' is no number", batches)
+            if wrong is not None or anywhere_wrong:
+                self._undo(run, held)
+                self._answer(run, wrong)
+                return None
+            self.again = 0
+            return losses
 
-    def _passes(self, run: Run, batches: list[Batch]) -> list[tuple[Tensor, int]]:
-        total = sum(len(batch.rows) for batch in batches)
-        watches = run.device.torch.type == "cpu" or run.config.on_nan != "halt"
+    def _watches(self, run: Run) -> bool:
+        """True where each step is looked at; on an accelerator a look waits for it, so there only where it matters."""
+        return run.device.torch.type == "cpu" or run.config.on_nan != "halt"
+
+    def _passes(self, run: Run, batches: list[Batch], sizes: Sequence[int]) -> list[tuple[Tensor, int]]:
+        total = sum(sizes)
+        watches = self._watches(run)
         losses = []
-        for place, batch in enumerate(batches):
+        for place, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
+            if not run.ranks.count(size):
+                continue
             run.reseed(place)
             for piece in in_pieces(batch, batch_sizes(len(batch.rows), run.micro_batch or len(batch.rows))):
                 set_modes(self.plan)
@@ -124,8 +142,6 @@ class Gradients:
                 count = len(piece.rows)
                 torch.autograd.backward(loss if count == total else loss * (count / total))
                 losses.append((loss.detach(), count))
-        if watches and (bad := _not_finite(run)):
-            raise _NotFiniteError(f"the gradient of '{bad}' is no number", batches)
         return losses
 
     def _undo(self, run: Run, held: list[Tensor]) -> None:
@@ -150,25 +166,31 @@ class Gradients:
         if self.buffers:
             run.note("  note: norms see smaller batches now, so the numbers are not those of whole batches")
 
-    def _answer(self, run: Run, error: _NotFiniteError) -> None:
-        """Do what was asked for: halt, leave the step out, or go back with a lower rate too."""
+    def _answer(self, run: Run, error: _NotFiniteError | None) -> None:
+        """Do what was asked for: halt, leave the step out, or go back with a lower rate too.
+
+        Args:
+            run: With the phase under way.
+            error: What was found; None where another rank found it.
+        """
         assert run.phase is not None
         where = f"phase '{run.phase.name}', epoch {run.epoch + 1}, optimizer step {run.step + 1}"
-        why = _suspects(run, error)
+        told = run.ranks.heard(None if error is None else [error.what, _suspects(run, error)])
+        what, why = next(each for each in told if each is not None)
         self.again += 1
         policy = run.config.on_nan
         exhausted = {"skip": self.again > IN_SUCCESSION, "rollback": self.rollbacks >= ROLLBACKS}
         if exhausted.get(policy, True):
             times = {"skip": f"{IN_SUCCESSION} steps in succession", "rollback": f"{ROLLBACKS} times"}.get(policy)
             raise HaltError(
-                error.what,
+                what,
                 where=where,
                 why=why + (f"; it was left out {times} before" if times else ""),
                 fix="mend those samples, lower the learning rate, add --with grad-clip, or use --on-nan skip",
             )
         self.left_out = (*self.left_out, run.step + 1)
         if policy == "skip":
-            run.note(f"  left out: {where}: {error.what}; {why}")
+            run.note(f"  left out: {where}: {what}; {why}")
             return
         self.rate, self.rollbacks = self.rate / 2, self.rollbacks + 1
         put_back(run.model.module, self.before["model"])
@@ -176,7 +198,7 @@ class Gradients:
         for key, memory in run.states.items():
             memory.clear()
             memory.update(copy.deepcopy(self.before["components"].get(key, {})))
-        run.note(f"  went back to the beginning of the epoch: {where}: {error.what}; {why}; the rate is halved")
+        run.note(f"  went back to the beginning of the epoch: {where}: {what}; {why}; the rate is halved")
 
 
 def outcome_of(run: Run, batch: Batch) -> tuple[Tensor, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tuneforge.engine.evaluation import Worst
 from tuneforge.engine.network.device import is_out_of_memory
 from tuneforge.engine.run import Run
-from tuneforge.engine.samples.data import Split
+from tuneforge.engine.samples.data import Split, in_turn
 from tuneforge.errors import DataError
 
 
@@ -59,13 +59,24 @@ def _one_pass(run: Run, split: Split, worst: Worst | None) -> dict[str, Any]:
     if worst is not None:
         worst.forget()
     with torch.no_grad():  # not inference_mode: what a model caches in forward must be usable in training
-        for batch in run.evaluation_batches(split):
-            outputs = run.forward(batch.inputs)
-            metrics.update(outputs, batch.targets)
+        for outputs, targets, rows in _outputs(run, split):
+            metrics.update(outputs, targets)
             if worst is not None:
-                worst.update(run.data.targets.wrongness(outputs, batch.targets), batch.rows, outputs)
+                worst.update(run.data.targets.wrongness(outputs, targets), rows, outputs)
         figures: dict[str, Any] = metrics.compute()
     return figures
+
+
+def _outputs(run: Run, split: Split) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Outputs, targets and rows of each batch of a split; what several ranks compute, each of them is given."""
+    totals = map(len, in_turn(len(split), run.eval_batch))
+    for batch, total in zip(run.evaluation_batches(split, shared=True), totals, strict=True):
+        outputs = run.forward(batch.inputs)
+        if run.ranks.alone:
+            yield outputs, batch.targets, batch.rows
+        else:
+            outputs, targets, rows = (run.ranks.whole(each, total) for each in (outputs, batch.targets, batch.rows))
+            yield outputs, targets, rows
 
 
 def head_features(run: Run, split: Split) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,7 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
         run.save(progress)
         faults.point("epoch")
 
+    run.ranks.prove_equal(whole_state(run.model.module))
     run.hooks.call.phase_ended(run=run)
     views = run.prefix.views if run.prefix is not None else 0
     unmoved = proof.conclude(run.model)
@@ -150,10 +151,11 @@ def _train_epoch(run: Run, draws: Draws, progress: Progress, schedule: Any) -> f
     run.model.module.train()  # so that a module's own train() is told; the modes of the phase follow
     if progress.batch == 0:
         gradients.begin_epoch(run)
+    sizes = batch_sizes(order.size, run.config.batch_size)
     left = iter(() if _epoch_over(run) else run.training_batches(order, draws.weights, start=progress.batch))
     while batches := list(itertools.islice(left, run.config.accumulate)):
         _set_rate(run, progress, schedule, run.steps_done)
-        losses = gradients.compute(run, batches)
+        losses = gradients.compute(run, batches, sizes[progress.batch : progress.batch + len(batches)])
         if losses is not None:
             for loss, count in losses:
                 progress.loss.add_(loss, alpha=count)
@@ -172,6 +174,7 @@ def _train_epoch(run: Run, draws: Draws, progress: Progress, schedule: Any) -> f
         faults.point("step-saved")
         if spent or run.steps_done == run.total_steps:
             break
+    run.ranks.average(gradients.buffers)
     return progress.next_epoch(run)
 
 
@@ -200,6 +203,7 @@ class Progress:
 
     def next_epoch(self, run: Run) -> float:
         """Begin the next epoch, and give the mean loss of the one that ended."""
+        self.loss, self.count = self._of_all(run)
         if not self.count:
             raise HaltError(
                 "no step of a whole epoch could be applied",
@@ -214,9 +218,10 @@ class Progress:
     def state(self, run: Run) -> dict[str, Any]:
         """All of it as tensors and plain data."""
         assert run.proof is not None
+        loss, count = self._of_all(run)
         return {
-            "loss": self.loss,
-            "count": self.count,
+            "loss": loss,
+            "count": count,
             "batch": self.batch,
             "steps_done": run.steps_done,
             "gradients": self.gradients.state(),
@@ -231,7 +236,16 @@ class Progress:
             setattr(course, name, state["course"][name])
         run.steps_done = state["steps_done"]
         run.progress = run.steps_done / run.total_steps
+        if not run.ranks.leads:  # the sum is of all ranks, and rank 0 goes on with it
+            return cls(course, gradients, torch.zeros_like(state["loss"]), 0, state["batch"])
         return cls(course, gradients, state["loss"], state["count"], state["batch"])
+
+    def _of_all(self, run: Run) -> tuple[Tensor, int]:
+        """Sum and count over all ranks."""
+        if run.ranks.alone:
+            return self.loss, self.count
+        loss, count = run.ranks.total(self.loss, torch.tensor(self.count))
+        return loss, int(count)
 
 
 _COURSE_STATE = ("reason", "best", "best_epoch", "best_figures", "best_state", "figures", "history")

@@ -128,7 +128,7 @@ def _rates(run: Run, step: Probe, parts: Parts) -> dict[Any, float]:
 
 def _some_batches(run: Run, count: int) -> Iterator[Batch]:
     order = Order(len(run.data.train), run.config.seed, run.epoch)
-    return islice(run.training_batches(order, None), count)
+    return islice(run.training_batches(order, None, shared=False), count)
 
 
 def _group_of(run: Run, parameter: str) -> str:

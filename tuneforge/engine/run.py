@@ -17,6 +17,7 @@ from tuneforge.engine.network.device import Device
 from tuneforge.engine.network.model import Model, answer_of, call, check_answer, works
 from tuneforge.engine.network.optim import Optimization
 from tuneforge.engine.network.proof import Proof
+from tuneforge.engine.ranks import Ranks
 from tuneforge.engine.samples.data import (
     Batch,
     Data,
@@ -78,6 +79,7 @@ class Run:
         folder: Where the run writes; None where nothing is written.
         device: Where the model lives.
         hooks: The components that take part.
+        ranks: The processes that work on this run.
         restoring: True where weights follow from a run folder: build shapes, load nothing.
         say: Where sentences for the user go.
         phase: The phase that trains, if one does.
@@ -106,6 +108,7 @@ class Run:
     folder: Path | None
     device: Device
     hooks: Hooks
+    ranks: Ranks = Ranks()
     restoring: bool = False
     say: Callable[[str], None] = lambda text: None
     phase: Phase | None = None
@@ -244,7 +247,8 @@ class Run:
 
     def reseed(self, batch: int = 0) -> None:
         """Give the noise inside the model the generator state of this step (and batch of it), whatever came before."""
-        seed = key_of(self.config.seed, "step", self.step, batch) & 0x7FFFFFFFFFFFFFFF
+        others = [self.ranks.rank] if self.ranks.rank else []  # whose noise is another one than rank 0's
+        seed = key_of(self.config.seed, "step", self.step, batch, *others) & 0x7FFFFFFFFFFFFFFF
         torch.default_generator.manual_seed(seed)
         self.device.reseed(seed)
 
@@ -254,23 +258,29 @@ class Run:
             batch = part.augment(self, attrs.evolve(batch, noise=attrs.evolve(batch.noise, salt=place)))
         return batch
 
-    def training_batches(self, order: Order, weights: Tensor | None, *, start: int = 0) -> Iterator[Batch]:
-        """Batches of one epoch of the training split from batch `start` on, augmented, on the device."""
+    def training_batches(
+        self, order: Order, weights: Tensor | None, *, start: int = 0, shared: bool = True
+    ) -> Iterator[Batch]:
+        """Batches of one epoch of the training split from batch `start` on, augmented, on the device.
+
+        Of each batch this rank's share, or all of it where it is not `shared`.
+        """
         split = self.data.train
+        ordered = in_order(order, self.config.batch_size, start=start)
+        if shared:
+            ordered = map(self.ranks.share, ordered)
         if self.prefix is not None:
-            yield from self._kept_batches(self.prefix, order, weights, start=start)
+            yield from self._kept_batches(self.prefix, ordered, weights)
             return
 
         def finish(rows: Tensor, stored: Inputable) -> Batch:
             noise = Noise(self.config.seed, self.epoch, rows)
             return self.augmented(self._batch(split, rows, self.ready(stored), noise, weights))
 
-        ordered = in_order(order, self.config.batch_size, start=start)
         yield from batches(split, ordered, finish, workers=self.workers)
 
-    def _kept_batches(self, prefix: KeptPrefix, order: Order, weights: Tensor | None, *, start: int) -> Iterator[Batch]:
+    def _kept_batches(self, prefix: KeptPrefix, waiting: Iterator[Tensor], weights: Tensor | None) -> Iterator[Batch]:
         """Batches of kept features, gathered for several steps at once, which costs less than a gather a step."""
-        waiting = in_order(order, self.config.batch_size, start=start)
         at_once = max(1, GATHERED_BYTES // (self.config.batch_size * prefix.bytes_each))
         while block := list(itertools.islice(waiting, at_once)):
             rows = torch.cat(block)
@@ -279,18 +289,20 @@ class Run:
             whole = self._batch(self.data.train, rows, kept, noise, weights)
             yield from in_pieces(whole, [len(each) for each in block])
 
-    def evaluation_batches(self, split: Split) -> Iterator[Batch]:
-        """Every sample of a split once, in order, on the device."""
-        size = self.eval_batch
+    def evaluation_batches(self, split: Split, *, shared: bool = False) -> Iterator[Batch]:
+        """Every sample of a split once, in order, on the device; of each batch only this rank's share if `shared`."""
+        ordered = in_turn(len(split), self.eval_batch)
+        if shared:
+            ordered = map(self.ranks.share, ordered)
         if self.prefix is not None and self.prefix.values(split, torch.tensor([0])) is not None:
-            for rows in in_turn(len(split), size):
+            for rows in ordered:
                 yield self._batch(split, rows, self.prefix.values(split, rows), Noise(self.config.seed, 0, rows), None)
             return
 
         def finish(rows: Tensor, stored: Inputable) -> Batch:
             return self._batch(split, rows, self.ready(stored), Noise(self.config.seed, 0, rows), None)
 
-        yield from batches(split, in_turn(len(split), size), finish, workers=self.workers)
+        yield from batches(split, ordered, finish, workers=self.workers)
 
     def ready(self, stored: Inputable) -> Any:
         """What the model takes, on the run's device, from stored inputs."""

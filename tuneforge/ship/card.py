@@ -87,7 +87,7 @@ def _figures(record: Mapping[str, Any]) -> Iterator[str]:
             scores = " | ".join(_number(row.get(key)) for key in ("precision", "recall", "f1-score"))
             yield f"| {_cell(name)} | {scores} | {row.get('support')} |"
         yield ""
-        yield f"It is weakest at `{test.get('worst_class')}`. What is none of these classes is called one of them as well."
+        yield f"It is weakest at `{test.get('worst_class')}`. It calls anything by one of these names, whatever it is."
         yield ""
 
 
@@ -108,7 +108,7 @@ def _use(record: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         yield f"```python\n{SCRIPT}```"
         yield ""
-        yield "It takes pictures as they are stored; `tuneforge export RUN --pictures DIR` writes those of the test split."
+        yield "It takes pictures as they are stored; `tuneforge export --pictures DIR` writes those of the test split."
         yield ""
     yield "With tuneforge, from raw files or rows:"
     yield ""

@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.samples.data import Inputable, Split, fetched, in_turn, tensors_of
+from tuneforge.engine.samples.data import Inputable, Split, Targets, fetched, in_turn, tensors_of
 from tuneforge.engine.state.folder import load_tensors, save_tensors
 from tuneforge.ship.formats import Forward, answers_of
 
@@ -39,6 +39,8 @@ class Evidence:
         summaries: Of some test inputs, float32 (m, d); see `summary`.
         answers: Probabilities or numbers given for these, float32 (m, k).
         seen: Digests of the stored training samples, int64, sorted, each once.
+        repeated: The share of training samples whose stored form occurs more than once among them, (): so many test
+            samples are to be expected among them too.
     """
 
     probe: Inputable
@@ -46,11 +48,12 @@ class Evidence:
     summaries: Tensor
     answers: Tensor
     seen: Tensor
+    repeated: Tensor
 
     def save(self, folder: Path) -> None:
         """Write it into a bundle."""
         tensors = {f"probe/{name}": tensor for name, tensor in tensors_of(self.probe).items()}
-        others = {name: getattr(self, name) for name in ("outputs", "summaries", "answers", "seen")}
+        others = {name: getattr(self, name) for name in ("outputs", "summaries", "answers", "seen", "repeated")}
         save_tensors(tensors | others, folder / FILE)
 
     @classmethod
@@ -66,14 +69,16 @@ class Evidence:
         return cls(probe=probe.get("", probe), **tensors)
 
 
-def gathered(forward: Forward, targets: object, *, train: Split, test: Split) -> Evidence:
+def gathered(forward: Forward, targets: Targets, *, train: Split, test: Split) -> Evidence:
     """The evidence of a model that was tuned on `train`, as it answers on `test`."""
     probe = test.fetch(spread(len(test), PROBES))
     rows = spread(len(test), REFERENCE)
     chosen = test.take(rows)
     parts = [(summary(stored), forward(stored)) for _, stored in fetched(chosen, in_turn(len(rows), _BATCH), workers=0)]
     summaries, outputs = (torch.cat(each) for each in zip(*parts, strict=True))
-    return Evidence(probe, forward(probe), summaries, answers_of(targets, outputs), digests(train).unique())
+    seen, counts = torch.unique(digests(train), return_counts=True)
+    repeated = counts[counts > 1].sum() / counts.sum()
+    return Evidence(probe, forward(probe), summaries, answers_of(targets, outputs), seen, repeated)
 
 
 def spread(count: int, most: int) -> Tensor:

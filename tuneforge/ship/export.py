@@ -117,7 +117,8 @@ def _written(name: str, form: ExportFormat, run: Path, model: Any, data: Data, f
     """Write one form, open it again and compare it with the run, freshly loaded."""
     tuned = load(run, model=model, device_name="cpu")
     if form.float32:
-        tuned.run.config = attrs.evolve(tuned.run.config, precision="float32", memory_format="contiguous")
+        plain = {"precision": "float32", "memory_format": "contiguous"}
+        tuned.run.config = attrs.evolve(tuned.run.config, **plain)  # type: ignore[arg-type]  # of some other field
         tuned.model.module.to(memory_format=torch.contiguous_format)
     form.write(tuned, folder)
     return require_parity(name, forward_of(tuned), form.opened(folder, device_name="cpu"), tuned.targets, data.test)

@@ -17,12 +17,14 @@ from tuneforge.engine.samples.data import Inputable, Split, Targets, fetched, in
 from tuneforge.plugin.component import values_of
 from tuneforge.ship.bundle import Servable
 from tuneforge.ship.evidence import digests
+from tuneforge.ship.formats import answers_of
 from tuneforge.ship.statistics import at_most_lost, better, more_error
 
 _BATCH = 64
-_TRAINED_ON = 0.1  # share of a test split that a challenger may have trained on; these samples are left out
+_TRAINED_ON = 0.1  # share of a test split that may have been trained on, beyond what chance repeats
 _LONE_S = 1e-3  # a lone answer that is slower by less than this is no reason to refuse
 _TIMED, _WARM = 30, 5
+_SMALL, _HUGE = 1e-12, 1e12
 _LACKING = -1e4  # the output for a name that a model does not know; finite, so that losses stay numbers
 
 
@@ -104,11 +106,24 @@ class Verdict:
         return "\n".join([*lines, f"{'promoted' if self.promoted else 'not promoted'}: {self.reason}"])
 
 
+@attrs.frozen(eq=False)
+class Both:
+    """A test split in two forms, where champion and challenger store inputs otherwise: the same samples in one order.
+
+    Args:
+        champion: As the champion stores them; its targets are the truth.
+        challenger: As the challenger does.
+    """
+
+    champion: Split
+    challenger: Split
+
+
 def judge(
     champion: Servable | None,
     challenger: Servable,
-    old: Split,
-    new: Split | None = None,
+    old: Split | Both,
+    new: Split | Both | None = None,
     *,
     rules: Rules | None = None,
     old_targets: Targets | None = None,
@@ -120,7 +135,7 @@ def judge(
     Args:
         champion: Who answers now; None for the first of a name, which needs to keep the floors only.
         challenger: Who may take over.
-        old: The old world's test split, as both models store inputs.
+        old: The old world's test split, as both models store inputs, or in both forms.
         new: The new world's held-out split; None: superiority on the old one decides.
         rules: What must hold.
         old_targets: How the old split's targets are read; by default as the champion reads them.
@@ -129,20 +144,25 @@ def judge(
     """
     rules = rules or Rules()
     known = challenger.targets if champion is None else champion.targets
-    if (misfit := _misfit(champion, challenger)) is not None:
-        return misfit
-    sets = {"old": _Exam.of("old", old, old_targets or known, champion, challenger)}
+    given = {"old": (old, old_targets or known)}
     if new is not None and champion is not None:
-        sets["new"] = _Exam.of("new", new, new_targets or challenger.targets, champion, challenger)
+        given["new"] = (new, new_targets or challenger.targets)
+    if (misfit := _misfit(champion, challenger, [each for each, _ in given.values()])) is not None:
+        return misfit
+    sets = {
+        name: _Exam.of(name, each if isinstance(each, Both) else Both(each, each), targets, champion, challenger)
+        for name, (each, targets) in given.items()
+    }
     tests = {name: {**exam.about, "used": used(exam.about["fingerprint"])} for name, exam in sets.items()}
     if trained := [row for exam in sets.values() if (row := exam.trained_on()) is not None]:
         return Verdict(False, trained[0].sentence, tuple(trained), tests)
     exams = {name: exam.sat(champion, challenger) for name, exam in sets.items()}
-    rows = [*_floors(exams["old"], rules)]
-    if champion is not None:
-        rows = [_not_worse(exams["old"], rules), *rows, _fast_enough(champion, challenger, old, rules)]
-        rows.append(_superior(exams.get("new", exams["old"]), rules))
-    return _verdict(rows, tests, first=champion is None)
+    rows = _floors(exams["old"], rules)
+    if champion is None:
+        return _verdict(rows, tests, "it is the first of its name, and every floor holds")
+    superior = _superior(exams.get("new", exams["old"]), rules)
+    fast = _fast_enough(champion, challenger, sets["old"].forms, rules)
+    return _verdict([*rows, superior, _not_worse(exams["old"], rules), fast], tests, superior.sentence)
 
 
 def refused(what: str, sentence: str, *, champion: str = "", challenger: str = "", rule: str = "") -> Verdict:
@@ -150,15 +170,12 @@ def refused(what: str, sentence: str, *, champion: str = "", challenger: str = "
     return Verdict(False, sentence, (Row(what, champion, challenger, rule, False, sentence),), {})
 
 
-def _verdict(rows: Sequence[Row], tests: Mapping[str, Mapping[str, Any]], *, first: bool) -> Verdict:
+def _verdict(rows: Sequence[Row], tests: Mapping[str, Mapping[str, Any]], shown: str) -> Verdict:
     broken = [row.sentence for row in rows if not row.holds]
-    if broken:
-        return Verdict(False, broken[0], tuple(rows), tests)
-    reason = "it is the first of its name, and every floor holds" if first else rows[-1].sentence
-    return Verdict(True, reason, tuple(rows), tests)
+    return Verdict(not broken, broken[0] if broken else shown, tuple(rows), tests)
 
 
-def _misfit(champion: Servable | None, challenger: Servable) -> Verdict | None:
+def _misfit(champion: Servable | None, challenger: Servable, sets: Sequence[Split | Both]) -> Verdict | None:
     """Why the two cannot be compared at all, or the challenger may not go to work."""
     failed = [name for name, form in challenger.record.get("formats", {}).items() if not form["parity"]["passed"]]
     if failed:
@@ -170,54 +187,70 @@ def _misfit(champion: Servable | None, challenger: Servable) -> Verdict | None:
         before, now = (str(len(each.targets.labels)) for each in (champion, challenger))
         sentence = f"the challenger does not know {', '.join(missing)}, which the champion does"
         return refused("class names", sentence, champion=before, challenger=now, rule="all of the champion's")
-    if type(champion.targets) is not type(challenger.targets) or not _same(champion.inputs, challenger.inputs):
+    for_both = all(isinstance(each, Both) for each in sets) or same_contract(champion.inputs, challenger.inputs)
+    if type(champion.targets) is not type(challenger.targets) or not for_both:
         return refused("contracts", "the challenger reads inputs or answers otherwise, so no test set fits both")
     return None
 
 
-def _same(one: Any, other: Any) -> bool:
+def same_contract(one: Any, other: Any) -> bool:
+    """True where two contracts are of one kind and have the same options."""
     return type(one) is type(other) and values_of(one) == values_of(other)
 
 
 @attrs.frozen(eq=False)
 class _Exam:
-    """A test split, less what one of the models trained on."""
+    """A test split, less what one of the models trained on.
+
+    Args:
+        name: Of the split.
+        forms: What is left of it.
+        targets: How its targets are read.
+        about: What the verdict says of it.
+        shares: What champion and challenger trained on of it.
+        allowed: What the challenger may have.
+    """
 
     name: str
-    split: Split
+    forms: Both
     targets: Targets
     about: dict[str, Any]
-    seen: float
+    shares: tuple[float, float]
+    allowed: float
 
     @classmethod
-    def of(cls, name: str, split: Split, targets: Targets, champion: Servable | None, challenger: Servable) -> _Exam:
-        own = digests(split)
-        by_each = [
-            torch.zeros(len(own), dtype=torch.bool)
-            if each is None or each.evidence is None
-            else torch.isin(own, each.evidence.seen)
-            for each in (champion, challenger)
+    def of(cls, name: str, forms: Both, targets: Targets, champion: Servable | None, challenger: Servable) -> _Exam:
+        kept = [None if each is None else each.evidence for each in (champion, challenger)]
+        seen = [
+            torch.zeros(len(split), dtype=torch.bool) if each is None else torch.isin(digests(split), each.seen)
+            for each, split in zip(kept, (forms.champion, forms.challenger), strict=True)
         ]
-        clean = (~(by_each[0] | by_each[1])).nonzero().flatten()
-        about = {"fingerprint": split.fingerprint(), "samples": len(clean), "left_out": len(own) - len(clean)}
-        left = split if len(clean) in (0, len(own)) else split.take(clean)
-        return cls(name, left, targets, about, float(by_each[1].float().mean()))
+        chance = [0.0 if each is None else float(each.repeated) for each in kept]
+        dirty = [where for where, repeated in zip(seen, chance, strict=True) if repeated <= _TRAINED_ON]
+        clean = (~torch.stack([*dirty, torch.zeros_like(seen[0])]).any(0)).nonzero().flatten()
+        whole = len(seen[0])
+        about = {"fingerprint": forms.champion.fingerprint(), "samples": len(clean), "left_out": whole - len(clean)}
+        if len(clean) not in (0, whole):
+            forms = Both(forms.champion.take(clean), forms.challenger.take(clean))
+        before, now = (float(each.double().mean()) for each in seen)
+        return cls(name, forms, targets, about, (before, now), chance[1] + _TRAINED_ON)
 
     def trained_on(self) -> Row | None:
-        """Refuses a test split that the challenger trained on."""
-        if self.seen <= _TRAINED_ON and self.about["samples"]:
+        """Refuses a test split that the challenger trained on, or of which nothing is left."""
+        if self.shares[1] <= self.allowed and self.about["samples"]:
             return None
-        share = f"{100 * self.seen:.1f} %"
-        sentence = f"the challenger trained on {share} of the {self.name} test set, so it cannot be judged by it"
-        return Row("trained on the test set", "", share, f"at most {100 * _TRAINED_ON:g} %", False, sentence)
+        before, now = (f"{100 * share:.1f} %" for share in self.shares)
+        sentence = f"the challenger trained on {now} of the {self.name} test set, so it cannot be judged by it"
+        if self.shares[1] <= self.allowed:
+            sentence = f"the champion trained on {before} of the {self.name} test set, so they cannot be judged by it"
+        return Row("trained on the test set", before, now, f"at most {100 * self.allowed:.1f} %", False, sentence)
 
     def sat(self, champion: Servable | None, challenger: Servable) -> _Sat:
         """Both models' answers."""
-        wrongness = [
-            None if each is None else _wrongness(each, self.split, self.targets) for each in (champion, challenger)
-        ]
-        assert wrongness[1] is not None
-        return _Sat(self.name, wrongness[0], wrongness[1], self.targets, self.split.targets)
+        truths = self.forms.champion.targets
+        before = None if champion is None else _wrongness(champion, self.forms.champion, truths, self.targets)
+        now = _wrongness(challenger, self.forms.challenger, truths, self.targets)
+        return _Sat(self.name, before, now, self.targets, truths)
 
 
 @attrs.frozen(eq=False)
@@ -236,14 +269,16 @@ class _Sat:
         return bool(self.targets.labels)
 
 
-def _wrongness(model: Servable, split: Split, targets: Targets) -> Tensor:
-    """How wrong each answer is (n,), read by the split's own names: a class that only the model knows is wrong."""
-    found = []
-    for rows, stored in fetched(split, in_turn(len(split), _BATCH), workers=0):
-        truths = split.targets.index_select(0, rows)
-        by_name = _by_name(model.outputs(stored), model.targets.labels, targets.labels, more=truths.ndim == 1)
-        found.append(targets.wrongness(by_name, truths))
-    return torch.cat(found).double()
+def _wrongness(model: Servable, split: Split, truths: Tensor, targets: Targets) -> Tensor:
+    """How wrong each answer is (n,): by the test set's own names, or for numbers in deviations of the truth."""
+    batches = fetched(split, in_turn(len(split), _BATCH), workers=0)
+    outputs = torch.cat([model.outputs(stored) for _, stored in batches])
+    if targets.labels:
+        named = _by_name(outputs, model.targets.labels, targets.labels, more=truths.ndim == 1)
+        return targets.wrongness(named, truths).double()
+    wanted = answers_of(targets, truths.reshape(len(truths), -1)).double()
+    off = (answers_of(model.targets, outputs).reshape(wanted.shape).double() - wanted).abs()
+    return (off / wanted.std(0).clamp_min(_SMALL)).mean(1).nan_to_num(nan=_HUGE, posinf=_HUGE)
 
 
 def _by_name(outputs: Tensor, own: Sequence[str], wanted: Sequence[str], *, more: bool) -> Tensor:
@@ -265,7 +300,8 @@ def _not_worse(sat: _Sat, rules: Rules) -> Row:
     figures = _figures(sat)
     unit = "points" if sat.named else "% of the error"
     holds = most <= rules.margin
-    sentence = f"on the {sat.name} test set it may lose {100 * most:.2f} {unit}, and {100 * rules.margin:g} are allowed"
+    ruled_out = f"more than {100 * most:.2f} can be ruled out, and {100 * rules.margin:g} are allowed"
+    sentence = f"on the {sat.name} test set it loses {100 * lost:.2f} {unit}; only {ruled_out}"
     rule = f"loses at most {100 * rules.margin:g} {unit}: {100 * lost:+.2f}, at most {100 * most:+.2f}"
     return Row(f"{sat.name} test set", *figures, rule, holds, sentence)
 
@@ -310,9 +346,10 @@ def _share_right(wrongness: Tensor) -> float:
     return float((wrongness == 0).double().mean())
 
 
-def _fast_enough(champion: Servable, challenger: Servable, split: Split, rules: Rules) -> Row:
+def _fast_enough(champion: Servable, challenger: Servable, forms: Both, rules: Rules) -> Row:
     """The time of a lone answer, the two measured in turn."""
-    before, now = lone_times((champion, challenger), split.fetch(torch.tensor([0])))
+    first = torch.tensor([0])
+    before, now = lone_times(((champion, forms.champion.fetch(first)), (challenger, forms.challenger.fetch(first))))
     ratio = now / before
     holds = ratio <= rules.latency_ratio or now - before <= _LONE_S
     sentence = f"a lone answer takes {ratio:.1f} times as long, and {rules.latency_ratio:g} are allowed"
@@ -321,11 +358,11 @@ def _fast_enough(champion: Servable, challenger: Servable, split: Split, rules: 
     return Row("a lone answer", *shown, rule, holds, sentence)
 
 
-def lone_times(models: Sequence[Servable], stored: Inputable) -> list[float]:
+def lone_times(asked: Sequence[tuple[Servable, Inputable]]) -> list[float]:
     """The median time of one answer of each model in seconds, in turn so that a busy machine slows all alike."""
-    taken: list[list[float]] = [[] for _ in models]
+    taken: list[list[float]] = [[] for _ in asked]
     for turn in range(_TIMED + _WARM):
-        for model, own in zip(models, taken, strict=True):
+        for (model, stored), own in zip(asked, taken, strict=True):
             began = time.perf_counter()
             model.outputs(stored)
             if turn >= _WARM:

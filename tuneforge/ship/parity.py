@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.samples.data import Split, Targets, fetched, in_turn
+from tuneforge.engine.samples.data import Inputable, Split, Stored, Targets, fetched, in_turn, tensors_of
 from tuneforge.errors import HaltError
 from tuneforge.ship.formats import Forward, answers_of
 
@@ -19,7 +19,7 @@ BATCHES = (1, 2, 7, 16)
 MOST = 1e-4
 """How far a probability may be off; of a number beyond 1, relative to it."""
 
-_REFERENCE_BATCH = 64
+_BLOCK = 16 * 7  # samples fetched at once, which every batch size divides
 
 
 class ParityError(HaltError):
@@ -63,8 +63,13 @@ def require_parity(name: str, tuned: Forward, exported: Forward, targets: Target
     Raises:
         ParityError: A class differs, or an answer is further off than `MOST`.
     """
-    wanted = _outputs(tuned, test, _REFERENCE_BATCH)
-    found = compared(wanted, {size: _outputs(exported, test, size) for size in BATCHES}, targets)
+    wanted: list[Tensor] = []
+    by_size: dict[int, list[Tensor]] = {size: [] for size in BATCHES}
+    for _, stored in fetched(test, in_turn(len(test), _BLOCK), workers=0):
+        wanted.append(tuned(stored))
+        for size, outputs in by_size.items():
+            outputs.append(_in_batches(name, exported, stored, size))
+    found = compared(torch.cat(wanted), {size: torch.cat(outputs) for size, outputs in by_size.items()}, targets)
     if not found.passed:
         raise ParityError(
             f"the {name} export does not answer as the tuned model",
@@ -100,9 +105,17 @@ def deviation(found: Tensor, wanted: Tensor) -> float:
     return float(far.nan_to_num(nan=float("inf"), posinf=float("inf")).max())
 
 
-def _outputs(forward: Forward, test: Split, batch_size: int) -> Tensor:
-    batches = fetched(test, in_turn(len(test), batch_size), workers=0)
-    return torch.cat([forward(stored) for _, stored in batches])
+def _in_batches(name: str, exported: Forward, stored: Inputable, batch_size: int) -> Tensor:
+    """What the exported model gives for a block of stored inputs, asked for in batches."""
+    count = len(next(iter(tensors_of(stored).values())))
+    try:
+        return torch.cat([exported(Stored(stored).fetch(rows)) for rows in in_turn(count, batch_size)])
+    except Exception as error:
+        raise ParityError(
+            f"the {name} export cannot answer a batch of {batch_size}",
+            why=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+            fix="nothing was written; export it as safetensors, or report the network",
+        ) from error
 
 
 def _words(value: Any) -> Any:

@@ -17,7 +17,7 @@ from tuneforge.errors import PluginError
 from tuneforge.ship import sealed
 from tuneforge.ship.bundle import BUNDLE, Servable, load_bundle
 from tuneforge.ship.export import export, prepared
-from tuneforge.ship.gate import Rules, Verdict, judge, refused
+from tuneforge.ship.gate import Both, Rules, Verdict, judge, refused, same_contract
 from tuneforge.ship.parity import ParityError
 from tuneforge.ship.store import INCOMING, Store
 from tuneforge.ship.worlds import data_of_bundle, split_of_files
@@ -50,9 +50,9 @@ def promote(
     to: Sequence[str] | None = None,
     data: Any = None,
     model: Any = None,
-    old: Split | None = None,
+    old: Split | Both | None = None,
     old_targets: Targets | None = None,
-    new: Split | str | Path | None = None,
+    new: Split | Both | str | Path | None = None,
     new_targets: Targets | None = None,
     rules: Rules | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -86,6 +86,7 @@ def promote(
         try:
             found = _incoming(run, incoming, to, place.name, data, model, say)
             challenger = load_bundle(incoming, name=place.name, version="challenger")
+            challenger.check()
             champion = None if against is None else place.servable(against)
             world = old if old is not None else _old_world(champion, challenger, found)
             if isinstance(new, (str, Path)):
@@ -141,9 +142,14 @@ def _incoming(
     return found
 
 
-def _old_world(champion: Servable | None, challenger: Servable, found: Data) -> Split:
-    """The champion's own test split; the challenger's where it is the same one, or where there is no champion."""
+def _old_world(champion: Servable | None, challenger: Servable, found: Data) -> Split | Both:
+    """The champion's own test split, also as the challenger stores inputs where it does so otherwise."""
     own = challenger.record["fingerprints"]["test"]
     if champion is None or champion.record["fingerprints"]["test"] == own:
         return found.test
-    return data_of_bundle(champion.record).test
+    before = data_of_bundle(champion.record).test
+    if same_contract(champion.inputs, challenger.inputs):
+        return before
+    now = data_of_bundle(champion.record, stored_by=challenger.record).test
+    same = len(now) == len(before) and all(now.id_of(row) == before.id_of(row) for row in range(len(now)))
+    return Both(before, now) if same else before

@@ -268,6 +268,13 @@ class Records:
             version, version, last,
         )  # fmt: skip
 
+    def over_time(self) -> list[tuple[float, bool, str]]:
+        """Time, whether the answer was right, and version, of labelled requests that named a class, oldest first."""
+        rows = self._all(
+            "SELECT time, named = label, version FROM requests WHERE label IS NOT NULL AND named IS NOT NULL ORDER BY 1"
+        )
+        return [(at, bool(right), version) for at, right, version in rows]
+
     def least_certain(self, *, skip: Sequence[str] = ()) -> Exchange | None:
         """The unlabelled request whose answer was least certain; None where there is none.
 

@@ -21,6 +21,7 @@ from tuneforge.engine.samples.data import Inputs, Split, tensors_of
 from tuneforge.engine.state import folder as names
 from tuneforge.errors import DataError, FolderError, UsageError
 from tuneforge.plugin.steps import Use
+from tuneforge.ship.bundle import BUNDLE
 from tuneforge.ship.gate import Rules, Verdict
 from tuneforge.ship.promote import promote
 from tuneforge.ship.records import Labelled, Records
@@ -82,7 +83,7 @@ def retune(
         strategy: By name, `use(...)`, or what else `Engine` takes.
         rules: Of the gate.
         trust: Train also on labels that do not fit their samples, and judge by them.
-        to: The forms of the new version; None: as `promote` decides.
+        to: The forms of the new version; None: those of the champion.
         settings: Of the run, over the champion's, such as `seed` and `device`.
         say: Where sentences for the user go.
 
@@ -206,6 +207,11 @@ def _tunable(folder: Path) -> tuned.Tuned:
             fix="promote the run again with --to onnx --to safetensors",
         )
     return tuned.load(folder)
+
+
+def _forms(folder: Path) -> tuple[str, ...]:
+    """The export formats that a version holds."""
+    return tuple(names.read_json(folder / BUNDLE)["formats"])
 
 
 def _base(champion: tuned.Tuned) -> Path:

@@ -30,6 +30,7 @@ def building(final: Path) -> Iterator[Path]:
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise FolderError(f"'{final}' is not empty", why="nothing is written over", fix="name another folder")
     temporary = final.parent / f".{final.name}.{os.getpid()}{_PART}"
+    made = [each for each in final.parents if not each.exists()]
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -41,6 +42,9 @@ def building(final: Path) -> Iterator[Path]:
         raise _write_error(final, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for each in made:
+            with contextlib.suppress(OSError):  # it is gone, or it holds something
+                each.rmdir()
 
 
 def seal(folder: Path) -> None:

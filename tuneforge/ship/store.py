@@ -215,7 +215,7 @@ class Store:
 
 
 def stores_in(root: str | Path) -> list[Store]:
-    """Every name of a store, sorted.
+    """The models of a store, sorted by name.
 
     Raises:
         FolderError: There is no such folder.

@@ -9,42 +9,35 @@ Shapes: n samples, k outputs.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
 import attrs
 import torch
-from torch import Tensor
 
 from tuneforge.engine import tuned
 from tuneforge.engine.evaluation import single_numbers, watched
 from tuneforge.engine.network import device
 from tuneforge.engine.run import Run
-from tuneforge.engine.samples.data import Split, Taken, Targets, in_turn, tensors_of
+from tuneforge.engine.samples.data import Split, Targets, in_turn
 from tuneforge.engine.samples.given import member
-from tuneforge.errors import DataError, UnknownNameError, UsageError, close_match
+from tuneforge.errors import UnknownNameError, UsageError, close_match
 from tuneforge.plugin import registry
 from tuneforge.plugin.component import options_of
 from tuneforge.plugin.config import resolve
 from tuneforge.plugin.manager import Hooks
 from tuneforge.plugin.steps import Use
 from tuneforge.ship.client import Connection, Server
+from tuneforge.ship.senders import Answered, Ask, by_file, by_v2, files_of, model_of
 
 Via = Literal["auto", "predict", "v2"]
 
 ROUNDING = 1e-6
 """Figures that differ by less, relative to 1 or to their size, differ by rounding only."""
-
-_DATATYPES = {
-    torch.uint8: "UINT8", torch.bool: "BOOL", torch.int64: "INT64", torch.int32: "INT32",
-    torch.float32: "FP32", torch.float64: "FP64",
-}  # fmt: skip
 
 
 @attrs.frozen
@@ -140,7 +133,9 @@ def measure(
         raise UsageError(
             "the samples are no files", where="--via predict", fix="use --via v2, which sends them as they are stored"
         )
-    send = _by_v2(server, run.data.targets, name) if via == "v2" else _by_file(run.data.targets)
+    model = model_of(server, name)
+    targets = _grown(run, model.labels)
+    send = by_v2(server, targets, model) if via == "v2" else by_file(targets)
     size = rows if via == "v2" else 1
     asks = [(split, each, numbers) for split, each in chosen.items() for numbers in in_turn(len(each), size)]
     began = time.perf_counter()
@@ -211,66 +206,12 @@ def more_is_better(targets: Targets, name: str) -> bool:
         return True
 
 
-@attrs.frozen(eq=False)
-class Answered:
-    """The answer to one request: the split that it is of, outputs (b, k) in float64, version and latency."""
-
-    split: str
-    outputs: Tensor
-    version: str
-    seconds: float
-
-
-Ask = tuple[str, Split, Tensor]
-"""What one request asks: a split's name, the split, and rows of it, int64 (b,)."""
-
-Send = Callable[[Connection, str, Split, Tensor], Answered]
-
-
 def compared(wire: Mapping[str, Any], offline: Mapping[str, Any] | None) -> list[Comparison]:
     """Every figure of a split beside the offline one; nothing where there is no offline report."""
     if offline is None:
         return []
     ours, theirs = dict(_flat(wire)), dict(_flat(offline))
     return [Comparison(name, ours.get(name), theirs.get(name)) for name in dict.fromkeys([*ours, *theirs])]
-
-
-def files_of(split: Split) -> list[Path] | None:
-    """The file of each sample; None where they are not read from files."""
-    source, rows = split.source, torch.arange(len(split))
-    while isinstance(source, Taken):
-        source, rows = source.source, source.rows[rows]
-    paths = getattr(getattr(source, "pictures", source), "paths", None)  # of files, or of files with stand-ins
-    return None if paths is None else [Path(paths[row]) for row in rows.tolist()]
-
-
-def outputs_of(targets: Targets, description: Mapping[str, Any]) -> Tensor:
-    """A model output (k,), float64, that `Targets.describe` would describe so: logarithms of probabilities, or numbers.
-
-    Raises:
-        DataError: The description is not of these targets.
-    """
-    by_name = description.get("probabilities")
-    if by_name is not None and set(by_name) != set(targets.labels):
-        extra, missing = sorted(set(by_name) - set(targets.labels)), sorted(set(targets.labels) - set(by_name))
-        raise DataError(
-            "the server's classes are not those of the data",
-            why=f"only there: {', '.join(extra) or 'none'}; only in the data: {', '.join(missing) or 'none'}",
-            fix="serve the model of this run, or name its data",
-        )
-    if by_name is not None:
-        values = [math.nan if by_name[name] is None else float(by_name[name]) for name in targets.labels]
-        return _scores(torch.tensor(values, dtype=torch.float64), exclusive="class" in description)
-    values = description.get("values", description.get("value"))
-    encoded = targets.encode(values)
-    return torch.tensor(encoded if isinstance(encoded, list) else [encoded], dtype=torch.float64)
-
-
-def _scores(probabilities: Tensor, *, exclusive: bool) -> Tensor:
-    """Outputs whose softmax (exclusive) or sigmoid gives these probabilities."""
-    tiny = torch.finfo(torch.float64).tiny
-    scores = probabilities.clamp_min(tiny).log()
-    return scores if exclusive else scores - torch.log1p(-probabilities.clamp_max(1 - 1e-16))
 
 
 def _split(run: Run, name: str) -> Split:
@@ -312,70 +253,16 @@ def _in_threads(
             connection.close()
 
 
-def _by_file(targets: Targets) -> Send:
-    """What sends the file of a sample as it is."""
-
-    def send(connection: Connection, name: str, split: Split, rows: Tensor) -> Answered:
-        (path,) = files_of(split.take(rows)) or ()
-        answer, seconds = connection.ask("POST", "/predict", path.read_bytes(), Content_Type="application/octet-stream")
-        return Answered(name, outputs_of(targets, answer)[None], str(answer.get("version", "")), seconds)
-
-    return send
-
-
-def _by_v2(server: Server, targets: Targets, model: str | None) -> Send:
-    """What sends rows of a split in their stored form, by the metadata that the server gives of its model."""
-    connection = server.connect()
-    try:
-        model = model or _first_model(connection, server)
-        metadata, _ = connection.ask("GET", f"/v2/models/{quote(model)}")
-    finally:
-        connection.close()
-    only = metadata["inputs"][0]["name"]
-    path = f"/v2/models/{quote(model)}/infer"
-
-    def send(connection: Connection, name: str, split: Split, rows: Tensor) -> Answered:
-        inputs = [_v2_tensor(key or only, tensor) for key, tensor in tensors_of(split.fetch(rows)).items()]
-        body = json.dumps({"inputs": inputs}).encode()
-        answer, seconds = connection.ask("POST", path, body, Content_Type="application/json")
-        outputs = _v2_outputs(answer, targets)
-        if len(outputs) != len(rows):
-            raise DataError(f"{len(outputs)} answers to {len(rows)} samples", where=server.url)
-        return Answered(name, outputs, str(answer.get("model_version", "")), seconds)
-
-    return send
-
-
-def _first_model(connection: Connection, server: Server) -> str:
-    found, _ = connection.ask("POST", "/v2/repository/index", b"{}", Content_Type="application/json")
-    if not found:
-        raise DataError("the server has no model", where=server.url, fix="promote one")
-    return str(found[0]["name"])
-
-
-def _v2_tensor(name: str, tensor: Tensor) -> dict[str, Any]:
-    """A tensor as the Open Inference Protocol writes it in JSON."""
-    return {
-        "name": name,
-        "datatype": _DATATYPES[tensor.dtype],
-        "shape": list(tensor.shape),
-        "data": tensor.flatten().tolist(),
-    }
-
-
-def _v2_outputs(answer: Mapping[str, Any], targets: Targets) -> Tensor:
-    """Model outputs (b, k) for the answers, probabilities or numbers in their unit, in the first output tensor."""
-    first = answer["outputs"][0]
-    values = torch.tensor(first["data"], dtype=torch.float64).reshape(first["shape"])
-    if values.ndim != 2 or values.shape[1] != targets.size:
-        raise DataError(
-            f"the server answers with shape {tuple(first['shape'])}",
-            why=f"the data has {targets.size} class(es) or number(s)",
-            fix="serve the model of this run, or name its data",
-        )
-    if targets.labels:
-        return _scores(values, exclusive="class" in targets.describe(values[0]))
-    return torch.tensor([targets.encode(row) for row in values.tolist()], dtype=torch.float64).reshape(values.shape)
+def _grown(run: Run, labels: Sequence[str]) -> Targets:
+    """The data's targets, with the classes that the server knows beyond them behind the data's own: each such answer
+    is wrong, and has its name in the report.
+    """
+    known = run.data.targets.labels
+    if set(labels) > set(known) and run.data.test.targets.ndim == 1:
+        more = [name for name in labels if name not in known]
+        grown: Any = attrs.evolve(run.data.targets, names=(*known, *more))  # type: ignore[misc]  # an attrs class
+        run.take_data(attrs.evolve(run.data, targets=grown))
+    return run.data.targets
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -20,25 +20,28 @@ from tuneforge.plugin.steps import Use
 from tuneforge.ship.bundle import BUNDLE
 
 
-def data_of_bundle(record: Mapping[str, Any], data: Any = None) -> Data:
+def data_of_bundle(record: Mapping[str, Any], data: Any = None, *, stored_by: Mapping[str, Any] | None = None) -> Data:
     """The splits, as they were.
 
     Args:
         record: The content of `bundle.json`.
         data: A data source, or data, in place of the one that the bundle names.
+        stored_by: Of another bundle, whose data source is asked to divide and to store as that one does, by the seed
+            of this one; what comes need not be what this one was tested on.
 
     Raises:
         DataError: They are no longer what they were.
     """
+    storing = stored_by or record
     table = {key: value for key, value in record["run"]["config"].items() if key != "out"}
-    config = resolve({**table, "device": "cpu"}, where=BUNDLE)
+    config = resolve({**table, "data": storing["run"]["config"]["data"], "device": "cpu"}, where=BUNDLE)
     hooks = Hooks()
     hooks.add(given.member("data_prepare", config.data if data is None else data, where="--data")[0])
     hooks.provider("data_prepare")
     run = Run(config=config, folder=None, device=device.choose("cpu"), hooks=hooks, restoring=True)
-    run.take_data(_shapes(record))
+    run.take_data(_shapes(storing))
     found: Data = hooks.call.data_prepare(run=run)
-    if found.test.fingerprint() != record["fingerprints"]["test"]:
+    if stored_by is None and found.test.fingerprint() != record["fingerprints"]["test"]:
         raise DataError(
             f"the test split of '{record['name']}' is not what it was tested on",
             why="its fingerprint is another one than in its bundle",

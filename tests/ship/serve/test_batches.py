@@ -76,7 +76,8 @@ def test_a_lone_request_never_waits_for_company(make):
     batches, model = make(wait_s=5.0), Doubling()
     for _ in range(3):
         began = time.perf_counter()
-        done = batches.submit(model, rows(1)).result(10)
+        with batches.coming() as submit:
+            done = submit(model, rows(1)).result(10)
         assert time.perf_counter() - began < 1
         assert done.waited_s < 0.5
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tuneforge.ship.serve import Limits
-from tuneforge.ship.serve.app import LOOPBACK, Access
+from tuneforge.ship.serve import LOOPBACK, Limits
+from tuneforge.ship.serve.app import Access
 
 ROW = json.dumps({"size": 1.5, "weight": -0.5, "colour": "red"}).encode()
 TOKEN = "correct horse battery"

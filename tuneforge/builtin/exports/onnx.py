@@ -6,6 +6,8 @@ Shapes: b in a batch, k outputs.
 from __future__ import annotations
 
 import importlib
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,25 +40,14 @@ class Onnx(ExportFormat):
         for package in ("onnx", "onnxscript", "onnxruntime"):
             _imported(package)
         stored = tuned.run.data.train.fetch(torch.tensor([0, 0]))
-        named = stored if isinstance(stored, dict) else {"": stored}
-        batch = {0: torch.export.Dim("batch")}
+        name = type(tuned.model.module).__name__
         try:
-            program = torch.onnx.export(
-                Graph(tuned, tuple(named)).eval(),
-                tuple(named.values()),
-                dynamo=True,
-                input_names=[name or INPUT for name in named],
-                output_names=[OUTPUTS, ANSWERS],
-                dynamic_shapes=(tuple(batch for _ in named),),
-                verbose=False,
-            )
+            program = _traced(tuned, dict(stored) if isinstance(stored, Mapping) else {"": stored})
         except Exception as error:
-            raise PluginError(
-                f"{type(tuned.model.module).__name__} cannot be written as ONNX",
-                why=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
-                fix="export it as safetensors",
-            ) from error
-        assert program is not None
+            raise _refused(name, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+        fixed = [given.shape[0] for given in program.model.graph.inputs if isinstance(given.shape[0], int)]
+        if fixed:
+            raise _refused(name, f"its graph takes a batch of {fixed[0]} and no other")
         program.save(folder / FILE)
 
     def opened(self, folder: Path, *, device_name: str) -> Forward:
@@ -68,7 +59,7 @@ class Onnx(ExportFormat):
         session = runtime.InferenceSession(folder / FILE, options, providers=["CPUExecutionProvider"])
 
         def forward(stored: Inputable) -> Tensor:
-            named = stored if isinstance(stored, dict) else {INPUT: stored}
+            named = stored if isinstance(stored, Mapping) else {INPUT: stored}
             (outputs,) = session.run([OUTPUTS], {name: tensor.numpy() for name, tensor in named.items()})
             return torch.from_numpy(outputs)
 
@@ -93,6 +84,26 @@ class Graph(nn.Module):
         stored: Inputable = tensors[0] if self._names == ("",) else dict(zip(self._names, tensors, strict=True))
         outputs: Tensor = self._tuned.run.forward(self._tuned.inputs.ready(stored)).float()
         return outputs, answers_of(self._tuned.targets, outputs)
+
+
+def _traced(tuned: Tuned, stored: dict[str, Tensor]) -> Any:
+    """The graph of a batch of stored inputs, for any batch."""
+    batch = {0: torch.export.Dim("batch")}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "# The axis name: batch will not be used", UserWarning)  # of several inputs
+        return torch.onnx.export(
+            Graph(tuned, tuple(stored)).eval(),
+            tuple(stored.values()),
+            dynamo=True,
+            input_names=[name or INPUT for name in stored],
+            output_names=[OUTPUTS, ANSWERS],
+            dynamic_shapes=(tuple(batch for _ in stored),),
+            verbose=False,
+        )
+
+
+def _refused(name: str, why: str) -> PluginError:
+    return PluginError(f"{name} cannot be written as ONNX", why=why, fix="export it as safetensors")
 
 
 def _imported(package: str) -> Any:

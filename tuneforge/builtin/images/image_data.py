@@ -104,7 +104,7 @@ class PictureOptions:
         for line in lines[state.get("told", 0) :]:
             run.note(
                 f"note: {line['split']}: '{line['id']}' can no longer be read ({line['why']}); "
-                f"'{line['stand_in']}' of the same class stands in for it"
+                f"{line['stand_in']} stands in for it"
             )
         state["told"] = len(lines)
 

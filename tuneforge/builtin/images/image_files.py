@@ -104,7 +104,7 @@ def find_folder(root: Path, *, where: str) -> Found:
     skipped: Counter[str] = Counter()
     notes: list[str] = []
     parts: dict[str, Listing] = {}
-    for split, name in _split_folders(root, skipped, notes, where=where).items():
+    for split, name in split_folders(root, skipped, notes, where=where).items():
         listing = _listed(root, name, split, skipped, notes, where=where)
         if listing is not None:
             parts[split] = listing
@@ -146,10 +146,19 @@ def find_csv(
     return Found(parts)
 
 
-def _split_folders(root: Path, skipped: Counter[str], notes: list[str], *, where: str) -> dict[str, str]:
+def split_folders(root: Path, skipped: Counter[str], notes: list[str], *, where: str) -> dict[str, str]:
     """The name of each split's folder; that of the root, which is empty, where pictures are not divided.
 
     A folder called train is a split where it holds folders and no picture; else it is the class of that name.
+
+    Args:
+        root: Of all.
+        skipped: Is added to: what was left out, by reason.
+        notes: Is added to: sentences on what was left out.
+        where: The option that named the folder, for messages.
+
+    Raises:
+        DataError: Two folders mean the same split, or the root cannot be read.
     """
     found: Counter[str] = Counter()
     names = [name for name, kind in _entries(root, found) if kind == _FOLDER]
@@ -244,9 +253,12 @@ def _entries(folder: Path, skipped: Counter[str]) -> Iterator[tuple[str, str]]:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    if entry.is_dir():
-        return _FOLDER
-    if not entry.is_file():
+    try:
+        if entry.is_dir():
+            return _FOLDER
+        if not entry.is_file():
+            return _BROKEN
+    except OSError:  # a loop of links
         return _BROKEN
     return _PICTURE if os.path.splitext(entry.name)[1].lower() in EXTENSIONS else _FOREIGN
 

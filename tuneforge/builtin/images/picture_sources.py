@@ -27,6 +27,7 @@ from tuneforge.builtin.images.names import chosen
 _SMALL_FILE = 16_384  # bytes
 _AT_ONCE = 1024  # pictures
 _STAND_INS = 8
+_GREY = 128
 
 
 @attrs.frozen(eq=False)
@@ -101,9 +102,9 @@ class PictureFiles:
 class StandIns:
     """Files of which one that can no longer be read does not end the run: another of its class stands in for it.
 
-    It is the next one of the class in the split's order that can be read; so which one it is depends on the files
-    alone, never on a worker, the order of the epoch or where a run was resumed. Each is recorded, a line the first
-    time that a process meets it.
+    It is the next one of the class in the split's order that can be read, or a grey picture where the split has no
+    other of the class; so which one it is depends on the files alone, never on a worker, the order of the epoch or
+    where a run was resumed. Each is recorded, a line the first time that a process meets it.
 
     Args:
         pictures: The files.
@@ -144,17 +145,19 @@ class StandIns:
             return None
 
     def _one(self, row: int) -> Tensor:
-        failure = None
-        for candidate in (row, *self._next_of_class(row)):
-            try:
+        try:
+            return self.pictures.fetch(torch.tensor([row]))
+        except DataError as error:
+            failure = error
+        others = self._next_of_class(row)
+        for candidate in others:
+            with contextlib.suppress(DataError):
                 stored = self.pictures.fetch(torch.tensor([candidate]))
-            except DataError as error:
-                failure = failure or error
-                continue
-            if failure is not None and row not in self._told:
-                self._tell(row, candidate, failure)
-            return stored
-        assert failure is not None
+                self._tell(row, self.ids[candidate], failure)
+                return stored
+        if not others and self.pictures.inputs.shape is not None:
+            self._tell(row, "a grey picture", failure)
+            return torch.full((1, *self.pictures.inputs.shape), _GREY, dtype=torch.uint8)
         raise DataError(
             f"{failure.what}, nor the next {_STAND_INS} pictures of its class",
             where=failure.where,
@@ -167,11 +170,11 @@ class StandIns:
         after = np.roll(same, -1 - int(np.searchsorted(same, row)))
         return [int(each) for each in after[:_STAND_INS] if each != row]
 
-    def _tell(self, row: int, candidate: int, failure: DataError) -> None:
-        self._told.add(row)
-        if self.record is None:
+    def _tell(self, row: int, stand_in: str, failure: DataError) -> None:
+        if self.record is None or row in self._told:
             return
-        line = {"split": self.split, "id": self.ids[row], "why": failure.why, "stand_in": self.ids[candidate]}
+        self._told.add(row)
+        line = {"split": self.split, "id": self.ids[row], "why": failure.why, "stand_in": stand_in}
         with self.record.open("a", encoding="utf-8") as file:  # one short write, so that processes can share the file
             file.write(json.dumps(line) + "\n")
 

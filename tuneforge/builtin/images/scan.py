@@ -120,7 +120,7 @@ def look_at(
                 f"it is {image.width}x{image.height} pixels large; at most {max_pixels:,} pixels are decoded"
             )
         size, kind = image.size, f"{image.format} {image.mode}"
-        image.draft("RGB", (4 * GREY_SIDE, 4 * GREY_SIDE))
+        image.draft("RGB", (2 * _PICTURE_SIDE, 2 * _PICTURE_SIDE))
         image.load()
         check_range(image)
         made = _made(image, small=small, picture=picture)
@@ -194,14 +194,13 @@ def _what_else(content: bytes) -> str:
 
 
 def _made(image: Image.Image, *, small: bool, picture: bool) -> dict[str, str]:
-    made = {}
+    made: dict[str, str] = {}
+    plain = upright(_reduced(image, _PICTURE_SIDE)).convert("RGB")  # always: not every mode that is decoded converts
     if small:
-        plain = upright(_reduced(image, 2 * GREY_SIDE))
         grey = plain.convert("L").resize((GREY_SIDE, GREY_SIDE), Image.Resampling.BOX)
-        colour = plain.convert("RGB").resize((COLOUR_SIDE, COLOUR_SIDE), Image.Resampling.BOX)
+        colour = plain.resize((COLOUR_SIDE, COLOUR_SIDE), Image.Resampling.BOX)
         made |= {"grey": _base64(grey.tobytes()), "colour": _base64(colour.tobytes())}
     if picture:
-        plain = upright(_reduced(image, _PICTURE_SIDE)).convert("RGB")
         plain.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
         file = io.BytesIO()
         plain.save(file, format="PNG")

@@ -166,7 +166,9 @@ def copies_in(path: Path, data: Data) -> list[list[str]]:
         DataError: The file is not what that command writes, or is about other data.
     """
     try:
-        sets = [[str(each) for each in members] for members in json.loads(path.read_text(encoding="utf-8"))["copies"]]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        root = str(content["root"])
+        sets = [[str(each) for each in members] for members in content["copies"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"cannot read '{shown(path)}'",
@@ -174,6 +176,8 @@ def copies_in(path: Path, data: Data) -> list[list[str]]:
             why=str(error),
             fix="name the issues.json that tuneforge data check has written",
         ) from None
+    for members in sets:  # a cleaned list has whole paths
+        members += [os.path.join(root, each) for each in members]
     known = {id_ for split in data.splits().values() for id_ in (split.ids or ())}
     if sets and not any(each in known for members in sets for each in members):
         raise DataError(

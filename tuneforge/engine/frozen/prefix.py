@@ -212,7 +212,7 @@ def _cost(run: Run, head: nn.Module) -> tuple[int, float]:
 def _refuse_what_does_not_pay(run: Run, prefix: Prefix, work: float, epochs: int) -> None:
     if work < LEAST_WORK:
         raise NoPrefixError("the frozen part is so cheap that computing it again costs no more")
-    on_disk = run.config.cache == "auto" and work >= LEAST_WORK_DISK
+    on_disk = run.config.cache == "auto" and work >= LEAST_WORK_DISK and run.ranks.alone
     if epochs == 1 and not on_disk:
         raise NoPrefixError("each sample is looked at once anyway")
     limits = {"--cache-mb": run.config.cache_mb} | ({"--cache-disk-mb": run.config.cache_disk_mb} if on_disk else {})
@@ -290,6 +290,8 @@ class _Filler:
         if self._store is None or key is None:
             return self._held(split, view)
         stored, trouble = self._store.get(key, mapped=self._mapped)
+        if self._run.ranks.agree(stored is None)[0]:  # all of them fill it, or none
+            stored = None
         if trouble:
             self._run.note(f"  {trouble}")
         if stored is not None:
@@ -299,6 +301,8 @@ class _Filler:
         return self._made(self._store, key, name, split, view)
 
     def _made(self, store: Store, key: str, name: str, split: Split, view: int | None) -> Values:
+        if not self._run.ranks.leads:
+            return self._held(split, view)
         about = {"model": type(self._run.model.module).__name__, "split": name, "samples": len(split)}
         held = None if self._mapped else self._held(split, view)
         try:
@@ -339,11 +343,34 @@ class _Filler:
         return tuple(kept[name] for name in own)
 
     def _blocks(self, head: nn.Module, split: Split, view: int | None) -> Iterator[Values]:
-        rows = (self._rows(split, start) for start in range(0, len(split), self._size))
-        for chosen, stored in fetched(split, rows, workers=self._run.workers):
+        ranks, starts = self._run.ranks, range(0, len(split), self._size)
+        rows = (self._rows(split, start) for start in starts[ranks.rank :: ranks.size])
+        own = fetched(split, rows, workers=self._run.workers)
+        for first in range(0, len(starts), ranks.size):
             self._pause()
-            yield self._values_of(head, split, chosen, stored, view)
-            self._prefix.computed += 1
+            group = [self._rows(split, start) for start in starts[first : first + ranks.size]]
+            if ranks.alone:
+                yield self._values_of(head, split, *next(own), view)
+            else:
+                yield from self._shared(head, split, group, own, view)
+            self._prefix.computed += len(group)
+
+    def _shared(
+        self,
+        head: nn.Module,
+        split: Split,
+        group: list[Tensor],
+        own: Iterator[tuple[Tensor, Inputable]],
+        view: int | None,
+    ) -> Iterator[Values]:
+        """One batch a rank, each computed by one of them and given to all."""
+        ranks = self._run.ranks
+        asked = next(own, None)  # the last group may have no batch for this rank; it computes one to keep in step
+        rows, stored = asked or (group[0], split.fetch(group[0]))
+        sizes = [len(rows) if rank < len(group) else 0 for rank, rows in enumerate([*group, *group[:1] * ranks.size])]
+        values = self._values_of(head, split, rows, stored, view)
+        whole = [ranks.gathered(value, sizes[: ranks.size]) for value in values]
+        yield from zip(*(torch.split(value, [len(rows) for rows in group]) for value in whole), strict=True)
 
     def _rows(self, split: Split, start: int) -> Tensor:
         """The rows of one batch, whose place and size follow from the split alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 import attrs
 import torch
@@ -51,11 +52,11 @@ def choose(name: str) -> Device:
     """
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
-        return Device(_exact(found) if found is not None else torch.device("cpu"))
+        return Device(_exact(_own(found)) if found is not None else torch.device("cpu"))
     try:
         if name.partition(":")[0] == "xla":
             return Device(importlib.import_module("torch_xla.core.xla_model").xla_device(), lazy=True)
-        return Device(_exact(torch.device(name)))
+        return Device(_exact(_own(torch.device(name))))
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UsageError(
             f"device '{name}' is not available",
@@ -63,6 +64,13 @@ def choose(name: str) -> Device:
             why=str(error).partition("\n")[0],
             fix="use --device auto, or see what there is: tuneforge doctor",
         ) from None
+
+
+def _own(device: torch.device) -> torch.device:
+    """Of several devices of one kind, the one that torchrun means this process to have."""
+    if str(device) == device.type != "cpu" and "LOCAL_RANK" in os.environ:
+        return torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+    return device
 
 
 def _exact(device: torch.device) -> torch.device:

@@ -168,19 +168,23 @@ class RunFolder:
     Args:
         path: A new or empty folder, or None for a new one under `runs/`.
         resume: The folder of a run that goes on.
+        writes: False for a process that only follows the one which holds the folder: nothing is locked or written.
 
     Raises:
         FolderError: Another process holds it, it already holds a run, or it is not writable.
     """
 
-    def __init__(self, path: Path | None, *, resume: bool = False) -> None:
+    def __init__(self, path: Path | None, *, resume: bool = False, writes: bool = True) -> None:
         self.path = path if path is not None else _fresh_path()
+        self.writes = writes
         self._resume = resume
         self._files: dict[str, IO[str]] = {}
         self._lock: IO[str] | None = None
         self.state = ""
 
     def __enter__(self) -> RunFolder:
+        if not self.writes:
+            return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / _LOCK).open("a+")
@@ -207,7 +211,13 @@ class RunFolder:
 
     def write(self, name: str, value: Any) -> None:
         """Write one JSON file, all or nothing."""
-        write_json(self.path / name, value)
+        if self.writes:
+            write_json(self.path / name, value)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write one file, all or nothing."""
+        if self.writes:
+            write_whole(self.path / name, text)
 
     def append(self, name: str, line: str) -> None:
         """Add a line to a file and flush it.
@@ -215,6 +225,8 @@ class RunFolder:
         Raises:
             TryAgainError: The disk is full.
         """
+        if not self.writes:
+            return
         try:
             if name not in self._files:
                 self._files[name] = (self.path / name).open("a", encoding="utf-8")
@@ -229,7 +241,7 @@ class RunFolder:
 
     def cut(self, offsets: Mapping[str, int]) -> None:
         """Cut files back to what they held at a checkpoint."""
-        for name, size in offsets.items():
+        for name, size in offsets.items() if self.writes else ():
             if (self.path / name).exists():
                 os.truncate(self.path / name, size)
 
@@ -237,7 +249,7 @@ class RunFolder:
         """Say how the run stands: `running`, `done` or `failed`, with the reason."""
         self.state = state
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self.write(STATUS, {"state": state, "pid": os.getpid(), "time": now, **details})
+        self.write(STATUS, {"state": state, "pid": os.getpid(), "parent": os.getppid(), "time": now, **details})
 
     def _take_lock(self, file: IO[str]) -> None:
         try:

@@ -60,7 +60,7 @@ class Memory:
         """Start a conversation from its first word."""
         self.brief = brief
         self.snapshots = {"start": snapshot(self.run, None)}
-        folder.write_whole(self.place.path / BRIEF, to_json(brief))
+        self.place.write_text(BRIEF, to_json(brief))
 
     def finish(self, step: Step, answer: Answer) -> None:
         """Take in a step that is done."""
@@ -78,14 +78,20 @@ class Memory:
         Raises:
             StoppedError: The run has been asked to stop.
         """
-        stopped = self.stopping()
+        ranks = self.run.ranks
+        asked = self.stopping()
         step, beside = self.run.step, (self.run.epoch, len(self.done))
-        if stopped is not None or self.checkpoints.due(step, beside=beside):
-            best = progress is not None and progress.best
-            self.checkpoints.save(step, self._state(progress), beside=beside, best=best)
-        if stopped is not None:
+        stopped, due = ranks.agree(asked is not None, ranks.leads and self.checkpoints.due(step, beside=beside))
+        if stopped or due:
+            state = self._state(progress)
+            if ranks.leads:
+                best = progress is not None and progress.best
+                self.checkpoints.save(step, state, beside=beside, best=best)
+        if stopped:
+            ranks.wait()
             how = f"go on with: tuneforge resume {shlex.quote(str(self.place.path))}"
-            raise StoppedError(stopped.what, exit_code=stopped.exit_code, fix=how)
+            asked = asked or StoppedError("stopped with another rank", exit_code=143)
+            raise StoppedError(asked.what, exit_code=asked.exit_code, fix=how)
 
     def replayed(self, number: int, step: Step) -> Answer:
         """The answer that step `number` got before.
@@ -107,6 +113,7 @@ class Memory:
         """Put a checkpoint's state back into the run, and cut the growing files to where they were."""
         run = self.run
         self.place.cut(state["offsets"])
+        run.ranks.wait()  # for the files to be cut, before the others read them
         put_back(run.model.module, state["model"])
         run.optimization.pending = state["optimizer"]
         self.parts.present = state["optimizer_part"]
@@ -153,6 +160,7 @@ def found(run: Run, path: Path) -> tuple[str, dict[str, Any] | None]:
     What was skipped, and what could change the bits, is said.
     """
     newest, state, passed_over = checkpoint.newest(path, run.device.torch)
+    run.ranks.wait()  # for all to have read it, before rank 0 saves another and deletes it
     for why in passed_over:
         run.note(f"skipped {why}")
     if newest is None:

@@ -4,4 +4,132 @@ A request passes through the files in this order: `server` (connections), `app` 
 (bodies), `people` or `protocol` (what is asked), `models` (which version answers), `batches` (the forward pass).
 """
 
-from tuneforge.ship.serve.bounds import Limits as Limits
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from tuneforge.errors import MissingDependencyError, UsageError
+from tuneforge.ship.serve.limits import Limits as Limits
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""What this machine calls itself."""
+
+_PACKAGES = ("starlette", "uvicorn", "prometheus_client")
+_LEAST_TOKEN = 8
+
+
+@attrs.frozen
+class Keeping:
+    """What is kept of requests and answers.
+
+    Args:
+        path: The file of records.
+        sample: Share of the requests, 0 to 1.
+        cap_mb: Most megabytes of the file.
+    """
+
+    path: Path
+    sample: float = 1.0
+    cap_mb: float = 256.0
+
+
+def serve(
+    path: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    limits: Limits | None = None,
+    token: str | None = None,
+    insecure: bool = False,
+    backend: str = "auto",
+    device_name: str = "auto",
+    watch_s: float = 0.5,
+    keeping: Keeping | None = None,
+    started: Callable[[str, list[dict[str, Any]]], None] = lambda url, models: None,
+) -> None:
+    """Serve models until SIGINT or SIGTERM comes; everything that was accepted is answered on return.
+
+    Args:
+        path: A finished run, a bundle, a store, or a model of a store.
+        host: Address to listen at.
+        port: 0 takes a free one.
+        limits: Bounds on what requests may cost.
+        token: What every request must name.
+        insecure: Listen where others can reach it without a token.
+        backend: `torch`, `onnxruntime` or another; `auto` measures which is faster.
+        device_name: Where torch computes.
+        watch_s: Seconds between two looks at a store's champion.
+        keeping: Keep answered requests, and take labels for them.
+        started: Is called once connections are accepted, with the address and with each model's name, version and
+            backend.
+
+    Raises:
+        MissingDependencyError: The packages of the extra `serve` are not installed.
+        UsageError: Others could ask without a token, or there is no such address here.
+        TryAgainError: The port is taken.
+        FolderError: There is no model, or it is broken.
+    """
+    require_packages()
+    _require_token(host, token, insecure=insecure)
+    from tuneforge.ship.records import Records
+    from tuneforge.ship.serve.app import Access, application
+    from tuneforge.ship.serve.feedback import Sampled, feedback
+    from tuneforge.ship.serve.models import sources_of
+    from tuneforge.ship.serve.server import listening, server_of
+
+    limits = limits or Limits()
+    with contextlib.ExitStack() as opened:
+        listener = opened.enter_context(listening(host, port))
+        records = opened.enter_context(Records(keeping.path, cap_mb=keeping.cap_mb)) if keeping else None
+        app = application(
+            sources_of(Path(path)),
+            limits=limits,
+            access=Access(token=token, hosts=(*LOOPBACK, host) if is_local(host) else None),
+            backend=backend,
+            device_name=device_name,
+            watch_s=watch_s,
+            records=Sampled(records, keeping.sample) if keeping and records else None,
+            further=[feedback(records)] if records else [],
+        )
+        url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+        def announce() -> None:
+            started(url, [served.about for served in app.state.desk.models.all_current()])
+
+        server_of(app, limits, started=announce).run(sockets=[listener])
+
+
+def require_packages() -> None:
+    """See that the packages of the extra are there.
+
+    Raises:
+        MissingDependencyError: One is not.
+    """
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"{', '.join(missing)} is not installed", where="tuneforge serve", fix="pip install 'tuneforge[serve]'"
+        )
+
+
+def is_local(host: str) -> bool:
+    """True where nobody but this machine can reach an address."""
+    return host in LOOPBACK or host.startswith("127.")
+
+
+def _require_token(host: str, token: str | None, *, insecure: bool) -> None:
+    if token is not None and len(token) < _LEAST_TOKEN:
+        raise UsageError(f"the token is shorter than {_LEAST_TOKEN} characters", fix="use a long random one")
+    if not is_local(host) and token is None and not insecure:
+        raise UsageError(
+            f"'{host}' can be reached by others",
+            where="--host",
+            why="whoever reaches the server could ask it and unload its models",
+            fix="give a token (--token-file, or TUNEFORGE_TOKEN), or say --insecure",
+        )

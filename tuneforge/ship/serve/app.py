@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tuneforge.ship.serve import LOOPBACK
 from tuneforge.ship.serve.batches import Batches, Computed
 from tuneforge.ship.serve.bounds import Limits, Refusal
 from tuneforge.ship.serve.desk import Desk, Keeper, Keeps
@@ -32,7 +33,6 @@ from tuneforge.ship.serve.protocol import Protocol
 
 LOG = logging.getLogger("tuneforge.serve")
 _OPEN = ("/v2/health/live", "/v2/health/ready")  # what probes ask without a token
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -55,6 +55,7 @@ class Counts:
         self.loads = Counter("tuneforge_loads", "Attempts to load a version.", ["model", "result"], registry=own)
         labels = ["model", "version", "backend"]
         self.served = Gauge("tuneforge_model", "1 for the version that answers.", labels, registry=own)
+        self.answered = 0
 
     def batch(self, done: Sequence[Computed]) -> None:
         """Count the results of a forward pass."""
@@ -162,6 +163,7 @@ class Door:
             await _refused(defect)(scope, receive, numbered)
         finally:
             path = _template(scope)
+            self._counts.answered += 1
             self._counts.requests.labels(path, str(status)).inc()
             self._counts.seconds.observe(time.perf_counter() - began)
 
@@ -211,6 +213,7 @@ def application(
         models.watch(watch_s)
         yield
         desk.close()
+        LOG.info("stopped: %d request(s) answered", counts.answered)
 
     routes = [*Protocol(desk).routes(), *People(desk).routes(), Route("/metrics", metrics)]
     app = Starlette(

@@ -61,6 +61,10 @@ class _Waiting:
         return self.served is other.served and self.kind == other.kind
 
 
+Submit = Callable[[Computes, Inputable], "Future[Computed]"]
+"""Puts stored inputs (b, ...) into the queue, to be computed by one version."""
+
+
 class Batches:
     """The queue, and the thread that empties it.
 
@@ -103,16 +107,25 @@ class Batches:
             self._require_room(1)
 
     @contextmanager
-    def coming(self) -> Iterator[None]:
-        """While a request is on its way to the queue: others may wait for it."""
+    def coming(self) -> Iterator[Submit]:
+        """While a request is on its way to the queue: others may wait for it. Gives what puts it there."""
         with self._changed:
             self._coming += 1
+        arrived = False
+
+        def submit(served: Computes, stored: Inputable) -> Future[Computed]:
+            nonlocal arrived
+            future = self._put(served, stored, coming=1)
+            arrived = True
+            return future
+
         try:
-            yield
+            yield submit
         finally:
-            with self._changed:
-                self._coming -= 1
-                self._changed.notify()
+            if not arrived:
+                with self._changed:
+                    self._coming -= 1
+                    self._changed.notify()
 
     def submit(self, served: Computes, stored: Inputable) -> Future[Computed]:
         """Put rows into the queue. A cancelled future is not computed.
@@ -120,15 +133,7 @@ class Batches:
         Raises:
             Refusal: Too much waits already.
         """
-        named = tensors_of(stored)
-        kind = tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in named.items())
-        waiting = _Waiting(served, stored, kind, rows=len(next(iter(named.values()))))
-        with self._changed:
-            self._require_room(waiting.rows)
-            self._waiting.append(waiting)
-            self._rows += waiting.rows
-            self._changed.notify()
-        return waiting.future
+        return self._put(served, stored, coming=0)
 
     def close(self) -> None:
         """Compute what waits, then end the thread."""
@@ -136,6 +141,19 @@ class Batches:
             self._closed = True
             self._changed.notify()
         self._thread.join()
+
+    def _put(self, served: Computes, stored: Inputable, *, coming: int) -> Future[Computed]:
+        """Put rows into the queue; so many cease to be coming in the same moment, so that a lone one waits for none."""
+        named = tensors_of(stored)
+        kind = tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in named.items())
+        waiting = _Waiting(served, stored, kind, rows=len(next(iter(named.values()))))
+        with self._changed:
+            self._require_room(waiting.rows)
+            self._coming -= coming
+            self._waiting.append(waiting)
+            self._rows += waiting.rows
+            self._changed.notify()
+        return waiting.future
 
     def _require_room(self, rows: int) -> None:
         """See that so many more may wait; alone, a request of any size may."""

@@ -124,9 +124,9 @@ class Desk:
         self.batches.check_room()
         try:
             async with asyncio.timeout(self.limits.request_s):
-                with self.batches.coming():
+                with self.batches.coming() as submit:
                     asked, stored = await self.aside(decode)
-                    future = self.batches.submit(served, stored)
+                    future = submit(served, stored)
                 return asked, await asyncio.wrap_future(future)
         except TimeoutError:
             raise busy(f"there was no answer within {self.limits.request_s:g} s") from None

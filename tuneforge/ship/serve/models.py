@@ -53,6 +53,11 @@ class Served:
         """How answers are read."""
         return self.servable.targets
 
+    @property
+    def about(self) -> dict[str, str]:
+        """Name, version and backend."""
+        return {"name": self.name, "version": self.version, "backend": self.servable.backend}
+
     def outputs(self, stored: Inputable) -> Tensor:
         """Outputs (b, k) of stored inputs (b, ...)."""
         return self.servable.outputs(stored)

@@ -76,7 +76,8 @@ class People:
         """Draw or drop a picture, or write a row, and see the answer."""
         served = self._served(request)
         pictures = await self._desk.aside(lambda: takes_pictures(served))
-        return page("page.html", served=served, pictures=pictures, example=example_of(served))
+        watching = any(getattr(route, "path", "") == "/watch" for route in request.app.routes)
+        return page("page.html", served=served, pictures=pictures, example=example_of(served), watching=watching)
 
     async def docs(self, request: Request) -> Response:
         """The description of the server for people."""

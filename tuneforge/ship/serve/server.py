@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from tuneforge.errors import TryAgainError, UsageError
 from tuneforge.ship.serve.bounds import Limits
 
 LOG = logging.getLogger("tuneforge.serve")
+_BACKLOG = 1024
 _SURPLUS = 64  # connections above the bound that are told so; further ones are cut
 
 
@@ -165,14 +167,17 @@ def listening(host: str, port: int) -> socket.socket:
         TryAgainError: The port is taken.
         UsageError: There is no such address here.
     """
+    found = None
     try:
         family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, number)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
-        found.listen(1024)
+        found.listen(_BACKLOG)
     except OSError as error:
-        if error.errno == 98 or "in use" in str(error):
+        if found is not None:
+            found.close()
+        if error.errno == errno.EADDRINUSE:
             raise TryAgainError(f"port {port} is taken", where="--port", fix="name another, or 0 for any") from None
         raise UsageError(f"cannot listen at '{host}', port {port}", where="--host", why=str(error)) from None
     return found

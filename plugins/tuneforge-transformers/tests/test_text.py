@@ -1,0 +1,190 @@
+"""Texts: read from disk, tokenized as the model's library does, answered from the run's folder alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from tuneforge_transformers.text import Packed, Text
+from world import csv_of, saved, texts, tokenizer
+
+import tuneforge as tf
+
+
+def contract(length=12, **options):
+    backend = tokenizer().backend_tokenizer
+    backend.enable_truncation(length)
+    backend.enable_padding(length=length, pad_id=0, pad_token="[PAD]")
+    return Text(tokenizer=Packed.of(backend), max_length=length, **options)
+
+
+def split_of(tmp_path, folder, path, **options):
+    """The data of a run."""
+    kept = {}
+
+    class Witness:
+        @tf.hookimpl
+        def phase_started(self, run):
+            kept["data"] = run.data
+
+    tf.Engine(
+        data=tf.use("text", path=str(path), **options), model=tf.use("transformers", pretrained=str(folder("bert"))),
+        strategy=tf.use("head-only", epochs=1), extensions=[Witness()], cache="off", page=False, out=tmp_path / "run",
+    ).run()  # fmt: skip
+    return kept["data"]
+
+
+def test_tokens_are_those_of_the_library(folder):
+    theirs = transformers.AutoTokenizer.from_pretrained(folder("bert"))
+    some = [text for text, _ in texts(4)] + ["an unseen word", "wave " * 40]
+    wanted = theirs(some, padding="max_length", truncation=True, max_length=12, return_tensors="pt")
+    ours = contract().ready(contract().encoded(some))
+    assert torch.equal(ours["input_ids"], wanted["input_ids"])
+    assert torch.equal(ours["attention_mask"], wanted["attention_mask"])
+
+
+@pytest.mark.parametrize("form", ["text", "row", "path", "bytes", "json"])
+def test_a_text_is_taken_in_every_form(tmp_path, form):
+    (tmp_path / "a.txt").write_text("the old boat")
+    raw = {
+        "text": "the old boat",
+        "row": {"text": "the old boat", "more": 1},
+        "path": tmp_path / "a.txt",
+        "bytes": b"the old boat",
+        "json": b'{"text": "the old boat"}',
+    }[form]
+    stored = contract().decode(raw)
+    assert stored["input_ids"].dtype == torch.int32
+    assert stored["input_ids"].shape == stored["attention_mask"].shape == (12,)
+    assert contract().text(stored) == "the old boat"
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"txt": "boat"}, "column 'text' is missing"),
+        ("  ", "an empty text"),
+        (7, "int is no text"),
+        ({"text": None}, "NoneType is no text"),
+        (b"\xff\xfe\x00", "this is no text"),
+        ("boat " * 100, "a text of 500 characters"),
+    ],
+)
+def test_what_is_no_text_is_refused(raw, words):
+    with pytest.raises(tf.DataError, match=words):
+        contract(max_chars=100).decode(raw)
+
+
+def test_a_message_about_the_contract_does_not_hold_the_tokenizer():
+    made = contract()
+    assert len(made.tokenizer) > 500
+    assert len(repr(made)) < 200
+
+
+def test_folders_and_tables_by_split_give_the_same_data(tmp_path, folder):
+    pairs = {"train": texts(6, seed=1), "val": texts(2, seed=2), "test": texts(2, seed=3)}
+    for split, some in pairs.items():
+        (tmp_path / "tables").mkdir(exist_ok=True)
+        csv_of(tmp_path / "tables" / f"{split}.csv", some)
+        for number, (text, label) in enumerate(some):
+            file = tmp_path / "folders" / split / label / f"{number:02}.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+    tables = split_of(tmp_path / "a", folder, tmp_path / "tables", max_length=12)
+    folders = split_of(tmp_path / "b", folder, tmp_path / "folders", max_length=12)
+    assert tables.targets.labels == folders.targets.labels == ("kitchen", "sea", "sky")
+    for split in pairs:
+        assert len(tables.splits()[split]) == len(folders.splits()[split]) == len(pairs[split])
+    shown = [sorted(map(str, data.test.fetch(torch.arange(6))["input_ids"].tolist())) for data in (tables, folders)]
+    assert shown[0] == shown[1]
+    assert tables.train.id_of(0) == "train.csv:2"
+    assert folders.train.id_of(0) == "kitchen/01.txt"
+
+
+def test_a_table_is_divided_by_class_and_the_seed(tmp_path, folder, table):
+    data = split_of(tmp_path, folder, table)
+    assert {name: len(split) for name, split in data.splits().items()} == {"train": 36, "val": 6, "test": 6}
+    assert sorted(data.test.targets.tolist()) == [0, 0, 1, 1, 2, 2]
+    names = [split.id_of(row) for split in data.splits().values() for row in range(len(split))]
+    assert len(set(names)) == 48
+    assert data.notes[0].startswith("texts have ")
+
+
+def test_long_texts_are_cut_and_said(tmp_path, folder):
+    path = csv_of(tmp_path / "long.csv", [(text * 8, label) for text, label in texts(8)])
+    data = split_of(tmp_path, folder, path)
+    assert data.train.fetch(torch.tensor([0]))["input_ids"].shape == (1, 32)
+    assert "32 are kept, so 24 text(s) are cut" in data.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("text,lable\na,b\n", "no column 'label'"),
+        ("text,label\n", "has no rows"),
+        ("text,label\nboat,\n", "there is no label"),
+        ("text,label\n  ,sea\n", "there is no text"),
+        ("text,label\nboat,sea\nfish,sea\nanchor,sea\n", "only one class"),
+        ("text,label\nboat,sea\npan,kitchen\n", "has 1 sample"),
+        (b"text,label\n\xff\xff,sea\n", "cannot read"),
+        ('text,label\n"boat,sea\n', "cannot read"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused(tmp_path, folder, tune, content, words):
+    path = tmp_path / "bad.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(tf.DataError, match=words):
+        tune(folder("bert"), data=tf.use("text", path=str(path)))
+
+
+def test_a_folder_without_texts_and_a_missing_path_are_refused(tmp_path, folder, tune):
+    (tmp_path / "empty" / "sea").mkdir(parents=True)
+    for path, words in ((tmp_path / "empty", "there is no text in"), (tmp_path / "none", "no file or folder")):
+        with pytest.raises(tf.DataError, match=words):
+            tune(folder("bert"), data=tf.use("text", path=str(path)))
+
+
+def test_without_a_model_of_transformers_a_tokenizer_must_be_named(tune, folder, table, tmp_path):
+    with pytest.raises(tf.UsageError, match="need the tokenizer of a model"):
+        tune(folder("bert"), model="mlp")
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(tf.UsageError, match="has no tokenizer that can be used"):
+        tune(folder("bert"), data=tf.use("text", path=str(table), tokenizer=str(tmp_path / "nothing")))
+
+
+@pytest.mark.parametrize("adapt", [[], ["lora"]], ids=["plain", "lora"])
+def test_the_runs_folder_alone_predicts_and_evaluates(tmp_path, tune, table, adapt):
+    source = saved(tmp_path / "source", "bert")
+    result = tune(source, adapt=adapt, strategy=tf.use("full", epochs=6, lr=3e-3))
+    moved = shutil.move(result.folder, tmp_path / "elsewhere")
+    shutil.rmtree(source)
+    answers = list(tf.predict(moved, ["the salt wave and the harbour", {"text": "moon wind cloud in the sky"}]))
+    assert [set(each["probabilities"]) for each in answers] == [{"kitchen", "sea", "sky"}] * 2
+    assert tf.evaluate(moved)["test"] == result.report["splits"]["test"]
+    other = csv_of(tmp_path / "other.csv", texts(3, seed=9))
+    assert set(tf.evaluate(moved, data=tf.use("text", path=str(other)))) == {"val", "test"}
+
+
+def test_the_command_line_predicts_rows_files_and_json(tmp_path, tune, folder, table):
+    result = tune(folder("bert"))
+    (tmp_path / "a.txt").write_text("the old boat")
+    command = [sys.executable, "-m", "tuneforge", "predict", result.folder, "--json", table, tmp_path / "a.txt"]
+    done = subprocess.run([*command, '{"text": "a knife"}'], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 50
+    assert lines[0]["class"] in ("kitchen", "sea", "sky")
+
+
+def test_the_report_shows_the_texts_of_the_worst_mistakes(tune, folder):
+    result = tune(folder("bert"))
+    shown = json.loads((result.folder / "mistakes.json").read_text())
+    assert shown
+    assert all(each["text"] and each["picture"] is None for each in shown)
+    page = tune(folder("bert"), page=True).folder / "report.html"
+    assert shown[0]["text"] in page.read_text()

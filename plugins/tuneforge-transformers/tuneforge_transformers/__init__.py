@@ -1,0 +1,8 @@
+"""Models of the transformers library, texts as data, and LoRA through peft, as components of tuneforge."""
+
+from tuneforge_transformers.classifier import Transformers
+from tuneforge_transformers.lora import LoRA
+from tuneforge_transformers.text import Text
+from tuneforge_transformers.text_data import TextData
+
+__all__ = ["LoRA", "Text", "TextData", "Transformers"]

@@ -1,0 +1,229 @@
+"""Networks that take ready inputs and give logits, from the classes of the transformers library.
+
+Whatever a class of the library does by looking at the values of a batch would give a text other bits in other company,
+and cannot be traced: so the attention mask goes in as a bias, and nothing is decided by it.
+
+Shapes: b texts in a batch, t tokens of each, f features, k outputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tuneforge import PluginError, UsageError
+from tuneforge_transformers.pretrained import config_of, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Kind = Literal["text", "image"]
+Pooling = Literal["own", "mean"]
+
+
+class MeanPooled(nn.Module):
+    """An encoder, the mean of its last hidden states over the tokens that are no padding, and a linear head.
+
+    Args:
+        encoder: A base model of transformers; it keeps the name under which its own classes hold it.
+        num_outputs: k.
+    """
+
+    def __init__(self, encoder: PreTrainedModel, num_outputs: int) -> None:
+        super().__init__()
+        self.config = encoder.config
+        self.base_model_prefix = encoder.base_model_prefix
+        self.add_module(self.base_model_prefix, encoder)
+        self.dropout = nn.Dropout(_dropout(encoder.config))
+        self.classifier = fresh_head(encoder.config.hidden_size, num_outputs)
+        self.biased = False
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits (b, k) for ids and mask (b, t)."""
+        mask = _bias(attention_mask) if self.biased else attention_mask
+        hidden = self.get_submodule(self.base_model_prefix)(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        weights = attention_mask.to(hidden.dtype).unsqueeze(2)
+        pooled = (hidden * weights).sum(1) / weights.sum(1)
+        logits: Tensor = self.classifier(self.dropout(pooled))
+        return logits
+
+
+def text_network(config: str, *, num_outputs: int, pooling: Pooling) -> nn.Module:
+    """A network for texts with fresh weights, its outputs not yet named."""
+    described = config_of(config)
+    if pooling == "mean":
+        base = _class_of(described, "base")
+        network: nn.Module = MeanPooled(base(described, **_without_pooler(base)), num_outputs)
+    else:
+        network = _built(_text_class(_class_of(described, "text")), described, num_outputs)
+    return _settled(network)
+
+
+def image_network(config: str, *, num_outputs: int) -> nn.Module:
+    """A network for pictures with fresh weights."""
+    described = config_of(config)
+    return _built(_image_class(_class_of(described, "image")), described, num_outputs)
+
+
+def loaded(folder: Path, config: str, kind: Kind, *, num_outputs: int, pooling: Pooling) -> tuple[nn.Module, set[str]]:
+    """A network with a folder's weights, with the outputs that they have, and the names of what they lack.
+
+    Args:
+        folder: With config.json and .safetensors weights.
+        config: Its config.json.
+        kind: What it takes.
+        num_outputs: Of a mean-pooled network, whose head is fresh.
+        pooling: What turns the hidden states of a text into its features.
+
+    Raises:
+        UsageError: The weights are not those that the configuration describes.
+    """
+    described = config_of(config)
+    if pooling == "mean":
+        base = _class_of(described, "base")
+        encoder, missing = _read(base, folder, described, **_without_pooler(base))
+        network: nn.Module = MeanPooled(encoder, num_outputs)
+        prefix = encoder.base_model_prefix
+        return _settled(network), {f"{prefix}.{name}" for name in missing} | {"classifier.weight", "classifier.bias"}
+    wrap = _text_class if kind == "text" else _image_class
+    network, missing = _read(wrap(_class_of(described, kind)), folder, described)
+    return (_settled(network) if kind == "text" else network), missing
+
+
+def fresh_head(num_features: int, num_outputs: int) -> nn.Linear:
+    """A linear layer whose answers are near 0, so that it says nothing before it has learnt."""
+    head = nn.Linear(num_features, num_outputs)
+    nn.init.normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def head_path(module: nn.Module) -> str:
+    """Path of the layer that answers: the last linear one outside the base model.
+
+    Raises:
+        PluginError: There is none.
+    """
+    base = base_prefix(module)
+    linear = [
+        name
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear) and not f"{name}.".startswith(f"{base}.")
+    ]
+    if not linear:
+        raise PluginError(
+            f"{type(module).__name__} has no linear layer after its base model",
+            where="--model transformers",
+            fix="use a model whose classification head ends in one",
+        )
+    return str(linear[-1])
+
+
+def base_prefix(module: nn.Module) -> str:
+    """Path of the base model: all but the head."""
+    return str(getattr(module, "base_model_prefix", ""))
+
+
+def _built(cls: Any, config: Any, num_outputs: int) -> nn.Module:
+    config.num_labels = num_outputs
+    with quiet():
+        module: nn.Module = cls._from_config(config, dtype=torch.float32)
+    return module
+
+
+def _read(cls: Any, folder: Path, config: Any, **arguments: Any) -> tuple[Any, set[str]]:
+    """A model from safetensors weights, and the names of its tensors that they lack."""
+    from safetensors import SafetensorError
+
+    with quiet():
+        try:
+            model, info = cls.from_pretrained(
+                folder, config=config, use_safetensors=True, local_files_only=True, trust_remote_code=False,
+                dtype=torch.float32, output_loading_info=True, **arguments,
+            )  # fmt: skip
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UsageError(
+                f"the weights in '{folder}' cannot be read",
+                where="--model.pretrained",
+                why=str(error).strip().partition("\n")[0],
+                fix="give a folder whose config.json and weights belong together",
+            ) from None
+    return model, set(info["missing_keys"])
+
+
+def _class_of(config: Any, kind: Literal["text", "image", "base"]) -> Any:
+    from transformers.models.auto import modeling_auto
+
+    mapping = {
+        "text": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        "image": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        "base": modeling_auto.MODEL_MAPPING,
+    }[kind]
+    if type(config) not in mapping:
+        what = {"text": "texts", "image": "pictures", "base": "hidden states"}[kind]
+        raise UsageError(
+            f"transformers has no {config.model_type} that classifies {what}",
+            where="--model transformers",
+            why="the data and the model must be of one kind",
+            fix="name another model, or other --data",
+        )
+    return mapping[type(config)]
+
+
+def _text_class(cls: Any) -> Any:
+    """A classifier of texts with the same parameters that gives logits alone."""
+
+    def forward(self: Any, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        mask = _bias(attention_mask) if self.biased else attention_mask
+        return cls.forward(self, input_ids=input_ids, attention_mask=mask).logits
+
+    return type(cls.__name__, (cls,), {"forward": forward, "biased": False, "__module__": cls.__module__})
+
+
+def _image_class(cls: Any) -> Any:
+    """A classifier of pictures with the same parameters that gives logits alone."""
+
+    def forward(self: Any, pixel_values: Tensor) -> Any:
+        return cls.forward(self, pixel_values=pixel_values).logits
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def _settled(network: Any) -> nn.Module:
+    """The network, told whether its attention takes a bias: where the answers are those that the mask gives."""
+    ids = torch.arange(10, 18).repeat(2, 1) % network.config.vocab_size
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    training = network.training
+    network.eval()
+    with torch.no_grad():
+        wanted = network(ids, mask)
+        network.biased = True
+        try:
+            network.biased = torch.allclose(network(ids, mask), wanted, rtol=1e-4, atol=1e-5)
+        except Exception:  # noqa: BLE001 - whatever an architecture raises, it takes no bias
+            network.biased = False
+    module: nn.Module = network.train(training)
+    return module
+
+
+def _bias(mask: Tensor) -> Tensor:
+    """What is added to the attention's scores (b, 1, 1, t): nothing, or the lowest number where there is padding."""
+    lowest = torch.finfo(torch.float32).min
+    return (1.0 - mask[:, None, None, :].to(torch.float32)) * lowest
+
+
+def _without_pooler(cls: Any) -> dict[str, bool]:
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(cls.__init__).parameters else {}
+
+
+def _dropout(config: Any) -> float:
+    """The share that the architecture drops before its head, by whatever name."""
+    table = json.loads(config.to_json_string(use_diff=False))
+    names = ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob", "dropout")
+    return float(next((table[name] for name in names if table.get(name) is not None), 0.1))

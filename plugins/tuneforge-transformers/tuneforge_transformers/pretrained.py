@@ -1,0 +1,149 @@
+"""What a pretrained model's folder holds, wherever it lies: found, judged safe, and read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuneforge import FolderError, TryAgainError, UnsafeFileError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+DESCRIPTION = ("*.json", "1_Pooling/config.json")
+"""Files that say what a model is."""
+
+WEIGHTS = (*DESCRIPTION, "*.safetensors")
+"""Those and the weights; never a pickle."""
+
+TOKENIZER = ("*.json", "vocab.txt", "merges.txt", "*.spm", "sentencepiece.bpe.model", "spiece.model")
+"""Files that a tokenizer is made from."""
+
+
+def folder_of(name: str, *, revision: str, files: Sequence[str], where: str) -> Path:
+    """The local folder of a model: the one named, or a copy of what lies on the hub.
+
+    Args:
+        name: A folder, or a repository's name on the hub.
+        revision: Of the repository: a branch, a tag or a commit.
+        files: Patterns of the files that are needed.
+        where: What messages name.
+
+    Raises:
+        UsageError: There is no such folder, and no repository could be so called.
+        TryAgainError: The hub cannot be reached, or has no such repository.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UsageError(f"there is no folder '{name}'", where=where, fix="check the path")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+    except Exception as error:  # noqa: BLE001 - the hub's client raises errors of several libraries
+        raise TryAgainError(
+            f"there is no folder '{name}', and the hub did not give a model of that name",
+            where=where,
+            why=str(error).partition("\n")[0],
+            fix="check the name and the network, or give a local folder",
+        ) from None
+
+
+def config_text(folder: Path) -> str:
+    """A folder's config.json, as one line of JSON.
+
+    Raises:
+        FolderError: There is none, or it is not JSON.
+    """
+    try:
+        return json.dumps(json.loads((folder / "config.json").read_text(encoding="utf-8")), sort_keys=True)
+    except (OSError, ValueError) as error:
+        raise FolderError(
+            f"'{folder}' is no folder of a transformers model",
+            where="config.json",
+            why=str(error),
+            fix="give a folder that save_pretrained wrote",
+        ) from None
+
+
+def config_of(text: str) -> PreTrainedConfig:
+    """The configuration that `config_text` gave; code that it may point to is never run.
+
+    Raises:
+        UsageError: transformers has no such architecture.
+    """
+    from transformers import CONFIG_MAPPING
+
+    table = json.loads(text)
+    kind = table.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UsageError(
+            f"transformers has no architecture '{kind}'",
+            where="config.json, model_type",
+            why="models that bring their own code are not loaded",
+            fix="use a model of transformers itself",
+        )
+    config: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(table)
+    return config
+
+
+def pools_by_mean(folder: Path) -> bool:
+    """True where a sentence-transformers model says that its features are the mean over the tokens."""
+    try:
+        pooling = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(pooling.get("pooling_mode_mean_tokens") or pooling.get("pooling_mode") == "mean")
+
+
+def require_safe(folder: Path) -> None:
+    """See that a folder has weights that can be opened safely.
+
+    Raises:
+        UnsafeFileError: It has pickled weights only.
+        FolderError: It has none.
+    """
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    if pickled:
+        raise UnsafeFileError(
+            f"'{pickled[0]}' is not read",
+            where=str(folder),
+            why="pickled weights can run any code when they are opened",
+            fix="take a revision with .safetensors, or convert them in a place that you can throw away",
+        )
+    raise FolderError(f"'{folder}' has no .safetensors weights", fix="give a folder that save_pretrained wrote")
+
+
+def image_normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation that a vision model's pictures were brought to; None where the folder does not say."""
+    try:
+        table: dict[str, Any] = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if "image_mean" not in table or "image_std" not in table or table.get("do_normalize") is False:
+        return None
+    return tuple(table["image_mean"]), tuple(table["image_std"])
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from reports and progress bars of its own; the run says what matters."""
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,148 @@
+"""Texts as inputs: from a text, a file or a row to token ids, the same way everywhere.
+
+Shapes: b texts in a batch, t tokens of each, padding included.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tuneforge import DataError, Inputable, Inputs, close_match, component, gt, map_inputs, option
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+IDS, MASK = "input_ids", "attention_mask"
+
+
+class Packed(str):
+    """A tokenizer's JSON, compressed to text; messages show its size, not its content."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Packed:
+        """A tokenizer with its truncation and padding."""
+        return cls(base64.b64encode(zlib.compress(tokenizer.to_str().encode(), 9)).decode())
+
+    def __repr__(self) -> str:
+        return f"<a tokenizer of {len(self):,} bytes>"
+
+
+@component(api=1)
+class Text(Inputs):
+    """Texts, stored as token ids and a mask of what is no padding, all of one length.
+
+    The tokenizer itself is an option, so that a run's folder alone can read what production sends.
+    """
+
+    rows = True
+
+    tokenizer: str = option(help="The tokenizer's JSON with its truncation and padding, compressed (zlib, base64).")
+    max_length: int = option(help="Tokens of a text, the special ones and padding included.", check=gt(0))
+    column: str = option(default="text", help="Where a row holds the text.")
+    max_chars: int = option(default=1_000_000, help="Longest text that is read, in characters.", check=gt(0))
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "tokenizer", Packed(self.tokenizer))
+
+    def decode(self, raw: Any) -> dict[str, Tensor]:
+        """The stored form of one text: `input_ids` int32 (t,) and `attention_mask` uint8 (t,).
+
+        Args:
+            raw: The text; a row that holds it; the path of a text file; or bytes: a text in UTF-8, or a row in JSON.
+
+        Raises:
+            DataError: It holds no text, no UTF-8, or is too long.
+        """
+        return {name: tensor[0] for name, tensor in self.encoded([self.text_of(raw)]).items()}
+
+    def encoded(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The stored form of texts: `input_ids` int32 (b, t) and `attention_mask` uint8 (b, t)."""
+        found = unpacked(self.tokenizer).encode_batch(list(texts))
+        return {
+            IDS: torch.tensor([each.ids for each in found], dtype=torch.int32),
+            MASK: torch.tensor([each.attention_mask for each in found], dtype=torch.uint8),
+        }
+
+    def ready(self, stored: Inputable) -> Inputable:
+        """Both as int64 (b, t), on whatever device they are on."""
+        return map_inputs(stored, Tensor.long)
+
+    def text(self, stored: Inputable) -> str:
+        """The beginning of a stored text, as far as its tokens tell."""
+        assert isinstance(stored, Mapping)
+        words: str = unpacked(self.tokenizer).decode(stored[IDS][stored[MASK].bool()].tolist())
+        return words[:200]
+
+    def text_of(self, raw: Any) -> str:
+        """The text in what `decode` takes.
+
+        Raises:
+            DataError: There is none, or it is too long.
+        """
+        where = str(raw) if isinstance(raw, Path) else ""
+        if isinstance(raw, Path):
+            raw = _read(raw, limit=4 * self.max_chars)
+        if isinstance(raw, (bytes, bytearray, memoryview)):
+            raw = self._of_bytes(bytes(raw), where)
+        if isinstance(raw, Mapping):
+            if self.column not in raw:
+                fix = close_match(self.column, map(str, raw))
+                raise DataError(f"column '{self.column}' is missing", where=where or "the row", fix=fix)
+            raw = raw[self.column]
+        if not isinstance(raw, str) or not raw.strip():
+            what = "an empty text" if isinstance(raw, str) else f"{type(raw).__name__} is no text"
+            raise DataError(what, where=where, fix="give a text, a text file, or a row that holds one")
+        if len(raw) > self.max_chars:
+            what = f"a text of {len(raw):,} characters"
+            raise DataError(what, where=where, why=f"at most {self.max_chars:,} are read", fix="shorten it")
+        return raw
+
+    def _of_bytes(self, raw: bytes, where: str) -> Any:
+        """A row, where the bytes are a JSON object with the column; else the text that they are."""
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError("this is no text", where=where, why=str(error), fix="give UTF-8") from None
+        try:
+            row = json.loads(text) if text.lstrip().startswith("{") else None
+        except ValueError:
+            return text
+        return row if isinstance(row, dict) and self.column in row else text
+
+
+@functools.lru_cache(maxsize=8)
+def unpacked(packed: str) -> Tokenizer:
+    """The tokenizer that `Packed.of` was given.
+
+    Raises:
+        DataError: It is none.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(zlib.decompress(base64.b64decode(packed, validate=True)).decode())
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises plain Exception
+        raise DataError("the option 'tokenizer' holds no tokenizer", why=str(error), fix="restore model.json") from None
+
+
+def _read(path: Path, *, limit: int) -> bytes:
+    """A file's bytes, bounded before they are read."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise DataError("cannot read the file", where=str(path), why=error.strerror or str(error)) from None
+    if len(content) > limit:
+        raise DataError("the file is too large", where=str(path), why=f"at most {limit:,} bytes are read")
+    return content

@@ -1,0 +1,114 @@
+"""Texts with their labels as they lie on disk: a CSV file, folders of text files, or either of them by split."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+from tuneforge import DataError, close_match
+
+SPLITS = ("train", "val", "test")
+_WHERE = "--data.path"
+
+
+class Texts(NamedTuple):
+    """Texts of one split, or not divided yet.
+
+    Args:
+        texts: Each as it is.
+        labels: Of each.
+        ids: Where each came from: a file's path, or a file and a line.
+    """
+
+    texts: list[str]
+    labels: list[str]
+    ids: list[str]
+
+
+def read_texts(path: Path, *, text: str, label: str, delimiter: str, max_chars: int) -> dict[str, Texts]:
+    """All texts by split; only `train` where nothing divides them.
+
+    A file is a CSV. A folder holds train.csv (and val.csv, test.csv), or folders train (and val, test) with a folder of
+    .txt files for each class, or the folders of the classes themselves.
+
+    Args:
+        path: The file or the folder.
+        text: Column of the text.
+        label: Column of the label.
+        delimiter: Between the cells of a row.
+        max_chars: Longest text that is read.
+
+    Raises:
+        DataError: There is nothing of that kind, or a text cannot be used; the message names file and line.
+    """
+    if path.is_file():
+        return {"train": _of_csv(path, text, label, delimiter, max_chars)}
+    if not path.is_dir():
+        raise DataError(f"there is no file or folder '{path}'", where=_WHERE, fix="check the path")
+    tables = {split: path / f"{split}.csv" for split in SPLITS if (path / f"{split}.csv").is_file()}
+    if "train" in tables:
+        return {split: _of_csv(each, text, label, delimiter, max_chars) for split, each in tables.items()}
+    folders = {split: path / split for split in SPLITS if (path / split).is_dir()}
+    if "train" in folders:
+        return {split: _of_folder(each, max_chars) for split, each in folders.items()}
+    return {"train": _of_folder(path, max_chars)}
+
+
+def _of_csv(path: Path, text: str, label: str, delimiter: str, max_chars: int) -> Texts:
+    found = Texts([], [], [])
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            csv.field_size_limit(max(csv.field_size_limit(), 4 * max_chars))
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+            for column in (text, label):
+                if column not in (reader.fieldnames or ()):
+                    fix = close_match(column, map(str, reader.fieldnames or ()))
+                    raise DataError(f"there is no column '{column}'", where=str(path), fix=fix)
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                found.texts.append(_checked(row[text], where, max_chars, what="text"))
+                found.labels.append(_checked(row[label], where, max_chars, what="label").strip())
+                found.ids.append(f"{path.name}:{reader.line_num}")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataError(f"cannot read '{path}'", where=_WHERE, why=why, fix="give a CSV file in UTF-8") from None
+    if not found.texts:
+        raise DataError(f"'{path}' has no rows", why="a header and at least one row are needed", fix="check the file")
+    return found
+
+
+def _of_folder(path: Path, max_chars: int) -> Texts:
+    found = Texts([], [], [])
+    classes = sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
+    for folder in classes:
+        for file in sorted(folder.rglob("*.txt")):
+            found.texts.append(_checked(_content(file, max_chars), str(file), max_chars, what="text"))
+            found.labels.append(folder.name)
+            found.ids.append(str(file.relative_to(path)))
+    if not found.texts:
+        raise DataError(
+            f"there is no text in '{path}'",
+            where=_WHERE,
+            why=f"it has {len(classes)} folder(s), and no .txt file in any",
+            fix="give a folder of .txt files for each class, or a CSV file",
+        )
+    return found
+
+
+def _content(file: Path, max_chars: int) -> str:
+    try:
+        with file.open(encoding="utf-8-sig") as opened:
+            return opened.read(max_chars + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read '{file}'", why=str(error), fix="give text files in UTF-8") from None
+
+
+def _checked(cell: str | None, where: str, max_chars: int, *, what: str) -> str:
+    if cell is None or not cell.strip():
+        raise DataError(
+            f"there is no {what}", where=where, why="nothing can be learnt from it", fix="fill or remove it"
+        )
+    if len(cell) > max_chars:
+        raise DataError(f"a {what} is too long", where=where, why=f"at most {max_chars:,} characters are read")
+    return cell

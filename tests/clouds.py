@@ -1,0 +1,65 @@
+"""A world of three clouds that can turn, as rows of a table: a small one to tune on, serve and poison."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+import tuneforge as tf
+from tuneforge.ship.records import Exchange, Records
+from tuneforge.ship.store import Store
+
+FIELDS = 6
+
+
+def cloud(
+    count: int, *, seed: int, shift: float = 0.0, apart: float = 5.0, height: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a table (count, 6) and their classes: three clouds on a ring, turned by `shift`, lifted by `height`."""
+    generator = np.random.default_rng(seed)
+    codes = np.arange(count) % 3
+    angles = 2 * math.pi * codes / 3 + shift
+    centres = apart * np.stack([np.cos(angles), np.sin(angles), *[np.zeros(count)] * (FIELDS - 2)], 1)
+    centres[:, 2] = height
+    return centres + generator.normal(size=(count, FIELDS)), codes
+
+
+def rows_of(values: np.ndarray) -> list[dict[str, float]]:
+    return [{f"x{place}": round(float(each), 4) for place, each in enumerate(row)} for row in values]
+
+
+def base_run(folder: Path, *, count: int = 900, apart: float = 5.0) -> tf.Result:
+    """A run on a table of three classes."""
+    values, codes = cloud(count, seed=0, apart=apart)
+    lines = [",".join([*(f"x{place}" for place in range(FIELDS)), "kind"])]
+    lines += [
+        ",".join([*map(str, row.values()), "abc"[code]]) for row, code in zip(rows_of(values), codes, strict=True)
+    ]
+    (folder / "table.csv").write_text("\n".join(lines) + "\n")
+    return tf.Engine(
+        data=tf.use("table-csv", path=str(folder / "table.csv"), target="kind"),
+        model="mlp",
+        strategy=tf.use("full", epochs=4, lr=1e-2),
+        out=folder / "run",
+        page=False,
+    ).run()
+
+
+def ask(store: Store, records: Records, values: np.ndarray, labels: list[str], *, start: int = 0) -> None:
+    """Keep rows with the champion's answers, and label them."""
+    rows = rows_of(values)
+    records.keep([
+        Exchange(f"r{start + place}", str(store.champion), json.dumps(row).encode(), "application/json", answer)
+        for place, (row, answer) in enumerate(zip(rows, tf.load(store.folder()).predict(rows), strict=True))
+    ])  # fmt: skip
+    for place, name in enumerate(labels):
+        records.label(f"r{start + place}", name)
+
+
+def right(folder: Path, values: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Which rows a run, or a version, answers right."""
+    found = tf.load(folder).predict(rows_of(values))
+    return np.array([each["class"] == "abc"[code] for each, code in zip(found, codes, strict=True)])

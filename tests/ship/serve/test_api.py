@@ -1,0 +1,71 @@
+"""The OpenAPI description holds: schemathesis asks what it says, and what it does not say.
+
+`TUNEFORGE_CASES=2000` asks so many times in all; by default far fewer.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+CASES = int(os.environ.get("TUNEFORGE_CASES", "60"))
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+
+
+@pytest.mark.parametrize("model", ["table", "digits"])
+def test_the_description_holds(model, serving, request):
+    with serving(request.getfixturevalue(f"{model}_run")) as server:
+        server.desk.models.unload = lambda name: server.desk.models.current(name)  # else nothing is left to ask
+        base = f"http://127.0.0.1:{server.port}"
+        schema = schemathesis.openapi.from_url(f"{base}/openapi.json")
+        operations = [found.ok() for found in schema.get_all_operations()]
+        assert len(operations) == 16  # all but the description itself
+        varied = [each for each in operations if len(each.body) or len(each.path_parameters) or len(each.query)]
+        count = max(1, CASES // (2 * 2 * len(varied)))  # of two models and two modes
+        asked = sum(cases_of(each, GenerationMode.POSITIVE, base, count=count) for each in varied)
+        asked += sum(cases_of(each, GenerationMode.NEGATIVE, base, count=count) for each in varied)
+        asked += sum(
+            cases_of(each, GenerationMode.POSITIVE, base, count=1) for each in operations if each not in varied
+        )
+        assert server.ask("GET", "/v2/health/ready").status == 200
+    assert asked > CASES // 3  # some operations have only so many different cases
+    print(f"\n{model}: {asked} cases")
+
+
+def cases_of(operation, mode, base: str, *, count: int) -> int:
+    """Ask so many cases of an operation, and check each answer; how many it could make up."""
+    asked = 0
+
+    @seed(0)
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def ask(case):
+        nonlocal asked
+        asked += 1
+        case.call_and_validate(base_url=base, checks=CHECKS, timeout=20)
+
+    ask()
+    return asked

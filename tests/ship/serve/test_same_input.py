@@ -1,0 +1,49 @@
+"""The served model is fed as the tuned one was: files of any size over the wire give the offline report."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import tuneforge as tf
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Digits as pictures of many sizes and kinds, in folders."""
+    folder = tmp_path_factory.mktemp("photos")
+    digits, rng = load_digits(), np.random.default_rng(0)
+    for label in range(3):
+        for number, row in enumerate(np.flatnonzero(digits.target == label)[:24]):
+            split = ("train", "val", "test")[number % 3]
+            place = folder / split / f"class{label}"
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = Image.fromarray((digits.images[row] * 255 / 16).astype(np.uint8))
+            picture = pixels.resize(tuple(map(int, rng.integers(20, 90, 2)))).convert(("L", "RGB")[number % 2])
+            picture.save(place / f"{number}{('.png', '.jpg', '.bmp')[number // 3 % 3]}")
+    return folder
+
+
+def test_the_test_split_over_the_wire_equals_the_offline_report_to_the_sample(serving, photos, tmp_path):
+    data = tf.use("image-folder", path=photos, size=32)
+    result = tf.Engine(
+        data=data,
+        model=tf.use("torchvision", arch="squeezenet1_1"),
+        strategy=[tf.Fit("head")],
+        page=False,
+        out=tmp_path / "run",
+    ).run()
+    files = sorted((photos / "test").rglob("*.*"))
+    offline = list(tf.predict(result.folder, files))
+    with serving(result.folder) as server:
+        wire = [server.ask("POST", "/predict", each.read_bytes()).json for each in files]
+    assert [each["class"] for each in wire] == [each["class"] for each in offline]
+    for ours, theirs in zip(wire, offline, strict=True):
+        assert ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
+    right = Counter(answer["class"] == file.parent.name for answer, file in zip(wire, files, strict=True))
+    assert right[True] / len(files) == result.report["splits"]["test"]["accuracy"]
+    assert len(files) == 24

@@ -1,0 +1,71 @@
+"""Poisoned feedback: whatever is promoted after it is no worse on clean truth than the champion was.
+
+TUNEFORGE_POISONS sets how many batches of each kind are tried (1 by default, 20 for the full proof), with -s the table.
+"""
+
+import os
+
+import numpy as np
+import pytest
+from clouds import ask, base_run, cloud, right
+from scipy import stats
+
+import tuneforge as tf
+from tuneforge.ship.promote import promote
+from tuneforge.ship.records import Records
+from tuneforge.ship.retune import retune
+from tuneforge.ship.store import Store
+
+POISONS = int(os.environ.get("TUNEFORGE_POISONS", "1"))
+APART = 2.5  # where one answer in fifty is wrong, so that there is something to win and to lose
+WORLDS = ({}, {"shift": 0.6, "height": 4.0}, {"shift": 1.2, "height": 4.0})
+KINDS = ("0.2", "0.5", "one class", "0") if POISONS > 1 else ("one class",)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return base_run(tmp_path_factory.mktemp("base"), count=3000, apart=APART)
+
+
+def poisoned(codes, kind, generator):
+    """The labels that somebody gives, and which of them are wrong."""
+    given = codes.copy()
+    if kind == "one class":
+        given[codes == 0] = 1
+    else:
+        hit = generator.random(len(codes)) < float(kind)
+        given[hit] = (codes[hit] + generator.integers(1, 3, hit.sum())) % 3
+    return given, given != codes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_promoted_is_no_worse_on_clean_truth(base, tmp_path, kind):
+    worse = strictly = promoted = found = false = wrong_total = 0
+    for trial in range(POISONS):
+        store = Store(tmp_path / str(trial), "kinds")
+        promote(base.folder, store=store.root, name="kinds", to=("safetensors",))
+        generator = np.random.default_rng(trial)
+        world = WORLDS[trial % len(WORLDS)]
+        values, codes = cloud(450, seed=1000 + trial, apart=APART, **world)
+        given, wrong = poisoned(codes, kind, generator)
+        with Records(tmp_path / f"{trial}.db") as records:
+            ask(store, records, values, ["abc"[each] for each in given])
+            strategy = tf.use("replay", epochs=4, lr=3e-3)
+            done = retune(store.root, records, strategy=strategy, settings={"page": False})
+        named = wrong[[each.place for each in done.suspects]]
+        found, false, wrong_total = found + named.sum(), false + (~named).sum(), wrong_total + wrong.sum()
+        if done.version is None:
+            continue
+        promoted += 1
+        for look in ({}, world):
+            clean = cloud(3000, seed=5000 + trial, apart=APART, **look)
+            before, after = (right(store.folder(number), *clean) for number in (1, 2))
+            lost, won = int((before & ~after).sum()), int((~before & after).sum())
+            strictly += lost > won
+            worse += lost > won and stats.binomtest(won, won + lost).pvalue < 0.05
+    print(
+        f"\n{kind}: {promoted} of {POISONS} promoted, {worse} of them significantly worse on clean truth, "
+        f"{strictly} comparisons of {2 * promoted} below the champion at all; "
+        f"{found} of {wrong_total} wrong labels named, {false} right ones with them"
+    )
+    assert worse == 0

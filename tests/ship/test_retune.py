@@ -1,0 +1,235 @@
+"""A turn of the circle: old data and labelled feedback become a challenger, suspects are named, the gate decides."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from clouds import FIELDS, ask, base_run, cloud, right
+from PIL import Image
+
+import tuneforge as tf
+from tuneforge.__main__ import main
+from tuneforge.ship.promote import promote
+from tuneforge.ship.records import Exchange, Records
+from tuneforge.ship.retune import TURN, Samples, retune
+from tuneforge.ship.store import Store
+from tuneforge.ship.suspects import by_neighbours, misfits, sentence
+from tuneforge.ship.turns import Triggers, last_turn, picture, reason_to_turn, turns
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return base_run(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def store(base, tmp_path):
+    promote(base.folder, store=tmp_path / "models", name="kinds", to=("safetensors",))
+    return Store(tmp_path / "models", "kinds")
+
+
+@pytest.fixture
+def records(tmp_path):
+    with Records(tmp_path / "models" / "records.db" if (tmp_path / "models").exists() else tmp_path / "r.db") as opened:
+        yield opened
+
+
+def turn(store, records, **given):
+    given = {
+        "strategy": tf.use("replay", epochs=4, lr=5e-3),
+        "to": ("safetensors",),
+        "settings": {"page": False},
+    } | given
+    return retune(store.root, records, name="kinds", **given)
+
+
+def test_a_changed_world_is_learnt_and_the_old_one_kept(store, records):
+    changed = {"shift": 3.1, "height": 6.0}  # turned around, and lifted, which tells the worlds apart
+    values, codes = cloud(300, seed=1, **changed)
+    fresh, truth = cloud(300, seed=2, **changed)
+    before = right(store.folder(), fresh, truth).mean()
+    ask(store, records, values, ["abc"[code] for code in codes])
+    done = turn(store, records)
+    assert done.verdict.promoted, done.verdict.table()
+    assert (done.version, done.against, store.champion) == (2, 1, 2)
+    assert before < 0.5
+    assert right(store.folder(), fresh, truth).mean() > 0.85
+    assert right(store.folder(), *cloud(300, seed=3)).mean() > 0.95
+    assert 30 <= done.held_out <= 90
+    (line,) = [line for line in store.log() if line["event"] == TURN]
+    assert (line["labels"], line["promoted"], line["turn"]) == (300, 2, 1)
+
+
+def test_a_class_never_seen_before_is_learnt_over_two_turns(store, records):
+    values, codes = cloud(90, seed=1)
+    new = np.random.default_rng(5).normal(size=(120, FIELDS)) * 0.5
+    ask(store, records, np.concatenate([values, new]), ["abc"[code] for code in codes] + ["middle"] * 120)
+    done = turn(store, records)
+    assert done.verdict.promoted, done.verdict.table()
+    assert tf.load(store.folder()).targets.labels == ("a", "b", "c", "middle")
+    more = np.random.default_rng(6).normal(size=(60, FIELDS)) * 0.5
+    more[:, 3] += 8
+    ask(store, records, more, ["far"] * 60, start=1000)
+    done = turn(store, records)
+    assert done.verdict.promoted, done.verdict.table()
+    assert tf.load(store.folder()).targets.labels == ("a", "b", "c", "far", "middle")
+    assert right(store.folder(), *cloud(150, seed=9)).mean() > 0.9
+
+
+def test_labels_of_one_class_always_called_another_do_not_pass(store, records):
+    values, codes = cloud(300, seed=1)
+    ask(store, records, values, ["abc"[code] if code else "b" for code in codes])
+    done = turn(store, records)
+    assert not done.verdict.promoted
+    assert store.champion == 1
+    assert len(done.suspects) > 90
+    assert {(each.label, each.likely) for each in done.suspects} == {("b", "a")}
+    named = json.loads((done.folder / "suspects.json").read_text())
+    assert len(named) == len(done.suspects)
+    assert sum(int(each["id"][1:]) % 3 == 0 for each in named) > 90
+
+
+def test_trusted_labels_that_do_not_fit_are_for_the_gate_to_refuse(store, records):
+    values, codes = cloud(300, seed=1)
+    ask(store, records, values, ["abc"[code] if code else "b" for code in codes])
+    done = turn(store, records, trust=True)
+    assert done.suspects == ()
+    assert not done.verdict.promoted, done.verdict.table()
+
+
+def test_nothing_labelled_is_an_error(store, records):
+    with pytest.raises(tf.DataError, match="nothing is labelled"):
+        turn(store, records)
+    assert not (store.path / "turns" / "1").exists()
+
+
+def test_what_was_held_out_is_not_trained_on(store, records):
+    values, codes = cloud(200, seed=1)
+    ask(store, records, values, ["abc"[code] for code in codes])
+    done = turn(store, records)
+    data = tf.with_data(tf.load(done.folder / "run")).data
+    held = {f"new/{each.exchange.id}" for each in records.labelled("held-out")}
+    seen = {split.id_of(row) for split in (data.train, data.val) for row in range(len(split))}
+    assert held
+    assert not held & seen
+    assert {data.further["new"].id_of(row) for row in range(len(data.further["new"]))} <= held
+    assert set(data.pools) == {"old", "new"}
+
+
+def test_a_rare_new_class_is_left_out_and_said(store, records):
+    values, codes = cloud(100, seed=1)
+    ask(store, records, values, ["typo" if place < 3 else "abc"[code] for place, code in enumerate(codes)])
+    done = turn(store, records, trust=True)
+    data = tf.with_data(tf.load(done.folder / "run")).data
+    assert data.targets.labels == ("a", "b", "c")
+    assert any("typo" in note for note in data.notes)
+
+
+def test_a_version_without_weights_cannot_be_tuned(store, records):
+    (store.folder() / "model.safetensors").unlink()
+    with pytest.raises(tf.FolderError, match="holds nothing that can be tuned"):
+        turn(store, records)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_random_wrong_labels_are_found(share):
+    old, known = (torch.from_numpy(each) for each in cloud(300, seed=2))
+    new, truth = (torch.from_numpy(each) for each in cloud(400, seed=1))
+    generator = torch.Generator().manual_seed(0)
+    wrong = torch.rand(400, generator=generator) < share
+    given = torch.where(wrong, (truth + torch.randint(1, 3, (400,), generator=generator)) % 3, truth)
+    likely = by_neighbours(old.float(), known, new.float(), given, k=3)
+    assert likely.sum(1).allclose(torch.ones(400))
+    found = misfits(likely, given) >= 0
+    assert (found & wrong).sum() > 0.9 * wrong.sum()
+    assert (found & ~wrong).sum() < 0.02 * 400
+
+
+def test_labels_that_fit_are_left_alone():
+    new, truth = (torch.from_numpy(each) for each in cloud(300, seed=1, shift=1.0))
+    old, known = (torch.from_numpy(each) for each in cloud(300, seed=2))
+    found = misfits(by_neighbours(old.float(), known, new.float(), truth, k=3), truth)
+    assert (found >= 0).sum() < 0.02 * 300
+    assert sentence([], 3) == "all 3 labels fit their samples"
+
+
+@pytest.mark.parametrize(
+    ("triggers", "said"),
+    [
+        (Triggers(labels=60), "60 new labels"),
+        (Triggers(labels=61), None),
+        (Triggers(labels=None, accuracy=0.9), "under 0.9"),
+        (Triggers(labels=None, accuracy=0.1), None),
+        (Triggers(labels=None, accuracy=0.9, fewest=61), None),
+        (Triggers(labels=None), None),
+    ],
+)
+def test_a_turn_begins_where_there_is_a_reason(store, records, triggers, said):
+    values, _ = cloud(60, seed=1)
+    ask(store, records, values, ["a"] * 60)
+    reason = reason_to_turn(store, records, triggers)
+    assert reason is None if said is None else said in reason
+
+
+def test_a_turn_is_held_off_also_after_a_refusal(store, records):
+    ask(store, records, cloud(60, seed=1)[0], ["a"] * 60)
+    store.note(TURN, labels=0, promoted=None)
+    triggers = Triggers(labels=50, hold_off_s=100)
+    assert reason_to_turn(store, records, triggers) is None
+    assert reason_to_turn(store, records, triggers, now=time.time() + 200) == "60 new labels"
+    store.note(TURN, labels=60, promoted=None)
+    assert reason_to_turn(store, records, triggers, now=time.time() + 200) is None
+
+
+def test_watching_goes_on_after_a_turn_that_failed(store, records):
+    ask(store, records, cloud(60, seed=1)[0], ["a"] * 60)
+    said, looks = [], []
+
+    def fail():
+        raise tf.DataError("broken")
+
+    def sleep(seconds):
+        looks.append(seconds)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(turns(store, records, Triggers(labels=50), fail, every_s=7, say=said.append, sleep=sleep))
+    assert looks == [7, 7, 7]
+    assert said == ["a turn begins: 60 new labels", "the turn failed: broken"]
+    assert last_turn(store)["failed"]
+
+
+def test_the_command_does_a_turn_and_draws_it(store, records, capsys):
+    values, codes = cloud(120, seed=1)
+    ask(store, records, values, ["abc"[code] for code in codes])
+    arguments = ["--store", str(store.root), "--strategy.epochs", "1", "--json"]
+    assert main(["retune", *arguments]) == 3
+    said = json.loads(capsys.readouterr().out)
+    assert (said["version"], said["labelled"]) == (None, 120)
+    assert "no significant difference" in said["verdict"]["reason"]
+    with Image.open(picture(store, records)) as drawn:
+        assert drawn.size[0] > 500
+
+
+def test_the_command_without_records_says_so(store, capsys):
+    assert main(["retune", "--store", str(store.root), "--records", "nowhere"]) == 73
+    assert "no records in 'nowhere'" in capsys.readouterr().err
+    assert main(["retune", "--store", str(store.root), "--watch", "--hold-off", "soon"]) == 2
+    assert "'soon' is no time" in capsys.readouterr().err
+
+
+def test_samples_of_different_shapes_are_refused():
+    class Anything:
+        def decode(self, raw):
+            return torch.zeros(len(raw))
+
+    from tuneforge.ship.records import Labelled
+
+    both = [Labelled(Exchange(body.decode(), "1", body, "x", {}), "a", False) for body in (b"1", b"22")]
+    with pytest.raises(tf.DataError, match="different shapes"):
+        Samples.of(both, Anything())

@@ -1,0 +1,234 @@
+"""The store: no number twice, one champion at any moment, a log that only grows, whatever is deleted or killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bundles import data, finished
+from small import blobs
+
+import tuneforge as tf
+from tuneforge.engine.state import faults
+from tuneforge.ship.export import export
+from tuneforge.ship.gate import Rules
+from tuneforge.ship.promote import promote
+from tuneforge.ship.store import Store, store_of, stores_in
+
+ANY = Rules(floor=0.0, margin=1.0, accept_equal=True, latency_ratio=1e6)
+POINTS = ("bundle.sealed", "store.reserved", "store.placed", "store.logged")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of the same data, the second far better."""
+    place = tmp_path_factory.mktemp("runs")
+    return finished(place / "poor", lr=1e-4), finished(place / "good", epochs=6, lr=3e-2)
+
+
+def admitted(run, store, **more):
+    """Promote with the least of rules."""
+    given = {"data": data(), "rules": ANY, "to": ["safetensors"], "name": "blobs", **more}
+    return promote(run, store=store, **given)
+
+
+def test_a_first_version_a_better_one_and_the_way_back(runs, tmp_path):
+    poor, good = runs
+    rules = Rules(floor=0.0)
+    assert admitted(poor, tmp_path, rules=rules).version == 1
+    second = admitted(good, tmp_path, rules=rules)
+    assert (second.version, second.against, second.verdict.promoted) == (2, 1, True)
+    refused = admitted(poor, tmp_path, rules=rules)
+    assert (refused.version, refused.against) == (None, 2)
+
+    store = Store(tmp_path, "blobs")
+    assert (store.champion, store.versions()) == (2, [1, 2])
+    assert store.rollback() == 1
+    assert store.champion == 1
+    assert store.rollback(2) == 2
+    events = [(line["event"], line.get("version"), line.get("against")) for line in store.log()]
+    assert events == [
+        ("reserved", 1, None), ("promoted", 1, None), ("reserved", 2, None), ("promoted", 2, 1), ("refused", None, 2),
+        ("rolled back", 1, 2), ("rolled back", 2, 1),
+    ]  # fmt: skip
+    assert sorted(each.name for each in store.path.iterdir()) == [".lock", "1", "2", "champion.json", "log.jsonl"]
+    assert [each.name for each in stores_in(tmp_path)] == ["blobs"]
+
+
+def test_what_is_served_from_the_store_is_the_run(runs, tmp_path):
+    admitted(runs[1], tmp_path)
+    stored = blobs(30, seed=5).fetch(torch.arange(30))
+    expected = tf.servable_of(runs[1]).outputs(stored)
+    for path in (tmp_path / "blobs", tmp_path / "blobs" / "1"):
+        found = tf.servable_of(path)
+        assert (found.name, found.version) == ("blobs", "1")
+        assert torch.equal(found.outputs(stored), expected)
+    assert Store(tmp_path, "blobs").servable().check() == 16
+
+
+def test_a_number_is_never_used_twice(runs, tmp_path):
+    for expected in (1, 2, 3):
+        assert admitted(runs[1], tmp_path).version == expected
+    store = Store(tmp_path, "blobs")
+    before = {path.name: path.read_bytes() for path in store.folder(3).iterdir()}
+    shutil.rmtree(store.folder(2))
+    assert admitted(runs[1], tmp_path).version == 4
+    assert {path.name: path.read_bytes() for path in store.folder(3).iterdir()} == before
+    shutil.rmtree(store.folder(4))
+    store.rollback(3)
+    assert admitted(runs[1], tmp_path).version == 5
+    assert store.versions() == [1, 3, 5]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_interrupted_anywhere_the_old_champion_answers_and_the_next_promotion_goes_through(runs, tmp_path, point):
+    poor, good = runs
+    admitted(poor, tmp_path)
+    store = Store(tmp_path, "blobs")
+    expected = store.servable().outputs(data().test.fetch(torch.arange(9)))
+
+    def kill(name):
+        if name == point:
+            raise Killed
+
+    faults.hook = kill
+    try:
+        with pytest.raises(Killed):
+            admitted(good, tmp_path)
+    finally:
+        faults.hook = None
+    assert store.champion == 1
+    assert torch.equal(store.servable().outputs(data().test.fetch(torch.arange(9))), expected)
+    done = admitted(good, tmp_path)
+    assert store.champion == done.version == (2 if point == "bundle.sealed" else 3)
+    left = sorted(path.name for path in store.path.iterdir() if path.name.startswith("."))
+    assert left == [".lock"]
+    undone = [line["version"] for line in store.log() if line["event"] == "interrupted"]
+    assert undone == ([2] if point == "store.logged" else [])
+
+
+def test_a_line_that_a_kill_cut_off_hides_none_before_or_after_it(runs, tmp_path):
+    admitted(runs[1], tmp_path)
+    store = Store(tmp_path, "blobs")
+    with (store.path / "log.jsonl").open("a") as file:
+        file.write('{"time": "2026-01-01T00:00:00+00:00", "event": "res')
+    assert admitted(runs[1], tmp_path).version == 2
+    assert [line["event"] for line in store.log()] == ["reserved", "promoted", "reserved", "promoted"]
+
+
+def test_two_promoters_do_not_meet(runs, tmp_path):
+    store = Store(tmp_path, "blobs")
+    with store.locked(), pytest.raises(tf.FolderError, match="in use") as refused:
+        admitted(runs[1], tmp_path)
+    assert f"process {os.getpid()} is promoting" in refused.value.why
+    assert admitted(runs[1], tmp_path).version == 1
+
+
+def test_a_bundle_is_promoted_as_it_is(runs, tmp_path):
+    bundle = export(runs[1], to=["safetensors"], out=tmp_path / "b", data=data())
+    admitted(bundle, tmp_path / "store")
+    for name in ("model.safetensors", "bundle.json", "manifest.json"):
+        assert (tmp_path / "store" / "blobs" / "1" / name).read_bytes() == (bundle / name).read_bytes()
+
+
+def test_a_version_that_changed_on_the_disk_is_no_way_back(runs, tmp_path):
+    admitted(runs[0], tmp_path)
+    admitted(runs[1], tmp_path)
+    store = Store(tmp_path, "blobs")
+    with (store.folder(1) / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(tf.FolderError, match=r"model.safetensors"):
+        store.rollback()
+    assert store.champion == 2
+
+
+def test_the_log_counts_how_often_a_test_set_decided(runs, tmp_path):
+    for times in range(3):
+        done = admitted(runs[1], tmp_path)
+        assert done.verdict.tests["old"]["used"] == times
+    verdicts = [line["verdict"] for line in Store(tmp_path, "blobs").log() if "verdict" in line]
+    assert [each["tests"]["old"]["used"] for each in verdicts] == [0, 1, 2]
+    assert verdicts[0]["reason"] == "it is the first of its name, and every floor holds"
+
+
+def test_a_challenger_that_trained_on_the_champions_test_set_is_refused(runs, tmp_path):
+    admitted(runs[0], tmp_path)
+    test = data().test
+    cheat = data(train=tf.Split(test.source.inputs, test.targets), test=blobs(60, seed=8))
+    run = finished(tmp_path / "cheat", epochs=6, lr=3e-2, given=cheat)
+    done = admitted(run, tmp_path, data=cheat, old=test)
+    assert done.version is None
+    assert "trained on 100.0 % of the old test set" in done.verdict.reason
+
+
+def test_the_champions_own_test_split_is_prepared_again_where_the_challengers_is_another(tmp_path):
+    lines = [f"{n / 100:.2f},{'ab'[n % 20 > 9]}\n" for n in range(200)]
+    (tmp_path / "t.csv").write_text("x,y\n" + "".join(lines))
+    source = tf.use("table-csv", path=str(tmp_path / "t.csv"), target="y")
+    settings = {"data": source, "model": tf.use("mlp", hidden=(8,)), "strategy": [], "page": False}
+    verdicts = []
+    for seed in (0, 1):
+        tf.Engine(out=tmp_path / f"run{seed}", seed=0, data_seed=seed, **settings).run()
+        done = admitted(tmp_path / f"run{seed}", tmp_path / "s", data=None, name=None)
+        verdicts.append(done.verdict)
+    assert done.name == "table-csv"
+    assert verdicts[0].promoted
+    assert verdicts[1].tests["old"]["fingerprint"] == verdicts[0].tests["old"]["fingerprint"]
+
+
+def test_names_and_places_that_do_not_exist_are_said(tmp_path):
+    for name in ("../up", "a/b", "", ".hidden"):
+        with pytest.raises(tf.UsageError, match="cannot be a model's name"):
+            Store(tmp_path, name)
+    with pytest.raises(tf.FolderError, match="there is no store"):
+        stores_in(tmp_path / "none")
+    with pytest.raises(tf.FolderError, match="the store has no model 'digit'"):
+        store_of(tmp_path, "digit")
+    with pytest.raises(tf.FolderError, match="has no champion"):
+        Store(tmp_path, "x").servable()
+
+
+def test_sigkill_in_promote_leaves_the_old_champion(runs, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLING, str(runs[1]), str(tmp_path), "store.reserved", "store.logged", "store.pointed"],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout)
+    assert [each["status"] for each in outcomes] == [-signal.SIGKILL] * 3
+    assert [each["champion"] for each in outcomes] == [1, 1, 4]
+    assert Store(tmp_path, "blobs").servable().check() == 16
+    assert admitted(runs[1], tmp_path).version == 5
+    assert [path.name for path in (tmp_path / "blobs").glob(".*")] == [".lock"]
+
+
+KILLING = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+from tuneforge.engine.state import faults
+sys.path.insert(0, os.path.join(os.environ["PYTHONPATH"], "ship"))
+from test_store import Store, admitted
+
+run, place, *points = sys.argv[1:]
+admitted(run, place)
+outcomes = []
+for point in points:
+    child = os.fork()
+    if not child:
+        faults.hook = lambda name: os.kill(os.getpid(), signal.SIGKILL) if name == point else None
+        admitted(run, place)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    outcomes.append({"status": os.waitstatus_to_exitcode(status), "champion": Store(place, "blobs").champion})
+print(json.dumps(outcomes))
+"""

@@ -1,0 +1,203 @@
+"""The processes of one run, started by torchrun: what each works on, and what they tell one another.
+
+All of them go through the same story with the same strategy. A training batch is cut into one share a rank, and the
+gradients are summed, each sample counted once, so that the global batches and what is learnt from them are those of one
+process. Rank 0 alone writes the folder. See docs/scale.md.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, distributed, nn
+
+from tuneforge.engine.network.proof import same_bits
+from tuneforge.errors import HaltError
+
+_BUCKET = 25 << 20  # bytes of gradients that travel together, as torch's DistributedDataParallel has it
+_PATIENCE = timedelta(minutes=30)
+
+
+@attrs.frozen
+class Ranks:
+    """The processes of a run; alone, where there is one.
+
+    Args:
+        rank: Of this process, from 0.
+        size: How many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def joined(cls) -> Ranks:
+        """Those that torchrun started beside this one, once they have met; or this process alone."""
+        if not distributed.is_available():
+            return cls()
+        if not distributed.is_initialized():
+            if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
+                return cls()
+            distributed.init_process_group(timeout=_PATIENCE)  # gloo for the CPU's tensors, NCCL for CUDA's
+            atexit.register(distributed.destroy_process_group)
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    @property
+    def alone(self) -> bool:
+        """True where there is nobody to ask."""
+        return self.size == 1
+
+    @property
+    def leads(self) -> bool:
+        """True for the one that writes and speaks."""
+        return self.rank == 0
+
+    def count(self, total: int) -> int:
+        """Of so many samples, how many are this rank's; shares differ by one at most."""
+        return total // self.size + (self.rank < total % self.size)
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This rank's part of the rows of a global batch; where there are too few for all, one to keep in step."""
+        if self.alone:
+            return rows
+        return torch.tensor_split(rows, self.size)[self.rank] if self.count(len(rows)) else rows[:1]
+
+    def agree(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether it is raised on any rank."""
+        if self.alone:
+            return flags
+        raised = torch.tensor(flags, dtype=torch.int32)
+        distributed.all_reduce(raised, op=distributed.ReduceOp.MAX)
+        return tuple(map(bool, raised.tolist()))
+
+    def decided(self, flag: bool) -> bool:
+        """What rank 0 says, for whatever depends on a clock or a disk."""
+        return self.agree(flag and self.leads)[0]
+
+    def heard(self, value: Any) -> list[Any]:
+        """What each rank says, plain JSON data, by rank."""
+        if self.alone:
+            return [value]
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = self.gathered(torch.tensor([len(own)]), [1] * self.size).tolist()
+        text = bytes(self.gathered(own, sizes).tolist())
+        ends = [sum(sizes[: place + 1]) for place in range(self.size)]
+        return [json.loads(text[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
+
+    def total(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The sum over all ranks, of each."""
+        if self.alone:
+            return tensors
+        sums = tuple(each.clone() for each in tensors)
+        for each in sums:
+            distributed.all_reduce(each)
+        return sums
+
+    def gathered(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The rows of all ranks, one rank after the other.
+
+        Args:
+            own: This rank's rows (m, ...); what exceeds its size is left out.
+            sizes: Rows of each rank.
+        """
+        if self.alone:
+            return own
+        most = max(sizes)
+        padded = own.new_zeros((most, *own.shape[1:]))
+        padded[: sizes[self.rank]] = own[: sizes[self.rank]]
+        parts = [torch.empty_like(padded) for _ in sizes]
+        distributed.all_gather(parts, padded.contiguous())
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def whole(self, own: Tensor, total: int) -> Tensor:
+        """Results (b, ...) for a global batch, from those of each rank's share."""
+        sizes = [Ranks(rank, self.size).count(total) for rank in range(self.size)]
+        return self.gathered(own, sizes)
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add up the gradients of all ranks, in place; a rank that has none of a tensor adds nothing.
+
+        A tensor that no rank has a gradient of keeps none, so that an optimizer leaves it alone.
+        """
+        if self.alone:
+            return
+        held = torch.tensor([each.grad is not None for each in parameters], dtype=torch.int32)
+        distributed.all_reduce(held, op=distributed.ReduceOp.MAX)
+        present = [each for each, has in zip(parameters, held.tolist(), strict=True) if has]
+        for each in present:
+            if each.grad is None:
+                each.grad = torch.zeros_like(each)
+        waiting = []
+        for bucket in _buckets([each.grad for each in present if each.grad is not None]):
+            flat = torch.cat([each.reshape(-1) for each in bucket])
+            waiting.append((bucket, flat, distributed.all_reduce(flat, async_op=True)))
+        for bucket, flat, work in waiting:
+            work.wait()
+            for gradient, part in zip(bucket, torch.split(flat, [each.numel() for each in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def average(self, buffers: Sequence[Tensor]) -> None:
+        """Give every rank the mean of its statistics and those of the others, in place; whole numbers are equal."""
+        if self.alone:
+            return
+        for buffer in buffers:
+            if buffer.is_floating_point():
+                distributed.all_reduce(buffer)
+                buffer /= self.size
+
+    def follow(self, tensors: Sequence[Tensor]) -> None:
+        """Take rank 0's values, in place."""
+        if not self.alone:
+            for tensor in tensors:
+                distributed.broadcast(tensor, 0)
+
+    def prove_equal(self, tensors: dict[str, Tensor]) -> None:
+        """See that all ranks hold the same bits.
+
+        Raises:
+            HaltError: They have drifted apart; the message names tensors.
+        """
+        if self.alone:
+            return
+        apart = []
+        for name, tensor in tensors.items():
+            theirs = tensor.clone()
+            distributed.broadcast(theirs, 0)
+            apart += [] if same_bits(theirs, tensor) else [name]
+        apart = sorted({name for names in self.heard(apart) for name in names})
+        if apart:
+            raise HaltError(
+                f"the ranks have drifted apart: {', '.join(apart[:5])}",
+                why=f"{len(apart)} tensor(s) differ between processes that should hold the same",
+                fix="look for code that draws at random, or reads something that differs between the processes",
+            )
+
+    def wait(self) -> None:
+        """Go on when all are here."""
+        if not self.alone:
+            distributed.barrier()
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients that travel together, of one type, the last layers first."""
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in reversed(gradients):
+        by_type.setdefault(gradient.dtype, []).append(gradient)
+    for alike in by_type.values():
+        bucket: list[Tensor] = []
+        size = 0
+        for gradient in alike:
+            bucket.append(gradient)
+            size += gradient.numel() * gradient.element_size()
+            if size >= _BUCKET:
+                yield bucket
+                bucket, size = [], 0
+        if bucket:
+            yield bucket

@@ -1,0 +1,150 @@
+"""Turns of the circle one after the other: what begins one, what holds one off, and a picture of all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+
+from tuneforge.errors import TuneforgeError
+from tuneforge.ship.evidence import Evidence
+from tuneforge.ship.records import Records
+from tuneforge.ship.retune import TURN, Turn
+from tuneforge.ship.store import Store
+from tuneforge.ship.watch import watched
+
+PICTURE = "circle.png"
+_WINDOW = 50  # labelled answers that a point of the curve is the mean of
+_FEWEST = 10
+_SWAPS = ("promoted", "rolled back")
+
+
+@attrs.frozen
+class Triggers:
+    """What begins a turn, and what holds it off.
+
+    Args:
+        labels: New labels since the last turn that begin one; None: any number does not.
+        drift: Whether drift of confidence or inputs begins one.
+        accuracy: On labelled answers of the champion; a turn begins where the upper end of its interval is under it.
+        fewest: New labels since the last turn without which nothing begins one, so that the same labels are not tuned
+            on twice.
+        hold_off_s: Least seconds between the ends of two turns, so that it cannot run wild.
+    """
+
+    labels: int | None = 100
+    drift: bool = False
+    accuracy: float | None = None
+    fewest: int = 20
+    hold_off_s: float = 600.0
+
+
+def reason_to_turn(store: Store, records: Records, triggers: Triggers, *, now: float | None = None) -> str | None:
+    """Why a turn ought to begin now, in one sentence; None where it ought not to."""
+    last = last_turn(store)
+    new = records.num_labels() - (0 if last is None else int(last["labels"]))
+    waited_s = float("inf") if last is None else (time.time() if now is None else now) - _seconds(last["time"])
+    if store.champion is None or new < triggers.fewest or waited_s < triggers.hold_off_s:
+        return None
+    if triggers.labels is not None and new >= triggers.labels:
+        return f"{new} new labels"
+    if triggers.accuracy is None and not triggers.drift:
+        return None
+    seen = watched(records, Evidence.read(store.folder()), version=str(store.champion))
+    if triggers.accuracy is not None and seen.accuracy.total and seen.accuracy.high < triggers.accuracy:
+        return f"accuracy {seen.accuracy.share:.3f} on {seen.accuracy.total} labels, under {triggers.accuracy:g}"
+    if triggers.drift and seen.drifted:
+        moved = [
+            name for name, drift in (("confidence", seen.confidence), ("inputs", seen.inputs)) if drift and drift.found
+        ]
+        return f"drift of {' and '.join(moved)}"
+    return None
+
+
+def turns(
+    store: Store,
+    records: Records,
+    triggers: Triggers,
+    turn: Callable[[], Turn],
+    *,
+    every_s: float,
+    say: Callable[[str], None],
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[Turn]:
+    """Turns as their triggers begin them, for ever; one that fails is said and logged, and held off like any other.
+
+    Args:
+        store: Of the model.
+        records: Of the server.
+        triggers: What begins a turn.
+        turn: Does one.
+        every_s: Seconds between two looks.
+        say: Where sentences for the user go.
+        sleep: Waits so long.
+    """
+    while True:
+        reason = reason_to_turn(store, records, triggers)
+        if reason is not None:
+            say(f"a turn begins: {reason}")
+            try:
+                yield turn()
+            except TuneforgeError as error:
+                say(f"the turn failed: {error}")
+                store.note(TURN, labels=records.num_labels(), promoted=None, reason=str(error), failed=True)
+        sleep(every_s)
+
+
+def last_turn(store: Store) -> dict[str, Any] | None:
+    """The log's line of the newest turn."""
+    return next((line for line in reversed(store.log()) if line["event"] == TURN), None)
+
+
+def picture(store: Store, records: Records) -> Path:
+    """Draw accuracy over time with the swaps marked; of labelled requests, in the order in which they were answered.
+
+    Returns:
+        The PNG, in the folder of the model's name.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.dates import date2num
+    from matplotlib.figure import Figure
+
+    answered = records.over_time()
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.add_subplot()
+    if answered:
+        times = date2num([datetime.fromtimestamp(at) for at, _, _ in answered])
+        axes.plot(times, _rolling([right for _, right, _ in answered]), color="#4a7fd4")
+    axes.xaxis_date()
+    for line in store.log():
+        at = date2num(datetime.fromisoformat(line["time"]).astimezone().replace(tzinfo=None))
+        if line["event"] in _SWAPS:
+            axes.axvline(at, color="#2a9d4a")
+            axes.annotate(f" {line['version']}", (at, 1.02), xycoords=("data", "axes fraction"), color="#2a9d4a")
+        elif line["event"] == "refused":
+            axes.axvline(at, color="#c0392b", linestyle=":")
+    axes.set(
+        ylim=(0, 1.02), ylabel=f"accuracy, last {_WINDOW} labelled", title=f"{store.name}: swaps green, refusals red"
+    )
+    figure.autofmt_xdate()
+    path = store.path / PICTURE
+    FigureCanvasAgg(figure).print_png(path)
+    return path
+
+
+def _rolling(right: list[bool]) -> list[float]:
+    """The mean of the last `_WINDOW`, from the tenth on."""
+    sums = np.concatenate([[0.0], np.cumsum(right)])
+    ends = np.arange(1, len(sums))
+    starts = np.maximum(ends - _WINDOW, 0)
+    means = (sums[ends] - sums[starts]) / (ends - starts)
+    return [float("nan") if place < min(_FEWEST, len(means)) - 1 else float(each) for place, each in enumerate(means)]
+
+
+def _seconds(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
