@@ -21,6 +21,7 @@ SMALL = {
     "why_tuning.py": ["--seeds", "2", "--epochs", "1"],
     "pretrain_digit_cnn.py": ["--count", "700", "--epochs", "1"],
     "sklearn_pipeline.py": ["--epochs", "1", "--folds", "2"],
+    "production_loop.py": ["--count", "40", "--epochs", "1", "--only", "inverted ink"],
 }
 BENCHMARKS = {
     "frozen_phase.py": ["--runs", "1", "--samples", "64", "--epochs", "2"],
@@ -29,6 +30,7 @@ BENCHMARKS = {
     "gradual.py": ["--runs", "1", "--samples", "64", "--epochs", "2"],
     "architectures.py": ["--only", "shufflenet_v2_x0_5", "--samples", "32"],
     "memory.py": ["--sizes", "100"],
+    "scale.py": [],
     "serving.py": ["--runs", "1", "--seconds", "0.5", "--count", "5", "--clients", "4"],
     "precision.py": ["--seeds", "1", "--epochs", "1", "--only", "float32,bfloat16"],
 }

@@ -170,6 +170,7 @@ if TYPE_CHECKING:
     from tuneforge.ship.gate import Rules as Rules
     from tuneforge.ship.gate import judge as judge
     from tuneforge.ship.promote import promote as promote
+    from tuneforge.ship.serve import serve as serve
     from tuneforge.ship.store import Store as Store
 
 _HOMES = {
@@ -250,6 +251,7 @@ _HOMES = {
         "judge",
     ),
     "tuneforge.ship.promote": ("promote",),
+    "tuneforge.ship.serve": ("serve",),
     "tuneforge.ship.store": ("Store",),
     "tuneforge.ship.formats": (
         "ExportFormat",

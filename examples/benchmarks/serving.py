@@ -71,26 +71,26 @@ def plain(run: str, pipe, *, threads: bool) -> None:
 
 
 @contextmanager
-def plain_server(run: Path, *, threads: bool) -> Iterator[int]:
-    """The port of a plain server, which ends with the block."""
+def plain_server(run: Path, *, threads: bool) -> Iterator[tuple[int, int]]:
+    """Port and process id of a plain server, which ends with the block."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=plain, args=(str(run), there), kwargs={"threads": threads}, daemon=True)
     process.start()
     try:
-        yield here.recv()
+        yield here.recv(), process.pid
     finally:
         process.kill()
         process.join()
 
 
 @contextmanager
-def our_server(path: Path, backend: str) -> Iterator[int]:
-    """The port of `tuneforge serve`, which ends with the block."""
+def our_server(path: Path, backend: str) -> Iterator[tuple[int, int]]:
+    """Port and process id of `tuneforge serve`, which ends with the block."""
     command = [sys.executable, "-m", "tuneforge", "serve", str(path), "--port", "0", "--json", "--backend", backend]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
-            yield int(json.loads(process.stdout.readline())["url"].rpartition(":")[2])
+            yield int(json.loads(process.stdout.readline())["url"].rpartition(":")[2]), process.pid
         finally:
             process.terminate()
 
@@ -105,8 +105,8 @@ def ask(connection: http.client.HTTPConnection, body: bytes) -> float:
     return time.perf_counter() - began
 
 
-def rate(port: int, body: bytes, clients: int, seconds: float) -> float:
-    """Requests per second of clients that each ask again as soon as they are answered."""
+def rate(port: int, pid: int, body: bytes, clients: int, seconds: float) -> tuple[float, float]:
+    """Requests per second of clients that each ask again once answered, and the server's CPU milliseconds for each."""
     counts, end = [0] * clients, time.perf_counter() + seconds
 
     def work(number: int) -> None:
@@ -116,13 +116,22 @@ def rate(port: int, body: bytes, clients: int, seconds: float) -> float:
             counts[number] += 1
         connection.close()
 
-    began = time.perf_counter()
+    began, used = time.perf_counter(), cpu_s(pid)
     threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
     for each in threads:
         each.start()
     for each in threads:
         each.join()
-    return sum(counts) / (time.perf_counter() - began)
+    return sum(counts) / (time.perf_counter() - began), 1000 * (cpu_s(pid) - used) / sum(counts)
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds that a process has used; NaN where the system does not tell."""
+    status = Path(f"/proc/{pid}/stat")
+    if not status.exists():
+        return float("nan")
+    fields = status.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def lone(port: int, body: bytes, count: int) -> float:
@@ -174,32 +183,36 @@ def main(clients: int, seconds: float, count: int, runs: int, arch: str, onnx: b
         if onnx:
             bundle = tf.export(run, to=("onnx",), out=folder / "bundle")
             servers["tuneforge serve, onnxruntime"] = lambda: our_server(bundle, "onnxruntime")
-        rates: dict[str, list[float]] = {name: [] for name in servers}
+        rates: dict[str, list[tuple[float, float]]] = {name: [] for name in servers}
         waits: dict[str, list[float]] = {name: [] for name in servers}
         bares = []
         with ExitStack() as stack:
-            ports = {name: stack.enter_context(server()) for name, server in servers.items()}
-            for port in ports.values():
-                rate(port, body, clients, min(seconds, 1.0))
+            up = {name: stack.enter_context(server()) for name, server in servers.items()}
+            for port, pid in up.values():
+                rate(port, pid, body, clients, min(seconds, 1.0))
             for _ in range(runs):
                 bares.append(bare(run, body, count))
-                for name, port in ports.items():
+                for name, (port, pid) in up.items():
                     waits[name].append(lone(port, body, count))
-                    rates[name].append(rate(port, body, clients, seconds))
+                    rates[name].append(rate(port, pid, body, clients, seconds))
     forward, whole = (statistics.median(each) for each in zip(*bares, strict=True))
-    best = max(statistics.median(rates[name]) for name in list(servers)[:2])
-    load = os.getloadavg()[0]
+    medians = {name: [statistics.median(each) for each in zip(*found, strict=True)] for name, found in rates.items()}
+    best = max(medians[name][0] for name in list(servers)[:2])
     click.echo(
         f"{arch} at {SIDE}x{SIDE}, {clients} clients, {runs} runs of {seconds:g} s in turn, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, load {load:.1f}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
         f"Python {platform.python_version()}"
     )
     click.echo(f"forward alone {forward:.2f} ms; with decoding and describing {whole:.2f} ms\n")
-    click.echo("| server | requests/s | to the better plain one | lone client p50 | over the forward |")
-    click.echo("| --- | --- | --- | --- | --- |")
-    for name in servers:
-        speed, wait = statistics.median(rates[name]), statistics.median(waits[name])
-        click.echo(f"| {name} | {speed:.0f} | {speed / best:.2f} | {wait:.2f} ms | {wait - forward:+.2f} ms |")
+    click.echo(
+        "| server | requests/s | to the better plain one | CPU ms a request | lone client p50 | over the forward |"
+    )
+    click.echo("| --- | --- | --- | --- | --- | --- |")
+    for name, (speed, cpu_ms) in medians.items():
+        wait = statistics.median(waits[name])
+        click.echo(
+            f"| {name} | {speed:.0f} | {speed / best:.2f} | {cpu_ms:.1f} | {wait:.2f} ms | {wait - forward:+.2f} ms |"
+        )
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from tuneforge import Data, DataError, Split, UnknownNameError, UsageError
 from tuneforge.builtin.images import image_splits
 from tuneforge.builtin.images.image_data import ImageCsv, ImageFolder, Torchvision
 from tuneforge.builtin.images.image_splits import stratified
+from tuneforge.engine.ranks import Ranks
 
 
 def run_of(seed: int = 0, **fields: Any) -> Any:
     return SimpleNamespace(
-        config=SimpleNamespace(seed=seed), data_seed=seed, restoring=False, folder=None, **fields
+        config=SimpleNamespace(seed=seed), data_seed=seed, restoring=False, folder=None, ranks=Ranks(), **fields
     )
 
 

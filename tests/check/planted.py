@@ -118,7 +118,7 @@ def _changed(rng: np.random.Generator, image: Image.Image, kind: str) -> Image.I
         x, y = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
         return image.crop((x, y, x + width, y + height))
     if kind == "scale":
-        factor = rng.uniform(0.5, 1.7)
+        factor = rng.uniform(*((0.5, 0.9), (1.1, 1.7))[rng.integers(2)])
         size = (max(32, int(image.width * factor)), max(32, int(image.height * factor)))
         return image.resize(size, Image.Resampling.BICUBIC)
     if kind == "light":

@@ -15,6 +15,7 @@ import tuneforge as tf
 from tuneforge.__main__ import main
 from tuneforge.builtin.images.image_data import STAND_INS, ImageFolder
 from tuneforge.builtin.images.vetting import VETTED
+from tuneforge.engine.ranks import Ranks
 
 STEPS = [tf.Phase("head", train="head", epochs=1, lr=1e-3)]
 QUICK = ["--strategy", "head-only", "--strategy.epochs", "1", "--data.size", "32"]
@@ -44,7 +45,7 @@ def cut(path):
 
 def run_of(folder):
     folder.mkdir(exist_ok=True)
-    return SimpleNamespace(config=SimpleNamespace(seed=0), data_seed=0, restoring=False, folder=folder)
+    return SimpleNamespace(config=SimpleNamespace(seed=0), data_seed=0, restoring=False, folder=folder, ranks=Ranks())
 
 
 def ids(data):

@@ -26,6 +26,7 @@ pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
 import uvicorn
 
 from tuneforge.builtin.characters.digit_images import real_digits
+from tuneforge.ship import wire
 from tuneforge.ship.client import Server
 from tuneforge.ship.records import Records, in_share
 from tuneforge.ship.serve.app import application
@@ -122,6 +123,13 @@ def test_a_wrong_label_is_refused_by_its_field(served, body, said):
         served[0].ask("POST", "/feedback", body, **JSON)
 
 
+def test_the_test_split_over_the_wire_equals_the_offline_report(served, digits):
+    run = wire.looking(digits.folder)
+    measured = wire.measure(Server(served[1]), run, offline=digits.report["splits"], rows=16, concurrency=2)
+    assert len(measured.compared["test"]) > 40
+    assert [each for each in measured.compared["test"] if not each.equal] == []
+
+
 def test_only_the_share_is_kept(digits, records):
     with serving(digits.folder, records, share=0.5) as url:
         connection = Server(url).connect()
@@ -207,8 +215,6 @@ def test_a_key_on_the_review_page_confirms_or_corrects(served, records, tmp_path
     with browser(tmp_path / "profile") as page:
         page.open(f"{url}/review")
         page.wait("return sample !== null && document.getElementById('picture').naturalWidth > 0")
-        if folder := os.environ.get("TUNEFORGE_SCREENSHOTS"):
-            page.picture(Path(folder) / "review.png")
         first, answered = page.run("return [sample.id, sample.class]")
         page.press("\ue007")
         page.wait(f"return sample.id !== '{first}'")
@@ -230,6 +236,8 @@ def test_a_key_on_the_review_page_confirms_or_corrects(served, records, tmp_path
         page.wait(f"return sample.id !== '{third}'")
         assert records.history(third) == ["new pen", "new pen"]
         assert "of 3 labelled answers" in page.wait("return document.getElementById('watch').textContent")
+        if folder := os.environ.get("TUNEFORGE_SCREENSHOTS"):
+            page.picture(Path(folder) / "review.png")
         assert page.messages() == []
 
 

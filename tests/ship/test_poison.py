@@ -1,9 +1,11 @@
-"""Poisoned feedback: whatever is promoted after it is no worse on clean truth than the champion was.
+"""Poisoned feedback: whatever is promoted after it is no worse on the new world's clean truth than the champion was, and
+on the old world's loses no more than the gate's margin allows.
 
 TUNEFORGE_POISONS sets how many batches of each kind are tried (1 by default, 20 for the full proof), with -s the table.
 """
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from clouds import ask, base_run, cloud, right
 from scipy import stats
 
 import tuneforge as tf
+from tuneforge.ship.gate import Rules
 from tuneforge.ship.promote import promote
 from tuneforge.ship.records import Records
 from tuneforge.ship.retune import retune
@@ -19,12 +22,17 @@ from tuneforge.ship.store import Store
 POISONS = int(os.environ.get("TUNEFORGE_POISONS", "1"))
 APART = 2.5  # where one answer in fifty is wrong, so that there is something to win and to lose
 WORLDS = ({}, {"shift": 0.6, "height": 4.0}, {"shift": 1.2, "height": 4.0})
-KINDS = ("0.2", "0.5", "one class", "0") if POISONS > 1 else ("one class",)
+KINDS = ("one class", "0.2", "0.5", "0") if POISONS > 1 else ("one class",)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return base_run(tmp_path_factory.mktemp("base"), count=3000, apart=APART)
+def models(tmp_path_factory):
+    """A store whose champion knows the old world."""
+    folder = tmp_path_factory.mktemp("base")
+    promote(
+        base_run(folder, count=3000, apart=APART).folder, store=folder / "models", name="kinds", to=("safetensors",)
+    )
+    return folder / "models"
 
 
 def poisoned(codes, kind, generator):
@@ -39,11 +47,10 @@ def poisoned(codes, kind, generator):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_promoted_is_no_worse_on_clean_truth(base, tmp_path, kind):
+def test_what_is_promoted_is_no_worse_on_clean_truth(models, tmp_path, kind):
     worse = strictly = promoted = found = false = wrong_total = 0
     for trial in range(POISONS):
-        store = Store(tmp_path / str(trial), "kinds")
-        promote(base.folder, store=store.root, name="kinds", to=("safetensors",))
+        store = Store(shutil.copytree(models, tmp_path / str(trial)), "kinds")
         generator = np.random.default_rng(trial)
         world = WORLDS[trial % len(WORLDS)]
         values, codes = cloud(450, seed=1000 + trial, apart=APART, **world)
@@ -57,15 +64,17 @@ def test_what_is_promoted_is_no_worse_on_clean_truth(base, tmp_path, kind):
         if done.version is None:
             continue
         promoted += 1
-        for look in ({}, world):
+        for name, look in (("old", {}), ("new", world)):
             clean = cloud(3000, seed=5000 + trial, apart=APART, **look)
             before, after = (right(store.folder(number), *clean) for number in (1, 2))
             lost, won = int((before & ~after).sum()), int((~before & after).sum())
-            strictly += lost > won
-            worse += lost > won and stats.binomtest(won, won + lost).pvalue < 0.05
+            surely = lost > won and stats.binomtest(won, won + lost).pvalue < 0.05
+            worse += surely and (name == "new" or lost - won > Rules().margin * 3000)
+            strictly += surely
+            print(f"{kind}, trial {trial}, {name} world: right {before.mean():.4f} -> {after.mean():.4f}")
     print(
-        f"\n{kind}: {promoted} of {POISONS} promoted, {worse} of them significantly worse on clean truth, "
-        f"{strictly} comparisons of {2 * promoted} below the champion at all; "
+        f"\n{kind}: {promoted} of {POISONS} promoted; on clean truth {worse} worse than allowed, {strictly} of "
+        f"{2 * promoted} comparisons significantly below the champion at all; "
         f"{found} of {wrong_total} wrong labels named, {false} right ones with them"
     )
     assert worse == 0

@@ -17,7 +17,7 @@ from tuneforge.ship.promote import promote
 from tuneforge.ship.records import Exchange, Records
 from tuneforge.ship.retune import TURN, Samples, retune
 from tuneforge.ship.store import Store
-from tuneforge.ship.suspects import by_neighbours, misfits, sentence
+from tuneforge.ship.suspects import by_neighbours, misfits, sentence, vanished
 from tuneforge.ship.turns import Triggers, last_turn, picture, reason_to_turn, turns
 
 
@@ -147,6 +147,17 @@ def test_random_wrong_labels_are_found(share):
     found = misfits(likely, given) >= 0
     assert (found & wrong).sum() > 0.9 * wrong.sum()
     assert (found & ~wrong).sum() < 0.02 * 400
+
+
+def test_a_class_that_labels_take_away_is_named_and_one_that_moved_is_not():
+    codes = torch.arange(300) % 3
+    said = torch.eye(3)[codes] * 0.94 + 0.02
+    gone = torch.where(codes == 0, 1, codes)
+    assert vanished(said, gone).tolist() == torch.where(codes == 0, 0, -1).tolist()
+    assert (vanished(said, codes) == -1).all()
+    assert (vanished(said, (codes + 1) % 3) == -1).all()  # all classes moved: so is a world that turned
+    half = torch.where((codes == 0) & (torch.arange(300) < 150), 1, codes)
+    assert (vanished(said, half) == -1).all()
 
 
 def test_labels_that_fit_are_left_alone():

@@ -1,12 +1,9 @@
 """The store: no number twice, one champion at any moment, a log that only grows, whatever is deleted or killed."""
 
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
+import textwrap
 
 import pytest
 import torch
@@ -170,6 +167,29 @@ def test_a_challenger_that_trained_on_the_champions_test_set_is_refused(runs, tm
     assert "trained on 100.0 % of the old test set" in done.verdict.reason
 
 
+def test_a_challenger_that_fails_its_parity_is_refused_and_logged(runs, tmp_path, plant):
+    source = """
+        import tuneforge as tf
+        from tuneforge.builtin.exports.safetensors import Safetensors
+
+        @tf.component(api=1)
+        class Crooked(Safetensors):
+            "Answers that are off."
+
+            def opened(self, folder, *, device_name):
+                forward = super().opened(folder, device_name=device_name)
+                return lambda stored: -forward(stored)
+        """
+    plant("crooked", {"tuneforge.export": {"crooked": "crooked:Crooked"}}, crooked=textwrap.dedent(source))
+    admitted(runs[0], tmp_path / "s")
+    done = admitted(runs[1], tmp_path / "s", to=["crooked"])
+    assert (done.version, done.verdict.promoted) == (None, False)
+    assert done.verdict.reason.startswith("the crooked export does not answer as the tuned model: an answer is off by ")
+    store = Store(tmp_path / "s", "blobs")
+    assert (store.champion, store.log()[-1]["event"]) == (1, "refused")
+    assert sorted(each.name for each in store.path.iterdir()) == [".lock", "1", "champion.json", "log.jsonl"]
+
+
 def test_the_champions_own_test_split_is_prepared_again_where_the_challengers_is_another(tmp_path):
     lines = [f"{n / 100:.2f},{'ab'[n % 20 > 9]}\n" for n in range(200)]
     (tmp_path / "t.csv").write_text("x,y\n" + "".join(lines))
@@ -197,38 +217,28 @@ def test_names_and_places_that_do_not_exist_are_said(tmp_path):
         Store(tmp_path, "x").servable()
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_sigkill_in_promote_leaves_the_old_champion(runs, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLING, str(runs[1]), str(tmp_path), "store.reserved", "store.logged", "store.pointed"],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    outcomes = json.loads(done.stdout)
-    assert [each["status"] for each in outcomes] == [-signal.SIGKILL] * 3
-    assert [each["champion"] for each in outcomes] == [1, 1, 4]
-    assert Store(tmp_path, "blobs").servable().check() == 16
+    admitted(runs[1], tmp_path)
+    store = Store(tmp_path, "blobs")
+    champions = []
+    for point in ("store.reserved", "store.logged", "store.pointed"):
+        assert killed_at(point, lambda: admitted(runs[1], tmp_path)) == -signal.SIGKILL
+        champions.append(store.champion)
+        assert store.servable().check() == 16
+    assert champions == [1, 1, 4]
     assert admitted(runs[1], tmp_path).version == 5
     assert [path.name for path in (tmp_path / "blobs").glob(".*")] == [".lock"]
 
 
-KILLING = """
-import json, os, signal, sys
-import torch
-torch.set_num_threads(1)
-from tuneforge.engine.state import faults
-sys.path.insert(0, os.path.join(os.environ["PYTHONPATH"], "ship"))
-from test_store import Store, admitted
-
-run, place, *points = sys.argv[1:]
-admitted(run, place)
-outcomes = []
-for point in points:
+def killed_at(point, action):
+    """How a child ends that does something and is killed at a point."""
     child = os.fork()
     if not child:
+        signal.alarm(60)
         faults.hook = lambda name: os.kill(os.getpid(), signal.SIGKILL) if name == point else None
-        admitted(run, place)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    outcomes.append({"status": os.waitstatus_to_exitcode(status), "champion": Store(place, "blobs").champion})
-print(json.dumps(outcomes))
-"""
+        try:
+            action()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -5,6 +5,7 @@ Only options are declared here, so that `--help` needs no torch; the work is in 
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,13 +45,13 @@ class WarmStart:
     run: Path = option(help="The finished run: its folder, or a bundle that holds its safetensors form.")
 
     @hookimpl(wrapper=True)
-    def model_adapt(self, run: Run) -> object:
+    def model_adapt(self, run: Run) -> Generator[None, Model, Model]:
         """Build the model as its chain says, then copy the weights.
 
         Raises:
             DataError: A tensor other than the head's has another shape.
         """
-        model: Model = yield
+        model = yield
         if run.restoring:
             return model
         from tuneforge.builtin.joined import warmed

@@ -89,15 +89,16 @@ def joined(run: Path, new: NewSamples, *, val: float, fewest: int, seed: int) ->
     names, notes = _class_names(old.targets.names, new, fewest)
     codes = torch.tensor([names.index(each) if each in names else -1 for each in new.labels], dtype=torch.int64)
     train, held = _divided(new.rows(held_out=False, classes=names), codes, val=val, seed=seed)
-    parts = {"train": _joined(old.train, new, train, codes), "val": _joined(old.val, new, held, codes)}
+    longer = _joined(old.train, new, train, codes)
     test = new.rows(held_out=True, classes=names)
     size = len(old.train)
     return attrs.evolve(
         old,
-        **parts,
+        train=longer,
+        val=_joined(old.val, new, held, codes),
         targets=attrs.evolve(old.targets, names=names),  # type: ignore[misc]  # a component is an attrs class
         further={**old.further, **({"new": _taken(new, test, codes)} if len(test) else {})},
-        pools={"old": torch.arange(size), "new": torch.arange(size, len(parts["train"]))},
+        pools={"old": torch.arange(size), "new": torch.arange(size, len(longer))},
         notes=(*old.notes, f"new samples: {len(train)} train, {len(held)} val, {len(test)} held out", *notes),
     )
 
@@ -157,7 +158,7 @@ class Chain:
     def fingerprint(self) -> str | None:
         """SHA-256 over both; None where one cannot say."""
         asked = [getattr(source, "fingerprint", lambda: None)() for source in (self.first, self.second)]
-        return None if None in asked else hashlib.sha256(" ".join(asked).encode()).hexdigest()
+        return None if None in asked else hashlib.sha256(" ".join(map(str, asked)).encode()).hexdigest()
 
 
 def _class_names(old: tuple[str, ...], new: NewSamples, fewest: int) -> tuple[tuple[str, ...], list[str]]:
@@ -171,7 +172,7 @@ def _class_names(old: tuple[str, ...], new: NewSamples, fewest: int) -> tuple[tu
 
 def _divided(rows: Tensor, codes: Tensor, *, val: float, seed: int) -> tuple[Tensor, Tensor]:
     """Rows for training and for validation, of each class its share."""
-    pools = [rows[codes[rows] == code] for code in codes[rows].unique().tolist()]
+    pools = [rows[codes[rows] == code] for code in sorted(set(codes[rows].tolist()))]
     if not pools:
         raise DataError(
             "there is no new sample to train on",

@@ -70,7 +70,8 @@ def of_copies(members: Sequence[File], *, exact: bool, likeness: float) -> Itera
     if len({file.label for file in members}) > 1:
         names = " and ".join(f"'{label}'" for label in sorted({file.label for file in members}))
         for file in ordered:
-            action: Action = "look at it" if file.split in ("val", "test") else "leave out"
+            leaks = file.split != first.split
+            action: Action = "leave out" if leaks or (exact and file.split in ("", "train")) else "look at it"
             others = tuple(other.id for other in ordered if other is not file)
             why = f"the same picture is labelled {names}"
             yield of_file(file, "two labels", why, action, others=others, score=score)

@@ -63,11 +63,16 @@ class Ranks:
         """Of so many samples, how many are this rank's; shares differ by one at most."""
         return total // self.size + (self.rank < total % self.size)
 
+    def span(self, total: int) -> tuple[int, int]:
+        """This rank's part of a global batch, from and to; where there are too few for all, one to keep in step."""
+        count = self.count(total)
+        start = self.rank * (total // self.size) + min(self.rank, total % self.size)
+        return (start, start + count) if count else (0, 1)
+
     def share(self, rows: Tensor) -> Tensor:
-        """This rank's part of the rows of a global batch; where there are too few for all, one to keep in step."""
-        if self.alone:
-            return rows
-        return torch.tensor_split(rows, self.size)[self.rank] if self.count(len(rows)) else rows[:1]
+        """This rank's part of the rows of a global batch."""
+        start, stop = self.span(len(rows))
+        return rows[start:stop]
 
     def agree(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether it is raised on any rank."""

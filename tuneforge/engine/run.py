@@ -266,9 +266,8 @@ class Run:
         Of each batch this rank's share, or all of it where it is not `shared`.
         """
         split = self.data.train
-        ordered = in_order(order, self.config.batch_size, start=start)
-        if shared:
-            ordered = map(self.ranks.share, ordered)
+        span = {"span": self.ranks.span} if shared else {}
+        ordered = in_order(order, self.config.batch_size, start=start, **span)
         if self.prefix is not None:
             yield from self._kept_batches(self.prefix, ordered, weights)
             return

@@ -95,6 +95,9 @@ def promote(
             verdict = judge(champion, challenger, world, new, rules=rules, **known, used=place.times_used)
         except ParityError as error:
             verdict = refused("parity", f"{error.what}: {error.why}")
+        except BaseException:
+            shutil.rmtree(incoming, ignore_errors=True)
+            raise
         about = {"run": str(run), "verdict": names.finite(verdict.plain())}
         if verdict.promoted:
             return Promotion(verdict, place.name, place.admit(incoming, about), against)

@@ -97,6 +97,7 @@ def retune(
     if against is None:
         raise FolderError(f"'{place.name}' has no champion", where=str(place.path), fix="tuneforge promote RUN")
     champion = _tunable(place.folder(against))
+    labels = records.num_labels()  # those given while the turn goes on are for the next one
     samples = Samples.of(list(records.labelled()), champion.inputs)
     number, folder = _next_folder(place)
     say(f"turn {number}: {len(samples)} labelled samples, {sum(samples.held_out)} of them for the gate alone")
@@ -121,7 +122,7 @@ def retune(
         folder=folder,
         seconds=time.monotonic() - began,
     )
-    place.note(TURN, **_logged(turn, records.num_labels()))
+    place.note(TURN, **_logged(turn, labels))
     return turn
 
 
@@ -166,9 +167,12 @@ class Samples:
     def without(self, places: Collection[int]) -> Samples:
         """All but some."""
         kept = [place for place in range(len(self)) if place not in places]
-        tensors = {name: tensor[kept] for name, tensor in self.tensors.items()}
-        columns = ([column[place] for place in kept] for column in (self.labels, self.ids, self.held_out))
-        return Samples(tensors, *columns)
+        return Samples(
+            {name: tensor[kept] for name, tensor in self.tensors.items()},
+            [self.labels[place] for place in kept],
+            [self.ids[place] for place in kept],
+            [self.held_out[place] for place in kept],
+        )
 
     def split(self, classes: Sequence[str]) -> Split:
         """As a split; targets are places in `classes`."""
@@ -254,7 +258,7 @@ def _engine(
 
 
 def _logged(turn: Turn, labels: int) -> dict[str, Any]:
-    """What the store's log keeps of a turn; `labels` were given until then."""
+    """What the store's log keeps of a turn; `labels` had been given when it began."""
     return {
         "turn": turn.number,
         "labels": labels,

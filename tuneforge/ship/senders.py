@@ -46,8 +46,10 @@ def by_file(targets: Targets) -> Send:
     """What sends the file of a sample as it is."""
 
     def send(connection: Connection, name: str, split: Split, rows: Tensor) -> Answered:
-        (path,) = files_of(split.take(rows)) or ()
-        answer, seconds = connection.ask("POST", "/predict", path.read_bytes(), Content_Type="application/octet-stream")
+        paths = files_of(split.take(rows))
+        assert paths is not None
+        content = paths[0].read_bytes()
+        answer, seconds = connection.ask("POST", "/predict", content, Content_Type="application/octet-stream")
         return Answered(name, outputs_of(targets, answer)[None], str(answer.get("version", "")), seconds)
 
     return send
@@ -79,6 +81,7 @@ class Model:
 
 
 def model_of(server: Server, name: str | None) -> Model:
+    """What a server says of a model; of the first that it lists, where none is named."""
     connection = server.connect()
     try:
         if name is None:
@@ -94,7 +97,8 @@ def model_of(server: Server, name: str | None) -> Model:
 
 def files_of(split: Split) -> list[Path] | None:
     """The file of each sample; None where they are not read from files."""
-    source, rows = split.source, torch.arange(len(split))
+    source: Any = split.source
+    rows = torch.arange(len(split))
     while isinstance(source, Taken):
         source, rows = source.source, source.rows[rows]
     paths = getattr(getattr(source, "pictures", source), "paths", None)  # of files, or of files with stand-ins

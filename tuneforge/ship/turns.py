@@ -110,30 +110,29 @@ def picture(store: Store, records: Records) -> Path:
     Returns:
         The PNG, in the folder of the model's name.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.dates import date2num
     from matplotlib.figure import Figure
 
     answered = records.over_time()
+    marks = [(_seconds(line["time"]), line) for line in store.log() if line["event"] in (*_SWAPS, "refused")]
+    start = min([at for at, _, _ in answered] + [at for at, _ in marks], default=0.0)
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.add_subplot()
-    if answered:
-        times = date2num([datetime.fromtimestamp(at) for at, _, _ in answered])
-        axes.plot(times, _rolling([right for _, right, _ in answered]), color="#4a7fd4")
-    axes.xaxis_date()
-    for line in store.log():
-        at = date2num(datetime.fromisoformat(line["time"]).astimezone().replace(tzinfo=None))
-        if line["event"] in _SWAPS:
-            axes.axvline(at, color="#2a9d4a")
-            axes.annotate(f" {line['version']}", (at, 1.02), xycoords=("data", "axes fraction"), color="#2a9d4a")
-        elif line["event"] == "refused":
-            axes.axvline(at, color="#c0392b", linestyle=":")
+    hours = [(at - start) / 3600 for at, _, _ in answered]
+    axes.plot(hours, _rolling([right for _, right, _ in answered]), color="#2f6fc4")
+    for at, line in marks:
+        place = (at - start) / 3600
+        swap = line["event"] in _SWAPS
+        axes.axvline(place, color="#2a9d4a" if swap else "#c0392b", linestyle="-" if swap else ":")
+        if swap:
+            axes.annotate(f"{line['version']}", (place, 1.01), xycoords=("data", "axes fraction"), ha="center")
     axes.set(
-        ylim=(0, 1.02), ylabel=f"accuracy, last {_WINDOW} labelled", title=f"{store.name}: swaps green, refusals red"
+        ylim=(0, 1.02),
+        xlabel="hours; a line where a version took over, dotted where the gate refused",
+        ylabel=f"accuracy, last {_WINDOW} labelled",
     )
-    figure.autofmt_xdate()
+    axes.set_title(store.name, loc="left", pad=14)
     path = store.path / PICTURE
-    FigureCanvasAgg(figure).print_png(path)
+    figure.savefig(path, format="png")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Row 10: two processes train as one through torch's DistributedDataParallel, while phases freeze and thaw.
+"""Row 10: two processes train as one, while phases freeze and thaw.
 
 Each rank is a process of its own, because a process group is global; the strategy travels as a reference and its
 options, so its class must be one that can be imported.
@@ -11,15 +11,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Generator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-import attrs
 import torch
 
-from tuneforge import Engine, Group, Model, Phase, Run, hookimpl, load_tensors, save_tensors
+from tuneforge import Engine, Phase, load_tensors, save_tensors
 from tuneforge.plugin.plain import from_json, to_json
 from tuneforge.testing import world
 from tuneforge.testing.trial import Framed, Trial
@@ -29,33 +26,10 @@ RANKS = 2
 TIMEOUT_S = 120.0
 
 
-class Parallel:
-    """Wraps the finished model in DistributedDataParallel; its parameters are then named `module.*`.
-
-    What a phase freezes gets no gradient, which torch wants to be told of: `find_unused_parameters`.
-    """
-
-    @hookimpl(wrapper=True)
-    def model_adapt(self) -> Generator[None, Any, Any]:
-        """After every adapter."""
-        model = yield
-        module = torch.nn.parallel.DistributedDataParallel(model.module, find_unused_parameters=True)
-        groups = [Group(each.name, [f"module.{prefix}" for prefix in each.prefixes]) for each in model.groups]
-        parallel: Model = attrs.evolve(model, module=module, groups=groups, head=f"module.{model.head}")
-        return parallel
-
-    @hookimpl
-    def evaluation_started(self, run: Run) -> None:
-        """Where no phase trains, a step has set weights by itself (`Fit`, `Blend`): all ranks take those of rank 0."""
-        if run.phase is None:
-            for tensor in run.model.module.state_dict().values():
-                torch.distributed.broadcast(tensor, 0)
-
-
 def check_two_ranks(trial: Trial) -> None:
     """Row 10: DDP and unfreezing fail, or ranks drift apart (Lightning#20340, #17212).
 
-    Two ranks with half of the training data each go through the strategy and a thawing before and after it: both end,
+    Two ranks go through the strategy and a thawing before and after it, each with its share of every batch: both end,
     with the same weights to the bit, nothing frozen has moved, and all that was thawed has. Slow: two processes.
     """
     ends = _run_both(trial)
@@ -67,7 +41,7 @@ def check_two_ranks(trial: Trial) -> None:
     for rank in range(RANKS):
         seen = json.loads((trial.folder / f"rank-{rank}.json").read_text(encoding="utf-8"))
         assert not seen["faults"], f"{trial.label}: rank {rank}: {'; '.join(seen['faults'][:3])}"
-        missing = {f"module.{name}" for name in world.TWINS} - set(seen["moved"])
+        missing = set(world.TWINS) - set(seen["moved"])
         assert not missing, f"{trial.label}: rank {rank}: thawed and has not moved: {', '.join(sorted(missing))}"
 
 
@@ -104,8 +78,8 @@ def main(number: str, place: str, asked: str) -> None:
     watch = Watch()
     frame = Framed([Phase("kit-head", train="head", epochs=1)], [Phase("kit-all", epochs=1, lr=0.01)])
     result = Engine(
-        data=world.data(share=rank, shares=RANKS), model=world.model(), strategy=from_json(asked),
-        extensions=[frame, watch, Parallel()], batch_size=8, cache="off", page=False, out=folder / f"run-{rank}",
+        data=world.data(), model=world.model(), strategy=from_json(asked),
+        extensions=[frame, watch], batch_size=16, cache="off", page=False, out=folder / "run",
     ).run()  # fmt: skip
     weights = {name: each.detach().clone() for name, each in result.model.parameters().items()}
     save_tensors(weights, folder / f"rank-{rank}.safetensors", metadata={})

@@ -108,3 +108,15 @@ def test_a_missing_peft_is_named(tune, folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(tf.MissingDependencyError, match="needs peft"):
         tune(folder("bert"), adapt=[LORA])
+
+
+@pytest.mark.parametrize("adapt", [[], [LORA]], ids=["plain", "lora"])
+def test_the_librarys_own_class_takes_the_weights_of_the_run(tune, folder, adapt):
+    result = tune(folder("roberta"), adapt=adapt, strategy=tf.use("full", epochs=1))
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder("roberta"), num_labels=3).eval()
+    theirs.load_state_dict(tf.load_tensors(result.folder / "model.safetensors")[0])
+    tuned = tf.load(result.folder)
+    tokens = transformers.AutoTokenizer.from_pretrained(folder("roberta"))("the old boat", return_tensors="pt")
+    with torch.no_grad():
+        logits = theirs(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).logits[0]
+    torch.testing.assert_close(next(tuned.outputs(["the old boat"])), logits, rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ from tuneforge_transformers import pretrained as source
 from tuneforge_transformers.groups import groups_of
 from tuneforge_transformers.networks import (
     Kind,
+    Pooling,
     fresh_head,
     head_path,
     image_network,

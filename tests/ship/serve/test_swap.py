@@ -17,6 +17,7 @@ import pytest
 from tuneforge.engine.state.folder import load_tensors, save_tensors
 from tuneforge.ship import sealed
 from tuneforge.ship.bundle import servable_of
+from tuneforge.ship.export import export
 
 SWAPS = int(os.environ.get("TUNEFORGE_SWAPS", "4"))
 CLIENTS = int(os.environ.get("TUNEFORGE_CLIENTS", "8"))
@@ -182,3 +183,19 @@ def test_a_store_that_begins_broken_is_refused_at_start(store, serving):
     damaged(store.path / "fruit" / "1")
     with pytest.raises(FolderError, match="model.safetensors"), serving(store.path):
         pass
+
+
+def test_either_backend_answers_alike_and_auto_takes_one_that_was_measured(serving, table_run, tmp_path, caplog):
+    pytest.importorskip("onnxruntime")
+    caplog.set_level(logging.INFO, logger="tuneforge.serve")
+    bundle = export(table_run, to=("onnx", "safetensors"), out=tmp_path / "bundle", name="fruit")
+    answers = {}
+    for backend in ("torch", "onnxruntime", "auto"):
+        with serving(bundle, backend=backend) as server:
+            about = server.desk.models.current(server.desk.models.first).about
+            answers[backend] = server.ask("POST", "/predict", ROW).json
+        assert about["backend"] == backend or backend == "auto"
+        assert f"by {about['backend']}," in caplog.text
+    plums = [each["probabilities"]["plum"] for each in answers.values()]
+    assert plums == pytest.approx([plums[0]] * 3, abs=1e-5)
+    assert len({each["version"] for each in answers.values()}) == 1

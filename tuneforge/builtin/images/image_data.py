@@ -206,7 +206,7 @@ class Torchvision(PictureOptions):
         notes: tuple[str, ...] = ()
         if self.other_share is not None:
             parts, notes = with_others(parts, share=self.other_share, seed=run.data_seed)
-        return make_data(self, parts, seed=run.data_seed, notes=notes, known=_known(run))
+        return make_data(self, parts, seed=run.data_seed, notes=notes, known=_known(run), stand_ins=_record(run))
 
 
 def _data_of(options: FileOptions, found: Found, run: Run) -> Data:
@@ -218,7 +218,7 @@ def _data_of(options: FileOptions, found: Found, run: Run) -> Data:
     from tuneforge.builtin.images.vetting import copies_in, vetted, with_copies_marked
 
     images = options.images()
-    found, scanned = vetted(found, images, policy=options.broken, memory_mb=options.scan_mb, folder=run.folder)
+    found, scanned = vetted(found, images, run, policy=options.broken, memory_mb=options.scan_mb)
     names = tuple(sorted({label for listing in found.parts.values() for label in listing.classes}))
     codes = {name: code for code, name in enumerate(names)}
     parts = {}
@@ -229,19 +229,30 @@ def _data_of(options: FileOptions, found: Found, run: Run) -> Data:
             codes=place[np.frombuffer(listing.codes, dtype=np.int64)],
             ids=listing.ids,
         )
-    record = None if run.folder is None else run.folder / STAND_INS
     data = make_data(
-        options, Parts(names, parts), seed=run.data_seed, notes=found.notes, known=_known(run), stand_ins=record
+        options,
+        Parts(names, parts),
+        seed=run.data_seed,
+        notes=found.notes,
+        known=_known(run),
+        vetted=True,
+        stand_ins=None if scanned.folder is None else scanned.folder / STAND_INS,
     )
     if options.checked is not None:
         return with_copies_marked(data, copies_in(options.checked, data), by="as data check found")
     return with_copies_marked(data, scanned.same, by="the same bytes")
 
 
+def _record(run: Run) -> Path | None:
+    """Where a run writes down what stands in for what; None for one that only looks."""
+    return None if run.folder is None else run.folder / STAND_INS
+
+
 def _stand_ins(run: Run) -> list[dict[str, str]]:
     from tuneforge.builtin.images.picture_sources import stand_ins
 
-    return [] if run.folder is None else stand_ins(run.folder / STAND_INS)
+    record = _record(run)
+    return [] if record is None else stand_ins(record)
 
 
 def _known(run: Run) -> Any:

@@ -94,6 +94,7 @@ def make_data(
     seed: int,
     notes: Sequence[str] = (),
     known: Any = None,
+    vetted: bool = False,
     stand_ins: Path | None = None,
 ) -> Data:
     """The data of a run.
@@ -104,6 +105,7 @@ def make_data(
         seed: The run's.
         notes: Sentences on what was found.
         known: The inputs of a tuned model that this data is for; their normalisation beats what the options say.
+        vetted: Files have been looked at, all of them.
         stand_ins: Where it is written down which picture stands in for one that can no longer be read.
 
     Raises:
@@ -113,6 +115,8 @@ def make_data(
     parts = divided(parts, {"val": options.val, "test": options.test}, seed=seed)
     inputs = options.images()
     held, memory_notes = _held(parts, inputs, options.memory_mb)
+    if not held and not vetted:
+        _check_files(parts)
     sources = {
         split: _stored(part.pictures) if held else _on_demand(split, part, stand_ins)
         for split, part in parts.by_split.items()
@@ -326,9 +330,15 @@ def _stored(pictures: Pictures) -> Tensor:
     return out
 
 
+def _check_files(parts: Parts) -> None:
+    for part in parts.by_split.values():
+        if isinstance(part.pictures, PictureFiles):
+            part.pictures.check()
+
+
 def _on_demand(split: str, part: Part, record: Path | None) -> Pictures | StandIns:
-    """The source of a split that is decoded in each epoch."""
-    if not isinstance(part.pictures, PictureFiles):
+    """The source of a split that is decoded in each epoch; without a record, nothing stands in for anything."""
+    if not isinstance(part.pictures, PictureFiles) or record is None:
         return part.pictures
     return StandIns(part.pictures, part.codes, part.ids, split, record)
 

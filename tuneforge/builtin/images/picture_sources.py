@@ -111,14 +111,14 @@ class StandIns:
         codes: The class of each, int64 (n,).
         ids: A stable name of each.
         split: Name of the split, for the record.
-        record: Where stand-ins are written down, one JSON object a line; None: nowhere.
+        record: Where stand-ins are written down, one JSON object a line.
     """
 
     pictures: PictureFiles
     codes: NDArray[np.int64]
     ids: Sequence[str]
     split: str
-    record: Path | None
+    record: Path
     _told: set[int] = attrs.field(factory=set, init=False)
 
     def __len__(self) -> int:
@@ -137,7 +137,7 @@ class StandIns:
 
     def fingerprint(self) -> str | None:
         """That of the files; None where some are gone or stood in for, so that nothing of theirs is shared."""
-        if self.record is not None and any(line["split"] == self.split for line in stand_ins(self.record)):
+        if any(line["split"] == self.split for line in stand_ins(self.record)):
             return None
         try:
             return self.pictures.fingerprint()
@@ -171,12 +171,15 @@ class StandIns:
         return [int(each) for each in after[:_STAND_INS] if each != row]
 
     def _tell(self, row: int, stand_in: str, failure: DataError) -> None:
-        if self.record is None or row in self._told:
+        if row in self._told:
             return
         self._told.add(row)
         line = {"split": self.split, "id": self.ids[row], "why": failure.why, "stand_in": stand_in}
-        with self.record.open("a", encoding="utf-8") as file:  # one short write, so that processes can share the file
-            file.write(json.dumps(line) + "\n")
+        with (
+            contextlib.suppress(FileNotFoundError),  # a rank on another machine, which has no folder of the run
+            self.record.open("a", encoding="utf-8") as file,
+        ):
+            file.write(json.dumps(line) + "\n")  # one short write, so that processes can share the file
 
 
 def stand_ins(record: Path) -> list[dict[str, str]]:

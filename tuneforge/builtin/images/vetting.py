@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 import numpy as np
@@ -19,6 +19,9 @@ from tuneforge.builtin.images.image_files import Found, Listing
 from tuneforge.builtin.images.images import Images
 from tuneforge.builtin.images.names import shown
 from tuneforge.builtin.images.scan import Verdict, scan
+
+if TYPE_CHECKING:
+    from tuneforge import Run
 
 Policy = Literal["stop", "skip", "quarantine"]
 
@@ -38,39 +41,62 @@ class Vetted:
     Args:
         left_out: By the name of a file that cannot be used, why.
         same: Names of files with the same bytes, a list for each such set.
+        folder: The run's, also on ranks that do not write into it; None where nothing is written.
     """
 
     left_out: dict[str, str] = attrs.field(factory=dict)
     same: list[list[str]] = attrs.field(factory=list)
+    folder: Path | None = None
 
 
-def vetted(
-    found: Found, inputs: Images, *, policy: Policy, memory_mb: int, folder: Path | None
-) -> tuple[Found, Vetted]:
+def vetted(found: Found, inputs: Images, run: Run, *, policy: Policy, memory_mb: int) -> tuple[Found, Vetted]:
     """What is left of the pictures that were found, once each file has been looked at in a process with limits.
+
+    Of several ranks the first one looks, and all take its word. What was found is kept in the run's folder, so that a
+    resumed run has the very same samples.
 
     Args:
         found: As folders or a CSV file list them.
         inputs: How they will be decoded; what its operations make too large is left out too.
+        run: That asks.
         policy: What is done about files that cannot be used: end here, leave them out, or move them away too.
         memory_mb: Memory for looking at a file.
-        folder: The run's. What was found is kept in it, so that a resumed run has the very same samples.
 
     Raises:
         DataError: Some cannot be used, and the policy is `stop`; or none is left of a split.
     """
+    told: dict[str, Any] = {}
+    if run.ranks.leads:
+        try:
+            result = _vetted_here(found, inputs, policy, memory_mb, run.folder)
+            told = {"left_out": result.left_out, "same": result.same}
+            told["folder"] = None if run.folder is None else os.path.abspath(run.folder)
+        finally:
+            if not told:
+                run.ranks.heard(None)
+    told = run.ranks.heard(told)[0]
+    if told is None:
+        raise DataError("rank 0 could not use the data", fix="see what rank 0 says")
+    folder = told.pop("folder")
+    result = Vetted(**told, folder=None if folder is None else Path(folder))
+    return _without(found, result.left_out, moved=policy == "quarantine"), result
+
+
+def _vetted_here(found: Found, inputs: Images, policy: Policy, memory_mb: int, folder: Path | None) -> Vetted:
     kept = None if folder is None else folder / VETTED
     if kept is not None and kept.exists():
-        result = Vetted(**json.loads(kept.read_text(encoding="utf-8")))
-    else:
-        result = _looked_at(found, inputs, memory_mb)
-        if result.left_out and policy == "stop":
-            raise _unusable(found, result.left_out)
-        if kept is not None:
-            kept.write_text(json.dumps(attrs.asdict(result), indent=1) + "\n", encoding="utf-8")
-        if policy == "quarantine":
-            quarantine(found.root, result.left_out)
-    return _without(found, result.left_out, moved=policy == "quarantine"), result
+        return Vetted(**json.loads(kept.read_text(encoding="utf-8")))
+    result = _looked_at(found, inputs, memory_mb)
+    if result.left_out and policy == "stop":
+        raise _unusable(found, result.left_out)
+    if kept is not None:
+        content = {"left_out": result.left_out, "same": result.same}
+        part = kept.with_suffix(".part")
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.replace(kept)
+    if policy == "quarantine":
+        quarantine(found.root, result.left_out)
+    return result
 
 
 def quarantine(root: Path, unusable: dict[str, str]) -> None:

@@ -49,9 +49,8 @@ class Auto:
         ranked = [start]
         for block, why in suspects(brief, start, gradients, drift, self.batches)[: self.candidates]:
             if len(ranked) > 1:
-                yield Blend(
-                    f"before-{block}", snapshots=(start.step,), why="every block is tried from the same weights"
-                )
+                again = "every block is tried from the same weights"
+                yield Blend(f"before-{block}", snapshots=(start.step,), why=again)
             index = [group.name for group in brief.groups].index(block)
             report = yield self._phase(f"{block}-only", train=f"groups[{index}]", lr=self.lr, why=why)
             place = next((place for place, each in enumerate(ranked) if better(report, each, brief)), len(ranked))
@@ -80,7 +79,7 @@ def suspects(
     seen = [min(batches * brief.batch_size, count) for count in (brief.num_train, brief.num_val)]
     chance = math.sqrt(2 / math.pi * (1 / seen[0] + 1 / seen[1]))
     for block, value in drift.values.items():
-        if value > 3 * chance:
+        if block in gradients.values and value > 3 * chance:
             found.setdefault(block, f"the lowest whose features drift: {value:.2f} deviations, {chance:.2f} by chance")
             break
     for block, value in sorted(gradients.values.items(), key=lambda pair: -pair[1]):

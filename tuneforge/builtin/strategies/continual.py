@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tuneforge import Brief, Check, Phase, SelectorError, Step, component, ge, gt, hookimpl, option, use
+from tuneforge.builtin.strategies.fixed import has_fresh_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,14 +24,12 @@ _SHARE = Check("greater than 0 and less than 1", lambda value: bool(0 < value < 
 class LwF:
     """Learn new classes while the old ones go on answering as the starting weights do; needs no old sample.
 
-    Learning without Forgetting (Li and Hoiem 2016, arXiv 1606.09282): the loss gains strength * H(p, q), the mean over
-    the batch of the cross-entropy of q = softmax(logits / T) over the old classes against p, the same of the starting
-    weights in eval mode on the same inputs; T = 2 and strength 1 as in the paper. First the head alone, where it has
-    fresh rows, then all layers. Old classes are those whose rows of the head came with the model.
+    Learning without Forgetting (Li and Hoiem 2016, arXiv 1606.09282): the loss gains strength * H(p, q), the batch's
+    mean cross-entropy of q = softmax(logits / T) over the old classes against p, the same of the starting weights in
+    eval mode; T = 2 and strength 1 as there. Old classes are those whose rows of the head came with the model.
     """
 
     needs_inputs = True
-
     head_epochs: int = option(default=3, help="Epochs of the head before, where it has fresh rows.", check=ge(1))
     epochs: int = option(default=8, help="Epochs with every layer trained.", check=ge(1))
     lr: float = option(default=1e-3, help="Peak learning rate.", check=gt(0))
@@ -40,37 +39,25 @@ class LwF:
 
     @hookimpl
     def finetune_strategy(self, brief: Brief) -> Iterable[Step]:
-        """One phase over the head if it has fresh rows, one over all layers.
-
-        Raises:
-            SelectorError: The model came with the rows of no class of the data.
-        """
-        if not brief.old_classes:
-            raise _nothing_to_keep(brief)
-        best, schedule = self.restore_best, use("cosine", warmup=0.1)
-        phases = [Phase("all", epochs=self.epochs, lr=self.lr, schedule=schedule, restore_best=best)]
-        if set(brief.classes) - set(brief.old_classes):
-            why = "fresh rows of the head say nothing yet"
-            head = Phase("head", train="head", epochs=self.head_epochs, lr=self.lr, restore_best=best, why=why)
-            phases.insert(0, head)
-        return phases
+        """One phase over the head where it has fresh rows, one over all layers."""
+        require_old_classes(brief)
+        best, why = self.restore_best, "fresh rows of the head say nothing yet"
+        head = Phase("head", train="head", epochs=self.head_epochs, lr=self.lr, restore_best=best, why=why)
+        both = Phase("all", epochs=self.epochs, lr=self.lr, schedule=use("cosine", warmup=0.1), restore_best=best)
+        return [head, both] if has_fresh_rows(brief) else [both]
 
     @hookimpl
     def phase_started(self, run: Run) -> None:
         """Remember the starting weights, once a run."""
-        state = run.model.module.state_dict()
-        run.state(self).setdefault("start", {name: each.detach().clone() for name, each in state.items()})
+        run.state(self).setdefault("start", {n: each.clone() for n, each in run.model.module.state_dict().items()})
 
     @hookimpl(wrapper=True)
     def train_step(self, run: Run, batch: Batch) -> Generator[None, Any, Any]:
         """Add the old classes' term to the step's loss."""
         loss, outputs = yield
-        start = run.state(self).get("start")
-        if start is None:  # measured before anything trains: the term is at its least, whatever its value
-            return loss, outputs
-        labels = run.data.targets.labels
-        old = [labels.index(name) for name in run.model.kept if name in labels]
-        taught = _answers_of(start, run, batch.inputs)[:, old] / self.temperature
+        start = run.state(self).get("start", run.model.module.state_dict())  # a probe may come before any phase
+        old = [run.data.targets.labels.index(name) for name in run.model.kept if name in run.data.targets.labels]
+        taught = answers_of(start, run, batch.inputs)[:, old] / self.temperature
         said = (outputs[:, old] / self.temperature).log_softmax(1)
         return loss - self.strength * (taught.softmax(1) * said).sum(1).mean(), outputs
 
@@ -98,7 +85,7 @@ class Replay:
         ]
 
 
-def _answers_of(weights: Mapping[str, Tensor], run: Run, inputs: Any) -> Tensor:
+def answers_of(weights: Mapping[str, Tensor], run: Run, inputs: Any) -> Tensor:
     """What the model would answer with other weights, in eval mode (b, k); nothing of the run changes."""
     import torch
 
@@ -106,7 +93,8 @@ def _answers_of(weights: Mapping[str, Tensor], run: Run, inputs: Any) -> Tensor:
     args, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
     with _in_eval_mode(module), torch.no_grad(), run.autocast():
         answers = torch.func.functional_call(module, dict(weights), args, named, tie_weights=False)
-    return (answers[0] if isinstance(answers, (tuple, list)) else answers).float()
+    found: Tensor = answers[0] if isinstance(answers, (tuple, list)) else answers
+    return found.float()
 
 
 @contextlib.contextmanager
@@ -120,10 +108,16 @@ def _in_eval_mode(module: Any) -> Iterator[None]:
             each.training = training
 
 
-def _nothing_to_keep(brief: Brief) -> SelectorError:
-    return SelectorError(
-        "the model knows none of the classes, so there is nothing to keep",
-        where=f"classes: {', '.join(brief.classes[:12]) or 'none'}",
-        why="old classes are those whose rows of the head came with the model, found by name",
-        fix="start from a model that was tuned on some of them, or use --strategy full",
-    )
+def require_old_classes(brief: Brief) -> None:
+    """See that there is something to keep.
+
+    Raises:
+        SelectorError: The model came with the rows of no class of the data.
+    """
+    if not brief.old_classes:
+        raise SelectorError(
+            "the model knows none of the classes, so there is nothing to keep",
+            where=f"classes: {', '.join(brief.classes[:12]) or 'none'}",
+            why="old classes are those whose rows of the head came with the model, found by name",
+            fix="start from a model that was tuned on some of them, or use --strategy full",
+        )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, overload, runtime_checkable
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -399,10 +400,21 @@ def in_turn(size: int, batch_size: int) -> Iterator[Tensor]:
     return (torch.arange(start, min(start + batch_size, size)) for start in range(0, size, batch_size))
 
 
-def in_order(order: Order, batch_size: int, *, start: int = 0) -> Iterator[Tensor]:
-    """The rows of an epoch from batch `start` on; positions are asked in blocks, so no list of samples is held."""
+def in_order(
+    order: Order, batch_size: int, *, start: int = 0, span: Callable[[int], tuple[int, int]] = lambda size: (0, size)
+) -> Iterator[Tensor]:
+    """The rows of an epoch from batch `start` on; positions are asked in blocks, so no list of samples is held.
+
+    Args:
+        order: Of the epoch.
+        batch_size: Samples of a batch.
+        start: The first batch.
+        span: Which part of a batch of that size is wanted, from and to; all of it by default.
+    """
     sizes = BatchSizes(order.size, batch_size)
     at_once = max(1, _AT_ONCE // batch_size)
     for first in range(start, len(sizes), at_once):
-        block = sizes[first : first + at_once]
-        yield from torch.split(order.rows(first * batch_size, first * batch_size + sum(block)), block)
+        spans = list(map(span, sizes[first : first + at_once]))
+        bases = range(first * batch_size, order.size, batch_size)
+        positions = [np.arange(base + low, base + high) for base, (low, high) in zip(bases, spans, strict=False)]
+        yield from torch.split(order.at(np.concatenate(positions)), [high - low for low, high in spans])

@@ -109,7 +109,11 @@ class Order:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """The rows at positions `start` to `stop` of this epoch, int64 (stop - start,)."""
-        places = Permutation(self.size, key_of(self.seed, "order", self.epoch))(np.arange(start, stop))
+        return self.at(np.arange(start, stop))
+
+    def at(self, positions: NDArray[np.int64]) -> Tensor:
+        """The rows at these positions of this epoch, int64 (m,)."""
+        places = Permutation(self.size, key_of(self.seed, "order", self.epoch))(positions)
         return torch.from_numpy(places) if not self.pools else self._drawn(places)
 
     def _drawn(self, places: NDArray[np.int64]) -> Tensor:

@@ -132,7 +132,7 @@ class Models:
 
     Args:
         sources: Where they come from.
-        backend: `auto` measures at the first load and keeps to the faster one.
+        backend: `auto` opens every form that a version has, and keeps the one that answers a lone row fastest.
         device_name: Where torch computes.
         batch_rows: Rows of the largest batch, for warming up.
         swapped: Is called after each attempt to load, with the model's name and whether it answers now.

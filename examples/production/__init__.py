@@ -1,0 +1,1 @@
+"""What `production_loop.py` is made of: worlds that change, and clients of a server."""

@@ -1,0 +1,69 @@
+"""Real digits that a model has not seen, as four changed worlds show them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+import tuneforge as tf
+from tuneforge.builtin.characters.digit_images import real_digits
+from tuneforge.builtin.characters.fonts import find_fonts
+from tuneforge.builtin.characters.glyphs import render
+
+Sample = tuple[bytes, str]
+NEW_CLASS = "A"
+
+
+def plain(counts: np.ndarray, side: int = 8) -> Image.Image:
+    """Light ink on dark, as the model was tuned on it, of ink counts (8, 8)."""
+    small = Image.fromarray((counts * 15.9375).astype(np.uint8))
+    return small if side == 8 else small.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def inverted(counts: np.ndarray) -> Image.Image:
+    """Dark ink on light."""
+    return Image.fromarray(255 - np.asarray(plain(counts)))
+
+
+def rotated(counts: np.ndarray) -> Image.Image:
+    """Turned by 40 degrees."""
+    return plain(counts, 32).rotate(40)
+
+
+def new_pen(counts: np.ndarray) -> Image.Image:
+    """Written with a much broader pen."""
+    return plain(counts, 64).filter(ImageFilter.MaxFilter(13))
+
+
+class Production:
+    """What production sends, each digit once a world.
+
+    Args:
+        base: The run whose training, validation and test digits are left out.
+    """
+
+    def __init__(self, base: Path) -> None:
+        data = tf.with_data(tf.load(base)).data
+        used = {split.id_of(row) for split in data.splits().values() for row in range(len(split))}
+        self.images, self.labels = real_digits()
+        free = [index for index in range(len(self.labels)) if f"real/{index}" not in used]
+        self.free = np.random.default_rng(0).permutation(free)
+
+    def digits(self, look: Callable[[np.ndarray], Image.Image], start: int, stop: int) -> list[Sample]:
+        """Some of the free digits, as a world shows them."""
+        return [(_png(look(self.images[index])), str(self.labels[index])) for index in self.free[start:stop]]
+
+    def letters(self, count: int, *, seed: int) -> list[Sample]:
+        """A class never seen before: a letter in many fonts and hands."""
+        drawn, _ = render(np.array([NEW_CLASS] * count), find_fonts(), seed=seed, stream="letters")
+        return [(_png(plain(each)), NEW_CLASS) for each in drawn]
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
