@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tuneforge as tf
-from tuneforge.engine.frozen import prefix, store
+from tuneforge.engine.frozen import fill, prefix, store
 from tuneforge.engine.state import faults
 
 
@@ -504,14 +504,14 @@ def test_a_stop_while_features_are_computed_saves_and_the_rest_is_the_same(tune,
     data = {"data": tiny_data(), "batch_size": 16, "page": False, "cache": "memory"}
     whole = tf.Engine(strategy=tf_plan, model=tiny_net(), out=tmp_path / "whole", **data).run()
     asked = tf.Engine(strategy=tf_plan, model=tiny_net(), out=tmp_path / "r", **data)
-    blocks = prefix._Filler._values_of
+    blocks = fill.Filler._values_of
 
     def block(*given):
         asked.stop("SIGTERM", exit_code=143)
         return blocks(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefix._Filler, "_values_of", block)
+        patch.setattr(fill.Filler, "_values_of", block)
         with pytest.raises(tf.StoppedError):
             asked.run()
     resumed = tf.Engine.resume(tmp_path / "r", data=tiny_data(), model=tiny_net(), strategy=tf_plan).run()

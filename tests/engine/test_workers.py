@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import tuneforge as tf
-from tuneforge.engine.samples.data import batches, in_turn
+from tuneforge.engine.samples.batches import batches, in_turn
 from tuneforge.engine.samples.workers import Workers
 
 EPOCHS = 16

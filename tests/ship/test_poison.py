@@ -1,5 +1,5 @@
-"""Poisoned feedback: whatever is promoted after it is no worse on the new world's clean truth than the champion was, and
-on the old world's loses no more than the gate's margin allows.
+"""Poisoned feedback: what is promoted after it is no worse than the champion was on the new world's clean truth, and on
+the old world's it loses no more than the gate's margin.
 
 TUNEFORGE_POISONS sets how many batches of each kind are tried (1 by default, 20 for the full proof), with -s the table.
 """

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from tuneforge.engine.passes import evaluate
 from tuneforge.engine.phase import train
 from tuneforge.engine.plan import Plan, check_ahead, looked_at, planned
 from tuneforge.engine.probe import probe
-from tuneforge.engine.ranks import Ranks
+from tuneforge.engine.ranks import Ranks, opened
 from tuneforge.engine.run import Run
 from tuneforge.engine.samples import given
 from tuneforge.engine.solve import Snapshot, blend, fit
@@ -32,7 +31,7 @@ from tuneforge.engine.state.checkpoint import Checkpoints
 from tuneforge.engine.state.folder import RunFolder, save_tensors, state_of
 from tuneforge.engine.state.memory import Memory, found
 from tuneforge.engine.state.record import MISTAKES_KEPT, Keeper, brief_of, describe_model, describe_run, mistakes
-from tuneforge.errors import FolderError, PluginError, StoppedError, UsageError
+from tuneforge.errors import PluginError, StoppedError, UsageError
 from tuneforge.plugin.answers import Answer
 from tuneforge.plugin.config import REPEATABLE, RunConfig, resolve
 from tuneforge.plugin.hookspecs import hookimpl
@@ -176,7 +175,7 @@ class Engine:
         self._ran = True
         ranks = Ranks.joined()
         with (
-            _opened(ranks, self.config.out, resume=self._resumed is not None) as place,
+            opened(ranks, self.config.out, resume=self._resumed is not None) as place,
             torch.random.fork_rng(devices=[]),
         ):
             try:
@@ -381,25 +380,6 @@ class Engine:
     def plan(self) -> Plan:
         """The steps that are known before any is done: data and model are built, nothing is trained or written."""
         return planned(self.look(), _checked, self._say or (lambda text: None))
-
-
-@contextlib.contextmanager
-def _opened(ranks: Ranks, path: Path | None, *, resume: bool) -> Iterator[RunFolder]:
-    """The run's folder, which rank 0 opens; the others are told where it is, and write nothing."""
-    if not ranks.leads:
-        told = ranks.heard(None)[0]
-        if told is None:
-            raise FolderError("rank 0 could not open the run's folder", fix="see what rank 0 says")
-        yield RunFolder(Path(told), writes=False)
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            place = stack.enter_context(RunFolder(path, resume=resume))
-        except FolderError:
-            ranks.heard(None)
-            raise
-        ranks.heard(str(place.path))
-        yield place
 
 
 class _Steps:

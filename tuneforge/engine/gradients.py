@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tuneforge.engine.network.device import is_out_of_memory, root_of
 from tuneforge.engine.network.freezing import put_back, set_modes, whole_state
 from tuneforge.engine.run import Run, in_pieces
-from tuneforge.engine.samples.data import Batch, batch_sizes, tensors_of
+from tuneforge.engine.samples.batches import batch_sizes
+from tuneforge.engine.samples.data import Batch, tensors_of
 from tuneforge.errors import HaltError, PluginError
 
 IN_SUCCESSION = 10

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tuneforge.engine.evaluation import Worst
 from tuneforge.engine.network.device import is_out_of_memory
 from tuneforge.engine.run import Run
-from tuneforge.engine.samples.data import Split, in_turn
+from tuneforge.engine.samples.batches import in_turn
+from tuneforge.engine.samples.data import Split
 from tuneforge.errors import DataError
 
 

@@ -22,7 +22,7 @@ from tuneforge.engine.network.proof import Proof
 from tuneforge.engine.parts import Parts
 from tuneforge.engine.passes import evaluate
 from tuneforge.engine.run import Run
-from tuneforge.engine.samples.data import batch_sizes
+from tuneforge.engine.samples.batches import batch_sizes
 from tuneforge.engine.samples.draws import Draws
 from tuneforge.engine.state import faults
 from tuneforge.errors import HaltError, UsageError
@@ -85,10 +85,20 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
         run.save(progress)
         faults.point("epoch")
 
+    return _concluded(run, phase, trained, course, gradients)
+
+
+def _concluded(run: Run, phase: Phase, trained: list[str], course: _Course, gradients: Gradients) -> Report:
+    """End a phase: prove what froze and what moved, go back to the best weights where asked, and report.
+
+    Raises:
+        HaltError: What was frozen moved, what trained did not, or the ranks have drifted apart.
+    """
     run.ranks.prove_equal(whole_state(run.model.module))
     run.hooks.call.phase_ended(run=run)
+    assert run.proof is not None
+    unmoved = run.proof.conclude(run.model)
     views = run.prefix.views if run.prefix is not None else 0
-    unmoved = proof.conclude(run.model)
     if phase.restore_best and course.best_epoch != len(course.history):
         put_back(run.model.module, course.best_state)
         run.optimization.forget()

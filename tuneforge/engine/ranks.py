@@ -8,10 +8,12 @@ process. Rank 0 alone writes the folder. See docs/scale.md.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -19,7 +21,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from tuneforge.engine.network.proof import same_bits
-from tuneforge.errors import HaltError
+from tuneforge.engine.state.folder import RunFolder
+from tuneforge.errors import FolderError, HaltError
 
 _BUCKET = 25 << 20  # bytes of gradients that travel together, as torch's DistributedDataParallel has it
 _PATIENCE = timedelta(minutes=30)
@@ -188,6 +191,25 @@ class Ranks:
         """Go on when all are here."""
         if not self.alone:
             distributed.barrier()
+
+
+@contextlib.contextmanager
+def opened(ranks: Ranks, path: Path | None, *, resume: bool) -> Iterator[RunFolder]:
+    """The run's folder, which rank 0 opens; the others are told where it is, and write nothing."""
+    if not ranks.leads:
+        told = ranks.heard(None)[0]
+        if told is None:
+            raise FolderError("rank 0 could not open the run's folder", fix="see what rank 0 says")
+        yield RunFolder(Path(told), writes=False)
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            place = stack.enter_context(RunFolder(path, resume=resume))
+        except FolderError:
+            ranks.heard(None)
+            raise
+        ranks.heard(str(place.path))
+        yield place
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

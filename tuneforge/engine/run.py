@@ -18,17 +18,8 @@ from tuneforge.engine.network.model import Model, answer_of, call, check_answer,
 from tuneforge.engine.network.optim import Optimization
 from tuneforge.engine.network.proof import Proof
 from tuneforge.engine.ranks import Ranks
-from tuneforge.engine.samples.data import (
-    Batch,
-    Data,
-    Inputable,
-    Split,
-    batches,
-    in_order,
-    in_turn,
-    map_inputs,
-    tensors_of,
-)
+from tuneforge.engine.samples.batches import batches, in_order, in_turn
+from tuneforge.engine.samples.data import Batch, Data, Inputable, Split, map_inputs, tensors_of
 from tuneforge.engine.samples.order import Noise, Order, key_of
 from tuneforge.engine.samples.workers import Workers
 from tuneforge.errors import PluginError

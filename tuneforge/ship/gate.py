@@ -13,7 +13,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.samples.data import Inputable, Split, Targets, fetched, in_turn
+from tuneforge.engine.samples.batches import fetched, in_turn
+from tuneforge.engine.samples.data import Inputable, Split, Targets
 from tuneforge.plugin.component import values_of
 from tuneforge.ship.bundle import Servable
 from tuneforge.ship.evidence import digests

@@ -11,7 +11,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.samples.data import Inputable, Split, Stored, Targets, fetched, in_turn, tensors_of
+from tuneforge.engine.samples.batches import fetched, in_turn
+from tuneforge.engine.samples.data import Inputable, Split, Stored, Targets, tensors_of
 from tuneforge.errors import HaltError
 from tuneforge.ship.formats import Forward, answers_of
 

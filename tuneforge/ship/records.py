@@ -17,9 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import attrs
-
 from tuneforge.errors import DataError, FolderError, TryAgainError, UnknownNameError, UsageError
+from tuneforge.ship.exchanges import Counts as Counts
+from tuneforge.ship.exchanges import Exchange as Exchange
+from tuneforge.ship.exchanges import Label as Label
+from tuneforge.ship.exchanges import Labelled as Labelled
 
 Side = Literal["train", "held-out"]
 
@@ -49,90 +51,6 @@ CREATE INDEX uncertain ON requests (confidence) WHERE label IS NULL;
 CREATE INDEX labelled ON requests (label_number) WHERE label IS NOT NULL;
 CREATE INDEX contents ON requests (content) WHERE label IS NOT NULL;
 """
-
-
-@attrs.frozen
-class Exchange:
-    """One thing that was asked and what was answered.
-
-    Args:
-        id: The request's, by which a label finds it.
-        version: The model that answered.
-        body: The input as it was sent.
-        content_type: What the body is, such as `image/png`.
-        answer: Plain data; `class` and `probability`, where it has them, are what it is ranked and judged by.
-        time: Seconds since 1970.
-        features: What drift is measured on, float32 bytes; None where nobody asked.
-        content: A digest of what the model saw, so that one picture sent in two ways counts as one; by default the
-            SHA-256 of the body.
-    """
-
-    id: str
-    version: str
-    body: bytes
-    content_type: str
-    answer: dict[str, Any]
-    time: float = attrs.field(factory=time.time)
-    features: bytes | None = None
-    content: str = ""
-
-    @property
-    def raw(self) -> Any:
-        """What the inputs contract decodes: the value of JSON, or the bytes."""
-        return json.loads(self.body) if self.content_type == "application/json" else self.body
-
-
-@attrs.frozen
-class Label:
-    """A label as it stands in the file.
-
-    Args:
-        id: The request's.
-        name: The class that is right.
-        previous: The label before it; None where it is the first.
-        held_out: True where the sample is for the gate alone.
-        agrees: Whether the answer had been this class; None where the answer named none.
-    """
-
-    id: str
-    name: str
-    previous: str | None
-    held_out: bool
-    agrees: bool | None
-
-
-@attrs.frozen
-class Labelled:
-    """A labelled sample, for training or for the gate.
-
-    Args:
-        exchange: The request and its answer.
-        label: The class that is right.
-        held_out: True where it is for the gate alone.
-    """
-
-    exchange: Exchange
-    label: str
-    held_out: bool
-
-
-@attrs.frozen
-class Counts:
-    """What the file holds.
-
-    Args:
-        requests: Requests kept.
-        labelled: Requests with a label.
-        held_out: Labelled requests that are set aside.
-        labels: Labels ever given, relabelling included.
-        bytes: Size of the file in use.
-    """
-
-    requests: int
-    labelled: int
-    held_out: int
-    labels: int
-    bytes: int
 
 
 class Records:

@@ -202,7 +202,7 @@ def named(root: str | Path, name: str | None) -> Store:
 
 
 def _tunable(folder: Path) -> tuned.Tuned:
-    """The champion as a run."""
+    """The champion as a run that answers with a class."""
     if not (folder / names.WEIGHTS).is_file():
         raise FolderError(
             f"version {folder.name} of '{folder.parent.name}' holds nothing that can be tuned",
@@ -210,7 +210,14 @@ def _tunable(folder: Path) -> tuned.Tuned:
             why="its safetensors form is missing",
             fix="promote the run again with --to onnx --to safetensors",
         )
-    return tuned.load(folder)
+    found = tuned.load(folder)
+    if "class" not in found.targets.describe(torch.zeros(found.targets.size)):
+        raise DataError(
+            f"'{folder.parent.name}' does not answer with a class",
+            why="labels name classes, so there is nothing to learn from them",
+            fix="tune again on data of your own: tuneforge run",
+        )
+    return found
 
 
 def _forms(folder: Path) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ from tuneforge.engine import tuned
 from tuneforge.engine.evaluation import single_numbers, watched
 from tuneforge.engine.network import device
 from tuneforge.engine.run import Run
-from tuneforge.engine.samples.data import Split, Targets, in_turn
+from tuneforge.engine.samples.batches import in_turn
+from tuneforge.engine.samples.data import Split, Targets
 from tuneforge.engine.samples.given import member
 from tuneforge.errors import UnknownNameError, UsageError, close_match
 from tuneforge.plugin import registry
