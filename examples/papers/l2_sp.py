@@ -19,7 +19,7 @@ STRENGTHS = (0.01, 0.1, 1.0)
 
 
 @click.command()
-@click.option("--seeds", default=8, show_default=True)
+@click.option("--seeds", default=6, show_default=True)
 @click.option("--per-class", default=6, show_default=True, help="Labels; a third of them validate.")
 @click.option("--epochs", default=20, show_default=True)
 def main(seeds: int, per_class: int, epochs: int) -> None:

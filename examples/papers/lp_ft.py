@@ -63,7 +63,7 @@ def errors(seed: int, *, samples: int, noise: float, epochs: int) -> dict[str, t
 @click.option("--seeds", default=10, show_default=True)
 @click.option("--samples", default=100, show_default=True)
 @click.option("--noise", default=0.3, show_default=True, help="Distance of the features that the network comes with.")
-@click.option("--epochs", default=400, show_default=True, help="Steps of gradient descent.")
+@click.option("--epochs", default=200, show_default=True, help="Steps of gradient descent.")
 def main(seeds: int, samples: int, noise: float, epochs: int) -> None:
     """Print both errors of each way, and the paired differences outside."""
     torch.set_num_threads(1)

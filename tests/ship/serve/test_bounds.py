@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import socket
 import struct
@@ -24,9 +25,10 @@ SMALL = Limits(body_bytes=64 * 1024, body_s=0.4, head_s=0.4, connections=40)
 def raw(server, *parts: bytes, wait_s: float = 0.0, half_close: bool = False, timeout: float = 10) -> tuple[int, bytes]:
     """Bytes over a socket, and the status and all of the answer; 0 where the server only closed."""
     with socket.create_connection((server.host, server.port), timeout=timeout) as connection:
-        for part in parts:
-            connection.sendall(part)
-            time.sleep(wait_s)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server may have answered and closed
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(wait_s)
         if half_close:
             connection.shutdown(socket.SHUT_WR)
         content = b""
