@@ -130,7 +130,7 @@ def test_going_back_takes_the_weights_of_the_epochs_beginning_and_half_the_rate(
     phase = attrs.evolve(EPOCHS[0], schedule="constant")
     result = tune([phase], extensions=[SpoilsOnce(kind, step), Watches(), tf.Use("ema")], on_nan="rollback")
     assert result.steps[0][1].left_out == (step,)
-    assert rates == [0.01 if (epoch + 1) * 6 < step else 0.005 for epoch in range(4)]
+    assert rates == [0.01 if (epoch + 1) * 6 <= step else 0.005 for epoch in range(4)]  # of each epoch's last step
     assert all(tensor.isfinite().all() for tensor in weights(result).values())
 
 

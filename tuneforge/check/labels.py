@@ -21,6 +21,7 @@ FOLDS = 5
 LEAST_SKILL = 0.5
 """Skill of the out-of-fold model, over naming the most frequent class, under which its doubts say more about itself."""
 
+_TIMES = 4.0  # so many times more likely than its label is what a sample seems to be
 _NEIGHBOURS = 11
 _COMPONENTS = 30
 
@@ -49,9 +50,10 @@ class Doubts:
 def doubts(features_nf: Floats, codes: Rows, *, seed: int = 0) -> Doubts | None:
     """Which labels are likely wrong; None where fewer than two classes have enough samples to say.
 
-    Probabilities come from the nearest neighbours among the principal components of the features, in five folds. The
-    number of likely mistakes of each label follows from thresholds that the classes set themselves, and so many samples
-    of it are named, by margin (the paper's "prune by class", which loses less to rounding than by pairs of classes).
+    Probabilities come from the nearest neighbours among the principal components of the features, in five folds, and
+    are taken relative to what each class's own members have, as confident learning does. A label is doubted where
+    another class is four times as likely by that. On digits with 10 % wrong labels this finds more of them, and fewer
+    others, than pruning as many as the estimated joint distribution says (the paper's "prune by class").
 
     Args:
         features_nf: What the labels are judged by.
@@ -64,8 +66,12 @@ def doubts(features_nf: Floats, codes: Rows, *, seed: int = 0) -> Doubts | None:
     if len(classes) < 2:
         return None
     chances_nk = _out_of_fold(features_nf[judged], own, seed)
-    named = _mislabelled(chances_nk, own)
-    best = chances_nk[named].argmax(axis=1)
+    every = np.arange(len(own))
+    others_nk = _confidences(chances_nk, own)
+    own_n = others_nk[every, own]
+    others_nk[every, own] = 0
+    named = np.flatnonzero(others_nk.max(axis=1) > _TIMES * own_n)
+    best = others_nk[named].argmax(axis=1)
     margins = chances_nk[named, best] - chances_nk[named, own[named]]
     order = np.argsort(-margins, kind="stable")
     accuracy = float((chances_nk.argmax(axis=1) == own).mean())
@@ -131,31 +137,7 @@ def _out_of_fold(features_nf: Floats, codes: Rows, seed: int) -> NDArray[np.floa
     return np.asarray(chances, dtype=np.float64)
 
 
-def _mislabelled(chances_nk: NDArray[np.float64], codes: Rows) -> Rows:
-    """Rows whose label is likely wrong, ascending: of each label as many as it has mistakes, by margin."""
-    every = np.arange(len(codes))
-    others_nk = chances_nk.copy()
-    others_nk[every, codes] = -1
-    margins = others_nk.max(axis=1) - chances_nk[every, codes]
-    wrong = np.zeros(len(codes), dtype=bool)
-    for label, count in enumerate(_mistakes(chances_nk, codes)):
-        members = np.flatnonzero(codes == label)
-        wrong[members[np.argsort(-margins[members], kind="stable")[:count]]] = True
-    return np.flatnonzero(wrong & (margins > 0))
-
-
-def _mistakes(chances_nk: NDArray[np.float64], codes: Rows) -> Rows:
-    """Estimated number of samples with each label that are of another class (k,).
-
-    A sample counts for the likeliest class that it is confidently of: whose probability is at least the mean that the
-    class's own members have. The counts of a label are then scaled to all of its samples.
-    """
-    size = chances_nk.shape[1]
-    threshold_k = np.array([chances_nk[codes == label, label].mean() for label in range(size)])
-    confident_nk = np.where(chances_nk >= threshold_k, chances_nk, -1.0)
-    sure = confident_nk.max(axis=1) >= 0
-    agree = confident_nk[sure].argmax(axis=1) == codes[sure]
-    right_k = np.maximum(np.bincount(codes[sure][agree], minlength=size), 1)
-    wrong_k = np.bincount(codes[sure][~agree], minlength=size)
-    share_k = wrong_k / (right_k + wrong_k)
-    return np.asarray(np.rint(share_k * np.bincount(codes, minlength=size)), dtype=np.int64)
+def _confidences(chances_nk: NDArray[np.float64], codes: Rows) -> NDArray[np.float64]:
+    """Each probability over the mean that the class's own members have (n, k): what it is for a usual member is 1."""
+    own_k = [chances_nk[codes == label, label].mean() for label in range(chances_nk.shape[1])]
+    return np.asarray(chances_nk / np.maximum(own_k, 1e-9), dtype=np.float64)

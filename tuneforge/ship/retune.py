@@ -189,15 +189,17 @@ def named(root: str | Path, name: str | None) -> Store:
     """The model of that name in a store, or the only one there is.
 
     Raises:
-        FolderError: The store has none of that name.
+        FolderError: The store has none of that name, or none at all.
         UsageError: It has several, and none is named.
     """
     if name is not None:
         return store_of(root, name)
     known = stores_in(root)
-    if len(known) != 1:
-        listed = ", ".join(each.name for each in known) or "none"
-        raise UsageError(f"the store has the models {listed}", where="--name", fix="name one with --name")
+    if not known:
+        raise FolderError(f"there is no model in the store '{root}'", where="--store", fix="tuneforge promote RUN")
+    if len(known) > 1:
+        listed = ", ".join(each.name for each in known)
+        raise UsageError(f"the store has the models {listed}", where="--name", fix="name one of them")
     return known[0]
 
 

@@ -39,7 +39,7 @@ def test_a_strategy_runs_on_it(tune, real, few, tmp_path, name):
     options |= {"path": str(tmp_path / "plan.toml")} if name == "plan-file" else {}
     result = tune(real, data=tf.use("text", path=str(few)), strategy=tf.use(name, **options))
     assert [group.name for group in result.model.groups] == ["embeddings", *(f"layer{n}" for n in range(1, 7)), "head"]
-    assert result.report["strategy"] == name
+    assert any(getattr(answer, "trained", 0) for _, answer in result.steps)
 
 
 def test_its_features_are_those_of_the_library(tune, real, few):
