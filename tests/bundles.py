@@ -13,7 +13,7 @@ from small import blobs, tiny_data
 import tuneforge as tf
 from tuneforge.builtin.tables.arrays import Tensors
 from tuneforge.builtin.targets import Classes
-from tuneforge.ship.bundle import Servable
+from tuneforge.ship.bundles.bundle import Servable
 
 
 def data(**changed: Any) -> tf.Data:

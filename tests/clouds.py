@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 import tuneforge as tf
-from tuneforge.ship.records import Exchange, Records
-from tuneforge.ship.store import Store
+from tuneforge.ship.champion.store import Store
+from tuneforge.ship.circle.records import Exchange, Records
 
 FIELDS = 6
 

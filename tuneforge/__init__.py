@@ -159,19 +159,19 @@ if TYPE_CHECKING:
     from tuneforge.plugin.steps import (
         use as use,
     )
-    from tuneforge.ship.bundle import Servable as Servable
-    from tuneforge.ship.bundle import load_bundle as load_bundle
-    from tuneforge.ship.bundle import servable_of as servable_of
-    from tuneforge.ship.export import export as export
-    from tuneforge.ship.formats import ExportFormat as ExportFormat
-    from tuneforge.ship.formats import Forward as Forward
-    from tuneforge.ship.formats import answers_of as answers_of
-    from tuneforge.ship.formats import forward_of as forward_of
-    from tuneforge.ship.gate import Rules as Rules
-    from tuneforge.ship.gate import judge as judge
-    from tuneforge.ship.promote import promote as promote
+    from tuneforge.ship.bundles.bundle import Servable as Servable
+    from tuneforge.ship.bundles.bundle import load_bundle as load_bundle
+    from tuneforge.ship.bundles.bundle import servable_of as servable_of
+    from tuneforge.ship.bundles.export import export as export
+    from tuneforge.ship.bundles.formats import ExportFormat as ExportFormat
+    from tuneforge.ship.bundles.formats import Forward as Forward
+    from tuneforge.ship.bundles.formats import answers_of as answers_of
+    from tuneforge.ship.bundles.formats import forward_of as forward_of
+    from tuneforge.ship.champion.gate import Rules as Rules
+    from tuneforge.ship.champion.gate import judge as judge
+    from tuneforge.ship.champion.promote import promote as promote
+    from tuneforge.ship.champion.store import Store as Store
     from tuneforge.ship.serve import serve as serve
-    from tuneforge.ship.store import Store as Store
 
 _HOMES = {
     "tuneforge.errors": (
@@ -240,20 +240,20 @@ _HOMES = {
     "tuneforge.judge.page": ("write_page",),
     "tuneforge.judge.race": ("compare",),
     "tuneforge.builtin.tables.arrays": ("data_of",),
-    "tuneforge.ship.bundle": (
+    "tuneforge.ship.bundles.bundle": (
         "Servable",
         "load_bundle",
         "servable_of",
     ),
-    "tuneforge.ship.export": ("export",),
-    "tuneforge.ship.gate": (
+    "tuneforge.ship.bundles.export": ("export",),
+    "tuneforge.ship.champion.gate": (
         "Rules",
         "judge",
     ),
-    "tuneforge.ship.promote": ("promote",),
+    "tuneforge.ship.champion.promote": ("promote",),
     "tuneforge.ship.serve": ("serve",),
-    "tuneforge.ship.store": ("Store",),
-    "tuneforge.ship.formats": (
+    "tuneforge.ship.champion.store": ("Store",),
+    "tuneforge.ship.bundles.formats": (
         "ExportFormat",
         "Forward",
         "answers_of",

@@ -2,8 +2,8 @@
 
 A network learns the digits 0 to 6, then 7, 8 and 9 (Robins 1995; Li and Hoiem 2016, arXiv 1606.09282). Claim: without
 old samples the old classes are forgotten; some replayed old samples keep them; distilled answers keep old classes apart
-from one another, which is what Li and Hoiem measure: they tell the model which task a sample is of.
-Validation holds new samples only where nothing old is kept, so every way ends on its last epoch.
+from one another, which is what Li and Hoiem measure: they tell the model which task a sample is of. Every way ends on
+its last epoch, so validation decides nothing.
 """
 
 from __future__ import annotations

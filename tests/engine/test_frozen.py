@@ -521,3 +521,33 @@ def test_a_stop_while_features_are_computed_saves_and_the_rest_is_the_same(tune,
 
 def tf_plan(brief):
     yield HEAD
+
+
+def test_features_of_a_source_that_changed_while_it_was_read_are_not_shared(tune, tmp_path, monkeypatch):
+    monkeypatch.setattr(prefix, "LEAST_WORK", 0.0)
+    monkeypatch.setattr(prefix, "LEAST_WORK_DISK", 0.0)
+
+    class Breaks:
+        def __init__(self, split, *, breaks):
+            self.split, self.breaks, self.reads = split, breaks, 0
+
+        def __len__(self):
+            return len(self.split)
+
+        def fetch(self, rows):
+            self.reads += 1
+            return self.split.fetch(rows)
+
+        def fingerprint(self):
+            return None if self.breaks and self.reads > 2 else self.split.source.fingerprint()
+
+    stored = {}
+    for breaks in (False, True):
+        data = tiny_data()
+        train = tf.Split(Breaks(data.train, breaks=breaks), data.train.targets)
+        phases = [tf.Phase("head", train="head", epochs=2)]
+        settings = {"cache_dir": tmp_path / f"cache-{breaks}"}
+        result = tune(phases, data=attrs.evolve(data, train=train), **settings)
+        stored[breaks] = len(list((tmp_path / f"cache-{breaks}").glob("features/*")))
+        assert ("has changed meanwhile" in (result.folder / "log.txt").read_text()) is breaks
+    assert stored[True] == stored[False] - 1

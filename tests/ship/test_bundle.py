@@ -10,9 +10,9 @@ from bundles import data, finished
 from small import blobs, tiny_net
 
 import tuneforge as tf
-from tuneforge.ship.bundle import backends_of
-from tuneforge.ship.evidence import digests, spread, summary
-from tuneforge.ship.export import export
+from tuneforge.ship.bundles.bundle import backends_of
+from tuneforge.ship.bundles.evidence import digests, spread, summary
+from tuneforge.ship.bundles.export import export
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_many_threads_get_the_answers_of_one(bundle):
 def test_a_bundle_of_a_later_layout_is_refused(bundle):
     record = json.loads((bundle / "bundle.json").read_text())
     (bundle / "bundle.json").write_text(json.dumps({**record, "bundle": 2, "tuneforge": "9.9"}))
-    from tuneforge.ship.sealed import seal
+    from tuneforge.ship.bundles.sealed import seal
 
     seal(bundle)
     with pytest.raises(tf.FolderError, match=r"newer tuneforge \(9.9\)"):

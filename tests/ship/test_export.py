@@ -25,8 +25,8 @@ from tuneforge.builtin.images.images import Images
 from tuneforge.builtin.tables.arrays import Tensors
 from tuneforge.builtin.targets import Classes, LabelSets, Numbers
 from tuneforge.engine.tuned import with_data
-from tuneforge.ship.export import export
-from tuneforge.ship.parity import BATCHES, ParityError, compared
+from tuneforge.ship.bundles.export import export
+from tuneforge.ship.bundles.parity import BATCHES, ParityError, compared
 
 FAMILIES = {
     "squeezenet1_1": 64, "resnet18": 64, "mobilenet_v3_small": 64, "efficientnet_b0": 64, "convnext_tiny": 64,

@@ -26,12 +26,12 @@ pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
 import uvicorn
 
 from tuneforge.builtin.characters.digit_images import real_digits
-from tuneforge.ship import wire
-from tuneforge.ship.client import Server
-from tuneforge.ship.records import Records, in_share
+from tuneforge.ship.circle.records import Records, in_share
 from tuneforge.ship.serve.app import application
 from tuneforge.ship.serve.feedback import Sampled, feedback
 from tuneforge.ship.serve.models import sources_of
+from tuneforge.ship.wire import wire
+from tuneforge.ship.wire.client import Server
 
 KILLS = int(os.environ.get("TUNEFORGE_FEEDBACK_KILLS", "1"))
 JSON = {"Content_Type": "application/json"}

@@ -15,9 +15,9 @@ from scipy import stats
 
 import tuneforge as tf
 from tuneforge.builtin.targets import Classes, LabelSets, Numbers
-from tuneforge.ship.evidence import Evidence, digests
-from tuneforge.ship.gate import Both, Rules, judge
-from tuneforge.ship.statistics import at_most_lost, better
+from tuneforge.ship.bundles.evidence import Evidence, digests
+from tuneforge.ship.champion.gate import Both, Rules, judge
+from tuneforge.ship.champion.statistics import at_most_lost, better
 
 PAIRS = int(os.environ.get("TUNEFORGE_PAIRS", "40"))
 TRUTHS = np.arange(300) % 3

@@ -13,11 +13,11 @@ from clouds import ask, base_run, cloud, right
 from scipy import stats
 
 import tuneforge as tf
-from tuneforge.ship.gate import Rules
-from tuneforge.ship.promote import promote
-from tuneforge.ship.records import Records
-from tuneforge.ship.retune import retune
-from tuneforge.ship.store import Store
+from tuneforge.ship.champion.gate import Rules
+from tuneforge.ship.champion.promote import promote
+from tuneforge.ship.champion.store import Store
+from tuneforge.ship.circle.records import Records
+from tuneforge.ship.circle.retune import retune
 
 POISONS = int(os.environ.get("TUNEFORGE_POISONS", "1"))
 APART = 2.5  # where one answer in fifty is wrong, so that there is something to win and to lose

@@ -14,13 +14,13 @@ import time
 import pytest
 
 import tuneforge as tf
-from tuneforge.ship.records import Exchange, Records, in_share
+from tuneforge.ship.circle.records import Exchange, Records, in_share
 
 KILLS = int(os.environ.get("TUNEFORGE_FEEDBACK_KILLS", "3"))
 
 LABELLER = """
 import itertools, sys
-from tuneforge.ship.records import Exchange, Records
+from tuneforge.ship.circle.records import Exchange, Records
 start, records = int(sys.argv[2]), Records(sys.argv[1])
 for number in itertools.count(start):
     records.keep([Exchange(f"r{number}", "1", b"%d" % number, "text/plain", {"class": "a", "probability": 0.5})])

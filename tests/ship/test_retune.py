@@ -13,12 +13,12 @@ from PIL import Image
 
 import tuneforge as tf
 from tuneforge.__main__ import main
-from tuneforge.ship.promote import promote
-from tuneforge.ship.records import Exchange, Records
-from tuneforge.ship.retune import TURN, Samples, retune
-from tuneforge.ship.store import Store
-from tuneforge.ship.suspects import by_neighbours, misfits, sentence, vanished
-from tuneforge.ship.turns import Triggers, last_turn, picture, reason_to_turn, turns
+from tuneforge.ship.champion.promote import promote
+from tuneforge.ship.champion.store import Store
+from tuneforge.ship.circle.records import Exchange, Records
+from tuneforge.ship.circle.retune import TURN, Samples, retune
+from tuneforge.ship.circle.suspects import by_neighbours, misfits, sentence, vanished
+from tuneforge.ship.circle.turns import Triggers, last_turn, picture, reason_to_turn, turns
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def test_samples_of_different_shapes_are_refused():
         def decode(self, raw):
             return torch.zeros(len(raw))
 
-    from tuneforge.ship.records import Labelled
+    from tuneforge.ship.circle.records import Labelled
 
     both = [Labelled(Exchange(body.decode(), "1", body, "x", {}), "a", False) for body in (b"1", b"22")]
     with pytest.raises(tf.DataError, match="different shapes"):

@@ -12,10 +12,10 @@ from small import blobs
 
 import tuneforge as tf
 from tuneforge.engine.state import faults
-from tuneforge.ship.export import export
-from tuneforge.ship.gate import Rules
-from tuneforge.ship.promote import promote
-from tuneforge.ship.store import Store, store_of, stores_in
+from tuneforge.ship.bundles.export import export
+from tuneforge.ship.champion.gate import Rules
+from tuneforge.ship.champion.promote import promote
+from tuneforge.ship.champion.store import Store, store_of, stores_in
 
 ANY = Rules(floor=0.0, margin=1.0, accept_equal=True, latency_ratio=1e6)
 POINTS = ("bundle.sealed", "store.reserved", "store.placed", "store.logged")

@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy import stats
 
-from tuneforge.ship.evidence import Evidence, summary
-from tuneforge.ship.records import Exchange, Records
-from tuneforge.ship.watch import drift, features_of, watched, wilson
+from tuneforge.ship.bundles.evidence import Evidence, summary
+from tuneforge.ship.circle.records import Exchange, Records
+from tuneforge.ship.circle.watch import drift, features_of, watched, wilson
 
 
 def pictures(count, *, seed):

@@ -13,8 +13,8 @@ from standin import serving
 import tuneforge as tf
 from tuneforge.__main__ import main
 from tuneforge.engine import tuned
-from tuneforge.ship import senders, wire
-from tuneforge.ship.client import Server
+from tuneforge.ship.wire import senders, wire
+from tuneforge.ship.wire.client import Server
 
 
 @pytest.fixture

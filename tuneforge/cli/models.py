@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from tuneforge.ship.store import Store
+    from tuneforge.ship.champion.store import Store
 
 _STORE = click.option(
     "--store", default="models", show_default=True, type=click.Path(path_type=Path), metavar="DIR", help="The store."
@@ -27,7 +27,7 @@ def models() -> None:
 @_JSON
 def list_(store: Path, as_json: bool) -> None:
     """List every version: name, number, whether it is the champion, its test figures, the run it came from."""
-    from tuneforge.ship.store import stores_in
+    from tuneforge.ship.champion.store import stores_in
 
     rows = [row for each in stores_in(store) for row in _rows(each)]
     if as_json:
@@ -52,9 +52,9 @@ def list_(store: Path, as_json: bool) -> None:
 def show(name: str, version: int | None, store: Path, as_json: bool) -> None:
     """Show a version (the champion by default) and the log of its name."""
     from tuneforge.engine.state.folder import read_json
-    from tuneforge.ship import sealed
-    from tuneforge.ship.bundle import BUNDLE, CARD
-    from tuneforge.ship.store import store_of
+    from tuneforge.ship.bundles import sealed
+    from tuneforge.ship.bundles.bundle import BUNDLE, CARD
+    from tuneforge.ship.champion.store import store_of
 
     found = store_of(store, name)
     folder = found.folder(version)
@@ -81,7 +81,7 @@ def show(name: str, version: int | None, store: Path, as_json: bool) -> None:
 @_JSON
 def rollback(name: str, to: int | None, store: Path, as_json: bool) -> None:
     """Make an earlier version the champion again, once it has answered its recorded test inputs as before."""
-    from tuneforge.ship.store import store_of
+    from tuneforge.ship.champion.store import store_of
 
     found = store_of(store, name)
     before = found.champion
@@ -94,7 +94,7 @@ def rollback(name: str, to: int | None, store: Path, as_json: bool) -> None:
 
 def _rows(store: Store) -> list[dict[str, Any]]:
     from tuneforge.engine.state.folder import read_json
-    from tuneforge.ship.bundle import BUNDLE
+    from tuneforge.ship.bundles.bundle import BUNDLE
 
     rows = []
     for number in store.versions():

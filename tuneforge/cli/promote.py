@@ -44,8 +44,8 @@ def promote(
     world's files (without them: on the old test split) the challenger must be significantly better. Exits 3 where the
     champion stays.
     """
-    from tuneforge.ship.gate import Rules
-    from tuneforge.ship.promote import promote as promoted
+    from tuneforge.ship.champion.gate import Rules
+    from tuneforge.ship.champion.promote import promote as promoted
 
     def say(text: str) -> None:
         click.echo(text, err=as_json)

@@ -12,7 +12,7 @@ import click
 from tuneforge.cli.options import ComponentCommand, configuration, pick_options
 
 if TYPE_CHECKING:
-    from tuneforge.ship.retune import Turn
+    from tuneforge.ship.circle.retune import Turn
 
 REFUSED = 3
 """The exit code where the gate refused."""
@@ -36,10 +36,10 @@ def _retune(store: Path, **values: Any) -> int:
     """
     ctx = click.get_current_context()
     config = configuration(ctx, values)
-    from tuneforge.ship.gate import Rules
-    from tuneforge.ship.records import Records
-    from tuneforge.ship.retune import named, retune
-    from tuneforge.ship.turns import Triggers, picture, turns
+    from tuneforge.ship.champion.gate import Rules
+    from tuneforge.ship.circle.records import Records
+    from tuneforge.ship.circle.retune import named, retune
+    from tuneforge.ship.circle.turns import Triggers, picture, turns
 
     triggers = Triggers(
         labels=values["labels"],

@@ -12,7 +12,7 @@ import click
 from tuneforge.cli.options import ComponentCommand, configuration, pick_options
 
 if TYPE_CHECKING:
-    from tuneforge.ship.wire import Measured
+    from tuneforge.ship.wire.wire import Measured
 
 MISSED = 3
 """The exit code where a floor was missed."""
@@ -31,7 +31,7 @@ def _test(url: str, **values: Any) -> int:
     floors = dict(_floor(text) for text in values["floors"])
     from tuneforge.engine.state.folder import REPORT, finite, read_json
     from tuneforge.errors import UsageError
-    from tuneforge.ship import client, wire
+    from tuneforge.ship.wire import client, wire
 
     given = bool(values["data"] or any(each.key == "data" for each in ctx.meta["tuneforge.chosen"]))
     if not given and values["run"] is None:

@@ -17,8 +17,8 @@ import pytest
 
 import tuneforge as tf
 from tuneforge.engine.state.folder import write_json
-from tuneforge.ship.bundle import CHAMPION
-from tuneforge.ship.export import export
+from tuneforge.ship.bundles.bundle import CHAMPION
+from tuneforge.ship.bundles.export import export
 from tuneforge.ship.serve import Limits
 from tuneforge.ship.serve.app import application
 from tuneforge.ship.serve.models import sources_of

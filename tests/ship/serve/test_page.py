@@ -17,7 +17,7 @@ from browser import MISSING, Browser, browser, installed
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from tuneforge.ship.records import Records
+from tuneforge.ship.circle.records import Records
 from tuneforge.ship.serve.feedback import feedback
 
 pytestmark = pytest.mark.skipif(not installed(), reason=MISSING)

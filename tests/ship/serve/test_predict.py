@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import tuneforge as tf
-from tuneforge.ship.records import Records
+from tuneforge.ship.circle.records import Records
 from tuneforge.ship.serve.models import digest_of
 
 ROW = {"size": 1.5, "weight": -0.5, "colour": "red"}

@@ -15,9 +15,9 @@ import time
 import pytest
 
 from tuneforge.engine.state.folder import load_tensors, save_tensors
-from tuneforge.ship import sealed
-from tuneforge.ship.bundle import servable_of
-from tuneforge.ship.export import export
+from tuneforge.ship.bundles import sealed
+from tuneforge.ship.bundles.bundle import servable_of
+from tuneforge.ship.bundles.export import export
 
 SWAPS = int(os.environ.get("TUNEFORGE_SWAPS", "4"))
 CLIENTS = int(os.environ.get("TUNEFORGE_CLIENTS", "8"))

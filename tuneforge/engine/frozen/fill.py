@@ -121,6 +121,9 @@ class Filler:
             return self._held(split, view)
         about = {"model": type(self._run.model.module).__name__, "split": name, "samples": len(split)}
         held = None if self._mapped else self._held(split, view)
+        if held is not None and split.inputs_changed():
+            self._run.note("  not shared with other runs: what the data source gives has changed meanwhile")
+            return held
         try:
             store.put(key, [held] if held is not None else self._blocks(self._prefix.parts.head, split, view), about)
         except OSError as error:

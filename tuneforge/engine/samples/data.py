@@ -129,6 +129,10 @@ class Split:
             self._inputs_digest = _fingerprint_of(self.source)
         return self._inputs_digest
 
+    def inputs_changed(self) -> bool:
+        """True where a source that decodes no longer gives what it gave when its fingerprint was taken."""
+        return not self.in_memory and _fingerprint_of(self.source) != self._inputs_digest
+
 
 @attrs.frozen(eq=False)
 class Stored:

@@ -77,7 +77,7 @@ def serve(
     """
     require_packages()
     _require_token(host, token, insecure=insecure)
-    from tuneforge.ship.records import Records
+    from tuneforge.ship.circle.records import Records
     from tuneforge.ship.serve.app import Access, application
     from tuneforge.ship.serve.feedback import Sampled, feedback
     from tuneforge.ship.serve.models import sources_of

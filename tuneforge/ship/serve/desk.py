@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import attrs
 
 from tuneforge.engine.samples.data import Inputable
-from tuneforge.ship.records import Exchange
+from tuneforge.ship.circle.records import Exchange
 from tuneforge.ship.serve.batches import Batches, Computed
 from tuneforge.ship.serve.bounds import Bodies, Limits, Refusal, busy
 from tuneforge.ship.serve.models import Models, Served
@@ -25,7 +25,7 @@ _KEPT_WAITING = 1024
 
 
 class Keeps(Protocol):
-    """What a server puts requests and answers into, such as `tuneforge.ship.records.Records`."""
+    """What a server puts requests and answers into, such as `tuneforge.ship.circle.records.Records`."""
 
     def keep(self, exchanges: Sequence[Exchange]) -> int:
         """Keep them in one commit; how many were kept."""

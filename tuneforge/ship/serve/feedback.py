@@ -15,14 +15,14 @@ from starlette.routing import BaseRoute, Route
 
 from tuneforge.engine.samples.data import Inputs
 from tuneforge.errors import DataError, TryAgainError, UnknownNameError
-from tuneforge.ship.records import Exchange, Label, Records, in_share
+from tuneforge.ship.circle.records import Exchange, Label, Records, in_share
+from tuneforge.ship.circle.watch import Watched, watched
 from tuneforge.ship.serve.app import Routes
 from tuneforge.ship.serve.bounds import Refusal, busy, in_words
 from tuneforge.ship.serve.desk import Desk
 from tuneforge.ship.serve.models import Served
 from tuneforge.ship.serve.people import page
 from tuneforge.ship.serve.tensors import parsed
-from tuneforge.ship.watch import Watched, watched
 
 _LOOK_S = 2.0  # what watching says is at most so old
 _MOST_SKIPPED = 500

@@ -21,8 +21,8 @@ from torch import Tensor
 from tuneforge.engine.samples.data import Inputable, Inputs, Targets
 from tuneforge.engine.state import folder as names
 from tuneforge.errors import FolderError, HaltError, MissingDependencyError, TuneforgeError
-from tuneforge.ship import sealed
-from tuneforge.ship.bundle import BUNDLE, CHAMPION, Servable, backends_of, servable_of
+from tuneforge.ship.bundles import sealed
+from tuneforge.ship.bundles.bundle import BUNDLE, CHAMPION, Servable, backends_of, servable_of
 from tuneforge.ship.serve.bounds import Refusal
 
 LOG = logging.getLogger("tuneforge.serve")

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from tuneforge.engine.samples.data import Inputable, map_inputs, tensors_of
 from tuneforge.errors import DataError
-from tuneforge.ship.records import Exchange
+from tuneforge.ship.circle.records import Exchange
+from tuneforge.ship.circle.watch import features_of
 from tuneforge.ship.serve.batches import Computed
 from tuneforge.ship.serve.bounds import Refusal, in_words
 from tuneforge.ship.serve.desk import Desk
 from tuneforge.ship.serve.models import Served
 from tuneforge.ship.serve.openapi import described
 from tuneforge.ship.serve.tensors import parsed, require_finite
-from tuneforge.ship.watch import features_of
 
 _MOST_NUMBERS = 64  # of an example that a page shows
 _POLICY = "default-src 'none'; img-src blob: data:; connect-src 'self'; style-src 'nonce-{0}'; script-src 'nonce-{0}'"

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from torch import Tensor
 
 import tuneforge
-from tuneforge.ship.formats import answers_of
+from tuneforge.ship.bundles.formats import answers_of
 from tuneforge.ship.serve.bounds import Refusal
 from tuneforge.ship.serve.desk import Desk
 from tuneforge.ship.serve.models import Served

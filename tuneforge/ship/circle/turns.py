@@ -12,11 +12,11 @@ import attrs
 import numpy as np
 
 from tuneforge.errors import TuneforgeError
-from tuneforge.ship.evidence import Evidence
-from tuneforge.ship.records import Records
-from tuneforge.ship.retune import TURN, Turn
-from tuneforge.ship.store import Store
-from tuneforge.ship.watch import watched
+from tuneforge.ship.bundles.evidence import Evidence
+from tuneforge.ship.champion.store import Store
+from tuneforge.ship.circle.records import Records
+from tuneforge.ship.circle.retune import TURN, Turn
+from tuneforge.ship.circle.watch import watched
 
 PICTURE = "circle.png"
 _WINDOW = 50  # labelled answers that a point of the curve is the mean of

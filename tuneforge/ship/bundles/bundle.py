@@ -27,10 +27,10 @@ from tuneforge.engine.samples.data import Inputable, Inputs, Targets, map_inputs
 from tuneforge.engine.state import folder as names
 from tuneforge.errors import FolderError, HaltError, MissingDependencyError, UsageError, close_match
 from tuneforge.plugin.steps import Use
-from tuneforge.ship import sealed
-from tuneforge.ship.evidence import Evidence
-from tuneforge.ship.formats import ExportFormat, Forward, answers_of, forward_of
-from tuneforge.ship.parity import deviation
+from tuneforge.ship.bundles import sealed
+from tuneforge.ship.bundles.evidence import Evidence
+from tuneforge.ship.bundles.formats import ExportFormat, Forward, answers_of, forward_of
+from tuneforge.ship.bundles.parity import deviation
 
 BUNDLE, CARD, CHAMPION = "bundle.json", "README.md", "champion.json"
 FORMAT = 1

@@ -16,10 +16,10 @@ from torch import Tensor
 from tuneforge.engine.samples.batches import fetched, in_turn
 from tuneforge.engine.samples.data import Inputable, Split, Targets
 from tuneforge.plugin.component import values_of
-from tuneforge.ship.bundle import Servable
-from tuneforge.ship.evidence import digests
-from tuneforge.ship.formats import answers_of
-from tuneforge.ship.statistics import at_most_lost, better, more_error
+from tuneforge.ship.bundles.bundle import Servable
+from tuneforge.ship.bundles.evidence import digests
+from tuneforge.ship.bundles.formats import answers_of
+from tuneforge.ship.champion.statistics import at_most_lost, better, more_error
 
 _BATCH = 64
 _TRAINED_ON = 0.1  # share of a test split that may have been trained on, beyond what chance repeats

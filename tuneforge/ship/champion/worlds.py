@@ -17,7 +17,7 @@ from tuneforge.errors import DataError
 from tuneforge.plugin.config import resolve
 from tuneforge.plugin.manager import Hooks
 from tuneforge.plugin.steps import Use
-from tuneforge.ship.bundle import BUNDLE
+from tuneforge.ship.bundles.bundle import BUNDLE
 
 
 def data_of_bundle(record: Mapping[str, Any], data: Any = None, *, stored_by: Mapping[str, Any] | None = None) -> Data:

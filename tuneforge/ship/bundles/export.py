@@ -21,12 +21,12 @@ from tuneforge.engine.state import folder as names
 from tuneforge.engine.tuned import Tuned, load, with_data
 from tuneforge.errors import DataError, UsageError
 from tuneforge.plugin import registry
-from tuneforge.ship import card, evidence
-from tuneforge.ship.bundle import BUNDLE, CARD, FORMAT, format_of
-from tuneforge.ship.formats import ExportFormat, forward_of
-from tuneforge.ship.parity import Parity, require_parity
-from tuneforge.ship.pictures import write_pictures
-from tuneforge.ship.sealed import building
+from tuneforge.ship.bundles import card, evidence
+from tuneforge.ship.bundles.bundle import BUNDLE, CARD, FORMAT, format_of
+from tuneforge.ship.bundles.formats import ExportFormat, forward_of
+from tuneforge.ship.bundles.parity import Parity, require_parity
+from tuneforge.ship.bundles.pictures import write_pictures
+from tuneforge.ship.bundles.sealed import building
 
 _PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "onnx", "onnxscript", "onnxruntime")
 

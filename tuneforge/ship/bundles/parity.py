@@ -14,7 +14,7 @@ from torch import Tensor
 from tuneforge.engine.samples.batches import fetched, in_turn
 from tuneforge.engine.samples.data import Inputable, Split, Stored, Targets, tensors_of
 from tuneforge.errors import HaltError
-from tuneforge.ship.formats import Forward, answers_of
+from tuneforge.ship.bundles.formats import Forward, answers_of
 
 BATCHES = (1, 2, 7, 16)
 MOST = 1e-4

@@ -32,8 +32,8 @@ from tuneforge.plugin.component import options_of
 from tuneforge.plugin.config import resolve
 from tuneforge.plugin.manager import Hooks
 from tuneforge.plugin.steps import Use
-from tuneforge.ship.client import Connection, Server
-from tuneforge.ship.senders import Answered, Ask, by_file, by_v2, files_of, model_of
+from tuneforge.ship.wire.client import Connection, Server
+from tuneforge.ship.wire.senders import Answered, Ask, by_file, by_v2, files_of, model_of
 
 Via = Literal["auto", "predict", "v2"]
 

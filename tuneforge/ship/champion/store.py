@@ -21,8 +21,8 @@ from typing import Any
 from tuneforge.engine.state import faults
 from tuneforge.engine.state.folder import read_json, write_json
 from tuneforge.errors import FolderError, TryAgainError, UsageError, close_match
-from tuneforge.ship import sealed
-from tuneforge.ship.bundle import CHAMPION, Servable, load_bundle
+from tuneforge.ship.bundles import sealed
+from tuneforge.ship.bundles.bundle import CHAMPION, Servable, load_bundle
 
 LOG = "log.jsonl"
 INCOMING = ".challenger"

@@ -18,10 +18,10 @@ from types import TracebackType
 from typing import Any, Literal
 
 from tuneforge.errors import DataError, FolderError, TryAgainError, UnknownNameError, UsageError
-from tuneforge.ship.exchanges import Counts as Counts
-from tuneforge.ship.exchanges import Exchange as Exchange
-from tuneforge.ship.exchanges import Label as Label
-from tuneforge.ship.exchanges import Labelled as Labelled
+from tuneforge.ship.circle.exchanges import Counts as Counts
+from tuneforge.ship.circle.exchanges import Exchange as Exchange
+from tuneforge.ship.circle.exchanges import Label as Label
+from tuneforge.ship.circle.exchanges import Labelled as Labelled
 
 Side = Literal["train", "held-out"]
 

@@ -21,12 +21,12 @@ from tuneforge.engine.samples.data import Inputs, Split, tensors_of
 from tuneforge.engine.state import folder as names
 from tuneforge.errors import DataError, FolderError, UsageError
 from tuneforge.plugin.steps import Use
-from tuneforge.ship.bundle import BUNDLE
-from tuneforge.ship.gate import Rules, Verdict
-from tuneforge.ship.promote import promote
-from tuneforge.ship.records import Labelled, Records
-from tuneforge.ship.store import Store, store_of, stores_in
-from tuneforge.ship.suspects import Suspect, sentence, suspects
+from tuneforge.ship.bundles.bundle import BUNDLE
+from tuneforge.ship.champion.gate import Rules, Verdict
+from tuneforge.ship.champion.promote import promote
+from tuneforge.ship.champion.store import Store, store_of, stores_in
+from tuneforge.ship.circle.records import Labelled, Records
+from tuneforge.ship.circle.suspects import Suspect, sentence, suspects
 
 TURN = "turn"
 """The event that the store's log has for each turn."""

@@ -14,13 +14,13 @@ from tuneforge.engine.samples.data import Data, Split, Targets
 from tuneforge.engine.state import folder as names
 from tuneforge.engine.tuned import load
 from tuneforge.errors import PluginError
-from tuneforge.ship import sealed
-from tuneforge.ship.bundle import BUNDLE, Servable, load_bundle
-from tuneforge.ship.export import export, prepared
-from tuneforge.ship.gate import Both, Rules, Verdict, judge, refused, same_contract
-from tuneforge.ship.parity import ParityError
-from tuneforge.ship.store import INCOMING, Store
-from tuneforge.ship.worlds import data_of_bundle, split_of_files
+from tuneforge.ship.bundles import sealed
+from tuneforge.ship.bundles.bundle import BUNDLE, Servable, load_bundle
+from tuneforge.ship.bundles.export import export, prepared
+from tuneforge.ship.bundles.parity import ParityError
+from tuneforge.ship.champion.gate import Both, Rules, Verdict, judge, refused, same_contract
+from tuneforge.ship.champion.store import INCOMING, Store
+from tuneforge.ship.champion.worlds import data_of_bundle, split_of_files
 
 _ONNX_NEEDS = ("onnx", "onnxscript", "onnxruntime")
 

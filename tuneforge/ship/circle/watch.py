@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuneforge.engine.samples.data import Inputable
-from tuneforge.ship.evidence import Evidence, summary
-from tuneforge.ship.records import Records
+from tuneforge.ship.bundles.evidence import Evidence, summary
+from tuneforge.ship.circle.records import Records
 
 Doubles = NDArray[np.float64]
 

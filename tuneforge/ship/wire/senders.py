@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tuneforge.engine.samples.data import Split, Taken, Targets, tensors_of
 from tuneforge.errors import DataError
-from tuneforge.ship.client import Connection, Server
+from tuneforge.ship.wire.client import Connection, Server
 
 _DATATYPES = {
     torch.uint8: "UINT8", torch.bool: "BOOL", torch.int64: "INT64", torch.int32: "INT32",
