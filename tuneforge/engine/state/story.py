@@ -41,6 +41,8 @@ def of_step(step: Step) -> str:
     if isinstance(step, Probe):
         return f"probe '{step.name}': measure {step.measure} on {step.batches} batches, train nothing"
     assert isinstance(step, Blend)
+    if len(step.snapshots) == 1:
+        return f"blend '{step.name}': go back to '{step.snapshots[0]}'"
     return f"blend '{step.name}': mix {' and '.join(step.snapshots)}, best of {len(step.weights)} on validation"
 
 
