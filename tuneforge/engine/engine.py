@@ -242,6 +242,7 @@ class Engine:
             cost = 1000 * memory.checkpoints.spent_s / memory.checkpoints.count
             run.note(f"checkpoints: {memory.checkpoints.count}, {cost:.0f} ms each")
         run.hooks.call.run_ended(run=run)
+        run.ranks.wait()  # none leaves before all are done
         return Result(place.path, report, run.model, tuple(memory.done))
 
     def _start(self, place: RunFolder, ranks: Ranks) -> Run:
@@ -305,7 +306,7 @@ class Engine:
             if number == len(memory.done) and memory.phase is None and (spent := run.budget.spent(run)):
                 run.note(f"{spent}, so no further step is taken")
                 steps.close()
-                return spent
+                return "the budget was spent"
             try:
                 step = _checked(steps.send(answer), member)
             except StopIteration as end:

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from tuneforge.engine.network.device import is_out_of_memory, root_of
 from tuneforge.engine.network.freezing import put_back, set_modes, whole_state
@@ -46,7 +47,7 @@ class Gradients:
 
     Args:
         plan: The mode of each module.
-        buffers: What a forward pass of the phase may change, such as the statistics of a norm.
+        moving: Modules with buffers that a forward pass of the phase may change, such as the statistics of a norm.
         rate: Factor on the rate; halved each time that the phase goes back.
         left_out: Optimizer steps that were not applied.
         again: Steps left out in succession, up to now.
@@ -55,7 +56,7 @@ class Gradients:
     """
 
     plan: list[tuple[nn.Module, bool]]
-    buffers: list[Tensor]
+    moving: list[nn.Module]
     rate: float = 1.0
     left_out: tuple[int, ...] = ()
     again: int = 0
@@ -65,8 +66,20 @@ class Gradients:
     @classmethod
     def of(cls, plan: list[tuple[nn.Module, bool]], state: dict[str, Any] | None) -> Gradients:
         """Those of a phase, from its beginning or from what `state` gave."""
-        moving = {id(buffer): buffer for module, training in plan if training for buffer in module.buffers(False)}
-        return cls(plan, list(moving.values()), **(state or {}))
+        moving = [module for module, training in plan if training and next(module.buffers(False), None) is not None]
+        return cls(plan, moving, **(state or {}))
+
+    @property
+    def statistics(self) -> list[Tensor]:
+        """The statistics of norms that the phase moves."""
+        norms = [module for module in self.moving if isinstance(module, _NormBase)]
+        return [buffer for module in norms for buffer in module.buffers(False)]
+
+    def share_statistics(self, run: Run) -> None:
+        """Give all ranks the same buffers: statistics of norms the mean of theirs, others those of rank 0."""
+        averaged = {id(each) for each in self.statistics}
+        run.ranks.average(self.statistics)
+        run.ranks.follow([each for module in self.moving for each in module.buffers(False) if id(each) not in averaged])
 
     def state(self) -> dict[str, Any]:
         """What a resumed phase goes on with."""
@@ -94,7 +107,7 @@ class Gradients:
         Raises:
             HaltError: A loss or a gradient is no number, or memory does not suffice for the smallest piece.
         """
-        held = [buffer.clone() for buffer in self.buffers]
+        held = [{name: each.clone() for name, each in module.named_buffers("", False)} for module in self.moving]
         while True:
             losses: list[tuple[Tensor, int]] = []
             wrong: _NotFiniteError | None = None
@@ -145,15 +158,16 @@ class Gradients:
                 losses.append((loss.detach(), count))
         return losses
 
-    def _undo(self, run: Run, held: list[Tensor]) -> None:
-        """As if no forward pass had been."""
+    def _undo(self, run: Run, held: list[dict[str, Tensor]]) -> None:
+        """As if no forward pass had been, also where it put another tensor in a buffer's place."""
         run.model.module.zero_grad(set_to_none=True)
-        for buffer, value in zip(self.buffers, held, strict=True):
-            buffer.copy_(value)
+        for module, values in zip(self.moving, held, strict=True):
+            for name, value in values.items():
+                module.get_buffer(name).copy_(value)
 
     def _halve(self, run: Run, largest: int, why: str) -> None:
         now = min(run.micro_batch or largest, largest)
-        least = 2 if self.buffers else 1  # a norm needs two samples for its statistics
+        least = 2 if self.statistics else 1  # a norm needs two samples
         if now <= least:
             raise HaltError(
                 f"memory does not suffice for a training pass over {now} sample(s)",
@@ -164,7 +178,7 @@ class Gradients:
         run.micro_batch = max(least, -(-now // 2))
         run.device.release()
         run.note(f"  out of memory at optimizer step {run.step + 1}: from here on {run.micro_batch} samples a pass")
-        if self.buffers:
+        if self.statistics:
             run.note("  note: norms see smaller batches now, so the numbers are not those of whole batches")
 
     def _answer(self, run: Run, error: _NotFiniteError | None) -> None:
@@ -177,7 +191,8 @@ class Gradients:
         assert run.phase is not None
         where = f"phase '{run.phase.name}', epoch {run.epoch + 1}, optimizer step {run.step + 1}"
         told = run.ranks.heard(None if error is None else [error.what, _suspects(run, error)])
-        what, why = next(each for each in told if each is not None)
+        heard = [each for each in told if each is not None]
+        what, why = heard[0][0], "; ".join(dict.fromkeys(each[1] for each in heard))
         self.again += 1
         policy = run.config.on_nan
         exhausted = {"skip": self.again > IN_SUCCESSION, "rollback": self.rollbacks >= ROLLBACKS}
@@ -195,6 +210,8 @@ class Gradients:
             return
         self.rate, self.rollbacks = self.rate / 2, self.rollbacks + 1
         put_back(run.model.module, self.before["model"])
+        if run.proof is not None:  # what a step before this one was due to move is back where it was
+            run.proof.watched = dict.fromkeys(run.proof.watched)
         run.optimization.put_back(run.model, self.before["optimizer"])
         for key, memory in run.states.items():
             memory.clear()
@@ -210,7 +227,7 @@ def outcome_of(run: Run, batch: Batch) -> tuple[Tensor, Any]:
     """
     given = run.hooks.call.train_step(run=run, batch=batch)
     if isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[0], Tensor) and given[0].numel() == 1:
-        return given[0], given[1]
+        return given[0].reshape(()), given[1]
     raise PluginError(
         f"{run.hooks.provider('train_step').label} gave {type(given).__name__} from train_step",
         why="it must return a scalar loss and the outputs: return loss, outputs",
@@ -243,7 +260,7 @@ def _suspects(run: Run, error: _NotFiniteError) -> str:
         if names:
             return f"{words} {_listed(names)}"
     names = [run.data.train.id_of(int(row)) for batch in error.batches for row in batch.rows]
-    return f"inputs, targets and outputs are finite; the samples were {_listed(names)}"
+    return f"their inputs and targets are finite; the samples were {_listed(names)}"
 
 
 def _evidence(error: _NotFiniteError) -> Iterator[tuple[str, list[Any]]]:
@@ -259,7 +276,8 @@ def _bad_rows(thing: Any, size: int) -> Tensor:
     values = getattr(thing, "values", None)
     tensors = values if isinstance(values, tuple) else tensors_of(thing).values() if _holds_tensors(thing) else ()
     for tensor in tensors:
-        if tensor.is_floating_point() and tensor.ndim and len(tensor) == size:
+        plain = isinstance(tensor, Tensor) and not tensor.is_sparse and tensor.is_floating_point()
+        if plain and tensor.ndim and len(tensor) == size:
             bad |= ~tensor.detach().reshape(size, -1).isfinite().all(1).cpu()
     return bad
 

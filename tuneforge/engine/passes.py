@@ -72,12 +72,27 @@ def _outputs(run: Run, split: Split) -> Iterator[tuple[Any, Tensor, Tensor]]:
     """Outputs, targets and rows of each batch of a split; what several ranks compute, each of them is given."""
     totals = map(len, in_turn(len(split), run.eval_batch))
     for batch, total in zip(run.evaluation_batches(split, shared=True), totals, strict=True):
-        outputs = run.forward(batch.inputs)
         if run.ranks.alone:
-            yield outputs, batch.targets, batch.rows
+            yield run.forward(batch.inputs), batch.targets, batch.rows
         else:
+            outputs = _on_all(run, batch.inputs)
             outputs, targets, rows = (run.ranks.whole(each, total) for each in (outputs, batch.targets, batch.rows))
             yield outputs, targets, rows
+
+
+def _on_all(run: Run, inputs: Any) -> Tensor:
+    """This rank's outputs; memory that runs out on one rank is told to all, so that all begin again."""
+    outputs, error = None, None
+    try:
+        outputs = run.forward(inputs)
+    except (RuntimeError, MemoryError) as caught:
+        if not is_out_of_memory(caught):
+            raise
+        error = caught
+    if run.ranks.agree(error is not None)[0]:
+        raise torch.OutOfMemoryError("on another rank") from error
+    assert isinstance(outputs, Tensor)
+    return outputs
 
 
 def head_features(run: Run, split: Split) -> tuple[Tensor, Tensor]:

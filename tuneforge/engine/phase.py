@@ -60,7 +60,7 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
     run.total_steps = phase.steps or per_epoch * (phase.epochs or 0)
     if resumed is None:
         run.proof = Proof.begin(run.model, trained, plan)
-        progress = Progress(course, gradients, torch.zeros((), device=run.device.torch))
+        progress = Progress(course, gradients, run.device.sum())
         run.hooks.call.phase_started(run=run)
     else:
         run.proof = Proof.restored(resumed["proof"])
@@ -71,7 +71,10 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
         pause = functools.partial(run.save, progress)
         run.prefix = kept_prefix(run, plan, epochs=_num_epochs(run, phase), pause=pause)
     if run.config.compile and not course.reason:
-        run.compiled = compiled(run, plan)
+        if run.ranks.alone and run.micro_batch is None:
+            run.compiled = compiled(run, plan)
+        else:
+            run.note("  not compiled: passes are smaller than a batch")
 
     while not course.reason:
         began = time.perf_counter()
@@ -184,8 +187,8 @@ def _train_epoch(run: Run, draws: Draws, progress: Progress, schedule: Any) -> f
         faults.point("step-saved")
         if spent or run.steps_done == run.total_steps:
             break
-    run.ranks.average(gradients.buffers)
-    return progress.next_epoch(run)
+    gradients.share_statistics(run)
+    return progress.next_epoch(run, whole=progress.batch == len(sizes))
 
 
 @attrs.define(eq=False)
@@ -211,17 +214,22 @@ class Progress:
         """True at the end of an epoch that is the best of the phase so far."""
         return self.batch == 0 and 0 < self.course.best_epoch == len(self.course.history)
 
-    def next_epoch(self, run: Run) -> float:
-        """Begin the next epoch, and give the mean loss of the one that ended."""
+    def next_epoch(self, run: Run, *, whole: bool) -> float:
+        """Begin the next epoch, and give the mean loss of the one that ended.
+
+        Raises:
+            HaltError: It is no number, or no step of a whole epoch could be applied.
+        """
         self.loss, self.count = self._of_all(run)
-        if not self.count:
+        if not self.count and whole:
             raise HaltError(
                 "no step of a whole epoch could be applied",
                 where=f"epoch {run.epoch + 1}",
                 why="a loss or a gradient was no number in every one of them, so it is the weights that are at fault",
                 fix="start again with a lower learning rate, or with --with grad-clip",
             )
-        mean = float(self.loss) / self.count
+        earlier = [entry["train"]["loss"] for entry in run.history[-1:]]
+        mean = float(self.loss) / self.count if self.count else next(iter(earlier), 0.0)
         self.loss, self.count, self.batch = torch.zeros_like(self.loss), 0, 0
         return _finite(run, mean)
 

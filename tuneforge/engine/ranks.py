@@ -63,14 +63,18 @@ class Ranks:
         return self.rank == 0
 
     def count(self, total: int) -> int:
-        """Of so many samples, how many are this rank's; shares differ by one at most."""
-        return total // self.size + (self.rank < total % self.size)
+        """Of so many samples, how many are this rank's; shares differ by one at most.
+
+        Where there are too few for all, some have none, so that no share is a single sample: a norm needs two.
+        """
+        busy = min(self.size, max(1, total // 2))
+        return total // busy + (self.rank < total % busy) if self.rank < busy else 0
 
     def span(self, total: int) -> tuple[int, int]:
         """This rank's part of a global batch, from and to; where there are too few for all, one to keep in step."""
+        before = sum(Ranks(rank, self.size).count(total) for rank in range(self.rank))
         count = self.count(total)
-        start = self.rank * (total // self.size) + min(self.rank, total % self.size)
-        return (start, start + count) if count else (0, 1)
+        return (before, before + count) if count else (0, min(2, total))
 
     def share(self, rows: Tensor) -> Tensor:
         """This rank's part of the rows of a global batch."""
@@ -103,7 +107,7 @@ class Ranks:
         """The sum over all ranks, of each."""
         if self.alone:
             return tensors
-        sums = tuple(each.clone() for each in tensors)
+        sums = tuple(each.contiguous().clone() for each in tensors)
         for each in sums:
             distributed.all_reduce(each)
         return sums
@@ -142,6 +146,8 @@ class Ranks:
         for each in present:
             if each.grad is None:
                 each.grad = torch.zeros_like(each)
+            elif each.grad.is_sparse:
+                each.grad = each.grad.to_dense()
         waiting = []
         for bucket in _buckets([each.grad for each in present if each.grad is not None]):
             flat = torch.cat([each.reshape(-1) for each in bucket])
@@ -151,20 +157,28 @@ class Ranks:
             for gradient, part in zip(bucket, torch.split(flat, [each.numel() for each in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    def average(self, buffers: Sequence[Tensor]) -> None:
-        """Give every rank the mean of its statistics and those of the others, in place; whole numbers are equal."""
+    def average(self, statistics: Sequence[Tensor]) -> None:
+        """Give every rank the mean of its statistics and those of the others, in place; whole numbers follow rank 0."""
         if self.alone:
             return
-        for buffer in buffers:
-            if buffer.is_floating_point():
-                distributed.all_reduce(buffer)
-                buffer /= self.size
+        for each in statistics:
+            if each.is_floating_point():
+                (mean,) = self.total(each / self.size)
+                each.copy_(mean)
+            else:
+                self.follow([each])
 
     def follow(self, tensors: Sequence[Tensor]) -> None:
         """Take rank 0's values, in place."""
         if not self.alone:
             for tensor in tensors:
-                distributed.broadcast(tensor, 0)
+                tensor.copy_(self._of_the_first(tensor))
+
+    def _of_the_first(self, tensor: Tensor) -> Tensor:
+        """Rank 0's values, sent as bytes, so that any type and any layout will do."""
+        plain = tensor.detach().contiguous().clone()
+        distributed.broadcast(plain.reshape(-1).view(torch.uint8), 0)
+        return plain
 
     def prove_equal(self, tensors: dict[str, Tensor]) -> None:
         """See that all ranks hold the same bits.
@@ -176,9 +190,7 @@ class Ranks:
             return
         apart = []
         for name, tensor in tensors.items():
-            theirs = tensor.clone()
-            distributed.broadcast(theirs, 0)
-            apart += [] if same_bits(theirs, tensor) else [name]
+            apart += [] if same_bits(self._of_the_first(tensor), tensor) else [name]
         apart = sorted({name for names in self.heard(apart) for name in names})
         if apart:
             raise HaltError(

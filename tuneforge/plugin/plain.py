@@ -99,7 +99,7 @@ def from_json(text: str) -> Any:
 
 def _encode(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        return {"$float": repr(value)}
+        return {"$float": repr(float(value))}
     if type(value) in _KINDS.values():
         return {"$kind": type(value).__name__, **{each.name: _field(value, each) for each in attrs.fields(type(value))}}
     if isinstance(value, Mapping):
@@ -119,7 +119,8 @@ def _encode_mapping(value: Mapping[Any, Any], *, keeps_order: bool) -> dict[str,
     plain_keys = all(isinstance(key, str) and not key.startswith("$") for key in value)
     if plain_keys and not (keeps_order and list(value) != sorted(value)):
         return {key: _encode(item) for key, item in value.items()}
-    return {"$map": [[_encode(key), _encode(item)] for key, item in value.items()]}
+    pairs = [[_encode(key), _encode(item)] for key, item in value.items()]
+    return {"$map": pairs if keeps_order else sorted(pairs, key=lambda pair: json.dumps(pair, sort_keys=True))}
 
 
 def _decode(value: Any) -> Any:

@@ -219,6 +219,8 @@ def _require_number(step: Any, name: str, *, low: float, high: float = math.inf,
 
 def _require_factors(step: Any, name: str) -> None:
     factors = getattr(step, name)
+    words = name in ("class_weights", "sampling") and isinstance(factors, str)  # the engine knows which
+    _require(step, factors is None or words or isinstance(factors, Mapping), f"{name} must be a table, not {factors!r}")
     if not isinstance(factors, Mapping) or not factors:
         return
     known = [value for value in factors.values() if isinstance(value, (int, float))]

@@ -253,8 +253,21 @@ def _model_key(run: Run, head: Any, size: int) -> str:
         "channels-last": run.channels_last,
         "device": [str(run.device.torch), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
         "torch": torch.__version__,
+        "kernels": _kernels(run),
     }
     return _hash(parts)
+
+
+def _kernels(run: Run) -> list[Any]:
+    """What chooses the kernels that compute, beside the device's kind."""
+    on_cuda = run.device.torch.type == "cuda"
+    return [
+        torch.backends.mkldnn.enabled,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.cuda.get_device_name(run.device.torch) if on_cuda else "",
+        torch.version.cuda,
+    ]
 
 
 def _modules_called(head: Any) -> dict[str, Any]:

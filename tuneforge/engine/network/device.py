@@ -33,6 +33,11 @@ class Device:
         if self.lazy:
             importlib.import_module("torch_xla.core.xla_model").mark_step()
 
+    def sum(self) -> Tensor:
+        """A zero to add losses to, wide enough for many."""
+        wide = torch.float32 if self.torch.type == "mps" else torch.float64
+        return torch.zeros((), dtype=wide, device=self.torch)
+
     def release(self) -> None:
         """Give back memory that is held and not used."""
         if self.torch.type == "cuda":

@@ -310,6 +310,13 @@ class Data:
 
     def __attrs_post_init__(self) -> None:
         for name, rows in self.pools.items():
+            if not name or not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1:
+                raise DataError(
+                    f"the part '{name}' of the training split is no list of rows with a name",
+                    where="Data.pools",
+                    why="it must be an int64 tensor (m,)",
+                    fix="of a mask take mask.nonzero().flatten()",
+                )
             if not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= len(self.train):
                 raise DataError(
                     f"the part '{name}' of the training split has no rows, or rows that do not exist",
