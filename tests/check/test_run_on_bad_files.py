@@ -25,7 +25,7 @@ def picture(path, seed):
     rng = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     small = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-    small.resize((40, 40), Image.Resampling.BICUBIC).save(path, format="PNG")
+    small.resize((56, 56), Image.Resampling.BICUBIC).save(path, format="PNG")
     return path
 
 

@@ -20,7 +20,7 @@ from tuneforge.check.files import Columns, File, empty_classes, files_of
 from tuneforge.check.issues import FIXES, Issue, counted, of_classes, of_copies, of_file
 from tuneforge.check.labels import LEAST_SKILL, doubts, features_of_run, pixels
 
-SMALLEST_COMPARED = 32
+SMALLEST_COMPARED = 48
 """Least side, in pixels, of pictures that are compared for near copies: smaller ones look alike too easily."""
 
 

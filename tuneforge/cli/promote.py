@@ -22,10 +22,18 @@ REFUSED = 3
 @click.option(
     "--new", type=click.Path(path_type=Path), metavar="DIR", help="Held-out files of the new world, one folder a class."
 )
-@click.option("--margin", type=float, help="Share of right answers to lose at most, old test set. [default: 0.02]")
-@click.option("--floor", type=float, help="Least recall of each class, old test set. [default: 0.5]")
-@click.option("--alpha", type=float, help="Level of the test that shows a difference. [default: 0.05]")
-@click.option("--latency-ratio", type=float, help="How many times as long a lone answer may take. [default: 2]")
+@click.option(
+    "--margin",
+    type=click.FloatRange(0, 1),
+    help="Share of right answers to lose at most, old test set. [default: 0.02]",
+)
+@click.option("--floor", type=click.FloatRange(0, 1), help="Least recall of each class, old test set. [default: 0.5]")
+@click.option("--alpha", type=click.FloatRange(0, 1), help="Level of the test that shows a difference. [default: 0.05]")
+@click.option(
+    "--latency-ratio",
+    type=click.FloatRange(0, min_open=True),
+    help="How many times as long a lone answer may take. [default: 2]",
+)
 @click.option("--accept-equal", is_flag=True, help="Promote also where no significant difference is found.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
 def promote(

@@ -48,7 +48,8 @@ def _run(**values: Any) -> None:
         return
     begun = _begun_before(config)
     if begun is not None:
-        carry_out(lambda screen: Engine.resume(begun, say=screen.say, also=[screen]), as_json=as_json)
+        if not _is_done(begun):
+            carry_out(lambda screen: Engine.resume(begun, say=screen.say, also=[screen]), as_json=as_json)
         return
     carry_out(lambda screen: Engine.of(config, say=screen.say, also=[screen]), as_json=as_json)
 
@@ -59,13 +60,25 @@ def _begun_before(config: RunConfig) -> Path | None:
         return None
     from tuneforge.engine.ranks import Ranks
     from tuneforge.engine.state.folder import STATUS, read_json
-    from tuneforge.engine.state.memory import resumable
 
     ranks = Ranks.joined()
-    runs = resumable(Path("runs") if config.out is None else config.out.parent) if ranks.leads else []
-    own = [path for path in runs if config.out in (None, path) and read_json(path / STATUS)["parent"] == os.getppid()]
-    told = ranks.heard(str(own[-1]) if own else None)[0]
+    base = Path("runs") if config.out is None else config.out.parent
+    found = [
+        path
+        for path in (base.glob("*") if ranks.leads else ())
+        if config.out in (None, path)
+        and (path / STATUS).exists()
+        and read_json(path / STATUS)["parent"] == os.getppid()
+    ]
+    newest = max(found, key=lambda path: (path / STATUS).stat().st_mtime, default=None)
+    told = ranks.heard(None if newest is None else str(newest))[0]
     return None if told is None else Path(told)
+
+
+def _is_done(run: Path) -> bool:
+    from tuneforge.engine.state.folder import STATUS, read_json
+
+    return bool(read_json(run / STATUS)["state"] == "done")
 
 
 def carry_out(make: Callable[[Screen], Engine], *, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from tuneforge.engine.network.optim import parameter_groups
 from tuneforge.engine.parts import Parts
 from tuneforge.engine.run import Run
 from tuneforge.engine.samples import given
+from tuneforge.engine.samples.draws import Draws
 from tuneforge.engine.state import story
 from tuneforge.engine.state.record import brief_of
 from tuneforge.plugin.config import RunConfig
@@ -88,10 +89,12 @@ def check_ahead(run: Run, step: Step) -> None:
         SelectorError: It names parameters that do not exist.
         UnknownNameError: It names a schedule or an optimizer that is not installed.
         OptionError: An option of one of them is wrong.
+        DataError: It draws or weighs what the data does not have.
     """
     if isinstance(step, (Phase, Probe)):
         trained = select(run.model, step.train)
     if isinstance(step, Phase):
+        Draws.of(run, step)
         parts = Parts(run.config)
         parts.schedule(step)
         parameter_groups(run.model, step, trained, weight_decay=parts.part_of(step).weight_decay)

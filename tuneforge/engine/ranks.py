@@ -42,13 +42,19 @@ class Ranks:
 
     @classmethod
     def joined(cls) -> Ranks:
-        """Those that torchrun started beside this one, once they have met; or this process alone."""
+        """Those that torchrun started beside this one, once they have met; or this process alone.
+
+        They meet through gloo for tensors on the CPU, and NCCL for those on CUDA.
+        """
         if not distributed.is_available():
             return cls()
         if not distributed.is_initialized():
             if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
                 return cls()
-            distributed.init_process_group(timeout=_PATIENCE)  # gloo for the CPU's tensors, NCCL for CUDA's
+            store, rank, size = next(distributed.rendezvous("env://", timeout=_PATIENCE))  # type: ignore[attr-defined]
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store, with dead addresses
+            store = distributed.PrefixStore(f"tuneforge/{attempt}", store)  # type: ignore[attr-defined]
+            distributed.init_process_group(store=store, rank=rank, world_size=size, timeout=_PATIENCE)
             atexit.register(distributed.destroy_process_group)
         return cls(distributed.get_rank(), distributed.get_world_size())
 

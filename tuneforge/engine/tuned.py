@@ -104,12 +104,14 @@ def require_done(path: Path) -> None:
         FolderError: It holds no run, or one that is running, stopped or failed.
     """
     status = folder.read_json(path / folder.STATUS)
-    if status["state"] != "done":
+    if (state := status["state"]) != "done":
+        go_on = f"go on with it: tuneforge resume {shlex.quote(str(path))}"
+        fixes = {"running": f"wait for it, or {go_on}", "stopped": go_on}
         raise FolderError(
             f"the run in '{path}' is not done",
             where=folder.STATUS,
-            why=f"it is {status['state']}" + (f": {status['reason']}" if status.get("reason") else ""),
-            fix=f"wait for it, or go on with it: tuneforge resume {shlex.quote(str(path))}",
+            why=f"it is {state}" + (f": {status['reason']}" if status.get("reason") else ""),
+            fix=fixes.get(state, "see why, and begin again with tuneforge run"),
         )
 
 

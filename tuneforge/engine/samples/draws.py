@@ -78,7 +78,7 @@ def _mixed(run: Run, phase: Phase) -> tuple[dict[str, Tensor], dict[str, float]]
         if name not in known:
             raise DataError(
                 f"phase '{phase.name}' mixes '{name}', and the data has no such part",
-                why=f"its parts are {', '.join(known) or 'none'}",
+                why=f"its parts are {', '.join(known)}" if known else "it is not made of parts",
                 fix="use data that is made of parts, such as --data continued, or leave mix out",
             )
     rest = torch.ones(size, dtype=torch.bool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def describe_run(run: Run, members: list[tuple[str, Member]]) -> dict[str, Any]:
         "tuneforge": tuneforge.__version__,
         "config": as_table(run.config),
         "components": [given.recorded(member, group) for group, member in members],
-        "environment": {**describe_environment(run), "command": sys.argv},
+        "environment": {**describe_environment(run), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]},
     }
 
 

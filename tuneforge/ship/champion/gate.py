@@ -331,8 +331,10 @@ def _superior(sat: _Sat, rules: Rules) -> Row:
         holds, sentence = ahead, f"it is significantly {what} on the {sat.name} test set ({shown})"
     else:
         holds, sentence = rules.accept_equal, f"there is no significant difference on the {sat.name} test set ({shown})"
+        sentence += ", and --accept-equal lets it pass" if holds else ""
     test = "McNemar's exact test" if sat.named else "paired t test"
-    return Row(f"better, {sat.name} test set", *figures, f"{test}: p {p:.2g}, at most {rules.alpha:g}", holds, sentence)
+    rule = f"{test}: p {p:.2g}, at most {rules.alpha:g}" + (", or equal" if rules.accept_equal else "")
+    return Row(f"better, {sat.name} test set", *figures, rule, holds, sentence)
 
 
 def _figures(sat: _Sat) -> tuple[str, str]:
