@@ -14,8 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from tuneforge.engine.network.device import is_out_of_memory, root_of
 from tuneforge.engine.network.freezing import put_back, set_modes, whole_state
-from tuneforge.engine.run import Run, in_pieces
-from tuneforge.engine.samples.batches import batch_sizes
+from tuneforge.engine.run import Run
 from tuneforge.engine.samples.data import Batch, tensors_of
 from tuneforge.errors import HaltError, PluginError
 
@@ -47,6 +46,8 @@ class Gradients:
 
     Args:
         plan: The mode of each module.
+        trained: What gets a gradient, by name.
+        watches: True where each step is looked at; on an accelerator a look waits for it, so there only if asked for.
         moving: Modules with buffers that a forward pass of the phase may change, such as the statistics of a norm.
         rate: Factor on the rate; halved each time that the phase goes back.
         left_out: Optimizer steps that were not applied.
@@ -56,6 +57,8 @@ class Gradients:
     """
 
     plan: list[tuple[nn.Module, bool]]
+    trained: list[tuple[str, nn.Parameter]]
+    watches: bool
     moving: list[nn.Module]
     rate: float = 1.0
     left_out: tuple[int, ...] = ()
@@ -64,10 +67,12 @@ class Gradients:
     before: dict[str, Any] = attrs.field(factory=dict)
 
     @classmethod
-    def of(cls, plan: list[tuple[nn.Module, bool]], state: dict[str, Any] | None) -> Gradients:
-        """Those of a phase, from its beginning or from what `state` gave."""
+    def of(cls, run: Run, plan: list[tuple[nn.Module, bool]], state: dict[str, Any] | None) -> Gradients:
+        """Those of a phase whose parameters are frozen already, from its beginning or from what `state` gave."""
+        trained = [(name, each) for name, each in run.model.parameters().items() if each.requires_grad]
+        watches = run.device.torch.type == "cpu" or run.config.on_nan != "halt"
         moving = [module for module, training in plan if training and next(module.buffers(False), None) is not None]
-        return cls(plan, moving, **(state or {}))
+        return cls(plan, trained, watches, moving, **(state or {}))
 
     @property
     def statistics(self) -> list[Tensor]:
@@ -109,9 +114,7 @@ class Gradients:
         """
         held = [{name: each.clone() for name, each in module.named_buffers("", False)} for module in self.moving]
         while True:
-            losses: list[tuple[Tensor, int]] = []
-            wrong: _NotFiniteError | None = None
-            no_room = ""
+            losses, wrong, no_room = [], None, ""
             try:
                 losses = self._passes(run, batches, sizes)
             except _NotFiniteError as error:
@@ -120,14 +123,17 @@ class Gradients:
                 if not is_out_of_memory(error):
                     raise
                 no_room = str(root_of(error)).partition("\n")[0]
-            anywhere_wrong, anywhere_no_room = run.ranks.agree(wrong is not None, bool(no_room))
+            anywhere_wrong, anywhere_no_room = wrong is not None, no_room != ""
+            if not run.ranks.alone:
+                anywhere_wrong, anywhere_no_room = run.ranks.agree(anywhere_wrong, anywhere_no_room)
             if anywhere_no_room:
                 self._undo(run, held)
                 self._halve(run, max(sizes) if run.ranks.alone else -(-max(sizes) // run.ranks.size), no_room)
                 continue
             if not anywhere_wrong:
-                run.ranks.sum_gradients([each for each in run.model.parameters().values() if each.requires_grad])
-                if self._watches(run) and (bad := _not_finite(run)):
+                if not run.ranks.alone:
+                    run.ranks.sum_gradients([each for _, each in self.trained])
+                if self.watches and (bad := _not_finite(self.trained)):
                     wrong = _NotFiniteError(f"the gradient of '{bad}' is no number", batches)
             if wrong is not None or anywhere_wrong:
                 self._undo(run, held)
@@ -136,22 +142,17 @@ class Gradients:
             self.again = 0
             return losses
 
-    def _watches(self, run: Run) -> bool:
-        """True where each step is looked at; on an accelerator a look waits for it, so there only where it matters."""
-        return run.device.torch.type == "cpu" or run.config.on_nan != "halt"
-
     def _passes(self, run: Run, batches: list[Batch], sizes: Sequence[int]) -> list[tuple[Tensor, int]]:
         total = sum(sizes)
-        watches = self._watches(run)
         losses = []
         for place, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
-            if not run.ranks.count(size):
+            if size < 2 * run.ranks.size and not run.ranks.count(size):
                 continue
             run.reseed(place)
-            for piece in in_pieces(batch, batch_sizes(len(batch.rows), run.micro_batch or len(batch.rows))):
+            for piece in run.pieces(batch):
                 set_modes(self.plan)
                 loss, outputs = outcome_of(run, piece)
-                if watches and not math.isfinite(value := loss.item()):
+                if self.watches and not math.isfinite(value := loss.item()):
                     raise _NotFiniteError(f"the training loss is {value}", [piece], outputs)
                 count = len(piece.rows)
                 torch.autograd.backward(loss if count == total else loss * (count / total))
@@ -227,7 +228,7 @@ def outcome_of(run: Run, batch: Batch) -> tuple[Tensor, Any]:
     """
     given = run.hooks.call.train_step(run=run, batch=batch)
     if isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[0], Tensor) and given[0].numel() == 1:
-        return given[0].reshape(()), given[1]
+        return given[0] if given[0].ndim == 0 else given[0].reshape(()), given[1]
     raise PluginError(
         f"{run.hooks.provider('train_step').label} gave {type(given).__name__} from train_step",
         why="it must return a scalar loss and the outputs: return loss, outputs",
@@ -235,12 +236,12 @@ def outcome_of(run: Run, batch: Batch) -> tuple[Tensor, Any]:
     )
 
 
-def _not_finite(run: Run) -> str:
+def _not_finite(trained: list[tuple[str, nn.Parameter]]) -> str:
     """The name of a tensor whose gradient is not finite; "" where all are.
 
     A sum is infinite or no number where an element is, and costs one read.
     """
-    for name, parameter in run.model.parameters().items():
+    for name, parameter in trained:
         gradient = parameter.grad
         if gradient is not None:
             values = gradient.coalesce().values() if gradient.is_sparse else gradient

@@ -50,7 +50,7 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
     schedule = parts.schedule(phase)
     run.optimization.arrange(run.model, phase, trained, optimizer, same=same)
     draws = Draws.of(run, phase)
-    gradients = Gradients.of(plan, resumed["gradients"] if resumed is not None else None)
+    gradients = Gradients.of(run, plan, resumed["gradients"] if resumed is not None else None)
     freezes = len(trained) < len(run.model.parameters())
     if freezes and not run.model.pretrained:
         run.note("  note: every weight is fresh, so freezing keeps nothing; --strategy full trains all from the start")
@@ -168,7 +168,10 @@ def _train_epoch(run: Run, draws: Draws, progress: Progress, schedule: Any) -> f
     left = iter(() if _epoch_over(run) else run.training_batches(order, draws.weights, start=progress.batch))
     while batches := list(itertools.islice(left, run.config.accumulate)):
         _set_rate(run, progress, schedule, run.steps_done)
-        losses = gradients.compute(run, batches, sizes[progress.batch : progress.batch + len(batches)])
+        if run.ranks.alone:
+            losses = gradients.compute(run, batches, [len(batch.rows) for batch in batches])
+        else:
+            losses = gradients.compute(run, batches, sizes[progress.batch : progress.batch + len(batches)])
         if losses is not None:
             for loss, count in losses:
                 progress.loss.add_(loss, alpha=count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from tuneforge.engine.network.model import Model, answer_of, call, check_answer,
 from tuneforge.engine.network.optim import Optimization
 from tuneforge.engine.network.proof import Proof
 from tuneforge.engine.ranks import Ranks
-from tuneforge.engine.samples.batches import batches, in_order, in_turn
+from tuneforge.engine.samples.batches import batch_sizes, batches, in_order, in_turn
 from tuneforge.engine.samples.data import Batch, Data, Inputable, Split, map_inputs, tensors_of
 from tuneforge.engine.samples.order import Noise, Order, key_of
 from tuneforge.engine.samples.workers import Workers
@@ -278,6 +278,12 @@ class Run:
             noise = Noise(self.config.seed, self.epoch, rows)
             whole = self._batch(self.data.train, rows, kept, noise, weights)
             yield from in_pieces(whole, [len(each) for each in block])
+
+    def pieces(self, batch: Batch) -> Iterable[Batch]:
+        """The batch in passes of at most `micro_batch` samples, or a single one more."""
+        if self.micro_batch is None or len(batch.rows) <= self.micro_batch:
+            return (batch,)
+        return in_pieces(batch, batch_sizes(len(batch.rows), self.micro_batch))
 
     def evaluation_batches(self, split: Split, *, shared: bool = False) -> Iterator[Batch]:
         """Every sample of a split once, in order, on the device; of each batch only this rank's share if `shared`."""
