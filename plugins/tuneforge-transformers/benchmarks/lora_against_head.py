@@ -4,7 +4,7 @@ The texts are first paragraphs of docstrings of installed packages, the answer i
 are taken out. A seed draws the split (a quarter to train, 15 % to validate, 60 % to test) and everything else. Rates
 and epochs were set beforehand, not searched. A folder that holds finished runs is gone on with.
 
-    python benchmarks/lora_against_head.py --seeds 5 --out /tmp/lora
+    python benchmarks/lora_against_head.py --seeds 5 --out lora
 """
 
 from __future__ import annotations
