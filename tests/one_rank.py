@@ -52,8 +52,6 @@ class Notes:
     def train_step(self, run, batch):
         seen = {"step": run.step, "rank": run.ranks.rank, "rows": batch.rows.tolist()}
         loss, outputs = yield
-        if not run.ranks.count(97):
-            return loss, outputs
         with (Path(self.folder) / f"seen-{run.ranks.rank}.jsonl").open("a") as file:
             file.write(json.dumps(seen) + "\n")
         plan = PLAN if run.ranks.rank == run.ranks.size - 1 else {}

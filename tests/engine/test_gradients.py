@@ -41,7 +41,6 @@ class Spoils:
         if here and self.kind == "gradient":
             weight = run.model.parameters()["second.0.weight"]
             weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([1]), self.value))
-            self.handles = weight
         return loss, outputs
 
     @tf.hookimpl(wrapper=True)
@@ -214,11 +213,6 @@ class Told:
 
     def __init__(self, most, start):
         self.most, self.start = most, start
-
-    @tf.hookimpl(wrapper=True)
-    def train_step(self, run, batch):
-        result = yield
-        return result
 
     @tf.hookimpl
     def phase_started(self, run):
