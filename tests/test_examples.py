@@ -11,6 +11,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = {
     "compare_strategies.py": ["--seeds", "2", "--budget", "1epoch", "--per-class", "5"],
     "quick_start.py": ["--epochs", "1", "--per-class", "10"],
+    "from_papers.py": ["freezeout", "--per-class", "10"],
     "own_strategy.py": ["--enough", "0.5", "--per-class", "10"],
     "programmatic_api.py": ["--epochs", "5"],
     "digits_and_others.py": ["--epochs", "1", "--per-class", "10"],

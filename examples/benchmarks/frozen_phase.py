@@ -4,8 +4,9 @@
     python examples/benchmarks/frozen_phase.py --work resnet18 --runs 3
 
 `one look` is an inference pass over all images at its fastest setting here; `by hand` is that look and the same head
-steps on its features. `tuneforge` is the phase as a run does it, hooks, metrics, proof and log included, on an empty
-cache; `whole run` adds reading the data, the final evaluation and the files.
+steps on its features, `overlapped` with the look at the validation images behind the first epoch. `tuneforge` is the
+phase as a run does it, hooks, metrics, proof and log included, on an empty cache; `whole run` adds reading the data,
+the final evaluation and the files.
 """
 
 from collections.abc import Mapping
@@ -57,6 +58,7 @@ def main(chosen: str, runs: int, samples: int | None, epochs: int | None) -> Non
     entries: dict[str, Entry] = {
         "one look": look.over_all,
         "by hand": look.by_hand,
+        "by hand, overlapped": look.overlapped,
         "raw loop, channels-last": raw_channels_last,
         "raw loop": raw,
         "raw loop, DataLoader": raw_loader,

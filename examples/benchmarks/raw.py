@@ -3,6 +3,8 @@
 Everywhere SGD at 0.01 with momentum 0.9, and an accuracy over the validation images after each epoch.
 """
 
+import copy
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -91,6 +93,23 @@ class Look:
         known = attrs.evolve(work, train=(features[0], work.train[1]), val=(features[1], work.val[1]), frozen=False)
         raw(known, _only_head(network))
 
+    def overlapped(self, work: Work, network: Network) -> None:
+        """An entry: as by hand, but the first epoch trains while the validation images are looked at.
+
+        The training images cannot wait likewise: a shuffled batch needs rows of every pass of the look.
+        """
+        body = copy.deepcopy(network)
+        train = self.features(network, work.train[0]).clone()
+        found: list[Tensor] = []
+        looking = threading.Thread(target=lambda: found.append(self.features(body, work.val[0]).clone()))
+        looking.start()
+        head, first = _only_head(network), attrs.evolve(work, train=(train, work.train[1]), frozen=False, epochs=1)
+        raw(attrs.evolve(first, val=(train[:0], work.val[1][:0])), head)
+        looking.join()
+        val = (found[0], work.val[1])
+        accuracy(head, zip(*(each.split(work.batch) for each in val), strict=True))
+        raw(attrs.evolve(first, val=val, epochs=work.epochs - 1), head)
+
     def __str__(self) -> str:
         return f"{'channels-last' if self.layout is torch.channels_last else 'contiguous'}, batches of {self.batch}"
 
@@ -116,7 +135,7 @@ def accuracy(network: torch.nn.Module, batches: Batches) -> float:
         for images, labels in batches:
             right += int((network(images).argmax(1) == labels).sum())
             total += len(labels)
-    return right / total
+    return right / max(1, total)
 
 
 def laid_out(split: Split, layout: torch.memory_format) -> Split:

@@ -274,3 +274,32 @@ def test_an_evaluation_that_runs_out_of_memory_is_done_again_in_smaller_passes(t
     small, whole = (tune(EPOCHS, model=model, cache="off") for model in (narrow, plain))
     assert small.report["splits"]["test"]["confusion"] == whole.report["splits"]["test"]["confusion"]
     assert (small.folder / "mistakes.json").read_text() == (whole.folder / "mistakes.json").read_text()
+
+
+def test_a_probe_and_a_fit_that_run_out_of_memory_go_on_in_smaller_passes(tune):
+    class Narrow(Plain):
+        def forward(self, inputs):
+            if not self.training and len(inputs) > 10:
+                raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+            return super().forward(inputs)
+
+    def measured(model):
+        readings = []
+
+        def strategy(brief):
+            for measure in ("gradients", "rates"):
+                readings.append((yield tf.Probe(measure, measure=measure)).values)
+            yield tf.Fit("head")
+
+        result = tune(strategy, model=model)
+        return readings, weights(result), (result.folder / "log.txt").read_text()
+
+    torch.manual_seed(3)
+    narrow, plain = Narrow(), Plain()
+    plain.load_state_dict(narrow.state_dict())
+    (small, fitted, log), (whole, fitted_whole, _) = measured(narrow), measured(plain)
+    for one, other in zip(small, whole, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    for name, tensor in fitted_whole.items():
+        torch.testing.assert_close(fitted[name], tensor, rtol=1e-3, atol=1e-4)
+    assert "out of memory while gradients are measured: from here on 8 samples a pass" in log

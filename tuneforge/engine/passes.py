@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tuneforge.engine.evaluation import Worst
-from tuneforge.engine.network.device import is_out_of_memory
+from tuneforge.engine.network.device import is_out_of_memory, root_of
+from tuneforge.engine.network.shards import no_room
 from tuneforge.engine.run import Run
 from tuneforge.engine.samples.batches import in_turn
 from tuneforge.engine.samples.data import Split
 from tuneforge.errors import DataError
+
+T = TypeVar("T")
 
 
 def evaluate(
@@ -35,22 +38,26 @@ def evaluate(
     """
     run.evaluating = name
     run.hooks.call.evaluation_started(run=run)
-    figures: dict[str, Any] | None = None
-    while figures is None:
-        try:
-            figures = _one_pass(run, split, worst)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or run.eval_batch == 1:
-                raise
-            why = f"out of memory while '{name}' is evaluated"
-        if figures is None:
-            run.eval_batch = -(-run.eval_batch // 2)
-            run.device.release()
-            run.note(f"  {why}: from here on {run.eval_batch} samples a pass")
+    figures = _with_room(run, lambda: _one_pass(run, split, worst), f"'{name}' is evaluated")
     then(figures)
     run.hooks.call.evaluation_ended(run=run)
     run.evaluating = None
     return figures
+
+
+def _with_room(run: Run, one_pass: Callable[[], T], doing: str) -> T:
+    """What a pass over a split gives; it begins again with smaller batches where memory does not suffice."""
+    while True:
+        try:
+            return one_pass()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or run.eval_batch == 1:
+                raise
+            if run.sharded:
+                raise no_room(root_of(error), where=doing, flag="--eval-batch-size") from None
+        run.eval_batch = -(-run.eval_batch // 2)
+        run.device.release()
+        run.note(f"  out of memory while {doing}: from here on {run.eval_batch} samples a pass")
 
 
 def _one_pass(run: Run, split: Split, worst: Worst | None) -> dict[str, Any]:
@@ -86,7 +93,7 @@ def _on_all(run: Run, inputs: Any) -> Tensor:
     try:
         outputs = run.forward(inputs)
     except (RuntimeError, MemoryError) as caught:
-        if not is_out_of_memory(caught):
+        if not is_out_of_memory(caught) or run.sharded:
             raise
         error = caught
     if run.ranks.agree(error is not None)[0]:
@@ -97,20 +104,8 @@ def _on_all(run: Run, inputs: Any) -> Tensor:
 
 def head_features(run: Run, split: Split) -> tuple[Tensor, Tensor]:
     """What the head is given for each sample of a split, (n, f) on the CPU, and the targets (n, ...)."""
-    caught: list[Tensor] = []
-
-    def catch(module: nn.Module, args: tuple[Any, ...]) -> None:
-        caught.extend(each.detach().flatten(1).float().cpu() for each in args[:1])
-
     run.model.module.eval()
-    handle = run.model.head_module().register_forward_pre_hook(catch)
-    try:
-        with torch.no_grad():
-            for batch in run.evaluation_batches(split):
-                run.forward(batch.inputs)
-    finally:
-        handle.remove()
-    features = torch.cat(caught) if caught else torch.empty(0, 0)
+    features = _with_room(run, lambda: _caught(run, split), "features for the head are computed")
     if len(features) != len(split):
         raise DataError(
             f"the head took {len(features)} inputs for {len(split)} samples",
@@ -118,3 +113,19 @@ def head_features(run: Run, split: Split) -> tuple[Tensor, Tensor]:
             fix="use a strategy without Fit",
         )
     return features, split.targets
+
+
+def _caught(run: Run, split: Split) -> Tensor:
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, args: tuple[Any, ...]) -> None:
+        caught.extend(each.detach().flatten(1).float().cpu() for each in args[:1])
+
+    handle = run.model.head_module().register_forward_pre_hook(catch)
+    try:
+        with torch.no_grad():
+            for batch in run.evaluation_batches(split):
+                run.forward(batch.inputs)
+    finally:
+        handle.remove()
+    return torch.cat(caught) if caught else torch.empty(0, 0)

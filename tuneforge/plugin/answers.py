@@ -138,5 +138,6 @@ class Brief:
         return self.groups[-1]
 
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the training split."""
-        return -(-self.num_train // self.batch_size)
+        """Optimizer steps in one pass over the training split; a last sample alone joins the step before it."""
+        joined = self.num_train > self.batch_size and self.num_train % self.batch_size == 1
+        return -(-self.num_train // self.batch_size) - joined

@@ -104,7 +104,7 @@ def _phase_words(phase: Phase) -> Iterable[str]:
     if phase.layer_decay != 1:
         yield f"layer decay {phase.layer_decay:.3g}"
     if phase.lr_scales:
-        yield f"{len(phase.lr_scales)} rate factors"
+        yield f"{len(phase.lr_scales)} rate factor(s)"
     if phase.schedule:
         yield f"schedule {phase.schedule.name}"
     if phase.class_weights is not None:
