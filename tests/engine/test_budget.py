@@ -2,21 +2,15 @@
 
 import json
 import shutil
-import time
 
 import pytest
 import torch
+from killing import Killed, contents, killed
 from small import tiny_data, tiny_net
 
 import tuneforge as tf
 from tuneforge.engine.state import checkpoint, faults
 from tuneforge.plugin.config import budget_of
-
-BYTES = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "mistakes.json")
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL."""
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +26,7 @@ def two_phases(brief):
 
 
 class Slow:
-    """Takes its time in evaluation: after the `Fit`, where nothing trains, or at the end of the second epoch."""
+    """Takes long in evaluation, by the budget: after the `Fit`, where nothing trains, or at the second epoch's end."""
 
     def __init__(self, *, training):
         self.training = training
@@ -40,7 +34,16 @@ class Slow:
     @tf.hookimpl
     def evaluation_started(self, run):
         if (run.phase is not None, run.epoch) == (self.training, 1 + self.training):
-            time.sleep(max(0.0, 3.0 - run.budget.seconds()))
+            run.budget.before_s += 1000
+
+
+class Late:
+    """A long ninth step, by the clock of the budget."""
+
+    @tf.hookimpl(wrapper=True)
+    def train_step(self, run):
+        run.budget.before_s += 1000 * (run.step == 8)
+        return (yield)
 
 
 class Watch:
@@ -63,30 +66,6 @@ def engine(path, *, resume=False, strategy=two_phases, extensions=(), **given):
         return tf.Engine.resume(path, **objects)
     chosen = {"batch_size": 16, "page": False, "checkpoint_s": 0.0, "out": path, **given}
     return tf.Engine(**objects, **chosen)
-
-
-def contents(path, names=BYTES):
-    return {name: (path / name).read_bytes() for name in names}
-
-
-def killed(action, number, *, only=""):
-    """Kill it at the `number`-th point that it passes, or at the `number`-th of one name; how many it passed."""
-    passed = 0
-
-    def hook(name):
-        nonlocal passed
-        passed += not only or name == only
-        if passed == number and (not only or name == only):
-            raise Killed
-
-    faults.hook = hook
-    try:
-        action()
-    except Killed:
-        pass
-    finally:
-        faults.hook = None
-    return passed
 
 
 def read(path, name):
@@ -157,7 +136,7 @@ def test_the_strategy_is_closed(tmp_path):
 @pytest.mark.parametrize("checkpoint_s", [0.0, 1e9])
 def test_killed_at_any_point_after_the_mark_it_ends_the_same_to_the_bit(tmp_path, budget, checkpoint_s):
     whole = engine(tmp_path / "whole", budget=budget)
-    assert killed(whole.run, -1) > 0
+    assert killed(whole.run, -1)
     expected = contents(tmp_path / "whole")
     assert contents(engine(tmp_path / "twice", budget=budget).run().folder) == expected
     for later in range(0, 40, 3):
@@ -181,15 +160,17 @@ def test_killed_at_any_point_after_the_mark_it_ends_the_same_to_the_bit(tmp_path
 
 
 def test_seconds_end_at_the_step_that_was_written_down(tmp_path):
-    killed(engine(tmp_path / "r", budget="0.4s").run, 1, only="budget-marked")
+    late = {"extensions": [Late()]}
+    killed(engine(tmp_path / "r", budget="1000s", **late).run, 1, only="budget-marked")
     step = read(tmp_path / "r", "budget.json")["step"]
+    assert step == 9
     shutil.copytree(tmp_path / "r", tmp_path / "again")
-    engine(tmp_path / "r", resume=True).run()
-    killed(engine(tmp_path / "again", resume=True).run, 3)
-    engine(tmp_path / "again", resume=True).run()
+    engine(tmp_path / "r", resume=True, **late).run()
+    killed(engine(tmp_path / "again", resume=True, **late).run, 3)
+    engine(tmp_path / "again", resume=True, **late).run()
     assert contents(tmp_path / "again") == contents(tmp_path / "r")
     assert read(tmp_path / "r", "report.json")["stopped_by_budget"] == step
-    assert last_answer(tmp_path / "r")["reason"] == f"budget of 0.4s spent at step {step}"
+    assert last_answer(tmp_path / "r")["reason"] == f"budget of 1000s spent at step {step}"
     never_killed = engine(tmp_path / "steps", budget=f"{step}steps").run()
     same = ("model.safetensors", "metrics.jsonl", "report.json", "mistakes.json")
     assert contents(never_killed.folder, same) == contents(tmp_path / "r", same)
@@ -219,7 +200,7 @@ def test_a_checkpoint_knows_the_seconds(tmp_path):
 
 def test_spent_in_a_step_that_trains_nothing_the_run_ends_after_it_also_when_killed(tmp_path):
     given = {"strategy": fit_between, "extensions": [Slow(training=False)]}
-    killed(engine(tmp_path / "r", budget="3s", **given).run, 1, only="budget-marked")
+    killed(engine(tmp_path / "r", budget="1000s", **given).run, 1, only="budget-marked")
     assert read(tmp_path / "r", "budget.json")["done"] == 2
     shutil.rmtree(tmp_path / "r" / "checkpoints")  # so that even the first phase is done again
     result = engine(tmp_path / "r", resume=True, **given).run()
@@ -230,7 +211,7 @@ def test_spent_in_a_step_that_trains_nothing_the_run_ends_after_it_also_when_kil
 @pytest.mark.parametrize("checkpoint_s", [0.0, 1e9])
 def test_spent_in_the_evaluation_of_an_epoch_the_run_ends_with_that_epoch_also_when_killed(tmp_path, checkpoint_s):
     given = {"extensions": [Slow(training=True)]}
-    killed(engine(tmp_path / "r", budget="3s", checkpoint_s=checkpoint_s, **given).run, 1, only="budget-marked")
+    killed(engine(tmp_path / "r", budget="1000s", checkpoint_s=checkpoint_s, **given).run, 1, only="budget-marked")
     assert read(tmp_path / "r", "budget.json")["step"] == 12
     engine(tmp_path / "r", resume=True, **given).run()
     never_killed = engine(tmp_path / "steps", budget="12steps").run()

@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import attrs
 import pytest
 import torch
+from killing import Noisy, contents, every_step, killed
 from small import blobs, tiny_data
 from torch import nn
 
@@ -21,16 +23,11 @@ import tuneforge as tf
 from tuneforge.engine import phase
 from tuneforge.engine import run as run_module
 from tuneforge.engine.parts import Parts
-from tuneforge.engine.state import faults, memory
+from tuneforge.engine.state import memory
 
 KILLS = int(os.environ.get("TUNEFORGE_KILLS", "24"))
 CLOCK_KILLS = int(os.environ.get("TUNEFORGE_CLOCK_KILLS", "2"))
-COMPARED = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json", "mistakes.json")
 BORDERS = ("phase-trained", "phase-logged", "phase-saved")
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it, nothing cleans up."""
 
 
 class Net(nn.Module):
@@ -66,31 +63,6 @@ class Decoded:
         return self.split.inputs_fingerprint()
 
 
-class Noisy:
-    """A loss that moves with each sample's own numbers, and a count in the component's state."""
-
-    @tf.hookimpl(wrapper=True)
-    def train_step(self, run, batch):
-        state = run.state(self)
-        state["steps"] = state.get("steps", 0) + 1
-        result = yield
-        return result[0] * (1 + 0.1 * float(batch.noise.uniform("noise").mean()) + 1e-3 * state["steps"]), result[1]
-
-
-def strategy(brief):
-    report = yield tf.Phase("head", train="head", epochs=5, lr=0.02, schedule="cosine")
-    yield tf.Fit("fit", l2=0.1)
-    yield tf.Probe("look", batches=1)
-    lr = 0.01 if report.val["accuracy"] > 0.1 else 0.02
-    yield tf.Phase(
-        "top", train="groups[-2:]", epochs=3, lr=lr, optimizer=tf.use("sgd", momentum=0.9), restore_best=True
-    )
-    yield tf.Phase(
-        "all", epochs=2, lr=0.005, optimizer="adamw", schedule="one-cycle", patience=1, class_weights="balanced"
-    )
-    yield tf.Blend("mix", snapshots=["start", "all"], weights=[0.5, 1.0])
-
-
 def network():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -103,6 +75,7 @@ def data():
 
 
 def engine(path, *, resume=False, workers=0):
+    strategy = partial(every_step, epochs=(5, 3))
     objects = {"data": data(), "model": network(), "strategy": strategy, "extensions": [tf.use("ema"), Noisy()]}
     if resume:
         return tf.Engine.resume(path, **objects)
@@ -111,32 +84,9 @@ def engine(path, *, resume=False, workers=0):
     return tf.Engine(**objects, **settings, **bank)
 
 
-def contents(path):
-    return {name: (path / name).read_bytes() for name in COMPARED}
-
-
 def done(path):
     status = path / "status.json"
     return status.exists() and json.loads(status.read_text())["state"] == "done"
-
-
-def run_until(action, at):
-    """Run `action` and kill it at the `at`-th point that it passes; the names of the points that were passed."""
-    passed = []
-
-    def hook(name):
-        passed.append(name)
-        if len(passed) == at:
-            raise Killed(name)
-
-    faults.hook = hook
-    try:
-        action()
-    except Killed:
-        pass
-    finally:
-        faults.hook = None
-    return passed
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +94,7 @@ def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNEFORGE_CACHE", str(path.parent / "cache"))
-        points = run_until(engine(path).run, at=-1)
+        points = killed(engine(path).run, -1)
     return contents(path), points
 
 
@@ -173,11 +123,11 @@ def test_the_points_cover_checkpoints_steps_borders_and_the_cache(whole):
 def test_killed_anywhere_and_resumed_it_ends_the_same_to_the_bit(whole, tmp_path, seed):
     expected, points = whole
     path = tmp_path / "r"
-    run_until(engine(path, workers=2 if seed % 6 == 0 else 0).run, at=chosen(points, seed))
+    killed(engine(path, workers=2 if seed % 6 == 0 else 0).run, chosen(points, seed))
     chance = random.Random(seed)
     for _ in range(chance.randint(0, 2)):
         if not done(path):
-            run_until(engine(path, resume=True).run, at=chance.randint(1, len(points) // 2))
+            killed(engine(path, resume=True).run, chance.randint(1, len(points) // 2))
     if not done(path):
         engine(path, resume=True).run()
     assert contents(path) == expected
@@ -186,7 +136,7 @@ def test_killed_anywhere_and_resumed_it_ends_the_same_to_the_bit(whole, tmp_path
 def test_features_lost_between_kill_and_resume_are_computed_again_to_the_same_bits(whole, tmp_path, monkeypatch):
     monkeypatch.setenv("TUNEFORGE_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "r"
-    run_until(engine(path).run, at=1 + [place for place, name in enumerate(whole[1]) if name == "epoch"][2])
+    killed(engine(path).run, 1 + [place for place, name in enumerate(whole[1]) if name == "epoch"][2])
     monkeypatch.setenv("TUNEFORGE_CACHE", str(tmp_path / "another"))
     engine(path, resume=True).run()
     assert contents(path) == whole[0]
@@ -243,7 +193,7 @@ def test_a_restore_that_forgets_something_is_caught_by_this_comparison(whole, tm
         phases[2] if mutant != "schedule" else phases[3]
     )  # in the second phase, of which much is frozen, or the third
     steps = [place for place, name in enumerate(points) if name == "step-saved" and place > first]
-    run_until(engine(path).run, at=1 + steps[4])
+    killed(engine(path).run, 1 + steps[4])
     forgetting(monkeypatch, mutant)
     try:
         engine(path, resume=True).run()
@@ -259,7 +209,7 @@ def test_a_resume_without_any_mutant_in_those_places_is_the_same(whole, tmp_path
         path = tmp_path / f"r{place}"
         first = [where for where, name in enumerate(points) if name == "phase-saved"][place]
         steps = [where for where, name in enumerate(points) if name == "step-saved" and where > first]
-        run_until(engine(path).run, at=1 + steps[4])
+        killed(engine(path).run, 1 + steps[4])
         engine(path, resume=True).run()
         assert contents(path) == expected
 

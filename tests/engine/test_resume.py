@@ -9,18 +9,13 @@ import sys
 import attrs
 import pytest
 import torch
+from killing import Noisy, contents, every_step, killed
 from small import TinyNet, tiny_data
 from torch import nn
 
 import tuneforge as tf
 from tuneforge.engine.state import faults
 from tuneforge.engine.state.folder import RunFolder
-
-COMPARED = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json", "mistakes.json")
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it, nothing cleans up."""
 
 
 class Tied(TinyNet):
@@ -35,31 +30,6 @@ class Tied(TinyNet):
         return self.head(self.third(self.second(self.first(inputs))))
 
 
-class Noisy:
-    """Random augmentation from each sample's own numbers, and a count in the component's state."""
-
-    @tf.hookimpl(wrapper=True)
-    def train_step(self, run, batch):
-        state = run.state(self)
-        state["steps"] = state.get("steps", 0) + 1
-        result = yield
-        return result[0] * (1 + 0.1 * float(batch.noise.uniform("noise").mean()) + 1e-3 * state["steps"]), result[1]
-
-
-def strategy(brief):
-    report = yield tf.Phase("head", train="head", epochs=2, lr=0.02, schedule="cosine")
-    yield tf.Fit("fit", l2=0.1)
-    yield tf.Probe("look", batches=1)
-    lr = 0.01 if report.val["accuracy"] > 0.1 else 0.02
-    yield tf.Phase(
-        "top", train="groups[-2:]", epochs=2, lr=lr, optimizer=tf.use("sgd", momentum=0.9), restore_best=True
-    )
-    yield tf.Phase(
-        "all", epochs=2, lr=0.005, optimizer="adamw", schedule="one-cycle", patience=1, class_weights="balanced"
-    )
-    yield tf.Blend("mix", snapshots=["start", "all"], weights=[0.5, 1.0])
-
-
 def network():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -71,41 +41,17 @@ def data():
 
 
 def engine(path, *, resume=False, checkpoint_s=0.0):
-    objects = {"data": data(), "model": network(), "strategy": strategy, "extensions": [tf.use("ema"), Noisy()]}
+    objects = {"data": data(), "model": network(), "strategy": every_step, "extensions": [tf.use("ema"), Noisy()]}
     if resume:
         return tf.Engine.resume(path, **objects)
     settings = {"batch_size": 8, "accumulate": 2, "seed": 3, "page": False, "checkpoint_s": checkpoint_s, "out": path}
     return tf.Engine(**objects, **settings)
 
 
-def contents(path):
-    return {name: (path / name).read_bytes() for name in COMPARED}
-
-
-def run_until(action, at):
-    """Run `action` and kill it at the `at`-th point that it passes; how many points were passed."""
-    passed = 0
-
-    def hook(name):
-        nonlocal passed
-        passed += 1
-        if passed == at:
-            raise Killed(name)
-
-    faults.hook = hook
-    try:
-        action()
-    except Killed:
-        pass
-    finally:
-        faults.hook = None
-    return passed
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "run"
-    points = run_until(engine(path).run, at=-1)
+    points = killed(engine(path).run, -1)
     return contents(path), points
 
 
@@ -117,7 +63,7 @@ def test_a_run_with_checkpoints_ends_as_one_without(whole, tmp_path):
 
 def test_a_strategy_that_has_changed_is_refused_with_the_difference(whole, tmp_path):
     path = tmp_path / "r"
-    run_until(engine(path).run, at=whole[1] - 20)
+    killed(engine(path).run, len(whole[1]) - 20)
     changed = engine(path, resume=True)
 
     def other(brief):
@@ -151,7 +97,7 @@ def test_a_finished_run_is_not_resumed(tmp_path):
 
 def test_a_running_folder_cannot_be_resumed_beside_itself(tmp_path, whole):
     path = tmp_path / "r"
-    run_until(engine(path).run, at=whole[1] // 2)
+    killed(engine(path).run, len(whole[1]) // 2)
     with RunFolder(path, resume=True), pytest.raises(tf.FolderError, match="in use"):
         engine(path, resume=True).run()
 

@@ -123,8 +123,7 @@ def _check(run: Run, parts: Parts, plan: Modes) -> None:
     first, second = (_rows_of(run.example, [place] * 3) for place in (0, 1))
     with torch.no_grad(), run.autocast():
         together = _same_in_parts(run, run.example, parts.head, parts.training, plan)
-        _same_in_parts(run, run.example, parts.head, parts.evaluating, eval_plan)
-        alone = _same_in_parts(run, first, parts.head, parts.evaluating, eval_plan)  # and for another batch size
+        alone = _same_in_parts(run, first, parts.head, parts.evaluating, eval_plan)  # of another batch size
         for place, values in enumerate((alone, call(parts.head, second))):
             if not all(_close(one[place], other[place]) for one, other in zip(together, values, strict=True)):
                 raise NoPrefixError("the frozen part mixes samples")
