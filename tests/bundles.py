@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import numpy as np
 import torch
+from PIL import Image
 from small import blobs, tiny_data
 
 import tuneforge as tf
 from tuneforge.builtin.tables.arrays import Tensors
 from tuneforge.builtin.targets import Classes
 from tuneforge.ship.bundles.bundle import Servable
+from tuneforge.ship.champion.store import Store
+from tuneforge.ship.circle.records import Exchange, Records
+from tuneforge.ship.circle.watch import features_of
 
 
 def data(**changed: Any) -> tf.Data:
@@ -27,6 +34,19 @@ def finished(path: Path, *, epochs: int = 1, lr: float = 1e-2, given: tf.Data | 
     settings = {"model": tf.use("mlp", hidden=(8,)), "batch_size": 16, "page": False, **more}
     tf.Engine(data=given or data(), strategy=[phase], out=path, **settings).run()
     return path
+
+
+def digits(path: Path, *steps: tf.Step, **options: Any) -> tf.Result:
+    """A finished run of the digit CNN on a few real digits."""
+    data = tf.use("digits", **{"other_share": 0.0, **options})
+    return tf.Engine(data=data, model="digit-cnn", strategy=list(steps), out=path, page=False).run()
+
+
+def png(array: Any) -> bytes:
+    """Pixels of 8 bits as a PNG."""
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(array, dtype=np.uint8)).save(file, format="PNG")
+    return file.getvalue()
 
 
 def answering(
@@ -49,3 +69,18 @@ def rows_as_inputs(truths: Any) -> tf.Split:
 def one_hot(labels: Any, num_classes: int = 3) -> torch.Tensor:
     """Outputs (n, k) that name these labels."""
     return 5.0 * torch.nn.functional.one_hot(torch.as_tensor(np.asarray(labels)), num_classes).float()
+
+
+def kept(store: Store, records: Records, raws: Sequence[Any], labels: Sequence[str], *, start: int = 0) -> None:
+    """Keep inputs (rows, or bytes of pictures) with the champion's answers, and label the first of them."""
+    champion = tf.load(store.folder())
+    features = features_of(torch.stack([champion.inputs.decode(raw) for raw in raws]))
+    records.keep([
+        Exchange(
+            f"r{start + place}", str(store.champion), raw if isinstance(raw, bytes) else json.dumps(raw).encode(),
+            "image/png" if isinstance(raw, bytes) else "application/json", answer, features=features[place],
+        )
+        for place, (raw, answer) in enumerate(zip(raws, champion.predict(raws), strict=True))
+    ])  # fmt: skip
+    for place, name in enumerate(labels):
+        records.label(f"r{start + place}", name)

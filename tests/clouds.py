@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
+from bundles import kept
 
 import tuneforge as tf
 from tuneforge.ship.champion.store import Store
-from tuneforge.ship.circle.records import Exchange, Records
+from tuneforge.ship.circle.records import Records
 
 FIELDS = 6
 
@@ -49,14 +49,8 @@ def base_run(folder: Path, *, count: int = 900, apart: float = 5.0) -> tf.Result
 
 
 def ask(store: Store, records: Records, values: np.ndarray, labels: list[str], *, start: int = 0) -> None:
-    """Keep rows with the champion's answers, and label them."""
-    rows = rows_of(values)
-    records.keep([
-        Exchange(f"r{start + place}", str(store.champion), json.dumps(row).encode(), "application/json", answer)
-        for place, (row, answer) in enumerate(zip(rows, tf.load(store.folder()).predict(rows), strict=True))
-    ])  # fmt: skip
-    for place, name in enumerate(labels):
-        records.label(f"r{start + place}", name)
+    """Keep rows with the champion's answers, and label the first of them."""
+    kept(store, records, rows_of(values), labels, start=start)
 
 
 def right(folder: Path, values: np.ndarray, codes: np.ndarray) -> np.ndarray:

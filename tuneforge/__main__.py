@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from types import FrameType
@@ -9,7 +10,7 @@ from types import FrameType
 import click
 
 from tuneforge.cli import cli
-from tuneforge.errors import TuneforgeError
+from tuneforge.errors import TryAgainError, TuneforgeError
 
 
 class Stopped(BaseException):
@@ -41,6 +42,9 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def _report(error: Exception) -> int:
     if isinstance(error, TuneforgeError):
         return _failed("\n".join(error.lines()), error.exit_code)
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):  # a group alone: its message is its help
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     if isinstance(error, click.UsageError):
         return _failed(error.format_message() + _help_hint(error.ctx), 2)
     if isinstance(error, click.ClickException):
@@ -48,6 +52,10 @@ def _report(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):
         sys.stderr.close()
         return 0
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = f"'{error.filename}'" if error.filename else "what the command prints, or a temporary file"
+        again = "free some space, then do the same again; a run goes on with: tuneforge resume RUN"
+        return _failed(f"cannot write {place}\n  why:   {error.strerror}\n  do:    {again}", TryAgainError.exit_code)
     return _failed(
         f"{type(error).__name__}: {error}\n  why:   this is a defect of tuneforge or of a plugin\n"
         "  do:    run again with --debug for the traceback, and report it",

@@ -21,6 +21,7 @@ class Fastai:
     """fastai's Learner; each phase is a call of `fit`."""
 
     name = "fastai"
+    packages, command = ("fastai", "fastcore"), None
 
     def version(self) -> str:
         """Of the package."""
@@ -91,6 +92,14 @@ class Fastai:
         stopping = EarlyStoppingCallback("valid_loss", min_delta=10.0, patience=1)
         with learner.no_bar(), learner.no_logging():
             learner.fit(5, 0.01, cbs=stopping)
+
+    def folders(self, root: Path, val: str) -> dict[str, int]:
+        """Row 16: `ImageDataLoaders.from_folder`; the number of each class of the validation folder."""
+        from fastai.vision.data import ImageDataLoaders
+
+        found = ImageDataLoaders.from_folder(root, train="train", valid=val, bs=4, num_workers=0)
+        answers = [int(answer) for _, batch in found.valid for answer in batch]
+        return {path.parent.name: answer for path, answer in zip(found.valid_ds.items, answers, strict=True)}
 
 
 def peers() -> list[Fastai]:

@@ -111,6 +111,8 @@ class Lightning:
     """Lightning by itself."""
 
     name = "Lightning"
+    packages: tuple[str, ...] = ("lightning", "lightning_fabric")
+    command: str | None = "lightning.fabric.cli:_main"
 
     def version(self) -> str:
         """Of the package."""
@@ -206,6 +208,8 @@ class Scheduler(Lightning):
 
     name = "finetuning-scheduler"
     freezes_again = False
+    packages = ("lightning", "lightning_fabric", "finetuning_scheduler")
+    command = None
 
     def version(self) -> str:
         """Of the package."""

@@ -26,6 +26,7 @@ class Skorch:
     """skorch's classifier."""
 
     name = "skorch"
+    packages, command = ("skorch",), None
 
     def version(self) -> str:
         """Of the package."""

@@ -1,16 +1,24 @@
 """tuneforge: the checks of its conformance kit, on the strategy that does what the case asks for."""
 
+from pathlib import Path
+
 from case import Fails
 
 import tuneforge as tf
 
 STRATEGY = "freeze-then-unfreeze"
+GROUPS = (
+    "data_prepare", "model_adapt", "train_step", "evaluate", "finetune_strategy", "extension", "lr_schedule",
+    "optimizer", "augment", "export",
+)  # fmt: skip
 
 
 class Tuneforge:
     """Each row is one check of the kit, or several."""
 
     name = "tuneforge"
+    packages, command = ("tuneforge",), "tuneforge.__main__:main"
+    groups = tuple(f"tuneforge.{name}" for name in GROUPS)
 
     def version(self) -> str:
         """Of the package."""
@@ -27,6 +35,26 @@ class Tuneforge:
                     each()
                 except AssertionError as error:
                     raise Fails(str(error)) from error
+
+    def use(self, folder: Path) -> None:
+        """Row 14: commands that list and look, and a run; `plugins check` is there to find what is broken."""
+        from tuneforge.__main__ import main
+
+        few = ["--data.per-class", "2", "--data.other-share", "0", "--strategy", "head-only", "--strategy.epochs", "1"]
+        run = ["run", *few, "--no-page", "--cache", "off", "--out", str(folder / "run")]
+        for command in (["--help"], ["plugins", "list"], ["run", "--help"], ["doctor"], run):
+            if main(command):
+                raise RuntimeError(f"tuneforge {' '.join(command)} fails")
+
+    def folders(self, root: Path, val: str) -> dict[str, int]:
+        """Row 16: `image-folder`; the number of each class of the validation folder."""
+        place = root / f"only-{val}"
+        place.mkdir()
+        for name, split in {"train": "train", "val": val, "test": "val"}.items():
+            (place / name).symlink_to(root / split)
+        data = tf.Engine(data=tf.use("image-folder", path=place, size=16), model="torchvision").look().data
+        names = data.targets.names
+        return {names[answer]: answer for answer in data.val.targets.tolist()}
 
 
 def peers() -> list[Tuneforge]:

@@ -1,5 +1,8 @@
 """Rows 1 to 9 and 11 to 13 on a tool, in terms of what `case.Peer` can do; row 10 is each tool's own.
 
+Rows 14 to 16 are in `around.py`, rows 17 to 20 in `killed.py`. A tool that freezes nothing itself (`freezes = False`)
+is asked rows 5, 7 and 8 of a run that trains all layers.
+
 Each function returns where the tool passes, and raises `Fails` or `NotThereError` where it does not.
 """
 
@@ -10,7 +13,10 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import around
+import killed
 import numpy as np
 import torch
 from case import (
@@ -63,6 +69,11 @@ def apart(one: Net, other: Net) -> list[str]:
     """Names of the parameters in which two runs differ by more than rounding."""
     ended = dict(other.named_parameters())
     return [name for name, each in one.named_parameters() if not torch.allclose(each, ended[name], 1e-4, 1e-6)]
+
+
+def plan_for(peer: Peer, **given: Any) -> Plan:
+    """The plan of two phases, or of one for a tool that freezes nothing itself."""
+    return Plan(**given) if getattr(peer, "freezes", True) else Plan(phases=("all",) * 3, **given)
 
 
 def row_1(peer: Peer) -> None:
@@ -134,11 +145,11 @@ def _weights(net: Net) -> set[str]:
 
 def row_5(peer: Peer) -> None:
     """Each schedule goes through the border, and through a resume in the epoch after it."""
-    wrong, refused, resumes = [], [], not _resumed_apart(peer, Plan())
+    wrong, refused, resumes = [], [], not _resumed_apart(peer, plan_for(peer))
     for schedule in peer.schedules():
         try:
-            whole(peer, Plan(schedule=schedule))
-            if resumes and _resumed_apart(peer, Plan(schedule=schedule)):
+            whole(peer, plan_for(peer, schedule=schedule))
+            if resumes and _resumed_apart(peer, plan_for(peer, schedule=schedule)):
                 wrong.append(f"{schedule}: resumed, it ends elsewhere")
         except Exception as error:  # noqa: BLE001 - whatever a tool raises here, it is a row that it fails
             if "support" in str(error):
@@ -169,7 +180,7 @@ def row_6(peer: Peer) -> None:
 
 def row_7(peer: Peer) -> None:
     """Resumed with modules registered in another order, every tensor ends where it would have."""
-    plan = Plan()
+    plan = plan_for(peer)
     expected, _ = whole(peer, plan)
     straight, _ = interrupted(peer, plan, 2 * BORDER)
     if apart(expected, straight):
@@ -181,7 +192,7 @@ def row_7(peer: Peer) -> None:
 
 def row_8(peer: Peer) -> None:
     """After a resume come the samples that would have come."""
-    plan = Plan(shuffle=True)
+    plan = plan_for(peer, shuffle=True)
     _, expected = whole(peer, plan)
     epochs = [expected.batches[start : start + BORDER] for start in range(0, 3 * BORDER, BORDER)]
     for kill_at in (2 * BORDER, 2 * BORDER + 1):
@@ -263,7 +274,7 @@ def _speaks(peer: Peer, *, asked: bool) -> bool:
     """True where something that is printed or logged says that early stopping ended a phase or training."""
     out = io.StringIO()
     handler = logging.StreamHandler(out)
-    loggers = [logging.getLogger(), *map(logging.getLogger, ("lightning", "lightning.pytorch", "finetuning_scheduler"))]
+    loggers = [logging.getLogger(), *map(logging.getLogger, SPEAKERS)]
     for logger in loggers:
         logger.addHandler(handler)
     try:
@@ -275,13 +286,19 @@ def _speaks(peer: Peer, *, asked: bool) -> bool:
     return any(word in out.getvalue().lower() for word in REASONS)
 
 
+SPEAKERS = ("lightning", "lightning.pytorch", "finetuning_scheduler", "transformers", "accelerate")
+"""Loggers that may keep what they say to themselves."""
+
 REASONS = ("early stop", "not improve", "did not improve", "no improvement", "stopping since", "has not gained")
 """Words by which a tool may say that it stopped because nothing improved."""
 
 ROWS: dict[int, Callable[[Peer], None]] = {
     1: row_1, 2: row_2, 3: row_3, 4: row_4, 5: row_5, 6: row_6, 7: row_7, 8: row_8, 9: row_9, 10: row_10,
-    11: row_11, 12: row_12, 13: row_13,
+    11: row_11, 12: row_12, 13: row_13, 14: around.row_14, 15: around.row_15, 16: around.row_16, 17: killed.row_17,
+    18: killed.row_18, 19: killed.row_19, 20: killed.row_20,
 }  # fmt: skip
+OF_FREEZING = (1, 2, 3, 4, 6, 9, 10, 12)
+"""Rows that do not apply to a tool that freezes nothing itself."""
 
 
 def equal_states(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:

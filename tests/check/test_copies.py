@@ -8,9 +8,12 @@ import os
 import numpy as np
 import pytest
 from check.planted import plant
+from PIL import Image
 
 from tuneforge.check.check import check
-from tuneforge.check.copies import near_copies, sets_of
+from tuneforge.check.copies import Copy, near_copies, sets_of
+from tuneforge.check.files import File
+from tuneforge.check.issues import of_copies
 
 PAIRS = int(os.environ.get("TUNEFORGE_PAIRS", "20"))
 
@@ -45,3 +48,55 @@ def test_colour_tells_apart_what_is_equal_in_grey():
 
 def test_pairs_join_into_sets():
     assert sets_of([(5, 2), (2, 9), (1, 3)]) == [[1, 3], [2, 5, 9]]
+
+
+def chain(*named, label="a", labels=()):
+    """Files by place: `test/x.png` lies in `test`."""
+    named_labels = labels or [label] * len(named)
+    return {place: File(name, name.partition("/")[0], named_labels[place]) for place, name in enumerate(named)}
+
+
+def told(members, *copies):
+    """Of each issue: its file, its kind, whom it is named beside, and the score."""
+    return [(each.path, each.kind, each.others, each.score) for each in of_copies(members, copies)]
+
+
+def test_each_member_of_a_chain_is_named_beside_its_nearest_with_that_score():
+    members = chain("train/a", "train/b", "train/c")
+    assert told(members, Copy(0, 1, 0.96), Copy(1, 2, 0.99)) == [
+        ("train/b", "near copy", ("train/c",), 0.99),
+        ("train/c", "near copy", ("train/b",), 0.99),
+    ]
+
+
+def test_a_leak_is_named_beside_the_copy_that_is_kept_where_it_is_like_it():
+    members = chain("train/a", "train/b", "test/c", "train/d")
+    issues = list(of_copies(members, [Copy(0, 2, 0.96), Copy(0, 1, 0.99), Copy(1, 2, 0.97), Copy(1, 3, 0.98)]))
+    assert [(each.path, each.others, each.score) for each in issues] == [
+        ("train/a", ("test/c",), 0.96),
+        ("train/b", ("test/c",), 0.97),
+        ("train/d", ("train/b", "test/c"), 0.98),
+    ]
+    assert {(each.kind, each.action) for each in issues} == {("leak", "leave out")}
+    assert issues[2].why == "it is nearly the same picture as 'train/b', and through it as 'test/c', which is in test"
+
+
+def test_of_several_labels_the_nearest_comes_first():
+    members = chain("train/a", "train/b", "train/c", labels=("x", "x", "y"))
+    issues = list(of_copies(members, [Copy(0, 1, 1.0, exact=True), Copy(0, 2, 0.97), Copy(1, 2, 0.96)]))
+    assert [(each.path, each.others, each.score, each.action) for each in issues] == [
+        ("train/a", ("train/b", "train/c"), None, "look at it"),
+        ("train/b", ("train/a", "train/c"), None, "look at it"),
+        ("train/c", ("train/a", "train/b"), 0.97, "look at it"),
+    ]
+
+
+def test_copies_to_the_byte_are_named_beside_the_one_of_the_test(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8))
+    for name in ("train/a/1", "train/a/2", "test/a/3", "train/a/4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / f"{name}.png")
+    issues = [each for each in check(tmp_path).issues if each.kind != "class"]
+    assert [(each.path, each.kind, each.others) for each in issues] == [
+        (f"train/a/{number}.png", "leak", ("test/a/3.png",)) for number in (1, 2, 4)
+    ]

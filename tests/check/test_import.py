@@ -3,14 +3,17 @@
 `TUNEFORGE_MALICIOUS=all` puts every one of them through the command itself, a process each (about five minutes).
 """
 
+import io
 import json
 import os
+import random
+import zipfile
 
 import pytest
 import torch
 from check import malicious
 
-from tuneforge import DataError, Limited, UnsafeFileError, load_tensors
+from tuneforge import DataError, Limited, UnsafeFileError, load_tensors, save_tensors
 from tuneforge.__main__ import main
 
 BY_COMMAND = ("os.system", "fifo", "device", "folder", "loop", "nowhere")
@@ -55,6 +58,7 @@ def test_the_command_refuses_with_its_codes_and_leaves_nothing(planted, tmp_path
     codes = {name: main(["import", str(planted[name]), "--out", str(out), "--max-mb", "64"]) for name in names}
     assert set(codes.values()) <= {65, 77}, codes
     assert codes["os.system"] == 77
+    assert codes["folder"] == 65
     errors = capsys.readouterr().err
     assert errors.count("error: ") == len(codes)
     assert "weights_only" not in errors  # torch's advice is to read the file unsafely
@@ -86,7 +90,7 @@ def test_a_shared_tensor_is_kept_once_and_the_file_of_a_link_is_left_alone(tmp_p
     (tmp_path / "b.safetensors").symlink_to(tmp_path / "precious")
     weight = torch.randn(4, 4)
     path = saved(tmp_path / "a.pth", {"in.w": weight, "out.w": weight, "part": weight[:2].T, "epoch": 7})
-    assert main(["import", str(path), "--out", str(tmp_path / "b.safetensors"), "--json"]) == 0
+    assert main(["import", str(path), "--out", str(tmp_path / "b.safetensors"), "--json", "--force"]) == 0
     told = json.loads(capsys.readouterr().out)
     tensors, metadata = load_tensors(tmp_path / "b.safetensors")
     assert told["same"] == {"out.w": "in.w"} == metadata["same"]
@@ -95,3 +99,48 @@ def test_a_shared_tensor_is_kept_once_and_the_file_of_a_link_is_left_alone(tmp_p
     assert torch.equal(tensors["part"], weight[:2].T)
     assert (tmp_path / "precious").read_text() == "mine"
     assert not (tmp_path / "b.safetensors").is_symlink()
+
+
+def test_what_is_there_is_not_written_over_unless_that_is_asked(tmp_path, capsys):
+    path, out = saved(tmp_path / "a.pth", {"w": torch.zeros(3)}), tmp_path / "a.safetensors"
+    out.write_text("mine")
+    assert main(["import", str(path)]) == 73
+    assert "give --force" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+    assert main(["import", str(path), "--force"]) == 0
+    assert set(load_tensors(out)[0]) == {"w"}
+
+
+def test_safetensors_need_no_import(tmp_path, capsys):
+    path = tmp_path / "a.safetensors"
+    save_tensors({"w": torch.zeros(3)}, path)
+    before = path.read_bytes()
+    assert main(["import", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "is safetensors already" in said
+    assert f"--model.weights {path}" in said
+    assert path.read_bytes() == before
+
+
+def test_what_is_no_file_of_weights_is_bad_data_and_what_could_run_is_unsafe(tmp_path):
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("photo.txt", "x" * 999)
+    command = b"cos\nsystem\n(S'touch x'\ntR."
+    content = {
+        "random": (random.Random(0).randbytes(5000), DataError),
+        "words": (b"hello\n", DataError),
+        "stop": (b"....", DataError),
+        "zip": (archive.getvalue(), DataError),
+        "text-pickle": (command, UnsafeFileError),
+        "pickle-in-archive": (malicious.archive(malicious.weights(command[:-1])), UnsafeFileError),
+    }
+    out = tmp_path / "out.safetensors"
+    target = "tuneforge.check.unpickled:unpack"
+    with Limited(target, memory_mb=1500, seconds=20.0, writes=out, largest=2**26) as process:
+        for name, (data, error) in content.items():
+            (tmp_path / name).write_bytes(data)
+            with pytest.raises(error):
+                process.ask(path=str(tmp_path / name), out=str(out), key=None, max_bytes=2**26)
+    assert (DataError.exit_code, UnsafeFileError.exit_code) == (65, 77)
+    assert not out.exists()

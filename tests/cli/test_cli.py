@@ -266,8 +266,25 @@ def test_a_run_that_is_not_done_is_neither_reported_nor_used(run, tmp_path):
 def test_nothing_to_resume_is_said(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = run("resume")
-    assert code == 73
+    assert code == 2
     assert "no run to go on with" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "offered"),
+    [
+        (["resume", "runs/godo"], "did you mean 'runs/good'?"),
+        (["resume", "good"], "did you mean 'runs/good'?"),
+        (["report", "runs/godo"], "did you mean 'runs/good'?"),
+        (["evaluate", "runs/entirely-else"], "check its name"),
+    ],
+)
+def test_a_run_that_is_not_there_exits_2_and_the_nearest_is_offered(run, tmp_path, monkeypatch, arguments, offered):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "good").mkdir(parents=True)
+    (tmp_path / "runs" / "good" / "run.json").write_text("{}")
+    code, _, err = run(*arguments)
+    assert (code, offered in err) == (2, True), err
 
 
 def test_an_option_of_an_extension_is_named_as_it_was_typed(run):

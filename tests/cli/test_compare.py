@@ -79,7 +79,7 @@ def test_what_is_wrong_is_said(run, arguments, words, tmp_path):
 
 def test_a_folder_without_a_race_is_refused(run):
     code, _, err = run("compare", "--resume", "nothing")
-    assert (code, "nothing" in err) == (73, True)
+    assert (code, "nothing" in err) == (2, True)
 
 
 def test_help_is_there_without_torch(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -70,10 +71,12 @@ def test_the_cleaned_list_runs_and_that_run_judges_labels(fixed, tmp_path, capsy
     assert "train/digit 1/wrong.png" in [each["path"] for each in found["issues"] if each["kind"] == "wrong label"]
 
 
-def test_a_fix_can_be_told_what_to_leave_out_and_is_taken_back(fixed, tmp_path):
+def test_a_fix_can_be_told_what_to_leave_out_and_is_taken_back(fixed, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     assert main(["data", "check", str(fixed / "d"), *out, "--fix", "files,copies"]) == 0
     content = (tmp_path / "out" / "cleaned.csv").read_text()
+    left = re.search(r"^left after the advice on files, copies: (\d+) of 83$", capsys.readouterr().out, re.MULTILINE)
+    assert int(left[1]) == len(content.splitlines()) - 1
     assert "wrong.png" in content
     assert "leak.png" not in content
     assert main(["data", "check", str(fixed / "d"), *out, "--undo"]) == 0

@@ -56,11 +56,11 @@ def test_a_run_leaves_as_a_bundle_with_its_card(run, world):
     ("arguments", "code", "words"),
     [
         (["export", "runs/good", "--to", "onxx"], 2, "did you mean 'onnx'"),
-        (["export", "runs/nothing"], 73, "is not a finished run"),
+        (["export", "runs/nothing"], 2, "there is no folder 'runs/nothing'"),
         (["export", "runs/good", "--to", "safetensors", "--to", "safetensors"], 2, "each export format is named once"),
         (["export", "runs/good", "--to", "safetensors", "--pictures", "p"], 65, "the inputs are no pictures"),
         (["promote", "runs/good", "--name", "../x"], 2, "cannot be a model's name"),
-        (["promote", "runs/nothing"], 73, "is not a finished run"),
+        (["promote", "runs/nothing"], 2, "there is no folder 'runs/nothing'"),
         (["promote", "runs/good", "--floor", "much"], 2, "--floor"),
         (["models", "list", "--store", "nowhere"], 73, "there is no store 'nowhere'"),
         (["models", "rollback", "x", "--store", "nowhere"], 73, "there is no store 'nowhere'"),

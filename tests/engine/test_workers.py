@@ -1,6 +1,6 @@
 """Processes that decode ahead: the order, what they survive, and that none outlives its run.
 
-The full set of signals: `TUNEFORGE_SIGNALS=40 python -m pytest tests/engine/test_workers.py`.
+The full set: `TUNEFORGE_SIGNALS=40 TUNEFORGE_WORKER_KILLS=100 python -m pytest tests/engine/test_workers.py`.
 """
 
 import multiprocessing
@@ -21,9 +21,11 @@ from PIL import Image
 import tuneforge as tf
 from tuneforge.engine.samples.batches import batches, in_turn
 from tuneforge.engine.samples.workers import Workers
+from tuneforge.engine.state import faults
 
 EPOCHS = 16
 SIGNALS = int(os.environ.get("TUNEFORGE_SIGNALS", "4"))
+WORKER_KILLS = int(os.environ.get("TUNEFORGE_WORKER_KILLS", "2"))
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -133,13 +135,28 @@ def test_an_error_of_a_plugin_keeps_its_trace(workers):
         seen(workers(2, source), source)
 
 
-def test_a_process_that_dies_is_told_and_the_others_go(workers):
+def test_a_batch_that_kills_every_process_ends_the_run_and_the_others_go(workers):
     source = Deadly()
     kept = workers(2, source)
-    with pytest.raises(tf.TryAgainError, match="a process that decodes ahead has died.*SIGKILL") as caught:
+    with pytest.raises(tf.TryAgainError, match="3 processes that decode ahead have died.*SIGKILL") as caught:
         seen(kept, source)
     assert caught.value.exit_code == 75
     assert multiprocess_children() == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_killed_processes_are_replaced_and_the_order_stays(count):
+    source, said, order = Numbers(), [], []
+    kept = Workers(count, [source], said.append)
+    for number, (rows, stored) in enumerate(kept.fetched(source, in_turn(100, 4))):
+        assert torch.equal(rows, stored[:, 0])
+        order += rows.tolist()
+        for process in multiprocessing.active_children()[: number % (count + 1)]:
+            os.kill(process.pid, signal.SIGKILL)
+    kept.close()
+    assert order == list(range(100))
+    assert len(said) > 10
+    assert {line.partition("; ")[0] for line in said} == {"  warning: a process that decodes ahead has died (SIGKILL)"}
 
 
 def multiprocess_children():
@@ -276,6 +293,43 @@ def test_a_run_is_the_same_in_memory_from_disk_and_with_processes(place, tmp_pat
         tf.Engine(data=data, model="tiny:Tiny", strategy=plan, out=tmp_path / name, **settings).run()
         left[name] = results(tmp_path / name)
     assert left["held"] == left["streamed"] == left["two"]
+    assert multiprocess_children() == 0
+
+
+def disturbed(place, out, at, num_killed):
+    """What a run leaves some of whose processes were killed at the `at`-th point that it passed; the points."""
+    passed, killed = [], []
+
+    def hook(name):
+        passed.append(name)
+        if len(passed) == at:
+            for process in multiprocessing.active_children()[:num_killed]:
+                os.kill(process.pid, signal.SIGKILL)
+                killed.append(process.pid)
+
+    data = tf.use("image-folder", path=str(place / "photos"), size=8, memory_mb=0)
+    plan = [tf.Phase("head", train="head", epochs=1, lr=0.01), tf.Phase("all", epochs=1, lr=0.01)]
+    settings = {"augment": ["shift"], "batch_size": 8, "workers": 2, "page": False, "out": out, "cache": "off"}
+    faults.hook = hook
+    try:
+        tf.Engine(data=data, model="tiny:Tiny", strategy=plan, **settings).run()
+    finally:
+        faults.hook = None
+    return results(out), passed, killed, (out / "log.txt").read_text().count("another one goes on in its place")
+
+
+def test_a_run_whose_processes_are_killed_ends_the_same_to_the_bit(place, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(place))
+    expected, passed, _, told = disturbed(place, tmp_path / "whole", 0, 0)
+    assert told == 0
+    replaced = 0
+    for number in range(WORKER_KILLS):
+        at = 1 + number * (len(passed) - 1) // WORKER_KILLS
+        found, _, killed, told = disturbed(place, tmp_path / str(number), at, 1 + number % 2)
+        assert found == expected, passed[at - 1]
+        assert told <= len(killed)
+        replaced += told
+    assert replaced >= WORKER_KILLS // 2
     assert multiprocess_children() == 0
 
 

@@ -72,6 +72,12 @@ def test_the_graph_takes_pixels_and_gives_probabilities_for_any_batch(digits):
         assert answers.sum(1) == pytest.approx(np.ones(size), abs=1e-5)
 
 
+def test_the_card_tells_what_is_stored_from_what_the_network_takes(digits):
+    lines = (digits / "bundle" / "README.md").read_text().splitlines()
+    assert any(line.startswith("uint8 of shape (1, 32, 32); the rest of the way") for line in lines)
+    assert "| channels | `3` | Channels that the model takes; grey is repeated, colours are averaged. |" in lines
+
+
 def test_the_card_s_script_gives_the_same_accuracy_where_there_is_no_torch(digits, tmp_path):
     """onnxruntime, numpy and Pillow alone are on the path; each picture gets the class that the run gives it."""
     card = (digits / "bundle" / "README.md").read_text()

@@ -5,7 +5,6 @@ TUNEFORGE_SCREENSHOTS names a folder for the picture of the page.
 """
 
 import contextlib
-import io
 import json
 import os
 import random
@@ -17,19 +16,17 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from browser import MISSING, browser, installed
-from PIL import Image
+from bundles import digits as finished_digits
+from bundles import png
 
 import tuneforge as tf
 
 pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
-import uvicorn
-
 from tuneforge.builtin.characters.digit_images import real_digits
 from tuneforge.ship.circle.records import Records, in_share
-from tuneforge.ship.serve.app import application
 from tuneforge.ship.serve.feedback import Sampled, feedback
-from tuneforge.ship.serve.models import sources_of
 from tuneforge.ship.wire import wire
 from tuneforge.ship.wire.client import Server
 
@@ -39,50 +36,25 @@ JSON = {"Content_Type": "application/json"}
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    return tf.Engine(
-        data=tf.use("digits", other_share=0, per_class=10),
-        model="digit-cnn",
-        strategy=[tf.Phase("head", train="head", steps=20, lr=1e-2)],
-        out=tmp_path_factory.mktemp("runs") / "run",
-        page=False,
-    ).run()
+    step = tf.Phase("head", train="head", steps=20, lr=1e-2)
+    return finished_digits(tmp_path_factory.mktemp("runs") / "run", step, per_class=10)
 
 
-def pngs(count, *, inverted=False):
+def pngs(count):
     images, labels = real_digits()
-    for image, label in zip(images[:count], labels[:count], strict=True):
-        pixels = (image * 15.9375).astype("uint8")
-        file = io.BytesIO()
-        Image.fromarray(255 - pixels if inverted else pixels).save(file, format="PNG")
-        yield file.getvalue(), str(label)
+    return [(png(image * 15.9375), str(label)) for image, label in zip(images[:count], labels[:count], strict=True)]
 
 
-@contextlib.contextmanager
-def serving(folder, records, *, share=1.0):
-    app = application(sources_of(folder), records=Sampled(records, share), further=[feedback(records)])
-    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="on", log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+def kept_by(records, share=1.0):
+    """What a server is given that keeps a share of its requests."""
+    return {"records": Sampled(records, share), "further": [feedback(records)]}
 
 
 @pytest.fixture
-def records(tmp_path):
-    with Records(tmp_path / "records.db") as opened:
-        yield opened
-
-
-@pytest.fixture
-def served(digits, records):
-    with serving(digits.folder, records) as url:
-        connection = Server(url).connect()
-        yield connection, url
+def served(digits, records, serving):
+    with serving(digits.folder, **kept_by(records)) as server:
+        connection = Server(server.url).connect()
+        yield connection, server.url
         connection.close()
 
 
@@ -105,6 +77,59 @@ def test_an_answered_request_takes_its_label_at_once(served, records):
     assert (sample.exchange.body, sample.exchange.content_type, sample.label) == (content, "image/png", name)
     assert sample.exchange.version == answer["version"]
     assert sample.exchange.answer["probabilities"] == answer["probabilities"]
+
+
+def infer(connection, pixels, **more):
+    """Ask over the Open Inference Protocol for rows of stored pictures (b, 1, 32, 32)."""
+    tensor = {"name": "input", "datatype": "UINT8", "shape": list(pixels.shape), "data": pixels.flatten().tolist()}
+    return connection.ask("POST", "/v2/models/run/infer", json.dumps({"inputs": [tensor], **more}).encode(), **JSON)[0]
+
+
+def test_what_goes_over_v2_is_kept_and_labelled_like_the_rest(served, records, digits):
+    connection, _ = served
+    inputs = tf.load(digits.folder).inputs
+    pixels = torch.stack([inputs.decode(content) for content, _ in pngs(3)])
+    alone, named, several = (
+        infer(connection, pixels[:1]),
+        infer(connection, pixels[1:2], id="7"),
+        infer(connection, pixels),
+    )
+    assert (named["id"], infer(connection, pixels[:1], id="7")["id"]) == ("7", "7")  # a client may say it twice
+    ids = [alone["id"], named["parameters"]["feedback_id"], *(f"{several['id']}-{row}" for row in range(3))]
+    assert [label(connection, each, "3")["previous"] for each in ids] == [None] * 5
+    kept = [records.find(each) for each in ids]
+    assert all(torch.equal(each.stored(inputs), pixels[row]) for each, row in zip(kept, (0, 1, 0, 1, 2), strict=True))
+    assert [each.answer["class"] for each in kept] == [
+        json.loads(text)["class"] for answer in (alone, named, several) for text in answer["outputs"][1]["data"]
+    ]
+    ((content, _),) = pngs(1)
+    again = records.find(label(connection, predict(connection, content)["id"], "4")["id"])
+    assert again.content == kept[0].content  # sent as a file it is the same content, and its newest label counts
+    assert [each.label for each in records.labelled()] == ["3", "3", "4"]
+    assert again.features == kept[0].features
+    infer(connection, pixels[:1])
+    assert connection.ask("GET", "/review/next")[0]["picture"].startswith("data:image/png;base64,")
+
+
+def test_what_a_client_does_not_want_kept_is_not(served, records):
+    connection, _ = served
+    ((content, _),) = pngs(1)
+    private = {"Cache_Control": "max-age=0, no-store"}
+    connection.ask("POST", "/predict", content, Content_Type="image/png", **private)
+    tensor = {"name": "input", "datatype": "UINT8", "shape": [1, 1, 32, 32], "data": [0] * 1024}
+    body = json.dumps({"inputs": [tensor]}).encode()
+    connection.ask("POST", "/v2/models/run/infer", body, **JSON, **private)
+    connection.ask("POST", "/predict", content, Content_Type="application/x-safetensors")  # a name that is ours alone
+    assert connection.ask("GET", "/watch")[0]["kept"]["requests"] <= 1
+    (kept,) = [records.least_certain()]
+    assert kept.content_type == "application/octet-stream"
+    assert records.counts().requests == 1
+
+
+def test_the_wire_test_leaves_no_trace_in_the_records(served, records, digits):
+    wire.measure(Server(served[1]), wire.looking(digits.folder), rows=16)
+    served[0].ask("GET", "/review/next")
+    assert records.counts().requests == 0
 
 
 @pytest.mark.parametrize(
@@ -130,9 +155,9 @@ def test_the_test_split_over_the_wire_equals_the_offline_report(served, digits):
     assert [each for each in measured.compared["test"] if not each.equal] == []
 
 
-def test_only_the_share_is_kept(digits, records):
-    with serving(digits.folder, records, share=0.5) as url:
-        connection = Server(url).connect()
+def test_only_the_share_is_kept(digits, records, serving):
+    with serving(digits.folder, **kept_by(records, share=0.5)) as server:
+        connection = Server(server.url).connect()
         ids = [predict(connection, content)["id"] for content, _ in pngs(60)]
         connection.ask("GET", "/review/next")
         connection.close()

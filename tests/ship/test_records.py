@@ -12,8 +12,10 @@ import threading
 import time
 
 import pytest
+import torch
 
 import tuneforge as tf
+from tuneforge.ship.circle.exchanges import TENSORS, as_body
 from tuneforge.ship.circle.records import Exchange, Records, in_share
 
 KILLS = int(os.environ.get("TUNEFORGE_FEEDBACK_KILLS", "3"))
@@ -32,12 +34,6 @@ for number in itertools.count(start):
 def exchange(key, *, body=None, probability=0.9, named="a", **given):
     body = key.encode() if body is None else body
     return Exchange(key, "1", body, "text/plain", {"class": named, "probability": probability}, **given)
-
-
-@pytest.fixture
-def records(tmp_path):
-    with Records(tmp_path / "records.db") as opened:
-        yield opened
 
 
 def test_acknowledged_labels_survive_kill(tmp_path):
@@ -238,3 +234,21 @@ def test_a_share_of_keys_is_that_share():
     assert 0.27 < sum(in_share(str(number), 0.3, salt="x") for number in range(4000)) / 4000 < 0.33
     assert not in_share("x", 0, salt="x")
     assert in_share("x", 1, salt="x")
+
+
+def test_tensors_come_back_as_they_were_sent_and_broken_ones_are_said(records):
+    rows = {"words": torch.arange(6).reshape(2, 3), "size": torch.tensor([[0.5], [-1.0]])}
+    for place in range(2):
+        records.keep([Exchange(f"r{place}", "1", as_body(rows, place), TENSORS, {})])
+    back = records.find("r1").stored(None)
+    assert {name: tensor.tolist() for name, tensor in back.items()} == {"words": [3, 4, 5], "size": [-1.0]}
+    assert Exchange("x", "1", as_body(rows["size"], 0), TENSORS, {}).stored(None).tolist() == [0.5]
+    with pytest.raises(tf.DataError, match="tensors of request 'x' cannot be read"):
+        Exchange("x", "1", b"no tensors", TENSORS, {}).stored(None)
+
+
+def test_a_label_knows_how_many_came_before_it(records):
+    records.keep([exchange(each) for each in "abc"])
+    for each, name in zip("abca", "xyzy", strict=True):
+        records.label(each, name)
+    assert [(each.exchange.id, each.number) for each in records.labelled()] == [("b", 2), ("c", 3), ("a", 4)]

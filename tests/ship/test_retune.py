@@ -13,12 +13,14 @@ from PIL import Image
 
 import tuneforge as tf
 from tuneforge.__main__ import main
+from tuneforge.ship.bundles.evidence import Evidence
 from tuneforge.ship.champion.promote import promote
 from tuneforge.ship.champion.store import Store
 from tuneforge.ship.circle.records import Exchange, Records
 from tuneforge.ship.circle.retune import TURN, Samples, retune
 from tuneforge.ship.circle.suspects import by_neighbours, misfits, sentence, vanished
 from tuneforge.ship.circle.turns import Triggers, last_turn, picture, reason_to_turn, turns
+from tuneforge.ship.circle.watch import watched
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,59 @@ def test_a_changed_world_is_learnt_and_the_old_one_kept(store, records):
     assert 30 <= done.held_out <= 90
     (line,) = [line for line in store.log() if line["event"] == TURN]
     assert (line["labels"], line["promoted"], line["turn"]) == (300, 2, 1)
+
+
+def test_drift_is_over_once_a_turn_has_seen_the_new_world_and_comes_back_with_the_next(store, records):
+    def seen():
+        return watched(records, Evidence.read(store.folder()), version=str(store.champion))
+
+    def labels(codes):
+        return ["abc"[code] for code in codes]
+
+    first, second = {"shift": 3.1, "height": 6.0}, {"shift": 1.0, "height": -6.0}
+    for number, world in enumerate((first, second)):
+        values, codes = cloud(300, seed=10 * number + 1, **world)
+        ask(store, records, values, labels(codes), start=1000 * number)
+        assert seen().inputs.found
+        done = turn(store, records)
+        assert done.verdict.promoted, done.verdict.table()
+        ask(store, records, cloud(300, seed=10 * number + 2, **world)[0], [], start=1000 * number + 300)
+        assert not seen().drifted, seen()
+    for number, world in enumerate(({}, first), start=3):  # what it knows from before is no drift either
+        other = Records(records.path.with_name(f"{number}.db"))
+        ask(store, other, cloud(300, seed=30 + number, **world)[0], [])
+        assert not watched(other, Evidence.read(store.folder()), version="3").drifted
+        other.close()
+
+
+def test_too_few_labels_are_refused_before_anything_is_made(store, records):
+    values, codes = cloud(40, seed=1)
+    ask(store, records, values, ["abc"[codes[0]]])
+    with pytest.raises(tf.DataError, match=r"1 labelled sample\(s\) are too few") as caught:
+        turn(store, records)
+    assert "needs 6 to see any difference" in str(caught.value.why)
+    assert "label about 30 more" in str(caught.value.fix)
+    assert not (store.path / "turns").exists()
+    assert not [line for line in store.log() if line["event"] == TURN]
+    triggers = Triggers(labels=1, fewest=1)
+    assert reason_to_turn(store, records, triggers) is None
+    for place, code in enumerate(codes):
+        records.label(f"r{place}", "abc"[code])
+    assert records.counts().held_out >= 6
+    assert reason_to_turn(store, records, triggers) == "41 new labels"
+
+
+def test_where_too_many_labels_do_not_fit_nothing_is_trained(store, records):
+    values, codes = cloud(300, seed=1)
+    given = [(code + (place % 5 == 0)) % 3 for place, code in enumerate(codes)]
+    ask(store, records, values, ["abc"[code] for code in given])
+    done = turn(store, records)
+    assert not done.verdict.promoted
+    assert "60 of 300 labels do not fit their samples" in done.verdict.reason
+    assert "10 % are allowed" in done.verdict.reason
+    assert [each.name for each in done.folder.iterdir()] == ["suspects.json"]
+    assert [line["event"] for line in store.log()][-2:] == ["refused", TURN]
+    assert turn(store, records, most_misfits=0.3).folder.joinpath("run").exists()
 
 
 def test_a_class_never_seen_before_is_learnt_over_two_turns(store, records):

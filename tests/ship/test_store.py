@@ -11,6 +11,7 @@ from bundles import data, finished
 from small import blobs
 
 import tuneforge as tf
+from tuneforge.__main__ import main
 from tuneforge.engine.state import faults
 from tuneforge.ship.bundles.export import export
 from tuneforge.ship.champion.gate import Rules
@@ -242,3 +243,29 @@ def killed_at(point, action):
         finally:
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("place", ["", "models", "checkpoints/models"])
+def test_a_store_is_not_made_in_the_folder_of_a_run_or_of_a_bundle(runs, tmp_path, place):
+    bundle = export(runs[1], to=("safetensors",), out=tmp_path / "bundle", data=data())
+    for inside, kind in ((runs[1], "run"), (bundle, "bundle")):
+        before = sorted(inside.rglob("*"))
+        with pytest.raises(tf.FolderError, match=f"lies in the folder of a {kind}"):
+            admitted(runs[1], inside / place)
+        assert sorted(inside.rglob("*")) == before
+
+
+def test_new_files_are_looked_for_before_any_work(runs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, said in (("nosuch", "there is no folder"), ("empty", "holds no labelled files")):
+        with pytest.raises(tf.DataError, match=said):
+            admitted(runs[1], tmp_path / "models", new=tmp_path / name)
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("group", [["models"], ["plugins"], ["cache"], ["data"], []])
+def test_a_group_alone_prints_its_help(group, capsys):
+    assert main(group) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Usage: tuneforge")
+    assert "error:" not in said

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from tuneforge.ship.bundles.evidence import Evidence, summary
-from tuneforge.ship.circle.records import Exchange, Records
+from tuneforge.ship.circle.records import Exchange
 from tuneforge.ship.circle.watch import drift, features_of, watched, wilson
 
 
@@ -56,12 +56,6 @@ def test_no_more_false_alarms_than_the_level_says():
 
 def test_few_requests_say_nothing():
     assert drift(np.zeros((400, 2)), np.zeros((29, 2))) is None
-
-
-@pytest.fixture
-def records(tmp_path):
-    with Records(tmp_path / "r.db") as opened:
-        yield opened
 
 
 def ask(records, stored, confidences, *, start=0, version="1"):

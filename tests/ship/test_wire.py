@@ -6,6 +6,7 @@ import socket
 import attrs
 import pytest
 import torch
+from bundles import digits as finished_digits
 from PIL import Image
 from small import tiny_data, tiny_net
 from standin import serving
@@ -26,13 +27,8 @@ def tiny(tune):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    return tf.Engine(
-        data=tf.use("digits", other_share=0, per_class=4),
-        model="digit-cnn",
-        strategy=[tf.Phase("head", train="head", steps=4, lr=1e-3)],
-        out=tmp_path_factory.mktemp("runs") / "run",
-        page=False,
-    ).run()
+    step = tf.Phase("head", train="head", steps=4, lr=1e-3)
+    return finished_digits(tmp_path_factory.mktemp("runs") / "run", step, per_class=4)
 
 
 def test_stored_tensors_give_the_offline_figures(tiny):
@@ -166,7 +162,8 @@ def test_floors_are_kept_or_missed(tiny):
     assert "at least" in misses[0]
     assert "at most" in misses[1]
     with pytest.raises(tf.UnknownNameError, match="did you mean 'accuracy'"):
-        list(wire.missed(measured, {"acuracy": 1}, targets))
+        wire.require_figures(run, "test", {"acuracy": 1})
+    wire.require_figures(run, "test", {"accuracy": 1, "loss": 1})
     nan = attrs.evolve(measured, figures={"test": {"accuracy": float("nan")}})
     assert len(list(wire.missed(nan, {"accuracy": 0.0}, targets))) == 1
 
@@ -202,7 +199,8 @@ def test_data_by_name_need_no_run(digits, capsys):
     [
         ([], "nothing to send"),
         (["--data", "digits", "--floor", "accuracy"], "is no floor"),
-        (["--run", "nowhere"], "is not a finished run"),
+        (["--data", "digits", "--data.other-share", "0", "--floor", "acuracy=1"], "there is no figure 'acuracy'"),
+        (["--run", "nowhere"], "there is no folder 'nowhere'"),
         (["--data", "digits", "--data.other-share", "0", "--split", "tests"], "there is no split 'tests'"),
     ],
 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from tuneforge import between, component, gt, hookimpl, option
+from tuneforge import TryAgainError, between, component, gt, hookimpl, option
 
 if TYPE_CHECKING:
     from tuneforge import Run
@@ -93,8 +94,13 @@ class ReportPage:
 
     @hookimpl
     def run_ended(self, run: Run) -> None:
-        """Write the page."""
+        """Write the page; the run is done without it, so a full disk costs the page alone."""
         import tuneforge
 
-        if run.folder is not None:
+        if run.folder is None:
+            return
+        try:
             tuneforge.write_page(run.folder)
+        except TryAgainError as error:
+            later = f"free some space, then: tuneforge report {shlex.quote(str(run.folder))}"
+            run.note(f"warning: the run is done, but {error.what} ({error.why}); {later}")

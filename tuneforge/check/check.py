@@ -15,13 +15,16 @@ from numpy.typing import NDArray
 
 from tuneforge.builtin.images.names import shown
 from tuneforge.builtin.images.scan import MEMORY_MB, SECONDS, Verdict, scan
-from tuneforge.check.copies import near_copies, sets_of
+from tuneforge.check.copies import Copy, near_copies, sets_of
 from tuneforge.check.files import Columns, File, empty_classes, files_of
-from tuneforge.check.issues import FIXES, Issue, counted, of_classes, of_copies, of_file
+from tuneforge.check.issues import FIXES, KEPT_FIRST, Issue, counted, of_classes, of_copies, of_file
 from tuneforge.check.labels import LEAST_SKILL, doubts, features_of_run, pixels
 
 SMALLEST_COMPARED = 48
 """Least side, in pixels, of pictures that are compared for near copies: smaller ones look alike too easily."""
+
+SMALLEST_COPY = 32
+"""The same of a picture that is compared with larger ones: copies are often made smaller."""
 
 
 @attrs.frozen
@@ -112,38 +115,48 @@ def cleaned(findings: Findings, kinds: Sequence[str]) -> str:
         findings: Of a check.
         kinds: Which advice is followed: of `FIXES`.
     """
-    followed = {kind for name in kinds for kind in FIXES[name]}
-    gone = {issue.path for issue in findings.issues if issue.action == "leave out" and issue.kind in followed}
     divided = any(file.split for file in findings.fine)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "label", *(["split"] if divided else [])])
     root = findings.root.resolve()
-    for file in findings.fine:
-        if file.id not in gone:
-            writer.writerow([os.path.join(root, file.name), file.label, *([file.split] if divided else [])])
+    for file in left(findings, kinds):
+        writer.writerow([os.path.join(root, file.name), file.label, *([file.split] if divided else [])])
     return text.getvalue()
+
+
+def left(findings: Findings, kinds: Sequence[str] = tuple(FIXES)) -> list[File]:
+    """The files that remain once the advice is followed.
+
+    Args:
+        findings: Of a check.
+        kinds: Which advice: of `FIXES`.
+    """
+    followed = {kind for name in kinds for kind in FIXES[name]}
+    gone = {issue.path for issue in findings.issues if issue.action == "leave out" and issue.kind in followed}
+    return [file for file in findings.fine if file.id not in gone]
 
 
 def _copies(fine: Sequence[File], views: Sequence[Verdict], *, near: bool) -> tuple[list[Issue], list[list[str]]]:
     """Issues of copies, and the sets of files that show the same picture."""
     by_digest: dict[str, list[int]] = {}
-    for place, view in enumerate(views):
-        by_digest.setdefault(view.digest, []).append(place)
-    exact = [(places[0], each) for places in by_digest.values() for each in places[1:]]
-    likeness = dict.fromkeys(exact, 1.0)
-    single: list[int] = []
-    if near:
-        single = [places[0] for places in by_digest.values() if min(views[places[0]].size) >= SMALLEST_COMPARED]
-    if len(single) > 1:
-        for copy in near_copies(_stacked(views, single, "grey_yx"), _stacked(views, single, "colour_yxc")):
-            likeness[single[copy.first], single[copy.second]] = copy.likeness
+    for place in sorted(range(len(fine)), key=lambda place: KEPT_FIRST[fine[place].split]):
+        by_digest.setdefault(views[place].digest, []).append(place)
+    copies = [Copy(kept, each, 1.0, exact=True) for kept, *others in by_digest.values() for each in others]
+    side = [min(view.size) for view in views]
+    single = sorted(kept for kept, *_ in by_digest.values() if near and side[kept] >= SMALLEST_COPY)
+    if len(single) > 1 and max(side[place] for place in single) >= SMALLEST_COMPARED:
+        found = near_copies(_stacked(views, single, "grey_yx"), _stacked(views, single, "colour_yxc"))
+        placed = [attrs.evolve(each, first=single[each.first], second=single[each.second]) for each in found]
+        copies += [each for each in placed if max(side[each.first], side[each.second]) >= SMALLEST_COMPARED]
     issues: list[Issue] = []
-    sets = sets_of(list(likeness))
-    for members in sets:
-        least = min(value for (first, _), value in likeness.items() if first in members)
-        same = len({views[place].digest for place in members}) == 1
-        issues += of_copies([fine[place] for place in members], exact=same, likeness=least)
+    sets = sets_of([(each.first, each.second) for each in copies])
+    number = {place: number for number, members in enumerate(sets) for place in members}
+    joins: list[list[Copy]] = [[] for _ in sets]
+    for each in copies:
+        joins[number[each.first]].append(each)
+    for members, joined in zip(sets, joins, strict=True):
+        issues += of_copies({place: fine[place] for place in members}, joined)
     return issues, [[fine[place].id for place in members] for members in sets]
 
 

@@ -53,11 +53,13 @@ class Copy:
         first: Place of the one.
         second: Place of the other, later one.
         likeness: Correlation of their grey values, once fitted.
+        exact: They are the same file, to the byte.
     """
 
     first: int
     second: int
     likeness: float
+    exact: bool = False
 
 
 @attrs.frozen

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Literal
 
 import attrs
 
+from tuneforge.check.copies import Copy
 from tuneforge.check.files import File
 
 Kind = Literal["unusable", "not used", "same bytes", "near copy", "leak", "two labels", "wrong label", "class"]
@@ -23,7 +24,8 @@ FIXES: dict[str, tuple[str, ...]] = {
 TINY = 5
 """Pictures under which a class is too small to be divided and judged."""
 
-_KEPT_FIRST = {"test": 0, "val": 1, "train": 2, "": 2}
+KEPT_FIRST = {"test": 0, "val": 1, "train": 2, "": 2}
+"""Of copies in several splits, which split keeps its own."""
 
 
 @attrs.frozen
@@ -56,38 +58,71 @@ def of_file(file: File, kind: Kind, why: str, action: Action, **more: object) ->
     return Issue(kind, file.id, file.split, file.label, why, action, **more)  # type: ignore[arg-type]  # others, score
 
 
-def of_copies(members: Sequence[File], *, exact: bool, likeness: float) -> Iterator[Issue]:
+def of_copies(members: Mapping[int, File], copies: Sequence[Copy]) -> Iterator[Issue]:
     """Issues of files that show the same picture; those of the test are kept, then those of validation.
 
+    Each is named beside the one that it is most like, because pairs join in chains whose ends may be less alike: beside
+    one whose split is kept, where it is like one.
+
     Args:
-        members: Two or more.
-        exact: Their bytes are the same.
-        likeness: Of the least alike pair that joins them, 0 to 1.
+        members: Two or more, by their places.
+        copies: The pairs that join them.
     """
-    ordered = sorted(members, key=lambda file: _KEPT_FIRST[file.split])
-    first, *rest = ordered
-    score = None if exact else likeness
-    if len({file.label for file in members}) > 1:
-        names = " and ".join(f"'{label}'" for label in sorted({file.label for file in members}))
-        for file in ordered:
-            leaks = file.split != first.split
-            action: Action = "leave out" if leaks or (exact and file.split in ("", "train")) else "look at it"
-            others = tuple(other.id for other in ordered if other is not file)
-            why = f"the same picture is labelled {names}"
-            yield of_file(file, "two labels", why, action, others=others, score=score)
+    ordered = sorted(members, key=lambda place: KEPT_FIRST[members[place].split])
+    if len({file.label for file in members.values()}) > 1:
+        yield from _of_labels(ordered, members, copies)
         return
-    for file in rest:
-        beside = "the same bytes as" if exact else "nearly the same picture as"
-        why = f"it has {beside} '{first.id}'" if exact else f"it is {beside} '{first.id}'"
-        if file.split != first.split:
-            yield of_file(
-                file, "leak", f"{why}, which is in {first.split}", "leave out", others=(first.id,), score=score
-            )
-        elif exact:
-            yield of_file(file, "same bytes", why, "leave out", others=(first.id,))
+    first = members[ordered[0]]
+    for place in ordered[1:]:
+        file = members[place]
+        kept = {each for each, other in members.items() if KEPT_FIRST[other.split] < KEPT_FIRST[file.split]}
+        nearest, copy = _nearest(place, copies, kept)
+        other = members[nearest]
+        named = (
+            f"it has the same bytes as '{other.id}'" if copy.exact else f"it is nearly the same picture as '{other.id}'"
+        )
+        score = None if copy.exact else copy.likeness
+        if nearest in kept:
+            why = f"{named}, which is in {other.split}"
+            yield of_file(file, "leak", why, "leave out", others=(other.id,), score=score)
+        elif kept:
+            why = f"{named}, and through it as '{first.id}', which is in {first.split}"
+            yield of_file(file, "leak", why, "leave out", others=(other.id, first.id), score=score)
+        elif copy.exact:
+            yield of_file(file, "same bytes", named, "leave out", others=(other.id,))
         else:
             advised: Action = "leave out" if not file.split else "none"  # a division could put them on both sides
-            yield of_file(file, "near copy", why, advised, others=(first.id,), score=score)
+            yield of_file(file, "near copy", named, advised, others=(other.id,), score=score)
+
+
+def _of_labels(ordered: Sequence[int], members: Mapping[int, File], copies: Sequence[Copy]) -> Iterator[Issue]:
+    """Issues of files that show the same picture under several labels, the nearest named first."""
+    names = " and ".join(f"'{label}'" for label in sorted({file.label for file in members.values()}))
+    same = all(copy.exact for copy in copies)
+    for place in ordered:
+        file = members[place]
+        nearest, copy = _nearest(place, copies)
+        leaks = file.split != members[ordered[0]].split
+        action: Action = "leave out" if leaks or (same and file.split in ("", "train")) else "look at it"
+        others = (nearest, *(each for each in ordered if each not in (place, nearest)))
+        yield of_file(
+            file,
+            "two labels",
+            f"the same picture is labelled {names}",
+            action,
+            others=tuple(members[each].id for each in others),
+            score=None if copy.exact else copy.likeness,
+        )
+
+
+def _nearest(place: int, copies: Sequence[Copy], preferred: Container[int] = ()) -> tuple[int, Copy]:
+    """The file that one is most like, of those preferred where it is like any; and how much."""
+    pairs = [
+        (each.second if each.first == place else each.first, each)
+        for each in copies
+        if place in (each.first, each.second)
+    ]
+    return max(pairs, key=lambda pair: (pair[0] in preferred, pair[1].exact, pair[1].likeness))
 
 
 def of_classes(files: Sequence[File], empty: Sequence[tuple[str, str]]) -> Iterator[Issue]:

@@ -7,6 +7,7 @@ and nothing else (`weights_only`), after the archive around it has been looked a
 from __future__ import annotations
 
 import json
+import pickletools
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from tuneforge.errors import DataError, UnsafeFileError
 
 _KEYS = ("state_dict", "model_state_dict", "model", "net", "module", "weights", "params", "ema")
 _MOST_MEMBERS = 100_000
+_PROTOCOLS = [bytes([number]) for number in range(6)]
+_IMPORTING = ("GLOBAL", "STACK_GLOBAL", "INST")
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6, as a pickle
 
 
@@ -58,13 +61,17 @@ def _check_container(path: Path, max_bytes: int) -> None:
     if start == _LEGACY:
         return
     if not start.startswith(b"PK\x03\x04"):
-        raise UnsafeFileError("it is not what torch.save writes", why="it begins with neither of its two headers")
+        if _is_pickle(path):
+            raise UnsafeFileError("it is a bare pickle, which can run code when opened", why="torch.save writes none")
+        raise DataError("it is not what torch.save writes", why="it begins with neither of its two headers")
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
         raise DataError("the archive is broken", why=str(error)) from None
     names = [member.filename for member in members]
+    if not any(name.endswith("data.pkl") for name in names):
+        raise DataError("it is an archive, but not one that torch.save writes", why="it holds no data.pkl")
     if len(names) > _MOST_MEMBERS or len(set(names)) != len(names):
         raise UnsafeFileError("the archive has too many members, or two of one name")
     for member in members:
@@ -74,6 +81,23 @@ def _check_container(path: Path, max_bytes: int) -> None:
             raise UnsafeFileError("the archive holds a name that leads out of it")
     if sum(member.file_size for member in members) > min(max_bytes, path.stat().st_size):
         raise UnsafeFileError("the archive claims to hold more than it is")
+
+
+def _is_pickle(path: Path) -> bool:
+    """True where a file says that it is a pickle, or can be read as one that names something to import; none is run."""
+    named = False
+    with path.open("rb") as file:
+        if file.read(1) == b"\x80" and file.read(1) in _PROTOCOLS:
+            return True
+        file.seek(0)
+        try:
+            for code, _, _ in pickletools.genops(file):
+                named = named or code.name in _IMPORTING
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001 - what is no pickle makes it raise whatever it likes
+            return False
+    return named
 
 
 def _weights_in(content: Any, key: str | None) -> tuple[Mapping[Any, Any], str]:

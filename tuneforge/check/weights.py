@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import stat
 import tempfile
 from collections.abc import Sequence
@@ -48,23 +49,34 @@ class Imported:
 
 
 def import_weights(
-    path: Path, out: Path, *, key: str | None = None, max_mb: int = MAX_MB, seconds: float = SECONDS
+    path: Path,
+    out: Path,
+    *,
+    key: str | None = None,
+    max_mb: int = MAX_MB,
+    seconds: float = SECONDS,
+    replace: bool = False,
 ) -> Imported:
     """Read a foreign file of weights without running anything in it, and write them as safetensors.
 
     Args:
         path: A file that `torch.save` has written.
-        out: The file to write or replace.
+        out: The file to write.
         key: Where the weights are in it, such as `model`; None: found by the usual names.
         max_mb: Most memory for the tensors, in MB; a larger file is refused before it is read.
         seconds: Time that reading may take.
+        replace: Write over a file that is there.
 
     Raises:
+        UsageError: The file is safetensors already.
         UnsafeFileError: The file asks for code to be run, or is not what it claims to be.
         DataError: It is broken, too large, or holds no weights.
-        FolderError: The result cannot be written.
+        FolderError: The result cannot be written, or something is there.
     """
     _require_file(path, max_mb)
+    _refuse_safetensors(path)
+    if os.path.lexists(out) and not replace:
+        raise FolderError(f"'{shown(out)}' is there already", where="--out", fix="name another file, or give --force")
     with _place_for(out) as temporary:
         with Limited(
             "tuneforge.check.unpickled:unpack",
@@ -121,6 +133,8 @@ def _require_file(path: Path, max_mb: int) -> None:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise DataError(f"cannot read '{shown(path)}'", where="FILE", why=why, fix="check the path") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise DataError(f"'{shown(path)}' is a folder", where="FILE", fix="name a file of weights")
     if not stat.S_ISREG(status.st_mode):
         raise UnsafeFileError(f"'{shown(path)}' is no file", where="FILE", fix="name a file of weights")
     if status.st_size > max_mb * 2**20:
@@ -130,6 +144,22 @@ def _require_file(path: Path, max_mb: int) -> None:
             why=f"at most {max_mb:,} MB are read",
             fix="give a larger --max-mb",
         )
+
+
+def _refuse_safetensors(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError):
+        return
+    raise UsageError(
+        f"'{shown(path)}' is safetensors already",
+        where="FILE",
+        why="a run reads it as it is",
+        fix=f"tuneforge run --model torchvision --model.weights {shlex.quote(shown(path))} ...",
+    )
 
 
 @contextlib.contextmanager

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +16,7 @@ import click
 from tuneforge.cli.options import ComponentCommand, configuration, own_options
 
 if TYPE_CHECKING:
+    from tuneforge.engine.engine import Engine
     from tuneforge.judge.race import Race
     from tuneforge.judge.table import Comparison
 
@@ -19,7 +24,7 @@ _OTHERS = ("strategy", "short_epochs", "short_lr", "out")
 _SEEDS = 3
 
 
-def _compare(runs: tuple[str, ...], resume: str | None, as_json: bool, **values: Any) -> None:
+def _compare(runs: tuple[str, ...], resume: str | None, follow: bool, as_json: bool, **values: Any) -> int:
     """Race strategies on the same data at equal cost, or compare finished runs; it decides on validation.
 
     Options of an entrant follow its name: full:lr=3e-4:epochs=20; a list stands in brackets. With greedy-soup among the
@@ -31,34 +36,60 @@ def _compare(runs: tuple[str, ...], resume: str | None, as_json: bool, **values:
     tuneforge compare runs/a runs/b runs/c
     """
     ctx = click.get_current_context()
+    if follow and resume is not None:
+        return _follow(Path(resume))
+    leads = os.environ.get("RANK", "0") == "0"
+    ranks = values["ranks"] or 1
     if runs:
         _refuse(ctx, values, allowed=("baseline", "out"), what="finished runs are compared as they are")
         comparison = _of_runs(runs, values)
     elif resume is not None:
-        _refuse(ctx, values, allowed=(), what="a race goes on as it was begun")
-        comparison = _hold(lambda say: _found(resume, say), Path(resume), as_json=as_json)
+        _refuse(ctx, values, allowed=("ranks",), what="a race goes on as it was begun")
+        comparison = _hold(lambda say: _found(resume, say), Path(resume), ranks=ranks, as_json=as_json)
     else:
         out = values["out"] or ctx.meta["tuneforge.file"].get("out")
-        comparison = _hold(lambda say: _asked(ctx, values, say), out and Path(out), as_json=as_json)
+        comparison = _hold(lambda say: _asked(ctx, values, say), out and Path(out), ranks=ranks, as_json=as_json)
+    if not leads:
+        return 0
     if as_json:
         place = None if comparison.folder is None else str(comparison.folder)
         click.echo(json.dumps({"folder": place, **comparison.results, "costs": comparison.costs}))
-        return
+        return 0
     click.echo(comparison.table)
     if comparison.folder is not None:
         click.echo(f"done: {comparison.folder}")
+    return 0
 
 
-def _hold(make: Callable[[Callable[[str], None]], Race], out: Path | None, *, as_json: bool) -> Comparison:
-    """Run a race; Ctrl-C and SIGTERM save the run that is under way and stop."""
+def _hold(make: Callable[[Callable[[str], None]], Race], out: Path | None, *, ranks: int, as_json: bool) -> Comparison:
+    """Run a race; Ctrl-C and SIGTERM save the runs that are under way and stop."""
+    return make(lambda text: click.echo(text, err=as_json)).run(out, _execute, ranks=ranks)
+
+
+def _execute(engine: Engine) -> None:
     from tuneforge.cli.run import stopping
-    from tuneforge.engine.engine import Engine
 
-    def execute(engine: Engine) -> None:
-        with stopping(engine):
-            engine.run()
+    with stopping(engine):
+        engine.run()
 
-    return make(lambda text: click.echo(text, err=as_json)).run(out, execute)
+
+def _follow(folder: Path) -> int:
+    """Do runs of a race for the process that started this one, as long as that is there."""
+    from tuneforge.errors import StoppedError
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    try:
+        _found(str(folder), lambda text: None).follow(folder, _execute)
+    except StoppedError as error:  # the one that asked knows
+        return error.exit_code
+    return 0
+
+
+def _end_with_input() -> None:
+    """End this process at once when standard input does, which nobody writes to: the one that holds it is gone."""
+    os.read(0, 1)
+    os._exit(1)
 
 
 def _asked(ctx: click.Context, values: dict[str, Any], say: Callable[[str], None]) -> Race:
@@ -114,6 +145,8 @@ compare = ComponentCommand(
         click.Option(["--seeds"], type=int, help=f"How many runs of each, from --seed on. [default: {_SEEDS}]"),
         click.Option(["--baseline"], metavar="NAME", help="Whom the others are tested against. [default: the first]"),
         click.Option(["--halving"], is_flag=True, help="Drop the worse half after half the budget, and so on."),
+        click.Option(["--ranks"], type=click.IntRange(min=1), help="Processes that share the runs. [default: 1]"),
+        click.Option(["--follow"], is_flag=True, hidden=True, help="Do runs for the process that leads the race."),
         click.Option(["--resume"], metavar="RACE", help="Go on with the race in this folder."),
         click.Option(["--out"], metavar="FOLDER", help="The race's folder; none: a new one under runs/."),
         *(each for each in own_options() if each.name not in _OTHERS),

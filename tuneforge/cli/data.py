@@ -105,7 +105,7 @@ def check(
     if as_json:
         click.echo(json.dumps(findings.plain()))
     else:
-        _print(findings, out, every=every, fixed=bool(kinds))
+        _print(findings, out, every=every, kinds=kinds)
     advised = any(issue.action == "leave out" for issue in findings.issues)
     return DataError.exit_code if advised and not kinds else 0
 
@@ -148,12 +148,13 @@ def _require_own(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FolderError(
-            f"cannot write '{out}'", where="--out", why=error.strerror or "", fix="name another"
-        ) from None
+        from tuneforge.engine.state.folder import unwritten
+
+        raise unwritten(out, error) from None
 
 
-def _print(findings: Findings, out: Path, *, every: bool, fixed: bool) -> None:
+def _print(findings: Findings, out: Path, *, every: bool, kinds: list[str]) -> None:
+    from tuneforge.check.check import left
     from tuneforge.check.page import line_of
 
     for issue in findings.issues:
@@ -166,8 +167,11 @@ def _print(findings: Findings, out: Path, *, every: bool, fixed: bool) -> None:
     for note in findings.notes:
         click.echo(f"note: {note}")
     click.echo(f"{len(findings.fine):,} of {len(findings.files):,} files can be used; {len(findings.issues):,} issues")
+    remain = left(findings, kinds or _FIXES)
+    advice = f"advice on {', '.join(kinds)}" if kinds else "advice"
+    click.echo(f"left after the {advice}: {len(remain):,} of {len(findings.files):,}")
     click.echo(f"page: {shlex.quote(str(out / PAGE))}")
-    if fixed:
+    if kinds:
         place = shlex.quote(str(out / CLEANED))
         click.echo(f"next: tuneforge run --data image-csv --data.path {place} --data.checked {out / ISSUES}")
 

@@ -19,12 +19,16 @@ import click
 @click.option(
     "--seconds", type=click.FloatRange(min=1), default=120.0, show_default=True, help="Time that reading may take."
 )
+@click.option("--force", is_flag=True, help="Write over a file that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def import_(path: Path, out: Path | None, key: str | None, max_mb: int, seconds: float, as_json: bool) -> None:
+def import_(
+    path: Path, out: Path | None, key: str | None, max_mb: int, seconds: float, force: bool, as_json: bool
+) -> None:
     """Make FILE, weights that torch.save has written, into safetensors, without running what is in it.
 
     FILE is read in a process with limits on memory and time, which may write one file and reach no network, by torch's
-    reader that makes nothing but tensors. Exits 77 where it asks for more than that, 65 where it is broken.
+    reader that makes nothing but tensors. Exits 77 where it asks for more than that, 65 where it is broken or is
+    something else.
 
     \b
     tuneforge import resnet18.pth
@@ -32,7 +36,8 @@ def import_(path: Path, out: Path | None, key: str | None, max_mb: int, seconds:
     """
     from tuneforge.check.weights import import_weights
 
-    made = import_weights(path, out or path.with_suffix(".safetensors"), key=key, max_mb=max_mb, seconds=seconds)
+    place = out or path.with_suffix(".safetensors")
+    made = import_weights(path, place, key=key, max_mb=max_mb, seconds=seconds, replace=force)
     if as_json:
         told = {"path": str(made.path), "tensors": made.tensors, "bytes": made.bytes, "under": made.under}
         click.echo(json.dumps({**told, "same": made.same, "left_out": list(made.left_out)}))

@@ -11,7 +11,7 @@ import click
 
 from tuneforge.cli.options import ComponentCommand, file_table, flag_table, own_options, shown, values_of
 from tuneforge.cli.run import carry_out
-from tuneforge.errors import FolderError, UsageError
+from tuneforge.errors import UsageError
 from tuneforge.plugin import registry
 from tuneforge.plugin.component import Option, find_option, options_of, parse
 from tuneforge.plugin.config import (
@@ -160,7 +160,7 @@ def _newest(runs: Path) -> Path:
 
     found = resumable(runs)
     if not found:
-        raise FolderError(
+        raise UsageError(
             "there is no run to go on with",
             where=f"{runs}/",
             why="each run there is done, or running now",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,10 @@ import click
 from tuneforge.cli.options import ComponentCommand, configuration, pick_options
 
 if TYPE_CHECKING:
+    from tuneforge.ship.champion.store import Store
+    from tuneforge.ship.circle.records import Records
     from tuneforge.ship.circle.retune import Turn
+    from tuneforge.ship.circle.turns import Triggers
 
 REFUSED = 3
 """The exit code where the gate refused."""
@@ -33,42 +37,28 @@ def _retune(store: Path, **values: Any) -> int:
 
     A server of the store swaps by itself. Exits 3 where the gate refused. With --watch it goes on for ever, and a turn
     begins where there is a reason to: enough new labels, drift, or an accuracy under a floor.
-    """
-    ctx = click.get_current_context()
-    config = configuration(ctx, values)
-    from tuneforge.ship.champion.gate import Rules
-    from tuneforge.ship.circle.records import Records
-    from tuneforge.ship.circle.retune import named, retune
-    from tuneforge.ship.circle.turns import Triggers, picture, turns
 
-    triggers = Triggers(
-        labels=values["labels"],
-        drift=values["drift"],
-        accuracy=values["accuracy"],
-        fewest=values["fewest"],
-        hold_off_s=_seconds(values["hold_off"]),
-    )
-    place = named(store, values["name"])
-    kept = values["records"] or store / "records.db"
+    Where many labels do not fit their samples, nothing is trained: see suspects.json of the turn, correct them at
+    /review, or say --trust.
+
+    \b
+    tuneforge retune --store models
+    tuneforge retune --store models --strategy lwf --strategy.epochs 4 --device cpu
+    tuneforge retune --store models --watch --labels 200 --drift --accuracy 0.9 --hold-off 6h
+    """
+    config = configuration(click.get_current_context(), values)
+    from tuneforge.ship.circle.records import Records
+    from tuneforge.ship.circle.retune import named
+    from tuneforge.ship.circle.turns import picture, turns
+
+    triggers, place, kept = _triggers(values), named(store, values["name"]), values["records"] or store / "records.db"
     _require_file(kept)
 
     def say(text: str) -> None:
         click.echo(text, err=values["as_json"])
 
     with Records(kept) as records:
-
-        def turn() -> Turn:
-            return retune(
-                store,
-                records,
-                name=place.name,
-                strategy=config.strategy,
-                rules=Rules(margin=values["margin"], floor=values["floor"]),
-                trust=values["trust"],
-                settings={} if values["device"] is None else {"device": values["device"]},
-                say=say,
-            )
-
+        turn = _turn(place, records, config.strategy, values, say)
         if not values["watch"]:
             ended = turn()
             _print(ended, picture(place, records), as_json=values["as_json"])
@@ -76,6 +66,38 @@ def _retune(store: Path, **values: Any) -> int:
         for ended in turns(place, records, triggers, turn, every_s=values["every_s"], say=say):
             _print(ended, picture(place, records), as_json=values["as_json"])
     return 0
+
+
+def _triggers(values: Mapping[str, Any]) -> Triggers:
+    from tuneforge.ship.circle.turns import Triggers
+
+    return Triggers(
+        labels=values["labels"],
+        drift=values["drift"],
+        accuracy=values["accuracy"],
+        fewest=values["fewest"],
+        hold_off_s=_seconds(values["hold_off"]),
+    )
+
+
+def _turn(
+    place: Store, records: Records, strategy: Any, values: Mapping[str, Any], say: Callable[[str], None]
+) -> Callable[[], Turn]:
+    """What does one turn as the flags say."""
+    from tuneforge.ship.champion.gate import Rules
+    from tuneforge.ship.circle.retune import retune
+
+    return lambda: retune(
+        place.root,
+        records,
+        name=place.name,
+        strategy=strategy,
+        rules=Rules(margin=values["margin"], floor=values["floor"]),
+        trust=values["trust"],
+        most_misfits=values["most_misfits"],
+        settings={} if values["device"] is None else {"device": values["device"]},
+        say=say,
+    )
 
 
 def _print(turn: Turn, picture: Path, *, as_json: bool) -> None:
@@ -127,6 +149,13 @@ retune = _Command(
         click.Option(["--device"], help="Where to compute. [default: as the champion was tuned]"),
         click.Option(["--margin"], type=float, default=0.02, show_default=True, help="Of the gate: see promote."),
         click.Option(["--floor"], type=float, default=0.5, show_default=True, help="Of the gate: see promote."),
+        click.Option(
+            ["--most-misfits"],
+            type=click.FloatRange(0, 1),
+            default=0.1,
+            show_default=True,
+            help="Share of labels that may not fit their samples; with more, nothing is trained.",
+        ),
         click.Option(["--trust"], is_flag=True, help="Tune on labels too that do not fit their samples."),
         click.Option(["--watch"], is_flag=True, help="Go on for ever: a turn whenever there is a reason to."),
         click.Option(

@@ -37,12 +37,14 @@ def _test(url: str, **values: Any) -> int:
     if not given and values["run"] is None:
         raise UsageError("there is nothing to send", where="--run", fix="name a finished run, or data with --data NAME")
     run = wire.looking(values["run"], data=config.data if given else None, metrics=config.evaluate)
+    splits = values["splits"] or ("test",)
+    wire.require_figures(run, splits[0], floors)
     offline = read_json(values["run"] / REPORT)["splits"] if values["run"] is not None and not given else None
     server = client.Server(url, token=values["token"], timeout_s=values["timeout_s"])
     measured = wire.measure(
         server,
         run,
-        splits=values["splits"] or ("test",),
+        splits=splits,
         offline=offline,
         name=values["name"],
         via=values["via"],

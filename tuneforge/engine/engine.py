@@ -14,7 +14,7 @@ import torch
 
 from tuneforge.engine.budget import Budget
 from tuneforge.engine.evaluation import Worst
-from tuneforge.engine.network import device
+from tuneforge.engine.network import device, shards
 from tuneforge.engine.network.freezing import whole_state
 from tuneforge.engine.network.model import Model
 from tuneforge.engine.parts import Parts, part
@@ -267,6 +267,8 @@ class Engine:
         run.note(f"run: {place.path}")
         if not ranks.alone:
             run.note(f"ranks: {ranks.size} processes, each with its share of every batch")
+        elif self.config.shard:
+            run.note("note: one process holds the whole model; --shard splits it among those that torchrun starts")
         return run
 
     def _fill_in(self, run: Run) -> None:
@@ -332,8 +334,9 @@ class Engine:
         worst = Worst(MISTAKES_KEPT)
         splits = {"val": evaluate(run, run.data.val, "val"), "test": evaluate(run, run.data.test, "test", worst=worst)}
         splits |= {name: evaluate(run, split, name) for name, split in run.data.further.items()}
+        weights = shards.gathered(state_of(run.model.module), keep=place.writes)
         if place.writes:
-            save_tensors(state_of(run.model.module), place.path / folder.WEIGHTS, metadata={"labels": run.model.labels})
+            save_tensors(weights, place.path / folder.WEIGHTS, metadata={"labels": run.model.labels})
         report: dict[str, Any] = {
             "strategy": run.hooks.provider("finetune_strategy").name,
             "ended": reason,
@@ -359,6 +362,7 @@ class Engine:
     def _check_parts(self) -> None:
         """Build every part once and look for the device, so that what is wrong is found before a folder is made."""
         device.choose(self.config.device)
+        shards.check(self.config)
         named = [("lr_schedule", self.config.schedule), ("optimizer", self.config.optimizer)]
         for group, use in [*named, *(("augment", use) for use in self.config.augment)]:
             if use is not None:

@@ -14,7 +14,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from tuneforge.engine.network.device import is_out_of_memory, root_of
 from tuneforge.engine.network.freezing import put_back, set_modes, whole_state
+from tuneforge.engine.network.shards import check_loss, no_room, own_part
+from tuneforge.engine.ranks import Ranks
 from tuneforge.engine.run import Run
+from tuneforge.engine.samples.batches import batch_sizes
 from tuneforge.engine.samples.data import Batch, tensors_of
 from tuneforge.errors import HaltError, PluginError
 
@@ -114,7 +117,7 @@ class Gradients:
         """
         held = [{name: each.clone() for name, each in module.named_buffers("", False)} for module in self.moving]
         while True:
-            losses, wrong, no_room = [], None, ""
+            losses, wrong, full = [], None, ""
             try:
                 losses = self._passes(run, batches, sizes)
             except _NotFiniteError as error:
@@ -122,18 +125,22 @@ class Gradients:
             except (RuntimeError, MemoryError, PluginError) as error:
                 if not is_out_of_memory(error):
                     raise
-                no_room = str(root_of(error)).partition("\n")[0]
-            anywhere_wrong, anywhere_no_room = wrong is not None, no_room != ""
+                if run.sharded:
+                    raise no_room(
+                        root_of(error), where=f"optimizer step {run.step + 1}", flag="--micro-batch"
+                    ) from None
+                full = str(root_of(error)).partition("\n")[0]
+            anywhere_wrong, anywhere_full = wrong is not None, full != ""
             if not run.ranks.alone:
-                anywhere_wrong, anywhere_no_room = run.ranks.agree(anywhere_wrong, anywhere_no_room)
-            if anywhere_no_room:
+                anywhere_wrong, anywhere_full = run.ranks.agree(anywhere_wrong, anywhere_full)
+            if anywhere_full:
                 self._undo(run, held)
-                self._halve(run, max(sizes) if run.ranks.alone else -(-max(sizes) // run.ranks.size), no_room)
+                self._halve(run, max(sizes) if run.ranks.alone else -(-max(sizes) // run.ranks.size), full)
                 continue
             if not anywhere_wrong:
                 if not run.ranks.alone:
                     run.ranks.sum_gradients([each for _, each in self.trained])
-                if self.watches and (bad := _not_finite(self.trained)):
+                if self.watches and (bad := _not_finite(run, self.trained)):
                     wrong = _NotFiniteError(f"the gradient of '{bad}' is no number", batches)
             if wrong is not None or anywhere_wrong:
                 self._undo(run, held)
@@ -144,17 +151,21 @@ class Gradients:
 
     def _passes(self, run: Run, batches: list[Batch], sizes: Sequence[int]) -> list[tuple[Tensor, int]]:
         total = sum(sizes)
-        losses = []
+        losses: list[tuple[Tensor, int]] = []
         for place, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
-            if size < 2 * run.ranks.size and not run.ranks.count(size):
-                continue
             run.reseed(place)
-            for piece in run.pieces(batch):
+            for piece, count in _shares(run, batch, size):
                 set_modes(self.plan)
+                if not count:
+                    run.model.module.eval()  # no statistic is to move
                 loss, outputs = outcome_of(run, piece)
-                if self.watches and not math.isfinite(value := loss.item()):
+                value = loss.item() if self.watches else 0.0
+                wrong = not math.isfinite(value)
+                anywhere_wrong = run.ranks.agree(wrong)[0] if run.sharded and self.watches else wrong
+                if wrong:
                     raise _NotFiniteError(f"the training loss is {value}", [piece], outputs)
-                count = len(piece.rows)
+                if anywhere_wrong:  # no rank goes into a backward pass by itself; the one that found it says what it is
+                    return losses
                 torch.autograd.backward(loss if count == total else loss * (count / total))
                 losses.append((loss.detach(), count))
         return losses
@@ -228,7 +239,7 @@ def outcome_of(run: Run, batch: Batch) -> tuple[Tensor, Any]:
     """
     given = run.hooks.call.train_step(run=run, batch=batch)
     if isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[0], Tensor) and given[0].numel() == 1:
-        return given[0] if given[0].ndim == 0 else given[0].reshape(()), given[1]
+        return check_loss(given[0] if given[0].ndim == 0 else given[0].reshape(())), given[1]
     raise PluginError(
         f"{run.hooks.provider('train_step').label} gave {type(given).__name__} from train_step",
         why="it must return a scalar loss and the outputs: return loss, outputs",
@@ -236,15 +247,35 @@ def outcome_of(run: Run, batch: Batch) -> tuple[Tensor, Any]:
     )
 
 
-def _not_finite(trained: list[tuple[str, nn.Parameter]]) -> str:
-    """The name of a tensor whose gradient is not finite; "" where all are.
+def _shares(run: Run, batch: Batch, size: int) -> list[tuple[Batch, int]]:
+    """This rank's passes of a global batch, each with the samples that it counts for.
 
-    A sum is infinite or no number where an element is, and costs one read.
+    Of a sharded model all ranks make as many passes, because each gives its part of the weights to them all: what a
+    rank has no samples for counts for none.
     """
+    counts = run.ranks.count(size) > 0
+    if not run.sharded:
+        return [(piece, len(piece.rows)) for piece in run.pieces(batch)] if counts else []
+    pieces = [(piece, len(piece.rows) if counts else 0) for piece in run.pieces(batch)]
+    largest = Ranks(0, run.ranks.size).count(size)
+    number = 1 if run.micro_batch is None else len(batch_sizes(largest, run.micro_batch))
+    return pieces + [(pieces[-1][0], 0)] * (number - len(pieces))
+
+
+def _not_finite(run: Run, trained: list[tuple[str, nn.Parameter]]) -> str:
+    """The name of a tensor whose gradient is not finite, on any rank; "" where all are."""
+    own = _not_finite_here(trained)
+    if not run.sharded:
+        return own
+    return next(filter(None, run.ranks.heard(own)), "") if run.ranks.agree(own != "")[0] else ""
+
+
+def _not_finite_here(trained: list[tuple[str, nn.Parameter]]) -> str:
+    """The same of what this rank holds. A sum is infinite or no number where an element is, and costs one read."""
     for name, parameter in trained:
         gradient = parameter.grad
         if gradient is not None:
-            values = gradient.coalesce().values() if gradient.is_sparse else gradient
+            values = gradient.coalesce().values() if gradient.is_sparse else own_part(gradient)
             if not math.isfinite(abs(values.sum().item())) and not bool(values.isfinite().all()):
                 return name
     return ""

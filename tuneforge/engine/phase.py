@@ -55,9 +55,8 @@ def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None =
     if freezes and not run.model.pretrained:
         run.note("  note: every weight is fresh, so freezing keeps nothing; --strategy full trains all from the start")
     course = _Course(phase, *watched(run.data.targets, phase.monitor, phase.monitor_mode))
-    per_epoch = math.ceil(len(batch_sizes(len(run.data.train), run.config.batch_size)) / run.config.accumulate)
     run.phase, run.steps_done, run.progress = phase, 0, 0.0
-    run.total_steps = phase.steps or per_epoch * (phase.epochs or 0)
+    run.total_steps = phase.steps or _steps_per_epoch(run) * (phase.epochs or 0)
     if resumed is None:
         run.proof = Proof.begin(run.model, trained, plan)
         progress = Progress(course, gradients, run.device.sum())
@@ -152,8 +151,11 @@ def _epoch_over(run: Run) -> bool:
 
 
 def _num_epochs(run: Run, phase: Phase) -> int:
-    per_epoch = len(batch_sizes(len(run.data.train), run.config.batch_size)) / run.config.accumulate
-    return phase.epochs or math.ceil(run.total_steps / per_epoch)
+    return phase.epochs or math.ceil(run.total_steps / _steps_per_epoch(run))
+
+
+def _steps_per_epoch(run: Run) -> int:
+    return math.ceil(len(batch_sizes(len(run.data.train), run.config.batch_size)) / run.config.accumulate)
 
 
 def _train_epoch(run: Run, draws: Draws, progress: Progress, schedule: Any) -> float:

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge.engine.gradients import outcome_of
+from tuneforge.engine.network.device import is_out_of_memory, root_of
 from tuneforge.engine.network.freezing import freeze, put_back, select, set_modes, whole_state
 from tuneforge.engine.network.optim import Optimization
+from tuneforge.engine.network.shards import no_room
 from tuneforge.engine.parts import Parts
 from tuneforge.engine.run import Run
 from tuneforge.engine.samples.data import Batch
 from tuneforge.engine.samples.order import Order
+from tuneforge.errors import PluginError
 from tuneforge.plugin.answers import Readings
 from tuneforge.plugin.steps import Phase, Probe
 
@@ -47,7 +50,7 @@ def _gradients(run: Run, step: Probe, parts: Parts) -> dict[Any, float]:
     for batch in _some_batches(run, step.batches):
         count += 1
         run.model.module.zero_grad(set_to_none=True)
-        torch.autograd.backward(outcome_of(run, batch)[0])
+        _backward(run, batch)
         for key, parameters in members.items():
             total[key] += _relative(parameters)
     return {key: value / count for key, value in total.items()}
@@ -118,12 +121,43 @@ def _rates(run: Run, step: Probe, parts: Parts) -> dict[Any, float]:
             optimization = Optimization()
             phase = Phase(step.name, train=step.train, steps=1, lr=rate)
             optimization.arrange(run.model, phase, names, parts.part_of(phase), same=False)
-            torch.autograd.backward(outcome_of(run, batch)[0])
+            run.model.module.zero_grad(set_to_none=True)
+            _backward(run, batch)
             optimization.step()
             with torch.no_grad():
-                total += float(outcome_of(run, batch)[0])
+                total += sum(float(outcome_of(run, piece)[0]) * share for piece, share in _pieces(run, batch))
         losses[rate] = total / len(batches)
     return losses
+
+
+def _backward(run: Run, batch: Batch) -> None:
+    """Add the gradient of a batch's loss; in smaller passes where memory does not suffice."""
+    summed = run.ranks.size if run.sharded else 1  # gradients of so many ranks, each of this same batch
+    while True:
+        size = min(run.micro_batch or len(batch.rows), len(batch.rows))
+        full = False
+        try:
+            for piece, share in _pieces(run, batch):
+                torch.autograd.backward(outcome_of(run, piece)[0] * (share / summed))
+        except (RuntimeError, MemoryError, PluginError) as error:
+            full = is_out_of_memory(error) and size > 1
+            if not full:
+                raise
+            if run.sharded:
+                raise no_room(root_of(error), where="probe", flag="--micro-batch") from None
+        if run.sharded:
+            run.ranks.sum_gradients([each for each in run.model.parameters().values() if each.requires_grad])
+        if not run.ranks.agree(full)[0]:
+            return
+        run.model.module.zero_grad(set_to_none=True)
+        run.micro_batch = -(-size // 2)
+        run.device.release()
+        run.note(f"  out of memory while gradients are measured: from here on {run.micro_batch} samples a pass")
+
+
+def _pieces(run: Run, batch: Batch) -> Iterator[tuple[Batch, float]]:
+    """The passes of a batch, each with its share of the samples."""
+    return ((piece, len(piece.rows) / len(batch.rows)) for piece in run.pieces(batch))
 
 
 def _some_batches(run: Run, count: int) -> Iterator[Batch]:

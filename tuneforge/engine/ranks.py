@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from tuneforge.engine.network.proof import same_bits
+from tuneforge.engine.network.shards import is_sharded
 from tuneforge.engine.state.folder import RunFolder
 from tuneforge.errors import FolderError, HaltError
 
@@ -142,9 +143,11 @@ class Ranks:
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add up the gradients of all ranks, in place; a rank that has none of a tensor adds nothing.
 
-        A tensor that no rank has a gradient of keeps none, so that an optimizer leaves it alone.
+        A tensor that no rank has a gradient of keeps none, so that an optimizer leaves it alone. Those of sharded
+        tensors are summed in the backward pass.
         """
-        if self.alone:
+        parameters = [each for each in parameters if not is_sharded(each)]
+        if self.alone or not parameters:
             return
         held = torch.tensor([each.grad is not None for each in parameters], dtype=torch.int32)
         distributed.all_reduce(held, op=distributed.ReduceOp.MAX)
@@ -175,9 +178,9 @@ class Ranks:
                 self.follow([each])
 
     def follow(self, tensors: Sequence[Tensor]) -> None:
-        """Take rank 0's values, in place."""
+        """Take rank 0's values, in place; of a sharded tensor each rank keeps its part."""
         if not self.alone:
-            for tensor in tensors:
+            for tensor in (each for each in tensors if not is_sharded(each)):
                 tensor.copy_(self._of_the_first(tensor))
 
     def _of_the_first(self, tensor: Tensor) -> Tensor:
@@ -187,7 +190,7 @@ class Ranks:
         return plain
 
     def prove_equal(self, tensors: dict[str, Tensor]) -> None:
-        """See that all ranks hold the same bits.
+        """See that all ranks hold the same bits of what each holds whole.
 
         Raises:
             HaltError: They have drifted apart; the message names tensors.
@@ -195,7 +198,7 @@ class Ranks:
         if self.alone:
             return
         apart = []
-        for name, tensor in tensors.items():
+        for name, tensor in ((name, each) for name, each in tensors.items() if not is_sharded(each)):
             apart += [] if same_bits(self._of_the_first(tensor), tensor) else [name]
         apart = sorted({name for names in self.heard(apart) for name in names})
         if apart:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge.engine.budget import Budget
+from tuneforge.engine.network import shards
 from tuneforge.engine.network.device import Device
 from tuneforge.engine.network.model import Model, answer_of, call, check_answer, works
 from tuneforge.engine.network.optim import Optimization
@@ -159,8 +160,13 @@ class Run:
         """Processes that decode ahead, the same ones for all splits and all passes."""
         if self._workers is None:
             sources = [split.source for split in self.data.splits().values()]
-            self._workers = Workers(self.config.workers, sources)
+            self._workers = Workers(self.config.workers, sources, self.note)
         return self._workers
+
+    @property
+    def sharded(self) -> bool:
+        """True where each rank holds a part of the model."""
+        return self.config.shard and not self.ranks.alone
 
     def take_data(self, data: Data) -> None:
         """Set the data; the engine's."""
@@ -179,7 +185,11 @@ class Run:
         Raises:
             PluginError: It cannot take the data, or its head is not what answers.
         """
-        model.module.to(self.device.torch)
+        if self.sharded:
+            self._contiguous = True
+            self.note(shards.shard(model, self.device.torch))
+        else:
+            model.module.to(self.device.torch)
         self._model = model
         if self._channels_last(model):
             model.module.to(memory_format=torch.channels_last)
@@ -189,7 +199,12 @@ class Run:
                 model.module.to(memory_format=torch.contiguous_format)
                 self.note("note: the model needs contiguous tensors, so channels-last is off")
             self._example = None
-        check_answer(model, self.example)
+        try:
+            check_answer(model, self.example)
+        except PluginError as error:
+            if not self.sharded:
+                raise
+            raise shards.unfit(error) from error
 
     def note(self, text: str) -> None:
         """Say a sentence to the user: on the screen and in the run's log."""

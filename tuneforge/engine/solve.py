@@ -12,6 +12,7 @@ from tuneforge.engine.evaluation import single_numbers, watched
 from tuneforge.engine.frozen.prefix import kept_prefix
 from tuneforge.engine.network.freezing import freeze, put_back, select, whole_state
 from tuneforge.engine.network.proof import Proof
+from tuneforge.engine.network.shards import like, whole
 from tuneforge.engine.passes import evaluate, head_features
 from tuneforge.engine.run import Run
 from tuneforge.errors import DataError, UsageError
@@ -60,9 +61,9 @@ def _load_head(head: nn.Module, weight: Tensor, bias: Tensor, features: Tensor) 
     plain = isinstance(head, (nn.Linear, nn.Conv2d)) and head.bias is not None and head.weight.numel() == weight.numel()
     if isinstance(head, (nn.Linear, nn.Conv2d)) and head.bias is not None and plain:
         with torch.no_grad():
-            head.weight.copy_(weight.reshape(head.weight.shape))
-            head.bias.copy_(bias)
-        held = head.weight.detach().reshape(weight.shape).to(weight)  # not so where the weight is computed
+            head.weight.copy_(like(head.weight, weight.reshape(head.weight.shape)))
+            head.bias.copy_(like(head.bias, bias))
+        held = whole(head.weight.detach()).reshape(weight.shape).to(weight)  # not so where the weight is computed
         plain = torch.allclose(held, weight, rtol=1e-3, atol=1e-6)
     if not plain:
         raise DataError(

@@ -2,7 +2,8 @@
 
 `Race.run` is the story. Everything lies in one folder: `race.json` (the configuration, written once), an ordinary run's
 folder for each entrant and seed, and at the end `results.json`, `costs.json`, `table.txt` and `cost.svg`. What was done
-is found there again, so a race that was stopped or killed goes on when it is asked for again.
+is found there again, so a race that was stopped or killed goes on when it is asked for again. Several processes may
+share its runs (see `crew`); the table is that of one with as many threads a run.
 
 A run that needs a frozen prefix which no run before it did computes it for all, in its own seconds.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,19 @@ from tuneforge.engine.network.model import Model
 from tuneforge.engine.samples import given as objects
 from tuneforge.engine.state import folder as names
 from tuneforge.engine.state.folder import RunFolder
-from tuneforge.errors import FolderError, StoppedError, TryAgainError, TuneforgeError, UsageError
+from tuneforge.errors import FolderError, StoppedError, TuneforgeError, UsageError
 from tuneforge.judge import finished
+from tuneforge.judge.crew import Crew, Meeting, await_end, each_alone, let_go, threads_each
 from tuneforge.judge.entrants import SOUP, Entrant, asked_for, baseline_of, entered
 from tuneforge.judge.race_folder import RACE, again, agree, fresh, has_objects, recorded, unfinished
+from tuneforge.judge.rungs import fallen, rungs_of
 from tuneforge.judge.soup import greedy_soup
-from tuneforge.judge.standings import DROPPED, FAILED, Finished, Row, ahead, judged, monitored
-from tuneforge.judge.table import Comparison, conclude
+from tuneforge.judge.standings import DROPPED, FAILED, Finished, Row, judged
+from tuneforge.judge.table import Comparison, conclude, read_back
+from tuneforge.judge.trial import FAILURE, PARTS, Trial
 from tuneforge.plugin.config import RunConfig, as_table, budget_of, resolve
 
 _OWN = ("strategy", "seed", "out")  # what differs between the runs of a race
-_PARTS = ("data", "model", "adapt", "step", "evaluate", "schedule", "optimizer", "augment", "extensions")
-_UNITS = {"seconds": "s", "epochs": "epochs", "steps": "steps"}
 
 
 def compare(
@@ -47,6 +48,7 @@ def compare(
     baseline: str | None = None,
     halving: bool = False,
     out: str | Path | None = None,
+    ranks: int = 1,
     say: Callable[[str], None] | None = None,
     **given: Any,
 ) -> Comparison:
@@ -64,6 +66,8 @@ def compare(
         halving: Drop the worse half after half the budget, a quarter, and so on; each rung starts again.
         out: The race's folder, new or that of the same race; None: a new one under `runs/`, or the same race's that was
             not done.
+        ranks: Processes of this machine that share the runs, each with its share of threads. Under torchrun its ranks
+            share them, and `out` is a folder that all machines see; each of them gets the comparison.
         say: Where sentences for the user go.
         given: What `Engine` takes: `data`, `model`, `batch_size`, ... All runs share `data_seed`, and so their splits.
 
@@ -71,11 +75,13 @@ def compare(
         UsageError: Names, options or settings are wrong, or the folder holds another race.
         TuneforgeError: No entrant came through; what made the first one fail.
     """
+    if ranks < 1:
+        raise UsageError(f"{ranks} processes cannot hold a race", where="--ranks", fix="give 1 or more")
     if runs:
         finished.refuse_race(strategies, given, halving=halving, budget=budget)
         return finished.compare_runs([Path(run) for run in runs], baseline=baseline, out=_path(out))
     race = Race(strategies, seeds=seeds, budget=budget, baseline=baseline, halving=halving, given=given, say=say)
-    return race.run(_path(out))
+    return race.run(_path(out), ranks=ranks)
 
 
 class Race:
@@ -123,10 +129,11 @@ class Race:
         self.entrants = entered(racing, [engine.config.strategy for engine in engines])
         self.baseline = baseline_of(baseline, [each.name for each in self.entrants])
         self._soup = len(racing) < len(named)
-        self.rungs = _rungs(budget, len(self.entrants)) if halving else [budget]
+        self.rungs = rungs_of(budget, len(self.entrants)) if halving else [budget]
         self._halving = halving
         self._rows: dict[str, Row] = {each.name: Row(each.name, ()) for each in self.entrants}
-        self._errors: list[Exception] = []
+        self._errors: list[TuneforgeError] = []
+        self._ranks = 1
 
     @classmethod
     def found(cls, path: Path, *, say: Callable[[str], None] | None = None) -> Race:
@@ -156,31 +163,83 @@ class Race:
         )
 
     def run(
-        self, out: Path | None = None, execute: Callable[[Engine], object] = lambda engine: engine.run()
+        self,
+        out: Path | None = None,
+        execute: Callable[[Engine], object] = lambda engine: engine.run(),
+        *,
+        ranks: int = 1,
     ) -> Comparison:
         """Hold it, or go on with it: every rung, then the decision.
 
         Args:
             out: The race's folder.
             execute: Runs an engine; a command line watches for signals meanwhile.
+            ranks: Processes of this machine that share the runs; under torchrun, which has started its own, 1.
 
         Raises:
             StoppedError: It was asked to stop; asked for again, it goes on.
+            UsageError: It was given Python objects, which other processes do not have.
             TuneforgeError: No entrant came through; what made the first one fail.
         """
+        meeting = Meeting.found()
+        self._ranks = self._checked_ranks(ranks, meeting)
+        if meeting is None:
+            return self._lead(out, execute)
+        with each_alone():
+            if meeting.rank == 0:
+                return self._lead(out, execute, begun=meeting.tell)
+            path = meeting.heard()
+            self.follow(path, execute)
+        await_end(path)
+        return read_back(path)
+
+    def _lead(
+        self,
+        out: Path | None,
+        execute: Callable[[Engine], object],
+        *,
+        begun: Callable[[Path], None] = lambda path: None,
+    ) -> Comparison:
         record = self.record()
         path = out or unfinished(record) or fresh()
         with RunFolder(path, resume=True) as place:
             agree(path, record)
+            for failure in path.rglob(FAILURE):
+                failure.unlink()
             self._say(f"race: {path}")
             with self._told(place):
-                for number, budget in enumerate(self.rungs, 1):
-                    self._hold(path, number, budget, execute)
-                    if number < len(self.rungs):
-                        self._halve(number, budget)
+                begun(path)
+                with Crew(path, helpers=self._ranks if self._ranks > 1 else 0, say=self._say) as crew:
+                    self._hold_all(path, crew, execute)
                 if self._errors and all(row.state == FAILED for row in self._rows.values()):
                     raise self._errors[0]
                 return self._conclude(path)
+
+    def follow(self, path: Path, execute: Callable[[Engine], object]) -> None:
+        """Do runs of a race that another process leads, until none is left; in silence, and without a decision.
+
+        Args:
+            path: The race's folder.
+            execute: Runs an engine.
+        """
+        self._say = lambda text: None
+        agree(path, self.record())
+        with Crew(path) as crew:
+            self._hold_all(path, crew, execute)
+
+    def _checked_ranks(self, ranks: int, meeting: Meeting | None) -> int:
+        if ranks == 1:
+            return 1
+        if meeting is not None:
+            raise UsageError("torchrun says how many processes there are", where="--ranks", fix="leave it out")
+        if has_objects(self.record()):
+            raise UsageError(
+                "a race of several processes takes names and options, not Python objects",
+                where="ranks",
+                why="the other processes have no such objects",
+                fix="write package.module:Name, or start the script itself with torchrun",
+            )
+        return min(ranks, len(self.entrants) * len(self._seeds))
 
     def record(self) -> dict[str, Any]:
         """The content of `race.json`: all that decides the race."""
@@ -195,52 +254,67 @@ class Race:
             }
         )
 
-    def _hold(self, path: Path, rung: int, budget: str | None, execute: Callable[[Engine], object]) -> None:
-        """Every seed of everybody who is still in it; seeds turn slowest, so that what is done early can be paired."""
+    def _hold_all(self, path: Path, crew: Crew, execute: Callable[[Engine], object]) -> None:
+        for number, budget in enumerate(self.rungs, 1):
+            self._hold(path, number, budget, crew, execute)
+            if number < len(self.rungs):
+                self._halve(number, budget)
+
+    def _hold(self, path: Path, rung: int, budget: str | None, crew: Crew, execute: Callable[[Engine], object]) -> None:
+        """Every seed of everybody who is still in it; seeds turn slowest, so that what is done early can be paired.
+
+        Runs may end in any order; they are counted in that of the race, and none after one that failed.
+        """
         running = [each for each in self.entrants if self._rows[each.name].state not in (DROPPED, FAILED)]
         for each in running:
-            row = self._rows[each.name]
-            self._rows[each.name] = attrs.evolve(row, runs=(), rung=rung, budget=budget)
-        for seed in self._seeds:
-            for each in running:
-                if self._rows[each.name].state != FAILED:
-                    self._take(each, seed, path / each.folder / self._place(rung) / f"seed-{seed}", execute)
+            self._rows[each.name] = attrs.evolve(self._rows[each.name], runs=(), rung=rung, budget=budget)
+        waiting = [self._trial(path, rung, budget, each, seed) for seed in self._seeds for each in running]
+        outcomes: dict[Trial, Finished | TuneforgeError] = {}
+        while waiting:
+            trial = next((each for each in waiting if self._settle(each, crew, execute)), None)
+            if trial is None:
+                crew.wait()
+                continue
+            waiting.remove(trial)
+            outcome = outcomes[trial] = trial.outcome()
+            self._tell(trial, outcome)
+            if isinstance(outcome, TuneforgeError):
+                later = [each for each in waiting if each.entrant is trial.entrant and each.number > trial.number]
+                waiting = [each for each in waiting if each not in later]
+        for trial in sorted(outcomes, key=lambda each: each.number):
+            if self._rows[trial.entrant.name].state != FAILED:
+                self._count(trial, outcomes[trial])
 
-    def _take(self, entrant: Entrant, seed: int, path: Path, execute: Callable[[Engine], object]) -> None:
-        """Do one run, if it is not done, and note what came of it."""
-        row = self._rows[entrant.name]
-        engine = self._engine(entrant, seed, row.budget, path)
-        try:
-            if engine is not None:
-                execute(engine)
-            run = Finished.read(path)
-            if math.isnan(run.value):
-                raise UsageError(f"its {run.monitor} on validation is no number")
-        except (StoppedError, TryAgainError, FolderError):  # not the entrant's fault
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, it ends an entrant and not the race
-            reason = f"{error.what if isinstance(error, TuneforgeError) else f'{type(error).__name__}: {error}'}"
-            self._errors.append(error)
-            spent_s = row.spent_s + names.read_json(path / names.STATUS).get("spent_s", 0.0)
-            self._rows[entrant.name] = attrs.evolve(
-                row, state=FAILED, reason=f"{reason} (seed {seed})", spent_s=spent_s
-            )
-            self._say(f"{entrant.name}, seed {seed}: failed: {reason}; see {path}")
+    def _trial(self, path: Path, rung: int, budget: str | None, entrant: Entrant, seed: int) -> Trial:
+        place = (rung * len(self._seeds) + self._seeds.index(seed)) * len(self.entrants) + self.entrants.index(entrant)
+        return Trial(place, entrant, seed, budget, path / entrant.folder / self._place(rung) / f"seed-{seed}")
+
+    def _settle(self, trial: Trial, crew: Crew, execute: Callable[[Engine], object]) -> bool:
+        """See that a run is done, if need be by doing it; False where that is left to another process."""
+        with crew.taken(trial.number) as mine:
+            if mine and not trial.settled and crew.works:
+                let_go(trial.path)
+                trial.attempt(self._with_model(), execute)
+            return mine and trial.settled
+
+    def _tell(self, trial: Trial, outcome: Finished | TuneforgeError) -> None:
+        name = f"{trial.entrant.name}, seed {trial.seed}"
+        if isinstance(outcome, TuneforgeError):
+            self._say(f"{name}: failed: {outcome.what}; see {trial.path}")
             return
-        self._rows[entrant.name] = attrs.evolve(row, runs=(*row.runs, run), spent_s=row.spent_s + run.seconds)
-        cost = f"{run.epochs} epoch(s), {run.seconds:.1f} s"
-        self._say(f"{entrant.name}, seed {seed}: {run.monitor} {run.value:.4f} on validation, {cost}")
+        cost = f"{outcome.epochs} epoch(s), {outcome.seconds:.1f} s"
+        self._say(f"{name}: {outcome.monitor} {outcome.value:.4f} on validation, {cost}")
 
-    def _engine(self, entrant: Entrant, seed: int, budget: str | None, path: Path) -> Engine | None:
-        """What does, or goes on with, one run; None where it is done."""
-        if (path / names.STATUS).exists() and (path / names.RUN).exists():
-            if names.read_json(path / names.STATUS)["state"] == "done":
-                return None
-            parts = {key: value for key, value in self._with_model().items() if key in _PARTS}
-            return Engine.resume(path, strategy=entrant.strategy, **parts)
-        (path / names.RUN).unlink(missing_ok=True)  # killed before anything was done
-        given = {"strategy": entrant.strategy, "seed": seed, "budget": budget, "out": path}
-        return Engine(**{**self._with_model(), **given})
+    def _count(self, trial: Trial, outcome: Finished | TuneforgeError) -> None:
+        """Note in an entrant's row what came of a run."""
+        row = self._rows[trial.entrant.name]
+        if isinstance(outcome, TuneforgeError):
+            self._errors.append(outcome)
+            reason, spent_s = f"{outcome.what} (seed {trial.seed})", row.spent_s + trial.spent_s
+            self._rows[row.name] = attrs.evolve(row, state=FAILED, reason=reason, spent_s=spent_s)
+        else:
+            spent_s = row.spent_s + outcome.seconds
+            self._rows[row.name] = attrs.evolve(row, runs=(*row.runs, outcome), spent_s=spent_s)
 
     def _with_model(self) -> dict[str, Any]:
         """What an engine is given; a module is a copy, because tuning changes it."""
@@ -252,22 +326,18 @@ class Race:
         return "" if rung == len(self.rungs) else f"rung-{rung}"
 
     def _halve(self, rung: int, budget: str | None) -> None:
-        """Drop the worse half of those who ran in this rung, by their mean; the baseline stays to be compared with."""
-        rows = [row for row in self._rows.values() if row.rung == rung]
-        through = [row for row in rows if row.state not in (DROPPED, FAILED)]
-        if not through:
-            return
-        _, mode = monitored([run for row in through for run in row.runs])
-        for row in ahead(through, mode)[math.ceil(len(rows) / 2) :]:
-            if row.name != self.baseline:
-                reason = f"after rung {rung} of {len(self.rungs)}, {budget} each"
-                self._rows[row.name] = attrs.evolve(row, state=DROPPED, reason=reason)
-                self._say(f"{row.name}: dropped {reason}")
+        for name in fallen([row for row in self._rows.values() if row.rung == rung], baseline=self.baseline):
+            reason = f"after rung {rung} of {len(self.rungs)}, {budget} each"
+            self._rows[name] = attrs.evolve(self._rows[name], state=DROPPED, reason=reason)
+            self._say(f"{name}: dropped {reason}")
 
     def _conclude(self, path: Path) -> Comparison:
         standings = judged(list(self._rows.values()), baseline=self.baseline, comparisons=len(self.entrants) - 1)
         soup = self._cooked([run for row in standings.ranked for run in row.runs], path) if self._soup else None
         notes = [] if soup is None else [f"note: of the soup's test nobody looked: tuneforge evaluate {path / 'soup'}"]
+        if self._ranks > 1 and self._config.budget is not None and budget_of(self._config.budget)[0] == "seconds":
+            each = f"{self._ranks} runs at a time, each with {threads_each(self._ranks)} thread(s)"
+            notes.append(f"note: {each}: {self._config.budget} are worth less so than to a run alone, equally for all")
         more = {"seeds": self._seeds, "rungs": self.rungs if self._halving else None}
         return conclude(standings, notes=notes, soup=soup, folder=path, more=more)
 
@@ -303,29 +373,8 @@ class Race:
 
 def given_of(config: RunConfig) -> dict[str, Any]:
     """A configuration as keywords of `Engine`, without what differs between the runs of a race, or their budget."""
-    given = {name: getattr(config, name) for name in _PARTS} | config.settings()
+    given = {name: getattr(config, name) for name in PARTS} | config.settings()
     return {name: value for name, value in given.items() if name not in ("out", "budget")}
-
-
-def _rungs(budget: str | None, entrants: int) -> list[str | None]:
-    """The budget of each rung of a halving: twice that of the one before it, the last one whole.
-
-    Raises:
-        UsageError: There is no budget, or too little to halve so often.
-    """
-    if budget is None:
-        raise UsageError("a halving needs a budget", where="--halving", fix="give one, such as --budget 20epochs")
-    count = max(1, math.ceil(math.log2(entrants)))
-    kind, amount = budget_of(budget)
-    amounts = [amount / 2 ** (count - number) for number in range(1, count)]
-    if kind != "seconds" and amounts and min(amounts) < 1:
-        raise UsageError(
-            f"a budget of {budget} cannot be halved {count - 1} times, as {entrants} entrants need",
-            where="--budget",
-            fix=f"give at least {2 ** (count - 1)}{_UNITS[kind]}",
-        )
-    shown = (f"{each:.3f}".rstrip("0").rstrip(".") if kind == "seconds" else str(int(each)) for each in amounts)
-    return [*(f"{each}{_UNITS[kind]}" for each in shown), budget]
 
 
 def _seeds(asked: int | Sequence[int], first: int) -> list[int]:

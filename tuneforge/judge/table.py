@@ -69,6 +69,12 @@ def conclude(standings: Standings, *, notes: Iterable[str], soup: Mapping[str, A
     return comparison
 
 
+def read_back(folder: Path) -> Comparison:
+    """The comparison that another process has written."""
+    text = (folder / TABLE).read_text(encoding="utf-8").removesuffix("\n")
+    return Comparison(folder, names.read_json(folder / RESULTS), names.read_json(folder / COSTS), text)
+
+
 def sentence(standings: Standings) -> str:
     """The decision: who is first, and whether the figures show it to be better than the baseline."""
     first, monitor = standings.winner, standings.monitor

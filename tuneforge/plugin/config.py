@@ -87,6 +87,11 @@ class Settings:
     compile: bool = option(
         default=False, help="Compile the forward pass of each phase (torch.compile); changes the last bits."
     )
+    shard: bool = option(
+        default=False,
+        help="Split the weights and what the optimizer keeps of them among the ranks of torchrun (FSDP2), for models "
+        "that do not fit.",
+    )
     memory_format: Literal["auto", "contiguous", "channels-last"] = option(
         default="auto", help="Layout of 4-D tensors; auto: channels-last where the model has 4-D weights."
     )

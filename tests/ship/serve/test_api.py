@@ -19,6 +19,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from tuneforge.ship.serve.feedback import feedback
+
 CASES = int(os.environ.get("TUNEFORGE_CASES", "60"))
 CHECKS = [
     not_a_server_error,
@@ -29,14 +31,48 @@ CHECKS = [
 ]
 
 
+@pytest.fixture
+def keeping(records):
+    """What a server is given that keeps its requests."""
+    return {"records": records, "further": [feedback(records)]}
+
+
+def routes_of(app):
+    """Path and method of everything that the application answers."""
+    return {(route.path, each.lower()) for route in app.routes for each in route.methods if each != "HEAD"}
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_every_route_is_described_and_nothing_else(kept, serving, table_run, keeping):
+    with serving(table_run, **(keeping if kept else {})) as server:
+        paths = server.ask("GET", "/openapi.json").json["paths"]
+        known = routes_of(server.app)
+    assert {(path, method) for path, operations in paths.items() for method in operations} == known
+    assert (("/feedback", "post") in known) == kept
+
+
+def test_a_label_is_answered_as_described(serving, table_run, keeping):
+    row = {"size": 1.5, "weight": -0.5, "colour": "red"}
+    with serving(table_run, **keeping) as server:
+        base = f"http://127.0.0.1:{server.port}"
+        schema = schemathesis.openapi.from_url(f"{base}/openapi.json")
+        for name in ("apple", "plum"):
+            body = {"id": server.ask("POST", "/predict", row).json["id"], "class": name}
+            label = schema["/feedback"]["POST"].Case(body=body, media_type="application/json")
+            assert label.call_and_validate(base_url=base, checks=CHECKS).status_code == 200
+        server.ask("POST", "/predict", row)
+        for path in ("/review/next", "/watch"):
+            assert schema[path]["GET"].Case().call_and_validate(base_url=base, checks=CHECKS).status_code == 200
+
+
 @pytest.mark.parametrize("model", ["table", "digits"])
-def test_the_description_holds(model, serving, request):
-    with serving(request.getfixturevalue(f"{model}_run")) as server:
+def test_the_description_holds(model, serving, request, keeping):
+    with serving(request.getfixturevalue(f"{model}_run"), **keeping) as server:
         server.desk.models.unload = lambda name: server.desk.models.current(name)  # else nothing is left to ask
         base = f"http://127.0.0.1:{server.port}"
         schema = schemathesis.openapi.from_url(f"{base}/openapi.json")
         operations = [found.ok() for found in schema.get_all_operations()]
-        assert len(operations) == 16  # all but the description itself
+        assert len(operations) == len(routes_of(server.app)) - 1  # all but the description itself
         varied = [each for each in operations if len(each.body) or len(each.path_parameters) or len(each.query)]
         count = max(1, CASES // (2 * 2 * len(varied)))  # of two models and two modes
         asked = sum(cases_of(each, GenerationMode.POSITIVE, base, count=count) for each in varied)

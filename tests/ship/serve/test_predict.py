@@ -1,24 +1,17 @@
 """`/predict` and the pages, over a real connection."""
 
 import base64
-import io
 import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from bundles import png
 
 import tuneforge as tf
 from tuneforge.ship.circle.records import Records
 from tuneforge.ship.serve.models import digest_of
 
 ROW = {"size": 1.5, "weight": -0.5, "colour": "red"}
-
-
-def png(array) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.asarray(array, dtype=np.uint8)).save(file, format="PNG")
-    return file.getvalue()
 
 
 @pytest.fixture(scope="module")

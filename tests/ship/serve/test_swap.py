@@ -162,6 +162,26 @@ def test_going_back_is_a_swap_too_and_an_unloaded_model_stays_away(store, servin
         assert server.ask("POST", "/predict", ROW).json["version"] == "2"
 
 
+def test_a_name_that_is_promoted_first_while_the_server_runs_is_served_too(store, serving):
+    with serving(store.path, watch_s=0.02) as server:
+        store.add("berries")
+        assert server.ask("POST", "/v2/repository/models/berries/load", {}).status == 404  # it has no champion yet
+        store.point(name="berries")
+        until(lambda: len(server.ask("POST", "/v2/repository/index", {}).json) == 2)
+        until(lambda: server.ask("POST", "/predict?model=berries", ROW).status == 200)
+        assert server.ask("POST", "/predict", ROW).json["model"] == "fruit"
+        assert "berries" in str(server.ask("GET", "/openapi.json").json["info"])
+
+
+def test_a_new_name_can_be_loaded_at_once(store, serving):
+    with serving(store.path, watch_s=60) as server:
+        store.add("berries")
+        store.point(name="berries")
+        loaded = server.ask("POST", "/v2/repository/models/berries/load", {})
+        assert loaded.json == {"name": "berries", "version": "2"}
+        assert server.ask("POST", "/predict?model=berries", ROW).json["version"] == "2"
+
+
 def test_a_request_that_has_begun_is_answered_by_the_version_it_met(store, serving):
     """Even where its version was replaced before the forward pass: the batch keeps to it."""
     with serving(store.path) as server:

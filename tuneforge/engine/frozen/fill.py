@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -133,7 +134,8 @@ class Filler:
                     "there is no room for what the frozen part gives",
                     where=str(store.folder),
                     why=why,
-                    fix="free some space, name another --cache-dir, or run with --cache off",
+                    fix="begin another run with another --cache-dir or --cache off; or free some space there, then go "
+                    f"on with: tuneforge resume {shlex.quote(str(self._run.folder))}",
                 ) from None
             self._run.note(f"  not shared with other runs: {why}")
         if held is not None:

@@ -87,6 +87,8 @@ def prefix_of(run: Run, plan: Modes, *, epochs: int, pause: Callable[[], None] =
 def _refuse_without_looking(run: Run, epochs: int, views: int) -> None:
     if run.config.cache == "off":
         raise NoPrefixError("--cache off")
+    if run.sharded:
+        raise NoPrefixError("--shard leaves each rank a part of the model")
     for use, part in zip(run.config.augment, run.augments, strict=True):
         if not getattr(part, "per_sample", False):
             raise NoPrefixError(f"augmentation '{use.name}' may look at more than one sample")

@@ -167,11 +167,11 @@ def _write(folder: Path, blocks: Iterable[tuple[Tensor, ...]]) -> list[dict[str,
     files: list[IO[bytes]] = []
     digests: list[Any] = []
     described: list[dict[str, Any]] = []
-    try:
+    with contextlib.ExitStack() as opened:  # on a full disk closing one fails too, and the others still close
         for block in blocks:
             if not files:
                 names = [f"values-{place}.bin" for place in range(len(block))]
-                files = [(folder / name).open("wb") for name in names]
+                files = [opened.enter_context((folder / name).open("wb")) for name in names]
                 digests = [hashlib.sha256() for _ in block]
                 described = [
                     {"file": name, "shape": [0, *value.shape[1:]], "dtype": str(value.dtype).removeprefix("torch.")}
@@ -182,9 +182,6 @@ def _write(folder: Path, blocks: Iterable[tuple[Tensor, ...]]) -> list[dict[str,
                 file.write(data)
                 digest.update(data)
                 each["shape"][0] += len(value)
-    finally:
-        for file in files:
-            file.close()
     for each, digest in zip(described, digests, strict=True):
         each["sha256"] = digest.hexdigest()
     return described

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge.engine.network.model import NORMS, Group, Model, call
+from tuneforge.engine.network.shards import like
 from tuneforge.errors import SelectorError, close_match
 
 
@@ -88,7 +89,7 @@ def put_back(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = whole_state(module)
     with torch.no_grad():
         for name, tensor in state.items():
-            own[name].copy_(tensor)
+            own[name].copy_(like(own[name], tensor))
 
 
 def _matches(model: Model, selector: str) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tuneforge.engine.network.freezing import select
 from tuneforge.engine.network.model import NORMS, Model
+from tuneforge.engine.network.shards import optimizer_of
 from tuneforge.errors import SelectorError
 from tuneforge.plugin.steps import Phase
 
@@ -40,7 +41,7 @@ class Optimization:
         """
         groups = parameter_groups(model, phase, trained, weight_decay=part.weight_decay)
         if self.optimizer is None or not same:
-            self.part, self.optimizer = part, part.make(groups, fused=True)
+            self.part, self.optimizer = part, optimizer_of(part, groups)
         else:
             kept = {id(parameter) for group in groups for parameter in group["params"]}
             for parameter in [each for each in self.optimizer.state if id(each) not in kept]:

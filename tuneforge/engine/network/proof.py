@@ -9,14 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge.engine.network.model import Model
+from tuneforge.engine.network.shards import anywhere, is_sharded, own_part, whole
 from tuneforge.errors import HaltError
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """True where two tensors of one shape and type hold the same bits; NaN equals itself, 0.0 is not -0.0."""
+    """True where two tensors of one shape and type hold the same bits; NaN equals itself, 0.0 is not -0.0.
+
+    Of sharded ones each rank compares its part, and all are told whether all parts are the same.
+    """
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(_bits(one), _bits(other))
+    same = torch.equal(_bits(own_part(one)), _bits(own_part(other)))
+    return not anywhere(not same, one) if is_sharded(one) else same
 
 
 @attrs.define(eq=False)
@@ -78,7 +83,7 @@ class Proof:
                     torch.finfo(parameter.dtype).eps * parameter.detach().abs() + torch.finfo(parameter.dtype).tiny
                 )
                 gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-                due = (rates[id(parameter)] * gradient.abs() > smallest).any()
+                due = whole((rates[id(parameter)] * gradient.abs() > smallest).any())
                 self.watched[name] = due if seen is None else seen | due
 
     def narrow(self, model: Model) -> None:

@@ -1,7 +1,8 @@
 """Processes that decode ahead of what is needed, alive as long as the run.
 
 They only read, so they hold nothing that could be lost: the run ends them with SIGKILL, and they end with the run,
-however it ends. What stops a run (Ctrl-C, SIGTERM, which a terminal sends to all its processes) is not for them.
+however it ends. One that is killed by somebody else is started again and asked for what it still owed, so the order
+and the bits stay. What stops a run (Ctrl-C, SIGTERM, which a terminal sends to all its processes) is not for them.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import sys
 import traceback
 import warnings
 import weakref
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ from torch import Tensor
 from tuneforge.errors import PluginError, TryAgainError, TuneforgeError
 
 AHEAD = 2  # batches that each process has in hand
+TRIES = 3  # processes in a row that may die in one place without an answer
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -64,14 +66,16 @@ class Workers:
     Args:
         count: Processes.
         sources: What they can be asked for.
+        say: Where it is said that one died and was started again.
     """
 
-    def __init__(self, count: int, sources: Sequence[Fetching]) -> None:
-        self._count, self._sources = count, list(sources)
+    def __init__(self, count: int, sources: Sequence[Fetching], say: Callable[[str], None] = lambda text: None) -> None:
+        self._count, self._sources, self._say = count, list(sources), say
         self._started: list[_Worker] = []
         self._asked = 0
-        self._wanted: set[int] = set()
+        self._wanted: dict[int, tuple[int, NDArray[Any]]] = {}  # place of the source, and rows
         self._arrived: dict[int, Any] = {}
+        self._deaths: Counter[int] = Counter()  # since the last answer, by place of the process
         self._end = weakref.finalize(self, _end, self._started, os.getpid())
 
     def serve(self, source: Fetching) -> bool:
@@ -82,7 +86,7 @@ class Workers:
         """The rows of each batch, int64 (b,), with their stored inputs, in the order that is asked.
 
         Raises:
-            TryAgainError: A process died.
+            TryAgainError: Processes died one after the other over the same batches.
             PluginError: The source raised something that tuneforge does not know.
             TuneforgeError: What the source raised.
         """
@@ -100,7 +104,7 @@ class Workers:
                 yield first, self._answer(number)
         finally:  # a pass may be left before its end
             for number, _ in pending:
-                self._wanted.discard(number)
+                self._wanted.pop(number, None)
                 self._arrived.pop(number, None)
 
     def close(self) -> None:
@@ -108,44 +112,53 @@ class Workers:
         _end(self._started, os.getpid())
         self._wanted.clear()
         self._arrived.clear()
+        self._deaths.clear()
 
     def _start(self) -> None:
         if self._started:
             return
         atexit.unregister(self._end)
         atexit.register(self._end)  # before multiprocessing's own, which would wait for them
+        for number in range(self._count):
+            self._started.append(self._new(number))
+
+    def _new(self, number: int) -> _Worker:
         on_linux = sys.platform == "linux"
         context = multiprocessing.get_context("fork") if on_linux else multiprocessing.get_context("spawn")
         with _signals_held(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)  # one thread there
-            for number in range(self._count):
-                ours, theirs = context.Pipe()
-                process = context.Process(
-                    target=_work, args=(theirs, self._sources, os.getpid()), name=f"decoder {number}", daemon=True
-                )
-                process.start()
-                theirs.close()
-                self._started.append(_Worker(process, ours))
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_work, args=(theirs, self._sources, os.getpid()), name=f"decoder {number}", daemon=True
+            )
+            process.start()
+            theirs.close()
+        return _Worker(process, ours)
 
     def _ask(self, place: int, rows: Tensor) -> int:
         number = self._asked
         self._asked += 1
-        worker = self._started[number % self._count]
-        try:
-            worker.connection.send((number, place, rows.numpy()))
-        except OSError:
-            raise self._died(worker) from None
-        self._wanted.add(number)
+        self._wanted[number] = (place, rows.numpy())
+        self._send(number)
         return number
+
+    def _send(self, number: int) -> None:
+        with contextlib.suppress(OSError):  # it has died, which shows where its answer is awaited
+            self._started[number % self._count].connection.send((number, *self._wanted[number]))
 
     def _answer(self, number: int) -> Any:
         """The answer to batch `number`; those of other passes that come before it are put aside."""
-        worker = self._started[number % self._count]
+        slot = number % self._count
         while number not in self._arrived:
-            came, answer = self._received(worker)
+            received = self._received(self._started[slot])
+            if received is None:
+                self._replace(slot)
+                continue
+            came, answer = received
+            self._deaths[slot] = 0
             if came in self._wanted:
                 self._arrived[came] = answer
-        self._wanted.discard(number)
+        del self._wanted[number]
         answer = self._arrived.pop(number)
         if not isinstance(answer, _Failure):
             return answer
@@ -153,7 +166,8 @@ class Workers:
             answer.summary, where="a process that decodes ahead", why=answer.trace, fix="look at the source of the data"
         )
 
-    def _received(self, worker: _Worker) -> tuple[int, Any]:
+    def _received(self, worker: _Worker) -> tuple[int, Any] | None:
+        """A batch's number and its answer; None where the process is dead."""
         try:
             if worker.connection in wait([worker.connection, worker.process.sentinel]):
                 received: tuple[int, Any] = worker.connection.recv()
@@ -162,19 +176,34 @@ class Workers:
             worker.process.join(timeout=1)
             if worker.process.is_alive():
                 raise
-        raise self._died(worker)
+        return None
 
-    def _died(self, worker: _Worker) -> TryAgainError:
-        worker.process.join(timeout=1)
-        code = worker.process.exitcode
+    def _replace(self, slot: int) -> None:
+        """Start another process in place of a dead one, and ask it for what that one still owed.
+
+        Raises:
+            TryAgainError: Too many in a row died here without an answer.
+        """
+        dead = self._started[slot]
+        dead.process.join(timeout=1)
+        code = dead.process.exitcode
         how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        self.close()
-        return TryAgainError(
-            "a process that decodes ahead has died",
-            where="--workers",
-            why=f"{how}; the system ends a process where memory, or shared memory (/dev/shm), runs out",
-            fix="give fewer --workers or a smaller --batch-size, and go on with: tuneforge resume",
-        )
+        self._deaths[slot] += 1
+        if self._deaths[slot] >= TRIES:
+            self.close()
+            raise TryAgainError(
+                f"{TRIES} processes that decode ahead have died, one after the other",
+                where="--workers",
+                why=f"{how}; the system ends a process where memory, or shared memory (/dev/shm), runs out",
+                fix="give fewer --workers or a smaller --batch-size, and go on with: tuneforge resume",
+            )
+        self._say(f"  warning: a process that decodes ahead has died ({how}); another one goes on in its place")
+        dead.process.close()
+        dead.connection.close()
+        self._started[slot] = self._new(slot)
+        for number in self._wanted:
+            if number % self._count == slot and number not in self._arrived:
+                self._send(number)
 
 
 def _end(workers: list[_Worker], owner: int) -> None:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from tuneforge.engine.state import faults
-from tuneforge.engine.state.folder import load_tensors, save_tensors, write_whole
-from tuneforge.errors import FolderError, TryAgainError, TuneforgeError
+from tuneforge.engine.state.folder import load_tensors, save_tensors, unwritten, write_whole
+from tuneforge.errors import FolderError, TuneforgeError
 from tuneforge.plugin.plain import from_json, to_json
 
 FOLDER = "checkpoints"
@@ -225,11 +225,11 @@ def _write(folder: Path, step: int, best: bool, state: Mapping[str, Any]) -> Pat
     temporary, final = folder / f".{number:06d}.part", folder / f"{number:06d}-step-{step}"
     try:
         _fill(temporary, step, best, state)
+        faults.point("checkpoint.before-rename")
+        temporary.rename(final)
     except Exception:
         shutil.rmtree(temporary, ignore_errors=True)  # at once, because the disk may be full
         raise
-    faults.point("checkpoint.before-rename")
-    temporary.rename(final)
     faults.point("checkpoint.renamed")
     _flush(folder)
     faults.point("checkpoint.after-rename")
@@ -322,9 +322,7 @@ def _broken(path: Path, name: str, why: str) -> FolderError:
 
 
 def _write_error(folder: Path, error: OSError) -> TuneforgeError:
-    why = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return TryAgainError(
-            f"no space for a checkpoint in '{folder}'", why=why, fix="free some, and go on with: tuneforge resume"
-        )
+        return unwritten(folder, error)
+    why = error.strerror or str(error)
     return FolderError(f"cannot write a checkpoint to '{folder}'", why=why, fix="see that the run's folder is writable")

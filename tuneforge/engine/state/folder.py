@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import errno
 import fcntl
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -15,13 +19,13 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from tuneforge.errors import FolderError, TryAgainError, UnsafeFileError
+from tuneforge.errors import FolderError, TryAgainError, TuneforgeError, UnsafeFileError, UsageError
 
 RUN, STATUS, STEPS, METRICS, REPORT = "run.json", "status.json", "steps.jsonl", "metrics.jsonl", "report.json"
 MODEL, WEIGHTS, MISTAKES, TIMINGS, LOG, PAGE = (
     "model.json", "model.safetensors", "mistakes.json", "timings.jsonl", "log.txt", "report.html",
 )  # fmt: skip
-_LOCK = ".lock"
+_LOCK, _PART = ".lock", ".part"
 _METADATA = "tuneforge"  # safetensors writes several metadata keys in random order, so all of it is one key
 
 
@@ -106,7 +110,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
         FolderError: The place cannot be written.
     """
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_PART}")
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -115,7 +119,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _write_error(path, error) from error
+        raise unwritten(path, error) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -127,17 +131,13 @@ def read_json(path: Path) -> Any:
     """Read a JSON file of a run folder.
 
     Raises:
-        FolderError: It is missing or broken.
+        UsageError: There is no such folder; the message offers the run whose name is nearest.
+        FolderError: The file is missing or broken.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FolderError(
-            f"'{path.parent}' is not a finished run",
-            where=path.name,
-            why="the file is missing",
-            fix="name a folder that tuneforge run has written, such as runs/NAME",
-        ) from None
+        raise _no_run(path) from None
     except (ValueError, OSError) as error:
         raise FolderError(
             f"cannot read '{path.name}'", where=str(path.parent), why=str(error), fix="restore the file, or run again"
@@ -165,12 +165,15 @@ def finite(value: Any) -> Any:
 class RunFolder:
     """The folder of one run, locked while it is open: `with RunFolder(path) as folder: ...`.
 
+    Where a full disk keeps a run from beginning, what it has written is taken away again.
+
     Args:
         path: A new or empty folder, or None for a new one under `runs/`.
         resume: The folder of a run that goes on.
         writes: False for a process that only follows the one which holds the folder: nothing is locked or written.
 
     Raises:
+        TryAgainError: The disk is full.
         FolderError: Another process holds it, it already holds a run, or it is not writable.
     """
 
@@ -178,20 +181,26 @@ class RunFolder:
         self.path = path if path is not None else _fresh_path()
         self.writes = writes
         self._resume = resume
-        self._files: dict[str, IO[str]] = {}
-        self._lock: IO[str] | None = None
+        self._made = path is None
+        self._files: dict[str, IO[bytes]] = {}
+        self._lock: IO[bytes] | None = None
+        self._unflushed: set[str] = set()
+        self._missed = 0
+        self._begun = resume
         self.state = ""
 
     def __enter__(self) -> RunFolder:
         if not self.writes:
             return self
         try:
+            self._made = self._made or not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / _LOCK).open("a+")
+            self._lock = (self.path / _LOCK).open("a+b", buffering=0)
         except OSError as error:
-            raise _write_error(self.path, error) from error
+            self._remove_made()
+            raise unwritten(self.path, error) from error
         self._take_lock(self._lock)
-        if (self.path / RUN).exists() and not self._resume:
+        if holds_run(self.path) and not self._resume:
             self.__exit__(None, None, None)
             raise FolderError(
                 f"'{self.path}' already holds a run",
@@ -199,6 +208,9 @@ class RunFolder:
                 why="a run never writes over another",
                 fix="name another folder, or remove this one",
             )
+        for path in self.path.glob(f".*.[0-9]*{_PART}"):
+            if path.is_file():
+                path.unlink()  # of a process that was killed while it wrote
         return self
 
     def __exit__(
@@ -206,6 +218,8 @@ class RunFolder:
     ) -> None:
         for file in self._files.values():
             file.close()
+        if isinstance(error, TryAgainError) and not self._begun:
+            self._take_away()
         if self._lock is not None:
             self._lock.close()  # which releases the lock; the kernel does so for a process that died
 
@@ -220,23 +234,35 @@ class RunFolder:
             write_whole(self.path / name, text)
 
     def append(self, name: str, line: str) -> None:
-        """Add a line to a file and flush it.
+        """Add a line to a file, all of it or nothing. The log loses it where the disk is full, and says so later.
 
         Raises:
             TryAgainError: The disk is full.
         """
         if not self.writes:
             return
+        missed = self._missed if name == LOG else 0
+        text = (f"({missed} line(s) are missing here: the disk was full)\n" if missed else "") + f"{line}\n"
         try:
             if name not in self._files:
-                self._files[name] = (self.path / name).open("a", encoding="utf-8")
-            self._files[name].write(line + "\n")
-            self._files[name].flush()
+                self._files[name] = (self.path / name).open("ab", buffering=0)
+            _append(self._files[name], text.encode())
+            self._unflushed.add(name)
         except OSError as error:
-            raise _write_error(self.path / name, error) from error
+            if name != LOG or not _is_full(error):
+                raise unwritten(self.path / name, error) from error
+            self._missed += 1
+            return
+        self._missed -= missed
 
     def offsets(self, names: Iterable[str]) -> dict[str, int]:
-        """Bytes of each file so far."""
+        """Bytes of each file so far, which are on the disk for good when this returns."""
+        try:
+            for name in self._unflushed.intersection(names):
+                os.fsync(self._files[name].fileno())
+                self._unflushed.remove(name)
+        except OSError as error:
+            raise unwritten(self.path, error) from error
         return {name: (self.path / name).stat().st_size if (self.path / name).exists() else 0 for name in names}
 
     def cut(self, offsets: Mapping[str, int]) -> None:
@@ -246,17 +272,25 @@ class RunFolder:
                 os.truncate(self.path / name, size)
 
     def status(self, state: str, **details: Any) -> None:
-        """Say how the run stands: `running`, `done` or `failed`, with the reason."""
-        self.state = state
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        self.write(STATUS, {"state": state, "pid": os.getpid(), "parent": os.getppid(), "time": now, **details})
+        """Say how the run stands: `running`, `done` or `failed`, with the reason.
 
-    def _take_lock(self, file: IO[str]) -> None:
+        Where the disk is too full to say that it failed or stopped, what made it do so is what the user is told.
+        """
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        try:
+            self.write(STATUS, {"state": state, "pid": os.getpid(), "parent": os.getppid(), "time": now, **details})
+        except TryAgainError:
+            if state in ("running", "done"):
+                raise
+        self.state = state
+        self._begun = self._begun or state == "running"
+
+    def _take_lock(self, file: IO[bytes]) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read().decode(errors="replace").strip() or "another process"
             file.close()
             self._lock = None
             raise FolderError(
@@ -265,9 +299,55 @@ class RunFolder:
                 why=f"{holder} is running in it",
                 fix="wait for it, stop it, or name another folder",
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()}, started {datetime.now(UTC).isoformat(timespec='seconds')}")
-        file.flush()
+        with contextlib.suppress(OSError):  # who holds it is for people; that it is held, the kernel knows
+            file.truncate(0)
+            file.write(f"process {os.getpid()}, started {datetime.now(UTC).isoformat(timespec='seconds')}".encode())
+
+    def _take_away(self) -> None:
+        """Delete what was written of a run that has not begun; and the folder, where it was made for it."""
+        for name in (RUN, STATUS, _LOCK, *([LOG] if self._made else [])):
+            (self.path / name).unlink(missing_ok=True)
+        self._remove_made()
+
+    def _remove_made(self) -> None:
+        if self._made:
+            with contextlib.suppress(OSError):  # it is not there, or something else lies in it
+                self.path.rmdir()
+
+
+def holds_run(path: Path) -> bool:
+    """True for the folder of a run that has begun; one that died before it said how it stands has not."""
+    return (path / RUN).exists() and (path / STATUS).exists()
+
+
+def unwritten(path: Path, error: OSError) -> TuneforgeError:
+    """What to raise where something could not be written: `TryAgainError` for a full disk, else `FolderError`."""
+    why = error.strerror or str(error)
+    if not _is_full(error):
+        return FolderError(f"cannot write '{path}'", where="--out", why=why, fix="name a folder that you may write to")
+    run = next((each for each in (path, *path.parents) if holds_run(each)), None)
+    then = "try again" if run is None else f"go on with: tuneforge resume {shlex.quote(str(run))}"
+    return TryAgainError(
+        f"cannot write '{path}'",
+        where=str(path.parent),
+        why=why,
+        fix=f"free some space there (old runs; features: tuneforge cache clear), then {then}",
+    )
+
+
+def _is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _append(file: IO[bytes], data: bytes) -> None:
+    """Add all of it at the end of an unbuffered file, or nothing: half a line would be litter for whoever reads it."""
+    before = os.fstat(file.fileno()).st_size
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError:
+        os.ftruncate(file.fileno(), before)
+        raise
 
 
 def _fresh_path() -> Path:
@@ -280,13 +360,19 @@ def _fresh_path() -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise _write_error(path, error) from error
+            raise unwritten(path, error) from error
         return path
     raise FolderError("no free name under runs/", fix="give --out FOLDER")
 
 
-def _write_error(path: Path, error: OSError) -> FolderError | TryAgainError:
-    why = error.strerror or str(error)
-    if error.errno in (28, 122):  # ENOSPC, EDQUOT
-        return TryAgainError(f"cannot write '{path}'", why=why, fix="free some space and try again")
-    return FolderError(f"cannot write '{path}'", where="--out", why=why, fix="name a folder that you may write to")
+def _no_run(file: Path) -> TuneforgeError:
+    """What to raise where a file of a run is missing."""
+    if file.parent.is_dir():
+        what = f"'{file.parent}' holds no run" if file.name == RUN else f"'{file.parent}' is not a finished run"
+        fix = "name a folder that tuneforge run has written, such as runs/NAME"
+        return FolderError(what, where=file.name, why="the file is missing", fix=fix)
+    bases = dict.fromkeys((file.parent.parent, Path("runs")))
+    runs = {each.parent.name: str(each.parent) for base in bases for each in base.glob(f"*/{RUN}")}
+    near = difflib.get_close_matches(file.parent.name, runs, n=3)
+    names = " or ".join(f"'{runs[name]}'" for name in near)
+    return UsageError(f"there is no folder '{file.parent}'", fix=f"did you mean {names}?" if near else "check its name")

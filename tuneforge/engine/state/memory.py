@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 import torch
 
+from tuneforge.engine.network import shards
 from tuneforge.engine.network.freezing import put_back, whole_state
 from tuneforge.engine.parts import Parts
 from tuneforge.engine.phase import Progress
@@ -84,6 +85,8 @@ class Memory:
         stopped, due = ranks.agree(asked is not None, ranks.leads and self.checkpoints.due(step, beside=beside))
         if stopped or due:
             state = self._state(progress)
+            if self.run.sharded:
+                state = shards.gathered(state, keep=ranks.leads)
             if ranks.leads:
                 best = progress is not None and progress.best
                 self.checkpoints.save(step, state, beside=beside, best=best)
@@ -114,6 +117,8 @@ class Memory:
         run = self.run
         self.place.cut(state["offsets"])
         run.ranks.wait()  # for the files to be cut, before the others read them
+        if run.sharded:
+            state = shards.scattered(state, run.model.parameters(), run.device.torch)
         put_back(run.model.module, state["model"])
         run.optimization.pending = state["optimizer"]
         self.parts.present = state["optimizer_part"]
@@ -159,7 +164,7 @@ def found(run: Run, path: Path) -> tuple[str, dict[str, Any] | None]:
 
     What was skipped, and what could change the bits, is said.
     """
-    newest, state, passed_over = checkpoint.newest(path, run.device.torch)
+    newest, state, passed_over = checkpoint.newest(path, torch.device("cpu") if run.sharded else run.device.torch)
     run.ranks.wait()  # for all to have read it, before rank 0 saves another and deletes it
     for why in passed_over:
         run.note(f"skipped {why}")

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tuneforge.engine.evaluation import single_numbers
+from tuneforge.plugin import registry
+from tuneforge.plugin.component import options_of
 
 SCRIPT = '''\
 """Name the class of pictures with onnxruntime, numpy and Pillow alone: python classify.py BUNDLE FOLDER|FILE..."""
@@ -95,11 +97,8 @@ def _use(record: Mapping[str, Any]) -> Iterator[str]:
     yield "## Use"
     yield ""
     if "onnx" in record["formats"]:
-        shapes = ", ".join(
-            f"`{name or 'input'}`, {dtype.removeprefix('torch.')} of shape (batch, {', '.join(map(str, shape))})"
-            for name, (shape, dtype) in record["stored"].items()
-        )
-        yield f"`model.onnx` takes {shapes}; what follows on that is inside the graph."
+        given = "" if "" not in record["stored"] else "`input`, "
+        yield f"`model.onnx` takes {given}{_stored(record, batch='batch')}; what follows on that is inside the graph."
         yield "It gives `outputs`, as the network does, and `answers`: probabilities, or numbers in their own unit."
         yield "Any batch size will do."
         yield ""
@@ -123,15 +122,18 @@ def _use(record: Mapping[str, Any]) -> Iterator[str]:
 def _data(record: Mapping[str, Any]) -> Iterator[str]:
     yield "## How inputs are prepared"
     yield ""
-    yield f"By `{record['inputs']['name']}`, with these options; the same for training, test and use:"
+    yield f"By `{record['inputs']['name']}`, the same for training, test and use. It makes of each input"
+    yield f"{_stored(record)}; the rest of the way to what the network takes is part of the model."
     yield ""
-    yield from _options(record["inputs"]["options"])
-    yield "Answers are read by " + f"`{record['targets']['name']}`:"
+    yield from _options("inputs", record)
+    yield f"Answers are read by `{record['targets']['name']}`:"
     yield ""
-    yield from _options(record["targets"]["options"])
-    for note in (*record["notes"], *record["changes"]):
-        yield f"- {note}"
-    yield ""
+    yield from _options("targets", record)
+    if told := (*record["notes"], *record["changes"]):
+        yield "What the run says of its data and of its model:"
+        yield ""
+        yield from (f"- {note}" for note in told)
+        yield ""
 
 
 def _provenance(record: Mapping[str, Any]) -> Iterator[str]:
@@ -154,9 +156,23 @@ def _plain_script(record: Mapping[str, Any]) -> bool:
     return "onnx" in record["formats"] and kinds == ("images", "classes")
 
 
-def _options(options: Mapping[str, Any]) -> Iterator[str]:
-    yield from (f"- {name}: `{value}`" for name, value in options.items())
+def _options(group: str, record: Mapping[str, Any]) -> Iterator[str]:
+    """The options of a contract with what each means."""
+    known = options_of(registry.load(registry.find(group, record[group]["name"])))
+    yield "| option | value | meaning |"
+    yield "| --- | --- | --- |"
+    for name, value in record[group]["options"].items():
+        yield f"| {name} | `{_cell(str(value))}` | {_cell(known[name].help) if name in known else ''} |"
     yield ""
+
+
+def _stored(record: Mapping[str, Any], *, batch: str = "") -> str:
+    """Type and shape of the stored tensors."""
+    return ", ".join(
+        f"{f'`{name}`, ' if name else ''}{dtype.removeprefix('torch.')} of shape "
+        f"({', '.join([*filter(None, [batch]), *map(str, shape)])})"
+        for name, (shape, dtype) in record["stored"].items()
+    )
 
 
 def _number(value: Any) -> str:

@@ -6,7 +6,7 @@ Shapes: n samples of a split, m of them remembered, b in a batch, k outputs, d n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import attrs
@@ -24,8 +24,9 @@ PROBES = 16
 """Test samples kept as they are stored, with their outputs."""
 
 REFERENCE = 1000
-"""Test samples at most whose summaries and answers are kept for a two-sample test."""
+"""Samples of a world at most whose summaries and answers are kept for a two-sample test."""
 
+_OTHERS = ("outputs", "summaries", "answers", "seen", "repeated", "worlds")
 _BANDS = 16
 _BATCH = 256
 
@@ -37,11 +38,13 @@ class Evidence:
     Args:
         probe: Stored inputs of some test samples, evenly spread over the split.
         outputs: What the model gave for them, float32 (m, k).
-        summaries: Of some test inputs, float32 (m, d); see `summary`.
+        summaries: Of some inputs that were not trained on, float32 (m, d); see `summary`.
         answers: Probabilities or numbers given for these, float32 (m, k).
         seen: Digests of the stored training samples, int64, sorted, each once.
         repeated: The share of training samples whose stored form occurs more than once among them, (): so many test
             samples are to be expected among them too.
+        worlds: Where each of the m inputs comes from, int64 (m,): 0 is the test split, the others are what production
+            sent before one of the turns that the model was tuned in.
     """
 
     probe: Inputable
@@ -50,11 +53,12 @@ class Evidence:
     answers: Tensor
     seen: Tensor
     repeated: Tensor
+    worlds: Tensor = attrs.Factory(lambda self: torch.zeros(len(self.summaries), dtype=torch.int64), takes_self=True)
 
     def save(self, folder: Path) -> None:
         """Write it into a bundle."""
         tensors = {f"probe/{name}": tensor for name, tensor in tensors_of(self.probe).items()}
-        others = {name: getattr(self, name) for name in ("outputs", "summaries", "answers", "seen", "repeated")}
+        others = {name: getattr(self, name) for name in _OTHERS}
         save_tensors(tensors | others, folder / FILE)
 
     @classmethod
@@ -70,16 +74,22 @@ class Evidence:
         return cls(probe=probe.get("", probe), **tensors)
 
 
-def gathered(forward: Forward, targets: Targets, *, train: Split, test: Split) -> Evidence:
-    """The evidence of a model that was tuned on `train`, as it answers on `test`."""
+def gathered(
+    forward: Forward, targets: Targets, *, train: Split, test: Split, worlds: Sequence[Split] = ()
+) -> Evidence:
+    """The evidence of a model that was tuned on `train`, as it answers on `test` and on samples of other worlds."""
     probe = test.fetch(spread(len(test), PROBES))
-    rows = spread(len(test), REFERENCE)
-    chosen = test.take(rows)
-    parts = [(summary(stored), forward(stored)) for _, stored in fetched(chosen, in_turn(len(rows), _BATCH), workers=0)]
+    chosen = [each.take(spread(len(each), REFERENCE)) for each in (test, *worlds)]
+    parts = [
+        (summary(stored), forward(stored))
+        for split in chosen
+        for _, stored in fetched(split, in_turn(len(split), _BATCH), workers=0)
+    ]
     summaries, outputs = (torch.cat(each) for each in zip(*parts, strict=True))
     seen, counts = torch.unique(digests(train), return_counts=True)
     repeated = counts[counts > 1].sum() / counts.sum()
-    return Evidence(probe, forward(probe), summaries, answers_of(targets, outputs), seen, repeated)
+    origin = torch.repeat_interleave(torch.tensor([len(each) for each in chosen]))
+    return Evidence(probe, forward(probe), summaries, answers_of(targets, outputs), seen, repeated, origin)
 
 
 def spread(count: int, most: int) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import attrs
 import torch
 
 import tuneforge
-from tuneforge.engine.samples.data import Data
+from tuneforge.engine.samples.data import Data, Split
 from tuneforge.engine.state import folder as names
 from tuneforge.engine.tuned import Tuned, load, with_data
 from tuneforge.errors import DataError, UsageError
@@ -39,6 +39,7 @@ def export(
     name: str = "",
     data: Any = None,
     model: Any = None,
+    worlds: Sequence[Split] = (),
     pictures: str | Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
@@ -51,6 +52,7 @@ def export(
         name: Of the model; by default the run's.
         data: The run's data, where it was given them as objects; None prepares them again.
         model: The module, where the run was given one as an object.
+        worlds: Further samples, not trained on, such as what production sent: drift is measured from them too.
         pictures: A folder for the test split's pictures as files, as they are stored; None writes none.
         say: Where sentences for the user go.
 
@@ -72,14 +74,9 @@ def export(
     tuned = load(run, model=model, device_name="cpu")
     found = prepared(tuned, data)
     with building(place) as folder:
-        written = {}
-        for each, form in formats.items():
-            written[each] = _written(each, form, run, model, found, folder)
-            say(f"{each}: {sentence(written[each])}")
-        evidence.gathered(forward_of(tuned), tuned.targets, train=found.train, test=found.test).save(folder)
-        record = _record(tuned, name or run.absolute().name, formats, written)
-        names.write_json(folder / BUNDLE, record)
-        names.write_whole(folder / CARD, card.text(record))
+        written = {each: _written(each, form, run, model, found, folder, say) for each, form in formats.items()}
+        _remember(folder, tuned, found, worlds)
+        _describe(folder, _record(tuned, name or run.absolute().name, formats, written))
         if pictures is not None:
             write_pictures(found.test, tuned.targets, Path(pictures))
     return place
@@ -113,7 +110,9 @@ def sentence(parity: Parity) -> str:
     )
 
 
-def _written(name: str, form: ExportFormat, run: Path, model: Any, data: Data, folder: Path) -> Parity:
+def _written(
+    name: str, form: ExportFormat, run: Path, model: Any, data: Data, folder: Path, say: Callable[[str], None]
+) -> Parity:
     """Write one form, open it again and compare it with the run, freshly loaded."""
     tuned = load(run, model=model, device_name="cpu")
     if form.float32:
@@ -121,7 +120,20 @@ def _written(name: str, form: ExportFormat, run: Path, model: Any, data: Data, f
         tuned.run.config = attrs.evolve(tuned.run.config, **plain)  # type: ignore[arg-type]  # of some other field
         tuned.model.module.to(memory_format=torch.contiguous_format)
     form.write(tuned, folder)
-    return require_parity(name, forward_of(tuned), form.opened(folder, device_name="cpu"), tuned.targets, data.test)
+    opened = form.opened(folder, device_name="cpu")
+    parity = require_parity(name, forward_of(tuned), opened, tuned.targets, data.test)
+    say(f"{name}: {sentence(parity)}")
+    return parity
+
+
+def _remember(folder: Path, tuned: Tuned, found: Data, worlds: Sequence[Split]) -> None:
+    known = evidence.gathered(forward_of(tuned), tuned.targets, train=found.train, test=found.test, worlds=worlds)
+    known.save(folder)
+
+
+def _describe(folder: Path, record: Mapping[str, Any]) -> None:
+    names.write_json(folder / BUNDLE, record)
+    names.write_whole(folder / CARD, card.text(record))
 
 
 def _record(tuned: Tuned, name: str, formats: dict[str, ExportFormat], written: dict[str, Parity]) -> dict[str, Any]:

@@ -59,9 +59,13 @@ def seal(folder: Path) -> None:
 
 
 def place(temporary: Path, final: Path) -> None:
-    """Rename a sealed folder to its name, durably."""
+    """Rename a sealed folder to its name, durably or not at all."""
     temporary.rename(final)
-    flush(final.parent)
+    try:
+        flush(final.parent)
+    except OSError:
+        shutil.rmtree(final, ignore_errors=True)  # which needs no space
+        raise
 
 
 def verify(folder: Path) -> None:

@@ -10,6 +10,12 @@ import math
 from torch import Tensor
 
 _ONE_SIDED = 0.95
+_LEAST_ALPHA = 1e-12
+
+
+def fewest_pairs(alpha: float) -> int:
+    """So many samples are needed at least for McNemar's exact test to find a difference at a level of `alpha`."""
+    return 1 + math.ceil(-math.log2(max(alpha, _LEAST_ALPHA)))
 
 
 def at_most_lost(before: Tensor, now: Tensor) -> tuple[float, float]:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from tuneforge.engine.state import faults
-from tuneforge.engine.state.folder import read_json, write_json
+from tuneforge.engine.state.folder import RUN, STATUS, read_json, write_json
 from tuneforge.errors import FolderError, TryAgainError, UsageError, close_match
 from tuneforge.ship.bundles import sealed
-from tuneforge.ship.bundles.bundle import CHAMPION, Servable, load_bundle
+from tuneforge.ship.bundles.bundle import BUNDLE, CHAMPION, Servable, load_bundle
 
 LOG = "log.jsonl"
 INCOMING = ".challenger"
@@ -114,8 +114,10 @@ class Store:
         """Hold the store for one promotion; what a killed one left is cleared away.
 
         Raises:
-            FolderError: Another process holds it, or the place cannot be written.
+            FolderError: Another process holds it, or the place cannot be written, or it lies in the folder of a run or
+                of a bundle.
         """
+        self._require_own_place()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / _LOCK).open("a+")
@@ -176,6 +178,20 @@ class Store:
             raise TryAgainError(
                 f"cannot write '{self.path / LOG}'", why=error.strerror or str(error), fix="free some space"
             ) from error
+
+    def _require_own_place(self) -> None:
+        """See that a new store is not made where a run's or a bundle's own files are."""
+        place = self.root.absolute()
+        for each in () if self.path.is_dir() else (place, *place.parents):
+            kinds = {"bundle": (BUNDLE,), "run": (RUN, STATUS)}
+            found = [kind for kind, files in kinds.items() if all((each / file).is_file() for file in files)]
+            if found:
+                raise FolderError(
+                    f"'{self.root}' lies in the folder of a {found[0]}, so it cannot be a store",
+                    where="--store",
+                    why=f"'{each}' holds a {found[0]}, which is moved, sealed or deleted as a whole",
+                    fix="name a folder of its own, such as models",
+                )
 
     def _point(self, number: int, event: str, about: Mapping[str, Any]) -> None:
         """Log it, then switch the pointer."""

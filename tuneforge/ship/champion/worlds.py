@@ -56,13 +56,27 @@ def split_of_files(folder: Path, inputs: Inputs, targets: Targets) -> Split:
     Raises:
         DataError: There are none, a file cannot be decoded, or a folder is named like no class.
     """
-    files = [path for path in sorted(folder.glob("*/*")) if path.is_file() and not path.name.startswith(".")]
-    if not files:
-        raise DataError(f"'{folder}' holds no labelled files", fix="give a folder with one folder a class, files in it")
+    files = labelled_files(folder)
     stored = [tensors_of(inputs.decode(path)) for path in files]
     together = {name: torch.stack([each[name] for each in stored]) for name in stored[0]}
     answers = torch.tensor([targets.encode(path.parent.name) for path in files])
     return Split(together.get("", together), answers, ids=[str(path.relative_to(folder)) for path in files])
+
+
+def labelled_files(folder: Path) -> list[Path]:
+    """The files in the folders of a folder, each folder a class.
+
+    Raises:
+        DataError: There are none.
+    """
+    files = [path for path in sorted(folder.glob("*/*")) if path.is_file() and not path.name.startswith(".")]
+    if not files:
+        raise DataError(
+            f"'{folder}' holds no labelled files" if folder.is_dir() else f"there is no folder '{folder}'",
+            where="--new",
+            fix="give a folder with one folder a class, files in it",
+        )
+    return files
 
 
 def _shapes(record: Mapping[str, Any]) -> Data:

@@ -7,6 +7,16 @@ import time
 from typing import Any
 
 import attrs
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from tuneforge.engine.samples.data import Inputable, Inputs, tensors_of
+from tuneforge.errors import DataError
+
+TENSORS = "application/x-safetensors"
+"""The content type of an input that was sent in its stored form."""
+
+_STORED = "stored/"
 
 
 @attrs.frozen
@@ -17,7 +27,7 @@ class Exchange:
         id: The request's, by which a label finds it.
         version: The model that answered.
         body: The input as it was sent.
-        content_type: What the body is, such as `image/png`.
+        content_type: What the body is, such as `image/png`; `TENSORS` for what came in its stored form.
         answer: Plain data; `class` and `probability`, where it has them, are what it is ranked and judged by.
         time: Seconds since 1970.
         features: What drift is measured on, float32 bytes; None where nobody asked.
@@ -34,10 +44,24 @@ class Exchange:
     features: bytes | None = None
     content: str = ""
 
-    @property
-    def raw(self) -> Any:
-        """What the inputs contract decodes: the value of JSON, or the bytes."""
-        return json.loads(self.body) if self.content_type == "application/json" else self.body
+    def stored(self, inputs: Inputs) -> Inputable:
+        """The stored form of the input, without a sample axis.
+
+        Raises:
+            DataError: It cannot be decoded.
+        """
+        if self.content_type != TENSORS:
+            return inputs.decode(json.loads(self.body) if self.content_type == "application/json" else self.body)
+        try:
+            found = {name.removeprefix(_STORED): tensor for name, tensor in load(self.body).items()}
+        except SafetensorError as error:
+            raise DataError(f"the tensors of request '{self.id}' cannot be read", why=str(error)) from None
+        return found.get("", found)
+
+
+def as_body(stored: Inputable, row: int) -> bytes:
+    """One row of stored inputs (b, ...) as the body of an exchange of type `TENSORS`."""
+    return save({_STORED + name: tensor[row].contiguous() for name, tensor in tensors_of(stored).items()})
 
 
 @attrs.frozen
@@ -67,11 +91,13 @@ class Labelled:
         exchange: The request and its answer.
         label: The class that is right.
         held_out: True where it is for the gate alone.
+        number: How many labels had been given when this one was, itself counted.
     """
 
     exchange: Exchange
     label: str
     held_out: bool
+    number: int = 0
 
 
 @attrs.frozen

@@ -159,7 +159,7 @@ class Records:
         for (number,) in newest:
             row = self._one(f"{_EXCHANGE} WHERE label_number = ?", number)
             if row is not None:  # else it was labelled anew meanwhile
-                yield Labelled(_exchange(row[:-2]), row[-2], bool(row[-1]))
+                yield Labelled(_exchange(row[:-2]), row[-2], bool(row[-1]), number)
 
     def history(self, request_id: str) -> list[str]:
         """Every label that a request was given, oldest first."""

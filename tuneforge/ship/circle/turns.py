@@ -13,6 +13,8 @@ import numpy as np
 
 from tuneforge.errors import TuneforgeError
 from tuneforge.ship.bundles.evidence import Evidence
+from tuneforge.ship.champion.gate import Rules
+from tuneforge.ship.champion.statistics import fewest_pairs
 from tuneforge.ship.champion.store import Store
 from tuneforge.ship.circle.records import Records
 from tuneforge.ship.circle.retune import TURN, Turn
@@ -51,6 +53,8 @@ def reason_to_turn(store: Store, records: Records, triggers: Triggers, *, now: f
     waited_s = float("inf") if last is None else (time.time() if now is None else now) - _seconds(last["time"])
     if store.champion is None or new < triggers.fewest or waited_s < triggers.hold_off_s:
         return None
+    if records.counts().held_out < fewest_pairs(Rules().alpha):
+        return None  # the gate could not see a difference
     if triggers.labels is not None and new >= triggers.labels:
         return f"{new} new labels"
     if triggers.accuracy is None and not triggers.drift:

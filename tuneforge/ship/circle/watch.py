@@ -1,7 +1,8 @@
 """Watching a model at work: accuracy on what got labelled, and drift of confidence and inputs from a reference.
 
-Drift is a two-sample Kolmogorov-Smirnov test of each number against the test split that the bundle remembers, with
-Bonferroni's correction, which did best among simple tests in Rabanser et al. 2019 (arXiv 1810.11953).
+Drift is a two-sample Kolmogorov-Smirnov test of each number against what the bundle remembers, with Bonferroni's
+correction, which did best among simple tests in Rabanser et al. 2019 (arXiv 1810.11953). A bundle remembers several
+worlds: the test split, and what production sent before each turn. Drift is said where requests are like none of them.
 
 Shapes: n recent requests, m samples of the reference, d numbers that sum an input up, k classes.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 import attrs
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -124,9 +126,9 @@ def watched(records: Records, evidence: Evidence | None, *, version: str, last: 
     features = [np.frombuffer(each, dtype=np.float32) for _, each in recent if each is not None]
     by_confidence = by_input = None
     if evidence is not None and len(confidences):
-        by_confidence = drift(evidence.answers.max(1).values.double().numpy()[:, None], confidences[:, None])
+        by_confidence = nearest(evidence.answers.max(1).values[:, None], evidence.worlds, confidences[:, None])
     if evidence is not None and features and len(features[0]) == evidence.summaries.shape[1]:
-        by_input = drift(evidence.summaries.double().numpy(), np.stack(features).astype(np.float64))
+        by_input = nearest(evidence.summaries, evidence.worlds, np.stack(features).astype(np.float64))
     return Watched(
         version=version,
         accuracy=wilson(sum(named == label for named, label in judged), len(judged)),
@@ -140,6 +142,19 @@ def features_of(stored: Inputable) -> list[bytes]:
     """What drift is measured on, for each stored input of a batch: its summary as float32 bytes."""
     summaries: Tensor = summary(stored)
     return [row.astype(np.float32).tobytes() for row in summaries.numpy()]
+
+
+def nearest(reference: Tensor, worlds: Tensor, recent: Doubles) -> Drift | None:
+    """The test against the world that recent rows (n, d) are most like; None where each is too small, or they are few.
+
+    Args:
+        reference: Rows of all worlds (m, d).
+        worlds: The world of each (m,).
+        recent: Recent rows (n, d).
+    """
+    known = (reference[worlds == each].double().numpy() for each in torch.unique(worlds))
+    found = [each for each in (drift(rows, recent) for rows in known) if each is not None]
+    return max(found, key=lambda each: (each.p, -each.statistic), default=None)
 
 
 def drift(reference: Doubles, recent: Doubles) -> Drift | None:

@@ -77,25 +77,38 @@ def serve(
     """
     require_packages()
     _require_token(host, token, insecure=insecure)
+    choice = {"backend": backend, "device_name": device_name, "watch_s": watch_s}
+    _run(Path(path), host, port, limits or Limits(), token, keeping, started, choice)
+
+
+def _run(
+    path: Path,
+    host: str,
+    port: int,
+    limits: Limits,
+    token: str | None,
+    keeping: Keeping | None,
+    started: Callable[[str, list[dict[str, Any]]], None],
+    choice: dict[str, Any],
+) -> None:
+    """Serve until a signal comes; `choice` is what `application` takes as it is."""
     from tuneforge.ship.circle.records import Records
     from tuneforge.ship.serve.app import Access, application
     from tuneforge.ship.serve.feedback import Sampled, feedback
     from tuneforge.ship.serve.models import sources_of
     from tuneforge.ship.serve.server import listening, server_of
 
-    limits = limits or Limits()
     with contextlib.ExitStack() as opened:
         listener = opened.enter_context(listening(host, port))
         records = opened.enter_context(Records(keeping.path, cap_mb=keeping.cap_mb)) if keeping else None
         app = application(
-            sources_of(Path(path)),
+            sources_of(path),
             limits=limits,
             access=Access(token=token, hosts=(*LOOPBACK, host) if is_local(host) else None),
-            backend=backend,
-            device_name=device_name,
-            watch_s=watch_s,
             records=Sampled(records, keeping.sample) if keeping and records else None,
             further=[feedback(records)] if records else [],
+            look=lambda: sources_of(path),
+            **choice,
         )
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 

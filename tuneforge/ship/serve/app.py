@@ -9,7 +9,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from urllib.parse import urlsplit
 
 import attrs
@@ -26,7 +26,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tuneforge.ship.serve import LOOPBACK
 from tuneforge.ship.serve.batches import Batches, Computed
 from tuneforge.ship.serve.bounds import Limits, Refusal
-from tuneforge.ship.serve.desk import Desk, Keeper, Keeps
+from tuneforge.ship.serve.desk import Desk
+from tuneforge.ship.serve.kept import Keeper, Keeps
 from tuneforge.ship.serve.models import Models, Source
 from tuneforge.ship.serve.people import People
 from tuneforge.ship.serve.protocol import Protocol
@@ -178,6 +179,7 @@ def application(
     watch_s: float = 0.5,
     records: Keeps | None = None,
     further: Sequence[Routes] = (),
+    look: Callable[[], Sequence[Source]] = lambda: (),
 ) -> Starlette:
     """The ASGI application that serves models; every model is loaded and checked when this returns.
 
@@ -188,43 +190,58 @@ def application(
         backend: `auto`, or one that every model has a form for.
         device_name: Where torch computes.
         watch_s: Seconds between two looks at the champions' pointers.
-        records: Where answered requests of `/predict` are kept.
+        records: Where answered requests are kept.
         further: What adds routes, given the desk; its `keeper.flush()` waits until answered requests are kept.
+        look: Gives the sources that there are now; one with a name that is new is served too.
 
     Raises:
         TuneforgeError: A model cannot be loaded, or disagrees with its recorded answers.
     """
     limits, access, counts = limits or Limits(), access or Access(), Counts()
     models = Models(
-        list(sources), backend=backend, device_name=device_name, batch_rows=limits.batch_rows, swapped=counts.load
+        list(sources),
+        backend=backend,
+        device_name=device_name,
+        batch_rows=limits.batch_rows,
+        swapped=counts.load,
+        look=look,
     )
     for source in sources:
         models.load(source.name)
-    batches = Batches(
-        batch_rows=limits.batch_rows, queue_rows=limits.queue_rows, wait_s=limits.wait_s, seen=counts.batch
-    )
-    desk = Desk(models, limits, batches, Keeper(records))
-
-    async def metrics(request: Request) -> Response:
-        return Response(counts.text(desk), media_type="text/plain; version=0.0.4")
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        models.watch(watch_s)
-        yield
-        desk.close()
-        LOG.info("stopped: %d request(s) answered", counts.answered)
-
-    routes = [*Protocol(desk).routes(), *People(desk).routes(), Route("/metrics", metrics)]
+    desk = Desk(models, limits, _batches(limits, counts), Keeper(records))
     app = Starlette(
-        routes=[*routes, *(route for add in further for route in add(desk))],
+        routes=_routes(desk, counts, further),
         middleware=[Middleware(Door, access=access, counts=counts, head_bytes=limits.head_bytes)],
         exception_handlers={Refusal: _on_refusal, HTTPException: _on_http},
-        lifespan=lifespan,
+        lifespan=_lifespan(desk, counts, watch_s),
     )
     app.router.redirect_slashes = False
     app.state.desk = desk
     return app
+
+
+def _batches(limits: Limits, counts: Counts) -> Batches:
+    bounds = {"batch_rows": limits.batch_rows, "queue_rows": limits.queue_rows}
+    return Batches(**bounds, wait_s=limits.wait_s, seen=counts.batch)
+
+
+def _routes(desk: Desk, counts: Counts, further: Sequence[Routes]) -> list[BaseRoute]:
+    async def metrics(request: Request) -> Response:
+        return Response(counts.text(desk), media_type="text/plain; version=0.0.4")
+
+    own = [*Protocol(desk).routes(), *People(desk).routes(), Route("/metrics", metrics)]
+    return [*own, *(route for add in further for route in add(desk))]
+
+
+def _lifespan(desk: Desk, counts: Counts, watch_s: float) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        desk.models.watch(watch_s)
+        yield
+        desk.close()
+        LOG.info("stopped: %d request(s) answered", counts.answered)
+
+    return lifespan
 
 
 def _template(scope: Scope) -> str:

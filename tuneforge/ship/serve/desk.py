@@ -4,85 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import queue
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import attrs
 
 from tuneforge.engine.samples.data import Inputable
-from tuneforge.ship.circle.records import Exchange
 from tuneforge.ship.serve.batches import Batches, Computed
 from tuneforge.ship.serve.bounds import Bodies, Limits, Refusal, busy
+from tuneforge.ship.serve.kept import Keeper
 from tuneforge.ship.serve.models import Models, Served
 
 T = TypeVar("T")
 LOG = logging.getLogger("tuneforge.serve")
 _DECODERS = 2
-_KEPT_WAITING = 1024
-
-
-class Keeps(Protocol):
-    """What a server puts requests and answers into, such as `tuneforge.ship.circle.records.Records`."""
-
-    def keep(self, exchanges: Sequence[Exchange]) -> int:
-        """Keep them in one commit; how many were kept."""
-
-
-class Keeper:
-    """Puts requests into the records from a thread, many in one commit, so that no answer waits for the disk.
-
-    Args:
-        records: Where they go; None keeps nothing.
-    """
-
-    def __init__(self, records: Keeps | None) -> None:
-        self.records, self.dropped = records, 0
-        self._waiting: queue.Queue[Exchange | threading.Event | None] = queue.Queue(_KEPT_WAITING)
-        self._thread = threading.Thread(target=self._work, name="keeper", daemon=True)
-        self._thread.start()
-
-    def keep(self, exchange: Exchange) -> None:
-        """Keep a request soon; it is dropped and counted where the disk cannot follow."""
-        if self.records is not None:
-            try:
-                self._waiting.put_nowait(exchange)
-            except queue.Full:
-                self.dropped += 1
-
-    def flush(self) -> None:
-        """Wait until everything given so far is on the disk."""
-        done = threading.Event()
-        self._waiting.put(done)
-        done.wait()
-
-    def close(self) -> None:
-        """Keep what waits, then end the thread."""
-        self._waiting.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        while True:
-            taken = [self._waiting.get()]
-            while not self._waiting.empty():
-                taken.append(self._waiting.get())
-            self._write([each for each in taken if isinstance(each, Exchange)])
-            for each in taken:
-                if isinstance(each, threading.Event):
-                    each.set()
-            if None in taken:
-                return
-
-    def _write(self, exchanges: list[Exchange]) -> None:
-        if not exchanges or self.records is None:
-            return
-        try:
-            self.records.keep(exchanges)
-        except Exception:
-            self.dropped += len(exchanges)
-            LOG.exception("%d request(s) were not kept", len(exchanges))
+_FEW = 1000  # numbers of an answer that are put into words within a tenth of a millisecond
 
 
 @attrs.define(eq=False)
@@ -96,7 +33,6 @@ class Desk:
         keeper: Keeps requests and answers.
         stopping: True once the server has been told to stop.
         metrics: Further text for `/metrics`, from those who add routes.
-        metrics: What adds to `/metrics`.
     """
 
     models: Models
@@ -140,6 +76,10 @@ class Desk:
     async def aside(self, work: Callable[[], T]) -> T:
         """Run something short in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    async def by_size(self, work: Callable[[], T], count: int) -> T:
+        """Run what takes the longer the more numbers it is about; of few it is sooner done than handed over."""
+        return work() if count <= _FEW else await self.aside(work)
 
     async def slowly(self, work: Callable[[], T]) -> T:
         """Run something that may take seconds in a thread of its own, such as loading a model."""

@@ -184,7 +184,7 @@ def _shown(exchange: Exchange, inputs: Inputs | None) -> dict[str, str | None]:
     """What was asked, for a person: a picture as a data URI, or text."""
     text = exchange.body.decode(errors="replace")[:_TEXT] if exchange.content_type == "application/json" else ""
     try:
-        stored = None if inputs is None else inputs.decode(exchange.raw)
+        stored = None if inputs is None else exchange.stored(inputs)
     except DataError as error:
         return {"picture": None, "text": text or f"it cannot be shown: {error.what}"}
     png = None if inputs is None or stored is None else inputs.picture(stored)

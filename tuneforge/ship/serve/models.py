@@ -10,7 +10,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -136,6 +136,7 @@ class Models:
         device_name: Where torch computes.
         batch_rows: Rows of the largest batch, for warming up.
         swapped: Is called after each attempt to load, with the model's name and whether it answers now.
+        look: Gives the sources that there are now; those with a new name are served too.
     """
 
     def __init__(
@@ -146,9 +147,11 @@ class Models:
         device_name: str = "auto",
         batch_rows: int = 32,
         swapped: Callable[[str, bool], None] = lambda name, done: None,
+        look: Callable[[], Sequence[Source]] = lambda: (),
     ) -> None:
         self._slots = {each.name: _Slot(each) for each in sources}
         self._backend, self._device_name, self._batch_rows, self._swapped = backend, device_name, batch_rows, swapped
+        self._look, self._looking = look, threading.Lock()
         self._over = threading.Event()
         self._watcher: threading.Thread | None = None
 
@@ -194,6 +197,8 @@ class Models:
         Raises:
             TuneforgeError: It cannot be loaded, or disagrees with its own recorded answers; the old one goes on.
         """
+        if name not in self._slots:
+            self._find()
         slot = self._slot(name)
         with slot.lock:
             slot.unloaded = False
@@ -219,8 +224,20 @@ class Models:
 
     def _watch(self, every_s: float) -> None:
         while not self._over.wait(every_s):
+            self._find()
             for slot in self._slots.values():
                 self._follow(slot)
+
+    def _find(self) -> None:
+        """Give every name that was promoted first while the server runs its place; the mapping is replaced whole."""
+        with self._looking:
+            try:
+                new = {each.name: _Slot(each) for each in self._look() if each.name not in self._slots}
+            except (TuneforgeError, OSError):  # a store that cannot be read now is read again
+                return
+            self._slots = {**self._slots, **new}
+        for name in new:
+            LOG.info("model '%s' is new in the store", name)
 
     def _follow(self, slot: _Slot) -> None:
         """Load what the pointer names, where that is new. What was refused is tried again only when it is asked for."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import tuneforge
+from tuneforge.ship.circle.records import MOST_NAME
 from tuneforge.ship.serve.bounds import Limits
 from tuneforge.ship.serve.models import Served
 from tuneforge.ship.serve.tensors import Spec, inputs_of, outputs_of
@@ -15,7 +16,7 @@ _ERRORS = {
     400: "The request is malformed; the message names the field.",
     401: "The token is missing or wrong.",
     403: "The request names another host, or comes from another site's page.",
-    404: "There is no such model or version, or it is not loaded.",
+    404: "There is no such model, version or request, or it is not loaded.",
     408: "The body took too long to arrive.",
     413: "The body is too large.",
     415: "The body is a form, or compressed.",
@@ -23,18 +24,23 @@ _ERRORS = {
     503: "Too much waits already; Retry-After says when to come back.",
 }
 _BODY = (400, 408, 413, 415, 503)  # what any body may meet
+_TOLD = (*_BODY, 404, 422)
 _TEXT = {"type": "string"}
 _ERROR = {"$ref": "#/components/schemas/Error"}
-_NUMBER_OR_NONE = {"type": ["number", "null"]}
+_NUMBER, _NUMBER_OR_NONE = {"type": "number"}, {"type": ["number", "null"]}
+_TEXT_OR_NONE = {"type": ["string", "null"]}
+_FLAG, _FLAG_OR_NONE = {"type": "boolean"}, {"type": ["boolean", "null"]}
+_COUNT = {"type": "integer", "minimum": 0}
 _ID = {"X-Request-Id": {"description": "The number of the request.", "schema": _TEXT}}
 
 
-def described(served: Sequence[Served], limits: Limits) -> dict[str, Any]:
+def described(served: Sequence[Served], limits: Limits, *, feedback: bool = False) -> dict[str, Any]:
     """The OpenAPI document.
 
     Args:
         served: The models that answer; the first one is the example.
         limits: Bounds of the server.
+        feedback: Whether the server keeps requests and takes labels for them.
     """
     names = [each.name for each in served]
     inputs = list(inputs_of(served[0]).values()) if served else []
@@ -47,7 +53,13 @@ def described(served: Sequence[Served], limits: Limits) -> dict[str, Any]:
             "description": f"Serves {', '.join(names) or 'no model at the moment'}. A body has at most "
             f"{limits.body_bytes:,} bytes; an answer takes at most {limits.request_s:g} s.",
         },
-        "paths": {**_people(names), **_health(), **_models(names, inputs, outputs), **_repository(names)},
+        "paths": {
+            **_people(names),
+            **_health(),
+            **_models(names, inputs, outputs),
+            **_repository(names),
+            **(_feedback() if feedback else {}),
+        },
         "components": {
             "schemas": {"Error": _object({"error": _TEXT}), "Answer": _answer(), "Inference": _inference(outputs)},
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
@@ -61,7 +73,7 @@ def _people(names: list[str]) -> dict[str, Any]:
     picture = {"schema": {"type": "string", "contentMediaType": "application/octet-stream"}}
     several = _object({"inputs": {"type": "array", "minItems": 1, "items": {}}})
     answer = {"anyOf": [{"$ref": "#/components/schemas/Answer"}, _object({"answers": {"type": "array"}})]}
-    predict = _operation("predict", "The answer for an input.", answer, errors=(*_BODY, 404, 422), params=[model])
+    predict = _operation("predict", "The answer for an input.", answer, errors=_TOLD, params=[model])
     predict["requestBody"] = {
         "required": True,
         "description": "One input: the bytes of a picture, or a row as JSON. Several: an object with inputs, a list, "
@@ -100,9 +112,7 @@ def _models(names: list[str], inputs: list[Spec], outputs: list[Spec]) -> dict[s
     paths: dict[str, Any] = {}
     for path, word in (("/v2/models/{name}", ""), ("/v2/models/{name}/versions/{version}", "_version")):
         params = [_path("name", _name(names)), *([_path("version", _TEXT)] if word else [])]
-        infer = _operation(
-            f"infer{word}", "Answers for stored tensors.", inference, errors=(*_BODY, 404, 422), params=params
-        )
+        infer = _operation(f"infer{word}", "Answers for stored tensors.", inference, errors=_TOLD, params=params)
         infer["requestBody"] = {"required": True, **_content(_request(inputs, outputs))}
         show = _operation(f"model{word}", "What a model takes and gives.", about, errors=(404,), params=params)
         asked = _operation(f"model_ready{word}", "Whether it answers.", ready, errors=(404,), params=params)
@@ -129,6 +139,41 @@ def _repository(names: list[str]) -> dict[str, Any]:
         "/v2/repository/models/{name}/load": {"post": load},
         "/v2/repository/models/{name}/unload": {"post": unload},
     }
+
+
+def _feedback() -> dict[str, Any]:
+    given = _object({"id": {**_TEXT, "minLength": 1}, "class": {**_TEXT, "minLength": 1, "maxLength": MOST_NAME}})
+    taken = _object(
+        {"id": _TEXT, "class": _TEXT, "previous": _TEXT_OR_NONE, "held_out": _FLAG, "agrees": _FLAG_OR_NONE}
+    )
+    label = _operation(
+        "label", "Say which class is right; the answer comes once it is on the disk.", taken, errors=_TOLD
+    )
+    label["requestBody"] = {"required": True, **_content({**given, "additionalProperties": False})}
+    skip = {"name": "skip", "in": "query", "schema": {"type": "array", "items": _TEXT}}
+    likely = {"type": "array", "items": {"type": "array", "items": {"type": ["string", "number", "null"]}}}
+    shown = _object({"id": _TEXT_OR_NONE, "left": _COUNT, "labelled": _COUNT})
+    shown["properties"] |= {"class": _TEXT_OR_NONE, "probability": _NUMBER_OR_NONE, "likely": likely, "version": _TEXT}
+    shown["properties"] |= {"classes": {"type": "array", "items": _TEXT}, "time": {"type": "number"}}
+    shown["properties"] |= {"picture": _TEXT_OR_NONE, "text": _TEXT_OR_NONE}
+    next_ = _operation("next", "The least certain answer without a label.", shown, errors=(503,), params=[skip])
+    return {
+        "/feedback": {"post": label},
+        "/review": {"get": _operation("review", "See uncertain answers and label them.", _TEXT, "text/html")},
+        "/review/next": {"get": next_},
+        "/watch": {"get": _operation("watch", "How each model does at work.", _watched(), errors=(503,))},
+    }
+
+
+def _watched() -> dict[str, Any]:
+    """Accuracy on what got labelled, and drift from the reference; null where too little is known."""
+    share = _object({"right": _COUNT, "total": _COUNT, "low": _NUMBER, "high": _NUMBER, "share": _NUMBER_OR_NONE})
+    drift = _object({"statistic": _NUMBER, "p": _NUMBER, "place": _COUNT, "size": _COUNT})
+    moved = {"anyOf": [drift, {"type": "null"}]}
+    model = _object({"model": _TEXT, "version": _TEXT, "accuracy": share, "confidence": moved, "inputs": moved})
+    model["properties"] |= {"mean_confidence": _NUMBER_OR_NONE, "drifted": _FLAG}
+    kept = _object({"requests": _COUNT, "labelled": _COUNT, "held_out": _COUNT, "bytes": _COUNT, "full": _FLAG})
+    return _object({"models": {"type": "array", "items": model}, "kept": kept})
 
 
 def _operation(
@@ -216,6 +261,7 @@ def _inference(outputs: list[Spec]) -> dict[str, Any]:
             "data": {"type": "array"},
         }
     )
-    answer = _object({"model_name": _TEXT, "model_version": _TEXT, "outputs": {"type": "array", "items": tensor}})
-    answer["properties"]["id"] = _TEXT
-    return answer
+    answer = {"model_name": _TEXT, "model_version": _TEXT, "id": _TEXT, "outputs": {"type": "array", "items": tensor}}
+    described = _object(answer)
+    described["properties"]["parameters"] = _object({"feedback_id": _TEXT})
+    return described

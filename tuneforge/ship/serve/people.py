@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import json
 import secrets
 import time
@@ -23,11 +22,11 @@ from torch import Tensor
 
 from tuneforge.engine.samples.data import Inputable, map_inputs, tensors_of
 from tuneforge.errors import DataError
-from tuneforge.ship.circle.records import Exchange
-from tuneforge.ship.circle.watch import features_of
+from tuneforge.ship.circle.exchanges import TENSORS
 from tuneforge.ship.serve.batches import Computed
 from tuneforge.ship.serve.bounds import Refusal, in_words
 from tuneforge.ship.serve.desk import Desk
+from tuneforge.ship.serve.kept import exchanges, ids_of, may_be_kept
 from tuneforge.ship.serve.models import Served
 from tuneforge.ship.serve.openapi import described
 from tuneforge.ship.serve.tensors import parsed, require_finite
@@ -76,16 +75,16 @@ class People:
         """Draw or drop a picture, or write a row, and see the answer."""
         served = self._served(request)
         pictures = await self._desk.aside(lambda: takes_pictures(served))
-        watching = any(getattr(route, "path", "") == "/watch" for route in request.app.routes)
+        watching = _takes_feedback(request)
         return page("page.html", served=served, pictures=pictures, example=example_of(served), watching=watching)
 
     async def docs(self, request: Request) -> Response:
         """The description of the server for people."""
-        return page("docs.html", api=self._described())
+        return page("docs.html", api=self._described(request))
 
     async def openapi(self, request: Request) -> Response:
         """The description of the server for programs."""
-        return JSONResponse(self._described())
+        return JSONResponse(self._described(request))
 
     async def predict(self, request: Request) -> Response:
         """The answer for one raw input (its bytes are the body), or for several (`{"inputs": [...]}` as JSON)."""
@@ -97,11 +96,12 @@ class People:
             body = await desk.bodies.read(request, holding)
             (raws, many, stored), computed = await desk.ask(served, lambda: _read(body, kind, served))
             identity = request.state.id
-            ids = [f"{identity}-{place}" for place in range(len(raws))] if many else [identity]
-            answers = await desk.aside(lambda: [served.targets.describe(row) for row in computed.outputs])
-            if desk.keeper.records is not None:
-                for kept in await desk.aside(lambda: _exchanges(served, ids, raws, stored, answers)):
-                    desk.keeper.keep(kept)
+            ids = ids_of(identity, len(raws), several=many)
+            outputs = computed.outputs
+            answers = await desk.by_size(lambda: [served.targets.describe(row) for row in outputs], outputs.numel())
+            if desk.keeper.records is not None and may_be_kept(request):
+                sent = [(raw.body, raw.content_type) for raw in raws]
+                desk.keeper.keep(await desk.aside(lambda: exchanges(served, ids, sent, stored, answers)))
         about = {"id": identity, "model": served.name, "version": served.version, **_times(computed, began)}
         if not many:
             return JSONResponse({**answers[0], **about})
@@ -112,8 +112,9 @@ class People:
         models = self._desk.models
         return models.current(request.query_params.get("model", models.first))
 
-    def _described(self) -> dict[str, Any]:
-        return described(self._desk.models.all_current(), self._desk.limits)
+    def _described(self, request: Request) -> dict[str, Any]:
+        desk = self._desk
+        return described(desk.models.all_current(), desk.limits, feedback=_takes_feedback(request))
 
 
 def page(name: str, **content: Any) -> HTMLResponse:
@@ -145,6 +146,11 @@ def example_of(served: Served) -> str:
     return json.dumps(plain[""] if set(plain) == {""} else plain)
 
 
+def _takes_feedback(request: Request) -> bool:
+    """True where the application has the routes for feedback."""
+    return any(getattr(route, "path", "") == "/feedback" for route in request.app.routes)
+
+
 def _read(body: bytes, kind: str, served: Served) -> tuple[tuple[list[Raw], bool, Inputable], Inputable]:
     """The raw inputs, whether they came as a list, and their stored form (b, ...)."""
     if not body:
@@ -156,7 +162,7 @@ def _read(body: bytes, kind: str, served: Served) -> tuple[tuple[list[Raw], bool
 
 def _raws(body: bytes, kind: str) -> tuple[list[Raw], bool]:
     if kind != "application/json":
-        return [Raw(body, kind or "application/octet-stream", body)], False
+        return [Raw(body, "application/octet-stream" if kind in ("", TENSORS) else kind, body)], False
     value = parsed(body, "the body")
     if not (isinstance(value, Mapping) and set(value) == {"inputs"}):
         return [_raw(value, "the body")], False
@@ -197,31 +203,6 @@ def _batch(samples: list[Inputable]) -> Inputable:
     except (RuntimeError, KeyError):
         raise Refusal(422, "inputs: those of one request need equal shapes") from None
     return joined[""] if isinstance(samples[0], Tensor) else joined
-
-
-def _exchanges(
-    served: Served, ids: list[str], raws: list[Raw], stored: Inputable, answers: list[dict[str, Any]]
-) -> list[Exchange]:
-    return [
-        Exchange(
-            id=own,
-            version=served.version,
-            body=raw.body,
-            content_type=raw.content_type,
-            answer=answer,
-            features=features,
-            content=_digest(stored, place),
-        )
-        for place, (own, raw, features, answer) in enumerate(zip(ids, raws, features_of(stored), answers, strict=True))
-    ]
-
-
-def _digest(stored: Inputable, row: int) -> str:
-    """Of what the model saw, so that one picture sent in two ways is one content."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors_of(stored).items()):
-        digest.update(name.encode() + b"\0" + tensor[row].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _times(computed: Computed, began: float) -> dict[str, float]:

@@ -6,15 +6,19 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import attrs
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from torch import Tensor
 
 import tuneforge
+from tuneforge.engine.samples.data import Inputable
 from tuneforge.ship.bundles.formats import answers_of
+from tuneforge.ship.circle.exchanges import TENSORS, Exchange, as_body
 from tuneforge.ship.serve.bounds import Refusal
 from tuneforge.ship.serve.desk import Desk
+from tuneforge.ship.serve.kept import exchanges, ids_of, may_be_kept
 from tuneforge.ship.serve.models import Served
 from tuneforge.ship.serve.tensors import Spec, inputs_of, outputs_of, parsed, read_inputs, split_body, written
 
@@ -82,8 +86,16 @@ class Protocol:
         with desk.bodies.held() as holding:
             body = await desk.bodies.read(request, holding)
             length = request.headers.get("inference-header-content-length")
-            asked, computed = await desk.ask(served, lambda: _asked(body, length, served))
-            return await desk.aside(lambda: _answer(asked, served, computed.outputs))
+            (asked, stored), computed = await desk.ask(served, lambda: _asked(body, length, served))
+            keeping = desk.keeper.records is not None and may_be_kept(request)
+
+            def answer() -> Response:
+                described = [served.targets.describe(row) for row in computed.outputs] if asked.told or keeping else []
+                if keeping:
+                    desk.keeper.keep(_kept(request.state.id, served, stored, described))
+                return _answer(asked, request.state.id, served, computed.outputs, described)
+
+            return await (desk.aside(answer) if keeping else desk.by_size(answer, computed.outputs.numel()))
 
     async def index(self, request: Request) -> Response:
         """The models, and whether each answers."""
@@ -129,8 +141,26 @@ class Protocol:
         return asked
 
 
-def _asked(body: bytes, header_length: str | None, served: Served) -> tuple[dict[str, Any], Any]:
-    """The checked request, with what outputs it wants (each with whether as bytes), and its stored tensors."""
+@attrs.frozen
+class _Asked:
+    """What a request wants.
+
+    Args:
+        id: That the client gave it; empty where it gave none.
+        outputs: Each with whether it is wanted as bytes.
+    """
+
+    id: str
+    outputs: list[tuple[Spec, bool]]
+
+    @property
+    def told(self) -> bool:
+        """True where the answer for people is wanted."""
+        return any(spec.dtype == "bytes" for spec, _ in self.outputs)
+
+
+def _asked(body: bytes, header_length: str | None, served: Served) -> tuple[tuple[_Asked, Inputable], Inputable]:
+    """The checked request, and its stored tensors (b, ...)."""
     request, binary = split_body(body, header_length)
     identity = request.get("id", "")
     if not isinstance(identity, str) or len(identity) > 256:
@@ -139,7 +169,15 @@ def _asked(body: bytes, header_length: str | None, served: Served) -> tuple[dict
     specs = inputs_of(served)
     found = read_inputs(request, binary, list(specs.values()))
     named = {name: found[spec.name] for name, spec in specs.items()}
-    return {"id": identity, "wanted": wanted}, named[""] if set(named) == {""} else named
+    stored = named[""] if set(named) == {""} else named
+    return (_Asked(identity, wanted), stored), stored
+
+
+def _kept(identity: str, served: Served, stored: Inputable, answers: list[dict[str, Any]]) -> list[Exchange]:
+    """What the records keep of a request; each row is an input of its own."""
+    ids = ids_of(identity, len(answers), several=len(answers) > 1)
+    sent = [(as_body(stored, row), TENSORS) for row in range(len(answers))]
+    return exchanges(served, ids, sent, stored, answers)
 
 
 def _wanted(request: Mapping[str, Any], specs: list[Spec]) -> list[tuple[Spec, bool]]:
@@ -178,18 +216,19 @@ def _flag(parameters: Mapping[str, Any], name: str, field: str) -> bool:
     return value
 
 
-def _answer(asked: Mapping[str, Any], served: Served, outputs: Tensor) -> Response:
+def _answer(asked: _Asked, identity: str, served: Served, outputs: Tensor, described: list[dict[str, Any]]) -> Response:
     def values(spec: Spec) -> Any:
         if spec.dtype == "bytes":
-            return [json.dumps(served.targets.describe(row)) for row in outputs]
+            return [json.dumps(each) for each in described]
         return answers_of(served.targets, outputs).float().numpy()
 
-    parts = [written(spec, values(spec), binary=binary) for spec, binary in asked["wanted"]]
-    answer = {"model_name": served.name, "model_version": served.version, "outputs": [head for head, _ in parts]}
-    if asked["id"]:
-        answer["id"] = asked["id"]
+    parts = [written(spec, values(spec), binary=binary) for spec, binary in asked.outputs]
+    answer: dict[str, Any] = {"model_name": served.name, "model_version": served.version, "id": asked.id or identity}
+    if asked.id:  # clients use their ids again and again, so feedback goes by ours
+        answer["parameters"] = {"feedback_id": identity}
+    answer["outputs"] = [head for head, _ in parts]
     content = json.dumps(answer, allow_nan=False).encode()
-    if not any(binary for _, binary in asked["wanted"]):
+    if not any(binary for _, binary in asked.outputs):
         return Response(content, media_type="application/json")
     headers = {"Inference-Header-Content-Length": str(len(content))}
     binaries = b"".join(data for _, data in parts)

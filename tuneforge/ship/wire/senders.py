@@ -25,6 +25,8 @@ _DATATYPES = {
     torch.float32: "FP32", torch.float64: "FP64",
 }  # fmt: skip
 
+_UNKEPT = {"Cache_Control": "no-store"}  # a test is no part of what production asked
+
 
 @attrs.frozen(eq=False)
 class Answered:
@@ -49,7 +51,9 @@ def by_file(targets: Targets) -> Send:
         paths = files_of(split.take(rows))
         assert paths is not None
         content = paths[0].read_bytes()
-        answer, seconds = connection.ask("POST", "/predict", content, Content_Type="application/octet-stream")
+        answer, seconds = connection.ask(
+            "POST", "/predict", content, Content_Type="application/octet-stream", **_UNKEPT
+        )
         return Answered(name, outputs_of(targets, answer)[None], str(answer.get("version", "")), seconds)
 
     return send
@@ -62,7 +66,7 @@ def by_v2(server: Server, targets: Targets, model: Model) -> Send:
     def send(connection: Connection, name: str, split: Split, rows: Tensor) -> Answered:
         inputs = [_v2_tensor(key or model.only, tensor) for key, tensor in tensors_of(split.fetch(rows)).items()]
         body = json.dumps({"inputs": inputs}).encode()
-        answer, seconds = connection.ask("POST", path, body, Content_Type="application/json")
+        answer, seconds = connection.ask("POST", path, body, Content_Type="application/json", **_UNKEPT)
         outputs = _v2_outputs(answer, targets, model.labels)
         if len(outputs) != len(rows):
             raise DataError(f"{len(outputs)} answers to {len(rows)} samples", where=server.url)

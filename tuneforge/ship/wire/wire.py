@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import attrs
 import torch
+from torch import Tensor
 
 from tuneforge.engine import tuned
 from tuneforge.engine.evaluation import single_numbers, watched
@@ -32,13 +33,16 @@ from tuneforge.plugin.component import options_of
 from tuneforge.plugin.config import resolve
 from tuneforge.plugin.manager import Hooks
 from tuneforge.plugin.steps import Use
-from tuneforge.ship.wire.client import Connection, Server
-from tuneforge.ship.wire.senders import Answered, Ask, by_file, by_v2, files_of, model_of
+from tuneforge.ship.wire.client import Server
+from tuneforge.ship.wire.senders import Answered, Ask, Model, Send, by_file, by_v2, files_of, model_of
 
 Via = Literal["auto", "predict", "v2"]
 
 ROUNDING = 1e-6
 """Figures that differ by less, relative to 1 or to their size, differ by rounding only."""
+
+
+_LOOK = 16  # samples that tell which figures metrics give
 
 
 @attrs.frozen
@@ -128,19 +132,13 @@ def measure(
         TryAgainError: It cannot be reached.
     """
     chosen = {split: _split(run, split) for split in splits}
-    all_files = all(files_of(each) is not None for each in chosen.values())
-    via = ("predict" if all_files else "v2") if via == "auto" else via
-    if via == "predict" and not all_files:
-        raise UsageError(
-            "the samples are no files", where="--via predict", fix="use --via v2, which sends them as they are stored"
-        )
+    via = _way(via, chosen.values())
     model = model_of(server, name)
-    targets = _grown(run, model.labels)
-    send = by_v2(server, targets, model) if via == "v2" else by_file(targets)
-    size = rows if via == "v2" else 1
-    asks = [(split, each, numbers) for split, each in chosen.items() for numbers in in_turn(len(each), size)]
+    send = _sender(via, server, model, _grown(run, model.labels))
+    rows = rows if via == "v2" else 1
+    asks = [(split, each, numbers) for split, each in chosen.items() for numbers in in_turn(len(each), rows)]
     began = time.perf_counter()
-    answers = list(_in_threads(server, lambda connection, ask: send(connection, *ask), asks, concurrency))
+    answers = list(_in_threads(server, send, asks, concurrency))
     seconds = time.perf_counter() - began
     figures = {split: _figures(run, each, split, answers) for split, each in chosen.items()}
     return Measured(
@@ -154,6 +152,20 @@ def measure(
         latencies_s=tuple(sorted(each.seconds for each in answers)),
         compared={split: compared(figures[split], (offline or {}).get(split)) for split in chosen},
     )
+
+
+def _way(via: Via, splits: Iterable[Split]) -> Via:
+    """Files or tensors, where that is left to us."""
+    all_files = all(files_of(each) is not None for each in splits)
+    if via == "predict" and not all_files:
+        raise UsageError(
+            "the samples are no files", where="--via predict", fix="use --via v2, which sends them as they are stored"
+        )
+    return ("predict" if all_files else "v2") if via == "auto" else via
+
+
+def _sender(via: Via, server: Server, model: Model, targets: Targets) -> Send:
+    return by_v2(server, targets, model) if via == "v2" else by_file(targets)
 
 
 def looking(path: Path | None, *, data: Use | None = None, metrics: Sequence[Use] = (), model: Any = None) -> Run:
@@ -184,16 +196,26 @@ def _on_demand(data: Use) -> Use:
     return attrs.evolve(data, options={**data.options, "memory_mb": 0}) if "memory_mb" in known else data
 
 
-def missed(measured: Measured, floors: Mapping[str, float], targets: Targets) -> Iterator[str]:
-    """A sentence for each figure of the first split that is worse than its floor; of errors less is better.
+def require_figures(run: Run, split: str, names: Collection[str]) -> None:
+    """See that metrics give figures of these names for a split, by what they say of its first samples.
 
     Raises:
-        UnknownNameError: There is no such figure.
+        UnknownNameError: There is no such figure, or no such split.
     """
-    figures = single_numbers(next(iter(measured.figures.values())))
-    for name, floor in floors.items():
+    if not names:
+        return
+    first = _split(run, split).take(torch.arange(min(len(_split(run, split)), _LOOK)))
+    outputs = torch.zeros(len(first), run.data.targets.size)
+    figures = single_numbers(_judged(run, split, outputs, first.targets))
+    for name in names:
         if name not in figures:
             raise UnknownNameError(f"there is no figure '{name}'", where="--floor", fix=close_match(name, figures))
+
+
+def missed(measured: Measured, floors: Mapping[str, float], targets: Targets) -> Iterator[str]:
+    """A sentence for each figure of the first split that is worse than its floor; of errors less is better."""
+    figures = single_numbers(next(iter(measured.figures.values())))
+    for name, floor in floors.items():
         least = more_is_better(targets, name)
         if not (figures[name] >= floor if least else figures[name] <= floor):
             yield f"{name} is {figures[name]:.4f}, and at {'least' if least else 'most'} {floor:g} was asked for"
@@ -223,17 +245,19 @@ def _split(run: Run, name: str) -> Split:
 
 
 def _figures(run: Run, split: Split, name: str, answers: Sequence[Answered]) -> dict[str, Any]:
-    run.evaluating = name
+    return _judged(run, name, torch.cat([each.outputs for each in answers if each.split == name]), split.targets)
+
+
+def _judged(run: Run, split: str, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+    run.evaluating = split
     metrics = run.hooks.call.evaluate(run=run)
-    metrics.update(torch.cat([each.outputs for each in answers if each.split == name]), split.targets)
+    metrics.update(outputs, targets)
     run.evaluating = None
     figures: dict[str, Any] = metrics.compute()
     return figures
 
 
-def _in_threads(
-    server: Server, send: Callable[[Connection, Ask], Answered], asks: Sequence[Ask], concurrency: int
-) -> Iterator[Answered]:
+def _in_threads(server: Server, send: Send, asks: Sequence[Ask], concurrency: int) -> Iterator[Answered]:
     """The answers in the order of what is asked, `concurrency` requests under way at a time."""
     free = [server.connect() for _ in range(min(concurrency, len(asks)))]
     connections = list(free)
@@ -241,7 +265,7 @@ def _in_threads(
     def work(ask: Ask) -> Answered:
         connection = free.pop()
         try:
-            return send(connection, ask)
+            return send(connection, *ask)
         finally:
             free.append(connection)
 
