@@ -198,6 +198,7 @@ def reductions():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    (Path(sys.argv[1]) / f"reductions-{os.environ['RANK']}.json").write_text(json.dumps(reductions()))
+    if os.environ["WORLD_SIZE"] != "1":
+        (Path(sys.argv[1]) / f"reductions-{os.environ['RANK']}.json").write_text(json.dumps(reductions()))
     for name, plan in json.loads(sys.argv[2]).items():
         work(Path(sys.argv[1]) / name, plan)

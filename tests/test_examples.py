@@ -32,6 +32,7 @@ BENCHMARKS = {
     "architectures.py": ["--only", "shufflenet_v2_x0_5", "--samples", "32"],
     "memory.py": ["--sizes", "100"],
     "scale.py": [],
+    "sharded.py": ["--megabytes", "17"],
     "ranks.py": ["--runs", "1", "--samples", "64", "--epochs", "2"],
     "serving.py": ["--runs", "1", "--seconds", "0.5", "--count", "5", "--clients", "4"],
     "precision.py": ["--seeds", "1", "--epochs", "1", "--only", "float32,bfloat16"],

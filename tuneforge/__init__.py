@@ -45,8 +45,8 @@ if TYPE_CHECKING:
         map_inputs as map_inputs,
     )
     from tuneforge.engine.samples.order import Noise as Noise
-    from tuneforge.engine.state.folder import load_tensors as load_tensors
-    from tuneforge.engine.state.folder import save_tensors as save_tensors
+    from tuneforge.engine.state.tensors import load_tensors as load_tensors
+    from tuneforge.engine.state.tensors import save_tensors as save_tensors
     from tuneforge.engine.tuned import Tuned as Tuned
     from tuneforge.engine.tuned import evaluate as evaluate
     from tuneforge.engine.tuned import load as load
@@ -225,7 +225,7 @@ _HOMES = {
         "Engine",
         "Result",
     ),
-    "tuneforge.engine.state.folder": (
+    "tuneforge.engine.state.tensors": (
         "load_tensors",
         "save_tensors",
     ),

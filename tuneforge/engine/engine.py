@@ -28,9 +28,10 @@ from tuneforge.engine.samples import given
 from tuneforge.engine.solve import Snapshot, blend, fit
 from tuneforge.engine.state import checkpoint, folder, story
 from tuneforge.engine.state.checkpoint import Checkpoints
-from tuneforge.engine.state.folder import RunFolder, save_tensors, state_of
+from tuneforge.engine.state.folder import RunFolder
 from tuneforge.engine.state.memory import Memory, found
 from tuneforge.engine.state.record import MISTAKES_KEPT, Keeper, brief_of, describe_model, describe_run, mistakes
+from tuneforge.engine.state.tensors import save_tensors, state_of
 from tuneforge.errors import PluginError, StoppedError, UsageError
 from tuneforge.plugin.answers import Answer
 from tuneforge.plugin.config import REPEATABLE, RunConfig, resolve

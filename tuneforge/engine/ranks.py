@@ -23,7 +23,7 @@ from torch import Tensor, distributed, nn
 from tuneforge.engine.network.proof import same_bits
 from tuneforge.engine.network.shards import is_sharded
 from tuneforge.engine.state.folder import RunFolder
-from tuneforge.errors import FolderError, HaltError
+from tuneforge.errors import FolderError, HaltError, TuneforgeError
 
 _BUCKET = 25 << 20  # bytes of gradients that travel together, as torch's DistributedDataParallel has it
 _PATIENCE = timedelta(minutes=30)
@@ -226,7 +226,7 @@ def opened(ranks: Ranks, path: Path | None, *, resume: bool) -> Iterator[RunFold
     with contextlib.ExitStack() as stack:
         try:
             place = stack.enter_context(RunFolder(path, resume=resume))
-        except FolderError:
+        except TuneforgeError:
             ranks.heard(None)
             raise
         ranks.heard(str(place.path))

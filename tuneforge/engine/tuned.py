@@ -20,6 +20,7 @@ from tuneforge.engine.run import Run
 from tuneforge.engine.samples import given
 from tuneforge.engine.samples.data import Data, Inputs, Split, Targets, map_inputs
 from tuneforge.engine.state import folder
+from tuneforge.engine.state.tensors import load_state, load_tensors
 from tuneforge.errors import DataError, FolderError
 from tuneforge.plugin.config import RunConfig, resolve
 from tuneforge.plugin.manager import Hooks, implementations
@@ -91,8 +92,8 @@ def load(path: str | Path, *, model: Any = None, device_name: str = "auto") -> T
     run.take_data(_placeholder(record, inputs, targets))
     built = run.hooks.call.model_adapt(run=run, model=None)
     run.take_model(attrs.evolve(built, kept=built.labels, pretrained=True))  # which the weights make true
-    tensors, _ = folder.load_tensors(path / folder.WEIGHTS)
-    folder.load_state(run.model.module, tensors, where=str(path / folder.WEIGHTS))
+    tensors, _ = load_tensors(path / folder.WEIGHTS)
+    load_state(run.model.module, tensors, where=str(path / folder.WEIGHTS))
     run.model.module.eval()
     return Tuned(path, run, inputs, targets)
 

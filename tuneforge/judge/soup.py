@@ -22,6 +22,7 @@ from tuneforge.engine.run import Run
 from tuneforge.engine.solve import Snapshot, mixed
 from tuneforge.engine.state import folder as names
 from tuneforge.engine.state.memory import BRIEF
+from tuneforge.engine.state.tensors import load_state, load_tensors, save_tensors
 from tuneforge.engine.tuned import load, with_data
 from tuneforge.judge.entrants import SOUP
 from tuneforge.judge.standings import Finished, ahead_of
@@ -93,10 +94,10 @@ def greedy_soup(
 def _cook(run: Run, ordered: Sequence[Finished]) -> _Pot:
     """Add one model after the other, each where the figure does not fall."""
     monitor, mode = ordered[0].monitor, ordered[0].mode
-    state, _ = names.load_tensors(ordered[0].folder / names.WEIGHTS)
+    state, _ = load_tensors(ordered[0].folder / names.WEIGHTS)
     pot = _Pot(state, _figures(run, state), [ordered[0]])
     for each in ordered[1:]:
-        state, _ = names.load_tensors(each.folder / names.WEIGHTS)
+        state, _ = load_tensors(each.folder / names.WEIGHTS)
         tasted = mixed(pot.state, state, 1 / (len(pot.ingredients) + 1))
         figures = _figures(run, tasted)
         if ahead_of(figures[monitor], mode) <= ahead_of(pot.figures[monitor], mode):
@@ -105,14 +106,14 @@ def _cook(run: Run, ordered: Sequence[Finished]) -> _Pot:
 
 
 def _figures(run: Run, state: Snapshot) -> dict[str, Any]:
-    names.load_state(run.model.module, state, where="the soup")
+    load_state(run.model.module, state, where="the soup")
     return evaluate(run, run.data.val, "val")
 
 
 def _shape(run: Finished) -> tuple[Any, ...]:
     """What models must share to be averaged: classes, contracts, and the name and shape of every tensor."""
     record = names.read_json(run.folder / names.MODEL)
-    tensors, _ = names.load_tensors(run.folder / names.WEIGHTS)
+    tensors, _ = load_tensors(run.folder / names.WEIGHTS)
     return (*(record[key] for key in _SAME), {name: tensor.shape for name, tensor in tensors.items()})
 
 
@@ -122,7 +123,7 @@ def _save(pot: _Pot, made: Mapping[str, Any], folder: Path, *, labels: Sequence[
     folder.mkdir(parents=True, exist_ok=True)
     for name in _COPIED:
         names.write_whole(folder / name, (best.folder / name).read_bytes())
-    names.save_tensors(pot.state, folder / names.WEIGHTS, metadata={"labels": labels})
+    save_tensors(pot.state, folder / names.WEIGHTS, metadata={"labels": labels})
     before = names.read_json(best.folder / names.REPORT)
     kept = {key: before[key] for key in ("monitor", "headline", "samples")}
     report = {"strategy": SOUP, **kept, "splits": {"val": pot.figures}, "soup": made}

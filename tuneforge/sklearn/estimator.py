@@ -26,7 +26,7 @@ import tuneforge as tf
 from tuneforge.builtin.images.images import Images
 from tuneforge.builtin.tables.answers import split_rows
 from tuneforge.builtin.tables.arrays import Tensors
-from tuneforge.engine.state import folder
+from tuneforge.engine.state.tensors import load_state, state_of
 from tuneforge.sklearn.memory import Remembering
 
 _NESTED = ("model", "strategy")  # parameters that have options of their own
@@ -246,7 +246,7 @@ class Onwards:
         """From the present weights of a tuned model."""
         made = cls()
         # Tensors are no options: they have no text for a file or a flag. So they are set past the frozen class.
-        state = {name: tensor.clone() for name, tensor in folder.state_of(model.module).items()}
+        state = {name: tensor.clone() for name, tensor in state_of(model.module).items()}
         object.__setattr__(made, "_state", state)
         return made
 
@@ -257,7 +257,7 @@ class Onwards:
         if run.restoring:
             return model
         state: dict[str, Tensor] = getattr(self, "_state")  # noqa: B009 - no field of the component
-        folder.load_state(model.module, state, where="the weights learnt so far")
+        load_state(model.module, state, where="the weights learnt so far")
         return attrs.evolve(model, kept=model.labels, pretrained=True)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 import tuneforge as tf
 from tuneforge.engine.state import folder
+from tuneforge.engine.state.tensors import state_of
 from tuneforge.plugin.plain import from_json, to_json
 
 ESTIMATOR = "estimator.json"
@@ -115,7 +116,7 @@ class Remembering(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not t
 
     def _write_weights(self, path: Path) -> None:
         model = self.tuned_.model
-        tf.save_tensors(folder.state_of(model.module), path / folder.WEIGHTS, metadata={"labels": model.labels})
+        tf.save_tensors(state_of(model.module), path / folder.WEIGHTS, metadata={"labels": model.labels})
 
     def _record(self) -> dict[str, Any]:
         """The content of `estimator.json`."""

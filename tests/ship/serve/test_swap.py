@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from tuneforge.engine.state.folder import load_tensors, save_tensors
+from tuneforge.engine.state.tensors import load_tensors, save_tensors
 from tuneforge.ship.bundles import sealed
 from tuneforge.ship.bundles.bundle import servable_of
 from tuneforge.ship.bundles.export import export

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from tuneforge.engine.state import faults
-from tuneforge.engine.state.folder import load_tensors, save_tensors, unwritten, write_whole
+from tuneforge.engine.state.folder import unwritten, write_whole
+from tuneforge.engine.state.tensors import load_tensors, save_tensors
 from tuneforge.errors import FolderError, TuneforgeError
 from tuneforge.plugin.plain import from_json, to_json
 

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write into it, what lies in it, and how tensors are stored."""
+"""The folder of a run: who may write into it, what lies in it, and how it is written."""
 
 from __future__ import annotations
 
@@ -16,104 +16,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-import torch
-from torch import Tensor
-
-from tuneforge.errors import FolderError, TryAgainError, TuneforgeError, UnsafeFileError, UsageError
+from tuneforge.errors import FolderError, TryAgainError, TuneforgeError, UsageError
 
 RUN, STATUS, STEPS, METRICS, REPORT = "run.json", "status.json", "steps.jsonl", "metrics.jsonl", "report.json"
 MODEL, WEIGHTS, MISTAKES, TIMINGS, LOG, PAGE = (
     "model.json", "model.safetensors", "mistakes.json", "timings.jsonl", "log.txt", "report.html",
 )  # fmt: skip
 _LOCK, _PART = ".lock", ".part"
-_METADATA = "tuneforge"  # safetensors writes several metadata keys in random order, so all of it is one key
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write tensors as safetensors, all or nothing; the same tensors and metadata give the same bytes.
-
-    Args:
-        tensors: By name; layout is not kept, bits are.
-        path: The file to write or replace.
-        metadata: Plain data stored beside them.
-    """
-    from safetensors.torch import save
-
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())}
-    text = json.dumps(metadata or {}, sort_keys=True)
-    write_whole(path, save(plain, metadata={_METADATA: text}))
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and metadata from safetensors.
-
-    Raises:
-        FolderError: The file is missing.
-        UnsafeFileError: It is no safetensors file; a pickle is never opened.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise FolderError(f"there is no weights file '{path.name}'", where=str(path.parent), fix="check the path")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-    except (SafetensorError, ValueError) as error:
-        raise UnsafeFileError(
-            f"'{path.name}' is no valid safetensors file",
-            where=str(path.parent),
-            why=str(error),
-            fix="only safetensors is read, because other formats can run code when opened",
-        ) from None
-    return tensors, metadata
-
-
-def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, a tied tensor once under its first name."""
-    seen: dict[int, str] = {}
-    state = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen[id(tensor)] = name
-            state[name] = tensor.detach()
-    return state
-
-
-def load_state(module: torch.nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy a whole state into a module, in place.
-
-    Raises:
-        FolderError: Names or shapes differ; the message lists them.
-    """
-    own = state_of(module)
-    wrong = sorted(set(own) ^ set(state)) + sorted(
-        name for name in set(own) & set(state) if own[name].shape != state[name].shape
-    )
-    if wrong:
-        raise FolderError(
-            f"weights do not fit the model: {', '.join(wrong[:5])}",
-            where=where,
-            why=f"{len(wrong)} name(s) or shape(s) differ",
-            fix="build the model with the options that the weights were made with",
-        )
-    with torch.no_grad():
-        for name, tensor in state.items():
-            own[name].copy_(tensor)
-
-
-def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it.
+def write_whole(path: Path, content: bytes | str | Iterable[bytes | memoryview]) -> None:
+    """Write a file, at once or in parts, so that a reader sees the old one or the new one, never half of it.
 
     Raises:
         TryAgainError: The disk is full.
         FolderError: The place cannot be written.
     """
-    data = content.encode() if isinstance(content, str) else content
+    whole = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_PART}")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            file.writelines([whole] if isinstance(whole, bytes) else whole)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

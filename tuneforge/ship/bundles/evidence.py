@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tuneforge.engine.samples.batches import fetched, in_turn
 from tuneforge.engine.samples.data import Inputable, Split, Targets, tensors_of
-from tuneforge.engine.state.folder import load_tensors, save_tensors
+from tuneforge.engine.state.tensors import load_tensors, save_tensors
 from tuneforge.ship.bundles.formats import Forward, answers_of
 
 FILE = "evidence.safetensors"

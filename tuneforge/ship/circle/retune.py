@@ -21,6 +21,7 @@ from tuneforge.engine import tuned
 from tuneforge.engine.engine import Engine
 from tuneforge.engine.samples.data import Data, Inputs, Split, tensors_of
 from tuneforge.engine.state import folder as names
+from tuneforge.engine.state.tensors import save_tensors
 from tuneforge.errors import DataError, FolderError, UsageError
 from tuneforge.plugin.steps import Use
 from tuneforge.ship.bundles.bundle import BUNDLE
@@ -267,7 +268,7 @@ class Samples:
     def save(self, path: Path) -> None:
         """Write them into a file, whole or not at all."""
         about = {"labels": self.labels, "ids": self.ids, "held_out": self.held_out}
-        names.save_tensors({f"stored/{name}": each for name, each in self.tensors.items()}, path, metadata=about)
+        save_tensors({f"stored/{name}": each for name, each in self.tensors.items()}, path, metadata=about)
 
 
 def named(root: str | Path, name: str | None) -> Store:
