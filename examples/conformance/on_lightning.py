@@ -4,13 +4,11 @@ import logging
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from case import Fails, Net, NotThereError, Plan, loaders, network, optimizer_of, seeded
+from case import BATCH, Fails, Net, NotThereError, Plan, loaders, network, optimizer_of, seeded
 from lightning import pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
@@ -18,7 +16,7 @@ from rows import equal_states
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 SCHEDULES: dict[str, Any] = {
     "StepLR": lambda optimizer: {"scheduler": lr_scheduler.StepLR(optimizer, 1)},
@@ -34,29 +32,6 @@ SCHEDULES: dict[str, Any] = {
     },
 }
 RANKS_S = 180
-
-
-class Resumable(DataLoader[Any]):
-    """A loader that knows where it is, as Lightning's documentation asks of one that resumes within an epoch."""
-
-    def __init__(self, loader: DataLoader[Any], *, shuffle: bool) -> None:
-        super().__init__(loader.dataset, loader.batch_size, shuffle=shuffle)
-        self.given = self.skipped = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        """The batches that are left of the epoch."""
-        self.given, self.skipped = self.skipped, 0
-        for batch in islice(super().__iter__(), self.given, None):
-            self.given += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Batches given in this epoch."""
-        return {"given": self.given % len(self)}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after them."""
-        self.skipped = state["given"]
 
 
 class Module(pl.LightningModule):
@@ -135,7 +110,7 @@ class Lightning:
         newest = str(files[-1]) if resume and files else None
         trainer = self.trainer(folder, self.callbacks(plan, folder), epochs=len(plan.phases))
         train, val = loaders(plan)
-        loader = Resumable(train, shuffle=plan.shuffle)
+        loader = StatefulDataLoader(train.dataset, BATCH, shuffle=plan.shuffle)
         trainer.fit(torch.compile(module) if plan.compiled else module, loader, val, ckpt_path=newest)
 
     def trainer(self, folder: Path, callbacks: list[Any], *, epochs: int, **given: Any) -> pl.Trainer:

@@ -195,12 +195,15 @@ def row_8(peer: Peer) -> None:
     plan = plan_for(peer, shuffle=True)
     _, expected = whole(peer, plan)
     epochs = [expected.batches[start : start + BORDER] for start in range(0, 3 * BORDER, BORDER)]
-    for kill_at in (2 * BORDER, 2 * BORDER + 1):
+    wrong = []
+    for kill_at, place in {2 * BORDER: "at an epoch's border", 2 * BORDER + 1: "within an epoch"}.items():
         _, witness = interrupted(peer, plan, kill_at)
         count = len(witness.batches)
         if witness.batches != expected.batches[-count:]:
             again = witness.batches[-BORDER:] == epochs[0]
-            raise Fails("epoch 0's order comes again" if again else "other samples come than would have come")
+            wrong.append(f"{place}: {'the order of epoch 0 again' if again else 'another order'}")
+    if wrong:
+        raise Fails("killed " + "; ".join(wrong))
 
 
 def row_9(peer: Peer) -> None:

@@ -1,0 +1,61 @@
+"""tuneforge: `checkpoint_steps` and `Engine.resume`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from world import BATCH, DECAY, EPOCHS, LR, Ended, Job, Net, samples
+
+import tuneforge as tf
+
+
+class Kept:
+    """Keeps what the optimizer remembers when the run is over."""
+
+    state: Any = None
+
+    @tf.hookimpl
+    def run_ended(self, run: tf.Run) -> None:
+        """Weights and report are written."""
+        self.state = run.optimization.state(run.model)
+
+
+class Tuneforge:
+    """Its engine from Python; what is kept of the frozen part is off, so that every step is a step of the network."""
+
+    name, each_step, freezes, log = "tuneforge", True, True, "epoch"
+    records: tuple[str, ...] = ()
+
+    def version(self) -> str:
+        """Of the package."""
+        return tf.__version__
+
+    def fit(self, net: Net, folder: Path, job: Job, *, resume: bool) -> Ended:
+        """One phase, or two."""
+        kept, (x, y), (x_val, y_val) = Kept(), samples(), samples(24, seed=2)
+        common = {"schedule": "cosine", "optimizer": "adamw", "weight_decay": DECAY}
+        steps = [tf.Phase("all", epochs=EPOCHS, lr=LR, **common)]
+        if job.phases:
+            steps = [tf.Phase("head", train="head", epochs=EPOCHS // 2, lr=LR, **common)]
+            steps += [tf.Phase("all", epochs=EPOCHS // 2, lr=LR / 2, **common)]
+        objects = {
+            "data": tf.data_of(x, y, x_val=x_val, y_val=y_val, x_test=x_val, y_test=y_val),
+            "model": tf.Model.of(net, head="head"), "strategy": steps, "extensions": [kept],
+        }  # fmt: skip
+        if resume:
+            engine = tf.Engine.resume(folder, **objects)
+        else:
+            saving = {"checkpoint_steps": job.interval, "checkpoint_s": 1e9, "keep": job.keep}
+            engine = tf.Engine(**objects, **saving, batch_size=BATCH, seed=0, cache="off", page=False, out=folder)
+        engine.run()
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return Ended(kept.state, [json.loads(line)["epoch"] for line in lines])
+
+    def newest(self, folder: Path) -> Path | None:
+        """The last folder of checkpoints."""
+        return max((folder / "checkpoints").iterdir(), default=None)
+
+
+def tools() -> list[Tuneforge]:
+    """What is here."""
+    return [Tuneforge()]
