@@ -163,3 +163,16 @@ def test_closing_answers_what_waits():
     model.free.set()
     batches.close()
     assert all(each.done() for each in futures)
+
+
+def test_what_is_done_aside_is_done_in_the_same_thread_before_what_waits(make):
+    batches, model = make(), Doubling()
+    held_up(batches, model)
+    waits = batches.submit(model, rows(2))
+    aside = batches.aside(lambda: (threading.current_thread().name, list(model.sizes)))
+    broken = batches.aside(lambda: 1 / 0)
+    model.free.set()
+    assert aside.result(10) == ("forward", [])
+    with pytest.raises(ZeroDivisionError):
+        broken.result(10)
+    assert waits.result(10).rows == 2

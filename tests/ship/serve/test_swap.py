@@ -13,11 +13,15 @@ import threading
 import time
 
 import pytest
+import torch
 
 from tuneforge.engine.state.tensors import load_tensors, save_tensors
 from tuneforge.ship.bundles import sealed
 from tuneforge.ship.bundles.bundle import servable_of
 from tuneforge.ship.bundles.export import export
+from tuneforge.ship.serve.app import application
+from tuneforge.ship.serve.models import Served, sources_of
+from tuneforge.ship.serve.threads import keep_to_one_core
 
 SWAPS = int(os.environ.get("TUNEFORGE_SWAPS", "4"))
 CLIENTS = int(os.environ.get("TUNEFORGE_CLIENTS", "8"))
@@ -219,3 +223,25 @@ def test_either_backend_answers_alike_and_auto_takes_one_that_was_measured(servi
     plums = [each["probabilities"]["plum"] for each in answers.values()]
     assert plums == pytest.approx([plums[0]] * 3, abs=1e-5)
     assert len({each["version"] for each in answers.values()}) == 1
+
+
+def test_every_answer_is_computed_in_one_thread_and_the_others_keep_to_one_core(digits_run, monkeypatch):
+    seen = []
+
+    def outputs(self, stored):
+        seen.append((threading.current_thread().name, torch.get_num_threads()))
+        return self.servable.outputs(stored)
+
+    monkeypatch.setattr(Served, "outputs", outputs)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        undo = keep_to_one_core()
+        alone = torch.get_num_threads()
+        application(sources_of(digits_run)).state.desk.close()
+        undo.restore_original_limits()
+        after = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert (alone, after) == (1, 2)
+    assert set(seen) == {("forward", 2)}

@@ -97,8 +97,10 @@ def _run(
     from tuneforge.ship.serve.feedback import Sampled, feedback
     from tuneforge.ship.serve.models import sources_of
     from tuneforge.ship.serve.server import listening, server_of
+    from tuneforge.ship.serve.threads import keep_to_one_core
 
     with contextlib.ExitStack() as opened:
+        opened.callback(keep_to_one_core().restore_original_limits)
         listener = opened.enter_context(listening(host, port))
         records = opened.enter_context(Records(keeping.path, cap_mb=keeping.cap_mb)) if keeping else None
         app = application(

@@ -198,6 +198,7 @@ def application(
         TuneforgeError: A model cannot be loaded, or disagrees with its recorded answers.
     """
     limits, access, counts = limits or Limits(), access or Access(), Counts()
+    batches = _batches(limits, counts)
     models = Models(
         list(sources),
         backend=backend,
@@ -205,10 +206,15 @@ def application(
         batch_rows=limits.batch_rows,
         swapped=counts.load,
         look=look,
+        compute=lambda work: batches.aside(work).result(),
     )
-    for source in sources:
-        models.load(source.name)
-    desk = Desk(models, limits, _batches(limits, counts), Keeper(records))
+    try:
+        for source in sources:
+            models.load(source.name)
+    except BaseException:
+        batches.close()
+        raise
+    desk = Desk(models, limits, batches, Keeper(records))
     app = Starlette(
         routes=_routes(desk, counts, further),
         middleware=[Middleware(Door, access=access, counts=counts, head_bytes=limits.head_bytes)],

@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import attrs
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from tuneforge.engine.samples.data import Inputable, map_inputs, tensors_of
 from tuneforge.ship.serve.bounds import busy
+
+T = TypeVar("T")
 
 
 class Computes(Protocol):
@@ -85,6 +88,7 @@ class Batches:
     ) -> None:
         self._batch_rows, self._queue_rows, self._wait_s, self._seen = batch_rows, queue_rows, wait_s, seen
         self._waiting: deque[_Waiting] = deque()
+        self._asides: deque[Callable[[], None]] = deque()
         self._rows = 0
         self._coming = 0
         self._changed = threading.Condition()
@@ -135,6 +139,14 @@ class Batches:
         """
         return self._put(served, stored, coming=0)
 
+    def aside(self, work: Callable[[], T]) -> Future[T]:
+        """Do something else in this thread, before what waits; a model is warmed where it will compute."""
+        future: Future[T] = Future()
+        with self._changed:
+            self._asides.append(partial(_done, work, future))
+            self._changed.notify()
+        return future
+
     def close(self) -> None:
         """Compute what waits, then end the thread."""
         with self._changed:
@@ -165,25 +177,25 @@ class Batches:
             raise busy(f"{self._rows} rows wait already")
 
     def _work(self) -> None:
-        while batch := self._next():
-            started = [each for each in batch if each.future.set_running_or_notify_cancel()]
-            if started:
-                self._compute(started)
+        while work := self._next():
+            work()
 
-    def _next(self) -> list[_Waiting]:
-        """The next batch; empty at the end."""
+    def _next(self) -> Callable[[], None] | None:
+        """What to do next; None at the end."""
         with self._changed:
             while True:
+                if self._asides:
+                    return self._asides.popleft()
                 if not self._waiting:
                     if self._closed:
-                        return []
+                        return None
                     self._changed.wait()
                     continue
                 first = self._waiting[0]
                 left_s = first.arrived + self._wait_s - time.perf_counter()
                 alone = not self._coming or self._closed
                 if alone or left_s <= 0 or self._fitting(first) >= self._batch_rows:
-                    return self._taken(first)
+                    return partial(self._begin, self._taken(first))
                 self._changed.wait(left_s)
 
     def _fitting(self, first: _Waiting) -> int:
@@ -201,6 +213,11 @@ class Batches:
         self._waiting = deque(rest)
         self._rows -= rows
         return batch
+
+    def _begin(self, batch: list[_Waiting]) -> None:
+        started = [each for each in batch if each.future.set_running_or_notify_cancel()]
+        if started:
+            self._compute(started)
 
     def _compute(self, batch: list[_Waiting]) -> None:
         began = time.perf_counter()
@@ -224,6 +241,13 @@ class Batches:
             return
         for each in batch:
             self._compute([each])
+
+
+def _done(work: Callable[[], T], future: Future[T]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:  # noqa: BLE001 - whoever waits for it gets it
+        future.set_exception(error)
 
 
 def _forward(batch: list[_Waiting], most_rows: int) -> Tensor:

@@ -15,6 +15,7 @@ from tuneforge.ship.serve.batches import Batches, Computed
 from tuneforge.ship.serve.bounds import Bodies, Limits, Refusal, busy
 from tuneforge.ship.serve.kept import Keeper
 from tuneforge.ship.serve.models import Models, Served
+from tuneforge.ship.serve.threads import keep_to_one_core
 
 T = TypeVar("T")
 LOG = logging.getLogger("tuneforge.serve")
@@ -42,7 +43,7 @@ class Desk:
     stopping: bool = False
     metrics: list[Callable[[], bytes]] = attrs.field(factory=list)
     bodies: Bodies = attrs.field(init=False)
-    _pool: ThreadPoolExecutor = attrs.field(factory=lambda: ThreadPoolExecutor(_DECODERS, "decode"))
+    _pool: ThreadPoolExecutor = attrs.field(factory=lambda: ThreadPoolExecutor(_DECODERS, "decode", keep_to_one_core))
 
     def __attrs_post_init__(self) -> None:
         self.bodies = Bodies(self.limits)
@@ -83,7 +84,12 @@ class Desk:
 
     async def slowly(self, work: Callable[[], T]) -> T:
         """Run something that may take seconds in a thread of its own, such as loading a model."""
-        return await asyncio.to_thread(work)
+
+        def alone() -> T:
+            keep_to_one_core()
+            return work()
+
+        return await asyncio.to_thread(alone)
 
     def close(self) -> None:
         """Answer what waits and end every thread."""

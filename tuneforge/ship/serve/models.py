@@ -10,7 +10,8 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -24,6 +25,7 @@ from tuneforge.errors import FolderError, HaltError, MissingDependencyError, Tun
 from tuneforge.ship.bundles import sealed
 from tuneforge.ship.bundles.bundle import BUNDLE, CHAMPION, Servable, backends_of, servable_of
 from tuneforge.ship.serve.bounds import Refusal
+from tuneforge.ship.serve.threads import keep_to_one_core
 
 LOG = logging.getLogger("tuneforge.serve")
 _PROBES, _ENOUGH_S = 15, 0.3
@@ -137,6 +139,7 @@ class Models:
         batch_rows: Rows of the largest batch, for warming up.
         swapped: Is called after each attempt to load, with the model's name and whether it answers now.
         look: Gives the sources that there are now; those with a new name are served too.
+        compute: Calls something in the thread that computes answers; a new version is warmed there.
     """
 
     def __init__(
@@ -148,7 +151,9 @@ class Models:
         batch_rows: int = 32,
         swapped: Callable[[str, bool], None] = lambda name, done: None,
         look: Callable[[], Sequence[Source]] = lambda: (),
+        compute: Callable[[Callable[[], float]], float] = lambda work: work(),
     ) -> None:
+        self._compute = compute
         self._slots = {each.name: _Slot(each) for each in sources}
         self._backend, self._device_name, self._batch_rows, self._swapped = backend, device_name, batch_rows, swapped
         self._look, self._looking = look, threading.Lock()
@@ -223,6 +228,7 @@ class Models:
             self._watcher.join()
 
     def _watch(self, every_s: float) -> None:
+        keep_to_one_core()
         while not self._over.wait(every_s):
             self._find()
             for slot in self._slots.values():
@@ -283,11 +289,26 @@ class Models:
                 continue
             served = Served(servable, source.name, servable.version or digest_of(folder))
             servable.check()
-            speed = _warm(served, self._batch_rows)
+            speed = self._warm(served)
             if best is None or speed < best[0]:
                 best = (speed, served)
         assert best is not None
         return best[1]
+
+    def _warm(self, served: Served) -> float:
+        """Seconds that a lone row takes, after every kernel has been used once, also at the largest batch."""
+
+        def seconds(rows: int) -> float:
+            example, began = served.example(rows), time.perf_counter()
+            served.outputs(example)
+            return time.perf_counter() - began
+
+        for rows in dict.fromkeys((self._batch_rows, 2, 1)):
+            self._compute(partial(seconds, rows))
+        times: list[float] = []
+        while len(times) < _PROBES and sum(times) < _ENOUGH_S:
+            times.append(self._compute(partial(seconds, 1)))
+        return median(times)
 
     def _backends(self, folder: Path) -> list[str]:
         return list(dict.fromkeys(backends_of(folder))) if self._backend == "auto" else [self._backend]
@@ -303,24 +324,6 @@ def digest_of(folder: Path) -> str:
     found = (folder / name for name in (sealed.MANIFEST, names.WEIGHTS))
     content = next(path for path in found if path.is_file())
     return hashlib.sha256(content.read_bytes()).hexdigest()[:8]
-
-
-def _warm(served: Served, batch_rows: int) -> float:
-    """Seconds that a lone row takes, after every kernel has been used once, also at the largest batch."""
-    for rows in dict.fromkeys((batch_rows, 2, 1)):
-        served.outputs(served.example(rows))
-    times = list(_timed(served))
-    return median(times)
-
-
-def _timed(served: Served) -> Iterator[float]:
-    example, until = served.example(1), time.perf_counter() + _ENOUGH_S
-    for _ in range(_PROBES):
-        began = time.perf_counter()
-        served.outputs(example)
-        yield time.perf_counter() - began
-        if time.perf_counter() > until:
-            return
 
 
 def _via(served: Served) -> str:
