@@ -253,7 +253,7 @@ def _shares(run: Run, batch: Batch, size: int) -> list[tuple[Batch, int]]:
     Of a sharded model all ranks make as many passes, because each gives its part of the weights to them all: what a
     rank has no samples for counts for none.
     """
-    counts = run.ranks.count(size) > 0
+    counts = run.ranks.alone or run.ranks.count(size) > 0
     if not run.sharded:
         return [(piece, len(piece.rows)) for piece in run.pieces(batch)] if counts else []
     pieces = [(piece, len(piece.rows) if counts else 0) for piece in run.pieces(batch)]

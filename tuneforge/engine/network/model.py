@@ -147,7 +147,8 @@ class Model:
 
 def call(module: nn.Module, inputs: Any) -> Any:
     """The module's output for ready inputs: a mapping goes in by keyword."""
-    return module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
+    plain = isinstance(inputs, Tensor) or not isinstance(inputs, Mapping)  # the first is the quicker question
+    return module(inputs) if plain else module(**inputs)
 
 
 def answer_of(output: Any) -> Any:

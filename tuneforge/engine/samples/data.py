@@ -23,14 +23,14 @@ Inputable = Tensor | Mapping[str, Tensor]
 
 def map_inputs(inputs: Inputable, change: Callable[[Tensor], Tensor]) -> Inputable:
     """Apply `change` to the tensor, or to each tensor of the mapping."""
-    if isinstance(inputs, Mapping):
-        return {name: change(tensor) for name, tensor in inputs.items()}
-    return change(inputs)
+    if isinstance(inputs, Tensor):
+        return change(inputs)
+    return {name: change(tensor) for name, tensor in inputs.items()}
 
 
 def tensors_of(inputs: Inputable) -> dict[str, Tensor]:
     """The tensors by name; a single one has the name `""`."""
-    return dict(inputs) if isinstance(inputs, Mapping) else {"": inputs}
+    return {"": inputs} if isinstance(inputs, Tensor) else dict(inputs)
 
 
 @runtime_checkable
