@@ -125,3 +125,19 @@ def test_selectors_with_a_mark_in_front_take_away(model):
 def test_two_groups_of_one_name_are_refused():
     with pytest.raises(tf.PluginError, match="names must differ"):
         tf.Model(TinyNet(), groups=[tf.Group("a", ["first", "second"]), tf.Group("a", ["head"])], head="head")
+
+
+def test_a_norm_after_the_head_has_a_group_of_its_own():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head, self.norm = torch.nn.Linear(4, 8), torch.nn.Linear(8, 3), torch.nn.LayerNorm(8)
+
+        def forward(self, inputs):
+            return self.head(self.norm(self.body(inputs)))
+
+    model = tf.Model.of(Net(), head="head")
+    assert [group.name for group in model.groups] == ["body", "norm", "head"]
+    assert {name for name in model.parameters() if any(group.holds(name) for group in model.groups)} == set(
+        model.parameters()
+    )

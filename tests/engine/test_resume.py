@@ -136,3 +136,33 @@ def test_the_command_killed_and_resumed_ends_the_same(tmp_path, number, code):
     assert "in step 2 of the strategy" in out
     for name in ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "runs" / "r" / name).read_bytes()
+
+
+class Counting(nn.Module):
+    """Counts its forward passes, and draws a number in each."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, inputs):
+        self.passes += 1
+        return self.head(self.body(inputs).relu() + 1e-3 * torch.rand(16))
+
+
+def test_looks_at_the_model_leave_no_trace_in_its_buffers(tmp_path):
+    def counting(path, resume=False):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = tf.Model.of(Counting(), head="head")
+        phases = [tf.Phase("head", train="head", epochs=2, lr=0.02), tf.Phase("all", epochs=2, lr=0.01)]
+        objects = {"data": data(), "model": model, "strategy": phases}
+        if resume:
+            return tf.Engine.resume(path, **objects)
+        return tf.Engine(**objects, batch_size=8, page=False, checkpoint_s=0.0, out=path)
+
+    counting(tmp_path / "whole").run()
+    killed(counting(tmp_path / "r").run, 15, only="step-saved")
+    counting(tmp_path / "r", resume=True).run()
+    assert contents(tmp_path / "r") == contents(tmp_path / "whole")

@@ -244,3 +244,28 @@ def test_a_yield_from_a_list_is_told_to_loop():
     assert next(steps) == 1
     with pytest.raises(tf.PluginError, match=r"`yield from` something that takes no answers.*loop instead"):
         steps.send("report")
+
+
+def test_what_a_strategy_cleans_up_is_done_when_it_is_closed_and_a_failure_names_it():
+    closed = []
+
+    def tidy():
+        try:
+            yield "first"
+        finally:
+            closed.append(True)
+
+    def careless():
+        try:
+            yield "first"
+        finally:
+            raise KeyError("lost")
+
+    steps = guarded_steps(member(object()), tidy())
+    next(steps)
+    steps.close()
+    assert closed == [True]
+    steps = guarded_steps(member(object()), careless())
+    next(steps)
+    with pytest.raises(tf.PluginError, match="failed in finetune_strategy"):
+        steps.close()

@@ -175,7 +175,10 @@ class Gradients:
         run.model.module.zero_grad(set_to_none=True)
         for module, values in zip(self.moving, held, strict=True):
             for name, value in values.items():
-                module.get_buffer(name).copy_(value)
+                if module.get_buffer(name).shape == value.shape:
+                    module.get_buffer(name).copy_(value)
+                else:
+                    setattr(module, name, value.clone())
 
     def _halve(self, run: Run, largest: int, why: str) -> None:
         now = min(run.micro_batch or largest, largest)

@@ -13,7 +13,7 @@ from tuneforge.engine.network.device import is_out_of_memory, root_of
 from tuneforge.engine.network.shards import no_room
 from tuneforge.engine.run import Run
 from tuneforge.engine.samples.batches import in_turn
-from tuneforge.engine.samples.data import Split
+from tuneforge.engine.samples.data import Batch, Split
 from tuneforge.errors import DataError
 
 T = TypeVar("T")
@@ -48,13 +48,16 @@ def evaluate(
 def _with_room(run: Run, one_pass: Callable[[], T], doing: str) -> T:
     """What a pass over a split gives; it begins again with smaller batches where memory does not suffice."""
     while True:
+        given: list[T] = []
         try:
-            return one_pass()
+            given.append(one_pass())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or run.eval_batch == 1:
                 raise
             if run.sharded:
                 raise no_room(root_of(error), where=doing, flag="--eval-batch-size") from None
+        if not run.ranks.agree(not given)[0]:
+            return given[0]
         run.eval_batch = -(-run.eval_batch // 2)
         run.device.release()
         run.note(f"  out of memory while {doing}: from here on {run.eval_batch} samples a pass")
@@ -78,20 +81,23 @@ def _one_pass(run: Run, split: Split, worst: Worst | None) -> dict[str, Any]:
 def _outputs(run: Run, split: Split) -> Iterator[tuple[Any, Tensor, Tensor]]:
     """Outputs, targets and rows of each batch of a split; what several ranks compute, each of them is given."""
     totals = map(len, in_turn(len(split), run.eval_batch))
-    for batch, total in zip(run.evaluation_batches(split, shared=True), totals, strict=True):
+    batches = run.evaluation_batches(split, shared=True)
+    for total in totals:
         if run.ranks.alone:
+            batch = next(batches)
             yield run.forward(batch.inputs), batch.targets, batch.rows
         else:
-            outputs = _on_all(run, batch.inputs)
+            outputs, batch = _on_all(run, batches)
             outputs, targets, rows = (run.ranks.whole(each, total) for each in (outputs, batch.targets, batch.rows))
             yield outputs, targets, rows
 
 
-def _on_all(run: Run, inputs: Any) -> Tensor:
-    """This rank's outputs; memory that runs out on one rank is told to all, so that all begin again."""
-    outputs, error = None, None
+def _on_all(run: Run, batches: Iterator[Batch]) -> tuple[Tensor, Batch]:
+    """This rank's outputs of the next batch; memory that runs out on one rank is told to all: they all begin again."""
+    outputs, batch, error = None, None, None
     try:
-        outputs = run.forward(inputs)
+        batch = next(batches)
+        outputs = run.forward(batch.inputs)
     except (RuntimeError, MemoryError) as caught:
         if not is_out_of_memory(caught) or run.sharded:
             raise
@@ -99,7 +105,8 @@ def _on_all(run: Run, inputs: Any) -> Tensor:
     if run.ranks.agree(error is not None)[0]:
         raise torch.OutOfMemoryError("on another rank") from error
     assert isinstance(outputs, Tensor)
-    return outputs
+    assert batch is not None
+    return outputs, batch
 
 
 def head_features(run: Run, split: Split) -> tuple[Tensor, Tensor]:

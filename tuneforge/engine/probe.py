@@ -152,7 +152,7 @@ def _backward(run: Run, batch: Batch) -> None:
         run.model.module.zero_grad(set_to_none=True)
         run.micro_batch = -(-size // 2)
         run.device.release()
-        run.note(f"  out of memory while gradients are measured: from here on {run.micro_batch} samples a pass")
+        run.note(f"  out of memory while gradients are measured: {run.micro_batch} samples a pass here")
 
 
 def _pieces(run: Run, batch: Batch) -> Iterator[tuple[Batch, float]]:
@@ -181,12 +181,13 @@ def _untouched(run: Run) -> Iterator[None]:
     state = {name: tensor.clone() for name, tensor in whole_state(module).items()}
     wanted = {name: parameter.requires_grad for name, parameter in run.model.parameters().items()}
     plan = [(child, child.training) for child in module.modules()]
+    micro_batch = run.micro_batch  # a probe is in eval mode, where a pass over one sample will do
     with torch.random.fork_rng(device_type=run.device.torch.type) if run.device.torch.type == "cuda" else _cpu_rng():
         module.eval()
         try:
             yield
         finally:
-            run.phase = None
+            run.phase, run.micro_batch = None, micro_batch
             put_back(module, state)
             set_modes(plan)
             freeze(run.model, [name for name, wants in wanted.items() if wants])

@@ -131,9 +131,11 @@ class Ranks:
         most = max(sizes)
         padded = own.new_zeros((most, *own.shape[1:]))
         padded[: sizes[self.rank]] = own[: sizes[self.rank]]
-        parts = [torch.empty_like(padded) for _ in sizes]
-        distributed.all_gather(parts, padded.contiguous())
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        sent = padded.reshape(-1).view(torch.uint8)  # as bytes, so that any type will do
+        parts = [torch.empty_like(sent) for _ in sizes]
+        distributed.all_gather(parts, sent)
+        whole = (part.view(own.dtype).reshape(padded.shape) for part in parts)
+        return torch.cat([part[:size] for part, size in zip(whole, sizes, strict=True)])
 
     def whole(self, own: Tensor, total: int) -> Tensor:
         """Results (b, ...) for a global batch, from those of each rank's share."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tuneforge.engine.evaluation import single_numbers, watched
 from tuneforge.engine.frozen.prefix import kept_prefix
 from tuneforge.engine.network.freezing import freeze, put_back, select, whole_state
-from tuneforge.engine.network.proof import Proof
+from tuneforge.engine.network.proof import Proof, same_bits
 from tuneforge.engine.network.shards import like, whole
 from tuneforge.engine.passes import evaluate, head_features
 from tuneforge.engine.run import Run
@@ -114,9 +114,7 @@ def snapshot(run: Run, before: Snapshot | None) -> Snapshot:
     state = whole_state(run.model.module)
     if before is None:
         return {name: tensor.clone() for name, tensor in state.items()}
-    return {
-        name: before[name] if torch.equal(before[name], tensor) else tensor.clone() for name, tensor in state.items()
-    }
+    return {name: before[name] if same_bits(before[name], tensor) else tensor.clone() for name, tensor in state.items()}
 
 
 def mixed(first: Snapshot, last: Snapshot, weight: float) -> Snapshot:

@@ -186,18 +186,22 @@ def guarded_steps(member: Member, steps: Any) -> Generator[Any, Any, str]:
     """
     iterator = _named(member, "finetune_strategy", iter, steps)
     answer = None
-    while True:
-        try:
-            step = iterator.send(answer) if hasattr(iterator, "send") else next(iterator)
-        except StopIteration as stop:
-            if stop.value is not None and not isinstance(stop.value, str):
-                raise _returned_steps(member, stop.value) from None
-            return stop.value or ""
-        except (Exception, SystemExit) as error:
-            if isinstance(error, AttributeError) and "has no attribute 'send'" in str(error):
-                raise _yield_from(member, error) from error
-            raise _failure(member, "finetune_strategy", error) from error
-        answer = yield step
+    try:
+        while True:
+            try:
+                step = iterator.send(answer) if hasattr(iterator, "send") else next(iterator)
+            except StopIteration as stop:
+                if stop.value is not None and not isinstance(stop.value, str):
+                    raise _returned_steps(member, stop.value) from None
+                return stop.value or ""
+            except (Exception, SystemExit) as error:
+                if isinstance(error, AttributeError) and "has no attribute 'send'" in str(error):
+                    raise _yield_from(member, error) from error
+                raise _failure(member, "finetune_strategy", error) from error
+            answer = yield step
+    finally:
+        if hasattr(iterator, "close"):  # what a generator cleans up, it does now
+            _named(member, "finetune_strategy", iterator.close)
 
 
 def _check(label: str, hook: str, where: str, function: Callable[..., Any], marks: dict[str, Any]) -> None:

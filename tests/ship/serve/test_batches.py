@@ -176,3 +176,29 @@ def test_what_is_done_aside_is_done_in_the_same_thread_before_what_waits(make):
     with pytest.raises(ZeroDivisionError):
         broken.result(10)
     assert waits.result(10).rows == 2
+
+
+class Squeezed:
+    """A model that loses the axis of a batch of one."""
+
+    def outputs(self, stored):
+        return stored.squeeze(0)
+
+
+def test_a_model_that_answers_with_other_rows_fails_its_own_requests_only(make):
+    batches, good = make(), Doubling()
+    for _ in range(3):
+        with pytest.raises(ValueError, match=r"outputs \(2,\) for 1 row"):
+            batches.submit(Squeezed(), rows(1)).result(10)
+    cancelled = batches.aside(lambda: time.sleep(0.05))
+    second = batches.aside(lambda: None)
+    second.cancel()
+    cancelled.result(10)
+    assert batches.submit(good, rows(1)).result(10).rows == 1
+
+
+def test_nothing_is_taken_aside_once_it_is_closed(make):
+    batches = make()
+    batches.close()
+    with pytest.raises(Refusal, match="stopping"):
+        batches.aside(lambda: None)

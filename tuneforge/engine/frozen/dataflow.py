@@ -7,11 +7,10 @@ from the others to the live ones are the border.
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from tuneforge.engine.network.freezing import put_back, set_modes
+from tuneforge.engine.network.freezing import set_modes
 
 Modes = list[tuple[nn.Module, bool]]
 _RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "multinomial", "normal", "poisson"}
@@ -152,18 +151,6 @@ def by_export(module: nn.Module, example: Any) -> Trace:
         root = torch.export.export(module, inputs, given, dynamic_shapes=shapes, strict=False).module()
     assert isinstance(root, fx.GraphModule)
     return Trace(root.graph, root)
-
-
-@contextlib.contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """Put modes and buffers back: looking at a model in training mode moves the statistics of its norms."""
-    before = [(child, child.training) for child in module.modules()]
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    try:
-        yield
-    finally:
-        set_modes(before)
-        put_back(module, buffers)
 
 
 def _traced(module: nn.Module, example: Any, by: Callable[[nn.Module, Any], Trace]) -> Trace:

@@ -24,10 +24,9 @@ from tuneforge.engine.frozen.dataflow import (
     by_export,
     by_fx,
     parts_of,
-    untouched,
 )
 from tuneforge.engine.frozen.fill import Filler, Prefix, Values, num_megabytes
-from tuneforge.engine.network.freezing import select, set_modes
+from tuneforge.engine.network.freezing import select, set_modes, untouched
 from tuneforge.engine.network.model import answer_of, call
 from tuneforge.engine.network.proof import same_bits
 from tuneforge.engine.run import Run

@@ -235,7 +235,7 @@ def _entry(path: Path) -> Entry | None:
         about = _described(path)["about"]
         size = sum(file.stat().st_size for file in path.iterdir())
         return Entry(path, size, path.stat().st_mtime, about)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

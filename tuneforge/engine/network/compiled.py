@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuneforge.engine.frozen.dataflow import Modes, untouched
-from tuneforge.engine.network.freezing import set_modes
+from tuneforge.engine.frozen.dataflow import Modes
+from tuneforge.engine.network.freezing import set_modes, untouched
 from tuneforge.engine.network.model import answer_of, call
 from tuneforge.engine.run import Features, Run
 from tuneforge.errors import UsageError

@@ -83,6 +83,10 @@ def _exact(device: torch.device) -> torch.device:
     return torch.empty(0, device=device).device
 
 
+_FULL = ("can't allocate memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""How the CPU, Apple's GPUs and CUDA's libraries say in a plain RuntimeError that memory has run out."""
+
+
 def root_of(error: BaseException) -> BaseException:
     """What an error was made from, at the bottom of its causes."""
     return error if error.__cause__ is None else root_of(error.__cause__)
@@ -91,4 +95,4 @@ def root_of(error: BaseException) -> BaseException:
 def is_out_of_memory(error: BaseException) -> bool:
     """True where memory ran out, on whatever device and however the error has been wrapped."""
     root = root_of(error)
-    return isinstance(root, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(root)
+    return isinstance(root, (torch.OutOfMemoryError, MemoryError)) or any(words in str(root) for words in _FULL)

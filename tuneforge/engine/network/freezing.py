@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -92,6 +93,18 @@ def put_back(module: nn.Module, state: Mapping[str, Tensor]) -> None:
             own[name].copy_(like(own[name], tensor))
 
 
+@contextlib.contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Put modes and buffers back: looking at a model in training mode moves the statistics of its norms."""
+    before = [(child, child.training) for child in module.modules()]
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        yield
+    finally:
+        set_modes(before)
+        put_back(module, buffers)
+
+
 def _matches(model: Model, selector: str) -> list[str]:
     names = list(model.parameters())
     groups = _groups_named(model, selector)
@@ -162,20 +175,18 @@ def _reached(model: Model, example: Any) -> dict[nn.Module, bool]:
     """For each module without parameters that runs: does something trainable lie before it?
 
     Autograd itself is asked: in a forward pass with gradients on, a value requires a gradient exactly where a
-    trainable parameter lies before it. Everything is in eval mode, so no statistic and no random generator moves.
+    trainable parameter lies before it. Buffers, modes and torch's random generator are put back.
     """
     found: dict[nn.Module, bool] = {}
     handles = []
     for module in model.module.modules():
         if next(module.parameters(), None) is None:
             handles.append(module.register_forward_pre_hook(_watcher(found), with_kwargs=True))
-    before = [(module, module.training) for module in model.module.modules()]
     try:
-        model.module.eval()
-        with torch.enable_grad():
+        with untouched(model.module), torch.random.fork_rng(devices=[]), torch.enable_grad():
+            model.module.eval()
             call(model.module, example)
     finally:
-        set_modes(before)
         for handle in handles:
             handle.remove()
     return found

@@ -241,7 +241,7 @@ def _opened(module: nn.Module, path: str, head: str, total: int) -> list[Group]:
         below = f"{path}.{name}".lstrip(".")
         if _count(child) == 0:
             continue
-        if isinstance(child, NORMS) and groups and below != head:
+        if isinstance(child, NORMS) and groups and head not in (below, groups[-1].name):
             groups[-1] = Group(groups[-1].name, (*groups[-1].prefixes, below))
             continue
         large = _count(child) > total / 2 and isinstance(child, (nn.Sequential, nn.ModuleList))

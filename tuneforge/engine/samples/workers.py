@@ -198,9 +198,9 @@ class Workers:
                 fix="give fewer --workers or a smaller --batch-size, and go on with: tuneforge resume",
             )
         self._say(f"  warning: a process that decodes ahead has died ({how}); another one goes on in its place")
+        self._started[slot] = self._new(slot)
         dead.process.close()
         dead.connection.close()
-        self._started[slot] = self._new(slot)
         for number in self._wanted:
             if number % self._count == slot and number not in self._arrived:
                 self._send(number)

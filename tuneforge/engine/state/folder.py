@@ -40,9 +40,11 @@ def write_whole(path: Path, content: bytes | str | Iterable[bytes | memoryview])
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise unwritten(path, error) from error
+        if isinstance(error, OSError):
+            raise unwritten(path, error) from error
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -195,7 +197,7 @@ class RunFolder:
                 os.truncate(self.path / name, size)
 
     def status(self, state: str, **details: Any) -> None:
-        """Say how the run stands: `running`, `done` or `failed`, with the reason.
+        """Say how the run stands: `running`, `done`, `stopped` or `failed`, with the reason.
 
         Where the disk is too full to say that it failed or stopped, what made it do so is what the user is told.
         """

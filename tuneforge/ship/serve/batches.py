@@ -140,9 +140,15 @@ class Batches:
         return self._put(served, stored, coming=0)
 
     def aside(self, work: Callable[[], T]) -> Future[T]:
-        """Do something else in this thread, before what waits; a model is warmed where it will compute."""
+        """Do something else in this thread, before what waits; a model is warmed where it will compute.
+
+        Raises:
+            Refusal: It is closed.
+        """
         future: Future[T] = Future()
         with self._changed:
+            if self._closed:
+                raise busy("the server is stopping")
             self._asides.append(partial(_done, work, future))
             self._changed.notify()
         return future
@@ -223,11 +229,12 @@ class Batches:
         began = time.perf_counter()
         try:
             outputs = _forward(batch, self._batch_rows)
+            rows = sum(each.rows for each in batch)
+            check_rows(outputs, rows)
         except Exception as error:  # noqa: BLE001 - whatever a model raises is the answer to who asked
             self._apart(batch, error)
             return
         took = time.perf_counter() - began
-        rows = len(outputs)
         parts = torch.split(outputs, [each.rows for each in batch])
         done = [Computed(part, began - each.arrived, took, rows) for each, part in zip(batch, parts, strict=True)]
         self._seen(done)
@@ -243,7 +250,19 @@ class Batches:
             self._compute([each])
 
 
+def check_rows(outputs: Tensor, rows: int) -> None:
+    """See that a model gives an answer a row.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if outputs.ndim == 0 or len(outputs) != rows:
+        raise ValueError(f"the model gives outputs {tuple(outputs.shape)} for {rows} row(s)")
+
+
 def _done(work: Callable[[], T], future: Future[T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
     try:
         future.set_result(work())
     except BaseException as error:  # noqa: BLE001 - whoever waits for it gets it

@@ -24,6 +24,7 @@ from tuneforge.engine.state import folder as names
 from tuneforge.errors import FolderError, HaltError, MissingDependencyError, TuneforgeError
 from tuneforge.ship.bundles import sealed
 from tuneforge.ship.bundles.bundle import BUNDLE, CHAMPION, Servable, backends_of, servable_of
+from tuneforge.ship.serve.batches import check_rows
 from tuneforge.ship.serve.bounds import Refusal
 from tuneforge.ship.serve.threads import keep_to_one_core
 
@@ -249,10 +250,11 @@ class Models:
         """Load what the pointer names, where that is new. What was refused is tried again only when it is asked for."""
         try:
             newest = slot.source.newest()
-            if slot.unloaded or newest == slot.tried or self._over.is_set():
+            if newest == slot.tried:
                 return
             with slot.lock:
-                self._load(slot)
+                if not (slot.unloaded or newest == slot.tried or self._over.is_set()):
+                    self._load(slot)
         except Exception:  # noqa: BLE001 - logged where it was refused; a pointer that cannot be read is read again
             return
 
@@ -300,7 +302,7 @@ class Models:
 
         def seconds(rows: int) -> float:
             example, began = served.example(rows), time.perf_counter()
-            served.outputs(example)
+            check_rows(served.outputs(example), rows)
             return time.perf_counter() - began
 
         for rows in dict.fromkeys((self._batch_rows, 2, 1)):
