@@ -126,7 +126,7 @@ def test_files_of_a_new_world_decide_where_they_are_given(run, world):
     assert "it is significantly better on the new test set" in out
     assert "new test set: 40 samples; used to decide never before" in out
     code, _, err = run("promote", "runs/good", *keep, "--new", "runs/none")
-    assert (code, "holds no labelled files" in err) == (65, True)
+    assert (code, "there is no folder" in err) == (65, True)
     assert sorted(path.name for path in (world / "n" / "table-csv").iterdir()) == [
         ".lock", "1", "2", "champion.json", "log.jsonl",
     ]  # fmt: skip

@@ -507,3 +507,13 @@ def test_the_picture_has_a_point_for_each_entrant_that_has_a_figure(race):
         assert (f">{name}<" in picture) == drawn
     assert "var(--" not in picture
     assert math.isfinite(comparison.costs["head"]["total"])
+
+
+def test_a_race_touches_nothing_that_is_not_its_own(tmp_path):
+    kept = tmp_path / "mine" / "sub" / "failure.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}")
+    with pytest.raises(tf.FolderError, match="holds something else"):
+        tf.compare({"one": "full", "two": "head-only"}, seeds=1, out=tmp_path / "mine")
+    assert kept.exists()
+    assert not (tmp_path / "mine" / "race.json").exists()

@@ -20,6 +20,7 @@ import torch
 from browser import MISSING, browser, installed
 from bundles import digits as finished_digits
 from bundles import png
+from starlette.requests import Request
 
 import tuneforge as tf
 
@@ -27,6 +28,7 @@ pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
 from tuneforge.builtin.characters.digit_images import real_digits
 from tuneforge.ship.circle.records import Records, in_share
 from tuneforge.ship.serve.feedback import Sampled, feedback
+from tuneforge.ship.serve.kept import may_be_kept
 from tuneforge.ship.wire import wire
 from tuneforge.ship.wire.client import Server
 
@@ -275,3 +277,13 @@ def test_the_page_is_safe_with_hostile_names(served, records):
     assert "default-src 'none'" in policy
     assert "onerror" not in text
     assert "innerHTML" not in text
+
+
+def test_a_wish_not_to_be_kept_is_heard_in_any_of_several_headers():
+    def kept(*values):
+        headers = [(b"cache-control", value) for value in values]
+        return may_be_kept(Request({"type": "http", "headers": headers}))
+
+    assert kept()
+    assert kept(b"no-cache", b"max-age=0")
+    assert not kept(b"no-cache", b"max-age=0, No-Store")

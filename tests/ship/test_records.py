@@ -3,6 +3,7 @@
 TUNEFORGE_FEEDBACK_KILLS sets how often the process that takes labels is killed (3 by default, 50 for the full proof).
 """
 
+import contextlib
 import os
 import random
 import sqlite3
@@ -252,3 +253,15 @@ def test_a_label_knows_how_many_came_before_it(records):
     for each, name in zip("abca", "xyzy", strict=True):
         records.label(each, name)
     assert [(each.exchange.id, each.number) for each in records.labelled()] == [("b", 2), ("c", 3), ("a", 4)]
+
+
+def test_the_database_of_something_else_is_refused_and_left_as_it_was(tmp_path):
+    path = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE users (name TEXT)")
+        other.commit()
+    before = path.read_bytes()
+    with pytest.raises(tf.FolderError, match="a database of something else"):
+        Records(path)
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["other.db"]

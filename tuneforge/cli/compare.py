@@ -83,6 +83,8 @@ def _follow(folder: Path) -> int:
         _found(str(folder), lambda text: None).follow(folder, _execute)
     except StoppedError as error:  # the one that asked knows
         return error.exit_code
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway
     return 0
 
 

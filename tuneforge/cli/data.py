@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tuneforge.cli.numbers import Within
+
 if TYPE_CHECKING:
     from tuneforge.check.check import Findings
 
@@ -50,11 +52,9 @@ def data() -> None:
 @click.option("--split", default="split", show_default=True, help="CSV: column that says train, val or test.")
 @click.option("--root", type=click.Path(path_type=Path), help="CSV: folder that relative paths start from.")
 @click.option(
-    "--memory-mb", type=click.IntRange(min=64), default=300, show_default=True, help="Memory to look at a file."
+    "--memory-mb", type=click.IntRange(64, 2**20), default=300, show_default=True, help="Memory to look at a file."
 )
-@click.option(
-    "--seconds", type=click.FloatRange(min=0.1), default=4.0, show_default=True, help="Time to look at a file."
-)
+@click.option("--seconds", type=Within(min=0.1), default=4.0, show_default=True, help="Time to look at a file.")
 @click.option("--json", "as_json", is_flag=True, help="Print issues.json.")
 def check(
     path: Path,
@@ -84,12 +84,16 @@ def check(
     """
     from tuneforge.check import check as story
     from tuneforge.check.files import Columns
-    from tuneforge.errors import DataError
+    from tuneforge.errors import DataError, UsageError
 
     if undo:
         _undo(path, out, root)
         return 0
     kinds = _kinds(fix)
+    if out.resolve().is_relative_to(path.resolve()):
+        raise UsageError(
+            f"'{out}' lies among the pictures", where="--out", why="they would be checked next time", fix="name another"
+        )
     _require_own(out)
     columns = Columns(image, label, split, root)
     findings = story.check(
@@ -179,7 +183,10 @@ def _print(findings: Findings, out: Path, *, every: bool, kinds: list[str]) -> N
 def _undo(path: Path, out: Path, root: Path | None) -> None:
     from tuneforge.builtin.images.names import shown
     from tuneforge.builtin.images.vetting import release
+    from tuneforge.errors import DataError
 
+    if not path.exists():
+        raise DataError("there is no such file or folder", where=str(path), fix="check the path")
     if (out / CLEANED).exists():
         (out / CLEANED).unlink()
         click.echo(f"removed {out / CLEANED}")

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import click
 
+from tuneforge.cli.numbers import Within
+
 
 @click.command("import")
 @click.argument("path", type=click.Path(path_type=Path), metavar="FILE")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE.safetensors", help="Default: beside FILE.")
 @click.option("--key", help="Where the weights are in FILE. [default: the usual names, such as state_dict]")
 @click.option(
-    "--max-mb", type=click.IntRange(min=1), default=4096, show_default=True, help="Most memory for the tensors."
+    "--max-mb", type=click.IntRange(1, 2**20), default=4096, show_default=True, help="Most memory for the tensors."
 )
-@click.option(
-    "--seconds", type=click.FloatRange(min=1), default=120.0, show_default=True, help="Time that reading may take."
-)
+@click.option("--seconds", type=Within(min=1), default=120.0, show_default=True, help="Time that reading may take.")
 @click.option("--force", is_flag=True, help="Write over a file that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def import_(
@@ -36,7 +36,7 @@ def import_(
     """
     from tuneforge.check.weights import import_weights
 
-    place = out or path.with_suffix(".safetensors")
+    place = out or (path.with_suffix(".safetensors") if path.name else path / "weights.safetensors")
     made = import_weights(path, place, key=key, max_mb=max_mb, seconds=seconds, replace=force)
     if as_json:
         told = {"path": str(made.path), "tensors": made.tensors, "bytes": made.bytes, "under": made.under}

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from tuneforge.cli.numbers import Within
+
 REFUSED = 3
 
 
@@ -24,14 +26,14 @@ REFUSED = 3
 )
 @click.option(
     "--margin",
-    type=click.FloatRange(0, 1),
+    type=Within(0, 1),
     help="Share of right answers to lose at most, old test set. [default: 0.02]",
 )
-@click.option("--floor", type=click.FloatRange(0, 1), help="Least recall of each class, old test set. [default: 0.5]")
-@click.option("--alpha", type=click.FloatRange(0, 1), help="Level of the test that shows a difference. [default: 0.05]")
+@click.option("--floor", type=Within(0, 1), help="Least recall of each class, old test set. [default: 0.5]")
+@click.option("--alpha", type=Within(0, 1), help="Level of the test that shows a difference. [default: 0.05]")
 @click.option(
     "--latency-ratio",
-    type=click.FloatRange(0, min_open=True),
+    type=Within(0, min_open=True),
     help="How many times as long a lone answer may take. [default: 2]",
 )
 @click.option("--accept-equal", is_flag=True, help="Promote also where no significant difference is found.")

@@ -151,7 +151,7 @@ def _mentioned(told: Mapping[str, Any], args: list[str]) -> dict[str, Any]:
 def _told(folder: Path) -> dict[str, Any]:
     from tuneforge.engine.state.folder import RUN, read_json
 
-    told: dict[str, Any] = read_json(folder / RUN)["config"]
+    told: dict[str, Any] = read_json(folder / RUN, "config")["config"]
     return told
 
 

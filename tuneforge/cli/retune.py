@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tuneforge.cli.numbers import Within
 from tuneforge.cli.options import ComponentCommand, configuration, pick_options
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def _retune(store: Path, **values: Any) -> int:
     A server of the store swaps by itself. Exits 3 where the gate refused. With --watch it goes on for ever, and a turn
     begins where there is a reason to: enough new labels, drift, or an accuracy under a floor.
 
-    Where many labels do not fit their samples, nothing is trained: see suspects.json of the turn, correct them at
-    /review, or say --trust.
+    Where many labels do not fit their samples, nothing is trained: correct those in the turn's suspects.json
+    (POST /feedback, by id), or say --trust.
 
     \b
     tuneforge retune --store models
@@ -147,11 +148,13 @@ retune = _Command(
         click.Option(["--name"], help="Of the model, where the store has several."),
         *pick_options("strategy", instead="replay"),
         click.Option(["--device"], help="Where to compute. [default: as the champion was tuned]"),
-        click.Option(["--margin"], type=float, default=0.02, show_default=True, help="Of the gate: see promote."),
-        click.Option(["--floor"], type=float, default=0.5, show_default=True, help="Of the gate: see promote."),
+        click.Option(
+            ["--margin"], type=Within(0, 1), default=0.02, show_default=True, help="Of the gate: see promote."
+        ),
+        click.Option(["--floor"], type=Within(0, 1), default=0.5, show_default=True, help="Of the gate: see promote."),
         click.Option(
             ["--most-misfits"],
-            type=click.FloatRange(0, 1),
+            type=Within(0, 1),
             default=0.1,
             show_default=True,
             help="Share of labels that may not fit their samples; with more, nothing is trained.",
@@ -164,7 +167,7 @@ retune = _Command(
         click.Option(["--drift"], is_flag=True, help="Drift of confidence or inputs is a reason."),
         click.Option(
             ["--accuracy"],
-            type=click.FloatRange(0, 1),
+            type=Within(0, 1),
             help="A reason: the 95 % interval of the accuracy on labelled answers lies under this.",
         ),
         click.Option(
@@ -177,7 +180,7 @@ retune = _Command(
         click.Option(["--hold-off"], default="10m", show_default=True, help="Least time between two turns."),
         click.Option(
             ["--every-s"],
-            type=click.FloatRange(0.01),
+            type=Within(0.01),
             default=10.0,
             show_default=True,
             help="Seconds between two looks.",

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from tuneforge.cli.numbers import Within
+
 _TOKEN = "TUNEFORGE_TOKEN"  # noqa: S105 - the name of a variable
 
 
@@ -26,7 +28,7 @@ _TOKEN = "TUNEFORGE_TOKEN"  # noqa: S105 - the name of a variable
     "--max-wait-ms",
     default=5.0,
     show_default=True,
-    type=click.FloatRange(0),
+    type=Within(0),
     help="Longest wait for company that is on its way.",
 )
 @click.option(
@@ -40,7 +42,7 @@ _TOKEN = "TUNEFORGE_TOKEN"  # noqa: S105 - the name of a variable
     "--max-body-mb",
     default=16.0,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=Within(0, min_open=True),
     help="Largest body of a request.",
 )
 @click.option(
@@ -50,28 +52,28 @@ _TOKEN = "TUNEFORGE_TOKEN"  # noqa: S105 - the name of a variable
     "--timeout",
     default=30.0,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=Within(0, min_open=True),
     help="Seconds that an answer may take.",
 )
 @click.option(
     "--body-timeout",
     default=20.0,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=Within(0, min_open=True),
     help="Seconds that a body may take to arrive.",
 )
 @click.option(
     "--head-timeout",
     default=10.0,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=Within(0, min_open=True),
     help="Seconds that the head of a request may take to arrive.",
 )
 @click.option(
     "--watch-s",
     default=0.5,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=Within(0, min_open=True),
     help="Seconds between two looks at a store's champion.",
 )
 @click.option(
@@ -80,12 +82,8 @@ _TOKEN = "TUNEFORGE_TOKEN"  # noqa: S105 - the name of a variable
     metavar="FILE",
     help="Keep answers in this file, and take labels (/feedback, /review, /watch).",
 )
-@click.option(
-    "--records-mb", default=256.0, show_default=True, type=click.FloatRange(1), help="Most megabytes of records."
-)
-@click.option(
-    "--sample", default=1.0, show_default=True, type=click.FloatRange(0, 1), help="Share of the requests to keep."
-)
+@click.option("--records-mb", default=256.0, show_default=True, type=Within(1), help="Most megabytes of records.")
+@click.option("--sample", default=1.0, show_default=True, type=Within(0, 1), help="Share of the requests to keep.")
 @click.option(
     "--token-file",
     type=click.Path(path_type=Path),

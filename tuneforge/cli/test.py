@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tuneforge.cli.numbers import Within
 from tuneforge.cli.options import ComponentCommand, configuration, pick_options
 
 if TYPE_CHECKING:
@@ -152,9 +153,7 @@ test = ComponentCommand(
         click.Option(
             ["--token"], envvar="TUNEFORGE_TOKEN", help="Where the server asks for one. [env TUNEFORGE_TOKEN]"
         ),
-        click.Option(
-            ["--timeout-s"], type=click.FloatRange(0.1), default=30.0, show_default=True, help="Longest wait."
-        ),
+        click.Option(["--timeout-s"], type=Within(0.1), default=30.0, show_default=True, help="Longest wait."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object."),
     ],
 )

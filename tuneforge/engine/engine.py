@@ -148,8 +148,8 @@ class Engine:
             UsageError: The run is done.
         """
         path = Path(path)
-        config = resolve(folder.read_json(path / folder.RUN)["config"], where=str(path / folder.RUN))
-        if folder.read_json(path / folder.STATUS)["state"] == "done":
+        config = resolve(folder.read_json(path / folder.RUN, "config")["config"], where=str(path / folder.RUN))
+        if folder.read_json(path / folder.STATUS, "state")["state"] == "done":
             raise UsageError(f"the run in '{path}' is done", fix=f"see it: tuneforge report {path}")
         chosen = {name: getattr(config, name) for name in _CHOICES} | {"extensions": config.extensions} | objects
         engine = cls(**chosen, **{**config.settings(), "out": path}, say=say)

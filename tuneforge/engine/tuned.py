@@ -82,7 +82,7 @@ def load(path: str | Path, *, model: Any = None, device_name: str = "auto") -> T
     path = Path(path)
     require_done(path)
     record = folder.read_json(path / folder.MODEL)
-    table = folder.read_json(path / folder.RUN)["config"]
+    table = folder.read_json(path / folder.RUN, "config")["config"]
     table.pop("out", None)
     config = resolve({**table, "device": device_name}, where=str(path / folder.RUN))
     inputs, targets = (_contract(group, record[group]) for group in ("inputs", "targets"))

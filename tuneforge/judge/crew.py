@@ -104,7 +104,11 @@ class Crew:
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             self._say(f"note: a process of the race was ended ({how}); {len(self._helpers)} go on with what it was at")
         if not self.works and not self._helpers:
-            raise TryAgainError("every process of the race was ended", why="nobody is left to go on")
+            raise TryAgainError(
+                "every process of the race was ended",
+                why="nobody is left to go on",
+                fix="give the same command again; an entrant that runs out of memory ends them all: leave it out",
+            )
 
 
 def let_go(path: Path) -> None:

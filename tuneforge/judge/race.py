@@ -142,7 +142,9 @@ class Race:
         Raises:
             FolderError: It is none, or it was given Python objects.
         """
-        record = names.read_json(path / RACE)
+        if path.is_dir() and not (path / RACE).exists():
+            raise FolderError(f"'{path}' holds no race", where="--resume", fix="name one, such as runs/race-...")
+        record = names.read_json(path / RACE, "entrants", "config", "seeds")
         if has_objects(record):
             raise FolderError(
                 f"the race in '{path}' was given Python objects",
@@ -204,8 +206,8 @@ class Race:
         path = out or unfinished(record) or fresh()
         with RunFolder(path, resume=True) as place:
             agree(path, record)
-            for failure in path.rglob(FAILURE):
-                failure.unlink()
+            for failure in [*path.glob(f"*/seed-*/{FAILURE}"), *path.glob(f"*/*/seed-*/{FAILURE}")]:
+                failure.unlink()  # it is tried again
             self._say(f"race: {path}")
             with self._told(place):
                 begun(path)

@@ -53,12 +53,14 @@ def agree(path: Path, record: Mapping[str, Any]) -> None:
     """Write `race.json`, or see that it is this race's.
 
     Raises:
-        FolderError: A run lies there.
+        FolderError: A run or something else lies there.
         UsageError: Another race lies there; the message says what differs.
     """
     if (path / names.RUN).exists():
         raise FolderError(f"'{path}' holds a run, not a race", where="--out", fix="name another folder")
     if not (path / RACE).exists():
+        if any(not each.name.startswith(".") for each in path.iterdir()):
+            raise FolderError(f"'{path}' holds something else", where="--out", fix="name a new or an empty folder")
         names.write_json(path / RACE, record)
         return
     before = names.read_json(path / RACE)

@@ -52,15 +52,18 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(finite(value), indent=1, sort_keys=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a run folder.
+def read_json(path: Path, *keys: str) -> Any:
+    """Read a JSON file of a run folder, which holds an object with these keys, if any are named.
 
     Raises:
         UsageError: There is no such folder; the message offers the run whose name is nearest.
         FolderError: The file is missing or broken.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if keys and not (isinstance(content, dict) and content.keys() >= set(keys)):
+            raise ValueError(f"it lacks {', '.join(keys)}")
+        return content
     except FileNotFoundError:
         raise _no_run(path) from None
     except (ValueError, OSError) as error:

@@ -228,6 +228,10 @@ class Records:
 
     def _prepare(self, held_out: float) -> None:
         try:
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            foreign = version == 0 and self._db.execute("SELECT 1 FROM sqlite_master").fetchone() is not None
+            if foreign:
+                raise sqlite3.DatabaseError("it is a database of something else")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA fullfsync=ON")  # of macOS, whose fsync leaves data in the drive's memory

@@ -86,7 +86,7 @@ class Keeper:
 
 def may_be_kept(request: Request) -> bool:
     """False where the client asks that nothing of it is stored: `Cache-Control: no-store` (RFC 9111, 5.2.1.5)."""
-    asked = request.headers.get("cache-control", "").lower().split(",")
+    asked = ",".join(request.headers.getlist("cache-control")).lower().split(",")
     return "no-store" not in (each.strip() for each in asked)
 
 
