@@ -162,7 +162,7 @@ def answer_of(output: Any) -> Any:
 
 
 def works(model: Model, example: Any) -> bool:
-    """True where the module takes ready inputs without an error; nothing is changed."""
+    """True where the module takes ready inputs without an error; only a buffer that its forward pass writes moves."""
     try:
         _look(model, example)
     except Exception:  # noqa: BLE001 - whatever a module raises, the answer is no; `check_answer` shows it
