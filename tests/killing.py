@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import tuneforge as tf
-from tuneforge.engine.state import faults
+from tuneforge.engine.storage import fault_injection as faults
 
 COMPARED = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json", "mistakes.json")
 """Files that are the same bytes in a run that was killed and resumed as in one that was not."""

@@ -16,8 +16,8 @@ from torch import nn
 import tuneforge as tf
 from tuneforge.builtin.tables.arrays import Tensors
 from tuneforge.builtin.targets import Classes
-from tuneforge.engine.frozen import prefix
-from tuneforge.engine.state import faults
+from tuneforge.engine.feature_cache import cache as prefix
+from tuneforge.engine.storage import fault_injection as faults
 
 torch.set_num_threads(1)
 prefix.LEAST_WORK = prefix.LEAST_WORK_DISK = 0.0

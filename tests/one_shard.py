@@ -20,9 +20,9 @@ from torch.distributed.fsdp import fully_shard
 import tuneforge as tf
 from tuneforge.builtin.tables.arrays import Tensors
 from tuneforge.builtin.targets import Classes
-from tuneforge.engine.network.shards import gathered, own_part
-from tuneforge.engine.ranks import Ranks
-from tuneforge.engine.state import faults
+from tuneforge.engine.context.distributed import Ranks
+from tuneforge.engine.model.fsdp import gathered, own_part
+from tuneforge.engine.storage import fault_injection as faults
 
 
 class Block(nn.Module):

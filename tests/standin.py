@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
-from tuneforge.engine.tuned import Tuned
+from tuneforge.engine.session.predictor import Tuned
 
 
 @contextlib.contextmanager

@@ -16,9 +16,13 @@ import pytest
 import torch
 
 import tuneforge as tf
-from tuneforge.engine import phase, plan, probe
-from tuneforge.engine.network import freezing, optim, proof
-from tuneforge.engine.state import memory
+from tuneforge.engine.loop import diagnosis as probe
+from tuneforge.engine.loop import train_phase as phase
+from tuneforge.engine.model import freeze_check as proof
+from tuneforge.engine.model import freezing
+from tuneforge.engine.model import optimizer as optim
+from tuneforge.engine.session import dry_run as plan
+from tuneforge.engine.session import resume as memory
 from tuneforge.plugin import registry
 from tuneforge.testing import CHECKS, SLOW_CHECKS, check_strategy, ranks, rows, small_options, strategy_checks
 

@@ -15,7 +15,7 @@ sys.path.insert(0, sys.argv[1])
 from trial import interrupted, whole
 from with_tuneforge import Tuneforge
 from world import Job, Kill
-from tuneforge.engine.run import Run
+from tuneforge.engine.context.run import Run
 
 
 class Forgetful(Tuneforge):

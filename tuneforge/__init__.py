@@ -14,44 +14,44 @@ if TYPE_CHECKING:
     from tuneforge.builtin.tables.arrays import data_of as data_of
     from tuneforge.check.limited import Limited as Limited
     from tuneforge.check.limited import LimitError as LimitError
-    from tuneforge.engine.engine import Engine as Engine
-    from tuneforge.engine.engine import Result as Result
-    from tuneforge.engine.evaluation import Metrics as Metrics
-    from tuneforge.engine.network.model import Group as Group
-    from tuneforge.engine.network.model import Model as Model
-    from tuneforge.engine.run import Run as Run
-    from tuneforge.engine.samples.data import (
+    from tuneforge.engine.context.run import Run as Run
+    from tuneforge.engine.data.dataset import (
         Batch as Batch,
     )
-    from tuneforge.engine.samples.data import (
+    from tuneforge.engine.data.dataset import (
         Data as Data,
     )
-    from tuneforge.engine.samples.data import (
+    from tuneforge.engine.data.dataset import (
         Inputable as Inputable,
     )
-    from tuneforge.engine.samples.data import (
+    from tuneforge.engine.data.dataset import (
         Inputs as Inputs,
     )
-    from tuneforge.engine.samples.data import (
+    from tuneforge.engine.data.dataset import (
         Source as Source,
     )
-    from tuneforge.engine.samples.data import (
+    from tuneforge.engine.data.dataset import (
         Split as Split,
     )
-    from tuneforge.engine.samples.data import (
+    from tuneforge.engine.data.dataset import (
         Targets as Targets,
     )
-    from tuneforge.engine.samples.data import (
+    from tuneforge.engine.data.dataset import (
         map_inputs as map_inputs,
     )
-    from tuneforge.engine.samples.order import Noise as Noise
-    from tuneforge.engine.state.tensors import load_tensors as load_tensors
-    from tuneforge.engine.state.tensors import save_tensors as save_tensors
-    from tuneforge.engine.tuned import Tuned as Tuned
-    from tuneforge.engine.tuned import evaluate as evaluate
-    from tuneforge.engine.tuned import load as load
-    from tuneforge.engine.tuned import predict as predict
-    from tuneforge.engine.tuned import with_data as with_data
+    from tuneforge.engine.data.sampler import Noise as Noise
+    from tuneforge.engine.loop.metric_set import Metrics as Metrics
+    from tuneforge.engine.model.model import Group as Group
+    from tuneforge.engine.model.model import Model as Model
+    from tuneforge.engine.session.engine import Engine as Engine
+    from tuneforge.engine.session.engine import Result as Result
+    from tuneforge.engine.session.predictor import Tuned as Tuned
+    from tuneforge.engine.session.predictor import evaluate as evaluate
+    from tuneforge.engine.session.predictor import load as load
+    from tuneforge.engine.session.predictor import predict as predict
+    from tuneforge.engine.session.predictor import with_data as with_data
+    from tuneforge.engine.storage.safetensors_io import load_tensors as load_tensors
+    from tuneforge.engine.storage.safetensors_io import save_tensors as save_tensors
     from tuneforge.errors import (
         DataError as DataError,
     )
@@ -204,7 +204,7 @@ _HOMES = {
     "tuneforge.plugin.steps": ("Phase", "Fit", "Probe", "Blend", "Step", "Steps", "Use", "use"),
     "tuneforge.plugin.answers": ("Report", "Readings", "Brief", "GroupInfo", "Answer"),
     "tuneforge.plugin.config": ("RunConfig",),
-    "tuneforge.engine.samples.data": (
+    "tuneforge.engine.data.dataset": (
         "Batch",
         "Data",
         "Inputs",
@@ -214,22 +214,22 @@ _HOMES = {
         "Inputable",
         "map_inputs",
     ),
-    "tuneforge.engine.samples.order": ("Noise",),
-    "tuneforge.engine.evaluation": ("Metrics",),
-    "tuneforge.engine.network.model": (
+    "tuneforge.engine.data.sampler": ("Noise",),
+    "tuneforge.engine.loop.metric_set": ("Metrics",),
+    "tuneforge.engine.model.model": (
         "Group",
         "Model",
     ),
-    "tuneforge.engine.run": ("Run",),
-    "tuneforge.engine.engine": (
+    "tuneforge.engine.context.run": ("Run",),
+    "tuneforge.engine.session.engine": (
         "Engine",
         "Result",
     ),
-    "tuneforge.engine.state.tensors": (
+    "tuneforge.engine.storage.safetensors_io": (
         "load_tensors",
         "save_tensors",
     ),
-    "tuneforge.engine.tuned": (
+    "tuneforge.engine.session.predictor": (
         "Tuned",
         "evaluate",
         "load",

@@ -19,7 +19,7 @@ import click
 import torch
 
 from tuneforge import Split, save_tensors
-from tuneforge.engine.samples.order import Order
+from tuneforge.engine.data.sampler import Order
 
 RUNS = 5
 DAY_S = 86_400

@@ -12,7 +12,7 @@ from torchvision import models
 
 from tuneforge import Group, Model, PluginError
 from tuneforge.builtin.adapters import Dropout, Head, InputChannels
-from tuneforge.engine.network.freezing import select
+from tuneforge.engine.model.freezing import select
 
 
 def run_of(*labels: str, size: int | None = None, seed: int = 0) -> Any:

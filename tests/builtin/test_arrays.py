@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from tuneforge import DataError, OptionError, UsageError
 from tuneforge.builtin.tables.arrays import Arrays, Tensors, data_of
 from tuneforge.builtin.targets import Classes, LabelSets, Numbers
-from tuneforge.engine.samples import given
+from tuneforge.engine.session import from_objects as given
 from tuneforge.plugin.component import build, values_of
 from tuneforge.plugin.manager import Member, implementations
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import tuneforge as tf
 from tuneforge.builtin.strategies.continual import LwF, Replay
-from tuneforge.engine.state import faults
+from tuneforge.engine.storage import fault_injection as faults
 
 
 def knowing(net, *labels):

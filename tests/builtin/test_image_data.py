@@ -20,7 +20,7 @@ from tuneforge import Data, DataError, Split, UnknownNameError, UsageError
 from tuneforge.builtin.images import image_splits
 from tuneforge.builtin.images.image_data import ImageCsv, ImageFolder, Torchvision
 from tuneforge.builtin.images.image_splits import stratified
-from tuneforge.engine.ranks import Ranks
+from tuneforge.engine.context.distributed import Ranks
 
 
 def run_of(seed: int = 0, **fields: Any) -> Any:

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 import tuneforge as tf
 from tuneforge.builtin.strategies.fixed import LPFT, BiasOnly, LayerDecay, NormOnly, WiSEFT
 from tuneforge.builtin.strategies.penalties import L2SP
-from tuneforge.engine.frozen import prefix
-from tuneforge.engine.state import faults, memory
+from tuneforge.engine.feature_cache import cache as prefix
+from tuneforge.engine.session import resume as memory
+from tuneforge.engine.storage import fault_injection as faults
 
 NORMS = {f"{block}.1.{name}" for block in ("first", "second") for name in ("weight", "bias")}
 BIASES = {f"{block}.{place}.bias" for block in ("first", "second") for place in (0, 1)}

@@ -15,7 +15,7 @@ import tuneforge as tf
 from tuneforge.__main__ import main
 from tuneforge.builtin.images.image_data import STAND_INS, ImageFolder
 from tuneforge.builtin.images.vetting import VETTED
-from tuneforge.engine.ranks import Ranks
+from tuneforge.engine.context.distributed import Ranks
 
 STEPS = [tf.Phase("head", train="head", epochs=1, lr=1e-3)]
 QUICK = ["--strategy", "head-only", "--strategy.epochs", "1", "--data.size", "32"]

@@ -296,7 +296,7 @@ def test_an_option_of_an_extension_is_named_as_it_was_typed(run):
 def test_the_cache_is_listed_and_cleared_by_key(run, tmp_path, monkeypatch):
     import torch
 
-    from tuneforge.engine.frozen.store import Store
+    from tuneforge.engine.feature_cache.disk import Store
 
     monkeypatch.setenv("TUNEFORGE_CACHE", str(tmp_path))
     for letter in "ab":

@@ -11,8 +11,8 @@ import pytest
 
 import tuneforge as tf
 from tuneforge.__main__ import main
-from tuneforge.engine.state import faults
-from tuneforge.engine.state.folder import RunFolder
+from tuneforge.engine.storage import fault_injection as faults
+from tuneforge.engine.storage.run_dir import RunFolder
 
 FEW = ["--data.per-class", "4", "--data.other-share", "0"]
 TOLD = [*FEW, "--strategy", "full", "--strategy.epochs", "2", "--seed", "3", "--with", "ema", "--ema.decay", "0.9"]

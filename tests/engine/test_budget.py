@@ -9,7 +9,8 @@ from killing import Killed, contents, killed
 from small import tiny_data, tiny_net
 
 import tuneforge as tf
-from tuneforge.engine.state import checkpoint, faults
+from tuneforge.engine.storage import checkpoint
+from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.plugin.config import budget_of
 
 

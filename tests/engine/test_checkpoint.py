@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from small import tiny_data, tiny_net
 
 import tuneforge as tf
-from tuneforge.engine.state import checkpoint, faults
-from tuneforge.engine.state.checkpoint import Checkpoints
+from tuneforge.engine.storage import checkpoint
+from tuneforge.engine.storage import fault_injection as faults
+from tuneforge.engine.storage.checkpoint import Checkpoints
 
 HISTORIES = int(os.environ.get("TUNEFORGE_HISTORIES", "100"))
 COMPARED = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json", "mistakes.json")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import tuneforge as tf
-from tuneforge.engine.network.device import choose
+from tuneforge.engine.model.device import choose
 
 
 def test_a_lazy_device_is_told_of_each_step(tune, monkeypatch):

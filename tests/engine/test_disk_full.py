@@ -18,8 +18,8 @@ import torch
 from full_disk import Disk
 
 from tuneforge.__main__ import main
-from tuneforge.engine.state import checkpoint
-from tuneforge.engine.state.folder import RunFolder, holds_run
+from tuneforge.engine.storage import checkpoint
+from tuneforge.engine.storage.run_dir import RunFolder, holds_run
 
 ALL = os.environ.get("TUNEFORGE_DISK") == "all"
 SAMPLES = 5
@@ -216,8 +216,8 @@ import contextlib, io, json, os, shutil, subprocess, sys
 from pathlib import Path
 import torch
 from tuneforge.__main__ import main
-from tuneforge.engine.state import checkpoint
-from tuneforge.engine.state.folder import holds_run
+from tuneforge.engine.storage import checkpoint
+from tuneforge.engine.storage.run_dir import holds_run
 
 torch.set_num_threads(1)
 command, compared, limits = json.loads(sys.argv[1])

@@ -280,7 +280,7 @@ def test_a_run_never_writes_over_another(tune, tmp_path):
 
 
 def test_a_folder_in_use_names_its_holder(tmp_path):
-    from tuneforge.engine.state.folder import RunFolder
+    from tuneforge.engine.storage.run_dir import RunFolder
 
     with RunFolder(tmp_path / "r"), pytest.raises(tf.FolderError, match=r"process \d+"), RunFolder(tmp_path / "r"):
         pass
@@ -424,7 +424,7 @@ def test_a_figure_whose_direction_nobody_knows_must_be_declared(tune):
 
 
 def test_infinite_masks_survive_a_blend():
-    from tuneforge.engine.solve import averaged, mixed
+    from tuneforge.engine.loop.head_fit import averaged, mixed
 
     mask = {"mask": torch.tensor([0.0, -torch.inf]), "weight": torch.tensor([1.0, 2.0])}
     other = {"mask": mask["mask"].clone(), "weight": torch.tensor([3.0, 2.0])}

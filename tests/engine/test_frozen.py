@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import tuneforge as tf
-from tuneforge.engine.frozen import fill, prefix, store
-from tuneforge.engine.state import faults
+from tuneforge.engine.feature_cache import cache as prefix
+from tuneforge.engine.feature_cache import disk as store
+from tuneforge.engine.feature_cache import extract as fill
+from tuneforge.engine.storage import fault_injection as faults
 
 
 @pytest.fixture(autouse=True)

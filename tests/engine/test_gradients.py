@@ -13,7 +13,7 @@ from small import tiny_data, tiny_net
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.engine.state import faults
+from tuneforge.engine.storage import fault_injection as faults
 
 STEPS = 24
 COUNT = int(os.environ.get("TUNEFORGE_NANS", "2"))

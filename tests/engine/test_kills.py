@@ -20,10 +20,10 @@ from small import blobs, tiny_data
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.engine import phase
-from tuneforge.engine import run as run_module
-from tuneforge.engine.parts import Parts
-from tuneforge.engine.state import memory
+from tuneforge.engine.context import run as run_module
+from tuneforge.engine.loop import train_phase as phase
+from tuneforge.engine.loop.build import Parts
+from tuneforge.engine.session import resume as memory
 
 KILLS = int(os.environ.get("TUNEFORGE_KILLS", "24"))
 CLOCK_KILLS = int(os.environ.get("TUNEFORGE_CLOCK_KILLS", "2"))

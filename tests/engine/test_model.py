@@ -4,7 +4,7 @@ from small import TinyNet
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.engine.network.freezing import freeze, modes, select, set_modes
+from tuneforge.engine.model.freezing import freeze, modes, select, set_modes
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuneforge.engine.samples.order import Noise, Order, Permutation, key_of
+from tuneforge.engine.data.sampler import Noise, Order, Permutation, key_of
 
 
 @given(st.integers(1, 500), st.integers(0, 2**64 - 1))

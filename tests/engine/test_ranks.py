@@ -129,7 +129,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from tuneforge.__main__ import main
-from tuneforge.engine.state import faults
+from tuneforge.engine.storage import faults
 flag = Path(sys.argv[1]) / "killed"
 count = [0]
 def point(name):

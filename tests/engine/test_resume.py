@@ -14,8 +14,8 @@ from small import TinyNet, tiny_data
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.engine.state import faults
-from tuneforge.engine.state.folder import RunFolder
+from tuneforge.engine.storage import fault_injection as faults
+from tuneforge.engine.storage.run_dir import RunFolder
 
 
 class Tied(TinyNet):

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tuneforge as tf
-from tuneforge.engine.samples.batches import batch_sizes, in_order, in_turn
-from tuneforge.engine.samples.order import Order
+from tuneforge.engine.data.loader import batch_sizes, in_order, in_turn
+from tuneforge.engine.data.sampler import Order
 
 INPUTS, TARGETS = torch.arange(12.0).reshape(4, 3), torch.tensor([0, 1, 0, 1])
 

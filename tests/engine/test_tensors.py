@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save
 
 import tuneforge as tf
-from tuneforge.engine.state.tensors import _TYPES
+from tuneforge.engine.storage.safetensors_io import _TYPES
 
 
 def of_every_type():

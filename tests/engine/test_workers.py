@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 import tuneforge as tf
-from tuneforge.engine.samples.batches import batches, in_turn
-from tuneforge.engine.samples.workers import Workers
-from tuneforge.engine.state import faults
+from tuneforge.engine.data.loader import batches, in_turn
+from tuneforge.engine.data.workers import Workers
+from tuneforge.engine.storage import fault_injection as faults
 
 EPOCHS = 16
 SIGNALS = int(os.environ.get("TUNEFORGE_SIGNALS", "4"))
@@ -174,7 +174,7 @@ def test_processes_end_with_what_holds_them():
 
 HOLDER = """
 import os, torch
-from tuneforge.engine.samples.workers import Workers
+from tuneforge.engine.data.workers import Workers
 
 class Who:
     def fetch(self, rows):

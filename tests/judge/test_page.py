@@ -14,8 +14,8 @@ from PIL import Image
 
 from tuneforge import FolderError
 from tuneforge.builtin.metrics import ClassFigures, NumberFigures
-from tuneforge.engine.evaluation import single_numbers
-from tuneforge.engine.state.folder import write_json
+from tuneforge.engine.loop.metric_set import single_numbers
+from tuneforge.engine.storage.run_dir import write_json
 from tuneforge.judge.page import duration, figure, write_page
 from tuneforge.plugin.answers import Readings, Report
 from tuneforge.plugin.plain import to_json

@@ -10,9 +10,9 @@ import torch
 from small import blobs, tiny_data, tiny_net
 
 import tuneforge as tf
-from tuneforge.engine.frozen import prefix
-from tuneforge.engine.state import faults
-from tuneforge.engine.state.folder import RunFolder
+from tuneforge.engine.feature_cache import cache as prefix
+from tuneforge.engine.storage import fault_injection as faults
+from tuneforge.engine.storage.run_dir import RunFolder
 from tuneforge.judge.entrants import parsed
 from tuneforge.judge.race import Race, given_of
 from tuneforge.judge.race_folder import unfinished

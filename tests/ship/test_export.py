@@ -24,7 +24,7 @@ import tuneforge as tf
 from tuneforge.builtin.images.images import Images
 from tuneforge.builtin.tables.arrays import Tensors
 from tuneforge.builtin.targets import Classes, LabelSets, Numbers
-from tuneforge.engine.tuned import with_data
+from tuneforge.engine.session.predictor import with_data
 from tuneforge.ship.bundles.export import export
 from tuneforge.ship.bundles.parity import BATCHES, ParityError, compared
 

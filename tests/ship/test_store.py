@@ -12,7 +12,7 @@ from small import blobs
 
 import tuneforge as tf
 from tuneforge.__main__ import main
-from tuneforge.engine.state import faults
+from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.ship.bundles.export import export
 from tuneforge.ship.champion.gate import Rules
 from tuneforge.ship.champion.promote import promote

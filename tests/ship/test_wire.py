@@ -13,7 +13,7 @@ from standin import serving
 
 import tuneforge as tf
 from tuneforge.__main__ import main
-from tuneforge.engine import tuned
+from tuneforge.engine.session import predictor as tuned
 from tuneforge.ship.wire import senders, wire
 from tuneforge.ship.wire.client import Server
 
@@ -141,7 +141,7 @@ def test_an_address_that_is_none_is_refused(url):
     ],
 )
 def test_a_description_turns_back_into_the_output(targets, output):
-    from tuneforge.engine.parts import part
+    from tuneforge.engine.loop.build import part
 
     built = part("targets", targets)
     described = json.loads(json.dumps(built.describe(torch.tensor(output))))

@@ -103,7 +103,7 @@ def features_of_run(folder: Path, paths: Sequence[str]) -> Floats:
     """
     import torch
 
-    from tuneforge.engine.tuned import load
+    from tuneforge.engine.session.predictor import load
 
     tuned = load(folder)
     caught: list[Any] = []

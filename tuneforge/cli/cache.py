@@ -24,7 +24,7 @@ def cache() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object an entry.")
 def list_entries(folder: Path | None, as_json: bool) -> None:
     """List the entries, the most recently used first."""
-    from tuneforge.engine.frozen.store import Store, default_folder
+    from tuneforge.engine.feature_cache.disk import Store, default_folder
 
     store = Store(folder or default_folder(), 0)
     entries = store.entries()[::-1]
@@ -44,7 +44,7 @@ def list_entries(folder: Path | None, as_json: bool) -> None:
 @click.argument("key", nargs=-1)
 def clear(folder: Path | None, key: tuple[str, ...]) -> None:
     """Delete all entries, or those whose keys begin with KEY; runs compute again what they need."""
-    from tuneforge.engine.frozen.store import Store, default_folder
+    from tuneforge.engine.feature_cache.disk import Store, default_folder
     from tuneforge.errors import UsageError, close_match
 
     store = Store(folder or default_folder(), 0)

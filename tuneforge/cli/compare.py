@@ -16,7 +16,7 @@ import click
 from tuneforge.cli.options import ComponentCommand, configuration, own_options
 
 if TYPE_CHECKING:
-    from tuneforge.engine.engine import Engine
+    from tuneforge.engine.session.engine import Engine
     from tuneforge.judge.race import Race
     from tuneforge.judge.table import Comparison
 

@@ -130,7 +130,7 @@ def _write(findings: Findings, out: Path, kinds: list[str], memory_mb: int, seco
     """The files of the check."""
     from tuneforge.check.check import cleaned
     from tuneforge.check.page import page_of
-    from tuneforge.engine.state.folder import write_json, write_whole
+    from tuneforge.engine.storage.run_dir import write_json, write_whole
 
     write_json(out / ISSUES, findings.plain())
     write_whole(out / PAGE, page_of(findings, memory_mb=memory_mb, seconds=seconds).encode(errors="backslashreplace"))
@@ -152,7 +152,7 @@ def _require_own(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        from tuneforge.engine.state.folder import unwritten
+        from tuneforge.engine.storage.run_dir import unwritten
 
         raise unwritten(out, error) from None
 

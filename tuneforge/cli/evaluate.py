@@ -15,9 +15,9 @@ def _evaluate(folder: Path, **values: Any) -> None:
     """Evaluate a finished run again: on its own data, or with --data on others."""
     ctx = click.get_current_context()
     config = configuration(ctx, values)
-    from tuneforge.engine import tuned
-    from tuneforge.engine.state import story
-    from tuneforge.engine.state.folder import finite
+    from tuneforge.engine.session import messages as story
+    from tuneforge.engine.session import predictor as tuned
+    from tuneforge.engine.storage.run_dir import finite
 
     figures = tuned.evaluate(
         folder,

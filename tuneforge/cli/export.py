@@ -27,7 +27,7 @@ def export(
     The model is opened again and compared with the tuned one on the real test split, at batch sizes 1, 2, 7 and 16.
     Where a class differs or a probability is off by more than 1e-4, nothing is written.
     """
-    from tuneforge.engine.state.folder import read_json
+    from tuneforge.engine.storage.run_dir import read_json
     from tuneforge.ship.bundles.bundle import BUNDLE, CARD
     from tuneforge.ship.bundles.export import export as exported
 

@@ -23,7 +23,7 @@ def _lr_find(**values: Any) -> None:
     tuneforge lr-find --optimizer sgd --plot rates.png
     """
     config = configuration(click.get_current_context(), values)
-    from tuneforge.engine.engine import Engine
+    from tuneforge.engine.session.engine import Engine
     from tuneforge.judge.lr_find import lr_find as find
 
     found = find(Engine.of(config), train=values["train"] or "all", batches=values["batches"])
@@ -53,7 +53,7 @@ def _print(found: Rates) -> None:
 
 
 def _plain(found: Rates) -> dict[str, Any]:
-    from tuneforge.engine.state.folder import finite
+    from tuneforge.engine.storage.run_dir import finite
 
     losses = [{"rate": rate, "loss": finite(loss)} for rate, loss in found.losses.items()]
     return {"losses": losses, "suggestion": found.suggestion, "reason": found.reason, "trained": found.trained}

@@ -51,7 +51,7 @@ def list_(store: Path, as_json: bool) -> None:
 @_JSON
 def show(name: str, version: int | None, store: Path, as_json: bool) -> None:
     """Show a version (the champion by default) and the log of its name."""
-    from tuneforge.engine.state.folder import read_json
+    from tuneforge.engine.storage.run_dir import read_json
     from tuneforge.ship.bundles import sealed
     from tuneforge.ship.bundles.bundle import BUNDLE, CARD
     from tuneforge.ship.champion.store import store_of
@@ -93,7 +93,7 @@ def rollback(name: str, to: int | None, store: Path, as_json: bool) -> None:
 
 
 def _rows(store: Store) -> list[dict[str, Any]]:
-    from tuneforge.engine.state.folder import read_json
+    from tuneforge.engine.storage.run_dir import read_json
     from tuneforge.ship.bundles.bundle import BUNDLE
 
     rows = []

@@ -23,7 +23,7 @@ def predict(folder: Path, things: tuple[str, ...], as_csv: bool, as_json: bool, 
 
     Exits 65 where some input could not be read; the others are answered all the same.
     """
-    from tuneforge.engine.tuned import load
+    from tuneforge.engine.session.predictor import load
     from tuneforge.errors import DataError
 
     tuned = load(folder, device_name=device)

@@ -24,9 +24,9 @@ def report(folder: Path, plan: bool, out: Path | None, as_json: bool) -> None:
 
     With --plan: the steps that it took, to read, to change and to run with --strategy plan-file.
     """
-    from tuneforge.engine.state import folder as names
-    from tuneforge.engine.state import story
-    from tuneforge.engine.tuned import require_done
+    from tuneforge.engine.session import messages as story
+    from tuneforge.engine.session.predictor import require_done
+    from tuneforge.engine.storage import run_dir as names
     from tuneforge.errors import UsageError
     from tuneforge.judge.page import write_page
 
@@ -48,8 +48,8 @@ def report(folder: Path, plan: bool, out: Path | None, as_json: bool) -> None:
 def _plan(folder: Path, out: Path | None, *, as_json: bool) -> None:
     """Print or write the executed steps; what keeps them from giving the same weights is said on standard error too."""
     from tuneforge.builtin.strategies.plan_file import as_entry, plan_text
-    from tuneforge.engine.state import folder as names
-    from tuneforge.engine.state import story
+    from tuneforge.engine.session import messages as story
+    from tuneforge.engine.storage import run_dir as names
     from tuneforge.plugin.plain import from_json
 
     steps: list[Step] = [from_json(json.dumps(line["step"])) for line in names.read_lines(folder / names.STEPS)]
@@ -73,7 +73,7 @@ def _plan(folder: Path, out: Path | None, *, as_json: bool) -> None:
 
 def _differences(folder: Path, record: dict[str, Any], steps: list[Step]) -> Iterator[str]:
     """Why the steps alone, with the run's other options, would not give the same weights."""
-    from tuneforge.engine.state import folder as names
+    from tuneforge.engine.storage import run_dir as names
 
     yield from beyond_steps(record["config"]["strategy"]["name"])
     budget = names.read_json(folder / names.REPORT).get("stopped_by_budget")
@@ -83,7 +83,7 @@ def _differences(folder: Path, record: dict[str, Any], steps: list[Step]) -> Ite
 
 def beyond_steps(strategy: str) -> Iterator[str]:
     """What a strategy does that no plan holds, such as changing the loss; nothing where it only asks for steps."""
-    from tuneforge.engine.samples import given
+    from tuneforge.engine.session import from_objects as given
     from tuneforge.errors import TuneforgeError
     from tuneforge.plugin import registry
     from tuneforge.plugin.manager import check_hooks

@@ -149,14 +149,14 @@ def _mentioned(told: Mapping[str, Any], args: list[str]) -> dict[str, Any]:
 
 
 def _told(folder: Path) -> dict[str, Any]:
-    from tuneforge.engine.state.folder import RUN, read_json
+    from tuneforge.engine.storage.run_dir import RUN, read_json
 
     told: dict[str, Any] = read_json(folder / RUN, "config")["config"]
     return told
 
 
 def _newest(runs: Path) -> Path:
-    from tuneforge.engine.state.memory import resumable
+    from tuneforge.engine.session.resume import resumable
 
     found = resumable(runs)
     if not found:
@@ -196,7 +196,7 @@ def _resume(**values: Any) -> None:
     if values["print_config"]:
         click.echo(to_toml(resolve(told, where=str(folder))), nl=False)
         return
-    from tuneforge.engine.engine import Engine
+    from tuneforge.engine.session.engine import Engine
 
     carry_out(lambda screen: Engine.resume(folder, say=screen.say, also=[screen]), as_json=values["as_json"])
 

@@ -21,7 +21,7 @@ from tuneforge.cli.options import ComponentCommand, configuration, own_options
 
 if TYPE_CHECKING:
     from tuneforge.cli.screen import Screen
-    from tuneforge.engine.engine import Engine
+    from tuneforge.engine.session.engine import Engine
     from tuneforge.plugin.config import RunConfig
 
 _CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -37,7 +37,7 @@ def _run(**values: Any) -> None:
     """
     config = configuration(click.get_current_context(), values)
     as_json = values["as_json"]
-    from tuneforge.engine.engine import Engine
+    from tuneforge.engine.session.engine import Engine
     from tuneforge.plugin.config import to_toml
 
     if values["print_config"]:
@@ -58,8 +58,8 @@ def _begun_before(config: RunConfig) -> Path | None:
     """The run that these processes had begun before torchrun started them again; None where it did not."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return None
-    from tuneforge.engine.ranks import Ranks
-    from tuneforge.engine.state.folder import STATUS, read_json
+    from tuneforge.engine.context.distributed import Ranks
+    from tuneforge.engine.storage.run_dir import STATUS, read_json
 
     ranks = Ranks.joined()
     base = Path("runs") if config.out is None else config.out.parent
@@ -76,7 +76,7 @@ def _begun_before(config: RunConfig) -> Path | None:
 
 
 def _is_done(run: Path) -> bool:
-    from tuneforge.engine.state.folder import STATUS, read_json
+    from tuneforge.engine.storage.run_dir import STATUS, read_json
 
     return bool(read_json(run / STATUS)["state"] == "done")
 
@@ -154,8 +154,8 @@ def _print_plan(config: RunConfig, *, as_json: bool) -> None:
     """Print the steps that are known before any is done, and whether the strategy decides what follows."""
     from tuneforge.builtin.strategies.plan_file import as_entry, plan_text
     from tuneforge.cli.report import beyond_steps
-    from tuneforge.engine.engine import Engine
-    from tuneforge.engine.state import story
+    from tuneforge.engine.session import messages as story
+    from tuneforge.engine.session.engine import Engine
 
     heading: list[str] = []
     plan = Engine.of(config, say=heading.append).plan()
@@ -170,7 +170,7 @@ def _print_plan(config: RunConfig, *, as_json: bool) -> None:
 
 
 def _read_report(folder: Any) -> Any:
-    from tuneforge.engine.state.folder import REPORT, read_json
+    from tuneforge.engine.storage.run_dir import REPORT, read_json
 
     return read_json(folder / REPORT)
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tuneforge.plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from tuneforge.engine.run import Run
+    from tuneforge.engine.context.run import Run
 
 _LOOK_S = 0.2
 _ENOUGH_STEPS, _ENOUGH_S = 10, 2.0

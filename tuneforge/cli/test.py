@@ -30,7 +30,7 @@ def _test(url: str, **values: Any) -> int:
     ctx = click.get_current_context()
     config = configuration(ctx, values)
     floors = dict(_floor(text) for text in values["floors"])
-    from tuneforge.engine.state.folder import REPORT, finite, read_json
+    from tuneforge.engine.storage.run_dir import REPORT, finite, read_json
     from tuneforge.errors import UsageError
     from tuneforge.ship.wire import client, wire
 
@@ -94,7 +94,7 @@ def _plain(measured: Measured, misses: list[str]) -> dict[str, Any]:
 def _lines(
     measured: Measured, headline: tuple[str, ...], misses: list[str], floors: Mapping[str, float]
 ) -> Iterator[str]:
-    from tuneforge.engine.state import story
+    from tuneforge.engine.session import messages as story
 
     yield from story.of_result(measured.figures, headline)
     latencies = "  ".join(f"p{percent} {measured.latency_ms(percent):.2f} ms" for percent in (50, 95, 99))

@@ -1,1 +1,1 @@
-"""A run, from its configuration to its folder. It knows neither images nor classes."""
+"""The engine, from the bottom of the stack to its top: storage, data, model, context, feature_cache, loop, session."""

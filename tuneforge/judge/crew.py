@@ -28,8 +28,8 @@ import attrs
 import torch
 from torch import distributed
 
-from tuneforge.engine.state import folder as names
-from tuneforge.engine.state.folder import RunFolder
+from tuneforge.engine.storage import run_dir as names
+from tuneforge.engine.storage.run_dir import RunFolder
 from tuneforge.errors import FolderError, StoppedError, TryAgainError, UsageError
 
 _CLAIMS = ".claims"

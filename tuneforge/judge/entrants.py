@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from tuneforge.engine.samples import given
+from tuneforge.engine.session import from_objects as given
 from tuneforge.errors import UnknownNameError, UsageError, close_match
 from tuneforge.plugin import registry
 from tuneforge.plugin.component import options_of

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tuneforge.engine.state import folder as names
+from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import UsageError
 from tuneforge.judge.entrants import baseline_of, is_object
 from tuneforge.judge.standings import FAILED, RANKED, Finished, Row, judged, monitored, shared_notes

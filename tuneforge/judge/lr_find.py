@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from tuneforge.engine.network.freezing import select
-from tuneforge.engine.network.optim import Optimization
-from tuneforge.engine.parts import Parts
-from tuneforge.engine.probe import probe
+from tuneforge.engine.loop.build import Parts
+from tuneforge.engine.loop.diagnosis import probe
+from tuneforge.engine.model.freezing import select
+from tuneforge.engine.model.optimizer import Optimization
 from tuneforge.errors import UsageError
 from tuneforge.plugin.steps import Phase, Probe
 
 if TYPE_CHECKING:
-    from tuneforge.engine.engine import Engine
+    from tuneforge.engine.session.engine import Engine
 
 
 @attrs.frozen

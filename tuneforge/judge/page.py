@@ -15,9 +15,9 @@ import jinja2
 import numpy as np
 import tomli_w
 
-from tuneforge.engine.evaluation import single_numbers
-from tuneforge.engine.state import folder as names
-from tuneforge.engine.state import story
+from tuneforge.engine.loop.metric_set import single_numbers
+from tuneforge.engine.session import messages as story
+from tuneforge.engine.storage import run_dir as names
 from tuneforge.judge import pictures
 from tuneforge.plugin.answers import Readings, Report
 from tuneforge.plugin.plain import from_json

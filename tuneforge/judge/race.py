@@ -19,11 +19,11 @@ from typing import Any
 import attrs
 from torch import nn
 
-from tuneforge.engine.engine import Engine
-from tuneforge.engine.network.model import Model
-from tuneforge.engine.samples import given as objects
-from tuneforge.engine.state import folder as names
-from tuneforge.engine.state.folder import RunFolder
+from tuneforge.engine.model.model import Model
+from tuneforge.engine.session import from_objects as objects
+from tuneforge.engine.session.engine import Engine
+from tuneforge.engine.storage import run_dir as names
+from tuneforge.engine.storage.run_dir import RunFolder
 from tuneforge.errors import FolderError, StoppedError, TuneforgeError, UsageError
 from tuneforge.judge import finished
 from tuneforge.judge.crew import Crew, Meeting, await_end, each_alone, let_go, threads_each

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import tuneforge
-from tuneforge.engine.state import folder as names
-from tuneforge.engine.state.folder import RunFolder, finite
+from tuneforge.engine.storage import run_dir as names
+from tuneforge.engine.storage.run_dir import RunFolder, finite
 from tuneforge.errors import FolderError, UsageError
 from tuneforge.judge.entrants import is_object
 from tuneforge.plugin.config import GROUP_OF

@@ -17,13 +17,13 @@ from typing import Any
 
 import attrs
 
-from tuneforge.engine.passes import evaluate
-from tuneforge.engine.run import Run
-from tuneforge.engine.solve import Snapshot, mixed
-from tuneforge.engine.state import folder as names
-from tuneforge.engine.state.memory import BRIEF
-from tuneforge.engine.state.tensors import load_state, load_tensors, save_tensors
-from tuneforge.engine.tuned import load, with_data
+from tuneforge.engine.context.run import Run
+from tuneforge.engine.loop.evaluation import evaluate
+from tuneforge.engine.loop.head_fit import Snapshot, mixed
+from tuneforge.engine.session.predictor import load, with_data
+from tuneforge.engine.session.resume import BRIEF
+from tuneforge.engine.storage import run_dir as names
+from tuneforge.engine.storage.safetensors_io import load_state, load_tensors, save_tensors
 from tuneforge.judge.entrants import SOUP
 from tuneforge.judge.standings import Finished, ahead_of
 

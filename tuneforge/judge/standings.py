@@ -10,9 +10,9 @@ from typing import Any
 
 import attrs
 
-from tuneforge.engine.state import folder as names
-from tuneforge.engine.state.memory import BRIEF
-from tuneforge.engine.tuned import require_done
+from tuneforge.engine.session.predictor import require_done
+from tuneforge.engine.session.resume import BRIEF
+from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import FolderError, UsageError
 from tuneforge.judge.statistics import LEVEL, Paired, holm, mean_and_spread, paired
 from tuneforge.plugin.plain import from_json

@@ -9,8 +9,8 @@ from typing import Any
 
 import attrs
 
-from tuneforge.engine.state import folder as names
-from tuneforge.engine.state.folder import finite
+from tuneforge.engine.storage import run_dir as names
+from tuneforge.engine.storage.run_dir import finite
 from tuneforge.judge import pictures
 from tuneforge.judge.page import duration, figure
 from tuneforge.judge.standings import BETTER, DROPPED, FAILED, RANKED, SAME, WORSE, Row, Standings, test_figures

@@ -10,8 +10,8 @@ from typing import Any
 import attrs
 
 from tuneforge import errors
-from tuneforge.engine.engine import Engine
-from tuneforge.engine.state import folder as names
+from tuneforge.engine.session.engine import Engine
+from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import FolderError, StoppedError, TryAgainError, TuneforgeError, UsageError
 from tuneforge.judge.entrants import Entrant
 from tuneforge.judge.standings import Finished

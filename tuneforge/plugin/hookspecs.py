@@ -14,10 +14,10 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tuneforge.engine.evaluation import Metrics
-    from tuneforge.engine.network.model import Model
-    from tuneforge.engine.run import Run
-    from tuneforge.engine.samples.data import Batch, Data
+    from tuneforge.engine.context.run import Run
+    from tuneforge.engine.data.dataset import Batch, Data
+    from tuneforge.engine.loop.metric_set import Metrics
+    from tuneforge.engine.model.model import Model
     from tuneforge.plugin.answers import Brief
     from tuneforge.plugin.steps import Step
 

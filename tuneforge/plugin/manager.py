@@ -110,7 +110,7 @@ class Hooks:
         return model
 
     def _evaluate(self, run: Any) -> Any:
-        from tuneforge.engine.evaluation import MergedMetrics
+        from tuneforge.engine.loop.metric_set import MergedMetrics
 
         return MergedMetrics([(link.owner.label, _call(link, run=run)) for link in self._links("evaluate")])
 

@@ -26,7 +26,7 @@ import tuneforge as tf
 from tuneforge.builtin.images.images import Images
 from tuneforge.builtin.tables.answers import split_rows
 from tuneforge.builtin.tables.arrays import Tensors
-from tuneforge.engine.state.tensors import load_state, state_of
+from tuneforge.engine.storage.safetensors_io import load_state, state_of
 from tuneforge.sklearn.memory import Remembering
 
 _NESTED = ("model", "strategy")  # parameters that have options of their own

@@ -15,8 +15,8 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.engine.state import folder
-from tuneforge.engine.state.tensors import state_of
+from tuneforge.engine.storage import run_dir as folder
+from tuneforge.engine.storage.safetensors_io import state_of
 from tuneforge.plugin.plain import from_json, to_json
 
 ESTIMATOR = "estimator.json"

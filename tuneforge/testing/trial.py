@@ -12,7 +12,7 @@ import attrs
 import torch
 
 from tuneforge import Engine, Result, Run, Step, StoppedError, Use, hookimpl
-from tuneforge.engine.state import faults
+from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.plugin.component import build
 from tuneforge.testing import world
 

@@ -11,7 +11,7 @@ import pytest
 from bundles import digits
 
 import tuneforge as tf
-from tuneforge.engine.state.folder import write_json
+from tuneforge.engine.storage.run_dir import write_json
 from tuneforge.ship.bundles.bundle import CHAMPION
 from tuneforge.ship.bundles.export import export
 

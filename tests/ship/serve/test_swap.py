@@ -15,7 +15,7 @@ import time
 import pytest
 import torch
 
-from tuneforge.engine.state.tensors import load_tensors, save_tensors
+from tuneforge.engine.storage.safetensors_io import load_tensors, save_tensors
 from tuneforge.ship.bundles import sealed
 from tuneforge.ship.bundles.bundle import servable_of
 from tuneforge.ship.bundles.export import export

@@ -21,10 +21,10 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from tuneforge.engine import tuned
-from tuneforge.engine.parts import part
-from tuneforge.engine.samples.data import Inputable, Inputs, Targets, map_inputs
-from tuneforge.engine.state import folder as names
+from tuneforge.engine.data.dataset import Inputable, Inputs, Targets, map_inputs
+from tuneforge.engine.loop.build import part
+from tuneforge.engine.session import predictor as tuned
+from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import FolderError, HaltError, MissingDependencyError, UsageError, close_match
 from tuneforge.plugin.steps import Use
 from tuneforge.ship.bundles import sealed

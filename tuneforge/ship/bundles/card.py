@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tuneforge.engine.evaluation import single_numbers
+from tuneforge.engine.loop.metric_set import single_numbers
 from tuneforge.plugin import registry
 from tuneforge.plugin.component import options_of
 

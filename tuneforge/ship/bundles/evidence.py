@@ -13,9 +13,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.samples.batches import fetched, in_turn
-from tuneforge.engine.samples.data import Inputable, Split, Targets, tensors_of
-from tuneforge.engine.state.tensors import load_tensors, save_tensors
+from tuneforge.engine.data.dataset import Inputable, Split, Targets, tensors_of
+from tuneforge.engine.data.loader import fetched, in_turn
+from tuneforge.engine.storage.safetensors_io import load_tensors, save_tensors
 from tuneforge.ship.bundles.formats import Forward, answers_of
 
 FILE = "evidence.safetensors"

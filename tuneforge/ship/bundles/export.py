@@ -16,9 +16,9 @@ import attrs
 import torch
 
 import tuneforge
-from tuneforge.engine.samples.data import Data, Split
-from tuneforge.engine.state import folder as names
-from tuneforge.engine.tuned import Tuned, load, with_data
+from tuneforge.engine.data.dataset import Data, Split
+from tuneforge.engine.session.predictor import Tuned, load, with_data
+from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import DataError, UsageError
 from tuneforge.plugin import registry
 from tuneforge.ship.bundles import card, evidence

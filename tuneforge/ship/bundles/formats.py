@@ -11,8 +11,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tuneforge.engine.samples.data import Inputable, Targets, map_inputs
-from tuneforge.engine.tuned import Tuned
+from tuneforge.engine.data.dataset import Inputable, Targets, map_inputs
+from tuneforge.engine.session.predictor import Tuned
 
 Forward = Callable[[Inputable], Tensor]
 """From the stored form of a batch, on the CPU, to the model's outputs, float32 (b, k), on the CPU. Thread-safe."""

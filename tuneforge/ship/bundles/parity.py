@@ -11,8 +11,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.samples.batches import fetched, in_turn
-from tuneforge.engine.samples.data import Inputable, Split, Stored, Targets, tensors_of
+from tuneforge.engine.data.dataset import Inputable, Split, Stored, Targets, tensors_of
+from tuneforge.engine.data.loader import fetched, in_turn
 from tuneforge.errors import HaltError
 from tuneforge.ship.bundles.formats import Forward, answers_of
 

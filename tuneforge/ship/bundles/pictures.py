@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tuneforge.engine.samples.batches import fetched, in_turn
-from tuneforge.engine.samples.data import Split, Targets
+from tuneforge.engine.data.dataset import Split, Targets
+from tuneforge.engine.data.loader import fetched, in_turn
 from tuneforge.errors import DataError, FolderError
 
 

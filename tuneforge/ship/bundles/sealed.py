@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tuneforge.engine.state import faults
-from tuneforge.engine.state.folder import write_json
+from tuneforge.engine.storage import fault_injection as faults
+from tuneforge.engine.storage.run_dir import write_json
 from tuneforge.errors import FolderError, TryAgainError, TuneforgeError
 
 MANIFEST = "manifest.json"

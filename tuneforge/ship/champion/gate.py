@@ -13,8 +13,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.samples.batches import fetched, in_turn
-from tuneforge.engine.samples.data import Inputable, Split, Targets
+from tuneforge.engine.data.dataset import Inputable, Split, Targets
+from tuneforge.engine.data.loader import fetched, in_turn
 from tuneforge.plugin.component import values_of
 from tuneforge.ship.bundles.bundle import Servable
 from tuneforge.ship.bundles.evidence import digests

@@ -10,9 +10,9 @@ from typing import Any
 
 import attrs
 
-from tuneforge.engine.samples.data import Data, Split, Targets
-from tuneforge.engine.state import folder as names
-from tuneforge.engine.tuned import load
+from tuneforge.engine.data.dataset import Data, Split, Targets
+from tuneforge.engine.session.predictor import load
+from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import PluginError
 from tuneforge.ship.bundles import sealed
 from tuneforge.ship.bundles.bundle import BUNDLE, Servable, load_bundle

@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tuneforge.engine.state import faults
-from tuneforge.engine.state.folder import RUN, STATUS, read_json, write_json
+from tuneforge.engine.storage import fault_injection as faults
+from tuneforge.engine.storage.run_dir import RUN, STATUS, read_json, write_json
 from tuneforge.errors import FolderError, TryAgainError, UsageError, close_match
 from tuneforge.ship.bundles import sealed
 from tuneforge.ship.bundles.bundle import BUNDLE, CHAMPION, Servable, load_bundle

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from tuneforge.engine.network import device
-from tuneforge.engine.parts import part
-from tuneforge.engine.run import Run
-from tuneforge.engine.samples import given
-from tuneforge.engine.samples.data import Data, Inputs, Split, Targets, tensors_of
+from tuneforge.engine.context.run import Run
+from tuneforge.engine.data.dataset import Data, Inputs, Split, Targets, tensors_of
+from tuneforge.engine.loop.build import part
+from tuneforge.engine.model import device
+from tuneforge.engine.session import from_objects as given
 from tuneforge.errors import DataError
 from tuneforge.plugin.config import resolve
 from tuneforge.plugin.manager import Hooks

@@ -10,7 +10,7 @@ import attrs
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from tuneforge.engine.samples.data import Inputable, Inputs, tensors_of
+from tuneforge.engine.data.dataset import Inputable, Inputs, tensors_of
 from tuneforge.errors import DataError
 
 TENSORS = "application/x-safetensors"

@@ -17,11 +17,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine import tuned
-from tuneforge.engine.engine import Engine
-from tuneforge.engine.samples.data import Data, Inputs, Split, tensors_of
-from tuneforge.engine.state import folder as names
-from tuneforge.engine.state.tensors import save_tensors
+from tuneforge.engine.data.dataset import Data, Inputs, Split, tensors_of
+from tuneforge.engine.session import predictor as tuned
+from tuneforge.engine.session.engine import Engine
+from tuneforge.engine.storage import run_dir as names
+from tuneforge.engine.storage.safetensors_io import save_tensors
 from tuneforge.errors import DataError, FolderError, UsageError
 from tuneforge.plugin.steps import Use
 from tuneforge.ship.bundles.bundle import BUNDLE

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tuneforge.engine.passes import head_features
-from tuneforge.engine.run import Run
-from tuneforge.engine.samples.data import Split
+from tuneforge.engine.context.run import Run
+from tuneforge.engine.data.dataset import Split
+from tuneforge.engine.loop.evaluation import head_features
 
 _NEAREST = 10
 _TRUST = (

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tuneforge.engine.samples.data import Inputable
+from tuneforge.engine.data.dataset import Inputable
 from tuneforge.ship.bundles.evidence import Evidence, summary
 from tuneforge.ship.circle.records import Records
 

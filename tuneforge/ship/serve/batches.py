@@ -20,7 +20,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.samples.data import Inputable, map_inputs, tensors_of
+from tuneforge.engine.data.dataset import Inputable, map_inputs, tensors_of
 from tuneforge.ship.serve.bounds import busy
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import attrs
 
-from tuneforge.engine.samples.data import Inputable
+from tuneforge.engine.data.dataset import Inputable
 from tuneforge.ship.serve.batches import Batches, Computed
 from tuneforge.ship.serve.bounds import Bodies, Limits, Refusal, busy
 from tuneforge.ship.serve.kept import Keeper

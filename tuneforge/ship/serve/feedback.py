@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from tuneforge.engine.samples.data import Inputs
+from tuneforge.engine.data.dataset import Inputs
 from tuneforge.errors import DataError, TryAgainError, UnknownNameError
 from tuneforge.ship.circle.records import Exchange, Label, Records, in_share
 from tuneforge.ship.circle.watch import Watched, watched

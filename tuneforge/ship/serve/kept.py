@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from starlette.requests import Request
 
-from tuneforge.engine.samples.data import Inputable, tensors_of
+from tuneforge.engine.data.dataset import Inputable, tensors_of
 from tuneforge.ship.circle.exchanges import Exchange
 from tuneforge.ship.circle.watch import features_of
 from tuneforge.ship.serve.models import Served

@@ -19,8 +19,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.samples.data import Inputable, Inputs, Targets
-from tuneforge.engine.state import folder as names
+from tuneforge.engine.data.dataset import Inputable, Inputs, Targets
+from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import FolderError, HaltError, MissingDependencyError, TuneforgeError
 from tuneforge.ship.bundles import sealed
 from tuneforge.ship.bundles.bundle import BUNDLE, CHAMPION, Servable, backends_of, servable_of

@@ -20,7 +20,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from torch import Tensor
 
-from tuneforge.engine.samples.data import Inputable, map_inputs, tensors_of
+from tuneforge.engine.data.dataset import Inputable, map_inputs, tensors_of
 from tuneforge.errors import DataError
 from tuneforge.ship.circle.exchanges import TENSORS
 from tuneforge.ship.serve.batches import Computed

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from torch import Tensor
 
 import tuneforge
-from tuneforge.engine.samples.data import Inputable
+from tuneforge.engine.data.dataset import Inputable
 from tuneforge.ship.bundles.formats import answers_of
 from tuneforge.ship.circle.exchanges import TENSORS, Exchange, as_body
 from tuneforge.ship.serve.bounds import Refusal

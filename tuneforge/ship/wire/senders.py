@@ -16,7 +16,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.samples.data import Split, Taken, Targets, tensors_of
+from tuneforge.engine.data.dataset import Split, Taken, Targets, tensors_of
 from tuneforge.errors import DataError
 from tuneforge.ship.wire.client import Connection, Server
 

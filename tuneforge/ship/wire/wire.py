@@ -20,13 +20,13 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine import tuned
-from tuneforge.engine.evaluation import single_numbers, watched
-from tuneforge.engine.network import device
-from tuneforge.engine.run import Run
-from tuneforge.engine.samples.batches import in_turn
-from tuneforge.engine.samples.data import Split, Targets
-from tuneforge.engine.samples.given import member
+from tuneforge.engine.context.run import Run
+from tuneforge.engine.data.dataset import Split, Targets
+from tuneforge.engine.data.loader import in_turn
+from tuneforge.engine.loop.metric_set import single_numbers, watched
+from tuneforge.engine.model import device
+from tuneforge.engine.session import predictor as tuned
+from tuneforge.engine.session.from_objects import member
 from tuneforge.errors import UnknownNameError, UsageError, close_match
 from tuneforge.plugin import registry
 from tuneforge.plugin.component import options_of

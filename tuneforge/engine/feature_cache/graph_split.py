@@ -1,0 +1,291 @@
+"""Where a model can be cut: what depends only on the input and on frozen weights comes before, the rest after.
+
+The cut is by dataflow. The model is traced in given modes, by `torch.fx`, or by `torch.export` where that cannot; a
+node is *live* that reaches a trained parameter, a random operation or a module in training mode. The values that cross
+from the others to the live ones are the border.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from tuneforge.engine.model.freezing import set_modes
+
+Modes = list[tuple[nn.Module, bool]]
+_RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "multinomial", "normal", "poisson"}
+_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
+
+
+class NoPrefixError(Exception):
+    """There is no prefix worth keeping; the message completes `not cached: ...`."""
+
+
+class UntraceableError(NoPrefixError):
+    """This way of tracing does not serve; another one may."""
+
+
+@attrs.frozen(eq=False)
+class Parts:
+    """A model in two parts.
+
+    Args:
+        head: Ready inputs to the values at the border, each (b, ...).
+        training: The values to the answer, in the modes of the phase.
+        evaluating: The same in eval mode.
+        trace: The whole model in the modes of the phase.
+        border: Names of the nodes whose values cross.
+    """
+
+    head: fx.GraphModule
+    training: fx.GraphModule
+    evaluating: fx.GraphModule
+    trace: Trace
+    border: list[str]
+
+    def border_if(self, trained: Iterable[nn.Parameter], example: Any) -> list[str]:
+        """Where the border would be if these parameters trained too.
+
+        Raises:
+            NoPrefixError: Nothing would lie before it.
+        """
+        thawed = [parameter for parameter in trained if not parameter.requires_grad]
+        for parameter in thawed:
+            parameter.requires_grad_(True)
+        try:
+            return _border(self.trace, example)
+        finally:
+            for parameter in thawed:
+                parameter.requires_grad_(False)
+
+
+@attrs.frozen(eq=False)
+class Trace:
+    """A traced module: the graph, and what its names refer to."""
+
+    graph: fx.Graph
+    root: nn.Module
+
+    def before(self, border: Iterable[str]) -> fx.GraphModule:
+        """The part that computes the values at a border."""
+        by_name = {node.name: node for node in self.graph.nodes}
+        crossing = [by_name[name] for name in border]
+        needed = _sources(crossing, stop=set())
+        part = fx.Graph()
+        seen: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            if node.op == "placeholder" or node in needed:
+                seen[node] = part.node_copy(node, seen.__getitem__)
+        part.output(tuple(seen[node] for node in crossing))
+        return fx.GraphModule(self.root, part)
+
+    def after(self, border: Iterable[str]) -> fx.GraphModule:
+        """The part that goes on from the values at a border.
+
+        Raises:
+            NoPrefixError: It would need the input as well, or this trace has no such border.
+        """
+        by_name = {node.name: node for node in self.graph.nodes}
+        if not set(border) <= set(by_name):
+            raise NoPrefixError("the model takes another way in evaluation")
+        crossing = [by_name[name] for name in border]
+        (answer,) = (node for node in self.graph.nodes if node.op == "output")
+        needed = _sources([answer], stop={*crossing, *filter(_is_batch_size, self.graph.nodes)})
+        part = fx.Graph()
+        placed = {node: part.placeholder(f"value_{place}") for place, node in enumerate(crossing)}
+        for node in self.graph.nodes:
+            if node in needed and node not in placed and node is not answer:
+                if node.op == "placeholder":
+                    raise NoPrefixError("what trains takes the input itself")
+                if _is_batch_size(node):  # every value at the border has it
+                    placed[node] = part.call_function(node.target, (placed[crossing[0]], 0))
+                else:
+                    placed[node] = part.node_copy(node, placed.__getitem__)
+        part.output(fx.map_arg(answer.args[0], placed.__getitem__))
+        return fx.GraphModule(self.root, part)
+
+
+def parts_of(module: nn.Module, example: Any, plan: Modes, *, by: Callable[[nn.Module, Any], Any]) -> Parts:
+    """Cut a model in the modes of a phase, and once more in eval mode at the same border.
+
+    Args:
+        module: Frozen as the phase asks.
+        example: Ready inputs of two samples.
+        plan: The modes of the phase.
+        by: `by_fx` or `by_export`.
+
+    Raises:
+        NoPrefixError: There is nothing to keep.
+        UntraceableError: The model cannot be traced this way.
+    """
+    set_modes(plan)
+    trace = _traced(module, example, by)
+    border = _border(trace, example)
+    head, training = trace.before(border), trace.after(border)
+    module.eval()
+    return Parts(head, training, _traced(module, example, by).after(border), trace, border)
+
+
+def by_fx(module: nn.Module, example: Any) -> Trace:
+    """A trace of the module's own code on stand-ins."""
+    del example
+    return Trace(fx.Tracer().trace(module), module)
+
+
+def by_export(module: nn.Module, example: Any) -> Trace:
+    """A trace of the operations on an example of any batch size; parameters are the module's own."""
+    free = {0: torch.export.Dim.AUTO}
+    given = dict(example) if isinstance(example, Mapping) else {}
+    inputs = () if given else (example,)
+    shapes: Any = dict.fromkeys(given, free) if given else (free,)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        root = torch.export.export(module, inputs, given, dynamic_shapes=shapes, strict=False).module()
+    assert isinstance(root, fx.GraphModule)
+    return Trace(root.graph, root)
+
+
+def _traced(module: nn.Module, example: Any, by: Callable[[nn.Module, Any], Trace]) -> Trace:
+    before = _generators()
+    try:
+        trace = by(module, example)
+    except Exception as error:  # noqa: BLE001 - tracing runs the model's own code on stand-ins, which may raise anything
+        raise UntraceableError(f"the model cannot be traced ({type(error).__name__})") from None
+    if _generators() != before:  # what was drawn while tracing would be the same number for ever
+        raise NoPrefixError("the model draws random numbers that a trace would freeze")
+    return trace
+
+
+def _generators() -> tuple[Any, ...]:
+    state: Any = np.random.get_state(legacy=True)
+    return random.getstate(), state[1].tobytes(), state[2], torch.get_rng_state().numpy().tobytes()
+
+
+def _border(trace: Trace, example: Any) -> list[str]:
+    """Names of the nodes whose values cross from the prefix to what lives."""
+    graph, live = trace.graph, _live(trace)
+    given = _dependent(graph)
+    values = _Values(trace.root, graph).of(example)
+    while True:
+        border = [node for node in graph.nodes if _crosses(node, live, given)]
+        loose = [node for node in border if not _kept_by_sample(values.get(node.name))]
+        if not loose:
+            break
+        live |= set(loose)  # a shape, say: computed again from what it is the shape of
+    names = [node.name for node in border]
+    if not names or all(node.op == "placeholder" for node in border):
+        raise NoPrefixError("nothing frozen lies before what trains")
+    return names
+
+
+def _crosses(node: fx.Node, live: set[fx.Node], given: set[fx.Node]) -> bool:
+    return node not in live and node in given and any(user in live for user in node.users)
+
+
+def _kept_by_sample(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == 2
+
+
+def _live(trace: Trace) -> set[fx.Node]:
+    """Nodes that training changes, and all that depends on them; the answer is always one."""
+    live: set[fx.Node] = set()
+    order = {node: place for place, node in enumerate(trace.graph.nodes)}
+    for node in trace.graph.nodes:
+        if node.op == "output" or _changes(node, trace.root) or any(each in live for each in node.all_input_nodes):
+            live.add(node)
+            for written in _written(node, trace.root):  # whoever reads it afterwards reads what was written
+                live |= {user for user in written.users if order[user] > order[node]}
+    return live
+
+
+def _changes(node: fx.Node, module: nn.Module) -> bool:
+    if node.op == "get_attr":
+        found: Any = operator.attrgetter(str(node.target))(module)
+        return isinstance(found, nn.Parameter) and found.requires_grad
+    if node.op == "call_module":
+        child = module.get_submodule(str(node.target))
+        return child.training or any(parameter.requires_grad for parameter in child.parameters())
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = _name_of(node).strip("_")
+    if name in _RANDOM or node.kwargs.get("training") is True or _has_dropout(name, node):
+        return True
+    if name == "batch_norm" and isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.args[5] is True)  # its last argument says whether to use cuDNN, and is True as well
+    return ("dropout" in name or name in ("stochastic_depth", "batch_norm")) and True in node.args
+
+
+def _has_dropout(name: str, node: fx.Node) -> bool:
+    given = node.args[4] if name == "scaled_dot_product_attention" and len(node.args) > 4 else None
+    return node.kwargs.get("dropout_p", given) not in (None, 0, 0.0)
+
+
+def _name_of(node: fx.Node) -> str:
+    """The name of what a node calls; `add_` for both `operator` and `aten.add_.Tensor`."""
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+
+
+def _written(node: fx.Node, module: nn.Module) -> list[fx.Node]:
+    """Nodes whose value this one overwrites in place."""
+    target = _name_of(node)
+    inplace = node.kwargs.get("inplace") is True
+    if node.op == "call_module":
+        inplace = bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method" or node.op == "call_function":
+        inplace = inplace or (target.endswith("_") and not target.endswith("__")) or node.target in _IN_PLACE
+    return node.all_input_nodes[:1] if inplace else []
+
+
+def _dependent(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on the input."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(each in found for each in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _is_batch_size(node: fx.Node) -> bool:
+    if node.target is not torch.ops.aten.sym_size.int:
+        return False
+    source, axis = node.args[:2]
+    return isinstance(source, fx.Node) and source.op == "placeholder" and bool(axis == 0)
+
+
+def _sources(targets: list[fx.Node], *, stop: set[fx.Node]) -> set[fx.Node]:
+    """What the targets are computed from, not looking beyond `stop`."""
+    found: set[fx.Node] = set()
+    waiting = list(targets)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [] if node in stop else node.all_input_nodes
+    return found
+
+
+class _Values(fx.Interpreter):
+    """The value of every node for an example."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=graph)
+
+    def of(self, example: Any) -> dict[str, Any]:
+        """Values by the node's name, computed without a trace in the model's state."""
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        given = (
+            {node: example[node.target] for node in inputs if node.target in example}
+            if isinstance(example, dict)
+            else {}
+        )
+        with torch.no_grad():
+            self.run(*([] if given else [example]), initial_env=given or None)
+        return {node.name: value for node, value in self.env.items()}

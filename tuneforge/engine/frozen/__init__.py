@@ -1,1 +1,0 @@
-"""The frozen prefix: where it ends, what it gave, and where that is kept."""

@@ -1,0 +1,1 @@
+"""Training and evaluation: what one step of a strategy does."""

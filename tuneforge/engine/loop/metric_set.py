@@ -1,0 +1,152 @@
+"""One pass over a split: figures, and the worst mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import attrs
+import torch
+from torch import Tensor
+
+from tuneforge.engine.data.dataset import Targets
+from tuneforge.errors import PluginError, UsageError
+from tuneforge.plugin.names import kebab
+
+
+class Metrics(Protocol):
+    """A streaming accumulator of figures; torchmetrics' objects fit as they are."""
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        """Take in one batch: the model's outputs (b, k) and the targets (b, ...), on the run's device."""
+
+    def compute(self) -> Any:
+        """The figures so far: a mapping by name (numbers, or nested plain data), or a single number."""
+
+
+class MergedMetrics:
+    """The metrics of all components as one, each figure once.
+
+    Args:
+        owned: Each accumulator with the label of the component that gave it.
+
+    Raises:
+        PluginError: A component gave something that is no accumulator.
+    """
+
+    def __init__(self, owned: list[tuple[str, Any]]) -> None:
+        for owner, metrics in owned:
+            if not (hasattr(metrics, "update") and hasattr(metrics, "compute")):
+                raise PluginError(
+                    f"{owner} gave {type(metrics).__name__}, which is no accumulator of figures",
+                    why="evaluate(run) must return an object with update(outputs, targets) and compute()",
+                )
+        self._owned = owned
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        """Pass a batch to every accumulator."""
+        for _, metrics in self._owned:
+            metrics.update(outputs, targets)
+
+    def compute(self) -> dict[str, Any]:
+        """All figures as plain data.
+
+        Raises:
+            PluginError: Two components give the same figure.
+        """
+        figures: dict[str, Any] = {}
+        owners: dict[str, str] = {}
+        for owner, metrics in self._owned:
+            for name, value in _named_figures(metrics).items():
+                if name in figures:
+                    raise PluginError(
+                        f"the figure '{name}' comes from two components",
+                        where=f"{owners[name]} and {owner}",
+                        why="a report can hold it only once",
+                        fix="name one of the two with --evaluate",
+                    )
+                figures[name], owners[name] = number(value), owner
+        return figures
+
+
+def number(value: Any) -> Any:
+    """Tensors and numpy values as plain numbers and lists; everything else as it is."""
+    if isinstance(value, Mapping):
+        return {key: number(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [number(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def single_numbers(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Only those figures that are one number."""
+    return {
+        name: value
+        for name, value in figures.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def watched(targets: Targets, figure: str | None, mode: str | None) -> tuple[str, float]:
+    """The figure that decides, and a sign that makes more of it better.
+
+    Args:
+        targets: Whose own figure is taken where none is named.
+        figure: As a step names it.
+        mode: As a step declares it, `"max"` or `"min"`.
+
+    Raises:
+        UsageError: Nobody has said whether more of it is better.
+    """
+    name = figure or targets.monitor
+    known = targets.monitor_mode if name == targets.monitor else _KNOWN.get(name.removesuffix("_macro"))
+    if mode is None and known is None:
+        raise UsageError(
+            f"is more of '{name}' better, or less?",
+            where="monitor",
+            why="a step watches it, and tuneforge does not know the figure",
+            fix='give the step monitor_mode="max" or monitor_mode="min"',
+        )
+    return name, 1.0 if (mode or known) == "max" else -1.0
+
+
+_KNOWN = {
+    **dict.fromkeys(("accuracy", "precision", "recall", "f1", "recall_min", "exact_match", "r2"), "max"),
+    **dict.fromkeys(("precision_weighted", "recall_weighted", "f1_weighted", "f1_micro"), "max"),
+    **dict.fromkeys(("loss", "mae", "mse", "rmse", "ece", "hamming"), "min"),
+}
+
+
+@attrs.define(eq=False)
+class Worst:
+    """The most wrong answers of a pass, kept while it streams.
+
+    Args:
+        keep: How many.
+    """
+
+    keep: int
+    wrongness: Tensor = attrs.field(factory=lambda: torch.empty(0))
+    rows: Tensor = attrs.field(factory=lambda: torch.empty(0, dtype=torch.int64))
+    outputs: Tensor | None = None
+
+    def forget(self) -> None:
+        """Begin again."""
+        self.wrongness, self.rows, self.outputs = torch.empty(0), torch.empty(0, dtype=torch.int64), None
+
+    def update(self, wrongness: Tensor, rows: Tensor, outputs: Tensor) -> None:
+        """Take in one batch: wrongness (b,), rows (b,), outputs (b, k)."""
+        outputs = outputs.detach().float().cpu()
+        all_outputs = outputs if self.outputs is None else torch.cat([self.outputs, outputs])
+        all_wrong = torch.cat([self.wrongness, wrongness.detach().float().cpu()])
+        all_rows = torch.cat([self.rows, rows])
+        order = torch.argsort(all_wrong, descending=True, stable=True)[: self.keep]
+        order = order[all_wrong[order] > 0]
+        self.wrongness, self.rows, self.outputs = all_wrong[order], all_rows[order], all_outputs[order]
+
+
+def _named_figures(metrics: Any) -> dict[str, Any]:
+    computed = metrics.compute()
+    return (
+        dict(computed) if isinstance(computed, Mapping) else {kebab(type(metrics).__name__).replace("-", "_"): computed}
+    )

@@ -1,0 +1,169 @@
+"""The run's one optimizer: groups re-partitioned at each phase, state kept by parameter name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from tuneforge.engine.model.freezing import select
+from tuneforge.engine.model.fsdp import optimizer_of
+from tuneforge.engine.model.model import NORMS, Model
+from tuneforge.errors import SelectorError
+from tuneforge.plugin.steps import Phase
+
+PEAK = "peak_lr"
+
+
+@attrs.define(eq=False)
+class Optimization:
+    """The optimizer over the phases of a run.
+
+    The state of a tensor (its moments) lives as long as the tensor trains without a break; freezing it drops its
+    state. A phase that asks for another optimizer, or for other options of it, gets a new one.
+    """
+
+    part: Any = None
+    optimizer: torch.optim.Optimizer | None = None
+    pending: dict[str, dict[str, Any]] = attrs.field(factory=dict)
+
+    def arrange(self, model: Model, phase: Phase, trained: list[str], part: Any, *, same: bool) -> None:
+        """Partition what trains into groups, and drop the state of what no longer does.
+
+        Args:
+            model: After `freeze`.
+            phase: Gives rates and decay.
+            trained: Names of the parameters that train.
+            part: The optimizer component to use.
+            same: True where `part` is what the phase before used: then the state of tensors goes on.
+        """
+        groups = parameter_groups(model, phase, trained, weight_decay=part.weight_decay)
+        if self.optimizer is None or not same:
+            self.part, self.optimizer = part, optimizer_of(part, groups)
+        else:
+            kept = {id(parameter) for group in groups for parameter in group["params"]}
+            for parameter in [each for each in self.optimizer.state if id(each) not in kept]:
+                del self.optimizer.state[parameter]
+            self.optimizer.param_groups.clear()
+            for group in groups:
+                self.optimizer.add_param_group(group)
+        if same:
+            named = model.parameters()
+            for name in (name for name in trained if name in self.pending):
+                self.optimizer.state[named[name]] = {
+                    key: _laid_out_as(named[name], value) for key, value in self.pending[name].items()
+                }
+        self.pending = {}
+
+    def set_factor(self, factor: float) -> None:
+        """Set every group's rate to `factor` times its peak."""
+        for group in self._made().param_groups:
+            group["lr"] = group[PEAK] * factor
+
+    def step(self) -> None:
+        """Apply the gradients and drop them."""
+        optimizer = self._made()
+        optimizer.step()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def forget(self) -> None:
+        """Drop the moments of every tensor, because its weights were replaced."""
+        self.pending = {}
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+
+    def state(self, model: Model) -> dict[str, dict[str, Any]]:
+        """What the optimizer remembers, by parameter name; `pending` takes it back at the next `arrange`."""
+        if self.optimizer is None:
+            return self.pending
+        return {
+            name: dict(self.optimizer.state[parameter])
+            for name, parameter in model.parameters().items()
+            if parameter in self.optimizer.state
+        }
+
+    def put_back(self, model: Model, state: dict[str, dict[str, Any]]) -> None:
+        """Go back to what `state` gave, of the tensors that train now."""
+        optimizer = self._made()
+        optimizer.state.clear()
+        for name, parameter in model.parameters().items():
+            for key, value in state.get(name, {}).items():
+                kept = value.clone() if isinstance(value, Tensor) else value
+                optimizer.state[parameter][key] = _laid_out_as(parameter, kept)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups with their present rates."""
+        return self._made().param_groups
+
+    def rates(self) -> list[float]:
+        """The groups' present rates, highest first."""
+        return sorted({group["lr"] for group in self._made().param_groups}, reverse=True)
+
+    def _made(self) -> torch.optim.Optimizer:
+        assert self.optimizer is not None, "arrange() comes before a step"
+        return self.optimizer
+
+
+def _laid_out_as(parameter: nn.Parameter, value: Any) -> Any:
+    """A moment in the memory layout of its parameter, which fused kernels take for granted."""
+    if isinstance(value, Tensor) and value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    return value
+
+
+def parameter_groups(model: Model, phase: Phase, trained: list[str], *, weight_decay: float) -> list[dict[str, Any]]:
+    """Partition the trained parameters by rate and decay, in as few groups as that allows.
+
+    Args:
+        model: Whose parameters.
+        phase: Gives the peak rate, its decay by layer group and its factors by selector.
+        trained: Names of the parameters that train.
+        weight_decay: The optimizer's default for matrices; `phase.weight_decay` beats it.
+
+    Returns:
+        Groups of equal rate and equal decay; norms and biases are not decayed.
+
+    Raises:
+        SelectorError: A selector of `phase.lr_scales` matches nothing that trains.
+    """
+    decay = weight_decay if phase.weight_decay is None else phase.weight_decay
+    scales = _scales(model, phase, trained)
+    plain = undecayed(model.module)
+    named = model.parameters()
+    partition: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name in trained:
+        rate = phase.lr * phase.layer_decay ** model.depth_of(name) * scales.get(name, 1.0)
+        partition.setdefault((rate, 0.0 if name in plain else decay), []).append(named[name])
+    return [
+        {"params": parameters, "lr": rate, PEAK: rate, "weight_decay": decayed}
+        for (rate, decayed), parameters in partition.items()
+    ]
+
+
+def _scales(model: Model, phase: Phase, trained: list[str]) -> dict[str, float]:
+    scales: dict[str, float] = {}
+    for selector, scale in phase.lr_scales.items():
+        names = [name for name in select(model, [selector]) if name in set(trained)]
+        if not names:
+            raise SelectorError(
+                f"lr_scales names '{selector}', of which nothing trains",
+                where=f"phase '{phase.name}'",
+                why=f"the phase trains {' and '.join(phase.train)}",
+                fix="leave it out, or train it",
+            )
+        scales |= dict.fromkeys(names, scale)
+    return scales
+
+
+def undecayed(module: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay leaves alone: of norms, biases, and all that have one axis."""
+    norms = [path for path, child in module.named_modules() if isinstance(child, NORMS)]
+    return {
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.ndim <= 1 or name.endswith("bias") or name.rpartition(".")[0] in norms
+    }

@@ -1,1 +1,0 @@
-"""What the engine trains: the model, what is frozen in it, its optimizer, and the proof."""

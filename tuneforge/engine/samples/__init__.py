@@ -1,1 +1,0 @@
-"""What the engine reads: the splits, their order, batches, workers and given objects."""

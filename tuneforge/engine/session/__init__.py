@@ -1,0 +1,1 @@
+"""A whole run: `Engine`, resume, the run's log, the dry run, and loading a finished run."""

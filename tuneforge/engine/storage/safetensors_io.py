@@ -1,0 +1,123 @@
+"""Tensors on disk: safetensors, written a tensor at a time, so that a large model is never in memory twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tuneforge.engine.storage.run_dir import write_whole
+from tuneforge.errors import FolderError, UnsafeFileError, UsageError
+
+_METADATA = "tuneforge"  # the format has no order for several metadata keys, so all of it is one key
+_TYPES = {
+    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32",
+    torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16",
+    torch.int16: "I16", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""In the order of the format's own library: the widest first, so that all of them are aligned."""
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write tensors as safetensors, all or nothing; the same tensors and metadata give the same bytes.
+
+    Args:
+        tensors: By name; layout is not kept, bits are.
+        path: The file to write or replace.
+        metadata: Plain data stored beside them.
+
+    Raises:
+        UsageError: A tensor has a type that safetensors does not have, such as complex128.
+        TryAgainError: The disk is full.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _TYPES or tensor.layout is not torch.strided:
+            raise UsageError(
+                f"'{name}' cannot be stored as safetensors",
+                where=str(path),
+                why=f"it is of type {tensor.dtype} and layout {tensor.layout}",
+                fix="store it as another type",
+            )
+    places = list(_TYPES)
+    ordered = dict(sorted(tensors.items(), key=lambda each: (places.index(each[1].dtype), each[0])))
+    write_whole(path, _parts(ordered, json.dumps(metadata or {}, sort_keys=True)))
+
+
+def _parts(tensors: Mapping[str, Tensor], metadata: str) -> Iterator[bytes | memoryview]:
+    """What the file consists of: the length of the header, the header, and each tensor's bytes."""
+    header: dict[str, Any] = {"__metadata__": {_METADATA: metadata}}
+    start = 0
+    for name, tensor in tensors.items():
+        end = start + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for tensor in tensors.values():
+        plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        yield plain.reshape(-1).view(torch.uint8).numpy().data
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and metadata from safetensors.
+
+    Raises:
+        FolderError: The file is missing.
+        UnsafeFileError: It is no safetensors file; a pickle is never opened.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FolderError(f"there is no weights file '{path.name}'", where=str(path.parent), fix="check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise UnsafeFileError(
+            f"'{path.name}' is no valid safetensors file",
+            where=str(path.parent),
+            why=str(error),
+            fix="only safetensors is read, because other formats can run code when opened",
+        ) from None
+    return tensors, metadata
+
+
+def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, a tied tensor once under its first name."""
+    seen: dict[int, str] = {}
+    state = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen[id(tensor)] = name
+            state[name] = tensor.detach()
+    return state
+
+
+def load_state(module: torch.nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
+    """Copy a whole state into a module, in place.
+
+    Raises:
+        FolderError: Names or shapes differ; the message lists them.
+    """
+    own = state_of(module)
+    wrong = sorted(set(own) ^ set(state)) + sorted(
+        name for name in set(own) & set(state) if own[name].shape != state[name].shape
+    )
+    if wrong:
+        raise FolderError(
+            f"weights do not fit the model: {', '.join(wrong[:5])}",
+            where=where,
+            why=f"{len(wrong)} name(s) or shape(s) differ",
+            fix="build the model with the options that the weights were made with",
+        )
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
