@@ -17,7 +17,7 @@ from small import blobs, tiny_data
 import tuneforge as tf
 from tuneforge.builtin.tables.arrays import Tensors
 from tuneforge.builtin.targets import Classes
-from tuneforge.ship.bundles.bundle import Servable
+from tuneforge.exporting.bundle import Servable
 from tuneforge.ship.champion.store import Store
 from tuneforge.ship.circle.records import Exchange, Records
 from tuneforge.ship.circle.watch import features_of

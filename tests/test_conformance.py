@@ -24,7 +24,9 @@ from tuneforge.engine.model import optimizer as optim
 from tuneforge.engine.session import dry_run as plan
 from tuneforge.engine.session import resume as memory
 from tuneforge.plugin import registry
-from tuneforge.testing import CHECKS, SLOW_CHECKS, check_strategy, ranks, rows, small_options, strategy_checks
+from tuneforge.testing import CHECKS, SLOW_CHECKS, check_strategy, small_options, strategy_checks
+from tuneforge.testing import processes as ranks
+from tuneforge.testing import known_issues as rows
 
 GIVEN = {"plan-file": {"path": str(Path(__file__).parent / "plan.toml")}}
 SLOW = pytest.mark.skipif(not os.environ.get("TUNEFORGE_SLOW_CHECKS"), reason="takes minutes; see the top of the file")

@@ -8,7 +8,7 @@ import pytest
 
 import tuneforge as tf
 from tuneforge.plugin.component import options_of
-from tuneforge.plugin.manager import check_hooks
+from tuneforge.plugin.hooks import check_hooks
 
 DOCS = Path(__file__).parent.parent / "docs"
 SOURCES = re.findall(r"```python\n(.*?)```", (DOCS / "plugins.md").read_text(), flags=re.DOTALL)

@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tuneforge.builtin.tables.arrays import data_of as data_of
-    from tuneforge.check.limited import Limited as Limited
-    from tuneforge.check.limited import LimitError as LimitError
+    from tuneforge.sandbox import Limited as Limited
+    from tuneforge.sandbox import LimitError as LimitError
     from tuneforge.engine.context.run import Run as Run
     from tuneforge.engine.data.dataset import (
         Batch as Batch,
@@ -97,22 +97,22 @@ if TYPE_CHECKING:
     from tuneforge.errors import (
         close_match as close_match,
     )
-    from tuneforge.judge.lr_find import lr_find as lr_find
-    from tuneforge.judge.page import write_page as write_page
-    from tuneforge.judge.race import compare as compare
-    from tuneforge.plugin.answers import (
+    from tuneforge.comparison.lr_range_test import lr_find as lr_find
+    from tuneforge.report.report import write_page as write_page
+    from tuneforge.comparison.study import compare as compare
+    from tuneforge.plugin.results import (
         Answer as Answer,
     )
-    from tuneforge.plugin.answers import (
+    from tuneforge.plugin.results import (
         Brief as Brief,
     )
-    from tuneforge.plugin.answers import (
+    from tuneforge.plugin.results import (
         GroupInfo as GroupInfo,
     )
-    from tuneforge.plugin.answers import (
+    from tuneforge.plugin.results import (
         Readings as Readings,
     )
-    from tuneforge.plugin.answers import (
+    from tuneforge.plugin.results import (
         Report as Report,
     )
     from tuneforge.plugin.component import (
@@ -159,14 +159,14 @@ if TYPE_CHECKING:
     from tuneforge.plugin.steps import (
         use as use,
     )
-    from tuneforge.ship.bundles.bundle import Servable as Servable
-    from tuneforge.ship.bundles.bundle import load_bundle as load_bundle
-    from tuneforge.ship.bundles.bundle import servable_of as servable_of
-    from tuneforge.ship.bundles.export import export as export
-    from tuneforge.ship.bundles.formats import ExportFormat as ExportFormat
-    from tuneforge.ship.bundles.formats import Forward as Forward
-    from tuneforge.ship.bundles.formats import answers_of as answers_of
-    from tuneforge.ship.bundles.formats import forward_of as forward_of
+    from tuneforge.exporting.bundle import Servable as Servable
+    from tuneforge.exporting.bundle import load_bundle as load_bundle
+    from tuneforge.exporting.bundle import servable_of as servable_of
+    from tuneforge.exporting.exporter import export as export
+    from tuneforge.exporting.formats import ExportFormat as ExportFormat
+    from tuneforge.exporting.formats import Forward as Forward
+    from tuneforge.exporting.formats import answers_of as answers_of
+    from tuneforge.exporting.formats import forward_of as forward_of
     from tuneforge.ship.champion.gate import Rules as Rules
     from tuneforge.ship.champion.gate import judge as judge
     from tuneforge.ship.champion.promote import promote as promote
@@ -191,7 +191,7 @@ _HOMES = {
         "UnsafeFileError",
         "close_match",
     ),
-    "tuneforge.check.limited": ("LimitError", "Limited"),
+    "tuneforge.sandbox": ("LimitError", "Limited"),
     "tuneforge.plugin.component": (
         "component",
         "option",
@@ -202,7 +202,7 @@ _HOMES = {
     ),
     "tuneforge.plugin.hookspecs": ("hookimpl",),
     "tuneforge.plugin.steps": ("Phase", "Fit", "Probe", "Blend", "Step", "Steps", "Use", "use"),
-    "tuneforge.plugin.answers": ("Report", "Readings", "Brief", "GroupInfo", "Answer"),
+    "tuneforge.plugin.results": ("Report", "Readings", "Brief", "GroupInfo", "Answer"),
     "tuneforge.plugin.config": ("RunConfig",),
     "tuneforge.engine.data.dataset": (
         "Batch",
@@ -236,16 +236,16 @@ _HOMES = {
         "predict",
         "with_data",
     ),
-    "tuneforge.judge.lr_find": ("lr_find",),
-    "tuneforge.judge.page": ("write_page",),
-    "tuneforge.judge.race": ("compare",),
+    "tuneforge.comparison.lr_range_test": ("lr_find",),
+    "tuneforge.report.report": ("write_page",),
+    "tuneforge.comparison.study": ("compare",),
     "tuneforge.builtin.tables.arrays": ("data_of",),
-    "tuneforge.ship.bundles.bundle": (
+    "tuneforge.exporting.bundle": (
         "Servable",
         "load_bundle",
         "servable_of",
     ),
-    "tuneforge.ship.bundles.export": ("export",),
+    "tuneforge.exporting.exporter": ("export",),
     "tuneforge.ship.champion.gate": (
         "Rules",
         "judge",
@@ -253,7 +253,7 @@ _HOMES = {
     "tuneforge.ship.champion.promote": ("promote",),
     "tuneforge.ship.serve": ("serve",),
     "tuneforge.ship.champion.store": ("Store",),
-    "tuneforge.ship.bundles.formats": (
+    "tuneforge.exporting.formats": (
         "ExportFormat",
         "Forward",
         "answers_of",

@@ -13,7 +13,7 @@ from tuneforge.builtin.tables.arrays import Arrays, Tensors, data_of
 from tuneforge.builtin.targets import Classes, LabelSets, Numbers
 from tuneforge.engine.session import from_objects as given
 from tuneforge.plugin.component import build, values_of
-from tuneforge.plugin.manager import Member, implementations
+from tuneforge.plugin.hooks import Member, implementations
 
 X = np.arange(60, dtype=np.float64).reshape(30, 2)
 Y = np.arange(30) % 3

@@ -12,7 +12,7 @@ import tuneforge as tf
 from tuneforge.__main__ import main
 from tuneforge.builtin.tables.arrays import Tensors
 from tuneforge.builtin.targets import Numbers
-from tuneforge.judge.lr_find import suggested
+from tuneforge.comparison.lr_range_test import suggested
 
 FEW = ["--data.per-class", "4", "--data.other-share", "0"]
 

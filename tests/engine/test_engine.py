@@ -6,7 +6,7 @@ import torch
 from small import tiny_data, tiny_net
 
 import tuneforge as tf
-from tuneforge.plugin.plain import from_json
+from tuneforge.plugin.serialization import from_json
 
 
 def weights(result):

@@ -1,7 +1,7 @@
 import pytest
 
 import tuneforge as tf
-from tuneforge.plugin.manager import Hooks, Member, guarded_steps
+from tuneforge.plugin.hooks import Hooks, Member, guarded_steps
 
 
 def member(component, name="x"):

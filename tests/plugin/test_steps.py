@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tuneforge as tf
-from tuneforge.plugin.plain import from_json, plain, to_json
+from tuneforge.plugin.serialization import from_json, plain, to_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

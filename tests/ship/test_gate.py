@@ -15,7 +15,7 @@ from scipy import stats
 
 import tuneforge as tf
 from tuneforge.builtin.targets import Classes, LabelSets, Numbers
-from tuneforge.ship.bundles.evidence import Evidence, digests
+from tuneforge.exporting.reference_outputs import Evidence, digests
 from tuneforge.ship.champion.gate import Both, Rules, judge
 from tuneforge.ship.champion.statistics import at_most_lost, better
 

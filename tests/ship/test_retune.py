@@ -13,7 +13,7 @@ from PIL import Image
 
 import tuneforge as tf
 from tuneforge.__main__ import main
-from tuneforge.ship.bundles.evidence import Evidence
+from tuneforge.exporting.reference_outputs import Evidence
 from tuneforge.ship.champion.promote import promote
 from tuneforge.ship.champion.store import Store
 from tuneforge.ship.circle.records import Exchange, Records

@@ -13,7 +13,7 @@ from small import blobs
 import tuneforge as tf
 from tuneforge.__main__ import main
 from tuneforge.engine.storage import fault_injection as faults
-from tuneforge.ship.bundles.export import export
+from tuneforge.exporting.exporter import export
 from tuneforge.ship.champion.gate import Rules
 from tuneforge.ship.champion.promote import promote
 from tuneforge.ship.champion.store import Store, store_of, stores_in

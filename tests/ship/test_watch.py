@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from tuneforge.ship.bundles.evidence import Evidence, summary
+from tuneforge.exporting.reference_outputs import Evidence, summary
 from tuneforge.ship.circle.records import Exchange
 from tuneforge.ship.circle.watch import drift, features_of, watched, wilson
 

@@ -13,7 +13,7 @@ from tuneforge.builtin.images.names import shown
 from tuneforge.builtin.images.scan import look_at, picture_of
 from tuneforge.check.check import Findings
 from tuneforge.check.issues import Issue, counted
-from tuneforge.check.limited import Limited
+from tuneforge.sandbox import Limited
 
 MOST_SHOWN = 60
 """Issues of each kind that the page shows with pictures; `issues.json` has all of them."""

@@ -17,8 +17,8 @@ from tuneforge.cli.options import ComponentCommand, configuration, own_options
 
 if TYPE_CHECKING:
     from tuneforge.engine.session.engine import Engine
-    from tuneforge.judge.race import Race
-    from tuneforge.judge.table import Comparison
+    from tuneforge.comparison.study import Race
+    from tuneforge.comparison.summary import Comparison
 
 _OTHERS = ("strategy", "short_epochs", "short_lr", "out")
 _SEEDS = 3
@@ -95,7 +95,7 @@ def _end_with_input() -> None:
 
 
 def _asked(ctx: click.Context, values: dict[str, Any], say: Callable[[str], None]) -> Race:
-    from tuneforge.judge.race import Race, given_of
+    from tuneforge.comparison.study import Race, given_of
 
     config = configuration(ctx, values)
     if "strategy" in ctx.meta["tuneforge.file"]:
@@ -112,13 +112,13 @@ def _asked(ctx: click.Context, values: dict[str, Any], say: Callable[[str], None
 
 
 def _found(folder: str, say: Callable[[str], None]) -> Race:
-    from tuneforge.judge.race import Race
+    from tuneforge.comparison.study import Race
 
     return Race.found(Path(folder), say=say)
 
 
 def _of_runs(runs: tuple[str, ...], values: dict[str, Any]) -> Comparison:
-    from tuneforge.judge.race import compare as compared
+    from tuneforge.comparison.study import compare as compared
 
     return compared(runs=runs, baseline=values["baseline"], out=values["out"])
 

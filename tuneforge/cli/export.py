@@ -28,8 +28,8 @@ def export(
     Where a class differs or a probability is off by more than 1e-4, nothing is written.
     """
     from tuneforge.engine.storage.run_dir import read_json
-    from tuneforge.ship.bundles.bundle import BUNDLE, CARD
-    from tuneforge.ship.bundles.export import export as exported
+    from tuneforge.exporting.bundle import BUNDLE, CARD
+    from tuneforge.exporting.exporter import export as exported
 
     def say(text: str) -> None:
         click.echo(text, err=as_json)

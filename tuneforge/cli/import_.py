@@ -34,7 +34,7 @@ def import_(
     tuneforge import resnet18.pth
     tuneforge run --model torchvision --model.arch resnet18 --model.weights resnet18.safetensors
     """
-    from tuneforge.check.weights import import_weights
+    from tuneforge.convert.weights import import_weights
 
     place = out or (path.with_suffix(".safetensors") if path.name else path / "weights.safetensors")
     made = import_weights(path, place, key=key, max_mb=max_mb, seconds=seconds, replace=force)

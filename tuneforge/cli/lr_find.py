@@ -12,7 +12,7 @@ import click
 from tuneforge.cli.options import ComponentCommand, configuration, own_options
 
 if TYPE_CHECKING:
-    from tuneforge.judge.lr_find import Rates
+    from tuneforge.comparison.lr_range_test import Rates
 
 
 def _lr_find(**values: Any) -> None:
@@ -24,7 +24,7 @@ def _lr_find(**values: Any) -> None:
     """
     config = configuration(click.get_current_context(), values)
     from tuneforge.engine.session.engine import Engine
-    from tuneforge.judge.lr_find import lr_find as find
+    from tuneforge.comparison.lr_range_test import lr_find as find
 
     found = find(Engine.of(config), train=values["train"] or "all", batches=values["batches"])
     if values["plot"]:

@@ -52,8 +52,8 @@ def list_(store: Path, as_json: bool) -> None:
 def show(name: str, version: int | None, store: Path, as_json: bool) -> None:
     """Show a version (the champion by default) and the log of its name."""
     from tuneforge.engine.storage.run_dir import read_json
-    from tuneforge.ship.bundles import sealed
-    from tuneforge.ship.bundles.bundle import BUNDLE, CARD
+    from tuneforge.exporting import atomic_dir as sealed
+    from tuneforge.exporting.bundle import BUNDLE, CARD
     from tuneforge.ship.champion.store import store_of
 
     found = store_of(store, name)
@@ -94,7 +94,7 @@ def rollback(name: str, to: int | None, store: Path, as_json: bool) -> None:
 
 def _rows(store: Store) -> list[dict[str, Any]]:
     from tuneforge.engine.storage.run_dir import read_json
-    from tuneforge.ship.bundles.bundle import BUNDLE
+    from tuneforge.exporting.bundle import BUNDLE
 
     rows = []
     for number in store.versions():

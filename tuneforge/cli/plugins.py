@@ -58,7 +58,7 @@ def check(as_json: bool) -> int:
     """Load every installed component and say which of them are broken. Exits 2 where one is."""
     from tuneforge.errors import TuneforgeError
     from tuneforge.plugin.component import options_of
-    from tuneforge.plugin.manager import check_hooks
+    from tuneforge.plugin.hooks import check_hooks
 
     verdicts = []
     for entry in registry.installed():

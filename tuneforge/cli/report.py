@@ -28,7 +28,7 @@ def report(folder: Path, plan: bool, out: Path | None, as_json: bool) -> None:
     from tuneforge.engine.session.predictor import require_done
     from tuneforge.engine.storage import run_dir as names
     from tuneforge.errors import UsageError
-    from tuneforge.judge.page import write_page
+    from tuneforge.report.report import write_page
 
     require_done(folder)
     if plan:
@@ -50,7 +50,7 @@ def _plan(folder: Path, out: Path | None, *, as_json: bool) -> None:
     from tuneforge.builtin.strategies.plan_file import as_entry, plan_text
     from tuneforge.engine.session import messages as story
     from tuneforge.engine.storage import run_dir as names
-    from tuneforge.plugin.plain import from_json
+    from tuneforge.plugin.serialization import from_json
 
     steps: list[Step] = [from_json(json.dumps(line["step"])) for line in names.read_lines(folder / names.STEPS)]
     record = names.read_json(folder / names.RUN)
@@ -86,7 +86,7 @@ def beyond_steps(strategy: str) -> Iterator[str]:
     from tuneforge.engine.session import from_objects as given
     from tuneforge.errors import TuneforgeError
     from tuneforge.plugin import registry
-    from tuneforge.plugin.manager import check_hooks
+    from tuneforge.plugin.hooks import check_hooks
 
     if strategy.startswith(given.__name__):  # steps that were given as Python objects
         return

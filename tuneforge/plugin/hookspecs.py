@@ -1,7 +1,7 @@
 """The hook points: the whole contract between the engine and its plugins, on one page.
 
 Every hook takes one subject, so that signatures never have to change: what a plugin may know hangs on it.
-How results combine is said in each docstring and enforced in `tuneforge.plugin.manager`.
+How results combine is said in each docstring and enforced in `tuneforge.plugin.hooks`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tuneforge.engine.data.dataset import Batch, Data
     from tuneforge.engine.loop.metric_set import Metrics
     from tuneforge.engine.model.model import Model
-    from tuneforge.plugin.answers import Brief
+    from tuneforge.plugin.results import Brief
     from tuneforge.plugin.steps import Step
 
 hookspec = pluggy.HookspecMarker("tuneforge")

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from tuneforge.errors import UsageError
-from tuneforge.plugin.plain import KEEPS_ORDER, data, kind, plain
+from tuneforge.plugin.serialization import KEEPS_ORDER, data, kind, plain
 
 
 @kind

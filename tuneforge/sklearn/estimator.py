@@ -27,7 +27,7 @@ from tuneforge.builtin.images.images import Images
 from tuneforge.builtin.tables.answers import split_rows
 from tuneforge.builtin.tables.arrays import Tensors
 from tuneforge.engine.storage.safetensors_io import load_state, state_of
-from tuneforge.sklearn.memory import Remembering
+from tuneforge.sklearn.model_state import Remembering
 
 _NESTED = ("model", "strategy")  # parameters that have options of their own
 _ROWS = 256  # of a table in one forward pass

@@ -12,8 +12,8 @@ from bundles import digits
 
 import tuneforge as tf
 from tuneforge.engine.storage.run_dir import write_json
-from tuneforge.ship.bundles.bundle import CHAMPION
-from tuneforge.ship.bundles.export import export
+from tuneforge.exporting.bundle import CHAMPION
+from tuneforge.exporting.exporter import export
 
 
 def make_table(path: Path, *, seed: int, rows: int = 120) -> Path:

@@ -8,7 +8,7 @@ import torch
 import tritonclient.http as tritonclient
 from tritonclient import utils
 
-from tuneforge.ship.bundles.bundle import servable_of
+from tuneforge.exporting.bundle import servable_of
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from tuneforge.engine.storage.safetensors_io import load_tensors, save_tensors
-from tuneforge.ship.bundles import sealed
-from tuneforge.ship.bundles.bundle import servable_of
-from tuneforge.ship.bundles.export import export
+from tuneforge.exporting import atomic_dir as sealed
+from tuneforge.exporting.bundle import servable_of
+from tuneforge.exporting.exporter import export
 from tuneforge.ship.serve.app import application
 from tuneforge.ship.serve.models import Served, sources_of
 from tuneforge.ship.serve.threads import keep_to_one_core

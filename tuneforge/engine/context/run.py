@@ -25,7 +25,7 @@ from tuneforge.engine.model.model import Model, answer_of, call, check_answer, w
 from tuneforge.engine.model.optimizer import Optimization
 from tuneforge.errors import PluginError
 from tuneforge.plugin.config import RunConfig
-from tuneforge.plugin.manager import Hooks
+from tuneforge.plugin.hooks import Hooks
 from tuneforge.plugin.steps import Phase
 
 EVALUATION_BATCH = 256

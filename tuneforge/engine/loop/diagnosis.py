@@ -21,7 +21,7 @@ from tuneforge.engine.model.freezing import freeze, put_back, select, set_modes,
 from tuneforge.engine.model.fsdp import no_room
 from tuneforge.engine.model.optimizer import Optimization
 from tuneforge.errors import PluginError
-from tuneforge.plugin.answers import Readings
+from tuneforge.plugin.results import Readings
 from tuneforge.plugin.steps import Phase, Probe
 
 RATES = tuple(10 ** (exponent / 4) for exponent in range(-24, 1))

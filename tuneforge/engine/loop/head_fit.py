@@ -16,7 +16,7 @@ from tuneforge.engine.model.freeze_check import Proof, same_bits
 from tuneforge.engine.model.freezing import freeze, put_back, select, whole_state
 from tuneforge.engine.model.fsdp import like, whole
 from tuneforge.errors import DataError, UsageError
-from tuneforge.plugin.answers import Report
+from tuneforge.plugin.results import Report
 from tuneforge.plugin.steps import Blend, Fit
 
 Snapshot = dict[str, Tensor]

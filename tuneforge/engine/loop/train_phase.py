@@ -26,7 +26,7 @@ from tuneforge.engine.model.freeze_check import Proof
 from tuneforge.engine.model.freezing import freeze, modes, put_back, select, whole_state
 from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.errors import HaltError, UsageError
-from tuneforge.plugin.answers import Report
+from tuneforge.plugin.results import Report
 from tuneforge.plugin.steps import Phase
 
 

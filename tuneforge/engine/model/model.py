@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge.errors import PluginError
-from tuneforge.plugin.answers import GroupInfo
+from tuneforge.plugin.results import GroupInfo
 
 NORMS = (
     nn.modules.batchnorm._NormBase,  # the only common base of batch and instance norms

@@ -20,7 +20,7 @@ from tuneforge.engine.session import from_objects as given
 from tuneforge.engine.session import messages as story
 from tuneforge.engine.session.run_log import brief_of
 from tuneforge.plugin.config import RunConfig
-from tuneforge.plugin.manager import Hooks, Member, guarded_steps
+from tuneforge.plugin.hooks import Hooks, Member, guarded_steps
 from tuneforge.plugin.steps import Phase, Probe, Step
 
 

@@ -13,12 +13,12 @@ from tuneforge.engine.model.model import Model
 from tuneforge.engine.session import messages as story
 from tuneforge.errors import FolderError, UsageError
 from tuneforge.plugin import registry
-from tuneforge.plugin.answers import Brief
+from tuneforge.plugin.results import Brief
 from tuneforge.plugin.component import build, values_of
 from tuneforge.plugin.hookspecs import hookimpl
-from tuneforge.plugin.manager import Member, check_hooks
+from tuneforge.plugin.hooks import Member, check_hooks
 from tuneforge.plugin.names import prefix_of
-from tuneforge.plugin.plain import plain
+from tuneforge.plugin.serialization import plain
 from tuneforge.plugin.steps import Blend, Fit, Phase, Probe, Step, Use
 
 

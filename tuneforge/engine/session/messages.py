@@ -8,7 +8,7 @@ from typing import Any
 from tuneforge.engine.data.dataset import Data
 from tuneforge.engine.loop.metric_set import single_numbers
 from tuneforge.engine.model.model import Model
-from tuneforge.plugin.answers import Answer, Readings, Report
+from tuneforge.plugin.results import Answer, Readings, Report
 from tuneforge.plugin.steps import Blend, Fit, Phase, Probe, Step
 
 

@@ -23,7 +23,7 @@ from tuneforge.engine.storage import run_dir as folder
 from tuneforge.engine.storage.safetensors_io import load_state, load_tensors
 from tuneforge.errors import DataError, FolderError
 from tuneforge.plugin.config import RunConfig, resolve
-from tuneforge.plugin.manager import Hooks, implementations
+from tuneforge.plugin.hooks import Hooks, implementations
 from tuneforge.plugin.steps import Use
 
 

@@ -24,8 +24,8 @@ from tuneforge.engine.storage import run_dir as folder
 from tuneforge.engine.storage.checkpoint import Checkpoints
 from tuneforge.engine.storage.run_dir import RunFolder
 from tuneforge.errors import FolderError, StoppedError, UsageError
-from tuneforge.plugin.answers import Answer, Brief
-from tuneforge.plugin.plain import from_json, to_json
+from tuneforge.plugin.results import Answer, Brief
+from tuneforge.plugin.serialization import from_json, to_json
 from tuneforge.plugin.steps import Step
 
 BRIEF = "brief.json"

@@ -19,12 +19,12 @@ from tuneforge.engine.session import messages as story
 from tuneforge.engine.storage import run_dir as folder
 from tuneforge.engine.storage.run_dir import RunFolder
 from tuneforge.plugin import registry
-from tuneforge.plugin.answers import Brief
+from tuneforge.plugin.results import Brief
 from tuneforge.plugin.component import values_of
 from tuneforge.plugin.config import as_table, budget_of
 from tuneforge.plugin.hookspecs import hookimpl
-from tuneforge.plugin.manager import Member
-from tuneforge.plugin.plain import to_json
+from tuneforge.plugin.hooks import Member
+from tuneforge.plugin.serialization import to_json
 
 MISTAKES_KEPT = 24
 SAME_BITS = ("torch", "threads", "machine", "cpu", "device")

@@ -27,7 +27,7 @@ from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.engine.storage.run_dir import unwritten, write_whole
 from tuneforge.engine.storage.safetensors_io import load_tensors, save_tensors
 from tuneforge.errors import FolderError, TuneforgeError
-from tuneforge.plugin.plain import from_json, to_json
+from tuneforge.plugin.serialization import from_json, to_json
 
 FOLDER = "checkpoints"
 PINNED = "pinned"

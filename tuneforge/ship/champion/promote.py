@@ -14,10 +14,10 @@ from tuneforge.engine.data.dataset import Data, Split, Targets
 from tuneforge.engine.session.predictor import load
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import PluginError
-from tuneforge.ship.bundles import sealed
-from tuneforge.ship.bundles.bundle import BUNDLE, Servable, load_bundle
-from tuneforge.ship.bundles.export import export, prepared
-from tuneforge.ship.bundles.parity import ParityError
+from tuneforge.exporting import atomic_dir as sealed
+from tuneforge.exporting.bundle import BUNDLE, Servable, load_bundle
+from tuneforge.exporting.exporter import export, prepared
+from tuneforge.exporting.parity import ParityError
 from tuneforge.ship.champion.gate import Both, Rules, Verdict, judge, refused, same_contract
 from tuneforge.ship.champion.store import INCOMING, Store
 from tuneforge.ship.champion.worlds import data_of_bundle, labelled_files, split_of_files

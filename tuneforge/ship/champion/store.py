@@ -21,8 +21,8 @@ from typing import Any
 from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.engine.storage.run_dir import RUN, STATUS, read_json, write_json
 from tuneforge.errors import FolderError, TryAgainError, UsageError, close_match
-from tuneforge.ship.bundles import sealed
-from tuneforge.ship.bundles.bundle import BUNDLE, CHAMPION, Servable, load_bundle
+from tuneforge.exporting import atomic_dir as sealed
+from tuneforge.exporting.bundle import BUNDLE, CHAMPION, Servable, load_bundle
 
 LOG = "log.jsonl"
 INCOMING = ".challenger"

@@ -15,9 +15,9 @@ from tuneforge.engine.model import device
 from tuneforge.engine.session import from_objects as given
 from tuneforge.errors import DataError
 from tuneforge.plugin.config import resolve
-from tuneforge.plugin.manager import Hooks
+from tuneforge.plugin.hooks import Hooks
 from tuneforge.plugin.steps import Use
-from tuneforge.ship.bundles.bundle import BUNDLE
+from tuneforge.exporting.bundle import BUNDLE
 
 
 def data_of_bundle(record: Mapping[str, Any], data: Any = None, *, stored_by: Mapping[str, Any] | None = None) -> Data:

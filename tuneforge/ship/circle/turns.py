@@ -12,7 +12,7 @@ import attrs
 import numpy as np
 
 from tuneforge.errors import TuneforgeError
-from tuneforge.ship.bundles.evidence import Evidence
+from tuneforge.exporting.reference_outputs import Evidence
 from tuneforge.ship.champion.gate import Rules
 from tuneforge.ship.champion.statistics import fewest_pairs
 from tuneforge.ship.champion.store import Store

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuneforge.engine.data.dataset import Inputable
-from tuneforge.ship.bundles.evidence import Evidence, summary
+from tuneforge.exporting.reference_outputs import Evidence, summary
 from tuneforge.ship.circle.records import Records
 
 Doubles = NDArray[np.float64]

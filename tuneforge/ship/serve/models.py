@@ -22,8 +22,8 @@ from torch import Tensor
 from tuneforge.engine.data.dataset import Inputable, Inputs, Targets
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import FolderError, HaltError, MissingDependencyError, TuneforgeError
-from tuneforge.ship.bundles import sealed
-from tuneforge.ship.bundles.bundle import BUNDLE, CHAMPION, Servable, backends_of, servable_of
+from tuneforge.exporting import atomic_dir as sealed
+from tuneforge.exporting.bundle import BUNDLE, CHAMPION, Servable, backends_of, servable_of
 from tuneforge.ship.serve.batches import check_rows
 from tuneforge.ship.serve.bounds import Refusal
 from tuneforge.ship.serve.threads import keep_to_one_core

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tuneforge
 from tuneforge.engine.data.dataset import Inputable
-from tuneforge.ship.bundles.formats import answers_of
+from tuneforge.exporting.formats import answers_of
 from tuneforge.ship.circle.exchanges import TENSORS, Exchange, as_body
 from tuneforge.ship.serve.bounds import Refusal
 from tuneforge.ship.serve.desk import Desk

@@ -31,7 +31,7 @@ from tuneforge.errors import UnknownNameError, UsageError, close_match
 from tuneforge.plugin import registry
 from tuneforge.plugin.component import options_of
 from tuneforge.plugin.config import resolve
-from tuneforge.plugin.manager import Hooks
+from tuneforge.plugin.hooks import Hooks
 from tuneforge.plugin.steps import Use
 from tuneforge.ship.wire.client import Server
 from tuneforge.ship.wire.senders import Answered, Ask, Model, Send, by_file, by_v2, files_of, model_of

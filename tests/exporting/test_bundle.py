@@ -1,0 +1,150 @@
+"""A bundle is enough by itself, says what changed in it, and answers as the run did."""
+
+import json
+import shutil
+import threading
+
+import pytest
+import torch
+from bundles import data, finished
+from small import blobs, tiny_net
+
+import tuneforge as tf
+from tuneforge.exporting.bundle import backends_of
+from tuneforge.exporting.reference_outputs import digests, spread, summary
+from tuneforge.exporting.exporter import export
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return finished(tmp_path_factory.mktemp("run") / "blobs")
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    return export(run, to=["safetensors"], out=tmp_path_factory.mktemp("bundle") / "b", data=data())
+
+
+@pytest.fixture
+def bundle(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "b")
+
+
+def test_it_answers_as_the_run_and_without_it(run, bundle, request):
+    stored = blobs(40, seed=9).fetch(torch.arange(40))
+    expected = tf.servable_of(run).outputs(stored)
+    away = run.rename(run.with_name("away"))
+    request.addfinalizer(lambda: away.rename(run))
+    found = tf.load_bundle(bundle)
+    assert torch.equal(found.outputs(stored), expected)
+    assert (found.name, found.version, found.backend, found.check()) == ("blobs", "", "torch", 16)
+    assert found.figures == json.loads((away / "report.json").read_text())["splits"]["test"]
+    assert found.stored == {"": ((8,), "float32")}
+    assert torch.allclose(found.answers(stored).sum(1), torch.ones(40))
+
+
+def test_a_run_folder_is_servable_as_it_is(run):
+    found = tf.servable_of(run)
+    assert (found.name, found.backend, found.check(), found.evidence) == ("blobs", "torch", 0, None)
+    assert 0 < found.figures["accuracy"] <= 1
+    assert next(found.predict([[0.0] * 8]))["class"] in ("a", "b", "c")
+    with pytest.raises(tf.UsageError, match="no form for 'onnxruntime'"):
+        tf.servable_of(run, backend="onnxruntime")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "evidence.safetensors", "bundle.json", "run.json"])
+def test_a_byte_that_changed_is_found_and_the_file_named(bundle, name):
+    content = bytearray((bundle / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / name).write_bytes(content)
+    with pytest.raises(tf.FolderError, match=name):
+        tf.load_bundle(bundle)
+
+
+def test_a_file_that_is_gone_is_named(bundle):
+    (bundle / "model.safetensors").unlink()
+    with pytest.raises(tf.FolderError, match="model.safetensors"):
+        tf.load_bundle(bundle)
+
+
+def test_what_is_no_bundle_is_refused(tmp_path):
+    (tmp_path / "x").mkdir()
+    for load in (tf.load_bundle, tf.servable_of):
+        with pytest.raises(tf.FolderError):
+            load(tmp_path / "x")
+
+
+def test_a_backend_without_a_form_is_refused(bundle):
+    assert backends_of(bundle) == ("torch",)
+    with pytest.raises(tf.UsageError, match="onnxruntime"):
+        tf.load_bundle(bundle, backend="onnxruntime")
+
+
+def test_a_model_that_answers_otherwise_than_recorded_fails_its_check(bundle):
+    found = tf.load_bundle(bundle)
+    found.evidence.outputs[3] += torch.tensor([2.0, 0.0, -2.0])
+    with pytest.raises(tf.HaltError, match="disagrees with its own recorded answers"):
+        found.check()
+    found.evidence.outputs[3] = torch.nan
+    with pytest.raises(tf.HaltError):
+        found.check()
+
+
+def test_many_threads_get_the_answers_of_one(bundle):
+    found = tf.load_bundle(bundle)
+    stored = [blobs(5, seed=seed).fetch(torch.arange(5)) for seed in range(16)]
+    expected = [found.outputs(each) for each in stored]
+    answers = {}
+
+    def ask(place):
+        answers[place] = [found.outputs(stored[place]) for _ in range(20)]
+
+    threads = [threading.Thread(target=ask, args=(place,)) for place in range(16)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert all(torch.equal(one, expected[place]) for place, many in answers.items() for one in many)
+
+
+def test_a_bundle_of_a_later_layout_is_refused(bundle):
+    record = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").write_text(json.dumps({**record, "bundle": 2, "tuneforge": "9.9"}))
+    from tuneforge.exporting.atomic_dir import seal
+
+    seal(bundle)
+    with pytest.raises(tf.FolderError, match=r"newer tuneforge \(9.9\)"):
+        tf.load_bundle(bundle)
+
+
+def test_the_evidence_holds_what_was_trained_on_and_a_reference(bundle):
+    kept = tf.load_bundle(bundle).evidence
+    assert kept.seen.tolist() == sorted(set(digests(data().train).tolist()))
+    assert not torch.isin(digests(data().test), kept.seen).any()
+    rows = spread(300, 1000)
+    assert torch.equal(kept.summaries, data().test.fetch(rows))
+    assert kept.answers.shape == (300, 3)
+    assert len(kept.outputs) == len(kept.probe) == 16
+
+
+def test_a_digest_is_of_the_sample_and_nothing_else():
+    one, two = blobs(20, seed=1), blobs(20, seed=1)
+    shuffled = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(digests(two.take(shuffled)), digests(one)[shuffled])
+    named = tf.Split({"x": one.source.inputs, "y": torch.zeros(20)}, one.targets)
+    assert len({*digests(named).tolist(), *digests(one).tolist()}) == 40
+
+
+def test_a_picture_is_summed_up_the_same_in_any_batch():
+    pictures = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    whole = summary(pictures)
+    assert whole.shape == (6, 18)
+    assert torch.equal(whole[2:3], summary(pictures[2:3]))
+    assert torch.allclose(whole[:, 0], pictures.float().mean((1, 2, 3)))
+
+
+def test_a_model_given_as_an_object_cannot_leave_as_safetensors(tmp_path):
+    run = finished(tmp_path / "run", model=tiny_net())
+    with pytest.raises(tf.TuneforgeError, match="model"):
+        export(run, to=["safetensors"], out=tmp_path / "b", data=data(), model=tiny_net())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -1,0 +1,110 @@
+"""The folder of a race: its record, whether two races are the same, and how to go on with one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tuneforge
+from tuneforge.engine.storage import run_dir as names
+from tuneforge.engine.storage.run_dir import RunFolder, finite
+from tuneforge.errors import FolderError, UsageError
+from tuneforge.comparison.candidates import is_object
+from tuneforge.plugin.config import GROUP_OF
+
+RACE = "race.json"
+_ARRAYS = "arrays"  # data that was handed over, under the name of the component that knows it
+
+
+def recorded(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A race's table as `race.json` gives it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(finite({"tuneforge": tuneforge.__version__, **table})))
+    return plain
+
+
+def again(path: Path, record: Mapping[str, Any]) -> str:
+    """What goes on with a race."""
+    if has_objects(record):
+        return f"the same call of compare(...), with out={str(path)!r}"
+    return f"tuneforge compare --resume {shlex.quote(str(path))}"
+
+
+def unfinished(record: Mapping[str, Any], runs: Path = Path("runs")) -> Path | None:
+    """The folder under `runs/` of the very same race that is neither done nor running, the newest; None without one.
+
+    A race that was given Python objects is never found so: that they are the same cannot be told.
+    """
+    if has_objects(record):
+        return None
+    for path in sorted(runs.glob(f"*/{RACE}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(FolderError), RunFolder(path.parent, resume=True):
+            same = names.read_json(path) == record
+            if same and names.read_json(path.parent / names.STATUS)["state"] != "done":
+                return path.parent
+    return None
+
+
+def agree(path: Path, record: Mapping[str, Any]) -> None:
+    """Write `race.json`, or see that it is this race's.
+
+    Raises:
+        FolderError: A run or something else lies there.
+        UsageError: Another race lies there; the message says what differs.
+    """
+    if (path / names.RUN).exists():
+        raise FolderError(f"'{path}' holds a run, not a race", where="--out", fix="name another folder")
+    if not (path / RACE).exists():
+        if any(not each.name.startswith(".") for each in path.iterdir()):
+            raise FolderError(f"'{path}' holds something else", where="--out", fix="name a new or an empty folder")
+        names.write_json(path / RACE, record)
+        return
+    before = names.read_json(path / RACE)
+    there, here = _compared(before, record), _compared(record, before)
+    lines = [
+        f"  {key}: there {there.get(key)}, here {here.get(key)}"
+        for key in dict.fromkeys([*there, *here])
+        if there.get(key) != here.get(key)
+    ]
+    if lines:
+        raise UsageError(
+            "\n".join([f"'{path}' holds another race", *lines]),
+            where="--out",
+            fix=f"go on with that one: {again(path, before)}; or name another folder",
+        )
+
+
+def _compared(record: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a race by dotted keys: the entrants' names, and the options of those that `other` has too."""
+    entrants = record["entrants"]
+    both = {name: options for name, options in entrants.items() if name in other["entrants"]}
+    told = {key: value for key, value in record.items() if key not in ("tuneforge", "entrants")}
+    return _flat({"entrants": ", ".join(entrants), **both, **told})
+
+
+def _flat(table: Any, under: str = "") -> dict[str, Any]:
+    """A nested table as one of dotted keys."""
+    if not isinstance(table, Mapping):
+        return {under: table}
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{under}.{key}" if under else str(key))
+    return flat
+
+
+def has_objects(record: Mapping[str, Any]) -> bool:
+    """True where a race was given Python objects, so that its folder alone cannot begin a run."""
+    parts = [*record["entrants"].values(), *(value for key, value in record["config"].items() if key in GROUP_OF)]
+    entries = [each["name"] for part in parts for each in (part if isinstance(part, list) else [part])]
+    return _ARRAYS in entries or any(is_object(name) for name in entries)
+
+
+def fresh() -> Path:
+    """A folder under `runs/` named by the time, which is not there yet."""
+    stamp = time.strftime("race-%Y%m%d-%H%M%S")
+    tries = (stamp if number == 1 else f"{stamp}-{number}" for number in range(1, 10_000))
+    return next(path for path in (Path("runs") / name for name in tries) if not path.exists())

@@ -1,0 +1,227 @@
+"""A bundle: a folder that holds a tuned model ready for work, and what is needed to trust it. And what serves it.
+
+=======================  ==========================================================================================
+file                     what
+=======================  ==========================================================================================
+`bundle.json`            contracts of inputs and targets, figures, provenance, and the forms the model is in
+`model.onnx`, ...        what each export format wrote
+`evidence.safetensors`   recorded answers, a reference for drift, digests of the training samples
+`README.md`              the model card
+`manifest.json`          size and SHA-256 of every other file
+=======================  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from tuneforge.engine.data.dataset import Inputable, Inputs, Targets, map_inputs
+from tuneforge.engine.loop.build import part
+from tuneforge.engine.session import predictor as tuned
+from tuneforge.engine.storage import run_dir as names
+from tuneforge.errors import FolderError, HaltError, MissingDependencyError, UsageError, close_match
+from tuneforge.plugin.steps import Use
+from tuneforge.exporting import atomic_dir as sealed
+from tuneforge.exporting.reference_outputs import Evidence
+from tuneforge.exporting.formats import ExportFormat, Forward, answers_of, forward_of
+from tuneforge.exporting.parity import deviation
+
+BUNDLE, CARD, CHAMPION = "bundle.json", "README.md", "champion.json"
+FORMAT = 1
+"""The version of the layout of bundles that this tuneforge writes."""
+
+SAME = 1e-2
+"""How far a probability may be from the recorded one: accelerators compute convolutions in lower precision."""
+
+
+@attrs.define(eq=False, slots=False)
+class Servable:
+    """A tuned model that answers: from a bundle, a store's version or a finished run. Its methods are thread-safe.
+
+    Args:
+        path: Its folder.
+        name: Of the model.
+        version: Its number in a store; empty elsewhere.
+        backend: What computes: `torch`, `onnxruntime`, ...
+        inputs: How raw things become tensors.
+        targets: How answers are read.
+        record: The content of `bundle.json`; of a run folder, the same as far as it is known.
+    """
+
+    path: Path
+    name: str
+    version: str
+    backend: str
+    inputs: Inputs
+    targets: Targets
+    record: Mapping[str, Any]
+    _forward: Forward
+
+    @property
+    def figures(self) -> Mapping[str, Any]:
+        """Figures of the test split, as the run reported them."""
+        figures: Mapping[str, Any] = self.record["figures"]["test"]
+        return figures
+
+    @property
+    def stored(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape without the batch, and type such as `uint8`, of each stored tensor; a single one is named ''."""
+        found = self.record["stored"].items()
+        return {name: (tuple(shape), dtype.removeprefix("torch.")) for name, (shape, dtype) in found}
+
+    @cached_property
+    def evidence(self) -> Evidence | None:
+        """Recorded answers and the reference for drift; None for a run folder."""
+        return None if "bundle" not in self.record else Evidence.read(self.path)
+
+    def outputs(self, stored: Inputable) -> Tensor:
+        """The model's outputs, float32 (b, k) on the CPU, for the stored form of a batch: what targets describe."""
+        return self._forward(stored)
+
+    def answers(self, stored: Inputable) -> Tensor:
+        """Probabilities, or numbers in their unit, float32 (b, k), for the stored form of a batch."""
+        return answers_of(self.targets, self._forward(stored))
+
+    def predict(self, raws: Iterable[Any]) -> Iterator[dict[str, Any]]:
+        """The answer for each raw thing as plain data, such as class and probabilities.
+
+        Raises:
+            DataError: One of them cannot be decoded.
+        """
+        for raw in raws:
+            stored = map_inputs(self.inputs.decode(raw), lambda tensor: tensor[None])
+            yield self.targets.describe(self._forward(stored)[0])
+
+    def check(self) -> int:
+        """Answer the recorded test inputs again and compare, in one batch and alone.
+
+        Returns:
+            How many were compared; 0 for a run folder, which records none.
+
+        Raises:
+            HaltError: An answer is another one, or is no number.
+        """
+        kept = self.evidence
+        if kept is None:
+            return 0
+        expected = answers_of(self.targets, kept.outputs)
+        alone = map_inputs(kept.probe, lambda tensor: tensor[:1])
+        for found, wanted in ((self.answers(kept.probe), expected), (self.answers(alone), expected[:1])):
+            far = deviation(found, wanted)
+            if not far <= SAME:
+                raise HaltError(
+                    f"{self.name} {self.version}".strip() + " disagrees with its own recorded answers",
+                    where=str(self.path),
+                    why=f"an answer is off by {far:.3g}, and {SAME:g} is allowed ({self.backend})",
+                    fix="export it again on this machine, or look for what changed in its packages",
+                )
+        return len(expected)
+
+
+def load_bundle(
+    path: str | Path,
+    *,
+    backend: str = "auto",
+    device_name: str = "auto",
+    name: str = "",
+    version: str = "",
+) -> Servable:
+    """Open a bundle, once its hashes have been compared.
+
+    Args:
+        path: Its folder.
+        backend: `torch`, `onnxruntime`, or another that the bundle has a form for; `auto` takes the first that can
+            be used here of those in the order in which they were exported.
+        device_name: Where torch computes.
+        name: What to call the model; by default what the bundle says.
+        version: Its number in a store.
+
+    Raises:
+        FolderError: It is no bundle, or a file of it is missing or changed.
+        UsageError: It has no form for that backend.
+        MissingDependencyError: A package that the backend needs is not installed.
+    """
+    path = Path(path)
+    sealed.verify(path)
+    record = names.read_json(path / BUNDLE)
+    if record["bundle"] > FORMAT:
+        raise FolderError(
+            f"the bundle '{path}' was written by a newer tuneforge ({record['tuneforge']})",
+            where=BUNDLE,
+            why=f"its layout has version {record['bundle']}, and this one reads up to {FORMAT}",
+            fix="update tuneforge",
+        )
+    chosen, forward = _opened(path, record["formats"], backend, device_name)
+    inputs, targets = (part(group, Use(record[group]["name"], record[group]["options"])) for group in _CONTRACTS)
+    return Servable(path, name or record["name"], version, chosen, inputs, targets, record, forward)
+
+
+def servable_of(path: str | Path, *, backend: str = "auto", device_name: str = "auto", model: Any = None) -> Servable:
+    """What answers from a folder: a bundle, a finished run, a store's version, or a model of a store (its champion).
+
+    Args:
+        path: The folder.
+        backend: As `load_bundle` takes it; a run has `torch` alone.
+        device_name: Where torch computes.
+        model: The module, where a run was given one as an object.
+
+    Raises:
+        FolderError: It is none of these.
+    """
+    path = Path(path)
+    if (path / CHAMPION).is_file():
+        path = path / str(names.read_json(path / CHAMPION)["version"])
+    if (path / BUNDLE).is_file():
+        in_store = (path.absolute().parent / CHAMPION).is_file()
+        name, version = (path.absolute().parent.name, path.name) if in_store else ("", "")
+        return load_bundle(path, backend=backend, device_name=device_name, name=name, version=version)
+    if backend not in ("auto", "torch"):
+        raise UsageError(f"a run has no form for '{backend}'", where=str(path), fix="export it: tuneforge export RUN")
+    found = tuned.load(path, model=model, device_name=device_name)
+    record = {**names.read_json(path / names.MODEL), "figures": names.read_json(path / names.REPORT)["splits"]}
+    name = path.absolute().name
+    return Servable(path, name, "", "torch", found.inputs, found.targets, record, forward_of(found))
+
+
+def backends_of(path: str | Path) -> tuple[str, ...]:
+    """The backends that a bundle, a store's version or a run has a form for, in order."""
+    path = Path(path)
+    if not (path / BUNDLE).is_file():
+        return ("torch",)
+    return tuple(each["backend"] for each in names.read_json(path / BUNDLE)["formats"].values())
+
+
+def format_of(name: str) -> ExportFormat:
+    """The export format of that name.
+
+    Raises:
+        UnknownNameError: It is not installed.
+    """
+    built: ExportFormat = part("export", Use(name))
+    return built
+
+
+_CONTRACTS = ("inputs", "targets")
+
+
+def _opened(path: Path, formats: Mapping[str, Any], backend: str, device_name: str) -> tuple[str, Forward]:
+    """The first form that fits the backend and can be used here."""
+    fitting = [name for name, each in formats.items() if backend in ("auto", each["backend"])]
+    if not fitting:
+        known = [each["backend"] for each in formats.values()]
+        raise UsageError(
+            f"'{path}' has no form for backend '{backend}'", where="--backend", fix=close_match(backend, known)
+        )
+    for place, name in enumerate(fitting):
+        try:
+            return formats[name]["backend"], format_of(name).opened(path, device_name=device_name)
+        except MissingDependencyError:
+            if place == len(fitting) - 1:
+                raise
+    raise AssertionError("unreachable: the last form either opens or raises")

@@ -1,0 +1,139 @@
+"""Plain data: what steps, answers and options are made of, and the JSON that keeps all of it."""
+
+from __future__ import annotations
+
+import copyreg
+import json
+import math
+from collections.abc import Mapping
+from pathlib import PurePath
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import attrs
+
+from tuneforge.errors import UsageError
+
+_Kind = TypeVar("_Kind", bound=type)
+_KINDS: dict[str, type] = {}
+KEEPS_ORDER = {"keeps_order": True}
+"""Metadata of a field whose mapping counts in its order."""
+
+
+def kind(cls: _Kind) -> _Kind:
+    """Class decorator: values of this attrs class are plain data, and JSON knows them by the class's name."""
+    _KINDS[cls.__name__] = cls
+    return cls
+
+
+def _read_only(mapping: dict[Any, Any]) -> MappingProxyType[Any, Any]:
+    return MappingProxyType(mapping)
+
+
+# So that a step or a `Use` can be copied and sent to another process, as scikit-learn does with an estimator's options.
+copyreg.pickle(MappingProxyType, lambda mapping: (_read_only, (dict(mapping),)))
+
+
+def plain(value: Any) -> Any:
+    """Read-only plain data: sequences become tuples, mappings read-only, paths text, numpy and torch scalars Python's.
+
+    Raises:
+        TypeError: `value` holds something that is not data, such as a tensor of many elements or a model.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if attrs.has(type(value)) and type(value) in _KINDS.values():
+        return value
+    if isinstance(value, Mapping):
+        return MappingProxyType({plain(key): plain(item) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return tuple(plain(item) for item in value)
+    if isinstance(value, PurePath):
+        return str(value)
+    if getattr(value, "ndim", None) == 0:
+        return plain(value.item())
+    raise TypeError(f"{type(value).__name__} is not plain data")
+
+
+def data(**metadata: Any) -> Any:
+    """A field of plain data, a mapping, empty by default."""
+    return attrs.field(factory=dict, converter=plain, metadata=metadata)
+
+
+def in_order(value: Any) -> Any:
+    """Plain data whose mappings are sorted by name, all the way down.
+
+    What a strategy is told must not depend on whether the run was resumed, the order of figures included: it may break
+    a tie by it.
+    """
+    value = plain(value)
+    if isinstance(value, Mapping):
+        names = sorted(value) if all(isinstance(key, str) for key in value) else list(value)
+        return MappingProxyType({name: in_order(value[name]) for name in names})
+    return tuple(map(in_order, value)) if isinstance(value, tuple) else value
+
+
+def figures() -> Any:
+    """A field of figures by name, sorted (see `in_order`)."""
+    return attrs.field(factory=dict, converter=in_order)
+
+
+def to_json(value: Any) -> str:
+    """One line of JSON from which `from_json` restores an equal value; equal values give equal text."""
+    return json.dumps(_encode(plain(value)), sort_keys=True, allow_nan=False)
+
+
+def from_json(text: str) -> Any:
+    """The value that `to_json` wrote.
+
+    Raises:
+        UsageError: The text is not such a value.
+    """
+    from tuneforge.plugin import steps
+    from tuneforge.plugin import results as answers
+
+    try:
+        return _decode(json.loads(text))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError("not a step or an answer", where=text[:80], why=str(error)) from error
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": repr(float(value))}
+    if type(value) in _KINDS.values():
+        return {"$kind": type(value).__name__, **{each.name: _field(value, each) for each in attrs.fields(type(value))}}
+    if isinstance(value, Mapping):
+        return _encode_mapping(value, keeps_order=False)
+    if isinstance(value, tuple):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _field(value: Any, field: attrs.Attribute[Any]) -> Any:
+    held = getattr(value, field.name)
+    return _encode_mapping(held, keeps_order=True) if field.metadata.get("keeps_order") else _encode(held)
+
+
+def _encode_mapping(value: Mapping[Any, Any], *, keeps_order: bool) -> dict[str, Any]:
+    """A JSON object, whose keys will be sorted; or a list of pairs where keys are no plain text, or order counts."""
+    plain_keys = all(isinstance(key, str) and not key.startswith("$") for key in value)
+    if plain_keys and not (keeps_order and list(value) != sorted(value)):
+        return {key: _encode(item) for key, item in value.items()}
+    pairs = [[_encode(key), _encode(item)] for key, item in value.items()]
+    return {"$map": pairs if keeps_order else sorted(pairs, key=lambda pair: json.dumps(pair, sort_keys=True))}
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    if "$float" in value:
+        return float(value["$float"])
+    if "$map" in value:
+        return MappingProxyType({_decode(key): _decode(item) for key, item in value["$map"]})
+    if "$kind" in value:
+        fields = {key: _decode(item) for key, item in value.items() if key != "$kind"}
+        return _KINDS[value["$kind"]](**fields)
+    return MappingProxyType({key: _decode(item) for key, item in value.items()})

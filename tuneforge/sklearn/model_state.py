@@ -1,0 +1,175 @@
+"""What an estimator remembers: the texts of its run's folder and the weights, on disk, in a pickle or as JSON."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted
+from torch import nn
+
+import tuneforge as tf
+from tuneforge.engine.storage import run_dir as folder
+from tuneforge.engine.storage.safetensors_io import state_of
+from tuneforge.plugin.serialization import from_json, to_json
+
+ESTIMATOR = "estimator.json"
+"""What a saved estimator has beside the files of a run."""
+
+_TEXTS = (".json", ".jsonl", ".txt", ".html")
+
+
+class Remembering(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not typed
+    """An estimator whose memory is a run's folder; where that lay does not matter."""
+
+    _fitted: ClassVar[tuple[str, ...]] = ("n_features_in_", "feature_names_in_", "_shape", "_dtype")
+    """What `fit` sets beside the files of the run."""
+
+    tuned_: tf.Tuned
+    _files: dict[str, str]
+
+    @property
+    def report_(self) -> dict[str, Any]:
+        """The content of the last run's `report.json`; its test split is the validation split."""
+        check_is_fitted(self, "tuned_")
+        report: dict[str, Any] = json.loads(self._files[folder.REPORT])
+        return report
+
+    def save(self, path: str | Path) -> None:
+        """Write what was learnt into a new folder: safetensors, JSON and text, never pickle.
+
+        The folder is that of a run, so `tuneforge predict`, `evaluate` and `report` take it.
+
+        Raises:
+            FolderError: It is there already and not empty.
+        """
+        check_is_fitted(self, "tuned_")
+        path = Path(path)
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise tf.FolderError(f"'{path}' is there already", where="path", fix="name a new folder")
+        path.mkdir(parents=True, exist_ok=True)
+        self._write_texts(path)
+        self._write_weights(path)
+        folder.write_json(path / ESTIMATOR, self._record())
+
+    @classmethod
+    def load(cls, path: str | Path, *, objects: Mapping[str, Any] | None = None) -> Self:
+        """The estimator that `save` wrote.
+
+        Args:
+            path: The folder.
+            objects: Parameters that were Python objects, such as `{"model": module}`; JSON cannot hold them.
+
+        Raises:
+            FolderError: There is no estimator, or an object is missing.
+            UsageError: It is of the other class.
+        """
+        path, objects = Path(path), dict(objects or {})
+        record = folder.read_json(path / ESTIMATOR)
+        if record["class"] != cls.__name__:
+            raise tf.UsageError(
+                f"'{path}' holds a {record['class']}", where="path", fix=f"use {record['class']}.load(...)"
+            )
+        if missing := sorted(set(record["left_out"]) - set(objects)):
+            raise tf.FolderError(
+                f"the estimator was given {', '.join(missing)} as Python objects",
+                where=str(path),
+                why="a folder holds names and options, not objects",
+                fix=f"give them again: objects={{{missing[0]!r}: ...}}",
+            )
+        made = cls(**{**_thawed(from_json(record["params"])), **objects})
+        for name, value in record["fitted"].items():
+            setattr(made, name, _remembered(value))
+        made._remember(path)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The attributes, with the weights as one array: the bytes of a safetensors file."""
+        state: dict[str, Any] = dict(super().__getstate__())
+        if "tuned_" in state:
+            del state["tuned_"]
+            with tempfile.TemporaryDirectory() as place:
+                self._write_weights(Path(place))
+                state["_weights"] = np.fromfile(Path(place) / folder.WEIGHTS, np.uint8)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Build the model again and give it its weights."""
+        state = dict(state)
+        weights = state.pop("_weights", None)
+        super().__setstate__(state)
+        if weights is not None:
+            with tempfile.TemporaryDirectory() as place:
+                self._write_texts(Path(place))
+                (Path(place) / folder.WEIGHTS).write_bytes(weights.tobytes())
+                self.tuned_ = self._opened(Path(place))
+
+    def _write_texts(self, path: Path) -> None:
+        for name, text in self._files.items():
+            (path / name).write_text(text, encoding="utf-8")
+
+    def _write_weights(self, path: Path) -> None:
+        model = self.tuned_.model
+        tf.save_tensors(state_of(model.module), path / folder.WEIGHTS, metadata={"labels": model.labels})
+
+    def _record(self) -> dict[str, Any]:
+        """The content of `estimator.json`."""
+        params = self.get_params(deep=False)
+        plain = {name: value for name, value in params.items() if _is_plain(value)}
+        fitted = {name: getattr(self, name) for name in self._fitted if hasattr(self, name)}
+        return {
+            "tuneforge": tf.__version__,
+            "class": type(self).__name__,
+            "params": to_json(plain),
+            "left_out": sorted(set(params) - set(plain)),
+            "fitted": {name: _recorded(value) for name, value in fitted.items()},
+        }
+
+    def _opened(self, path: Path) -> tf.Tuned:
+        """The tuned model of a run folder."""
+        given = copy.deepcopy(self.model) if isinstance(self.model, (nn.Module, tf.Model)) else None
+        return tf.load(path, model=given, device_name=self.device)
+
+    def _remember(self, path: Path) -> None:
+        """Take what a run left in its folder."""
+        self._files = _texts(path)
+        self.tuned_ = self._opened(path)
+
+
+def _texts(path: Path) -> dict[str, str]:
+    """The text files of a run folder by name."""
+    files = [file for file in sorted(path.iterdir()) if file.suffix in _TEXTS and file.name != ESTIMATOR]
+    return {file.name: file.read_text(encoding="utf-8") for file in files}
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        to_json(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _thawed(value: Any) -> Any:
+    """Plain data with dicts in place of read-only mappings."""
+    return {key: _thawed(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _recorded(value: Any) -> Any:
+    """An array with its type, a tuple with its length, as JSON has them."""
+    if isinstance(value, np.ndarray):
+        return {"values": value.tolist(), "dtype": str(value.dtype)}
+    return {"tuple": list(value)} if isinstance(value, tuple) else value
+
+
+def _remembered(value: Any) -> Any:
+    """What `_recorded` was given."""
+    if not isinstance(value, dict):
+        return value
+    return tuple(value["tuple"]) if "tuple" in value else np.array(value["values"], dtype=value["dtype"])
