@@ -14,8 +14,8 @@ from sklearn.metrics import classification_report
 from torch.utils.data import DataLoader, TensorDataset
 
 import tuneforge as tf
-from tuneforge.builtin.characters.digit_cnn import SHIPPED, DigitNet
-from tuneforge.builtin.characters.digits import Digits
+from tuneforge.builtin.datasets.demo.digits import Digits
+from tuneforge.builtin.models.digit_cnn import SHIPPED, DigitNet
 
 
 def loader(data: tf.Data, split: tf.Split, *, shuffle: bool) -> DataLoader:

@@ -12,10 +12,10 @@ import attrs
 import numpy as np
 import torch
 from PIL import Image
-from small import blobs, tiny_data
+from tiny import blobs, tiny_data
 
 import tuneforge as tf
-from tuneforge.builtin.tables.arrays import Tensors
+from tuneforge.builtin.datasets.tables.arrays import Tensors
 from tuneforge.builtin.targets import Classes
 from tuneforge.exporting.bundle import Servable
 from tuneforge.ship.champion.store import Store

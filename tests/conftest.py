@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import tiny_data, tiny_net
+from tiny import tiny_data, tiny_net
 
 import tuneforge as tf
 from tuneforge.plugin import registry

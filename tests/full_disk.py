@@ -14,7 +14,7 @@ from unittest import mock
 
 import attrs
 import torch
-from small import blobs, tiny_data
+from tiny import blobs, tiny_data
 from torch import nn
 
 import tuneforge as tf

@@ -1,4 +1,4 @@
-"""What one rank of `engine/test_ranks.py` does: `python one_rank.py FOLDER OUT PLAN`.
+"""What one rank of `engine/context/test_distributed.py` does: `python one_rank.py FOLDER OUT PLAN`.
 
 PLAN is JSON: `stop` is the optimizer step after which the process dies, 0 for never; `resume` goes on; `spoil` is a
 step whose loss is no number on the last rank; `full` is a step at which the last rank's memory runs out.
@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import torch
-from small import blobs
+from tiny import blobs
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.builtin.tables.arrays import Tensors
+from tuneforge.builtin.datasets.tables.arrays import Tensors
 from tuneforge.builtin.targets import Classes
 from tuneforge.engine.feature_cache import cache as prefix
 from tuneforge.engine.storage import fault_injection as faults

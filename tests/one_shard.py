@@ -1,4 +1,4 @@
-"""What one rank of `engine/test_shards.py` does: `python one_shard.py FOLDER PLANS`, one plan after the other.
+"""What one rank of `engine/model/test_fsdp.py` does: `python one_shard.py FOLDER PLANS`, one plan after the other.
 
 PLANS is JSON, plans by name: `settings` of the engine; `optimizer` and its `arguments`; `extensions` by name;
 `strategy` by name, or `steps`, what is done between the two phases; `net`, of this file; `stop`, the optimizer step
@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 import torch
-from small import blobs
+from tiny import blobs
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import tuneforge as tf
-from tuneforge.builtin.tables.arrays import Tensors
+from tuneforge.builtin.datasets.tables.arrays import Tensors
 from tuneforge.builtin.targets import Classes
 from tuneforge.engine.context.distributed import Ranks
 from tuneforge.engine.model.fsdp import gathered, own_part

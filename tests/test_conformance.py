@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import broken
+import faulty_strategies as broken
 import pytest
 import torch
 
@@ -25,8 +25,8 @@ from tuneforge.engine.session import dry_run as plan
 from tuneforge.engine.session import resume as memory
 from tuneforge.plugin import registry
 from tuneforge.testing import CHECKS, SLOW_CHECKS, check_strategy, small_options, strategy_checks
-from tuneforge.testing import processes as ranks
 from tuneforge.testing import known_issues as rows
+from tuneforge.testing import processes as ranks
 
 GIVEN = {"plan-file": {"path": str(Path(__file__).parent / "plan.toml")}}
 SLOW = pytest.mark.skipif(not os.environ.get("TUNEFORGE_SLOW_CHECKS"), reason="takes minutes; see the top of the file")

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 import tuneforge as tf
-from tuneforge.builtin.characters.digit_images import real_digits
-from tuneforge.builtin.characters.digits import Digits
+from tuneforge.builtin.datasets.demo.digit_images import real_digits
+from tuneforge.builtin.datasets.demo.digits import Digits
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import pytest
 
 from tuneforge import DataError, Limited, LimitError, UnsafeFileError
 
-HERE = "check.limited_work"
+HERE = "sandbox_work"
 
 
 @pytest.fixture
 def limited(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.path.dirname(os.path.dirname(__file__)))
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
     made = []
 
     def make(name, **options):

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tuneforge.builtin.tables.arrays import data_of as data_of
-    from tuneforge.sandbox import Limited as Limited
-    from tuneforge.sandbox import LimitError as LimitError
+    from tuneforge.builtin.datasets.tables.arrays import data_of as data_of
+    from tuneforge.comparison.lr_range_test import lr_find as lr_find
+    from tuneforge.comparison.study import compare as compare
     from tuneforge.engine.context.run import Run as Run
     from tuneforge.engine.data.dataset import (
         Batch as Batch,
@@ -97,24 +97,14 @@ if TYPE_CHECKING:
     from tuneforge.errors import (
         close_match as close_match,
     )
-    from tuneforge.comparison.lr_range_test import lr_find as lr_find
-    from tuneforge.report.report import write_page as write_page
-    from tuneforge.comparison.study import compare as compare
-    from tuneforge.plugin.results import (
-        Answer as Answer,
-    )
-    from tuneforge.plugin.results import (
-        Brief as Brief,
-    )
-    from tuneforge.plugin.results import (
-        GroupInfo as GroupInfo,
-    )
-    from tuneforge.plugin.results import (
-        Readings as Readings,
-    )
-    from tuneforge.plugin.results import (
-        Report as Report,
-    )
+    from tuneforge.exporting.bundle import Servable as Servable
+    from tuneforge.exporting.bundle import load_bundle as load_bundle
+    from tuneforge.exporting.bundle import servable_of as servable_of
+    from tuneforge.exporting.exporter import export as export
+    from tuneforge.exporting.formats import ExportFormat as ExportFormat
+    from tuneforge.exporting.formats import Forward as Forward
+    from tuneforge.exporting.formats import answers_of as answers_of
+    from tuneforge.exporting.formats import forward_of as forward_of
     from tuneforge.plugin.component import (
         Check as Check,
     )
@@ -135,6 +125,21 @@ if TYPE_CHECKING:
     )
     from tuneforge.plugin.config import RunConfig as RunConfig
     from tuneforge.plugin.hookspecs import hookimpl as hookimpl
+    from tuneforge.plugin.results import (
+        Answer as Answer,
+    )
+    from tuneforge.plugin.results import (
+        Brief as Brief,
+    )
+    from tuneforge.plugin.results import (
+        GroupInfo as GroupInfo,
+    )
+    from tuneforge.plugin.results import (
+        Readings as Readings,
+    )
+    from tuneforge.plugin.results import (
+        Report as Report,
+    )
     from tuneforge.plugin.steps import (
         Blend as Blend,
     )
@@ -159,14 +164,9 @@ if TYPE_CHECKING:
     from tuneforge.plugin.steps import (
         use as use,
     )
-    from tuneforge.exporting.bundle import Servable as Servable
-    from tuneforge.exporting.bundle import load_bundle as load_bundle
-    from tuneforge.exporting.bundle import servable_of as servable_of
-    from tuneforge.exporting.exporter import export as export
-    from tuneforge.exporting.formats import ExportFormat as ExportFormat
-    from tuneforge.exporting.formats import Forward as Forward
-    from tuneforge.exporting.formats import answers_of as answers_of
-    from tuneforge.exporting.formats import forward_of as forward_of
+    from tuneforge.report.report import write_page as write_page
+    from tuneforge.sandbox import Limited as Limited
+    from tuneforge.sandbox import LimitError as LimitError
     from tuneforge.ship.champion.gate import Rules as Rules
     from tuneforge.ship.champion.gate import judge as judge
     from tuneforge.ship.champion.promote import promote as promote
@@ -239,7 +239,7 @@ _HOMES = {
     "tuneforge.comparison.lr_range_test": ("lr_find",),
     "tuneforge.report.report": ("write_page",),
     "tuneforge.comparison.study": ("compare",),
-    "tuneforge.builtin.tables.arrays": ("data_of",),
+    "tuneforge.builtin.datasets.tables.arrays": ("data_of",),
     "tuneforge.exporting.bundle": (
         "Servable",
         "load_bundle",

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 import tuneforge as tf
-from tuneforge.builtin.characters.digit_images import real_digits
-from tuneforge.builtin.characters.fonts import find_fonts
-from tuneforge.builtin.characters.glyphs import render
+from tuneforge.builtin.datasets.demo.digit_images import real_digits
+from tuneforge.builtin.datasets.demo.fonts import find_fonts
+from tuneforge.builtin.datasets.demo.glyphs import render
 
 Sample = tuple[bytes, str]
 NEW_CLASS = "A"

@@ -172,7 +172,7 @@ def test_a_finished_run_is_evaluated_and_predicts_from_its_folder_alone(run, tmp
     assert code == 0
     assert json.loads(out)["test"]["accuracy"] == report["splits"]["test"]["accuracy"]
     split = tf.load(folder)
-    from tuneforge.builtin.characters.digit_images import real_digits
+    from tuneforge.builtin.datasets.demo.digit_images import real_digits
 
     picture = split.inputs.picture(split.inputs.decode((real_digits()[0][0] * 15).astype("uint8")))
     (tmp_path / "pictures").mkdir()

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from small import TinyNet, tiny_data, tiny_net
+from tiny import TinyNet, tiny_data, tiny_net
 from torch import nn
 
 import tuneforge as tf
 from tuneforge.__main__ import main
-from tuneforge.builtin.tables.arrays import Tensors
+from tuneforge.builtin.datasets.tables.arrays import Tensors
 from tuneforge.builtin.targets import Numbers
 from tuneforge.comparison.lr_range_test import suggested
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from small import tiny_data, tiny_net
+from tiny import tiny_data, tiny_net
 
 import tuneforge as tf
 from tuneforge.__main__ import main

@@ -7,16 +7,16 @@ import shutil
 import attrs
 import pytest
 import torch
-from small import blobs, tiny_data, tiny_net
+from tiny import blobs, tiny_data, tiny_net
 
 import tuneforge as tf
+from tuneforge.comparison.candidates import parsed
+from tuneforge.comparison.ranking import Finished, Row, judged
+from tuneforge.comparison.study import Race, given_of
+from tuneforge.comparison.study_dir import unfinished
 from tuneforge.engine.feature_cache import cache as prefix
 from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.engine.storage.run_dir import RunFolder
-from tuneforge.comparison.candidates import parsed
-from tuneforge.comparison.study import Race, given_of
-from tuneforge.comparison.study_dir import unfinished
-from tuneforge.comparison.ranking import Finished, Row, judged
 from tuneforge.plugin.config import resolve
 
 HEAD = [tf.Phase("head", train="head", epochs=50, lr=0.02)]

@@ -17,8 +17,8 @@ import pytest
 
 import tuneforge as tf
 from tuneforge.__main__ import main
-from tuneforge.comparison.worker_pool import Crew
 from tuneforge.comparison.study_dir import RACE
+from tuneforge.comparison.worker_pool import Crew
 
 FULL = "TUNEFORGE_RACES" in os.environ
 FEW = {"data": tf.use("digits", per_class=3, other_share=0.0), "page": False, "checkpoint_s": 0.0}

@@ -9,9 +9,9 @@ import os
 import random
 import zipfile
 
+import malicious_weights as malicious
 import pytest
 import torch
-from check import malicious
 
 from tuneforge import DataError, Limited, UnsafeFileError, load_tensors, save_tensors
 from tuneforge.__main__ import main

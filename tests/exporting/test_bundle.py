@@ -7,12 +7,12 @@ import threading
 import pytest
 import torch
 from bundles import data, finished
-from small import blobs, tiny_net
+from tiny import blobs, tiny_net
 
 import tuneforge as tf
 from tuneforge.exporting.bundle import backends_of
-from tuneforge.exporting.reference_outputs import digests, spread, summary
 from tuneforge.exporting.exporter import export
+from tuneforge.exporting.reference_outputs import digests, spread, summary
 
 
 @pytest.fixture(scope="module")

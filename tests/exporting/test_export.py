@@ -1,6 +1,6 @@
 """What leaves is proved to answer as the tuned model, or nothing leaves.
 
-All twelve architectures: `TUNEFORGE_ARCHITECTURES=12 python -m pytest tests/ship/test_export.py`.
+All twelve architectures: `TUNEFORGE_ARCHITECTURES=12 python -m pytest tests/exporting/test_export.py`.
 """
 
 import importlib.util
@@ -17,12 +17,12 @@ import pytest
 import torch
 import torchvision
 from bundles import data, finished
-from small import blobs, tiny_data, tiny_net
+from tiny import blobs, tiny_data, tiny_net
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.builtin.images.images import Images
-from tuneforge.builtin.tables.arrays import Tensors
+from tuneforge.builtin.datasets.images.image_inputs import Images
+from tuneforge.builtin.datasets.tables.arrays import Tensors
 from tuneforge.builtin.targets import Classes, LabelSets, Numbers
 from tuneforge.engine.session.predictor import with_data
 from tuneforge.exporting.exporter import export

@@ -16,10 +16,10 @@ from tuneforge import FolderError
 from tuneforge.builtin.metrics import ClassFigures, NumberFigures
 from tuneforge.engine.loop.metric_set import single_numbers
 from tuneforge.engine.storage.run_dir import write_json
-from tuneforge.report.report import duration, figure, write_page
 from tuneforge.plugin.results import Readings, Report
 from tuneforge.plugin.serialization import to_json
 from tuneforge.plugin.steps import Phase, Probe
+from tuneforge.report.report import duration, figure, write_page
 
 HOSTILE = (
     "<script>alert(1)</script>", '" onmouseover="alert(2)', "'; DROP TABLE runs; --", "{{ 7 * 7 }}",

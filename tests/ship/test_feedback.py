@@ -25,7 +25,7 @@ from starlette.requests import Request
 import tuneforge as tf
 
 pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
-from tuneforge.builtin.characters.digit_images import real_digits
+from tuneforge.builtin.datasets.demo.digit_images import real_digits
 from tuneforge.ship.circle.records import Records, in_share
 from tuneforge.ship.serve.feedback import Sampled, feedback
 from tuneforge.ship.serve.kept import may_be_kept

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import kept
-from clouds import base_run, cloud, rows_of
+from gaussian_clusters import base_run, cloud, rows_of
 from scipy import stats
 
 import tuneforge as tf

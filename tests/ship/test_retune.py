@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from clouds import FIELDS, ask, base_run, cloud, right
+from gaussian_clusters import FIELDS, ask, base_run, cloud, right
 from PIL import Image
 
 import tuneforge as tf

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 from bundles import data, finished
-from small import blobs
+from tiny import blobs
 
 import tuneforge as tf
 from tuneforge.__main__ import main

@@ -7,9 +7,9 @@ import attrs
 import pytest
 import torch
 from bundles import digits as finished_digits
+from fake_server import serving
 from PIL import Image
-from small import tiny_data, tiny_net
-from standin import serving
+from tiny import tiny_data, tiny_net
 
 import tuneforge as tf
 from tuneforge.__main__ import main

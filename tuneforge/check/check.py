@@ -13,8 +13,8 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from tuneforge.builtin.images.names import shown
-from tuneforge.builtin.images.scan import MEMORY_MB, SECONDS, Verdict, scan
+from tuneforge.builtin.datasets.images.sample_names import shown
+from tuneforge.builtin.datasets.images.scan import MEMORY_MB, SECONDS, Verdict, scan
 from tuneforge.check.copies import Copy, near_copies, sets_of
 from tuneforge.check.files import Columns, File, empty_classes, files_of
 from tuneforge.check.issues import FIXES, KEPT_FIRST, Issue, counted, of_classes, of_copies, of_file

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import attrs
 
-from tuneforge.builtin.images.image_files import EXTENSIONS, find_csv, split_folders
-from tuneforge.builtin.images.names import shown
+from tuneforge.builtin.datasets.images.image_files import EXTENSIONS, find_csv, split_folders
+from tuneforge.builtin.datasets.images.sample_names import shown
 from tuneforge.errors import DataError
 
 

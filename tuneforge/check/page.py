@@ -9,8 +9,8 @@ from pathlib import Path
 
 import jinja2
 
-from tuneforge.builtin.images.names import shown
-from tuneforge.builtin.images.scan import look_at, picture_of
+from tuneforge.builtin.datasets.images.sample_names import shown
+from tuneforge.builtin.datasets.images.scan import look_at, picture_of
 from tuneforge.check.check import Findings
 from tuneforge.check.issues import Issue, counted
 from tuneforge.sandbox import Limited

@@ -16,9 +16,9 @@ import click
 from tuneforge.cli.options import ComponentCommand, configuration, own_options
 
 if TYPE_CHECKING:
-    from tuneforge.engine.session.engine import Engine
     from tuneforge.comparison.study import Race
     from tuneforge.comparison.summary import Comparison
+    from tuneforge.engine.session.engine import Engine
 
 _OTHERS = ("strategy", "short_epochs", "short_lr", "out")
 _SEEDS = 3

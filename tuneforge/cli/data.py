@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tuneforge.cli.numbers import Within
+from tuneforge.cli.parameter_types import Within
 
 if TYPE_CHECKING:
     from tuneforge.check.check import Findings
@@ -181,8 +181,8 @@ def _print(findings: Findings, out: Path, *, every: bool, kinds: list[str]) -> N
 
 
 def _undo(path: Path, out: Path, root: Path | None) -> None:
-    from tuneforge.builtin.images.names import shown
-    from tuneforge.builtin.images.vetting import release
+    from tuneforge.builtin.datasets.images.file_check import release
+    from tuneforge.builtin.datasets.images.sample_names import shown
     from tuneforge.errors import DataError
 
     if not path.exists():

@@ -23,8 +23,8 @@ def _lr_find(**values: Any) -> None:
     tuneforge lr-find --optimizer sgd --plot rates.png
     """
     config = configuration(click.get_current_context(), values)
-    from tuneforge.engine.session.engine import Engine
     from tuneforge.comparison.lr_range_test import lr_find as find
+    from tuneforge.engine.session.engine import Engine
 
     found = find(Engine.of(config), train=values["train"] or "all", batches=values["batches"])
     if values["plot"]:

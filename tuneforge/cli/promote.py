@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from tuneforge.cli.numbers import Within
+from tuneforge.cli.parameter_types import Within
 
 REFUSED = 3
 

@@ -20,7 +20,7 @@ import click
 from tuneforge.cli.options import ComponentCommand, configuration, own_options
 
 if TYPE_CHECKING:
-    from tuneforge.cli.screen import Screen
+    from tuneforge.cli.progress import Screen
     from tuneforge.engine.session.engine import Engine
     from tuneforge.plugin.config import RunConfig
 
@@ -88,7 +88,7 @@ def carry_out(make: Callable[[Screen], Engine], *, as_json: bool) -> None:
         make: Makes the engine, once there is a screen to watch it.
         as_json: End with one JSON object on standard output.
     """
-    from tuneforge.cli.screen import Screen
+    from tuneforge.cli.progress import Screen
 
     follows = os.environ.get("RANK", "0") != "0"
     screen = Screen(to_stderr=as_json, quiet=follows)

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from tuneforge.cli.numbers import Within
+from tuneforge.cli.parameter_types import Within
 
 _TOKEN = "TUNEFORGE_TOKEN"  # noqa: S105 - the name of a variable
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tuneforge.cli.numbers import Within
 from tuneforge.cli.options import ComponentCommand, configuration, pick_options
+from tuneforge.cli.parameter_types import Within
 
 if TYPE_CHECKING:
     from tuneforge.ship.wire.wire import Measured

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tuneforge.engine.storage import run_dir as names
-from tuneforge.errors import UsageError
 from tuneforge.comparison.candidates import baseline_of, is_object
 from tuneforge.comparison.ranking import FAILED, RANKED, Finished, Row, judged, monitored, shared_notes
 from tuneforge.comparison.summary import Comparison, conclude
+from tuneforge.engine.storage import run_dir as names
+from tuneforge.errors import UsageError
 
 _ASIDE = {
     "seed", "data-seed", "out", "page", "device", "workers", "keep", "checkpoint-s", "checkpoint-steps", "cache",

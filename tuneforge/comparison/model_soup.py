@@ -17,6 +17,8 @@ from typing import Any
 
 import attrs
 
+from tuneforge.comparison.candidates import SOUP
+from tuneforge.comparison.ranking import Finished, ahead_of
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.loop.evaluation import evaluate
 from tuneforge.engine.loop.head_fit import Snapshot, mixed
@@ -24,8 +26,6 @@ from tuneforge.engine.session.predictor import load, with_data
 from tuneforge.engine.session.resume import BRIEF
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.engine.storage.safetensors_io import load_state, load_tensors, save_tensors
-from tuneforge.comparison.candidates import SOUP
-from tuneforge.comparison.ranking import Finished, ahead_of
 
 _SAME = ("head", "labels", "groups", "inputs", "targets")
 _COPIED = (names.RUN, names.MODEL, BRIEF)

@@ -10,11 +10,11 @@ from typing import Any
 
 import attrs
 
+from tuneforge.comparison.paired_tests import LEVEL, Paired, holm, mean_and_spread, paired
 from tuneforge.engine.session.predictor import require_done
 from tuneforge.engine.session.resume import BRIEF
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import FolderError, UsageError
-from tuneforge.comparison.paired_tests import LEVEL, Paired, holm, mean_and_spread, paired
 from tuneforge.plugin.serialization import from_json
 
 RANKED, DROPPED, FAILED = "ranked", "dropped", "failed"

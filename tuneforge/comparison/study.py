@@ -19,21 +19,21 @@ from typing import Any
 import attrs
 from torch import nn
 
+from tuneforge.comparison import finished_runs as finished
+from tuneforge.comparison.candidates import SOUP, Entrant, asked_for, baseline_of, entered
+from tuneforge.comparison.model_soup import greedy_soup
+from tuneforge.comparison.ranking import DROPPED, FAILED, Finished, Row, judged
+from tuneforge.comparison.study_dir import RACE, again, agree, fresh, has_objects, recorded, unfinished
+from tuneforge.comparison.successive_halving import fallen, rungs_of
+from tuneforge.comparison.summary import Comparison, conclude, read_back
+from tuneforge.comparison.trial import FAILURE, PARTS, Trial
+from tuneforge.comparison.worker_pool import Crew, Meeting, await_end, each_alone, let_go, threads_each
 from tuneforge.engine.model.model import Model
 from tuneforge.engine.session import from_objects as objects
 from tuneforge.engine.session.engine import Engine
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.engine.storage.run_dir import RunFolder
 from tuneforge.errors import FolderError, StoppedError, TuneforgeError, UsageError
-from tuneforge.comparison import finished_runs as finished
-from tuneforge.comparison.worker_pool import Crew, Meeting, await_end, each_alone, let_go, threads_each
-from tuneforge.comparison.candidates import SOUP, Entrant, asked_for, baseline_of, entered
-from tuneforge.comparison.study_dir import RACE, again, agree, fresh, has_objects, recorded, unfinished
-from tuneforge.comparison.successive_halving import fallen, rungs_of
-from tuneforge.comparison.model_soup import greedy_soup
-from tuneforge.comparison.ranking import DROPPED, FAILED, Finished, Row, judged
-from tuneforge.comparison.summary import Comparison, conclude, read_back
-from tuneforge.comparison.trial import FAILURE, PARTS, Trial
 from tuneforge.plugin.config import RunConfig, as_table, budget_of, resolve
 
 _OWN = ("strategy", "seed", "out")  # what differs between the runs of a race

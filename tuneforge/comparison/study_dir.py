@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import tuneforge
+from tuneforge.comparison.candidates import is_object
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.engine.storage.run_dir import RunFolder, finite
 from tuneforge.errors import FolderError, UsageError
-from tuneforge.comparison.candidates import is_object
 from tuneforge.plugin.config import GROUP_OF
 
 RACE = "race.json"

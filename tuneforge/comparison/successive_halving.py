@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tuneforge.errors import UsageError
 from tuneforge.comparison.ranking import DROPPED, FAILED, Row, ahead, monitored
+from tuneforge.errors import UsageError
 from tuneforge.plugin.config import budget_of
 
 _UNITS = {"seconds": "s", "epochs": "epochs", "steps": "steps"}

@@ -9,13 +9,13 @@ from typing import Any
 
 import attrs
 
+from tuneforge.comparison.paired_tests import LEVEL, reach
+from tuneforge.comparison.ranking import BETTER, DROPPED, FAILED, RANKED, SAME, WORSE, Row, Standings, test_figures
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.engine.storage.run_dir import finite
+from tuneforge.plugin.config import budget_of
 from tuneforge.report import plots as pictures
 from tuneforge.report.report import duration, figure
-from tuneforge.comparison.ranking import BETTER, DROPPED, FAILED, RANKED, SAME, WORSE, Row, Standings, test_figures
-from tuneforge.comparison.paired_tests import LEVEL, reach
-from tuneforge.plugin.config import budget_of
 
 RESULTS, COSTS, TABLE, PICTURE = "results.json", "costs.json", "table.txt", "cost.svg"
 _UNKNOWN = "-"

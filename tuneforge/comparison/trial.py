@@ -10,11 +10,11 @@ from typing import Any
 import attrs
 
 from tuneforge import errors
+from tuneforge.comparison.candidates import Entrant
+from tuneforge.comparison.ranking import Finished
 from tuneforge.engine.session.engine import Engine
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import FolderError, StoppedError, TryAgainError, TuneforgeError, UsageError
-from tuneforge.comparison.candidates import Entrant
-from tuneforge.comparison.ranking import Finished
 
 FAILURE = "failure.json"
 """In a run's folder: what ended the entrant. A race that is asked for again tries anew."""

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tuneforge.builtin.images.names import shown
+from tuneforge.builtin.datasets.images.sample_names import shown
 from tuneforge.convert.weights import checked_name
 from tuneforge.errors import DataError, UnsafeFileError
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import attrs
 
-from tuneforge.builtin.images.names import shown
-from tuneforge.sandbox import Limited, LimitError
+from tuneforge.builtin.datasets.images.sample_names import shown
 from tuneforge.errors import DataError, FolderError, TuneforgeError, UnsafeFileError, UsageError
+from tuneforge.sandbox import Limited, LimitError
 
 MAX_MB, SECONDS = 4096, 120.0
 _PROCESS_MB = 1024  # of the process itself, beside the tensors that it holds twice

@@ -26,11 +26,11 @@ from tuneforge.engine.loop.build import part
 from tuneforge.engine.session import predictor as tuned
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import FolderError, HaltError, MissingDependencyError, UsageError, close_match
-from tuneforge.plugin.steps import Use
 from tuneforge.exporting import atomic_dir as sealed
-from tuneforge.exporting.reference_outputs import Evidence
 from tuneforge.exporting.formats import ExportFormat, Forward, answers_of, forward_of
 from tuneforge.exporting.parity import deviation
+from tuneforge.exporting.reference_outputs import Evidence
+from tuneforge.plugin.steps import Use
 
 BUNDLE, CARD, CHAMPION = "bundle.json", "README.md", "champion.json"
 FORMAT = 1

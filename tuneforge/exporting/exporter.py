@@ -20,14 +20,14 @@ from tuneforge.engine.data.dataset import Data, Split
 from tuneforge.engine.session.predictor import Tuned, load, with_data
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import DataError, UsageError
-from tuneforge.plugin import registry
 from tuneforge.exporting import model_card as card
 from tuneforge.exporting import reference_outputs as evidence
+from tuneforge.exporting.atomic_dir import building
 from tuneforge.exporting.bundle import BUNDLE, CARD, FORMAT, format_of
 from tuneforge.exporting.formats import ExportFormat, forward_of
 from tuneforge.exporting.parity import Parity, require_parity
 from tuneforge.exporting.thumbnails import write_pictures
-from tuneforge.exporting.atomic_dir import building
+from tuneforge.plugin import registry
 
 _PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "onnx", "onnxscript", "onnxruntime")
 

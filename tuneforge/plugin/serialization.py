@@ -89,8 +89,6 @@ def from_json(text: str) -> Any:
     Raises:
         UsageError: The text is not such a value.
     """
-    from tuneforge.plugin import steps
-    from tuneforge.plugin import results as answers
 
     try:
         return _decode(json.loads(text))

@@ -18,9 +18,9 @@ import tomli_w
 from tuneforge.engine.loop.metric_set import single_numbers
 from tuneforge.engine.session import messages as story
 from tuneforge.engine.storage import run_dir as names
-from tuneforge.report import plots as pictures
 from tuneforge.plugin.results import Readings, Report
 from tuneforge.plugin.serialization import from_json
+from tuneforge.report import plots as pictures
 
 NOT_A_NUMBER = "not a number"
 _MOST_IN_MATRIX = 30

@@ -19,7 +19,7 @@ from sklearn.utils import column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
-from tuneforge.builtin.tables.answers import standardised
+from tuneforge.builtin.datasets.tables.target_arrays import standardised
 from tuneforge.builtin.targets import Classes, Numbers
 from tuneforge.sklearn.estimator import TunedEstimator, scaling
 

@@ -23,9 +23,9 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 import tuneforge as tf
-from tuneforge.builtin.images.images import Images
-from tuneforge.builtin.tables.answers import split_rows
-from tuneforge.builtin.tables.arrays import Tensors
+from tuneforge.builtin.datasets.images.image_inputs import Images
+from tuneforge.builtin.datasets.tables.arrays import Tensors
+from tuneforge.builtin.datasets.tables.target_arrays import split_rows
 from tuneforge.engine.storage.safetensors_io import load_state, state_of
 from tuneforge.sklearn.model_state import Remembering
 

@@ -29,8 +29,8 @@ from tuneforge import OptionError
 from tuneforge.plugin import registry
 from tuneforge.plugin.component import Option, options_of, values_of
 from tuneforge.plugin.names import kebab
-from tuneforge.testing import processes as ranks
 from tuneforge.testing import known_issues as rows
+from tuneforge.testing import processes as ranks
 from tuneforge.testing.recording import Trial
 
 __all__ = ["CHECKS", "SLOW_CHECKS", "StrategyCheck", "check_strategy", "small_options", "strategy_checks"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge import Data, Group, Model, Split
-from tuneforge.builtin.tables.arrays import Tensors
+from tuneforge.builtin.datasets.tables.arrays import Tensors
 from tuneforge.builtin.targets import Classes
 
 CLASSES = ("a", "b", "c")

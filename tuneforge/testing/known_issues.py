@@ -14,8 +14,8 @@ import attrs
 from tuneforge import Phase, Probe, Report, SelectorError, Step, TuneforgeError, use
 from tuneforge.plugin import registry
 from tuneforge.testing import fixtures as world
-from tuneforge.testing.recording import Framed, Trial, borders, end_of, same_files
 from tuneforge.testing.observers import CallsTrain, Samples, Watch
+from tuneforge.testing.recording import Framed, Trial, borders, end_of, same_files
 
 ALL = Phase("kit-all", epochs=1, lr=0.01)
 HEAD = Phase("kit-head", train="head", epochs=2, lr=0.01)

@@ -19,8 +19,8 @@ import torch
 from tuneforge import Engine, Phase, load_tensors, save_tensors
 from tuneforge.plugin.serialization import from_json, to_json
 from tuneforge.testing import fixtures as world
-from tuneforge.testing.recording import Framed, Trial
 from tuneforge.testing.observers import Watch, same
+from tuneforge.testing.recording import Framed, Trial
 
 RANKS = 2
 TIMEOUT_S = 120.0
@@ -47,7 +47,10 @@ def check_two_ranks(trial: Trial) -> None:
 
 def _run_both(trial: Trial) -> list[str]:
     """Run the ranks beside each other; for each the last line of what went wrong, empty where nothing did."""
-    script, asked = "import sys; from tuneforge.testing.processes import main; main(*sys.argv[1:])", to_json(trial.use())
+    script, asked = (
+        "import sys; from tuneforge.testing.processes import main; main(*sys.argv[1:])",
+        to_json(trial.use()),
+    )
     logs = [trial.folder / f"rank-{rank}.txt" for rank in range(RANKS)]
     children = []
     for rank, log in enumerate(logs):

@@ -36,10 +36,10 @@ from tuneforge.engine.storage.checkpoint import Checkpoints
 from tuneforge.engine.storage.run_dir import RunFolder
 from tuneforge.engine.storage.safetensors_io import save_tensors, state_of
 from tuneforge.errors import PluginError, StoppedError, UsageError
-from tuneforge.plugin.results import Answer
 from tuneforge.plugin.config import REPEATABLE, RunConfig, resolve
-from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.hooks import Hooks, Member, guarded_steps
+from tuneforge.plugin.hookspecs import hookimpl
+from tuneforge.plugin.results import Answer
 from tuneforge.plugin.steps import Blend, Fit, Phase, Probe, Step, Use
 
 _PAGE = "report-page"

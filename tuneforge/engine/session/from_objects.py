@@ -13,11 +13,11 @@ from tuneforge.engine.model.model import Model
 from tuneforge.engine.session import messages as story
 from tuneforge.errors import FolderError, UsageError
 from tuneforge.plugin import registry
-from tuneforge.plugin.results import Brief
 from tuneforge.plugin.component import build, values_of
-from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.hooks import Member, check_hooks
+from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.names import prefix_of
+from tuneforge.plugin.results import Brief
 from tuneforge.plugin.serialization import plain
 from tuneforge.plugin.steps import Blend, Fit, Phase, Probe, Step, Use
 

@@ -19,11 +19,11 @@ from tuneforge.engine.session import messages as story
 from tuneforge.engine.storage import run_dir as folder
 from tuneforge.engine.storage.run_dir import RunFolder
 from tuneforge.plugin import registry
-from tuneforge.plugin.results import Brief
 from tuneforge.plugin.component import values_of
 from tuneforge.plugin.config import as_table, budget_of
-from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.hooks import Member
+from tuneforge.plugin.hookspecs import hookimpl
+from tuneforge.plugin.results import Brief
 from tuneforge.plugin.serialization import to_json
 
 MISTAKES_KEPT = 24

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tuneforge.engine.data.dataset import Inputable, Split, Targets
 from tuneforge.engine.data.loader import fetched, in_turn
-from tuneforge.plugin.component import values_of
 from tuneforge.exporting.bundle import Servable
-from tuneforge.exporting.reference_outputs import digests
 from tuneforge.exporting.formats import answers_of
+from tuneforge.exporting.reference_outputs import digests
+from tuneforge.plugin.component import values_of
 from tuneforge.ship.champion.statistics import at_most_lost, better, more_error
 
 _BATCH = 64

@@ -14,10 +14,10 @@ from tuneforge.engine.loop.build import part
 from tuneforge.engine.model import device
 from tuneforge.engine.session import from_objects as given
 from tuneforge.errors import DataError
+from tuneforge.exporting.bundle import BUNDLE
 from tuneforge.plugin.config import resolve
 from tuneforge.plugin.hooks import Hooks
 from tuneforge.plugin.steps import Use
-from tuneforge.exporting.bundle import BUNDLE
 
 
 def data_of_bundle(record: Mapping[str, Any], data: Any = None, *, stored_by: Mapping[str, Any] | None = None) -> Data:

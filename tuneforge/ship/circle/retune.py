@@ -23,8 +23,8 @@ from tuneforge.engine.session.engine import Engine
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.engine.storage.safetensors_io import save_tensors
 from tuneforge.errors import DataError, FolderError, UsageError
-from tuneforge.plugin.steps import Use
 from tuneforge.exporting.bundle import BUNDLE
+from tuneforge.plugin.steps import Use
 from tuneforge.ship.champion.gate import Rules, Verdict, refused
 from tuneforge.ship.champion.promote import promote
 from tuneforge.ship.champion.statistics import fewest_pairs

@@ -1,0 +1,304 @@
+import csv
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from tuneforge import DataError, FolderError, OptionError, PluginError, UsageError, save_tensors
+from tuneforge.builtin.datasets.tables.table_csv import MLP, TableCsv, TableRow
+from tuneforge.builtin.targets import Classes, Numbers
+from tuneforge.plugin.component import build, values_of
+
+CITIES = ("Bonn", "Lyon", "Oslo")
+
+
+def written(path, rows, header=None, *, delimiter=","):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerows([header or list(rows[0]), *(list(row.values()) if header is None else row for row in rows)])
+    return path
+
+
+def houses(count=40, **changes):
+    """Rows with a number, a gappy number, a text and a target of each kind."""
+    draw = random.Random(0)
+    rows = []
+    for index in range(count):
+        area, city = draw.uniform(30, 200), CITIES[index % 3]
+        row = {"area": f"{area:.3f}", "age": "" if index % 4 == 0 else str(index), "city": city}
+        row |= {"price": f"{3000 * area + index:.2f}", "kind": "flat" if area < 100 else "house"}
+        rows.append(row | {name: make(index) for name, make in changes.items()})
+    return rows
+
+
+def prepared(path, target="price", *, known=None, seed=0, **options):
+    run = SimpleNamespace(config=SimpleNamespace(seed=seed), data_seed=seed, restoring=known is not None, data=known)
+    return TableCsv(path=path, target=target, **options).data_prepare(run)
+
+
+@pytest.fixture
+def table(tmp_path):
+    return written(tmp_path / "houses.csv", houses())
+
+
+def stored(split):
+    return split.fetch(torch.arange(len(split)))
+
+
+class TestTableCsv:
+    def test_numbers_are_standardised_by_the_training_split_alone(self, table):
+        data = prepared(table)
+        train = stored(data.train)
+        assert data.inputs.columns == ("area", "age", "city", "kind")
+        assert data.inputs.kinds == ("number", "number-or-none", "text", "text")
+        assert train.dtype == torch.float32
+        assert train.shape == (28, 1 + 2 + 3 + 2)
+        assert train[:, 0].mean().item() == pytest.approx(0, abs=1e-6)
+        assert train[:, 0].std(correction=0).item() == pytest.approx(1, abs=1e-6)
+        assert isinstance(data.targets, Numbers)
+        assert data.train.targets.mean().item() == pytest.approx(0, abs=1e-6)
+
+    def test_a_missing_number_is_the_training_mean_and_says_so(self, table):
+        data = prepared(table)
+        gaps = stored(data.train)[:, 2] == 1
+        assert 0 < gaps.sum() < 28
+        assert not stored(data.train)[gaps, 1].any()
+        present = stored(data.train)[~gaps, 1]
+        assert present.mean().item() == pytest.approx(0, abs=1e-6)
+
+    def test_text_is_one_of_its_values_in_a_stable_order(self, table):
+        data = prepared(table)
+        assert data.inputs.categories[2] == CITIES
+        rows = houses()
+        for row in range(len(data.test)):
+            line = int(data.test.id_of(row).partition(":")[2])
+            assert stored(data.test)[row, 3:6].tolist() == [float(rows[line - 2]["city"] == city) for city in CITIES]
+
+    def test_decode_of_a_row_gives_the_stored_features_to_the_bit(self, table):
+        data, rows = prepared(table), houses()
+        for split in data.splits().values():
+            for row in range(len(split)):
+                line = int(split.id_of(row).partition(":")[2])
+                assert torch.equal(data.inputs.decode(rows[line - 2]), stored(split)[row])
+
+    @pytest.mark.parametrize(
+        ("make", "task", "names"),
+        [
+            (lambda index: "yes" if index % 2 else "no", "auto", ("no", "yes")),
+            (lambda index: str(index % 3 * 5), "auto", ("0", "5", "10")),
+            (lambda index: f"{index % 2}.5", "classes", ("0.5", "1.5")),
+            (lambda index: f"0{index % 2}", "classes", ("00", "01")),
+        ],
+    )
+    def test_text_and_a_few_whole_numbers_are_classes(self, tmp_path, make, task, names):
+        data = prepared(written(tmp_path / "t.csv", houses(answer=make)), "answer", task=task)
+        assert isinstance(data.targets, Classes)
+        assert data.targets.names == names
+        rows = houses(answer=make)
+        line = int(data.val.id_of(0).partition(":")[2])
+        assert data.targets.truth(data.val.targets[0]) == rows[line - 2]["answer"]
+
+    @pytest.mark.parametrize(
+        ("make", "task"),
+        [(str, "auto"), (lambda index: f"{index}.5", "auto"), (lambda index: str(index % 3), "numbers")],
+    )
+    def test_other_numbers_are_numbers(self, tmp_path, make, task):
+        data = prepared(written(tmp_path / "t.csv", houses(answer=make)), "answer", task=task, unit="EUR")
+        assert data.targets.names == ("answer",)
+        assert data.targets.units == ("EUR",)
+        assert data.train.targets.shape == (28,)
+
+    def test_classes_have_their_share_in_every_split(self, table):
+        data = prepared(table, "city")
+        for split, counts in (("train", [28, 28, 28]), ("val", [6, 6, 6]), ("test", [6, 6, 6])):
+            assert data.splits()[split].targets.bincount().sum() == counts[0]
+            assert data.splits()[split].targets.bincount().min() >= counts[0] // 3 - 1
+
+    def test_the_seed_decides_the_splits(self, table):
+        first, again, other = (prepared(table, seed=seed).train.ids for seed in (1, 1, 2))
+        assert first == again
+        assert first != other
+
+    def test_columns_that_cannot_serve_are_left_out_and_named(self, tmp_path):
+        rows = houses(60, name=lambda index: f"no. {index}", empty=lambda index: "")
+        data = prepared(written(tmp_path / "t.csv", rows), val=0.05, test=0.05)
+        assert "name" not in data.inputs.columns
+        assert any("'name' is left out: it has" in note for note in data.notes)
+        assert any("'empty' is left out: it is empty" in note for note in data.notes)
+
+    def test_a_constant_column_does_no_harm(self, tmp_path):
+        data = prepared(written(tmp_path / "t.csv", houses(one=lambda index: "7.3")))
+        assert stored(data.train).isfinite().all()
+
+    def test_other_delimiters_quotes_and_a_byte_order_mark_are_read(self, tmp_path):
+        path = written(tmp_path / "t.csv", houses(city=lambda index: f"a;{index % 2}"), delimiter=";")
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert prepared(path, delimiter=";").inputs.categories[2] == ("a;0", "a;1")
+
+    def test_a_tuned_models_columns_and_scales_hold_for_another_file(self, tmp_path, table):
+        tuned = prepared(table)
+        other = prepared(written(tmp_path / "other.csv", houses(12, price=lambda index: str(index % 3))), known=tuned)
+        assert values_of(other.inputs) == values_of(tuned.inputs)
+        assert values_of(other.targets) == values_of(tuned.targets)
+
+    def test_what_the_target_was_read_as_is_said(self, table):
+        assert "read as a number" in prepared(table).notes[-1]
+        assert "read as 3 classes" in prepared(table, "city").notes[-1]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "has no rows"),
+            ("a,b\n", "has no rows"),
+            ("a,a\n1,2\n", "column 'a' occurs twice"),
+            ("a,pricee\n1,2\n", "did you mean 'pricee'"),
+            ("a,price\n1,2\n1,2,3\n", "3 cells under a header of 2; at .*line 3"),
+            ("a,price\n1,2\n1,\n2,3\n", r"1 row\(s\) have no 'price'; at .*line 3"),
+            ("a,price\n" + "1,2\n" * 9, "only one class, '2'"),
+            ("a,price\n1,x\n2,y\n3,x\n4,x\n", r"class 'y' has 1 sample"),
+            ("price\n1.5\n2.5\n3.5\n4.5\n5.5\n", "no column can serve"),
+            ("a,price\n1,1.5\n2,2.5\n", r"2 sample\(s\) cannot fill"),
+        ],
+    )
+    def test_bad_tables_say_where_and_what_to_do(self, tmp_path, text, message):
+        (tmp_path / "t.csv").write_text(text)
+        with pytest.raises(DataError, match=message) as caught:
+            prepared(tmp_path / "t.csv")
+        assert caught.value.fix
+
+    def test_a_missing_file_is_named(self):
+        with pytest.raises(DataError, match=r"cannot read 'no/such\.csv'.*No such file"):
+            prepared(Path("no/such.csv"))
+
+    def test_a_file_that_is_no_text_is_named(self, tmp_path):
+        (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00\x01")
+        with pytest.raises(DataError, match="UTF-8"):
+            prepared(tmp_path / "t.csv")
+
+    def test_text_among_numbers_names_the_line(self, tmp_path):
+        path = written(tmp_path / "t.csv", houses(answer=lambda index: "x" if index == 5 else str(index)))
+        with pytest.raises(DataError, match="line 7"):
+            prepared(path, "answer", task="numbers")
+
+    @pytest.mark.parametrize("options", [{"val": 0.5, "test": 0.5}, {"val": 0.0}, {"delimiter": ""}, {"task": "ranks"}])
+    def test_options_out_of_range_are_refused(self, options):
+        with pytest.raises(OptionError):
+            TableCsv(path=Path("t.csv"), target="price", **options)
+
+
+class TestTableRow:
+    def test_decode_takes_values_text_and_json(self, table):
+        inputs = prepared(table).inputs
+        row = {"area": 50.5, "age": None, "city": "Lyon", "kind": "flat"}
+        text = {"area": "50.5", "age": "", "city": " Lyon", "kind": "flat", "price": "never looked at"}
+        assert torch.equal(inputs.decode(row), inputs.decode(text))
+        assert torch.equal(inputs.decode(row), inputs.decode(json.dumps(row).encode()))
+
+    def test_decode_reads_a_file_of_json(self, table, tmp_path):
+        inputs, row = prepared(table).inputs, houses()[0]
+        (tmp_path / "row.json").write_text(json.dumps(row))
+        assert torch.equal(inputs.decode(tmp_path / "row.json"), inputs.decode(row))
+
+    def test_an_unknown_text_is_none_of_the_values(self, table):
+        features = prepared(table).inputs.decode(houses()[0] | {"city": "Rome"})
+        assert not features[3:6].any()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"area": "large"}, "'large' is no number; at column 'area'"),
+            ({"area": float("inf")}, "inf is no number"),
+            ({"area": True}, "True is no number"),
+        ],
+    )
+    def test_decode_refuses_what_is_no_number(self, table, change, message):
+        with pytest.raises(DataError, match=message):
+            prepared(table).inputs.decode(houses()[0] | change)
+
+    def test_a_missing_column_offers_the_nearest(self, table):
+        with pytest.raises(DataError, match=r"'area' is missing.*did you mean 'Area'"):
+            prepared(table).inputs.decode({"Area": 1, "age": 2, "city": "Bonn", "kind": "flat"})
+
+    @pytest.mark.parametrize("raw", [[1, 2], b"[1", b"[1]", 3])
+    def test_decode_refuses_what_is_no_row(self, table, raw):
+        with pytest.raises(DataError):
+            prepared(table).inputs.decode(raw)
+
+    def test_text_shows_the_cells_to_a_person(self, table):
+        inputs = prepared(table).inputs
+        row = {"area": 50.5, "age": "", "city": "Rome", "kind": "flat"}
+        assert inputs.text(inputs.decode(row)) == "area 50.5, age ?, city ?, kind flat"
+
+    def test_options_survive_json(self, table):
+        inputs = prepared(table).inputs
+        again = build(TableRow, json.loads(json.dumps(values_of(inputs))), where="-")
+        assert values_of(again) == values_of(inputs)
+
+
+def run_of(example, targets=None, *, seed=0, restoring=False):
+    data = SimpleNamespace(targets=targets or Classes(names=("a", "b", "c")))
+    return SimpleNamespace(
+        example=example, data=data, config=SimpleNamespace(seed=seed), data_seed=seed, restoring=restoring
+    )
+
+
+class TestMLP:
+    def test_a_layer_group_a_hidden_layer_and_the_head_last(self):
+        model = MLP(hidden=(8, 4), dropout=0.5).model_adapt(run_of(torch.zeros(2, 5)), None)
+        assert [group.name for group in model.groups] == ["layer1", "layer2", "head"]
+        assert model.labels == ("a", "b", "c")
+        assert model.module(torch.zeros(2, 5)).shape == (2, 3)
+        assert [type(part) for part in model.module.layer1] == [nn.Linear, nn.ReLU, nn.Dropout]
+
+    def test_without_hidden_layers_it_is_linear(self):
+        model = MLP(hidden=()).model_adapt(run_of(torch.zeros(2, 5), Numbers()), None)
+        assert list(model.parameters()) == ["head.weight", "head.bias"]
+        assert model.module(torch.zeros(2, 5)).shape == (2, 1)
+
+    def test_the_seed_decides_the_weights_whatever_was_drawn_before(self):
+        built = []
+        for seed in (1, 1, 2):
+            torch.rand(3)
+            built.append(MLP().model_adapt(run_of(torch.zeros(2, 5), seed=seed), None).parameters()["head.weight"])
+        assert torch.equal(built[0], built[1])
+        assert not torch.equal(built[0], built[2])
+
+    def test_weights_come_with_their_labels(self, tmp_path):
+        tuned = MLP(hidden=(8,)).model_adapt(run_of(torch.zeros(2, 5), seed=3), None)
+        save_tensors(tuned.module.state_dict(), tmp_path / "w.safetensors", metadata={"labels": ("a", "b", "c")})
+        run = run_of(torch.zeros(2, 5), Classes(names=("b", "z")))
+        loaded = MLP(hidden=(8,), dropout=0.1, weights=tmp_path / "w.safetensors").model_adapt(run, None)
+        assert loaded.labels == loaded.kept == ("a", "b", "c")
+        for name, tensor in tuned.parameters().items():
+            assert torch.equal(loaded.parameters()[name], tensor)
+
+    def test_a_restored_run_builds_the_shape_and_loads_nothing(self):
+        run = run_of(torch.zeros(2, 5), restoring=True)
+        model = MLP(weights=Path("gone.safetensors")).model_adapt(run, None)
+        assert model.module(torch.zeros(1, 5)).shape == (1, 3)
+
+    def test_weights_of_another_shape_are_refused(self, tmp_path):
+        tuned = MLP(hidden=(8,)).model_adapt(run_of(torch.zeros(2, 5)), None)
+        save_tensors(tuned.module.state_dict(), tmp_path / "w.safetensors")
+        with pytest.raises(UsageError, match=r"layer1\.0\.weight"):
+            MLP(hidden=(9,), weights=tmp_path / "w.safetensors").model_adapt(run_of(torch.zeros(2, 5)), None)
+        with pytest.raises(FolderError):
+            MLP(weights=tmp_path / "none.safetensors").model_adapt(run_of(torch.zeros(2, 5)), None)
+
+    @pytest.mark.parametrize(
+        "example", [torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64), {"ids": torch.zeros(2, 3)}]
+    )
+    def test_inputs_that_are_no_rows_of_numbers_are_refused(self, example):
+        with pytest.raises(DataError, match="one row of floats"):
+            MLP().model_adapt(run_of(example), None)
+
+    def test_it_adapts_no_other_model(self):
+        run = run_of(torch.zeros(2, 5))
+        with pytest.raises(PluginError, match="cannot adapt one"):
+            MLP().model_adapt(run, MLP().model_adapt(run, None))

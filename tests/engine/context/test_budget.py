@@ -1,0 +1,220 @@
+"""A budget ends a run at one step, and a run that was killed after that step was written down ends there too."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from simulated_kill import Killed, contents, killed
+from tiny import tiny_data, tiny_net
+
+import tuneforge as tf
+from tuneforge.engine.storage import checkpoint
+from tuneforge.engine.storage import fault_injection as faults
+from tuneforge.plugin.config import budget_of
+
+
+@pytest.fixture(autouse=True)
+def no_fault_is_left():
+    yield
+    faults.hook = None
+
+
+def two_phases(brief):
+    yield tf.Phase("head", train="head", epochs=1, lr=0.02)
+    yield tf.Phase("all", epochs=2000, lr=0.01, schedule="cosine", restore_best=True)
+    raise AssertionError("nothing is asked for once the budget is spent")
+
+
+class Slow:
+    """Takes long in evaluation, by the budget: after the `Fit`, where nothing trains, or at the second epoch's end."""
+
+    def __init__(self, *, training):
+        self.training = training
+
+    @tf.hookimpl
+    def evaluation_started(self, run):
+        if (run.phase is not None, run.epoch) == (self.training, 1 + self.training):
+            run.budget.before_s += 1000
+
+
+class Late:
+    """A long ninth step, by the clock of the budget."""
+
+    @tf.hookimpl(wrapper=True)
+    def train_step(self, run):
+        run.budget.before_s += 1000 * (run.step == 8)
+        return (yield)
+
+
+class Watch:
+    """Sees what the budget knew when the run went on."""
+
+    @tf.hookimpl
+    def epoch_ended(self, run):
+        self.before_s = run.budget.before_s
+
+
+def fit_between(brief):
+    yield tf.Phase("head", train="head", epochs=1, lr=0.02)
+    yield tf.Fit("fit")
+    yield tf.Phase("all", epochs=1, lr=0.01)
+
+
+def engine(path, *, resume=False, strategy=two_phases, extensions=(), **given):
+    objects = {"data": tiny_data(), "model": tiny_net(), "strategy": strategy, "extensions": list(extensions)}
+    if resume:
+        return tf.Engine.resume(path, **objects)
+    chosen = {"batch_size": 16, "page": False, "checkpoint_s": 0.0, "out": path, **given}
+    return tf.Engine(**objects, **chosen)
+
+
+def read(path, name):
+    return json.loads((path / name).read_text())
+
+
+def last_answer(path):
+    return json.loads((path / "steps.jsonl").read_text().splitlines()[-1])["answer"]
+
+
+def test_what_a_budget_says():
+    said = {text: budget_of(text) for text in ("60s", "5m", "2h", "0.5h", "20epochs", "1epoch", "500steps")}
+    assert list(said.values()) == [
+        ("seconds", 60), ("seconds", 300), ("seconds", 7200), ("seconds", 1800), ("epochs", 20), ("epochs", 1),
+        ("steps", 500),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["60", "soon", "0s", "-5s", "1.5epochs", "0steps", "5 s", "5d", ""])
+def test_what_is_no_budget_is_refused_with_what_is_one(text):
+    with pytest.raises(tf.OptionError, match="60s, 5m, 2h, 20epochs or 500steps"):
+        tf.Engine(budget=text)
+
+
+def test_the_phase_ends_after_the_step_and_the_run_as_usual(tmp_path):
+    told = []
+
+    def strategy(brief):
+        told.append(dict(brief.budget))
+        yield from two_phases(brief)
+
+    result = engine(tmp_path / "r", strategy=strategy, budget="8steps").run()
+    assert told == [{"steps": 8}]
+    assert [answer.steps for _, answer in result.steps] == [6, 2]
+    assert last_answer(tmp_path / "r")["reason"] == "budget of 8steps spent at step 8"
+    assert result.report["stopped_by_budget"] == 8
+    assert set(result.report["splits"]) == {"val", "test"}
+    assert read(tmp_path / "r", "status.json")["state"] == "done"
+    assert "budget of 8steps spent at step 8, so no further step is taken" in (tmp_path / "r" / "log.txt").read_text()
+
+
+def test_a_run_within_its_budget_says_nothing_of_it(tmp_path):
+    result = engine(tmp_path / "r", strategy=fit_between, budget="13steps").run()
+    assert len(result.steps) == 3
+    assert "stopped_by_budget" not in result.report
+
+
+def test_epochs_are_counted_over_the_run(tmp_path):
+    result = engine(tmp_path / "r", budget="3epochs").run()
+    assert [answer.epochs for _, answer in result.steps] == [1, 2]
+    assert result.report["stopped_by_budget"] == 18
+
+
+def test_the_strategy_is_closed(tmp_path):
+    closed = []
+
+    def strategy(brief):
+        try:
+            yield from two_phases(brief)
+        finally:
+            closed.append(True)
+
+    engine(tmp_path / "r", strategy=strategy, budget="7steps").run()
+    assert closed == [True]
+
+
+@pytest.mark.parametrize("budget", ["7steps", "12steps", "2epochs"])
+@pytest.mark.parametrize("checkpoint_s", [0.0, 1e9])
+def test_killed_at_any_point_after_the_mark_it_ends_the_same_to_the_bit(tmp_path, budget, checkpoint_s):
+    whole = engine(tmp_path / "whole", budget=budget)
+    assert killed(whole.run, -1)
+    expected = contents(tmp_path / "whole")
+    assert contents(engine(tmp_path / "twice", budget=budget).run().folder) == expected
+    for later in range(0, 40, 3):
+        path = tmp_path / f"r{later}"
+        marked = 0
+
+        def hook(name, later=later):
+            nonlocal marked
+            marked += marked > 0 or name == "budget-marked"
+            if marked == later + 1:
+                raise Killed
+
+        faults.hook = hook
+        try:
+            engine(path, budget=budget, checkpoint_s=checkpoint_s).run()
+        except Killed:
+            faults.hook = None
+            engine(path, resume=True).run()
+        faults.hook = None
+        assert contents(path) == expected, later
+
+
+def test_seconds_end_at_the_step_that_was_written_down(tmp_path):
+    late = {"extensions": [Late()]}
+    killed(engine(tmp_path / "r", budget="1000s", **late).run, 1, only="budget-marked")
+    step = read(tmp_path / "r", "budget.json")["step"]
+    assert step == 9
+    shutil.copytree(tmp_path / "r", tmp_path / "again")
+    engine(tmp_path / "r", resume=True, **late).run()
+    killed(engine(tmp_path / "again", resume=True, **late).run, 3)
+    engine(tmp_path / "again", resume=True, **late).run()
+    assert contents(tmp_path / "again") == contents(tmp_path / "r")
+    assert read(tmp_path / "r", "report.json")["stopped_by_budget"] == step
+    assert last_answer(tmp_path / "r")["reason"] == f"budget of 1000s spent at step {step}"
+    never_killed = engine(tmp_path / "steps", budget=f"{step}steps").run()
+    same = ("model.safetensors", "metrics.jsonl", "report.json", "mistakes.json")
+    assert contents(never_killed.folder, same) == contents(tmp_path / "r", same)
+
+
+def test_seconds_that_were_spent_are_not_given_back(tmp_path):
+    path = tmp_path / "r"
+    killed(engine(path, budget="1h").run, 10, only="step-saved")
+    status = read(path, "status.json")
+    (path / "status.json").write_text(json.dumps({**status, "state": "failed", "spent_s": 3600.0}))
+    result = engine(path, resume=True).run()
+    assert result.report["stopped_by_budget"] == 11
+    assert read(path, "status.json")["spent_s"] >= 3600
+
+
+def test_a_checkpoint_knows_the_seconds(tmp_path):
+    path = tmp_path / "r"
+    killed(engine(path, strategy=fit_between).run, 9, only="step-saved")
+    (path / "status.json").write_text('{"state": "running"}')
+    known = checkpoint.newest(path, torch.device("cpu"))[1]["spent_s"]
+    watch = Watch()
+    objects = {"data": tiny_data(), "model": tiny_net(), "strategy": fit_between}
+    tf.Engine.resume(path, also=[watch], **objects).run()
+    assert watch.before_s == known > 0
+    assert read(path, "status.json")["spent_s"] > known
+
+
+def test_spent_in_a_step_that_trains_nothing_the_run_ends_after_it_also_when_killed(tmp_path):
+    given = {"strategy": fit_between, "extensions": [Slow(training=False)]}
+    killed(engine(tmp_path / "r", budget="1000s", **given).run, 1, only="budget-marked")
+    assert read(tmp_path / "r", "budget.json")["done"] == 2
+    shutil.rmtree(tmp_path / "r" / "checkpoints")  # so that even the first phase is done again
+    result = engine(tmp_path / "r", resume=True, **given).run()
+    assert [step.name for step, _ in result.steps] == ["head", "fit"]
+    assert result.report["stopped_by_budget"] == 6
+
+
+@pytest.mark.parametrize("checkpoint_s", [0.0, 1e9])
+def test_spent_in_the_evaluation_of_an_epoch_the_run_ends_with_that_epoch_also_when_killed(tmp_path, checkpoint_s):
+    given = {"extensions": [Slow(training=True)]}
+    killed(engine(tmp_path / "r", budget="1000s", checkpoint_s=checkpoint_s, **given).run, 1, only="budget-marked")
+    assert read(tmp_path / "r", "budget.json")["step"] == 12
+    engine(tmp_path / "r", resume=True, **given).run()
+    never_killed = engine(tmp_path / "steps", budget="12steps").run()
+    same = ("model.safetensors", "metrics.jsonl", "report.json", "mistakes.json")
+    assert contents(never_killed.folder, same) == contents(tmp_path / "r", same)

@@ -1,0 +1,50 @@
+"""Freeze-then-unfreeze on twelve families of torchvision: each frozen tensor is proved to stay by the run itself."""
+
+import pytest
+import torch
+
+import tuneforge as tf
+from tuneforge.builtin.datasets.images.image_inputs import Images
+from tuneforge.builtin.targets import Classes
+
+FAMILIES = {
+    "resnet18": 64, "mobilenet_v3_small": 64, "efficientnet_b0": 64, "convnext_tiny": 64, "swin_t": 64,
+    "densenet121": 64, "regnet_y_400mf": 64, "googlenet": 64, "squeezenet1_1": 64, "shufflenet_v2_x0_5": 64,
+    "mnasnet0_5": 64, "vit_b_32": 224,
+}  # fmt: skip
+
+
+def noise(count, side, seed):
+    generator = torch.Generator().manual_seed(seed)
+    pictures = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+    return tf.Split(pictures, torch.arange(count) % 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_freeze_then_unfreeze_runs_on(arch, tmp_path):
+    side = FAMILIES[arch]
+    data = tf.Data(
+        train=noise(6, side, 0), val=noise(3, side, 1), test=noise(3, side, 2),
+        inputs=Images(ops=(f"resize {side}",)), targets=Classes(names=("a", "b", "c")),
+    )  # fmt: skip
+    kept, said = {}, []
+
+    class Keeps:
+        @tf.hookimpl
+        def phase_started(self, run):
+            kept[run.phase.name] = {name: tensor.clone() for name, tensor in run.model.module.state_dict().items()}
+
+    result = tf.Engine(
+        data=data, model=tf.use("torchvision", arch=arch),
+        strategy=tf.use("freeze-then-unfreeze", head_epochs=2, epochs=1),
+        batch_size=3, extensions=[Keeps()], page=False, out=tmp_path / "run", say=said.append,
+    ).run()  # fmt: skip
+    (_, head), (_, both) = result.steps
+    moved = [name for name, tensor in kept["all"].items() if not torch.equal(tensor, kept["head"][name])]
+    assert moved
+    assert [line for line in said if line.strip().startswith("cached")], said
+    assert set(moved) <= set(result.model.group_infos()[-1].tensors)
+    assert head.frozen > 100 * head.trained
+    assert both.frozen == 0
+    assert result.model.head_module().weight.shape[0] == 3

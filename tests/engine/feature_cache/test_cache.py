@@ -1,0 +1,555 @@
+"""The frozen prefix: one look at the data, the same figures, and none where it is not right or does not pay."""
+
+import os
+import random
+import shutil
+
+import attrs
+import pytest
+import torch
+from tiny import tiny_data, tiny_net
+from torch import nn
+from torch.nn import functional as F
+
+import tuneforge as tf
+from tuneforge.engine.feature_cache import cache as prefix
+from tuneforge.engine.feature_cache import disk as store
+from tuneforge.engine.feature_cache import extract as fill
+from tuneforge.engine.storage import fault_injection as faults
+
+
+@pytest.fixture(autouse=True)
+def cheap_counts(monkeypatch):
+    """The small world's layers are cheap; here that does not matter."""
+    monkeypatch.setattr(prefix, "LEAST_WORK", 0.0)
+    monkeypatch.setattr(prefix, "LEAST_WORK_DISK", 0.0)
+
+
+def told(tune, strategy, **given):
+    said = []
+    result = tune(strategy, say=said.append, **given)
+    return result, [line.strip() for line in said if line.strip().startswith(("cached", "not cached"))]
+
+
+def weights(result):
+    return {name: tensor.clone() for name, tensor in result.model.module.state_dict().items()}
+
+
+PHASES = [tf.Phase("head", train="head", epochs=3, lr=0.02), tf.Phase("top", train="groups[-2:]", epochs=3, lr=0.02)]
+
+
+def test_cached_and_uncached_phases_agree_and_repeat_to_the_bit(tune):
+    cached, said = told(tune, PHASES, optimizer="sgd")
+    again, _ = told(tune, PHASES, optimizer="sgd")
+    plain, silent = told(tune, PHASES, cache="off", optimizer="sgd")
+    assert [line.partition(":")[0] for line in said] == ["cached", "cached"]
+    assert [line.partition(":")[0] for line in silent] == ["not cached", "not cached"]
+    for name, tensor in weights(cached).items():
+        assert torch.equal(tensor, weights(again)[name])
+        assert torch.allclose(tensor, weights(plain)[name], atol=1e-5)
+
+
+class Counting:
+    """A source that counts the samples it is asked for."""
+
+    def __init__(self, split):
+        self.split, self.looks = split, 0
+
+    def __len__(self):
+        return len(self.split)
+
+    def fetch(self, rows):
+        self.looks += len(rows)
+        return self.split.fetch(rows)
+
+
+def test_each_sample_is_looked_at_once_however_many_epochs(tune):
+    looks = {}
+    for epochs in (2, 20):
+        source = Counting(tiny_data().train)
+        data = attrs.evolve(tiny_data(), train=tf.Split(source, tiny_data().train.targets))
+        tune([tf.Phase("head", train="head", epochs=epochs)], data=data)
+        looks[epochs] = source.looks
+    assert looks[2] == looks[20] < 2 * 96
+
+
+def reason(tune, network, phase=None, **given):
+    _, said = told(tune, [phase or tf.Phase("head", train="head", epochs=2)], model=network, **given)
+    (line,) = said
+    assert line.startswith("not cached: ")
+    return line
+
+
+class Body(nn.Module):
+    """What the cases below vary: (batch, 8) -> (batch, 3)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        return self.head(self.between(self.body(inputs)))
+
+    def between(self, features):
+        return features
+
+
+class Mixes(Body):
+    def between(self, features):
+        return features - features.mean(0, keepdim=True)
+
+
+class Branches(Body):
+    def between(self, features):
+        return features if features.sum() > 0 else -features
+
+
+class Skips(Body):
+    def forward(self, inputs):
+        return self.head(self.body(inputs)) + inputs[:, :3]
+
+
+class Functional(Body):
+    def between(self, features):
+        return F.dropout(features, 0.5, training=self.training)
+
+
+class Always(Body):
+    def between(self, features):
+        return features + torch.rand_like(features)
+
+
+class InPlace(Body):
+    """A frozen value that a trained part overwrites, and that is read again afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.middle = nn.Linear(8, 8)
+
+    def forward(self, inputs):
+        features = self.body(inputs)
+        features += self.middle(features.clone())
+        return self.head(features * features)
+
+
+class Viewer(Body):
+    """A shape crosses the border."""
+
+    def forward(self, inputs):
+        features = self.body(inputs)
+        count = features.size(0)
+        return self.head(features.view(count, -1))
+
+
+class DrawsInPython(Body):
+    """Layer drop with a generator that a trace does not see: the branch of the trace would be taken for ever."""
+
+    def between(self, features):
+        return features if random.random() < 0.5 else -features
+
+
+class DrawsAConstant(Body):
+    def between(self, features):
+        return features + torch.rand(1)
+
+
+class Odd(Body):
+    def between(self, features):
+        return features * len(str(features.shape)) if isinstance(features, torch.Tensor) else features.odd(1)
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (DrawsInPython, "draws random numbers"),
+        (DrawsAConstant, "draws random numbers"),
+        (Odd, "cannot be run in parts"),
+        (Mixes, "mixes samples"),
+        (Branches, "cannot be traced"),
+    ],
+)
+def test_a_model_that_cannot_be_split_trains_uncached_and_says_why(tune, network, words):
+    assert words in reason(tune, network())
+
+
+@pytest.mark.parametrize("network", [Viewer, Body, Skips, Functional, Always])
+def test_a_model_that_can_be_split_is_and_gives_the_same(tune, network):
+    phase = [tf.Phase("head", train="head", epochs=2, lr=0.05)]
+    one, said = told(tune, phase, model=network())
+    two, _ = told(tune, phase, model=network(), cache="off")
+    assert said[0].startswith("cached")
+    for name, tensor in weights(one).items():
+        assert torch.allclose(tensor, weights(two)[name], atol=1e-5)
+
+
+def test_a_value_that_training_overwrites_is_not_read_stale(tune):
+    phase = tf.Phase("x", train=("middle", "head"), epochs=2, lr=0.05)
+    one, said = told(tune, [phase], model=tf.Model.of(InPlace(), head="head"))
+    two, _ = told(tune, [phase], model=tf.Model.of(InPlace(), head="head"), cache="off")
+    assert said[0].startswith("cached")
+    for name, tensor in weights(one).items():
+        assert torch.allclose(tensor, weights(two)[name], atol=1e-6)
+
+
+def test_hooks_and_moving_norms_are_not_cached(tune):
+    hooked = tiny_net()
+    hooked.first.register_forward_hook(lambda module, args, output: None)
+    assert "forward hooks" in reason(tune, hooked)
+    moving = tf.Phase("head", train="head", epochs=2, norms="moving")
+    _, said = told(tune, [moving], model=tiny_net())
+    assert said[0].startswith("cached")  # of what lies before the first norm that moves
+
+
+def test_a_component_that_needs_the_inputs_turns_it_off(tune):
+    class Teacher:
+        needs_inputs = True
+
+        @tf.hookimpl(wrapper=True)
+        def train_step(self, batch):
+            assert batch.inputs.shape[1] == 8
+            result = yield
+            return result
+
+    assert "needs the inputs" in reason(tune, tiny_net(), extensions=[Teacher()])
+
+
+def test_a_cheap_prefix_or_a_large_border_stays_out_of_the_way(tune, monkeypatch):
+    monkeypatch.setattr(prefix, "LEAST_WORK", 1e9)
+    assert "so cheap" in reason(tune, tiny_net())
+    monkeypatch.setattr(prefix, "LEAST_WORK", 0.0)
+    assert "more than --cache-mb 0" in reason(tune, tiny_net(), cache_mb=0, cache="memory")
+    assert "more than --cache-mb 0" in reason(tune, tiny_net(), cache_mb=0, cache_disk_mb=0)
+
+
+def test_weights_and_sampling_reach_cached_batches(tune):
+    phase = tf.Phase("head", train="head", epochs=2, class_weights={"b": 3.0}, sampling={"a": 0.0})
+    one, said = told(tune, [phase])
+    two, _ = told(tune, [phase], cache="off")
+    assert said[0].startswith("cached")
+    assert torch.allclose(weights(one)["head.weight"], weights(two)["head.weight"], atol=1e-6)
+
+
+def test_a_split_of_odd_size_is_filled_to_the_last_sample(tune):
+    data = attrs.evolve(tiny_data(), train=tiny_data().train.take(torch.arange(67)))
+    one, _ = told(tune, PHASES[:1], data=data)
+    two, _ = told(tune, PHASES[:1], data=data, cache="off")
+    assert torch.allclose(weights(one)["head.weight"], weights(two)["head.weight"], atol=1e-6)
+
+
+def counted(network):
+    """The network with a count of the samples that its first layer was given, by its own forward."""
+    network.looks = 0
+    plain = network.first[0].forward
+
+    def forward(inputs):
+        if isinstance(inputs, torch.Tensor):
+            network.looks += len(inputs)
+        return plain(inputs)
+
+    network.first[0].forward = forward
+    return network
+
+
+HEAD = tf.Phase("head", train="head", epochs=3, lr=0.02)
+TRIAL = 40  # samples of the trials on two or three samples, before anything is trusted: an upper bound
+
+
+def test_another_strategy_and_another_seed_find_the_features_and_compute_none(tune):
+    _, said = told(tune, [HEAD], model=counted(tiny_net()))
+    assert said[0].endswith("one look at the data")
+    for given in ({"seed": 5}, {"optimizer": "sgd"}):
+        network = counted(tiny_net())
+        looks = {}
+
+        def before(brief, network=network, looks=looks):
+            looks["before"] = network.looks
+            yield attrs.evolve(HEAD, name="other", epochs=2)
+            looks["after"] = network.looks
+
+        _, said = told(tune, before, model=network, **given)
+        assert said[0].endswith("nothing is computed again")
+        assert looks["after"] - looks["before"] <= TRIAL + 2 * 64  # one batch of each split, to compare
+
+
+def test_features_found_on_disk_give_the_same_bytes_as_computed_ones(tune):
+    one, _ = told(tune, [HEAD])
+    two, said = told(tune, [HEAD])
+    three, memory = told(tune, [HEAD], cache="memory")
+    assert said[0].endswith("nothing is computed again")
+    assert memory[0].endswith("one look at the data")
+    for name, tensor in weights(one).items():
+        assert torch.equal(tensor, weights(two)[name])
+        assert torch.equal(tensor, weights(three)[name])
+
+
+def test_past_the_memory_budget_features_are_mapped_and_give_the_same_bytes(tune):
+    one, _ = told(tune, [HEAD])
+    two, said = told(tune, [HEAD], cache_mb=0)
+    three, _ = told(tune, [HEAD], cache_mb=0)
+    assert said[0].startswith("cached")
+    for name, tensor in weights(one).items():
+        assert torch.equal(tensor, weights(two)[name])
+        assert torch.equal(tensor, weights(three)[name])
+
+
+A, B, C, D = (letter * 64 for letter in "abcd")
+
+
+def store_of(tmp_path, limit_mb=100):
+    return store.Store(tmp_path / "cache", limit_mb)
+
+
+def test_what_the_key_does_not_hold_is_found_by_the_guard(tune, tmp_path):
+    told(tune, [HEAD], cache_dir=tmp_path)
+    for entry in store.Store(tmp_path, 100).entries():
+        (value,), _ = store.Store(tmp_path, 100).get(entry.path.name, mapped=False)
+        changed = value * (1 + 1e-6)
+        shutil.rmtree(entry.path)
+        store.Store(tmp_path, 100).put(entry.path.name, [(changed,)], entry.about)
+    with pytest.raises(tf.HaltError, match="not what the model gives now"):
+        told(tune, [HEAD], cache_dir=tmp_path)
+
+
+def test_every_broken_entry_is_found_and_made_again(tune, tmp_path):
+    expected = weights(told(tune, [HEAD], cache_dir=tmp_path)[0])
+    chance = random.Random(0)
+    for number in range(40):
+        entries = store.Store(tmp_path, 100).entries()
+        assert len(entries) == 2
+        file = chance.choice(sorted(entries[number % 2].path.iterdir()))
+        content = bytearray(file.read_bytes())
+        if number % 5 == 4:
+            del content[chance.randrange(len(content)) :]
+        else:
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        file.write_bytes(content)
+        assert sum(store.Store(tmp_path, 100).get(each.path.name, mapped=False)[0] is None for each in entries) == 1
+        assert len(store.Store(tmp_path, 100).entries()) == 1
+        result, _ = told(tune, [HEAD], cache_dir=tmp_path)
+        for name, tensor in weights(result).items():
+            assert torch.equal(tensor, expected[name])
+
+
+def test_the_least_recently_used_entry_goes_first_and_what_dead_processes_left(tmp_path):
+    kept = store_of(tmp_path, limit_mb=2)
+    others = [kept.path_of("notes"), kept.folder / "photos", kept.path_of(".x.1.part")]
+    for other in others:
+        other.mkdir(parents=True)
+    for place, key in enumerate((A, B, C)):
+        kept.put(key, [(torch.zeros(200_000),)], {})
+        os.utime(kept.path_of(key), (place, place))
+    assert [entry.path.name for entry in kept.entries()] == [B, C]
+    kept.path_of(f".{D}.999999.part").mkdir()
+    kept.get(B, mapped=False)
+    kept.put(D, [(torch.zeros(200_000),)], {})
+    assert [entry.path.name for entry in kept.entries()] == [B, D]
+    assert not kept.path_of(f".{D}.999999.part").exists()
+    kept.clear()
+    assert all(other.is_dir() for other in others)  # what is not ours is never touched
+
+
+def test_an_entry_that_another_process_wrote_first_stays(tmp_path):
+    kept = store_of(tmp_path)
+    kept.put(A, [(torch.arange(3.0),)], {"by": "first"})
+    kept.put(A, [(torch.arange(3.0),)], {"by": "second"})
+    (entry,) = kept.entries()
+    assert entry.about == {"by": "first"}
+    assert [path.name for path in kept.path_of("").iterdir()] == [A]
+
+
+def test_an_entry_in_use_outlives_its_deletion(tmp_path):
+    kept = store_of(tmp_path)
+    kept.put(A, [(torch.arange(5.0),), (torch.arange(2.0),)], {})
+    (value,), _ = kept.get(A, mapped=True)
+    assert kept.clear() > 0
+    assert value.tolist() == [0, 1, 2, 3, 4, 0, 1]
+
+
+@pytest.mark.parametrize("kill", range(1, 5))
+def test_a_process_killed_while_it_writes_leaves_nothing_that_is_found(tmp_path, kill):
+    kept = store_of(tmp_path)
+    passed = iter(range(1, 10))
+
+    class Killed(BaseException):
+        pass
+
+    def hook(name):
+        if next(passed) == kill:
+            raise Killed
+
+    faults.hook = hook
+    with pytest.raises(Killed):
+        kept.put(A, [(torch.arange(3.0),)], {})
+    faults.hook = None
+    values, trouble = kept.get(A, mapped=False)
+    assert (values is None or values[0].tolist() == [0, 1, 2], trouble) == (True, "")
+
+
+def test_a_full_disk_costs_the_sharing_and_not_the_run(tune, tmp_path):
+    def full(name):
+        if name == "cache.values-written":
+            raise OSError(28, "No space left on device")
+
+    expected = weights(told(tune, [HEAD], cache="memory")[0])
+    said = []
+    faults.hook = full
+    result = tune([HEAD], cache_dir=tmp_path, say=said.append)
+    faults.hook = None
+    assert any("not shared with other runs: the cache cannot be written (No space left" in line for line in said)
+    assert list((tmp_path / "features").iterdir()) == []
+    for name, tensor in weights(result).items():
+        assert torch.equal(tensor, expected[name])
+
+
+def test_a_cache_that_cannot_be_written_costs_only_the_sharing(tune, tmp_path):
+    (tmp_path / "file").write_text("")
+    _, said = told(tune, [HEAD], cache_dir=tmp_path / "file")
+    assert said[-1].startswith("cached")
+
+
+def test_augmentation_is_a_bank_of_views_and_exact_where_there_are_enough(tune):
+    ways = {"augment": [tf.use("small:Shaken")], "optimizer": "sgd"}
+    six = attrs.evolve(HEAD, epochs=6)
+    banked, said = told(tune, [six], cache_views=3, **ways)
+    assert "3 augmented views each" in said[0]
+    assert banked.steps[0][1].views == 3
+    exact, said = told(tune, [six], cache_views=6, **ways)
+    assert "fresh augmentation cost no more than 6 kept views" in said[0]
+    assert exact.steps[0][1].views == 0
+    again, said = told(tune, [six], cache_views=3, **ways)
+    assert said[0].endswith("nothing is computed again")
+    first = attrs.evolve(HEAD, epochs=4, schedule="constant")
+    short, _ = told(tune, [first], cache_views=3, **ways)
+    assert torch.equal(weights(banked)["head.weight"], weights(again)["head.weight"])
+    losses = [[entry["train"]["loss"] for entry in each.steps[0][1].history] for each in (banked, exact, short)]
+    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-5)  # an epoch's view is the epoch's own augmentation
+    assert losses[0][3] != pytest.approx(losses[1][3], rel=1e-5)  # the fourth sees the first view again
+
+
+def test_an_augmentation_that_mixes_samples_is_not_banked(tune):
+    class Pairs:
+        def augment(self, run, batch):
+            return batch
+
+    given = {"augment": [tf.use("mix-up")]}
+    assert "'mix-up' may look at more than one sample" in reason(
+        tune, tiny_net(), attrs.evolve(HEAD, epochs=9), **given
+    )
+
+
+class Exported(nn.Module):
+    """What `torch.fx` cannot trace and `torch.export` can: Python over a shape, and starred arguments."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+        self.middle = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        size = inputs.shape[0]
+        if inputs.dim() == 2 and int(inputs.shape[1]) in range(9):
+            inputs = inputs.reshape(size, -1)
+        parts = [*torch.chunk(self.body(inputs), 2, dim=1)]
+        return self.head(self.middle(torch.cat(parts, dim=1)))
+
+
+@pytest.mark.parametrize("train", ["head", ("middle", "head")])
+def test_what_fx_cannot_trace_is_exported_and_gives_the_same(tune, train):
+    with pytest.raises(Exception, match=r"symbolically traced|Proxy|proxy|iter"):
+        torch.fx.Tracer().trace(Exported())
+    phase = [tf.Phase("x", train=train, epochs=2, lr=0.05)]
+    one, said = told(tune, phase, model=tf.Model.of(Exported(), head="head"), optimizer="sgd")
+    two, _ = told(tune, phase, model=tf.Model.of(Exported(), head="head"), optimizer="sgd", cache="off")
+    assert said[0].startswith("cached")
+    for name, tensor in weights(one).items():
+        assert torch.allclose(tensor, weights(two)[name], atol=1e-5)
+
+
+GRADUAL = [
+    tf.Phase(f"top{count}", train=f"groups[-{count}:]", epochs=2, lr=0.02, layer_decay=0.5) for count in (1, 2, 3)
+]
+
+
+@pytest.mark.parametrize("cache", ["auto", "memory"])
+def test_one_look_serves_every_phase_of_a_plan_that_moves_the_border(tune, monkeypatch, cache):
+    def one_by_one(brief):
+        for phase in GRADUAL:
+            _ = yield phase
+
+    network = counted(tiny_net())
+    planned, said = told(tune, GRADUAL, model=network, optimizer="sgd", cache=cache)
+    assert [line.rpartition(", ")[2] for line in said] == ["one look at the data", "so nothing is computed again"]
+    monkeypatch.setenv("TUNEFORGE_CACHE", os.environ["TUNEFORGE_CACHE"] + "/other")
+    asked, said = told(tune, one_by_one, optimizer="sgd", cache=cache)
+    assert [line.rpartition(", ")[2] for line in said] == ["one look at the data", "one look at the data"]
+    for name, tensor in weights(planned).items():
+        assert torch.equal(tensor, weights(asked)[name])
+
+
+def test_fit_takes_its_features_from_the_same_look(tune):
+    _, said = told(tune, [HEAD, tf.Fit("fit", l2=0.1)])
+    assert [line.rpartition(", ")[2] for line in said] == ["one look at the data", "so nothing is computed again"]
+
+
+def test_one_epoch_is_cached_only_where_another_run_can_use_it(tune):
+    once = attrs.evolve(HEAD, epochs=1)
+    assert "looked at once anyway" in reason(tune, tiny_net(), once, cache="memory")
+    _, said = told(tune, [once])
+    assert said[0].endswith("one look at the data")
+
+
+def test_a_stop_while_features_are_computed_saves_and_the_rest_is_the_same(tune, tmp_path):
+    data = {"data": tiny_data(), "batch_size": 16, "page": False, "cache": "memory"}
+    whole = tf.Engine(strategy=tf_plan, model=tiny_net(), out=tmp_path / "whole", **data).run()
+    asked = tf.Engine(strategy=tf_plan, model=tiny_net(), out=tmp_path / "r", **data)
+    blocks = fill.Filler._values_of
+
+    def block(*given):
+        asked.stop("SIGTERM", exit_code=143)
+        return blocks(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fill.Filler, "_values_of", block)
+        with pytest.raises(tf.StoppedError):
+            asked.run()
+    resumed = tf.Engine.resume(tmp_path / "r", data=tiny_data(), model=tiny_net(), strategy=tf_plan).run()
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(resumed)[name])
+
+
+def tf_plan(brief):
+    yield HEAD
+
+
+def test_features_of_a_source_that_changed_while_it_was_read_are_not_shared(tune, tmp_path, monkeypatch):
+    monkeypatch.setattr(prefix, "LEAST_WORK", 0.0)
+    monkeypatch.setattr(prefix, "LEAST_WORK_DISK", 0.0)
+
+    class Breaks:
+        def __init__(self, split, *, breaks):
+            self.split, self.breaks, self.reads = split, breaks, 0
+
+        def __len__(self):
+            return len(self.split)
+
+        def fetch(self, rows):
+            self.reads += 1
+            return self.split.fetch(rows)
+
+        def fingerprint(self):
+            return None if self.breaks and self.reads > 2 else self.split.source.fingerprint()
+
+    stored = {}
+    for breaks in (False, True):
+        data = tiny_data()
+        train = tf.Split(Breaks(data.train, breaks=breaks), data.train.targets)
+        phases = [tf.Phase("head", train="head", epochs=2)]
+        settings = {"cache_dir": tmp_path / f"cache-{breaks}"}
+        result = tune(phases, data=attrs.evolve(data, train=train), **settings)
+        stored[breaks] = len(list((tmp_path / f"cache-{breaks}").glob("features/*")))
+        assert ("has changed meanwhile" in (result.folder / "log.txt").read_text()) is breaks
+    assert stored[True] == stored[False] - 1

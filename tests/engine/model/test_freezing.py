@@ -1,0 +1,170 @@
+"""Rows 2 to 4, 6 and 12 of the known defects of others: what is frozen stays, what trains moves."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny import TinyNet, tiny_data, tiny_net
+from torch import nn
+
+import tuneforge as tf
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "optimizer", [tf.use("adamw", weight_decay=0.5), tf.use("sgd", momentum=0.9, weight_decay=0.5)]
+)
+def test_a_frozen_backbone_keeps_weights_and_statistics_to_the_bit(tune, optimizer):
+    net = tiny_net()
+    before = state(net)
+    tune([tf.Phase("all", epochs=1), tf.Phase("head", train="head", epochs=2)], model=net, optimizer=optimizer)
+    net = tiny_net()
+    tune([tf.Phase("head", train="head", epochs=2)], model=net, optimizer=optimizer)
+    moved = [name for name, tensor in state(net).items() if not torch.equal(before[name], tensor)]
+    assert moved == ["head.weight", "head.bias"]
+
+
+def test_momentum_from_an_earlier_phase_moves_nothing_that_is_frozen_later(tune):
+    net = tiny_net()
+    seen = {}
+
+    def strategy(brief):
+        yield tf.Phase("all", epochs=1, lr=0.1)
+        seen.update(state(net))
+        yield tf.Phase("head", train="head", epochs=1, lr=0.1)
+
+    tune(strategy, model=net, optimizer=tf.use("sgd", momentum=0.9))
+    moved = [name for name, tensor in state(net).items() if not torch.equal(seen[name], tensor)]
+    assert moved == ["head.weight", "head.bias"]
+
+
+def test_a_users_train_call_does_not_wake_frozen_norms(tune):
+    class CallsTrain:
+        @tf.hookimpl(wrapper=True)
+        def train_step(self, run):
+            run.model.module.train()
+            result = yield
+            return result
+
+    net = tiny_net()
+    with pytest.raises(tf.HaltError, match="frozen tensor"):
+        tune([tf.Phase("head", train="head", epochs=1)], model=net, extensions=[CallsTrain()])
+
+    class CallsTrainAfterwards:
+        @tf.hookimpl(wrapper=True)
+        def optimizer_step(self, run):
+            result = yield
+            run.model.module.train()
+            return result
+
+    net = tiny_net()
+    before = state(net)
+    tune([tf.Phase("head", train="head", epochs=1)], model=net, extensions=[CallsTrainAfterwards()])
+    assert torch.equal(before["first.1.running_mean"], net.first[1].running_mean)
+
+
+def test_moving_norms_adapt_their_statistics_and_nothing_else(tune):
+    net = tiny_net()
+    before = state(net)
+    tune([tf.Phase("head", train="head", epochs=1, norms="moving")], model=net)
+    moved = {name for name, tensor in state(net).items() if not torch.equal(before[name], tensor)}
+    assert {"first.1.running_mean", "second.1.running_var", "head.weight"} <= moved
+    assert not {"first.0.weight", "first.1.weight"} & moved
+
+
+def test_code_that_writes_to_a_frozen_weight_is_caught(tune):
+    class Meddles:
+        @tf.hookimpl
+        def epoch_ended(self, run):
+            with torch.no_grad():
+                run.model.module.first[0].weight[0, 0] += 1e-6
+
+    with pytest.raises(tf.HaltError, match=r"first\.0\.weight"):
+        tune([tf.Phase("head", train="head", epochs=1)], extensions=[Meddles()])
+
+
+def test_code_that_restores_a_trained_weight_is_caught(tune):
+    class Restores:
+        @tf.hookimpl(wrapper=True)
+        def optimizer_step(self, run):
+            kept = run.model.module.head.weight.detach().clone()
+            result = yield
+            with torch.no_grad():
+                run.model.module.head.weight.copy_(kept)
+            return result
+
+    with pytest.raises(tf.HaltError, match=r"have not moved: head\.weight"):
+        tune([tf.Phase("head", train="head", epochs=1)], extensions=[Restores()])
+
+
+def test_twin_zero_biases_are_both_trained(tune):
+    class Twins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+            nn.init.zeros_(self.one.bias)
+            nn.init.zeros_(self.two.bias)
+
+        def forward(self, inputs):
+            return self.head(torch.tanh(self.one(inputs)) + torch.tanh(self.two(inputs)))
+
+    net = Twins()
+    result = tune([tf.Phase("all", epochs=1, lr=0.1)], model=net)
+    assert net.one.bias.abs().min() > 0
+    assert net.two.bias.abs().min() > 0
+    assert result.steps[0][1].unmoved == ()
+
+
+def test_a_tensor_that_never_gets_a_gradient_is_listed_not_refused(tune):
+    class Auxiliary(TinyNet):
+        def __init__(self):
+            super().__init__()
+            self.aux = nn.Linear(16, 3)
+
+    net = Auxiliary()
+    result = tune([tf.Phase("all", epochs=1)], model=tf.Model.of(net, head="head"))
+    assert result.steps[0][1].unmoved == ("aux.weight", "aux.bias")
+
+
+def test_a_selector_that_matches_nothing_stops_the_run(tune):
+    with pytest.raises(tf.SelectorError, match="did you mean 'second'"):
+        tune([tf.Phase("x", train="seccond", epochs=1)])
+
+
+def test_thawed_and_frozen_again_is_frozen(tune):
+    net = tiny_net()
+    seen = []
+
+    def strategy(brief):
+        for index, train in enumerate(["head", "all", "head", "groups[-2:]"]):
+            yield tf.Phase(f"p{index}", train=train, epochs=1, lr=0.05)
+            seen.append(state(net))
+
+    tune(strategy, model=net)
+    same = [torch.equal(a["first.0.weight"], b["first.0.weight"]) for a, b in pairwise(seen)]
+    assert same == [False, True, True]
+
+
+def test_the_report_counts_what_trained_and_what_did_not(tune):
+    report = tune([tf.Phase("head", train="head", epochs=1)]).steps[0][1]
+    assert (report.trained, report.frozen) == (51, sum(p.numel() for p in TinyNet().parameters()) - 51)
+    assert report.reason == "1 epoch(s) done"
+
+
+def test_the_test_split_is_seen_once(tune):
+    seen = []
+
+    class Watches:
+        @tf.hookimpl
+        def evaluation_started(self, run):
+            seen.append(run.evaluating)
+
+    tune([tf.Phase("a", epochs=2), tf.Phase("b", epochs=1)], extensions=[Watches()])
+    assert seen == ["val", "val", "val", "val", "test"]
+
+
+def test_the_data_of_the_small_world_can_be_learnt(tune):
+    assert tune([tf.Phase("all", epochs=12, lr=0.01)], data=tiny_data()).report["splits"]["test"]["accuracy"] > 0.9

@@ -1,0 +1,264 @@
+"""A run that is killed anywhere, by whatever means, goes on and ends as if nothing had happened, to the bit.
+
+The full set: `TUNEFORGE_KILLS=200 TUNEFORGE_CLOCK_KILLS=50 python -m pytest tests/engine/test_kills.py`.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import attrs
+import pytest
+import torch
+from simulated_kill import Noisy, contents, every_step, killed
+from tiny import blobs, tiny_data
+from torch import nn
+
+import tuneforge as tf
+from tuneforge.engine.context import run as run_module
+from tuneforge.engine.loop import train_phase as phase
+from tuneforge.engine.loop.build import Parts
+from tuneforge.engine.session import resume as memory
+
+KILLS = int(os.environ.get("TUNEFORGE_KILLS", "24"))
+CLOCK_KILLS = int(os.environ.get("TUNEFORGE_CLOCK_KILLS", "2"))
+BORDERS = ("phase-trained", "phase-logged", "phase-saved")
+
+
+class Net(nn.Module):
+    """Norms, dropout, a weight that two layers share, and a body that pays to keep: (b, 8) -> (b, 3)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+        self.second = nn.Sequential(
+            nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.Dropout(0.5)
+        )
+        self.third = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(0.3))
+        self.third[0].weight = self.second[3].weight
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, inputs):
+        return self.head(self.third(self.second(self.first(inputs))))
+
+
+class Decoded:
+    """A source that is not in memory, so that workers fetch from it."""
+
+    def __init__(self, split):
+        self.split = split
+
+    def __len__(self):
+        return len(self.split)
+
+    def fetch(self, rows):
+        return self.split.fetch(rows)
+
+    def fingerprint(self):
+        return self.split.inputs_fingerprint()
+
+
+def network():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return tf.Model.of(Net(), head="head")
+
+
+def data():
+    plain = blobs(48, seed=1)
+    return attrs.evolve(tiny_data(), train=tf.Split(Decoded(plain), plain.targets))
+
+
+def engine(path, *, resume=False, workers=0):
+    strategy = partial(every_step, epochs=(5, 3))
+    objects = {"data": data(), "model": network(), "strategy": strategy, "extensions": [tf.use("ema"), Noisy()]}
+    if resume:
+        return tf.Engine.resume(path, **objects)
+    settings = {"batch_size": 8, "accumulate": 2, "seed": 3, "page": False, "checkpoint_s": 0.0, "out": path}
+    bank = {"augment": [tf.use("small:Shaken")], "cache_views": 2, "workers": workers}
+    return tf.Engine(**objects, **settings, **bank)
+
+
+def done(path):
+    status = path / "status.json"
+    return status.exists() and json.loads(status.read_text())["state"] == "done"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNEFORGE_CACHE", str(path.parent / "cache"))
+        points = killed(engine(path).run, -1)
+    return contents(path), points
+
+
+def chosen(points, seed):
+    """Where seed `seed` kills: every kind of point in turn, or the last, own and next step of a phase's border."""
+    chance = random.Random(seed)
+    if seed % 4 == 0:
+        borders = [place for place, name in enumerate(points) if name in BORDERS]
+        steps = [place for place, name in enumerate(points) if name == "step"]
+        near = chance.choice(borders)
+        before = [place for place in steps if place < near][-1:]
+        after = [place for place in steps if place > near][:1]
+        return 1 + chance.choice([*before, near, *after])
+    kinds = sorted(set(points))
+    kind = kinds[seed % len(kinds)]
+    return 1 + chance.choice([place for place, name in enumerate(points) if name == kind])
+
+
+def test_the_points_cover_checkpoints_steps_borders_and_the_cache(whole):
+    kinds = set(whole[1])
+    assert kinds >= {"step", "step-saved", "epoch", "cache.begin", "cache.before-rename", *BORDERS}
+    assert len([kind for kind in kinds if kind.startswith("checkpoint.")]) >= 7
+
+
+@pytest.mark.parametrize("seed", range(KILLS))
+def test_killed_anywhere_and_resumed_it_ends_the_same_to_the_bit(whole, tmp_path, seed):
+    expected, points = whole
+    path = tmp_path / "r"
+    killed(engine(path, workers=2 if seed % 6 == 0 else 0).run, chosen(points, seed))
+    chance = random.Random(seed)
+    for _ in range(chance.randint(0, 2)):
+        if not done(path):
+            killed(engine(path, resume=True).run, chance.randint(1, len(points) // 2))
+    if not done(path):
+        engine(path, resume=True).run()
+    assert contents(path) == expected
+
+
+def test_features_lost_between_kill_and_resume_are_computed_again_to_the_same_bits(whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNEFORGE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "r"
+    killed(engine(path).run, 1 + [place for place, name in enumerate(whole[1]) if name == "epoch"][2])
+    monkeypatch.setenv("TUNEFORGE_CACHE", str(tmp_path / "another"))
+    engine(path, resume=True).run()
+    assert contents(path) == whole[0]
+
+
+def forgetting(patch, name):
+    """One thing is left out of what is put back."""
+    recall, modes = memory.Memory.recall, phase.modes
+
+    def recalled(self, state):
+        if name == "sampler position":
+            state["phase"]["batch"] = max(0, state["phase"]["batch"] - 2)
+        if name == "EMA":
+            for kept in state["components"].values():
+                if "average" in kept:
+                    kept["average"] = {key: tensor * 0 for key, tensor in kept["average"].items()}
+        recall(self, state)
+        if name == "log of steps":
+            self.done.pop()
+        if name == "random state":
+            patch.setattr(run_module.Run, "reseed", lambda self, batch=0: None)
+        if name == "accumulation":
+            self.run.config = attrs.evolve(self.run.config, accumulate=1)
+
+    patch.setattr(memory.Memory, "recall", recalled)
+    if name == "requires_grad":
+        patch.setattr(phase, "freeze", lambda model, trained: None)
+    if name == "BatchNorm mode":
+        patch.setattr(
+            phase, "modes", lambda *a, **k: [(m, on or isinstance(m, nn.BatchNorm1d)) for m, on in modes(*a, **k)]
+        )
+    if name == "schedule":
+        patch.setattr(Parts, "schedule", lambda self, asked: _Constant())
+
+
+class _Constant:
+    def factor(self, progress):
+        return 1.0
+
+
+MUTANTS = (
+    "random state", "sampler position", "requires_grad", "BatchNorm mode", "schedule", "EMA", "log of steps",
+    "accumulation",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_restore_that_forgets_something_is_caught_by_this_comparison(whole, tmp_path, monkeypatch, mutant):
+    """The negative control: were the comparison blind to one of these, it would prove nothing."""
+    expected, points = whole
+    path = tmp_path / "r"
+    phases = [place for place, name in enumerate(points) if name == "phase-saved"]
+    first = (
+        phases[2] if mutant != "schedule" else phases[3]
+    )  # in the second phase, of which much is frozen, or the third
+    steps = [place for place, name in enumerate(points) if name == "step-saved" and place > first]
+    killed(engine(path).run, 1 + steps[4])
+    forgetting(monkeypatch, mutant)
+    try:
+        engine(path, resume=True).run()
+    except (tf.TuneforgeError, KeyError, ValueError, RuntimeError):
+        return
+    assert contents(path) != expected
+
+
+def test_a_resume_without_any_mutant_in_those_places_is_the_same(whole, tmp_path, monkeypatch):
+    expected, points = whole
+    for place in (2, 3):
+        monkeypatch.setenv("TUNEFORGE_CACHE", str(tmp_path / f"cache{place}"))
+        path = tmp_path / f"r{place}"
+        first = [where for where, name in enumerate(points) if name == "phase-saved"][place]
+        steps = [where for where, name in enumerate(points) if name == "step-saved" and where > first]
+        killed(engine(path).run, 1 + steps[4])
+        engine(path, resume=True).run()
+        assert contents(path) == expected
+
+
+COMMAND = [
+    sys.executable, "-m", "tuneforge", "run", "--data.per-class", "8", "--data.other-share", "0.2",
+    "--strategy.head-epochs", "3", "--strategy.epochs", "2", "--checkpoint-s", "0", "--no-page", "--with", "ema",
+    "--augment", "shift", "--cache-views", "2", "--accumulate", "2",
+]  # fmt: skip
+RESUME = [sys.executable, "-m", "tuneforge", "resume", "runs/r"]
+
+
+def command(arguments, folder, *, kill_after_s=None):
+    """Run the command in a process group of its own; kill the group by the clock. Exit code, seconds, output."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TUNEFORGE_CACHE": str(folder / "cache")}
+    began = time.monotonic()
+    process = subprocess.Popen(
+        arguments, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, _ = process.communicate(timeout=kill_after_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, _ = process.communicate()
+    return process.returncode, time.monotonic() - began, out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, seconds, out = command([*COMMAND, "--out", "runs/r"], folder)
+    assert code == 0, out
+    return folder / "runs" / "r", seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(CLOCK_KILLS))
+def test_the_command_killed_by_the_clock_and_resumed_ends_the_same(undisturbed, tmp_path, seed):
+    expected, seconds = undisturbed
+    chance = random.Random(seed)
+    path = tmp_path / "runs" / "r"
+    command([*COMMAND, "--out", "runs/r"], tmp_path, kill_after_s=chance.uniform(0.3, 1.0) * seconds)
+    if chance.random() < 0.3 and (path / "run.json").exists() and not done(path):
+        command(RESUME, tmp_path, kill_after_s=chance.uniform(0.3, 1.0) * seconds)
+    if not (path / "run.json").exists():  # killed before it had begun: there is nothing to resume
+        assert command([*COMMAND, "--out", "runs/r"], tmp_path)[0] == 0
+    elif not done(path):
+        code, _, out = command(RESUME, tmp_path)
+        assert code == 0, out
+    for name in ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json"):
+        assert (path / name).read_bytes() == (expected / name).read_bytes(), name

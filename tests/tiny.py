@@ -1,0 +1,75 @@
+"""A small world that trains in milliseconds: three blobs, and a network with norms and dropout."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from torch import nn
+
+import tuneforge as tf
+from tuneforge.builtin.datasets.tables.arrays import Tensors
+from tuneforge.builtin.targets import Classes
+
+
+class TinyNet(nn.Module):
+    """Two blocks with BatchNorm and dropout, then a linear head: (batch, 8) -> (batch, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5))
+        self.second = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(inputs)))
+
+
+def blobs(count: int, *, seed: int) -> tf.Split:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(count) % 3
+    centres = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)) * 2
+    return tf.Split(centres[targets] + torch.randn(count, 8, generator=generator), targets)
+
+
+def tiny_data() -> tf.Data:
+    return tf.Data(
+        train=blobs(96, seed=1),
+        val=blobs(30, seed=2),
+        test=blobs(30, seed=3),
+        inputs=Tensors(),
+        targets=Classes(names=("a", "b", "c")),
+    )
+
+
+def tiny_net(seed: int = 0) -> TinyNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TinyNet()
+
+
+class Double(nn.Module):
+    """What `Doubles` puts around a head's input."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs * 2
+
+
+@tf.component(api=1)
+class Doubles:
+    """An extension that changes the model's shape in a wrapper, and no weight."""
+
+    @tf.hookimpl(wrapper=True)
+    def model_adapt(self, run: tf.Run):
+        model = yield
+        inside = nn.Sequential(Double(), model.head_module())
+        return model.with_head(inside, head=f"{model.head}.1")
+
+
+@tf.component(api=1)
+class Shaken:
+    """An augmentation: each sample moves by its own numbers."""
+
+    per_sample = True
+
+    def augment(self, run: tf.Run, batch: tf.Batch) -> tf.Batch:
+        return attrs.evolve(batch, inputs=batch.inputs + 0.1 * batch.noise.normal("shaken", 8))

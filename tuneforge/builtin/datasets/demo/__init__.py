@@ -1,0 +1,1 @@
+"""The demonstration data sets `digits` and `glyphs`: real handwritten digits among other characters."""

@@ -1,0 +1,342 @@
+"""Which pictures there are and what class each is of: from folders, or from a CSV file. Opens no picture."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import heapq
+import itertools
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import attrs
+
+from tuneforge import DataError
+from tuneforge.builtin.datasets.images.sample_names import Packed, Paths, Shown, shown
+
+EXTENSIONS = frozenset(
+    (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+)
+SPLITS = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""Names of folders and values of a column, and the split that each means."""
+
+_FOLDER, _PICTURE = "folder", "picture"
+_HIDDEN, _FOREIGN, _BROKEN, _SEEN = "hidden", "no picture by name", "a broken link or no file", "a folder linked twice"
+
+
+@attrs.frozen(eq=False)
+class Listing:
+    """Pictures of one split, or of all of them where they are not divided yet; millions fit in memory.
+
+    Args:
+        root: What names start from.
+        names: The path of each picture below `root`, as it is.
+        codes: The class of each, its place among `classes`.
+        classes: Names of classes, in the order in which they came.
+    """
+
+    root: Path
+    names: Packed = attrs.field(factory=Packed)
+    codes: array[int] = attrs.field(factory=lambda: array("q"))
+    classes: dict[str, int] = attrs.field(factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def append(self, name: str, label: str) -> None:
+        """Add a picture."""
+        self.names.append(name)
+        self.codes.append(self.classes.setdefault(label, len(self.classes)))
+
+    @property
+    def paths(self) -> Paths:
+        """Where each picture lies."""
+        return Paths(self.root, self.names)
+
+    @property
+    def ids(self) -> Shown:
+        """A stable name of each, as text."""
+        return Shown(self.names)
+
+
+@attrs.frozen
+class Found:
+    """What a folder or a file lists.
+
+    Args:
+        parts: By split; the one split `train` where they are not divided yet.
+        notes: Sentences on what was left out.
+    """
+
+    parts: dict[str, Listing]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def root(self) -> Path:
+        """What names start from."""
+        return next(iter(self.parts.values())).root
+
+
+def find_folder(root: Path, *, where: str) -> Found:
+    """Pictures under a folder: one folder a class, or folders train, val and test of them.
+
+    Args:
+        root: The folder.
+        where: The option that named it, for messages.
+
+    Raises:
+        DataError: It is missing, holds no class, or a class holds no picture.
+    """
+    if not root.is_dir():
+        raise DataError(
+            f"there is no folder '{shown(root)}'",
+            where=where,
+            why="it is a file" if root.exists() else "nothing exists at that path",
+            fix="name a folder that holds one folder of pictures a class",
+        )
+    skipped: Counter[str] = Counter()
+    notes: list[str] = []
+    parts: dict[str, Listing] = {}
+    for split, name in split_folders(root, skipped, notes, where=where).items():
+        listing = _listed(root, name, split, skipped, notes, where=where)
+        if listing is not None:
+            parts[split] = listing
+    return Found(parts, (*notes, *_skip_notes(skipped)))
+
+
+def find_csv(
+    path: Path, *, image: str, label: str, split: str, root: Path, where: str, keep_missing: bool = False
+) -> Found:
+    """Pictures that a CSV file names, a row each.
+
+    Args:
+        path: The file; its first row names the columns.
+        image: Column of paths.
+        label: Column of class names.
+        split: Column of splits; where the file has none, they are not divided yet.
+        root: What relative paths start from.
+        where: The option that named the file, for messages.
+        keep_missing: List pictures that do not exist, too.
+
+    Raises:
+        DataError: The file is missing or broken, a column is missing, a value is empty, or a picture does not exist.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=max(",;\t", key=first.count))
+            columns = list(reader.fieldnames or ())
+            for needed in (image, label):
+                _require_column(needed, columns, path, where)
+            rows = ((reader.line_num, row[image], row[label], row.get(split)) for row in reader)
+            parts = _by_split(rows, root, path, divided=split in columns, keep_missing=keep_missing)
+    except (OSError, csv.Error) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"cannot read '{shown(path)}'", where=where, why=why, fix="name a CSV file") from None
+    if not parts:
+        raise DataError(f"'{shown(path)}' has no rows", where=where, fix="add a row a picture below the first")
+    return Found(parts)
+
+
+def split_folders(root: Path, skipped: Counter[str], notes: list[str], *, where: str) -> dict[str, str]:
+    """The name of each split's folder; that of the root, which is empty, where pictures are not divided.
+
+    A folder called train is a split where it holds folders and no picture; else it is the class of that name.
+
+    Args:
+        root: Of all.
+        skipped: Is added to: what was left out, by reason.
+        notes: Is added to: sentences on what was left out.
+        where: The option that named the folder, for messages.
+
+    Raises:
+        DataError: Two folders mean the same split, or the root cannot be read.
+    """
+    found: Counter[str] = Counter()
+    names = [name for name, kind in _entries(root, found) if kind == _FOLDER]
+    trains = [name for name in names if _split_of(name) == "train"]
+    if len(trains) != 1 or not _holds_only_folders(root / trains[0]):
+        return {"train": ""}
+    skipped[_HIDDEN] += found[_HIDDEN]
+    skipped[_FOREIGN] += sum(kind != _FOLDER for _, kind in _entries(root, Counter()))
+    strange = [shown(name) for name in names if _split_of(name) is None]
+    if strange:
+        notes.append(f"left out beside train, val and test: {', '.join(strange)}")
+    splits = [(split, name) for name in names if (split := _split_of(name)) is not None]
+    twice = [split for split, count in Counter(split for split, _ in splits).items() if count > 1]
+    if twice:
+        both = " and ".join(f"'{shown(name)}'" for split, name in splits if split == twice[0])
+        raise DataError(f"{both} both mean the split {twice[0]}", where=where, fix="keep one of the folders")
+    return dict(splits)
+
+
+def _split_of(name: str) -> str | None:
+    return SPLITS.get(name.lower())
+
+
+def _holds_only_folders(folder: Path) -> bool:
+    kinds = {kind for _, kind in _entries(folder, Counter())}
+    return _FOLDER in kinds and _PICTURE not in kinds
+
+
+def _listed(
+    root: Path, below: str, split: str, skipped: Counter[str], notes: list[str], *, where: str
+) -> Listing | None:
+    """Pictures of the folder of class folders at `below`; None where a folder other than that of training has none."""
+    listing, folder = Listing(root), root / below
+    counts: dict[str, int] = {}
+    loose = 0
+    for name, kind in _entries(folder, skipped):
+        if kind == _FOLDER:
+            before, label = len(listing), shown(name)
+            for picture in _below(root, os.path.join(below, name), skipped, set()):
+                listing.append(picture, label)
+            counts[label] = len(listing) - before
+        elif kind == _PICTURE:
+            loose += 1
+        else:
+            skipped[_FOREIGN] += 1
+    if not len(listing):
+        if split != "train":
+            notes.append(f"left out '{shown(folder)}', because it holds no class of pictures")
+            return None
+        raise _no_classes(folder, loose, counts, where=where)
+    if loose:
+        notes.append(f"left out, because in no class's folder: {_counted(loose, 'picture')} in '{shown(folder)}'")
+    empty = [name for name, count in counts.items() if not count]
+    if empty and split == "train":
+        raise DataError(
+            f"class '{empty[0]}' has no pictures" + (f", nor have {len(empty) - 1} more" if len(empty) > 1 else ""),
+            where=shown(folder / empty[0]),
+            why=f"no file in it ends in {', '.join(sorted(EXTENSIONS))}",
+            fix="add pictures to the folder or remove it",
+        )
+    return listing
+
+
+def _no_classes(folder: Path, loose: int, classes: Iterable[str], *, where: str) -> DataError:
+    if loose:
+        why = f"pictures lie directly in it ({loose:,}), so their class is unknown"
+    elif classes:
+        why = "its folders hold no file that ends as a picture does"
+    else:
+        why = "the folder is empty"
+    return DataError(
+        f"'{shown(folder)}' holds no class of pictures", where=where, why=why, fix="make one folder of pictures a class"
+    )
+
+
+def _entries(folder: Path, skipped: Counter[str]) -> Iterator[tuple[str, str]]:
+    """Name and kind of what a folder holds, hidden things left out, in the order of the names' bytes everywhere."""
+    names: dict[str, list[bytes]] = {}
+    try:
+        with os.scandir(folder) as found:
+            for entry in found:
+                if entry.name.startswith("."):
+                    skipped[_HIDDEN] += 1
+                else:  # bytes alone, because a million entries of a folder would fill memory
+                    names.setdefault(_kind(entry), []).append(os.fsencode(entry.name))
+    except OSError as error:
+        raise DataError(
+            f"cannot read the folder '{shown(folder)}'", why=error.strerror or "", fix="check its permissions"
+        ) from None
+    in_order = [zip(sorted(each), itertools.repeat(kind), strict=False) for kind, each in names.items()]
+    return ((os.fsdecode(name), kind) for name, kind in heapq.merge(*in_order))
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    try:
+        if entry.is_dir():
+            return _FOLDER
+        if not entry.is_file():
+            return _BROKEN
+    except OSError:  # a loop of links
+        return _BROKEN
+    return _PICTURE if os.path.splitext(entry.name)[1].lower() in EXTENSIONS else _FOREIGN
+
+
+def _below(root: Path, below: str, skipped: Counter[str], seen: set[tuple[int, int]]) -> Iterator[str]:
+    """Names, from `root` on, of pictures below a folder at any depth; links are followed, each folder entered once."""
+    status = (root / below).stat()
+    key = (status.st_dev, status.st_ino)
+    if key in seen:
+        skipped[_SEEN] += 1
+        return
+    seen.add(key)
+    for name, kind in _entries(root / below, skipped):
+        if kind == _FOLDER:
+            yield from _below(root, os.path.join(below, name), skipped, seen)
+        elif kind == _PICTURE:
+            yield os.path.join(below, name)
+        else:
+            skipped[kind] += 1
+
+
+def _skip_notes(skipped: Counter[str]) -> list[str]:
+    return [f"left out, because {reason}: {_counted(count, 'entry')}" for reason, count in sorted(skipped.items())]
+
+
+def _counted(count: int, noun: str) -> str:
+    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    return f"{count:,} {noun if count == 1 else plural}"
+
+
+def _require_column(name: str, columns: list[str], path: Path, where: str) -> None:
+    if name in columns:
+        return
+    near = difflib.get_close_matches(name, columns, n=1)
+    raise DataError(
+        f"'{shown(path)}' has no column '{name}'",
+        where=where,
+        why=f"its first row names {', '.join(map(shown, columns)) or 'nothing'}",
+        fix=f"did you mean '{near[0]}'?" if near else "name the column with --data.image or --data.label",
+    )
+
+
+def _by_split(
+    rows: Iterable[tuple[int, str | None, str | None, str | None]],
+    root: Path,
+    path: Path,
+    *,
+    divided: bool,
+    keep_missing: bool,
+) -> dict[str, Listing]:
+    """The rows as listings."""
+    grouped: dict[str, Listing] = {}
+    first_missing: tuple[int, str] | None = None
+    missing = count = 0
+    for line, image, label, split in rows:
+        count += 1
+        if not image or not label or not image.strip() or not label.strip():
+            raise DataError(
+                f"row at line {line} has no {'path' if not image else 'label'}",
+                where=shown(path),
+                fix="give every row a path and a label, or remove it",
+            )
+        name = _split_of((split or "").strip()) if divided else "train"
+        if name is None:
+            raise DataError(
+                f"row at line {line} has the split '{shown(split or '')}'",
+                where=shown(path),
+                fix="write train, val or test",
+            )
+        if not keep_missing and not (root / image).is_file():
+            missing += 1
+            first_missing = first_missing or (line, image)
+        grouped.setdefault(name, Listing(root)).append(image, shown(label.strip()))
+    if first_missing is not None:
+        raise DataError(
+            f"{_counted(missing, 'picture')} of {count:,} do not exist, the first: '{shown(first_missing[1])}'",
+            where=f"{shown(path)}, line {first_missing[0]}",
+            why=f"relative paths start from '{shown(root)}'",
+            fix="correct the paths, or name another start with --data.root",
+        )
+    return grouped

@@ -1,0 +1,246 @@
+"""Pictures as inputs: from the bytes of a file to what a network takes, the same way everywhere.
+
+Shapes: b pictures in a batch, n in all, c channels as stored, h and w pixels as stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import attrs
+import numpy as np
+import PIL
+import torch
+import torchvision
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from tuneforge import Check, DataError, Inputs, between, component, gt, option
+from tuneforge.builtin.datasets.images.exif_orientation import FORMATS, MAX_BYTES, MAX_PIXELS, upright
+from tuneforge.builtin.datasets.images.preprocess import KNOWN, OPS, final_size, largest, parsed, reduction
+from tuneforge.builtin.datasets.images.sample_names import shown
+
+_SHOWN_SIDE = 96  # pixels; smaller pictures are enlarged for people
+
+
+@component(api=1)
+class Images(Inputs):
+    """Pictures, stored as uint8 after fixed operations and normalised when a model takes them."""
+
+    ops: tuple[str, ...] = option(default=(), help=f"Operations on a decoded picture, in order: {OPS}.", check=KNOWN)
+    channels: Literal[1, 3] = option(
+        default=3, help="Channels that the model takes; grey is repeated, colours are averaged."
+    )
+    mean: tuple[float, ...] = option(default=(0.0,), help="Subtracted, for all channels or each, on the scale 0 to 1.")
+    std: tuple[float, ...] = option(
+        default=(1.0,),
+        help="Divided by, for all channels or each, on the scale 0 to 1.",
+        check=Check("numbers greater than 0", lambda std: bool(std) and min(std) > 0),
+    )
+    jpeg_margin: int = option(
+        default=2,
+        help="A JPEG is decoded at a half, a quarter or an eighth of its size where that is still so many times what "
+        "the first resize makes of it; 1 is fastest, 0 decodes all of it.",
+        check=between(0, 8),
+    )
+    max_bytes: int = option(default=MAX_BYTES, help="Largest file that is read, in bytes.", check=gt(0))
+    max_pixels: int = option(
+        default=MAX_PIXELS, help="Largest picture that is decoded or made, in pixels.", check=between(1, MAX_PIXELS)
+    )
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width as stored; None where the operations leave them to the picture."""
+        return final_size(parsed(self.ops))
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """Shape of one decoded picture (c, h, w); None where the operations leave it to the picture."""
+        return None if self.size is None else (1 if "grey" in self.ops else 3, *self.size)
+
+    def normalised(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Images:
+        """The same inputs with another mean and deviation."""
+        return attrs.evolve(self, mean=mean, std=std)  # type: ignore[misc]  # a component is an attrs class
+
+    def decode(self, raw: Any) -> Tensor:
+        """The stored form of one picture, uint8 (c, h, w).
+
+        Args:
+            raw: The bytes of a file, a path, a PIL image, or a uint8 array (h, w) or (h, w, c).
+
+        Raises:
+            DataError: It is broken, too large, or no picture of an allowed format.
+        """
+        name = name_of(raw)
+        pixels_chw = self._from_array(raw, name) if isinstance(raw, np.ndarray) else self._from_image(raw, name)
+        return self.prepared(pixels_chw[None], name=name)[0]
+
+    def prepared(self, pictures_nchw: Tensor, *, name: str = "the pictures") -> Tensor:
+        """The stored form of pictures that are uint8 tensors already: (n, c, h, w) after the operations.
+
+        Raises:
+            DataError: An operation would make too large a picture.
+        """
+        ops = parsed(self.ops)
+        self.bound(pictures_nchw.shape[-2], pictures_nchw.shape[-1], name)
+        for op in ops:
+            pictures_nchw = op(pictures_nchw)
+        return pictures_nchw.contiguous()
+
+    def ready(self, stored: Any) -> Tensor:
+        """Normalised float32 (b, channels, h, w), from stored uint8 (b, c, h, w), on whatever device it is on."""
+        if stored.shape[1] > self.channels:
+            stored = stored.float().mean(dim=1, keepdim=True)
+        scale = 1.0 / (255.0 * torch.tensor(self._each(self.std), dtype=torch.float64))
+        shift = -torch.tensor(self._each(self.mean), dtype=torch.float64) * 255.0 * scale
+        scale, shift = (each.float()[:, None, None].to(stored.device) for each in (scale, shift))
+        return torch.mul(stored, scale).add_(shift)
+
+    def picture(self, stored: Any) -> bytes:
+        """A PNG of one stored picture, enlarged to at least 96 pixels without smoothing."""
+        image = Image.fromarray(np.ascontiguousarray(stored.permute(1, 2, 0).squeeze(2).numpy()))
+        factor = -(-_SHOWN_SIDE // max(image.size))
+        enlarged = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        file = io.BytesIO()
+        enlarged.save(file, format="PNG")
+        return file.getvalue()
+
+    def text(self, stored: Any) -> str:
+        """One line on a stored picture: its size and kind."""
+        channels, height, width = stored.shape
+        return f"{'grey' if channels == 1 else 'colour'} picture, {width}x{height}"
+
+    def check(self, path: str | Path) -> None:
+        """Look at a file's header only.
+
+        Raises:
+            DataError: It is too large, or no picture of an allowed format.
+        """
+        name = name_of(path)
+        with self._file(path, name) as file:
+            self._opened(file, name)
+
+    @property
+    def recipe(self) -> str:
+        """All that the stored form of a file follows from, beside the file."""
+        return f"{self.ops} {self.jpeg_margin} Pillow {PIL.__version__} torchvision {torchvision.__version__}"
+
+    def _each(self, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(values) not in (1, self.channels):
+            raise DataError(
+                f"{len(values)} numbers of mean or std for {self.channels} channel(s)",
+                where="the normalisation of pictures",
+                fix="give one number, or one a channel",
+            )
+        return values * (self.channels // len(values))
+
+    def bound(self, height: int, width: int, name: str) -> None:
+        """Refuse a picture that is too large, or that an operation would make so.
+
+        Raises:
+            DataError: The message calls it `name`.
+        """
+        if largest(parsed(self.ops), height, width) > self.max_pixels:
+            raise DataError(
+                f"{name} is too large or too long: {width}x{height} pixels",
+                why=f"at most {self.max_pixels:,} pixels are decoded or made",
+                fix="make the picture smaller",
+            )
+
+    def _from_array(self, array: np.ndarray[Any, Any], name: str) -> Tensor:
+        """Pixels (c, h, w) of an array (h, w) or (h, w, c)."""
+        if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
+            raise DataError(
+                f"an array of {array.dtype} and shape {array.shape} is no picture",
+                why="other numbers have no agreed range",
+                fix="give uint8 of shape (height, width) or (height, width, 1, 3 or 4)",
+            )
+        if array.ndim == 3 and array.shape[2] not in (1, 3, 4):
+            raise DataError(f"a picture with {array.shape[2]} channels", fix="give 1, 3 or 4 channels")
+        return self._from_image(Image.fromarray(array.squeeze(2) if array.shape[2:] == (1,) else array), name)
+
+    def _from_image(self, raw: Any, name: str) -> Tensor:
+        """Pixels (c, h, w) of a file or a PIL image, upright; 1 channel where both sides are grey, else 3."""
+        image = raw if isinstance(raw, Image.Image) else self._opened(self._read(raw, name), name)
+        self.bound(image.height, image.width, name)
+        grey = "grey" in self.ops
+        try:
+            if image is not raw:
+                scale = reduction(parsed(self.ops), image.height, image.width, margin=self.jpeg_margin)
+                image.draft("L" if grey else "RGB", (max(1, image.width // scale), max(1, image.height // scale)))
+            return _pixels(image, grey=grey)
+        except Exception as error:  # noqa: BLE001 - PIL raises whatever a hostile file makes it raise
+            raise _broken(name, error) from None
+
+    def _opened(self, file: IO[bytes], name: str) -> Image.Image:
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise _broken(name, error) from None
+        except Exception as error:  # noqa: BLE001 - PIL raises whatever a hostile file makes it raise
+            raise _broken(name, error) from None
+        self.bound(image.height, image.width, name)
+        return image
+
+    def _read(self, raw: Any, name: str) -> io.BytesIO:
+        """The bytes, bounded before they are read."""
+        if isinstance(raw, (str, Path)):
+            with self._file(raw, name) as file:
+                return io.BytesIO(file.read())
+        if not isinstance(raw, (bytes, bytearray, memoryview)):
+            raise DataError(
+                f"a {type(raw).__name__} is no picture",
+                fix="give the bytes of a file, a path, a PIL image or a uint8 array",
+            )
+        self._bound_bytes(len(raw), name)
+        return io.BytesIO(raw)
+
+    @contextlib.contextmanager
+    def _file(self, path: str | Path, name: str) -> Iterator[IO[bytes]]:
+        try:
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(f"{name} is no file", fix="name a picture")
+            self._bound_bytes(status.st_size, name)
+            with open(path, "rb") as file:
+                yield file
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+            why = getattr(error, "strerror", None) or str(error)
+            raise DataError(f"cannot read {name}", why=why, fix="check the path and its permissions") from None
+
+    def _bound_bytes(self, count: int, name: str) -> None:
+        if count > self.max_bytes:
+            raise DataError(
+                f"{name} is too large: {count:,} bytes",
+                why=f"at most {self.max_bytes:,} bytes are read",
+                fix="make the picture smaller",
+            )
+
+
+def name_of(raw: Any) -> str:
+    """What messages call a raw picture."""
+    return f"'{shown(raw)}'" if isinstance(raw, (str, Path)) else "the picture"
+
+
+def _broken(name: str, error: BaseException) -> DataError:
+    kind = "no picture of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+    return DataError(
+        f"cannot decode {name}",
+        why=kind if kind.strip() else type(error).__name__,
+        fix=f"repair or remove it; {', '.join(FORMATS)} are read",
+    )
+
+
+def _pixels(image: Image.Image, *, grey: bool) -> Tensor:
+    """Decode: upright, alpha over white, 8 bits; (1, h, w) if `grey` and the picture has no colours, else (3, h, w)."""
+    image.load()
+    plain = upright(image)
+    mode = "L" if grey and plain.mode in ("L", "1") else "RGB"
+    pixels = torch.from_numpy(np.array(plain.convert(mode)))
+    return pixels[None] if mode == "L" else pixels.permute(2, 0, 1)

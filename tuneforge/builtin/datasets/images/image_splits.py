@@ -1,0 +1,356 @@
+"""From pictures and their classes to the three splits: who goes where, what is held in memory, how it is normalised.
+
+Shapes: n samples, c channels, h and w pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import attrs
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tuneforge import Data, DataError, Split, UsageError
+from tuneforge.builtin.datasets.images.image_inputs import Images
+from tuneforge.builtin.datasets.images.image_sources import PictureFiles, StandIns
+from tuneforge.builtin.datasets.images.sample_names import chosen
+from tuneforge.builtin.targets import Classes
+
+if TYPE_CHECKING:
+    from tuneforge.builtin.datasets.images.image_datasets import PictureOptions
+
+Rows = NDArray[np.int64]
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation, one number for all channels or one each."""
+
+SPLITS = ("train", "val", "test")
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_MEASURED = 2048  # pictures of training that mean and std are taken from
+_CHUNK = 64  # pictures that are prepared at once
+
+
+class Pictures(Protocol):
+    """A source of pictures that can be narrowed to some of them: `PictureFiles` or `PictureArrays`."""
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+
+    def fetch(self, rows: Tensor) -> Tensor:
+        """Stored pictures of `rows` (b,), uint8 (b, c, h, w)."""
+
+    def chosen(self, rows: Tensor) -> Pictures:
+        """The source of `rows` only."""
+
+
+@attrs.frozen(eq=False)
+class Part:
+    """Pictures as they were found, of one split or not divided yet.
+
+    Args:
+        pictures: Where they come from.
+        codes: The class of each, its place among the names, int64 (n,).
+        ids: A stable name of each.
+    """
+
+    pictures: Pictures
+    codes: Rows
+    ids: Sequence[str]
+
+    def chosen(self, rows: Rows) -> Part:
+        """The part of `rows` only."""
+        return Part(self.pictures.chosen(torch.from_numpy(rows)), self.codes[rows], chosen(self.ids, rows))
+
+
+@attrs.frozen(eq=False)
+class Parts:
+    """All that was found.
+
+    Args:
+        names: Of the classes, one list for all splits.
+        by_split: `train`, and `val` and `test` where they are given.
+    """
+
+    names: tuple[str, ...]
+    by_split: Mapping[str, Part]
+
+    def changed(self, by_split: Mapping[str, Part]) -> Parts:
+        """Other pictures of the same classes."""
+        return Parts(self.names, by_split)
+
+
+def make_data(
+    options: PictureOptions,
+    parts: Parts,
+    *,
+    seed: int,
+    notes: Sequence[str] = (),
+    known: Any = None,
+    vetted: bool = False,
+    stand_ins: Path | None = None,
+) -> Data:
+    """The data of a run.
+
+    Args:
+        options: Shares, bounds and normalisation, as the user gave them.
+        parts: What `val` or `test` lacks is taken from `train`.
+        seed: The run's.
+        notes: Sentences on what was found.
+        known: The inputs of a tuned model that this data is for; their normalisation beats what the options say.
+        vetted: Files have been looked at, all of them.
+        stand_ins: Where it is written down which picture stands in for one that can no longer be read.
+
+    Raises:
+        DataError: Too few classes, too few pictures of one, a class that training lacks, or a broken picture.
+    """
+    parts = limited(known_classes(parts), options.limit, seed=seed)
+    parts = divided(parts, {"val": options.val, "test": options.test}, seed=seed)
+    inputs = options.images()
+    held, memory_notes = _held(parts, inputs, options.memory_mb)
+    if not held and not vetted:
+        _check_files(parts)
+    sources = {
+        split: _stored(part.pictures) if held else _on_demand(split, part, stand_ins)
+        for split, part in parts.by_split.items()
+    }
+    mean, std = (
+        (known.mean, known.std) if isinstance(known, Images) else normalisation(options, inputs, sources["train"])
+    )
+    splits = {
+        split: Split(sources[split], torch.from_numpy(part.codes), ids=part.ids)
+        for split, part in parts.by_split.items()
+    }
+    return Data(
+        train=splits["train"],
+        val=splits["val"],
+        test=splits["test"],
+        inputs=inputs.normalised(mean, std),
+        targets=Classes(names=parts.names),
+        notes=(*notes, *_missing_notes(parts), *memory_notes),
+    )
+
+
+def known_classes(parts: Parts) -> Parts:
+    """The classes of training alone, matched by name for all splits.
+
+    Raises:
+        DataError: There are fewer than two, or another split has one that training lacks.
+    """
+    present = {split: np.unique(part.codes) for split, part in parts.by_split.items()}
+    known = [parts.names[code] for code in present["train"]]
+    if len(known) < 2:
+        raise DataError(
+            f"there is only one class, '{known[0]}'" if known else "there is no picture",
+            where="--data",
+            why="with fewer than two classes there is nothing to tell apart",
+            fix="add pictures of at least one more class",
+        )
+    for split, codes in present.items():
+        strange = [parts.names[code] for code in codes if parts.names[code] not in known]
+        if strange:
+            raise DataError(
+                f"{split} has a class that train lacks: {_abridged(strange)}",
+                why=f"train has {_abridged(known)}",
+                fix=f"add it to train, remove it from {split}, or correct its name",
+            )
+    place = np.full(len(parts.names), -1)
+    place[present["train"]] = np.arange(len(known))
+    return Parts(
+        tuple(known), {split: attrs.evolve(part, codes=place[part.codes]) for split, part in parts.by_split.items()}
+    )
+
+
+def limited(parts: Parts, limit: int | None, *, seed: int) -> Parts:
+    """At most `limit` pictures of each class in each part, drawn from the seed."""
+    if limit is None:
+        return parts
+    from sklearn.utils import shuffle
+
+    def rows(part: Part) -> Rows:
+        kept = [
+            shuffle(np.flatnonzero(part.codes == code), random_state=_state(seed, "limit", name))[:limit]
+            for code, name in enumerate(parts.names)
+        ]
+        return np.sort(np.concatenate(kept))
+
+    return parts.changed({split: part.chosen(rows(part)) for split, part in parts.by_split.items()})
+
+
+def divided(parts: Parts, shares: Mapping[str, float], *, seed: int) -> Parts:
+    """All three splits: what is missing is taken from training, stratified by class.
+
+    Raises:
+        UsageError: The shares of what is missing leave no training.
+        DataError: A class has too few pictures to be in every split.
+    """
+    train = parts.by_split["train"]
+    missing = {split: share for split, share in shares.items() if split not in parts.by_split}
+    if sum(missing.values()) >= 1:
+        asked = " and ".join(f"{split} {share:g}" for split, share in missing.items())
+        raise UsageError(
+            f"{asked} leave nothing to learn from", why="together they must be less than 1", fix="lower one"
+        )
+    rows = stratified(train.codes, parts.names, missing, seed=seed) if missing else {}
+    taken = {split: train.chosen(chosen) for split, chosen in rows.items()}
+    return parts.changed({split: taken.get(split) or parts.by_split[split] for split in SPLITS})
+
+
+def stratified(codes: Rows, names: Sequence[str], shares: Mapping[str, float], *, seed: int) -> dict[str, Rows]:
+    """Rows of `train` and of each split in `shares`, ascending: of each class its share, and at least one.
+
+    A class's division depends on the seed, its name and its own pictures only.
+
+    Args:
+        codes: Each sample's place among the names (n,).
+        names: Of the classes.
+        shares: By split.
+        seed: The run's.
+
+    Raises:
+        DataError: A class has too few pictures to be in every split.
+    """
+    from sklearn.model_selection import train_test_split
+
+    out: dict[str, list[Rows]] = {split: [] for split in ("train", *shares)}
+    for code, name in enumerate(names):
+        rest = np.flatnonzero(codes == code)
+        for split, count in _counts(len(rest), shares, name=name).items():
+            rest, taken = train_test_split(rest, test_size=count, random_state=_state(seed, split, name))
+            out[split].append(taken)
+        out["train"].append(rest)
+    return {split: np.sort(np.concatenate(rows)) for split, rows in out.items()}
+
+
+def normalisation(options: PictureOptions, inputs: Images, source: Any) -> Normalisation:
+    """Mean and standard deviation on the scale 0 to 1: as the user says, ImageNet's, or those of training.
+
+    The last are taken over up to 2048 pictures at even distances, and rounded, so that they are the same everywhere.
+    """
+    if options.mean and options.std:
+        return options.mean, options.std
+    mean, std = _named(options.normalise, inputs.channels) or _measured(inputs, source)
+    return options.mean or mean, options.std or std
+
+
+def free_memory_mb() -> int:
+    """Memory that is free now, in MB; where the system does not say, half of what it has."""
+    page_mb = os.sysconf("SC_PAGE_SIZE") / 2**20
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return int(os.sysconf("SC_AVPHYS_PAGES") * page_mb)
+    return int(os.sysconf("SC_PHYS_PAGES") * page_mb / 2)
+
+
+def _named(name: str, channels: int) -> Normalisation | None:
+    """A normalisation that needs no pictures; for grey ones the mean over the channels."""
+    if name == "none":
+        return (0.0,), (1.0,)
+    if name != "imagenet":
+        return None
+    if channels == 3:
+        return _IMAGENET
+    mean, std = ((round(sum(each) / 3, 4),) for each in _IMAGENET)
+    return mean, std
+
+
+def _measured(inputs: Images, source: Any) -> Normalisation:
+    rows = np.unique(np.linspace(0, len(source) - 1, min(len(source), _MEASURED)).round().astype(np.int64))
+    fetch = functools.partial(source.index_select, 0) if isinstance(source, Tensor) else source.fetch
+    chunks = map(fetch, torch.split(torch.from_numpy(rows), _CHUNK))
+    counts = functools.reduce(torch.add, (_levels(stored, together=inputs.channels == 1) for stored in chunks))
+    means, stds = zip(*map(_mean_and_std, counts), strict=True)
+    if len(set(means)) == 1 and len(set(stds)) == 1:
+        return means[:1], stds[:1]
+    return means, stds
+
+
+def _levels(stored_bchw: Tensor, *, together: bool) -> Tensor:
+    """How often each level occurs, from 0 to 1 in equal steps: (c, 256), or (1, 255 * c + 1) of the channels' sum."""
+    if together:
+        sums = stored_bchw.sum(dim=1, dtype=torch.int64)
+        return torch.bincount(sums.flatten(), minlength=255 * stored_bchw.shape[1] + 1)[None]
+    return torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in stored_bchw.unbind(1)])
+
+
+def _mean_and_std(counts: Tensor) -> tuple[float, float]:
+    """Of levels from 0 to 1 that occur so often (levels,); exact, so that they are the same in any chunks."""
+    levels, weights = torch.linspace(0, 1, len(counts), dtype=torch.float64), counts.double()
+    mean = (levels * weights).sum() / weights.sum()
+    variance = ((levels - mean).square() * weights).sum() / (weights.sum() - 1)
+    return round(mean.item(), 4), round(variance.sqrt().item(), 4) or 1.0
+
+
+def _counts(count: int, shares: Mapping[str, float], *, name: str) -> dict[str, int]:
+    """Pictures of a class of `count` that each split gets."""
+    if count <= len(shares):
+        raise DataError(
+            f"class '{name}' has {count} picture{'s' if count > 1 else ''}, too few to divide",
+            where="--data",
+            why=f"it needs at least {len(shares) + 1}: one for train and one for each of {', '.join(shares)}",
+            fix="add pictures of it, remove the class, or bring your own folders train, val and test",
+        )
+    counts = {split: max(1, round(share * count)) for split, share in shares.items()}
+    while sum(counts.values()) >= count:
+        counts[max(counts, key=lambda split: counts[split])] -= 1
+    return counts
+
+
+def _state(seed: int, *words: str) -> int:
+    return zlib.crc32("/".join((str(seed), *words)).encode())
+
+
+def _held(parts: Parts, inputs: Images, memory_mb: int | None) -> tuple[bool, list[str]]:
+    """Whether all pictures are held in memory, and a sentence where they are not."""
+    needed_mb = sum(len(part.codes) for part in parts.by_split.values()) * math.prod(inputs.shape or ()) / 2**20
+    budget_mb = free_memory_mb() / 2 if memory_mb is None else memory_mb
+    if needed_mb <= budget_mb:
+        return True, []
+    why = "half of what is free" if memory_mb is None else "--data.memory-mb"
+    return False, [
+        f"pictures are decoded when they are needed: they would take {needed_mb:,.1f} MB, "
+        f"more than {budget_mb:,.1f} MB ({why})"
+    ]
+
+
+def _stored(pictures: Pictures) -> Tensor:
+    """All pictures in memory, uint8 (n, c, h, w)."""
+    if isinstance(pictures, PictureFiles):
+        return pictures.fetch(torch.arange(len(pictures)))
+    first = pictures.fetch(torch.tensor([0]))
+    out = first.new_empty(len(pictures), *first.shape[1:])
+    for rows in torch.split(torch.arange(len(pictures)), _CHUNK):
+        out[rows] = pictures.fetch(rows)
+    return out
+
+
+def _check_files(parts: Parts) -> None:
+    for part in parts.by_split.values():
+        if isinstance(part.pictures, PictureFiles):
+            part.pictures.check()
+
+
+def _on_demand(split: str, part: Part, record: Path | None) -> Pictures | StandIns:
+    """The source of a split that is decoded in each epoch; without a record, nothing stands in for anything."""
+    if not isinstance(part.pictures, PictureFiles) or record is None:
+        return part.pictures
+    return StandIns(part.pictures, part.codes, part.ids, split, record)
+
+
+def _missing_notes(parts: Parts) -> list[str]:
+    absent = {
+        split: [parts.names[code] for code in np.setdiff1d(np.arange(len(parts.names)), part.codes)]
+        for split, part in parts.by_split.items()
+    }
+    return [f"{split} has no picture of {_abridged(lacking)}" for split, lacking in absent.items() if lacking]
+
+
+def _abridged(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

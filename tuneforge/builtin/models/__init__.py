@@ -1,0 +1,1 @@
+"""Built-in models and adapters of a model's head, input channels and dropout."""

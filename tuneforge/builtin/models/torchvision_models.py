@@ -1,0 +1,315 @@
+"""Every classification model of torchvision: built, filled with weights, and divided into layer groups."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.vision_transformer import interpolate_embeddings
+
+from tuneforge import (
+    Group,
+    Model,
+    PluginError,
+    TryAgainError,
+    UnknownNameError,
+    UnsafeFileError,
+    UsageError,
+    component,
+    hookimpl,
+    load_tensors,
+    option,
+)
+from tuneforge.builtin.models.adapters import answering, resized
+from tuneforge.builtin.seeding import seeded
+
+if TYPE_CHECKING:
+    from tuneforge import Run
+
+State = dict[str, Tensor]
+
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "AlexNet": ("features/", "classifier.*"),
+    "ConvNeXt": ("features.*", "head=classifier.0"),
+    "DenseNet": (
+        "stem=features.conv0,features.norm0",
+        "block1=features.denseblock1,features.transition1",
+        "block2=features.denseblock2,features.transition2",
+        "block3=features.denseblock3,features.transition3",
+        "block4=features.denseblock4,features.norm5",
+    ),
+    "EfficientNet": ("features.*",),
+    "GoogLeNet": ("stem=conv1,conv2,conv3", "inception*"),
+    "Inception3": (
+        "stem=Conv2d_1a_3x3,Conv2d_2a_3x3,Conv2d_2b_3x3,Conv2d_3b_1x1,Conv2d_4a_3x3",
+        "Mixed_*",
+    ),
+    "MNASNet": (
+        "stem=layers.0,layers.1,layers.3,layers.4,layers.6,layers.7",
+        "layers.[89]",
+        "layers.1[0-3]",
+        "top=layers.14,layers.15",
+    ),
+    "MaxVit": ("stem", "blocks.*", "classifier=classifier.2,classifier.3"),
+    "MobileNetV2": ("features.*",),
+    "MobileNetV3": ("features.*", "classifier.*"),
+    "RegNet": ("stem", "trunk_output.*"),
+    "ResNet": ("stem=conv1,bn1", "layer*"),
+    "ShuffleNetV2": ("stem=conv1", "stage*", "conv5"),
+    "SqueezeNet": ("features.*",),
+    "SwinTransformer": ("features.*", "head=norm"),
+    "VGG": ("features/", "classifier.*"),
+    "VisionTransformer": (
+        "embeddings=class_token,conv_proj,encoder.pos_embedding",
+        "encoder.layers.*",
+        "head=encoder.ln",
+    ),
+}
+"""Layer groups from the input to the answer, by class of the network.
+
+`path` is a group; `path.*` (a glob) makes a group of each child that holds parameters; `path/` one of each stage
+between two poolings; `name=path,path` puts several into one; `head=` adds to the head's, where a last norm belongs.
+"""
+
+_PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".pth.tar")
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+_OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
+
+
+@component(api=1)
+class Torchvision:
+    """A classification model of torchvision, from scratch or with weights."""
+
+    arch: str = option(default="resnet18", help="The architecture, as torchvision.models names it.")
+    weights: str = option(
+        default="none", help="`none`, a .safetensors file, or `download` for torchvision's own, trained on ImageNet."
+    )
+
+    @hookimpl
+    def model_adapt(self, run: Run, model: Model | None) -> Model:
+        """Build the network, with the head that its weights have; the adapter `head` fits it to the data.
+
+        Raises:
+            PluginError: It is not the first of the chain.
+            UnknownNameError: torchvision has no such architecture.
+            UsageError: It cannot take pictures of this size, or the weights are not of this network.
+            UnsafeFileError: The weights are pickled.
+            TryAgainError: The weights cannot be downloaded.
+        """
+        if model is not None:
+            raise PluginError(
+                "torchvision builds a model; it cannot adapt one",
+                where="--model",
+                fix="name it with --model, and adapters such as head with --adapt",
+            )
+        _require_known(self.arch)
+        side = _side(run)
+        state, labels = (None, ()) if run.restoring or self.weights == "none" else self._weights()
+        with seeded(run.config.seed):
+            module = _built(self.arch, run.data.targets.size, side, pretrained=self.weights != "none")
+        if not run.restoring:
+            _require_fit(module, self.arch, side)
+        head = head_path(module)
+        if state is not None:
+            return _filled(module, head, state, labels, run)
+        return Model(module, groups=groups_of(module, head), head=head, labels=run.data.targets.labels)
+
+    def _weights(self) -> tuple[State, tuple[str, ...]]:
+        """The weights by name, and the names of their classes, where they are known."""
+        if self.weights in ("download", "default"):
+            return _downloaded(self.arch)
+        path = Path(self.weights)
+        if path.name.lower().endswith(_PICKLED):
+            raise UnsafeFileError(
+                f"'{path.name}' is not read",
+                where="--model.weights",
+                why="pickled weights can run any code when they are opened",
+                fix=f"convert them once: tuneforge import {path}",
+            )
+        tensors, metadata = load_tensors(path)
+        return tensors, tuple(metadata.get("labels", ()))
+
+
+def head_path(module: nn.Module) -> str:
+    """Path of the answering layer: the last linear one; in SqueezeNet, which has none, the last 1x1 convolution."""
+    named = list(module.named_modules())
+    linear = [name for name, child in named if isinstance(child, nn.Linear)]
+    convs = [name for name, child in named if isinstance(child, nn.Conv2d) and child.kernel_size == (1, 1)]
+    path: str = (linear or convs)[-1]
+    return path
+
+
+def groups_of(module: nn.Module, head: str) -> tuple[Group, ...]:
+    """Layer groups from the input to the answer; of an unknown network, those that its structure suggests."""
+    patterns = FAMILIES.get(type(module).__name__)
+    if patterns is None:
+        return tuple(Model.of(module, head=head).groups)
+    groups: list[Group] = []
+    of_head = [head]
+    for pattern in patterns:
+        name, _, paths = pattern.rpartition("=")
+        if name == "head":
+            of_head = [*paths.split(","), head]
+        elif name:
+            groups.append(Group(name, paths.split(",")))
+        elif pattern.endswith("/"):
+            groups += _stages(module, pattern.removesuffix("/"))
+        else:
+            groups += [Group(path, (path,)) for path in _matching(module, pattern) if path != head]
+    return (*groups, Group("head", of_head))
+
+
+def _matching(module: nn.Module, pattern: str) -> list[str]:
+    """Paths of the children that a glob matches and that hold parameters, in order."""
+    parent, _, glob = pattern.rpartition(".")
+    return [
+        f"{parent}.{name}".lstrip(".")
+        for name, child in module.get_submodule(parent).named_children()
+        if fnmatch.fnmatchcase(name, glob) and next(child.parameters(), None) is not None
+    ]
+
+
+def _stages(module: nn.Module, parent: str) -> list[Group]:
+    """A group for each run of layers up to a pooling."""
+    stages: list[list[str]] = [[]]
+    for name, child in module.get_submodule(parent).named_children():
+        if isinstance(child, nn.MaxPool2d):
+            stages.append([])
+        elif next(child.parameters(), None) is not None:
+            stages[-1].append(f"{parent}.{name}")
+    return [Group(f"stage{number}", paths) for number, paths in enumerate(filter(None, stages), start=1)]
+
+
+def _built(arch: str, num_outputs: int, side: tuple[int, int], *, pretrained: bool) -> nn.Module:
+    """The network; `pretrained` ones rescale their input where torchvision's weights expect it."""
+    arguments: dict[str, Any] = {"num_classes": num_outputs}
+    if arch in ("googlenet", "inception_v3"):
+        arguments |= {"aux_logits": False, "init_weights": not pretrained, "transform_input": pretrained}
+    if arch.startswith("vit_"):
+        arguments["image_size"] = side[0]
+    if arch.startswith("maxvit"):
+        arguments["input_size"] = side
+    try:
+        module: nn.Module = models.get_model(arch, **arguments)
+    except (ValueError, AssertionError) as error:
+        raise _unfit(arch, side, error) from None
+    return module
+
+
+def _filled(module: nn.Module, head: str, state: State, labels: tuple[str, ...], run: Run) -> Model:
+    """The model with weights; without a head in them, it gets a fresh one for the data.
+
+    Raises:
+        UsageError: Other names or shapes than the head's differ.
+    """
+    state = {_present_name(name): tensor for name, tensor in state.items() if not name.startswith(_AUXILIARY)}
+    known = f"{head}.weight" in state
+    model = Model(module, groups=groups_of(module, head), head=head, labels=run.data.targets.labels)
+    if known:
+        rows = len(state[f"{head}.weight"])
+        labels = labels if len(labels) == rows else ()
+        sized = resized(answering(model), rows, {}, seed=run.config.seed)
+        model = model.with_head(sized, labels=labels, kept=labels)
+    if isinstance(module, models.VisionTransformer) and "encoder.pos_embedding" in state:
+        state = interpolate_embeddings(module.image_size, module.patch_size, state)
+    own = module.state_dict()
+    needed = {name for name in own if known or not name.startswith(f"{head}.")}
+    missing = [name for name in sorted(needed - state.keys()) if not name.endswith("num_batches_tracked")]
+    wrong = [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
+    if missing or wrong or state.keys() - own.keys():
+        raise _mismatch(type(module).__name__, missing, sorted(state.keys() - own.keys()), wrong)
+    module.load_state_dict(state, strict=False)
+    return model
+
+
+def _present_name(name: str) -> str:
+    """DenseNet's published weights have names that PyTorch no longer allows."""
+    found = _OLD_DENSENET.match(name)
+    return found[1] + found[2] if found else name
+
+
+def _mismatch(kind: str, missing: list[str], foreign: list[str], wrong: list[str]) -> UsageError:
+    told = {"missing": missing, "not in the network": foreign, "of another shape": wrong}
+    return UsageError(
+        f"the weights are not those of this {kind}",
+        where="--model.weights",
+        why="; ".join(f"{what}: {', '.join(names[:4])} ({len(names)})" for what, names in told.items() if names),
+        fix="name the --model.arch that the file was made with",
+    )
+
+
+def _downloaded(arch: str) -> tuple[State, tuple[str, ...]]:
+    """torchvision's best weights of the architecture, and ImageNet's names of classes."""
+    weights = models.get_model_weights(arch).DEFAULT
+    try:
+        state: State = models.get_model(arch, weights=weights, progress=False).state_dict()
+    except (OSError, RuntimeError) as error:
+        raise TryAgainError(
+            f"cannot download the weights of {arch}",
+            where="--model.weights download",
+            why=str(error),
+            fix="check the network, or give a .safetensors file",
+        ) from error
+    return state, tuple(weights.meta["categories"])
+
+
+def _require_known(arch: str) -> None:
+    known = models.list_models(module=models)
+    if arch not in known:
+        near = difflib.get_close_matches(arch, known, n=1)
+        raise UnknownNameError(
+            f"torchvision has no classification model '{arch}'",
+            where="--model.arch",
+            fix=f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}",
+        )
+
+
+def _side(run: Run) -> tuple[int, int]:
+    """Height and width of the data's pictures."""
+    example = run.example
+    if isinstance(example, Tensor) and example.ndim == 4:
+        return int(example.shape[2]), int(example.shape[3])
+    raise UsageError(
+        "torchvision's models take pictures, and the inputs are none",
+        where="--model torchvision",
+        why="a picture is one tensor (channels, height, width)",
+        fix="use another --model for this data",
+    )
+
+
+def _native_side(arch: str) -> int:
+    return int(models.get_model_weights(arch).DEFAULT.transforms.keywords["crop_size"])
+
+
+def _require_fit(module: nn.Module, arch: str, side: tuple[int, int]) -> None:
+    """Try one black picture, where pictures are smaller than the network was designed for.
+
+    Raises:
+        UsageError: They are too small.
+    """
+    if min(side) >= _native_side(arch):
+        return
+    training = module.training
+    try:
+        with torch.no_grad():
+            module.eval()(torch.zeros(1, 3, *side))
+    except (RuntimeError, AssertionError) as error:
+        raise _unfit(arch, side, error) from None
+    finally:
+        module.train(training)
+
+
+def _unfit(arch: str, side: tuple[int, int], error: Exception) -> UsageError:
+    return UsageError(
+        f"{arch} cannot take pictures of {side[1]}x{side[0]} pixels",
+        where="--model torchvision",
+        why=str(error).partition("\n")[0],
+        fix=f"use --data.size {_native_side(arch)}",
+    )
