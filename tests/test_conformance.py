@@ -1,6 +1,6 @@
 """Rows 1 to 13 of the known defects of others, for every strategy that is installed; and what is broken is found.
 
-Rows 9 and 10, which compile and start processes: `TUNEFORGE_SLOW_CHECKS=1 python -m pytest tests/test_conformance.py`.
+Rows 9 and 10 compile and start processes: `TUNEFORGE_SLOW_CHECKS=1 python -m pytest -m "" tests/test_conformance.py`.
 """
 
 import contextlib

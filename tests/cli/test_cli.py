@@ -1,9 +1,9 @@
 """The command line as a user meets it: messages, exit codes, and the same run as from Python."""
 
 import json
-import subprocess
 import sys
 
+import forked
 import pytest
 
 import tuneforge as tf
@@ -206,7 +206,7 @@ def test_a_strategy_in_a_local_file_runs(tmp_path):
         "--out",
         "r",
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = forked.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "phase 'mine'" in done.stdout
     assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 2

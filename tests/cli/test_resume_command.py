@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 
 import tuneforge as tf
@@ -211,7 +212,7 @@ COMMAND = [
 
 def start(folder, *arguments, hang=""):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HANG": hang}
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, "-m", "tuneforge", *arguments], cwd=folder, env=environment, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """A run that is killed anywhere, by whatever means, goes on and ends as if nothing had happened, to the bit.
 
-The full set: `TUNEFORGE_KILLS=200 TUNEFORGE_CLOCK_KILLS=50 python -m pytest tests/engine/test_kills.py`.
+The full set: `TUNEFORGE_KILLS=200 TUNEFORGE_CLOCK_KILLS=50 python -m pytest -m "" tests/engine/test_kills.py`.
 """
 
 import json
@@ -13,6 +13,7 @@ import time
 from functools import partial
 
 import attrs
+import forked
 import pytest
 import torch
 from killing import Noisy, contents, every_step, killed
@@ -226,7 +227,7 @@ def command(arguments, folder, *, kill_after_s=None):
     """Run the command in a process group of its own; kill the group by the clock. Exit code, seconds, output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TUNEFORGE_CACHE": str(folder / "cache")}
     began = time.monotonic()
-    process = subprocess.Popen(
+    process = forked.Popen(
         arguments, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip

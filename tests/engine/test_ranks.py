@@ -1,6 +1,6 @@
 """Several processes learn what one would, from the same batches in the same order.
 
-The full set: `TUNEFORGE_RANKS=1 python -m pytest tests/engine/test_ranks.py`.
+The full set: `TUNEFORGE_RANKS=1 python -m pytest -m "" tests/engine/test_ranks.py`.
 """
 
 import json
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -33,7 +34,7 @@ def ranks(size, folder, out, **plan):
     command = [sys.executable, str(SCRIPT), str(folder), str(out), json.dumps(plan)]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     children = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipe)
+        forked.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipe)
         for rank in range(size)
     ]
     said = [child.communicate(timeout=120)[0] for child in children]

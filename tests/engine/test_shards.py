@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import one_shard
 import pytest
 import torch
@@ -59,7 +60,7 @@ def ranks(size, folder, **plans):
     command = [sys.executable, str(SCRIPT), str(folder), json.dumps(plans)]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     children = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipe)
+        forked.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipe)
         for rank in range(size)
     ]
     said = [child.communicate(timeout=300)[0] for child in children]

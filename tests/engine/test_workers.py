@@ -1,6 +1,6 @@
 """Processes that decode ahead: the order, what they survive, and that none outlives its run.
 
-The full set: `TUNEFORGE_SIGNALS=40 TUNEFORGE_WORKER_KILLS=100 python -m pytest tests/engine/test_workers.py`.
+The full set: `TUNEFORGE_SIGNALS=40 TUNEFORGE_WORKER_KILLS=100 python -m pytest -m "" tests/engine/test_workers.py`.
 """
 
 import multiprocessing
@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -205,7 +206,7 @@ def gone(pids, within_s=5.0):
 @pytest.mark.parametrize(("last", "code"), [("os.kill(os.getpid(), 9)", -9), ("os._exit(3)", 3), ("", 0), ("1 / 0", 1)])
 def test_no_process_outlives_its_run_however_it_ends(last, code):
     command = [sys.executable, "-W", "error", "-c", HOLDER + last]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = forked.run(command, capture_output=True, text=True, timeout=60, check=False)
     pids = [int(each) for each in done.stdout.split()]
     assert len(pids) == 2, done.stderr
     assert gone(pids)
@@ -253,7 +254,7 @@ def place(tmp_path_factory):
 def command(place, *words):
     """Start the real command as the leader of a process group."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, "-m", "tuneforge", *map(str, words)],
         cwd=place,
         env=environment,

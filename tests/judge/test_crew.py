@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 import tuneforge as tf
@@ -138,9 +139,7 @@ def test_what_a_killed_process_was_at_is_gone_on_with_by_the_others(place, monke
 def test_a_killed_leader_takes_the_others_with_it_and_the_race_goes_on(place, monkeypatch):
     monkeypatch.setenv("GATE", "9")
     command = [sys.executable, "-m", "tuneforge", "compare", "--strategies", GATES, *FLAGS, "--ranks", "2"]
-    leader = subprocess.Popen(
-        [*command, "--out", "killed"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    leader = forked.Popen([*command, "--out", "killed"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(all_here)
     pids = [read(path)["pid"] for path in Path("killed").glob("*/seed-0/status.json")]
     leader.kill()
@@ -158,7 +157,7 @@ def test_a_killed_leader_takes_the_others_with_it_and_the_race_goes_on(place, mo
 def test_ctrl_c_stops_all_and_the_race_goes_on_with_another_number(place, monkeypatch):
     monkeypatch.setenv("GATE", "9")
     command = [sys.executable, "-m", "tuneforge", "compare", "--strategies", GATES, *FLAGS, "--ranks", "2"]
-    leader = subprocess.Popen([*command, "--out", "stopped"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    leader = forked.Popen([*command, "--out", "stopped"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(all_here)
     pids = [read(path)["pid"] for path in Path("stopped").glob("*/seed-0/status.json")]
     leader.send_signal(signal.SIGINT)
@@ -183,7 +182,7 @@ def test_the_ranks_of_torchrun_divide_the_runs_and_the_first_one_speaks(place):
     command = [sys.executable, "-m", "tuneforge", "compare", "--strategies", GATES, *FLAGS, "--out", "shared"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     ranks = [
-        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipe) for rank in (0, 1)
+        forked.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipe) for rank in (0, 1)
     ]
     said = [each.communicate(timeout=120)[0] for each in ranks]
     assert [each.returncode for each in ranks] == [0, 0], said

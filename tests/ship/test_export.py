@@ -1,6 +1,6 @@
 """What leaves is proved to answer as the tuned model, or nothing leaves.
 
-All twelve architectures: `TUNEFORGE_ARCHITECTURES=12 python -m pytest tests/ship/test_export.py`.
+All twelve architectures: `TUNEFORGE_ARCHITECTURES=12 python -m pytest -m "" tests/ship/test_export.py`.
 """
 
 import importlib.util

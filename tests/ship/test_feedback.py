@@ -15,6 +15,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from browser import MISSING, browser, installed
@@ -204,7 +205,7 @@ def test_acknowledged_labels_survive_the_servers_kill(digits, tmp_path):
     for kill in range(KILLS):
         command = [sys.executable, "-m", "tuneforge", "serve", str(digits.folder), "--port", "0", "--json"]
         command += ["--records", str(path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        with forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             url = json.loads(process.stdout.readline())["url"]
             given = [{} for _ in range(3)]
 

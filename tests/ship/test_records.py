@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+import forked
 import pytest
 import torch
 
@@ -40,7 +41,7 @@ def exchange(key, *, body=None, probability=0.9, named="a", **given):
 def test_acknowledged_labels_survive_kill(tmp_path):
     path, acknowledged, started = tmp_path / "records.db", set(), 0
     for kill in range(KILLS):
-        with subprocess.Popen(
+        with forked.Popen(
             [sys.executable, "-c", LABELLER, str(path), str(started)], stdout=subprocess.PIPE, text=True
         ) as process:
             acknowledged.add(int(process.stdout.readline()))
