@@ -5,7 +5,7 @@ To import torch and torchvision takes a fresh interpreter two to four seconds, a
 process id, a session and a working directory of its own, an environment, arguments and pipes of its own, dies by the
 signals that it is sent, and ends as any interpreter does. What it shares with the others is what was imported before
 it began, and the seed of hashes. A test that is about either, and one that sets options of the interpreter that the
-server does not know (`-P`, `-I`, ...), starts a fresh one; so does every test where there is no Linux.
+server does not know (`-I`, `-S`, ...), starts a fresh one; so does every test where there is no Linux.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ class Popen:
     """A process of this interpreter; what it is given and has are those of `subprocess.Popen` that the tests use.
 
     Args:
-        command: `sys.executable`, perhaps `-W error`, and a script, `-m` and a module, or `-c` and a source.
+        command: `sys.executable`, perhaps `-W error` or `-P`, and a script, `-m` and a module, or `-c` and a source.
         cwd: Its working directory.
         env: Its environment; this one by default.
+        stdin: PIPE, or None for nothing to read.
         stdout: A file, PIPE, DEVNULL or None for where this process prints.
         stderr: The same, or STDOUT.
         text: Pipes give text. They always do here, so it must be true where there is one.
@@ -56,6 +57,7 @@ class Popen:
         *,
         cwd: Any = None,
         env: Mapping[str, str] | None = None,
+        stdin: Any = None,
         stdout: Any = None,
         stderr: Any = None,
         text: bool = False,
@@ -65,6 +67,9 @@ class Popen:
         self.args = [str(each) for each in command]
         assert self.args[0] == sys.executable
         self.returncode: int | None = None
+        assert stdin in (None, subprocess.PIPE)
+        given, write = os.pipe() if stdin else (os.open(os.devnull, os.O_RDONLY), None)
+        self.stdin = None if write is None else os.fdopen(write, "wb")
         self.stdout, out = _opened(stdout, 1)
         self.stderr, err = (None, out) if stderr == subprocess.STDOUT else _opened(stderr, 2)
         self._read: dict[str, str] = {}
@@ -80,10 +85,10 @@ class Popen:
             self._connection.connect(_server())
             content = json.dumps(asked).encode()
             assert len(content) < _SIZE
-            socket.send_fds(self._connection, [content], [out, err])
+            socket.send_fds(self._connection, [content], [given, out, err])
             self.pid = int(self._connection.recv(64))
         finally:
-            for each in {out, err} - {1, 2}:
+            for each in {given, out, err} - {1, 2}:
                 if each not in (_number(stdout), _number(stderr)):
                     os.close(each)
 
@@ -91,7 +96,7 @@ class Popen:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self.stdout, self.stderr):
+        for file in (self.stdin, self.stdout, self.stderr):
             if file is not None:
                 file.close()
         self.wait()
@@ -112,7 +117,9 @@ class Popen:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str | None, str | None]:
-        """All that it has printed, once it has ended."""
+        """All that it has printed, once it has ended; it has nothing more to read."""
+        if self.stdin is not None:
+            self.stdin.close()
         until = None if timeout is None else time.monotonic() + timeout
         if not self._readers:
             pipes = {name: getattr(self, name) for name in ("stdout", "stderr")}
@@ -138,6 +145,10 @@ class Popen:
         """Send it a signal; nothing happens where it has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -231,7 +242,7 @@ def serve(listener: socket.socket, lives: int) -> dict[str, Any] | None:
         if listener not in ready:
             continue
         asker, _ = listener.accept()
-        content, (out, err), _, _ = socket.recv_fds(asker, _SIZE, 2)
+        content, given, _, _ = socket.recv_fds(asker, _SIZE, 3)
         pid = os.fork()
         if not pid:
             for descriptor, (_, other) in running.items():
@@ -243,12 +254,11 @@ def serve(listener: socket.socket, lives: int) -> dict[str, Any] | None:
             asked = json.loads(content)
             if asked["session"]:
                 os.setsid()
-            os.dup2(out, 1)
-            os.dup2(err, 2)
-            for each in {out, err}:
+            for number, each in enumerate(given):
+                os.dup2(each, number)
                 os.close(each)
             return asked
-        for each in {out, err}:
+        for each in given:
             os.close(each)
         running[os.pidfd_open(pid)] = pid, asker
         asker.send(str(pid).encode())
@@ -272,10 +282,11 @@ def become(asked: dict[str, Any], path: list[str]) -> None:
     numpy = sys.modules["numpy"]
     numpy.random.seed()
     further = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
+    safe, argv = argv[0] == "-P", argv[argv[0] == "-P" :]
     kind, *words = argv if argv[0] in ("-m", "-c") else ("", *argv)
     assert not words[0].startswith("-")
     first = {"-m": os.getcwd(), "-c": "", "": os.path.dirname(os.path.abspath(words[0]))}[kind]
-    sys.path[:] = [first, *further, *path]
+    sys.path[:] = [*([] if safe else [first]), *further, *path]
     sys.path_importer_cache.clear()
     sys.argv[:] = ["-c" if kind == "-c" else words[0], *words[1:]]
     if kind == "-m":

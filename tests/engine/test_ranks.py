@@ -108,6 +108,7 @@ def test_memory_that_runs_out_on_one_rank_makes_all_passes_smaller(alone, tmp_pa
     close(weights(alone, "all"), weights(tmp_path, "all"))
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2",

@@ -12,12 +12,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import pytest
 
 import tuneforge as tf
 from tuneforge.__main__ import main
+from tuneforge.judge import crew
 from tuneforge.judge.crew import Crew
 from tuneforge.judge.race_folder import RACE
 
@@ -58,6 +60,13 @@ class Broken:
 
 
 @pytest.fixture
+def quick_helpers(monkeypatch):
+    """Helpers that this process starts are forked; those of a command, as in the tests of signals, begin afresh."""
+    names = {name: getattr(subprocess, name) for name in ("PIPE", "DEVNULL")}
+    monkeypatch.setattr(crew, "subprocess", SimpleNamespace(Popen=forked.Popen, **names))
+
+
+@pytest.fixture
 def place(tmp_path, monkeypatch):
     """An empty folder, the current one, with strategies in `own.py`."""
     (tmp_path / "own.py").write_text(OWN)
@@ -91,7 +100,7 @@ def gone(pid):
         return True
 
 
-def test_two_processes_end_in_the_table_of_one_with_a_halving_and_an_entrant_that_fails(place):
+def test_two_processes_end_in_the_table_of_one_with_a_halving_and_an_entrant_that_fails(place, quick_helpers):
     strategies = ["head-only:lr=0.01", "own:Broken", "head-only:lr=0.0001", "head-only:lr=0.001"]
     given = {**FEW, "seeds": 2, "budget": "2epochs", "halving": True}
     told, alone_told = [], []
@@ -117,7 +126,7 @@ def test_two_processes_end_in_the_table_of_one_with_a_halving_and_an_entrant_tha
     assert all(map(gone, pids))
 
 
-def test_what_a_killed_process_was_at_is_gone_on_with_by_the_others(place, monkeypatch):
+def test_what_a_killed_process_was_at_is_gone_on_with_by_the_others(place, quick_helpers, monkeypatch):
     monkeypatch.setenv("GATE", "9")
     told = []
 
@@ -197,7 +206,7 @@ def test_the_ranks_of_torchrun_divide_the_runs_and_the_first_one_speaks(place):
 def test_a_run_that_is_taken_is_left_to_who_has_it(place):
     code = "import sys; from pathlib import Path; from tuneforge.judge.crew import Crew\n"
     code += "with Crew(Path('.')) as crew:\n for n in (3, 4):\n  with crew.taken(n) as mine: print(mine)"
-    with Crew(Path()) as crew, crew.taken(3) as mine:
+    with Crew(Path()) as own, own.taken(3) as mine:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert mine
     assert done.stdout.split() == ["False", "True"]
@@ -211,7 +220,7 @@ def test_what_other_processes_cannot_have_is_refused(place):
     assert not Path("r", RACE).exists()
 
 
-def test_a_race_by_the_clock_says_what_its_seconds_are_worth(place):
+def test_a_race_by_the_clock_says_what_its_seconds_are_worth(place, quick_helpers):
     Path("go").touch()
     said = tf.compare(GATES, **FEW, seeds=1, budget="60s", ranks=2, out="r").table
     assert "note: 2 runs at a time, each with 1 thread(s): 60s are worth less so" in said
