@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import attrs
+import forked
 import pytest
 import torch
 from killing import Noisy, contents, every_step, killed
@@ -108,10 +109,10 @@ COMMAND = [
 ]  # fmt: skip
 
 
-def command(arguments, folder, *, kill_after=None, number=signal.SIGKILL):
+def command(arguments, folder, *, kill_after=None, number=signal.SIGKILL, begin=forked.Popen):
     """Run the command line in a process group of its own, and kill the group when a line of metrics is there."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TUNEFORGE_CACHE": str(folder / "cache")}
+    process = begin(
         arguments, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
@@ -124,18 +125,26 @@ def command(arguments, folder, *, kill_after=None, number=signal.SIGKILL):
     return process.wait(), "".join(out)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, out = command([*COMMAND, "--out", "whole"], folder)
+    assert code == 0, out
+    return folder / "whole"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_command_killed_and_resumed_ends_the_same(tmp_path, number, code):
-    assert command([*COMMAND, "--out", "whole"], tmp_path)[0] == 0
+def test_the_command_killed_and_resumed_ends_the_same(undisturbed, tmp_path, number, code):
+    """What goes on is an interpreter of its own, with another seed of hashes."""
     done, out = command([*COMMAND, "--out", "runs/r"], tmp_path, kill_after="epoch   2", number=number)
     assert done == code, out
     assert ("tuneforge resume" in out) == (number != signal.SIGKILL)
-    done, out = command([sys.executable, "-m", "tuneforge", "resume"], tmp_path)
+    done, out = command([sys.executable, "-m", "tuneforge", "resume"], tmp_path, begin=subprocess.Popen)
     assert done == 0, out
     assert "in step 2 of the strategy" in out
     for name in ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "runs" / "r" / name).read_bytes()
+        assert (undisturbed / name).read_bytes() == (tmp_path / "runs" / "r" / name).read_bytes()
 
 
 class Counting(nn.Module):
