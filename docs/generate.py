@@ -4,7 +4,7 @@ import inspect
 from pathlib import Path
 
 from tuneforge.plugin import registry
-from tuneforge.plugin.hookspecs import CHAINS, PROVIDERS, HookSpecs
+from tuneforge.plugin.hookspecs import CHAINED_HOOKS, PROVIDER_HOOKS, HookSpecs
 
 HEAD = """# Hooks
 
@@ -24,8 +24,14 @@ def reference() -> str:
 def section(name: str, spec: object) -> str:
     """One hook: signature, who answers, and its docstring."""
     parameters = [each for each in inspect.signature(spec).parameters if each != "self"]
-    answers = "exactly one component" if name in PROVIDERS else "a chain" if name in CHAINS else "any number observe"
-    flag = f", chosen by `{registry.FLAGS[name]}`" if name in registry.FLAGS else ""
+    answers = (
+        "exactly one component"
+        if name in PROVIDER_HOOKS
+        else "a chain"
+        if name in CHAINED_HOOKS
+        else "any number observe"
+    )
+    flag = f", chosen by `{registry.FLAG_BY_GROUP[name]}`" if name in registry.FLAG_BY_GROUP else ""
     return f"\n## {name}({', '.join(parameters)})\n\n*{answers}{flag}*\n\n{inspect.cleandoc(spec.__doc__ or '')}\n"
 
 

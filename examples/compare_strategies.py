@@ -12,7 +12,7 @@ import click
 import tuneforge as tf
 
 
-def last_block(brief: tf.Brief) -> list[tf.Step]:
+def last_block(task: tf.TaskInfo) -> list[tf.StrategyStep]:
     """A strategy of our own takes part like any other: the head and the block below it."""
     return [tf.Phase("top", train="groups[-2:]", epochs=10, lr=1e-3, schedule="cosine", restore_best=True)]
 
@@ -33,11 +33,11 @@ def main(seeds: int, budget: str, per_class: int, out: Path) -> None:
         data=tf.use("digits", per_class=per_class),
         page=False,
         out=out,
-        say=click.echo,
+        log=click.echo,
     )
     click.echo(comparison.table)
-    click.echo(f"picture: {comparison.folder}/cost.svg")
-    for each in comparison.results["entrants"]:
+    click.echo(f"picture: {comparison.study_dir}/cost.svg")
+    for each in comparison.results["candidates"]:
         click.echo(f"{each['name']}: {each['verdict']}")
 
 

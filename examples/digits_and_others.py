@@ -18,7 +18,7 @@ def main(other_share: float, epochs: int, per_class: int | None) -> None:
     result = tf.Engine(
         data=tf.use("digits", other_share=other_share, per_class=per_class),
         strategy=tf.use("freeze-then-unfreeze", epochs=epochs),
-        say=click.echo,
+        log=click.echo,
     ).run()
     splits = result.report["splits"]
     for name, figures in splits.items():

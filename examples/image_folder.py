@@ -31,9 +31,9 @@ def main(count: int, epochs: int) -> None:
         write_pictures(Path(folder), count)
         data = tf.use("image-folder", path=folder, size=32)
         strategy = tf.use("freeze-then-unfreeze", epochs=epochs)
-        result = tf.Engine(data=data, strategy=strategy, augment=["rotate", "shift"], say=click.echo).run()
+        result = tf.Engine(data=data, strategy=strategy, augment=["rotate", "shift"], log=click.echo).run()
         picture = sorted(Path(folder).glob("*/*.png"))[0]
-        answer = next(tf.predict(result.folder, [picture]))
+        answer = next(tf.predict(result.run_dir, [picture]))
         click.echo(f"{picture.parent.name}: answered {answer['class']} with probability {answer['probability']:.2f}")
 
 

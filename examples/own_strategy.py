@@ -21,10 +21,10 @@ class WeakestClass:
     lr: float = tf.option(default=2e-3, help="Peak learning rate of the head.", check=tf.gt(0))
 
     @tf.hookimpl
-    def finetune_strategy(self, brief: tf.Brief) -> Iterator[tf.Step]:
+    def finetune_strategy(self, task: tf.TaskInfo) -> Iterator[tf.StrategyStep]:
         """Each `yield` returns the engine's report on the step just done."""
         schedule = tf.use("one-cycle", pct_start=0.3)
-        for thawed in range(1, len(brief.groups) + 1):
+        for thawed in range(1, len(task.groups) + 1):
             report = yield tf.Phase(
                 f"top-{thawed}",
                 train=f"groups[-{thawed}:]",
@@ -45,9 +45,9 @@ class WeakestClass:
 def main(enough: float, per_class: int | None) -> None:
     """Run it by handing over an instance; a name works as well once a package installs it."""
     data = tf.use("digits", per_class=per_class)
-    result = tf.Engine(data=data, strategy=WeakestClass(enough=enough), say=click.echo).run()
-    for step, report in result.steps:
-        click.echo(f"{step.name}: weakest class {report.val['worst_class']}, recall {report.val['recall_min']:.3f}")
+    result = tf.Engine(data=data, strategy=WeakestClass(enough=enough), log=click.echo).run()
+    for step, report in result.strategy_steps:
+        click.echo(f"{step.name}: weakest class {report.val['hardest_class']}, recall {report.val['recall_min']:.3f}")
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ def main(out: Path, count: int, epochs: int, fonts: tuple[Path, ...]) -> None:
         model=tf.use("digit-cnn", pretrained=False),
         strategy=tf.use("full", epochs=epochs, lr=1e-3),
         batch_size=64,
-        say=click.echo,
+        log=click.echo,
     ).run()
-    tensors, metadata = tf.load_tensors(result.folder / "model.safetensors")
+    tensors, metadata = tf.load_tensors(result.run_dir / "model.safetensors")
     tf.save_tensors({name: tensor.half() for name, tensor in tensors.items()}, out, metadata=metadata)
     click.echo(f"{out}: accuracy on fresh glyphs {result.report['splits']['test']['accuracy']:.4f}")
 

@@ -34,7 +34,7 @@ def turn(client: Client, store: Path, options: list[object], world: str, labelle
 def main(out: Path | None, count: int, epochs: int, only: str) -> None:
     """Go round: four changed worlds, and a batch of wrong labels."""
     out = out or Path(tempfile.mkdtemp())
-    base, store, records = out / "base", out / "models", out / "models" / "records.db"
+    base, store, records = out / "base", out / "models", out / "models" / "requests.db"
     data = tf.use("digits", other_share=0, per_class=60, test=0.3, val=0.1)
     tf.Engine(data=data, model="digit-cnn", strategy=tf.use("full", epochs=epochs), out=base, page=False).run()
     command("promote", base, "--store", store, "--name", "digits", "--to", "safetensors")

@@ -32,11 +32,14 @@ def main(epochs: int) -> None:
     names = np.array(["Barolo", "Grignolino", "Barbera"])[wines.target]
     torch.manual_seed(0)
     network = Network()
-    steps = [tf.Phase("all", epochs=epochs, lr=0.01, schedule="cosine", patience=8, restore_best=True), tf.Fit("head")]
-    data = tf.data_of(wines.data.astype("float32"), names, standardise=True)
-    result = tf.Engine(data=data, model=network, strategy=steps, say=click.echo, seed=1).run()
+    steps = [
+        tf.Phase("all", epochs=epochs, lr=0.01, schedule="cosine", patience=8, restore_best=True),
+        tf.HeadFit("head"),
+    ]
+    data = tf.data_from_arrays(wines.data.astype("float32"), names, standardize=True)
+    result = tf.Engine(data=data, model=network, strategy=steps, log=click.echo, seed=1).run()
 
-    tuned = tf.load(result.folder, model=network)
+    tuned = tf.load(result.run_dir, model=network)
     for row, name in list(zip(wines.data, names, strict=True))[::60]:
         answer = next(tuned.predict([row.astype("float32")]))
         click.echo(f"{name}: answered {answer['class']} with probability {answer['probability']:.2f}")

@@ -11,8 +11,8 @@ import tuneforge as tf
 def main(epochs: int, per_class: int | None) -> None:
     """Run the default strategy and print what it reached."""
     strategy = tf.use("freeze-then-unfreeze", epochs=epochs)
-    result = tf.Engine(data=tf.use("digits", per_class=per_class), strategy=strategy, say=click.echo).run()
-    click.echo(f"test accuracy {result.report['splits']['test']['accuracy']:.4f}; everything else: {result.folder}")
+    result = tf.Engine(data=tf.use("digits", per_class=per_class), strategy=strategy, log=click.echo).run()
+    click.echo(f"test accuracy {result.report['splits']['test']['accuracy']:.4f}; everything else: {result.run_dir}")
 
 
 if __name__ == "__main__":

@@ -33,10 +33,10 @@ def main(epochs: int) -> None:
             data=tf.use("table-csv", path=path, target="progression"),
             model=tf.use("mlp", hidden=(64, 64)),
             strategy=tf.use("full", epochs=epochs, lr=3e-3),
-            say=click.echo,
+            log=click.echo,
         ).run()
         row = next(csv.DictReader(path.open()))
-    answer = next(tf.predict(result.folder, [row]))
+    answer = next(tf.predict(result.run_dir, [row]))
     click.echo(f"first patient: {row['progression']}, answered {answer['value']:.0f}")
 
 

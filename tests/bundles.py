@@ -15,12 +15,12 @@ from PIL import Image
 from tiny import blobs, tiny_data
 
 import tuneforge as tf
-from tuneforge.builtin.datasets.tables.arrays import Tensors
-from tuneforge.builtin.targets import Classes
-from tuneforge.exporting.bundle import Servable
-from tuneforge.ship.champion.store import Store
-from tuneforge.ship.circle.records import Exchange, Records
-from tuneforge.ship.circle.watch import features_of
+from tuneforge.builtin.datasets.tables.arrays import TensorInputs
+from tuneforge.builtin.targets import ClassTargets
+from tuneforge.exporting.bundle import InferenceModel
+from tuneforge.ship.champion.store import ModelRegistry
+from tuneforge.ship.circle.records import LoggedRequest, RequestLog
+from tuneforge.ship.circle.watch import compute_features
 
 
 def data(**changed: Any) -> tf.Data:
@@ -36,7 +36,7 @@ def finished(path: Path, *, epochs: int = 1, lr: float = 1e-2, given: tf.Data | 
     return path
 
 
-def digits(path: Path, *steps: tf.Step, **options: Any) -> tf.Result:
+def digits(path: Path, *steps: tf.StrategyStep, **options: Any) -> tf.Result:
     """A finished run of the digit CNN on a few real digits."""
     data = tf.use("digits", **{"other_share": 0.0, **options})
     return tf.Engine(data=data, model="digit-cnn", strategy=list(steps), out=path, page=False).run()
@@ -51,13 +51,15 @@ def png(array: Any) -> bytes:
 
 def answering(
     outputs: torch.Tensor, *, names: tuple[str, ...] = ("a", "b", "c"), targets: Any = None, **record: Any
-) -> Servable:
+) -> InferenceModel:
     """A model whose answers are known: the stored input (n, 1) of a sample is its row in `outputs` (n, k)."""
 
     def forward(stored: Any) -> torch.Tensor:
         return outputs[stored[:, 0].long()]
 
-    return Servable(Path("known"), "known", "", "torch", Tensors(), targets or Classes(names=names), record, forward)
+    return InferenceModel(
+        Path("known"), "known", "", "torch", TensorInputs(), targets or ClassTargets(names=names), record, forward
+    )
 
 
 def rows_as_inputs(truths: Any) -> tf.Split:
@@ -71,12 +73,14 @@ def one_hot(labels: Any, num_classes: int = 3) -> torch.Tensor:
     return 5.0 * torch.nn.functional.one_hot(torch.as_tensor(np.asarray(labels)), num_classes).float()
 
 
-def kept(store: Store, records: Records, raws: Sequence[Any], labels: Sequence[str], *, start: int = 0) -> None:
+def kept(
+    store: ModelRegistry, records: RequestLog, raws: Sequence[Any], labels: Sequence[str], *, start: int = 0
+) -> None:
     """Keep inputs (rows, or bytes of pictures) with the champion's answers, and label the first of them."""
-    champion = tf.load(store.folder())
-    features = features_of(torch.stack([champion.inputs.decode(raw) for raw in raws]))
-    records.keep([
-        Exchange(
+    champion = tf.load(store.version_dir())
+    features = compute_features(torch.stack([champion.inputs.decode(raw) for raw in raws]))
+    records.append([
+        LoggedRequest(
             f"r{start + place}", str(store.champion), raw if isinstance(raw, bytes) else json.dumps(raw).encode(),
             "image/png" if isinstance(raw, bytes) else "application/json", answer, features=features[place],
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,13 @@ from tuneforge.plugin import registry
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start: tests run on every core at once
+
+MEMORY = "/dev/shm"
+if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
+    # Much of the time went into waiting for the disk at each fsync. No test loses by it: a killed process cannot show a
+    # missing fsync, and test_disk_full.py, where one fails, puts itself between the code and any disk.
+    os.environ["TMPDIR"] = MEMORY
+    tempfile.tempdir = None
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +66,9 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         for name, source in modules.items():
             (site / f"{name}.py").write_text(source)
             planted.append(name)
-        registry.forget()
+        registry.clear_cache()
 
     yield add
-    registry.forget()
+    registry.clear_cache()
     for name in planted:
         sys.modules.pop(name, None)

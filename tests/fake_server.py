@@ -9,17 +9,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
-from tuneforge.engine.session.predictor import Tuned
+from tuneforge.engine.session.predictor import Predictor
 
 
 @contextlib.contextmanager
-def serving(tuned: Tuned, *, busy: int = 0, change=lambda probabilities: probabilities, labels=None):
+def serving(tuned: Predictor, *, busy: int = 0, change=lambda probabilities: probabilities, labels=None):
     """The address of a server that answers with the model; the first `busy` requests are answered 503."""
     left = [busy]
 
     def probabilities(stored):
         with torch.inference_mode():
-            outputs = tuned.run.forward(tuned.run.place(tuned.inputs.ready(stored)))
+            outputs = tuned.run.forward(tuned.run.to_device(tuned.inputs.preprocess(stored)))
         return change(outputs.double().softmax(1))
 
     class Handler(BaseHTTPRequestHandler):

@@ -18,7 +18,7 @@ class Plain:
     """What the others have in common: the head, then all layers."""
 
     @tf.hookimpl
-    def finetune_strategy(self) -> list[tf.Step]:
+    def finetune_strategy(self) -> list[tf.StrategyStep]:
         return list(PHASES)
 
 
@@ -38,7 +38,7 @@ class ThrowsDice:
     """Draws its rate anew, so that a replay asks for something else."""
 
     @tf.hookimpl
-    def finetune_strategy(self) -> list[tf.Step]:
+    def finetune_strategy(self) -> list[tf.StrategyStep]:
         return [tf.Phase("all", epochs=1, lr=random.SystemRandom().uniform(1e-4, 1e-3))]
 
 

@@ -38,7 +38,7 @@ class Net:
         body = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return tf.Model.of(nn.Sequential(body, nn.Dropout(0.3), nn.Linear(8, 3)), head="2")
+            return tf.Model.from_module(nn.Sequential(body, nn.Dropout(0.3), nn.Linear(8, 3)), head="2")
 
 
 @tf.component(api=1)
@@ -46,7 +46,7 @@ class Two:
     """A phase on a frozen part, whose values are kept, and one that trains all."""
 
     @tf.hookimpl
-    def finetune_strategy(self, brief: tf.Brief) -> list[tf.Step]:
+    def finetune_strategy(self, task: tf.TaskInfo) -> list[tf.StrategyStep]:
         return [tf.Phase("head", train="head", epochs=1, lr=0.02), tf.Phase("all", epochs=1, lr=0.01)]
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from bundles import kept
 
 import tuneforge as tf
-from tuneforge.ship.champion.store import Store
-from tuneforge.ship.circle.records import Records
+from tuneforge.ship.champion.store import ModelRegistry
+from tuneforge.ship.circle.records import RequestLog
 
 FIELDS = 6
 
@@ -48,7 +48,7 @@ def base_run(folder: Path, *, count: int = 900, apart: float = 5.0) -> tf.Result
     ).run()
 
 
-def ask(store: Store, records: Records, values: np.ndarray, labels: list[str], *, start: int = 0) -> None:
+def ask(store: ModelRegistry, records: RequestLog, values: np.ndarray, labels: list[str], *, start: int = 0) -> None:
     """Keep rows with the champion's answers, and label the first of them."""
     kept(store, records, rows_of(values), labels, start=start)
 

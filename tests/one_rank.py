@@ -14,17 +14,17 @@ from tiny import blobs
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.builtin.datasets.tables.arrays import Tensors
-from tuneforge.builtin.targets import Classes
+from tuneforge.builtin.datasets.tables.arrays import TensorInputs
+from tuneforge.builtin.targets import ClassTargets
 from tuneforge.engine.feature_cache import cache as prefix
 from tuneforge.engine.storage import fault_injection as faults
 
 torch.set_num_threads(1)
-prefix.LEAST_WORK = prefix.LEAST_WORK_DISK = 0.0
+prefix.MIN_MACS_PER_BYTE = prefix.MIN_MACS_PER_BYTE_ON_DISK = 0.0
 
 STRATEGY = [
     tf.Phase("head", train="head", epochs=2, lr=0.02, optimizer=tf.use("sgd", momentum=0.9)),
-    tf.Fit("fit"),
+    tf.HeadFit("fit"),
     tf.Phase("all", train="all", epochs=2, lr=0.02, optimizer=tf.use("sgd", momentum=0.9), restore_best=True),
 ]
 
@@ -50,20 +50,20 @@ class Notes:
 
     @tf.hookimpl(wrapper=True)
     def train_step(self, run, batch):
-        seen = {"step": run.step, "rank": run.ranks.rank, "rows": batch.rows.tolist()}
+        seen = {"step": run.step, "rank": run.process_group.rank, "rows": batch.indices.tolist()}
         loss, outputs = yield
-        with (Path(self.folder) / f"seen-{run.ranks.rank}.jsonl").open("a") as file:
+        with (Path(self.folder) / f"seen-{run.process_group.rank}.jsonl").open("a") as file:
             file.write(json.dumps(seen) + "\n")
-        plan = PLAN if run.ranks.rank == run.ranks.size - 1 else {}
+        plan = PLAN if run.process_group.rank == run.process_group.world_size - 1 else {}
         if plan.get("spoil") == run.step:
             return loss * float("nan"), outputs
-        if plan.get("full") == run.step and len(batch.rows) > 20:
+        if plan.get("full") == run.step and len(batch.indices) > 20:
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
         return loss, outputs
 
     @tf.hookimpl
     def phase_ended(self, run):
-        if run.ranks.leads:
+        if run.process_group.is_main:
             path = Path(self.folder) / f"{run.phase.name}.safetensors"
             tf.save_tensors(dict(run.model.module.state_dict()), path, metadata={})
 
@@ -71,10 +71,10 @@ class Notes:
 def objects(folder):
     torch.manual_seed(0)
     data = tf.Data(
-        train=blobs(290, seed=1), val=blobs(31, seed=2), test=blobs(31, seed=3), inputs=Tensors(),
-        targets=Classes(names=("a", "b", "c")),
+        train=blobs(290, seed=1), val=blobs(31, seed=2), test=blobs(31, seed=3), inputs=TensorInputs(),
+        targets=ClassTargets(names=("a", "b", "c")),
     )  # fmt: skip
-    return {"data": data, "model": Net(), "strategy": STRATEGY, "extensions": [Notes(folder=folder)]}
+    return {"data": data, "model": Net(), "strategy": STRATEGY, "callbacks": [Notes(folder=folder)]}
 
 
 def main():

@@ -1,6 +1,6 @@
 """What one rank of `engine/model/test_fsdp.py` does: `python one_shard.py FOLDER PLANS`, one plan after the other.
 
-PLANS is JSON, plans by name: `settings` of the engine; `optimizer` and its `arguments`; `extensions` by name;
+PLANS is JSON, plans by name: `settings` of the engine; `optimizer` and its `arguments`; `callbacks` by name;
 `strategy` by name, or `steps`, what is done between the two phases; `net`, of this file; `stop`, the optimizer step
 after which the run ends as if it had been killed, or `kill`, after which the process is; `resume`; `spoil` and `full`,
 the steps at which the loss of the last rank is no number, and its memory runs out.
@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import tuneforge as tf
-from tuneforge.builtin.datasets.tables.arrays import Tensors
-from tuneforge.builtin.targets import Classes
-from tuneforge.engine.context.distributed import Ranks
-from tuneforge.engine.model.fsdp import gathered, own_part
+from tuneforge.builtin.datasets.tables.arrays import TensorInputs
+from tuneforge.builtin.targets import ClassTargets
+from tuneforge.engine.context.distributed import ProcessGroup
+from tuneforge.engine.model.fsdp import gather_state, local_shard
 from tuneforge.engine.storage import fault_injection as faults
 
 
@@ -96,7 +96,7 @@ class Notes:
     @tf.hookimpl(wrapper=True)
     def train_step(self, run, batch):
         loss, outputs = yield
-        last = run.ranks.rank == run.ranks.size - 1
+        last = run.process_group.rank == run.process_group.world_size - 1
         if last and run.step == self.full:
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
         return loss * float("nan") if last and run.step == self.spoil else loss, outputs
@@ -104,8 +104,8 @@ class Notes:
     @tf.hookimpl(wrapper=True)
     def optimizer_step(self, run):
         result = yield
-        weights = gathered(run.model.module.state_dict(), keep=run.ranks.leads)
-        if run.ranks.leads:
+        weights = gather_state(run.model.module.state_dict(), keep=run.process_group.is_main)
+        if run.process_group.is_main:
             tf.save_tensors(weights, Path(self.folder) / f"{run.step + 1:03d}.safetensors", metadata={})
         return result
 
@@ -113,9 +113,11 @@ class Notes:
     def phase_ended(self, run):
         tensors = [*run.model.module.parameters()]
         tensors += [each for kept in run.optimization.optimizer.state.values() for each in kept.values() if each.ndim]
-        held = sum(own_part(each).numel() for each in tensors)
+        held = sum(local_shard(each).numel() for each in tensors)
         whole = sum(each.numel() for each in tensors)
-        (Path(self.folder) / f"held-{run.phase.name}-{run.ranks.rank}.json").write_text(json.dumps([held, whole]))
+        (Path(self.folder) / f"held-{run.phase.name}-{run.process_group.rank}.json").write_text(
+            json.dumps([held, whole])
+        )
 
 
 def strategy(plan):
@@ -123,11 +125,11 @@ def strategy(plan):
         return plan["strategy"]
     optimizer = tf.use(plan.get("optimizer", "adamw"), **plan.get("arguments", {}))
     between = {
-        "fit": tf.Fit("fit"),
-        "blend": tf.Blend("blend", snapshots=("start", "head")),
-        "gradients": tf.Probe("gradients", measure="gradients", train="all"),
-        "rates": tf.Probe("rates", measure="rates", train="head"),
-        "features": tf.Probe("features", measure="features"),
+        "fit": tf.HeadFit("fit"),
+        "blend": tf.WeightAverage("blend", snapshots=("start", "head")),
+        "gradients": tf.Diagnosis("gradients", measure="gradients", train="all"),
+        "rates": tf.Diagnosis("rates", measure="lrs", train="head"),
+        "features": tf.Diagnosis("features", measure="features"),
     }
     return [
         tf.Phase("head", train="head", epochs=1, lr=0.02, optimizer=optimizer),
@@ -140,17 +142,17 @@ def strategy(plan):
 def objects(folder, plan):
     torch.manual_seed(0)
     data = tf.Data(
-        train=blobs(194, seed=1), val=blobs(31, seed=2), test=blobs(31, seed=3), inputs=Tensors(),
-        targets=Classes(names=("a", "b", "c")),
+        train=blobs(194, seed=1), val=blobs(31, seed=2), test=blobs(31, seed=3), inputs=TensorInputs(),
+        targets=ClassTargets(names=("a", "b", "c")),
     )  # fmt: skip
     labels = ("a", "b", "c") if "strategy" in plan else ()
-    model = tf.Model.of(NETS[plan.get("net", "net")](), head="head", labels=labels)
+    model = tf.Model.from_module(NETS[plan.get("net", "net")](), head="head", labels=labels)
     notes = Notes(folder=str(folder), spoil=plan.get("spoil", -1), full=plan.get("full", -1))
     return {
         "data": data,
         "model": model,
         "strategy": strategy(plan),
-        "extensions": [notes, *plan.get("extensions", ())],
+        "callbacks": [notes, *plan.get("callbacks", ())],
     }
 
 
@@ -184,7 +186,7 @@ def work(folder, plan):
 
 def reductions():
     """What FSDP2 makes of a gradient of 1 on each rank: as it comes, and told to sum as the engine tells it."""
-    Ranks.joined()
+    ProcessGroup.from_env()
     found = []
     for sums in (False, True):
         unit = fully_shard(nn.Linear(1, 4, bias=False), mesh=init_device_mesh("cpu", (distributed.get_world_size(),)))

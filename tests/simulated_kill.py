@@ -7,7 +7,7 @@ from typing import Any
 import tuneforge as tf
 from tuneforge.engine.storage import fault_injection as faults
 
-COMPARED = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json", "mistakes.json")
+COMPARED = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json", "hardest_samples.json")
 """Files that are the same bytes in a run that was killed and resumed as in one that was not."""
 
 
@@ -23,21 +23,21 @@ class Noisy:
         state = run.state(self)
         state["steps"] = state.get("steps", 0) + 1
         result = yield
-        return result[0] * (1 + 0.1 * float(batch.noise.uniform("noise").mean()) + 1e-3 * state["steps"]), result[1]
+        return result[0] * (1 + 0.1 * float(batch.rng.uniform("noise").mean()) + 1e-3 * state["steps"]), result[1]
 
 
-def every_step(brief: tf.Brief, *, epochs: tuple[int, int] = (2, 2)) -> tf.Steps:
+def every_step(task: tf.TaskInfo, *, epochs: tuple[int, int] = (2, 2)) -> tf.StrategySteps:
     """All kinds of step, one decided from a report; `epochs` of the first two phases."""
     report = yield tf.Phase("head", train="head", epochs=epochs[0], lr=0.02, schedule="cosine")
-    yield tf.Fit("fit", l2=0.1)
-    yield tf.Probe("look", batches=1)
+    yield tf.HeadFit("fit", l2=0.1)
+    yield tf.Diagnosis("look", batches=1)
     lr = 0.01 if report.val["accuracy"] > 0.1 else 0.02
     momentum = tf.use("sgd", momentum=0.9)
     yield tf.Phase("top", train="groups[-2:]", epochs=epochs[1], lr=lr, optimizer=momentum, restore_best=True)
     yield tf.Phase(
         "all", epochs=2, lr=0.005, optimizer="adamw", schedule="one-cycle", patience=1, class_weights="balanced"
     )
-    yield tf.Blend("mix", snapshots=["start", "all"], weights=[0.5, 1.0])
+    yield tf.WeightAverage("mix", snapshots=["start", "all"], weights=[0.5, 1.0])
 
 
 def killed(action: Callable[[], object], number: int, *, only: str = "") -> list[str]:

@@ -1,6 +1,6 @@
 """Rows 1 to 13 of the known defects of others, for every strategy that is installed; and what is broken is found.
 
-Rows 9 and 10, which compile and start processes: `TUNEFORGE_SLOW_CHECKS=1 python -m pytest tests/test_conformance.py`.
+Rows 9 and 10 compile and start processes: `TUNEFORGE_SLOW_CHECKS=1 python -m pytest -m "" tests/test_conformance.py`.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ SLOW = pytest.mark.skipif(not os.environ.get("TUNEFORGE_SLOW_CHECKS"), reason="t
 DOCS = Path(__file__).parent.parent / "docs" / "plugins.md"
 
 
-@pytest.mark.parametrize("check", strategy_checks(given=GIVEN), ids=str)
+@pytest.mark.parametrize("check", strategy_checks(options=GIVEN), ids=str)
 def test_every_installed_strategy_conforms(check):
     check()
 
@@ -41,7 +41,7 @@ def test_every_installed_strategy_conforms(check):
 @SLOW
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's own compiler
-@pytest.mark.parametrize("check", strategy_checks(given=GIVEN, slow=True), ids=str)
+@pytest.mark.parametrize("check", strategy_checks(options=GIVEN, slow=True), ids=str)
 def test_every_installed_strategy_conforms_when_compiled_and_on_two_ranks(check):
     check()
 
@@ -59,20 +59,20 @@ def the(check, strategy):
 
 def mute(monkeypatch):
     """Silence the engine's own proof, so that only the kit is left to see what goes wrong."""
-    monkeypatch.setattr(proof.Proof, "conclude", lambda self, model: ())
-    monkeypatch.setattr(proof.Proof, "observe", lambda self, model, groups: None)
+    monkeypatch.setattr(proof.FreezeCheck, "finish", lambda self, model: ())
+    monkeypatch.setattr(proof.FreezeCheck, "observe", lambda self, model, groups: None)
 
 
 MISTAKES = [
-    (broken.RemembersInItself, rows.check_resume_at_phase_borders, "model.safetensors"),
-    (broken.ThrowsDice, rows.check_resume_at_phase_borders, "not what it was"),
-    (broken.ThrowsDice, rows.check_every_schedule_goes_on, "not what it was"),
-    (broken.CountsProbes, rows.check_probe_leaves_no_trace, "model.safetensors"),
-    (broken.WakesNorms, rows.check_frozen_norms_keep_still, "normalises with the batch"),
+    (broken.RemembersInItself, rows.check_resume_at_phase_boundaries, "model.safetensors"),
+    (broken.ThrowsDice, rows.check_resume_at_phase_boundaries, "not what it was"),
+    (broken.ThrowsDice, rows.check_schedules_survive_resume, "not what it was"),
+    (broken.CountsProbes, rows.check_diagnosis_has_no_side_effects, "model.safetensors"),
+    (broken.WakesNorms, rows.check_frozen_batchnorm_statistics, "normalises with the batch"),
     (broken.WakesNorms, rows.check_frozen_dropout_is_off, "dropout"),
-    (broken.MovesStatistics, rows.check_frozen_norms_keep_still, "running_mean"),
-    (broken.MovesStatistics, rows.check_frozen_statistics_with_kept_features, "running_mean"),
-    (broken.MovesFrozen, rows.check_decay_and_momentum_move_nothing_frozen, "weight is frozen and has changed"),
+    (broken.MovesStatistics, rows.check_frozen_batchnorm_statistics, "running_mean"),
+    (broken.MovesStatistics, rows.check_frozen_batchnorm_with_feature_cache, "running_mean"),
+    (broken.MovesFrozen, rows.check_frozen_weights_ignore_decay_and_momentum, "weight is frozen and has changed"),
     (broken.ThawsBehindTheEngine, rows.check_equal_tensors_all_train, "no optimizer"),
 ]
 
@@ -87,8 +87,8 @@ def test_a_strategy_that_makes_the_mistake_is_found_without_the_engines_proof(mo
 @pytest.mark.parametrize(
     ("strategy", "check"),
     [
-        (broken.WakesNorms, rows.check_frozen_norms_keep_still),
-        (broken.MovesFrozen, rows.check_decay_and_momentum_move_nothing_frozen),
+        (broken.WakesNorms, rows.check_frozen_batchnorm_statistics),
+        (broken.MovesFrozen, rows.check_frozen_weights_ignore_decay_and_momentum),
     ],
 )
 def test_where_the_engine_halts_the_run_the_check_says_so(strategy, check):
@@ -105,9 +105,9 @@ def test_ranks_that_drift_apart_are_found():
 
 def forget(what):
     """A mutant of the engine: a resumed run forgets one thing."""
-    original = memory.Memory.recall
+    original = memory.ResumeState.restore
 
-    def recall(self, state):
+    def restore(self, state):
         if what == "epoch":
             state["epoch"] = 0
         if what == "schedule" and state["phase"] is not None:
@@ -116,15 +116,15 @@ def forget(what):
             state["optimizer"] = {}
         original(self, state)
 
-    return recall
+    return restore
 
 
-def all_awake(model, example, *, norms):
+def all_awake(model, example, *, batchnorm_stats):
     """A mutant: every module is in training mode, whatever is frozen."""
     return [(module, True) for module in model.module.modules()]
 
 
-def normalises_with_the_batch(model, example, *, norms):
+def normalises_with_the_batch(model, example, *, batchnorm_stats):
     """A mutant: frozen norms keep their statistics and normalise with the batch."""
     for module in model.module.modules():
         if isinstance(module, torch.nn.BatchNorm1d):
@@ -145,7 +145,7 @@ def decays_all(self):
 
 
 def everything_in_groups(original):
-    def groups(model, phase, trained, *, weight_decay):
+    def groups(model, phase, trainable, *, weight_decay):
         return original(model, phase, list(model.parameters()), weight_decay=weight_decay)
 
     return groups
@@ -154,9 +154,9 @@ def everything_in_groups(original):
 def equal_values_once(original):
     """A mutant: a tensor equal to one that the optimizer has already is left out."""
 
-    def groups(model, phase, trained, *, weight_decay):
+    def groups(model, phase, trainable, *, weight_decay):
         named, kept = model.parameters(), []
-        for name in trained:
+        for name in trainable:
             if not any(torch.equal(named[name], named[other]) for other in kept):
                 kept.append(name)
         return original(model, phase, kept, weight_decay=weight_decay)
@@ -164,19 +164,19 @@ def equal_values_once(original):
     return groups
 
 
-def by_position(original_state, original_arrange):
+def by_position(original_state, original_set_param_groups):
     """A mutant: what the optimizer remembers is saved and found by the place of the parameter."""
 
     def state(self, model):
         places = {name: place for place, name in enumerate(model.parameters())}
         return {f"{places[name]}": value for name, value in original_state(self, model).items() if name in places}
 
-    def arrange(self, model, phase, trained, part, *, same):
+    def set_param_groups(self, model, phase, trainable, component, *, same):
         names = list(model.parameters())
-        self.pending = {names[int(place)]: value for place, value in self.pending.items()}
-        original_arrange(self, model, phase, trained, part, same=same)
+        self.pending_state = {names[int(place)]: value for place, value in self.pending_state.items()}
+        original_set_param_groups(self, model, phase, trainable, component, same=same)
 
-    return state, arrange
+    return state, set_param_groups
 
 
 def tolerant(original):
@@ -193,23 +193,23 @@ def tolerant(original):
 
 
 def plant_epoch(monkeypatch):
-    monkeypatch.setattr(memory.Memory, "recall", forget("epoch"))
+    monkeypatch.setattr(memory.ResumeState, "restore", forget("epoch"))
 
 
 def plant_schedule(monkeypatch):
-    monkeypatch.setattr(memory.Memory, "recall", forget("schedule"))
+    monkeypatch.setattr(memory.ResumeState, "restore", forget("schedule"))
 
 
 def plant_optimizer(monkeypatch):
-    monkeypatch.setattr(memory.Memory, "recall", forget("optimizer"))
+    monkeypatch.setattr(memory.ResumeState, "restore", forget("optimizer"))
 
 
 def plant_awake(monkeypatch):
-    monkeypatch.setattr(phase, "modes", all_awake)
+    monkeypatch.setattr(phase, "compute_modes", all_awake)
 
 
 def plant_batch_norms(monkeypatch):
-    monkeypatch.setattr(phase, "modes", normalises_with_the_batch)
+    monkeypatch.setattr(phase, "compute_modes", normalises_with_the_batch)
 
 
 def plant_decay(monkeypatch):
@@ -222,15 +222,15 @@ def plant_equal_values(monkeypatch):
 
 
 def plant_positions(monkeypatch):
-    state, arrange = by_position(optim.Optimization.state, optim.Optimization.arrange)
+    state, set_param_groups = by_position(optim.Optimization.state, optim.Optimization.set_param_groups)
     monkeypatch.setattr(optim.Optimization, "state", state)
-    monkeypatch.setattr(optim.Optimization, "arrange", arrange)
+    monkeypatch.setattr(optim.Optimization, "set_param_groups", set_param_groups)
 
 
 def plant_stale_graph(monkeypatch):
     """What was frozen when the graph was made gives no gradient ever after, as a graph kept over phases would."""
 
-    def compiled(run, plan):
+    def compile_forward(run, plan):
         def call(inputs):
             with torch.no_grad():
                 features = run.model.module.body(run.model.module.twins(run.model.module.stem(inputs)))
@@ -238,11 +238,11 @@ def plant_stale_graph(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(phase, "compiled", compiled)
+    monkeypatch.setattr(phase, "compile_forward", compile_forward)
 
 
 def plant_probe(monkeypatch):
-    monkeypatch.setattr(probe, "put_back", lambda module, state: None)
+    monkeypatch.setattr(probe, "restore_state", lambda module, state: None)
 
 
 def plant_tolerance(monkeypatch):
@@ -251,25 +251,29 @@ def plant_tolerance(monkeypatch):
 
 
 def plant_silence(monkeypatch):
-    original = phase._Course._reason
-    monkeypatch.setattr(phase._Course, "_reason", lambda self, done: " " if original(self, done) else "")
+    original = phase._MetricTracker._find_stop_reason
+
+    def find_stop_reason(self, done):
+        return " " if original(self, done) else ""
+
+    monkeypatch.setattr(phase._MetricTracker, "_find_stop_reason", find_stop_reason)
 
 
 DEFECTS = [
-    (plant_optimizer, rows.check_resume_at_phase_borders, "model.safetensors"),
-    (plant_awake, rows.check_frozen_norms_keep_still, "running_mean is frozen and has changed"),
-    (plant_awake, rows.check_frozen_statistics_with_kept_features, "running_mean is frozen and has changed"),
-    (plant_batch_norms, rows.check_frozen_norms_keep_still, "normalises with the batch"),
+    (plant_optimizer, rows.check_resume_at_phase_boundaries, "model.safetensors"),
+    (plant_awake, rows.check_frozen_batchnorm_statistics, "running_mean is frozen and has changed"),
+    (plant_awake, rows.check_frozen_batchnorm_with_feature_cache, "running_mean is frozen and has changed"),
+    (plant_batch_norms, rows.check_frozen_batchnorm_statistics, "normalises with the batch"),
     (plant_awake, rows.check_frozen_dropout_is_off, "dropout"),
-    (plant_decay, rows.check_decay_and_momentum_move_nothing_frozen, "is frozen and has changed"),
-    (plant_schedule, rows.check_every_schedule_goes_on, "ends otherwise"),
+    (plant_decay, rows.check_frozen_weights_ignore_decay_and_momentum, "is frozen and has changed"),
+    (plant_schedule, rows.check_schedules_survive_resume, "ends otherwise"),
     (plant_equal_values, rows.check_equal_tensors_all_train, r"twins\.two\.bias"),
-    (plant_positions, rows.check_optimizer_state_goes_by_name, "registered in another order"),
-    (plant_epoch, rows.check_order_goes_on_after_resume, "see other samples"),
-    (plant_stale_graph, rows.check_thawed_layers_train_when_compiled, "no longer moves"),
-    (plant_probe, rows.check_probe_leaves_no_trace, "ends otherwise"),
-    (plant_tolerance, rows.check_misspelt_selectors_are_refused, "ignored"),
-    (plant_silence, rows.check_every_end_has_its_reason, "no reason"),
+    (plant_positions, rows.check_optimizer_state_is_matched_by_name, "registered in another order"),
+    (plant_epoch, rows.check_sample_order_after_resume, "see other samples"),
+    (plant_stale_graph, rows.check_unfrozen_layers_train_when_compiled, "no longer moves"),
+    (plant_probe, rows.check_diagnosis_has_no_side_effects, "ends otherwise"),
+    (plant_tolerance, rows.check_misspelled_selectors_are_refused, "ignored"),
+    (plant_silence, rows.check_every_stop_has_a_reason, "no reason"),
 ]
 
 
@@ -284,7 +288,7 @@ def test_an_engine_with_the_defect_of_the_row_is_found(monkeypatch, plant, check
 
 def test_state_by_position_goes_unseen_until_modules_are_reordered(monkeypatch):
     plant_positions(monkeypatch)
-    the(rows.check_resume_at_phase_borders, "full")()
+    the(rows.check_resume_at_phase_boundaries, "full")()
 
 
 def test_a_name_or_a_class_gets_small_options_and_an_instance_keeps_its_own():
@@ -299,22 +303,24 @@ def test_a_name_or_a_class_gets_small_options_and_an_instance_keeps_its_own():
 
 
 def test_what_a_strategy_needs_and_nobody_gave_is_said():
-    with pytest.raises(tf.OptionError, match=r"needs path.*given="):
+    with pytest.raises(tf.OptionError, match=r"needs path.*options="):
         strategy_checks("plan-file")[0]()
 
 
 def test_a_broken_package_fails_its_own_checks_and_no_others(plant):
     plant("bad-pkg", {"tuneforge.finetune_strategy": {"bad": "bad:Bad"}}, bad="raise SystemExit(1)")
-    checks = strategy_checks(given=GIVEN)
-    assert {each.name for each in checks} == {each.name for each in registry.entries_of("finetune_strategy")}
+    checks = strategy_checks(options=GIVEN)
+    assert {each.name for each in checks} == {
+        each.name for each in registry.list_components_of_group("finetune_strategy")
+    }
     with pytest.raises(tf.PluginLoadError, match="bad-pkg"):
         next(each for each in checks if each.name == "bad")()
 
 
 def test_checks_have_names_of_their_own():
-    names = [str(each) for each in (*strategy_checks(given=GIVEN), *strategy_checks(given=GIVEN, slow=True))]
+    names = [str(each) for each in (*strategy_checks(options=GIVEN), *strategy_checks(options=GIVEN, slow=True))]
     assert len(set(names)) == len(names)
-    assert "full-resume_at_phase_borders" in names
+    assert "full-resume_at_phase_boundaries" in names
 
 
 def test_all_checks_of_a_strategy_run_at_once_and_stop_at_the_first_failure():

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import tuneforge as tf
-from tuneforge.plugin.component import options_of
-from tuneforge.plugin.hooks import check_hooks
+from tuneforge.plugin.component import get_options
+from tuneforge.plugin.hooks import find_hook_methods
 
 DOCS = Path(__file__).parent.parent / "docs"
 SOURCES = re.findall(r"```python\n(.*?)```", (DOCS / "plugins.md").read_text(), flags=re.DOTALL)
@@ -27,13 +27,13 @@ def components(source):
 @pytest.mark.parametrize("source", SOURCES)
 def test_components_in_the_docs_are_valid(source):
     (cls,) = components(source)
-    assert options_of(cls)
-    assert check_hooks(cls, "docs")
+    assert get_options(cls)
+    assert find_hook_methods(cls, "docs")
 
 
 def test_components_in_the_docs_run(tune):
     (strategy,), (extension,) = map(components, SOURCES)
     free = tune(strategy())
-    held = tune(strategy(), extensions=[extension(strength=10.0)])
-    assert free.steps[0][1].train["loss"] < held.steps[0][1].train["loss"]
-    assert isinstance(free.steps[0][0], tf.Phase)
+    held = tune(strategy(), callbacks=[extension(strength=10.0)])
+    assert free.strategy_steps[0][1].train["loss"] < held.strategy_steps[0][1].train["loss"]
+    assert isinstance(free.strategy_steps[0][0], tf.Phase)

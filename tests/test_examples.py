@@ -1,10 +1,10 @@
 """Every example runs, in a folder of its own, on less data."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -35,7 +35,7 @@ BENCHMARKS = {
     "sharded.py": ["--megabytes", "17"],
     "ranks.py": ["--runs", "1", "--samples", "64", "--epochs", "2"],
     "serving.py": ["--runs", "1", "--seconds", "0.5", "--count", "5", "--clients", "4"],
-    "precision.py": ["--seeds", "1", "--epochs", "1", "--only", "float32,bfloat16"],
+    "precision.py": ["--seeds", "1", "--epochs", "1", "--only", "fp32,bf16"],
 }
 
 PAPERS = {
@@ -57,7 +57,7 @@ def test_every_example_is_run_and_short():
 def output_of(script, arguments, folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
     command = [sys.executable, str(EXAMPLES / script), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = forked.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -30,14 +30,14 @@ def test_a_digit_on_paper_is_read_whatever_its_ink_margin_and_size(result):
     """Real digits of the test split as a person sends them: dark on white, large, with a margin, off the middle."""
     images, labels = real_digits()
     test = [int(name.removeprefix("real/")) for name in _test_ids()][:60]
-    answers = list(tf.predict(result.folder, [_on_paper(images[index]) for index in test]))
+    answers = list(tf.predict(result.run_dir, [_on_paper(images[index]) for index in test]))
     right = [answer["class"] == str(labels[index]) for index, answer in zip(test, answers, strict=True)]
     assert np.mean(right) >= 0.85
 
 
 def _test_ids():
     run = SimpleNamespace(config=SimpleNamespace(seed=0), data_seed=0)
-    return Digits().data_prepare(run).further["real digits"].ids
+    return Digits().data_prepare(run).extra_test_splits["real digits"].ids
 
 
 def _on_paper(image):

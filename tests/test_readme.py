@@ -18,7 +18,7 @@ def test_python_in_the_readme_runs(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "readme"}
     exec(compile(source, "README.md", "exec"), namespace)
-    assert "HeadThenMaybeAll" in namespace or namespace["result"].folder.exists()
+    assert "HeadThenMaybeAll" in namespace or namespace["result"].run_dir.exists()
 
 
 def test_commands_in_the_readme_name_what_exists():
@@ -29,13 +29,13 @@ def test_commands_in_the_readme_name_what_exists():
         words = shlex.split(command)
         assert words[0] in cli.list_commands(None)
         for flag, name in pairwise(words):
-            group = {flag: group for group, flag in registry.FLAGS.items()}.get(flag)
+            group = {flag: group for group, flag in registry.FLAG_BY_GROUP.items()}.get(flag)
             if group and ":" not in name:
-                registry.find(group, name)
+                registry.find_component(group, name)
 
 
 def test_the_table_of_what_ships_is_complete():
-    shipped = [entry for entry in registry.installed() if entry.distribution == "tuneforge"]
+    shipped = [entry for entry in registry.list_components() if entry.distribution == "tuneforge"]
     hidden = {"arrays", "report-page"}
     for entry in shipped:
         if entry.group not in ("inputs", "targets") and entry.name not in hidden:

@@ -17,7 +17,7 @@ from torch import nn
 import tuneforge as tf
 from tuneforge.builtin.strategies.fixed import Full
 from tuneforge.sklearn import TunedClassifier, TunedRegressor
-from tuneforge.sklearn.estimator import divided
+from tuneforge.sklearn.estimator import split_train_val
 
 CANNOT_HOLD: dict[str, str] = {}  # name of a check: the reason; so far every one holds
 PICKLE = b"\x80"  # how one begins
@@ -94,7 +94,7 @@ def test_cross_validation_in_a_pipeline_tells_wines_apart():
 def test_a_search_goes_over_strategies_and_their_options(blobs):
     grid = [
         {"strategy": ["full", "head-only"], "strategy__epochs": [1, 2]},
-        {"strategy": [[tf.Fit("head")], Full(epochs=1)], "optimizer": [tf.use("sgd", momentum=0.9)]},
+        {"strategy": [[tf.HeadFit("head")], Full(epochs=1)], "optimizer": [tf.use("sgd", momentum=0.9)]},
         {"strategy_options": [{"l2": 1.0, "epochs": 1}]},
     ]
     search = GridSearchCV(TunedClassifier(random_state=0), grid, cv=2, error_score="raise").fit(*blobs)
@@ -111,27 +111,27 @@ def test_one_option_is_set_and_the_others_stay():
 
 def test_options_reach_the_model_and_the_strategy(blobs):
     tuned = quick().set_params(model__hidden=(7,), strategy__lr=1e-12).fit(*blobs)
-    assert tuned.tuned_.model.module.head.in_features == 7
-    slow = weights_of(tuned.tuned_.model)["head.weight"]
-    fast = weights_of(tuned.set_params(strategy__lr=1e-2).fit(*blobs).tuned_.model)["head.weight"]
+    assert tuned.predictor_.model.module.head.in_features == 7
+    slow = weights_of(tuned.predictor_.model)["head.weight"]
+    fast = weights_of(tuned.set_params(strategy__lr=1e-2).fit(*blobs).predictor_.model)["head.weight"]
     assert (slow - fast).abs().max() > 1e-3
 
 
 def test_the_same_seed_gives_the_same_bits_and_none_draws_one(blobs):
-    one, other = (weights_of(quick().fit(*blobs).tuned_.model) for _ in range(2))
+    one, other = (weights_of(quick().fit(*blobs).predictor_.model) for _ in range(2))
     assert same(one, other)
-    drawn = [weights_of(quick().set_params(random_state=None).fit(*blobs).tuned_.model) for _ in range(2)]
+    drawn = [weights_of(quick().set_params(random_state=None).fit(*blobs).predictor_.model) for _ in range(2)]
     assert not same(*drawn)
 
 
 def test_partial_fit_starts_from_the_present_weights_and_moves_them(blobs):
     looks = Looks()
     looks.seen.clear()
-    tuned = quick(extensions=[looks]).fit(*blobs)
-    before = weights_of(tuned.tuned_.model)
+    tuned = quick(callbacks=[looks]).fit(*blobs)
+    before = weights_of(tuned.predictor_.model)
     tuned.partial_fit(*blobs)
     assert same(looks.seen[-1], before)
-    assert not same(weights_of(tuned.tuned_.model), before)
+    assert not same(weights_of(tuned.predictor_.model), before)
     assert len(looks.seen) == 2
 
 
@@ -150,9 +150,9 @@ def test_partial_fit_learns_from_batches_that_lack_a_class(blobs):
 def test_partial_fit_of_a_regressor_keeps_the_first_scale(slope):
     x, y = slope
     tuned = TunedRegressor(random_state=0).fit(x, y)
-    before, targets = tuned.predict(x), tuned.tuned_.targets
+    before, targets = tuned.predict(x), tuned.predictor_.targets
     tuned.partial_fit(x[:5], 2 * y[:5])
-    assert (tuned.tuned_.targets.means, tuned.tuned_.targets.scales) == (targets.means, targets.scales)
+    assert (tuned.predictor_.targets.means, tuned.predictor_.targets.scales) == (targets.means, targets.scales)
     assert np.abs(tuned.predict(x) - before).max() < 0.1 * y.std()
     assert tuned.score(x, y) > 0.5
 
@@ -163,7 +163,7 @@ def test_the_module_that_is_given_stays_as_it_is():
     x, y = pictures()
     tuned = quick(model=module).fit(x / np.float32(255), y)
     assert same(before, module.state_dict())
-    assert not same(before, weights_of(tuned.tuned_.model))
+    assert not same(before, weights_of(tuned.predictor_.model))
 
 
 def test_uint8_pictures_are_read_on_the_scale_from_0_to_1():
@@ -181,7 +181,7 @@ def test_a_named_model_takes_pictures():
     x, y = np.random.default_rng(0).random((12, 3, 32, 32), np.float32), np.arange(12) % 3
     tuned = quick("head-only", model="digit-cnn").fit(x, y)
     assert tuned.predict_proba(x[:2]).shape == (2, 3)
-    assert tuned.tuned_.model.head == "head"
+    assert tuned.predictor_.model.head == "head"
 
 
 def test_a_rows_answer_does_not_depend_on_its_company(fitted, blobs):
@@ -259,9 +259,9 @@ def test_runs_are_kept_where_that_is_asked_for_and_nowhere_else(blobs, tmp_path,
     monkeypatch.chdir(tmp_path)
     quick().fit(*blobs)
     assert not list(tmp_path.iterdir())
-    tuned = quick(out=tmp_path / "runs").fit(*blobs).partial_fit(*blobs)
+    tuned = quick(runs_dir=tmp_path / "runs").fit(*blobs).partial_fit(*blobs)
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["run-1", "run-2"]
-    assert tuned.folder_ == tmp_path / "runs" / "run-2"
+    assert tuned.run_dir_ == tmp_path / "runs" / "run-2"
     assert capsys.readouterr().out == ""
     quick(verbose=True).fit(*blobs)
     assert "figures of test are those of val" in capsys.readouterr().out
@@ -269,14 +269,14 @@ def test_runs_are_kept_where_that_is_asked_for_and_nowhere_else(blobs, tmp_path,
 
 def test_each_class_is_in_training_and_validation_unless_it_is_alone():
     pools = [torch.arange(0, 20), torch.arange(20, 22), torch.tensor([22])]
-    train, val = divided(pools, share=0.1, seed=0)
+    train, val = split_train_val(pools, val_fraction=0.1, seed=0)
     assert sorted([*train.tolist(), *val.tolist()]) == list(range(23))
     assert [int(((val >= low) & (val < high)).sum()) for low, high in ((0, 20), (20, 22), (22, 23))] == [2, 1, 0]
 
 
 @pytest.mark.parametrize(("pools", "share"), [([torch.tensor([0]), torch.tensor([1])], 0.5), ([torch.arange(9)], 0.0)])
 def test_where_nothing_is_held_out_all_samples_serve_for_both(pools, share):
-    train, val = divided(pools, share=share, seed=0)
+    train, val = split_train_val(pools, val_fraction=share, seed=0)
     assert torch.equal(train, val)
     assert len(train) == sum(map(len, pools))
 

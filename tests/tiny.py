@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.builtin.datasets.tables.arrays import Tensors
-from tuneforge.builtin.targets import Classes
+from tuneforge.builtin.datasets.tables.arrays import TensorInputs
+from tuneforge.builtin.targets import ClassTargets
 
 
 class TinyNet(nn.Module):
@@ -36,8 +36,8 @@ def tiny_data() -> tf.Data:
         train=blobs(96, seed=1),
         val=blobs(30, seed=2),
         test=blobs(30, seed=3),
-        inputs=Tensors(),
-        targets=Classes(names=("a", "b", "c")),
+        inputs=TensorInputs(),
+        targets=ClassTargets(names=("a", "b", "c")),
     )
 
 
@@ -56,7 +56,7 @@ class Double(nn.Module):
 
 @tf.component(api=1)
 class Doubles:
-    """An extension that changes the model's shape in a wrapper, and no weight."""
+    """A callback that changes the model's shape in a wrapper, and no weight."""
 
     @tf.hookimpl(wrapper=True)
     def model_adapt(self, run: tf.Run):
@@ -72,4 +72,4 @@ class Shaken:
     per_sample = True
 
     def augment(self, run: tf.Run, batch: tf.Batch) -> tf.Batch:
-        return attrs.evolve(batch, inputs=batch.inputs + 0.1 * batch.noise.normal("shaken", 8))
+        return attrs.evolve(batch, inputs=batch.inputs + 0.1 * batch.rng.normal("shaken", 8))

@@ -41,7 +41,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _report(error: Exception) -> int:
     if isinstance(error, TuneforgeError):
-        return _failed("\n".join(error.lines()), error.exit_code)
+        return _failed("\n".join(error.format_lines()), error.exit_code)
     if isinstance(error, click.exceptions.NoArgsIsHelpError):  # a group alone: its message is its help
         click.echo(error.format_message(), err=True)
         return error.exit_code

@@ -47,7 +47,7 @@ class TuneforgeError(Exception):
         parts = (self.what, f"at {self.where}" if self.where else "", self.why, self.fix)
         return "; ".join(part for part in parts if part)
 
-    def lines(self) -> list[str]:
+    def format_lines(self) -> list[str]:
         """The four parts as the terminal shows them, one a line."""
         labelled = (("where", self.where), ("why", self.why), ("do", self.fix))
         return [self.what, *(f"  {label + ':':<7}{text}" for label, text in labelled if text)]
@@ -131,7 +131,7 @@ class UnsafeFileError(TuneforgeError):
     exit_code = 77
 
 
-def close_match(name: str, known: Iterable[str]) -> str:
+def suggest_name(name: str, known: Iterable[str]) -> str:
     """A sentence that offers the known name nearest to `name`, or lists what there is."""
     names = sorted(set(known))
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)

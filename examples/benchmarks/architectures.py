@@ -51,11 +51,11 @@ def compared(arch: str, count: int) -> tuple[str, ...]:
     for cache in ("auto", "off"):
         with empty_cache() as folder:
             done = tuned(
-                folder / "run", data=tf.data_of(x, y, **data), model=tf.use("torchvision", arch=arch),
-                strategy=strategy, cache=cache, say=said.append,
+                folder / "run", data=tf.data_from_arrays(x, y, **data), model=tf.use("torchvision", arch=arch),
+                strategy=strategy, cache=cache, log=said.append,
             )  # fmt: skip
         ends.append(done.result.model.module)
-        phases.append([step for step, _ in done.result.steps])
+        phases.append([step for step, _ in done.result.strategy_steps])
     cached = next(line.strip() for line in said if line.strip().startswith(("cached:", "not cached:")))
     final = [logits(end, x_test, 64) for end in ends]
     apart = largest(*final)

@@ -5,7 +5,7 @@
 The pictures are 32x32, in ten classes; most are hard links to a few hundred files. Each run is a process of its own: a
 small network, 50 steps, evaluation of all splits. `one folder` is divided by the run, so that validation and test grow
 too; in `three folders` only training grows. What is printed is the peak of resident memory, of the run and, with
-`--workers`, of the largest process that decodes (which shares pages with the run).
+`--num-workers`, of the largest process that decodes (which shares pages with the run).
 """
 
 import os
@@ -67,9 +67,9 @@ def measure(folder: Path, workers: int) -> None:
     with tempfile.TemporaryDirectory() as out:
         tf.Engine(
             data=data,
-            model=tf.Model.of(network, head="3"),
+            model=tf.Model.from_module(network, head="3"),
             strategy=plan,
-            workers=workers,
+            num_workers=workers,
             page=False,
             out=Path(out) / "run",
         ).run()
@@ -87,26 +87,26 @@ def rows(sizes: list[int], workers: int, temporary: Path) -> Iterator[list[str]]
             root = temporary / f"{layout} {count}"
             for name, size in parts.items():
                 make(root / name, size, pixels=temporary / "pixels")
-            command = [sys.executable, __file__, "--measured", str(root), "--workers", str(workers)]
+            command = [sys.executable, __file__, "--measured", str(root), "--num-workers", str(workers)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             yield [layout, f"{count:,}", *done.stdout.split()[: 2 if workers else 1]]
 
 
 @click.command()
 @click.option("--sizes", default="1000,10000,100000", show_default=True, help="Numbers of files.")
-@click.option("--workers", default=0, show_default=True, help="Processes that decode.")
+@click.option("--num-workers", default=0, show_default=True, help="Processes that decode.")
 @click.option("--measured", type=click.Path(path_type=Path), hidden=True)
-def main(sizes: str, workers: int, measured: Path | None) -> None:
+def main(sizes: str, num_workers: int, measured: Path | None) -> None:
     """Print the peak for each number of files, and each way to lay them out."""
     if measured is not None:
-        measure(measured, workers)
+        measure(measured, num_workers)
         return
     from common import say_table
 
-    click.echo(f"{platform.platform()}, Python {platform.python_version()}, {workers} processes that decode\n")
-    heads = ["layout", "files", "peak MB", *(["peak MB of a process that decodes"] if workers else [])]
+    click.echo(f"{platform.platform()}, Python {platform.python_version()}, {num_workers} processes that decode\n")
+    heads = ["layout", "files", "peak MB", *(["peak MB of a process that decodes"] if num_workers else [])]
     with tempfile.TemporaryDirectory() as temporary:
-        say_table(heads, rows([int(size) for size in sizes.split(",")], workers, Path(temporary)))
+        say_table(heads, rows([int(size) for size in sizes.split(",")], num_workers, Path(temporary)))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Clock:
         """Put the clock around the steps of whichever strategy runs."""
         return self._timed((yield))
 
-    def _timed(self, steps: Any) -> Iterator[tf.Step]:
+    def _timed(self, steps: Any) -> Iterator[tf.StrategyStep]:
         began = time.perf_counter()
         yield from (steps if isinstance(steps, Generator) else (each for each in steps))
         self.steps_s = time.perf_counter() - began
@@ -67,17 +67,17 @@ class Done:
 def tuned(out: Path, **flags: Any) -> Done:
     """Run the engine with these flags, in a folder `out`."""
     clock, began = Clock(), time.perf_counter()
-    result = tf.Engine(extensions=[clock], page=False, out=out, **flags).run()
+    result = tf.Engine(callbacks=[clock], page=False, out=out, **flags).run()
     return Done(result, clock.steps_s, time.perf_counter() - began, clock.ends)
 
 
 def on_work(work: Work, network: Network, out: Path, **flags: Any) -> Done:
     """A run that does the work: one phase, at the peers' rate and with their optimizer."""
     (x, y), (x_val, y_val) = work.train, work.val
-    data = tf.data_of(x, y, x_val=x_val, y_val=y_val, x_test=x_val[:2], y_test=y_val[:2])
+    data = tf.data_from_arrays(x, y, x_val=x_val, y_val=y_val, x_test=x_val[:2], y_test=y_val[:2])
     phase = tf.Phase("work", train="head" if work.frozen else "all", epochs=work.epochs, lr=0.01)
     flags = {"strategy": [phase], "optimizer": tf.use("sgd", momentum=0.9), "batch_size": work.batch} | flags
-    return tuned(out, data=data, model=tf.Model.of(network, head="head"), **flags)
+    return tuned(out, data=data, model=tf.Model.from_module(network, head="head"), **flags)
 
 
 def entry_of(name: str, **flags: Any) -> Entry:

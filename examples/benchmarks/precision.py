@@ -17,10 +17,10 @@ from common import interval, say_machine, say_table, shown
 import tuneforge as tf
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "float32": {},
-    "bfloat16": {"precision": "bfloat16"},
+    "fp32": {},
+    "bf16": {"precision": "bf16"},
     "compiled": {"compile": True},
-    "bfloat16 and compiled": {"precision": "bfloat16", "compile": True},
+    "bf16 and compiled": {"precision": "bf16", "compile": True},
 }
 
 
@@ -28,7 +28,7 @@ def run(settings: dict[str, Any], seed: int, epochs: int) -> tuple[float, float,
     """Test accuracy and macro F1 of one run, and its seconds from the first phase to the last."""
     marks = []
 
-    def strategy(brief: tf.Brief) -> tf.Steps:
+    def strategy(task: tf.TaskInfo) -> tf.StrategySteps:
         marks.append(time.perf_counter())
         yield tf.Phase("head", train="head", epochs=1, lr=2e-3)
         yield tf.Phase("all", train="all", epochs=epochs, lr=1e-3, layer_decay=0.5, schedule="cosine")

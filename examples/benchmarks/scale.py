@@ -19,7 +19,7 @@ import click
 import torch
 
 from tuneforge import Split, save_tensors
-from tuneforge.engine.data.sampler import Order
+from tuneforge.engine.data.sampler import EpochSampler
 
 RUNS = 5
 DAY_S = 86_400
@@ -37,8 +37,8 @@ def median_s(work: Callable[[], object]) -> float:
 
 def order_s_per_sample(samples: int) -> float:
     """Seconds to find which sample comes at a place of the order, in blocks of 16,384 from the middle of an epoch."""
-    order, block = Order(samples, seed=0, epoch=3), 2**14
-    return median_s(lambda: order.rows(samples // 2, samples // 2 + block)) / block
+    order, block = EpochSampler(samples, seed=0, epoch=3), 2**14
+    return median_s(lambda: order.indices(samples // 2, samples // 2 + block)) / block
 
 
 def names_bytes_per_sample(count: int = 100_000) -> float:

@@ -150,7 +150,7 @@ def bare(run: Path, body: bytes, count: int) -> tuple[float, float]:
     with torch.inference_mode():
         for _ in range(count):
             began = time.perf_counter()
-            tuned.run.forward(tuned.run.place(tuned.inputs.ready(stored)))
+            tuned.run.forward(tuned.run.to_device(tuned.inputs.preprocess(stored)))
             forward.append(time.perf_counter() - began)
             began = time.perf_counter()
             next(tuned.predict([body]))
@@ -173,7 +173,11 @@ def main(clients: int, seconds: float, count: int, runs: int, arch: str, onnx: b
         pictures(folder / "data")
         data = tf.use("image-folder", path=folder / "data", size=SIDE)
         model = tf.use("torchvision", arch=arch)
-        run = tf.Engine(data=data, model=model, strategy=[tf.Fit("head")], page=False, out=folder / "run").run().folder
+        run = (
+            tf.Engine(data=data, model=model, strategy=[tf.HeadFit("head")], page=False, out=folder / "run")
+            .run()
+            .run_dir
+        )
         body = next((folder / "data" / "test").rglob("*.png")).read_bytes()
         servers = {
             "plain, in the event loop": lambda: plain_server(run, threads=False),

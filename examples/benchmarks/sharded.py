@@ -84,14 +84,16 @@ def work(blocks: int, shard: bool) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     before = peak_mb(resource.RUSAGE_SELF)
-    model = tf.Model.of(nn.Sequential(*(Block() for _ in range(blocks)), nn.Linear(WIDTH, 2)), head=str(blocks))
+    model = tf.Model.from_module(
+        nn.Sequential(*(Block() for _ in range(blocks)), nn.Linear(WIDTH, 2)), head=str(blocks)
+    )
     samples = BATCH * STEPS * 2
     with tempfile.TemporaryDirectory() as folder:
         tf.Engine(
             data=(torch.randn(samples, WIDTH), torch.arange(samples) % 2),
             model=model,
             strategy=[tf.Phase("all", steps=STEPS, lr=1e-4)],
-            extensions=[Readings(before=before)],
+            callbacks=[Readings(before=before)],
             batch_size=BATCH,
             checkpoint_steps=STEPS,
             checkpoint_s=1e9,

@@ -40,7 +40,7 @@ def main(runs: int, pairs: int, samples: int | None, epochs: int | None) -> None
         "raw loop, DataLoader": raw_loader,
         **installed(),
         "tuneforge": entry_of("tuneforge"),
-        "tuneforge --precision bfloat16": entry_of("tuneforge --precision bfloat16", precision="bfloat16"),
+        "tuneforge --precision bf16": entry_of("tuneforge --precision bf16", precision="bf16"),
     }
     size = f"{len(work.train[0]):,} + {len(work.val[0]):,} digits, {work.epochs} epochs"
     say_machine(runs, f"every layer of the digit CNN, {size}")

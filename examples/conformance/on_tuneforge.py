@@ -8,7 +8,7 @@ import tuneforge as tf
 
 STRATEGY = "freeze-then-unfreeze"
 GROUPS = (
-    "data_prepare", "model_adapt", "train_step", "evaluate", "finetune_strategy", "extension", "lr_schedule",
+    "data_prepare", "model_adapt", "train_step", "evaluate", "finetune_strategy", "callback", "lr_schedule",
     "optimizer", "augment", "export",
 )  # fmt: skip
 
@@ -52,7 +52,7 @@ class Tuneforge:
         place.mkdir()
         for name, split in {"train": "train", "val": val, "test": "val"}.items():
             (place / name).symlink_to(root / split)
-        data = tf.Engine(data=tf.use("image-folder", path=place, size=16), model="torchvision").look().data
+        data = tf.Engine(data=tf.use("image-folder", path=place, size=16), model="torchvision").prepare().data
         names = data.targets.names
         return {names[answer]: answer for answer in data.val.targets.tolist()}
 

@@ -39,8 +39,8 @@ class Tuneforge:
             steps = [tf.Phase("head", train="head", epochs=EPOCHS // 2, lr=LR, **common)]
             steps += [tf.Phase("all", epochs=EPOCHS // 2, lr=LR / 2, **common)]
         objects = {
-            "data": tf.data_of(x, y, x_val=x_val, y_val=y_val, x_test=x_val, y_test=y_val),
-            "model": tf.Model.of(net, head="head"), "strategy": steps, "extensions": [kept],
+            "data": tf.data_from_arrays(x, y, x_val=x_val, y_val=y_val, x_test=x_val, y_test=y_val),
+            "model": tf.Model.from_module(net, head="head"), "strategy": steps, "callbacks": [kept],
         }  # fmt: skip
         if resume:
             engine = tf.Engine.resume(folder, **objects)

@@ -41,17 +41,17 @@ def problem(seed: int, *, samples: int, noise: float) -> tuple[tf.Model, tuple[T
     def with_answers(x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x @ true_features.T @ true_head
 
-    return tf.Model.of(network, head="1"), with_answers(inside), with_answers(outside)
+    return tf.Model.from_module(network, head="1"), with_answers(inside), with_answers(outside)
 
 
 def errors(seed: int, *, samples: int, noise: float, epochs: int) -> dict[str, tuple[float, float]]:
     """Root mean squared error of each way, inside the subspace (on validation) and outside."""
     model, (x, y), (x_out, y_out) = problem(seed, samples=samples, noise=noise)
     cut = samples // 5
-    data = tf.data_of(x[cut:], y[cut:], x_val=x[:cut], y_val=y[:cut], x_test=x_out, y_test=y_out)
-    probe = tf.Fit("probe", l2=1e-6)
+    data = tf.data_from_arrays(x[cut:], y[cut:], x_val=x[:cut], y_val=y[:cut], x_test=x_out, y_test=y_out)
+    probe = tf.HeadFit("probe", l2=1e-6)
     descent = tf.Phase("all", epochs=epochs, lr=0.01, optimizer=tf.use("sgd", momentum=0.9), weight_decay=0.0)
-    ways: dict[str, list[tf.Step]] = {"full": [descent], "probe": [probe], "lp-ft": [probe, descent]}
+    ways: dict[str, list[tf.StrategyStep]] = {"full": [descent], "probe": [probe], "lp-ft": [probe, descent]}
     found = {}
     for name, steps in ways.items():
         splits = tuned(model, data, steps, seed=seed, batch_size=samples).report["splits"]

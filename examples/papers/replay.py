@@ -25,7 +25,7 @@ ALONE = "new samples alone"
 
 def only(split: tf.Split, *, old: bool) -> tf.Split:
     """The samples of the old classes, or of the new ones."""
-    return split.take(((split.targets < NUM_OLD) == old).nonzero().flatten())
+    return split.subset(((split.targets < NUM_OLD) == old).nonzero().flatten())
 
 
 def joined(first: tf.Split, second: tf.Split) -> tf.Split:
@@ -37,12 +37,12 @@ def joined(first: tf.Split, second: tf.Split) -> tf.Split:
 def recalls(seed: int, *, per_class: int, kept: int, epochs: int) -> dict[str, tuple[float, float, float]]:
     """What `figures` says of each way."""
     _, whole = world(Kind("", "hand", "hand"), seed, per_class)
-    model = tf.Model.of(network(seed), head="head", labels=whole.targets.labels)
+    model = tf.Model.from_module(network(seed), head="head", labels=whole.targets.labels)
     old, new = only(whole.train, old=True), only(whole.train, old=False)
     first = tuned(model, attrs.evolve(whole, train=old), tf.use("full", epochs=2 * epochs, lr=3e-3), seed=seed).model
-    model = attrs.evolve(first, kept=whole.targets.labels[:NUM_OLD])
-    few = old.take(torch.randperm(len(old), generator=torch.Generator().manual_seed(seed))[:kept])
-    mixed = attrs.evolve(whole, train=joined(few, new), pools={"old": torch.arange(kept)})
+    model = attrs.evolve(first, pretrained_labels=whole.targets.labels[:NUM_OLD])
+    few = old.subset(torch.randperm(len(old), generator=torch.Generator().manual_seed(seed))[:kept])
+    mixed = attrs.evolve(whole, train=joined(few, new), sample_groups={"old": torch.arange(kept)})
     rest: dict[str, Any] = {"epochs": epochs, "lr": 3e-3, "restore_best": False}
     ways = {
         ALONE: (attrs.evolve(whole, train=new), tf.use("full", **rest)),
@@ -59,7 +59,9 @@ def figures(result: tf.Result, data: tf.Data) -> tuple[float, float, float]:
     old, new = (float(np.mean([row["recall"] for row in part])) for part in (rows[:NUM_OLD], rows[NUM_OLD:]))
     known = only(data.test, old=True)
     with torch.no_grad():
-        answers = result.model.module(data.inputs.ready(known.fetch(torch.arange(len(known)))))[:, :NUM_OLD].argmax(1)
+        answers = result.model.module(data.inputs.preprocess(known.fetch(torch.arange(len(known)))))[
+            :, :NUM_OLD
+        ].argmax(1)
     among = [float((answers == known.targets)[known.targets == place].double().mean()) for place in range(NUM_OLD)]
     return old, float(np.mean(among)), new
 

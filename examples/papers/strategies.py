@@ -55,7 +55,7 @@ class BeforeAll:
         if run.phase is not None and run.phase.name == "all":
             test = self.data.test
             with torch.no_grad():
-                answers = run.model.module(self.data.inputs.ready(test.fetch(torch.arange(len(test))))).argmax(1)
+                answers = run.model.module(self.data.inputs.preprocess(test.fetch(torch.arange(len(test))))).argmax(1)
             self.accuracy = float((answers == test.targets).double().mean())
 
 
@@ -65,9 +65,9 @@ def row_of(kind: str, seed: int, epochs: int) -> dict[str, Any]:
     row: dict[str, Any] = {"kind": kind, "seed": seed, "accuracy": {}, "epochs": {}}
     for name, strategy in entrants(epochs).items():
         before = BeforeAll(data)
-        result = tuned(model, data, strategy, seed=seed, extensions=[before] if name == "auto" else [])
+        result = tuned(model, data, strategy, seed=seed, callbacks=[before] if name == "auto" else [])
         row["accuracy"][name] = result.report["splits"]["test"]["accuracy"]
-        row["epochs"][name] = sum(getattr(answer, "epochs", 0) for _, answer in result.steps)
+        row["epochs"][name] = sum(getattr(answer, "epochs", 0) for _, answer in result.strategy_steps)
         if name == "auto":
             row["accuracy"]["auto's block"] = before.accuracy
     return row

@@ -34,9 +34,9 @@ def curve(model: tf.Model, data: tf.Data, seen: tf.Split, *, epochs: int, seed: 
     schedule = tf.use("cosine", warmup=0.1)
     steps = [
         tf.Phase("all", epochs=epochs, lr=1e-3, schedule=schedule),
-        tf.Blend("mixture", snapshots=("start", "all"), weights=TENTHS),
+        tf.WeightAverage("mixture", snapshots=("start", "all"), weights=TENTHS),
     ]
-    answer = tuned(model, attrs.evolve(data, val=seen), steps, seed=seed).steps[-1][1]
+    answer = tuned(model, attrs.evolve(data, val=seen), steps, seed=seed).strategy_steps[-1][1]
     return [entry["val"]["accuracy"] for entry in answer.history]
 
 

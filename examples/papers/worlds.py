@@ -148,7 +148,7 @@ def tuned(model: tf.Model, data: tf.Data, strategy: Any, *, seed: int, **setting
 def _source_model(source: str, seed: int) -> tf.Model:
     rows = _shuffled(source, seed)
     data = _data(*_samples(source), rows[:650], rows[650:800], rows[650:800])
-    model = tf.Model.of(network(seed), head="head", labels=data.targets.labels)
+    model = tf.Model.from_module(network(seed), head="head", labels=data.targets.labels)
     strategy = tf.use("full", epochs=25, lr=3e-3)
     return tuned(model, data, strategy, seed=seed).model
 
@@ -181,4 +181,4 @@ def _samples(domain: str) -> tuple[Tensor, Tensor]:
 @cache
 def _looked_at(name: str) -> tf.Run:
     options = {"digits": {"other_share": 0.0}, "glyphs": {"count": 12_400}}[name]
-    return tf.Engine(data=tf.use(name, **options), model="digit-cnn", seed=0).look()
+    return tf.Engine(data=tf.use(name, **options), model="digit-cnn", seed=0).prepare()

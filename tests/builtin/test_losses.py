@@ -6,10 +6,10 @@ from torch.nn import functional as F
 
 from tuneforge import DataError, OptionError, UnknownNameError
 from tuneforge.builtin.losses import MSE, BinaryCrossEntropy, CrossEntropy
-from tuneforge.builtin.targets import Classes, LabelSets, Numbers
+from tuneforge.builtin.targets import ClassTargets, MultilabelTargets, RegressionTargets
 
-ABC = Classes(names=("a", "b", "c"))
-SETS = LabelSets(names=("red", "round"))
+ABC = ClassTargets(names=("a", "b", "c"))
+SETS = MultilabelTargets(names=("red", "round"))
 
 
 def run_of(outputs, targets, *, train=None):
@@ -78,7 +78,7 @@ class TestCrossEntropy:
         assert loss.item() == pytest.approx(1.25 * F.cross_entropy(outputs, shares).item())
 
     def test_an_unknown_class_offers_the_nearest(self):
-        targets = Classes(names=("zebra", "lion"))
+        targets = ClassTargets(names=("zebra", "lion"))
         run = run_of(drawn(1, 2), targets, train=torch.tensor([0, 1]))
         with pytest.raises(UnknownNameError, match="did you mean 'zebra'"):
             CrossEntropy(class_weights={"zebar": 2.0}).train_step(run, batch(torch.tensor([0])))
@@ -139,7 +139,7 @@ class TestBinaryCrossEntropy:
 
     def test_one_label_takes_a_flat_target(self):
         outputs, targets = drawn(3, 1), torch.tensor([1.0, 0.0, 1.0])
-        loss, _ = BinaryCrossEntropy().train_step(run_of(outputs, LabelSets(names=("red",))), batch(targets))
+        loss, _ = BinaryCrossEntropy().train_step(run_of(outputs, MultilabelTargets(names=("red",))), batch(targets))
         assert torch.equal(loss, F.binary_cross_entropy_with_logits(outputs[:, 0], targets))
 
     def test_integer_targets_say_what_to_store(self):
@@ -156,24 +156,24 @@ class TestMSE:
     @pytest.mark.parametrize("shape", [(4,), (4, 1)])
     def test_a_flat_target_never_broadcasts_against_a_column(self, shape):
         outputs, targets = drawn(4, 1), torch.arange(4.0)
-        loss, answered = MSE().train_step(run_of(outputs, Numbers()), batch(targets.reshape(shape)))
+        loss, answered = MSE().train_step(run_of(outputs, RegressionTargets()), batch(targets.reshape(shape)))
         assert answered is outputs
         assert torch.equal(loss, F.mse_loss(outputs[:, 0], targets))
 
     def test_of_several_numbers_it_is_torchs_to_the_bit(self):
         outputs, targets = drawn(4, 2), torch.randn(4, 2)
-        loss, _ = MSE().train_step(run_of(outputs, Numbers(names=("x", "y"))), batch(targets))
+        loss, _ = MSE().train_step(run_of(outputs, RegressionTargets(names=("x", "y"))), batch(targets))
         assert torch.equal(loss, F.mse_loss(outputs, targets))
 
     def test_sample_weights_multiply_each_samples_mean(self):
         outputs, targets, weights = torch.tensor([[1.0], [5.0]]), torch.tensor([0.0, 0.0]), torch.tensor([0.5, 1.5])
-        loss, _ = MSE().train_step(run_of(outputs, Numbers()), batch(targets, weights=weights))
+        loss, _ = MSE().train_step(run_of(outputs, RegressionTargets()), batch(targets, weights=weights))
         assert loss.item() == (0.5 * 1 + 1.5 * 25) / 2
 
     @pytest.mark.parametrize("targets", [torch.zeros(3), torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)])
     def test_targets_that_do_not_fit_are_refused(self, targets):
         with pytest.raises(DataError):
-            MSE().train_step(run_of(drawn(4, 1), Numbers()), batch(targets))
+            MSE().train_step(run_of(drawn(4, 1), RegressionTargets()), batch(targets))
 
 
 @pytest.mark.parametrize(
@@ -181,12 +181,12 @@ class TestMSE:
     [
         (CrossEntropy(), ABC, torch.tensor([0, 1])),
         (BinaryCrossEntropy(), SETS, torch.zeros(2, 2)),
-        (MSE(), Numbers(), torch.zeros(2)),
+        (MSE(), RegressionTargets(), torch.zeros(2)),
     ],
 )
 @pytest.mark.parametrize("weights", [None, torch.ones(2)])
 def test_weights_of_one_change_nothing_and_gradients_flow(step, targets, answers, weights):
-    outputs = drawn(2, targets.size)
+    outputs = drawn(2, targets.num_outputs)
     loss, _ = step.train_step(run_of(outputs, targets), batch(answers, weights=weights))
     loss.backward()
     assert loss.shape == ()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tuneforge import DataError
 from tuneforge.builtin.metrics import Classification, Multilabel, Regression
-from tuneforge.builtin.targets import Classes, LabelSets, Numbers
+from tuneforge.builtin.targets import ClassTargets, MultilabelTargets, RegressionTargets
 
 NEAR = {"rel": 1e-6, "abs": 1e-6}
 
@@ -20,7 +20,7 @@ def run_of(targets):
 
 
 def classes(number):
-    return run_of(Classes(names=tuple(f"c{index}" for index in range(number))))
+    return run_of(ClassTargets(names=tuple(f"c{index}" for index in range(number))))
 
 
 def figures(component, run, outputs, targets, *, parts=1):
@@ -146,7 +146,7 @@ class TestClassification:
         outputs = torch.eye(4)[[0, 1, 1, 0]] * 5
         found = figures(Classification(), classes(4), outputs, torch.tensor([0, 1, 2, 0]))
         assert found["recall_min"] == 0.0
-        assert found["worst_class"] == "c2"
+        assert found["hardest_class"] == "c2"
 
     def test_outputs_that_are_no_numbers_count_as_wrong_and_show(self):
         outputs = torch.eye(3)[[0, 0, 1]] * 5
@@ -193,13 +193,13 @@ class TestMultilabel:
         targets = (torch.rand(80, number, generator=generator) < 0.3).float()
         targets[:, 0] = float(seed == 1)  # a label that none has, or all
         outputs = torch.randn(80, number, generator=generator) + targets
-        run = run_of(LabelSets(names=tuple(f"l{index}" for index in range(number))))
+        run = run_of(MultilabelTargets(names=tuple(f"l{index}" for index in range(number))))
         found = figures(Multilabel(threshold=0.6), run, outputs, targets, parts=4)
         given = (outputs.sigmoid() >= 0.6).numpy().astype(int)
         truth = targets.numpy().astype(int)
         assert found["loss"] == pytest.approx(F.binary_cross_entropy_with_logits(outputs, targets).item(), **NEAR)
         assert found["exact_match"] == pytest.approx((given == truth).all(1).mean(), **NEAR)
-        assert found["hamming"] == pytest.approx((given != truth).mean(), **NEAR)
+        assert found["hamming_loss"] == pytest.approx((given != truth).mean(), **NEAR)
         columns = [
             judge.precision_recall_fscore_support(truth[:, index], given[:, index], average="binary", zero_division=0)[
                 :3
@@ -216,15 +216,15 @@ class TestMultilabel:
 
     def test_figures_do_not_depend_on_the_batches(self):
         outputs = torch.randn(101, 4, generator=torch.Generator().manual_seed(0))
-        run, targets = run_of(LabelSets(names=tuple("abcd"))), (outputs.roll(1, 0) > 0).float()
+        run, targets = run_of(MultilabelTargets(names=tuple("abcd"))), (outputs.roll(1, 0) > 0).float()
         assert_near(*(figures(Multilabel(), run, outputs, targets, parts=parts) for parts in (1, 8)))
 
     def test_outputs_that_are_no_numbers_count_as_wrong_and_show(self):
         outputs = torch.tensor([[math.nan, -1.0], [-1.0, -1.0]])
-        found = figures(Multilabel(), run_of(LabelSets(names=("a", "b"))), outputs, torch.zeros(2, 2))
+        found = figures(Multilabel(), run_of(MultilabelTargets(names=("a", "b"))), outputs, torch.zeros(2, 2))
         assert math.isnan(found["loss"])
         assert found["exact_match"] == 0.5
-        assert found["hamming"] == 0.25
+        assert found["hamming_loss"] == 0.25
 
 
 class TestRegression:
@@ -233,7 +233,7 @@ class TestRegression:
         generator = torch.Generator().manual_seed(seed)
         targets = torch.randn(90, generator=generator)
         outputs = (targets + 0.3 * torch.randn(90, generator=generator))[:, None]
-        numbers = Numbers(names=("price",), means=(100.0,), scales=(20.0,))
+        numbers = RegressionTargets(names=("price",), means=(100.0,), scales=(20.0,))
         found = figures(Regression(), run_of(numbers), outputs, targets, parts=5)
         truth, guess = targets.double() * 20 + 100, outputs[:, 0].double() * 20 + 100
         assert found == {
@@ -248,7 +248,7 @@ class TestRegression:
         targets = torch.randn(64, 3, generator=generator)
         outputs = targets + torch.tensor([0.1, 0.5, 2.0]) * torch.randn(64, 3, generator=generator)
         scales = torch.tensor([1.0, 10.0, 0.1], dtype=torch.float64)
-        numbers = Numbers(names=("x", "y", "z"), units=("m",), means=(5.0,), scales=tuple(scales.tolist()))
+        numbers = RegressionTargets(names=("x", "y", "z"), units=("m",), means=(5.0,), scales=tuple(scales.tolist()))
         found = figures(Regression(), run_of(numbers), outputs, targets, parts=4)
         truth, guess = targets.double() * scales + 5, outputs.double() * scales + 5
         assert found["mae"] == pytest.approx(judge.mean_absolute_error(truth, guess), **NEAR)
@@ -261,32 +261,38 @@ class TestRegression:
         noise = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         targets = 1e8 + noise
         outputs = (targets + 0.1 * noise.roll(1))[:, None]
-        found = figures(Regression(), run_of(Numbers()), outputs, targets, parts=7)
+        found = figures(Regression(), run_of(RegressionTargets()), outputs, targets, parts=7)
         assert found["r2"] == pytest.approx(judge.r2_score(targets, outputs), **NEAR)
 
     @pytest.mark.parametrize(("guess", "expected"), [(0.1, 1.0), (0.2, 0.0)])
     def test_r2_of_a_truth_that_never_varies_is_scikit_learns(self, guess, expected):
         targets, outputs = torch.full((7,), 0.1), torch.full((7, 1), guess)
-        assert figures(Regression(), run_of(Numbers()), outputs, targets, parts=3)["r2"] == expected
+        assert figures(Regression(), run_of(RegressionTargets()), outputs, targets, parts=3)["r2"] == expected
 
     def test_figures_do_not_depend_on_the_batches(self):
         targets = torch.randn(200, generator=torch.Generator().manual_seed(0))
         outputs = targets.roll(1)[:, None]
-        assert_near(*(figures(Regression(), run_of(Numbers()), outputs, targets, parts=parts) for parts in (1, 11)))
+        assert_near(
+            *(figures(Regression(), run_of(RegressionTargets()), outputs, targets, parts=parts) for parts in (1, 11))
+        )
 
     def test_columns_against_flat_targets_never_broadcast(self):
-        found = figures(Regression(), run_of(Numbers()), torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 2.0]))
+        found = figures(
+            Regression(), run_of(RegressionTargets()), torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 2.0])
+        )
         assert found["mae"] == 0.0
 
     def test_outputs_that_are_no_numbers_show_in_every_figure(self):
-        found = figures(Regression(), run_of(Numbers()), torch.tensor([[1.0], [math.nan]]), torch.tensor([1.0, 2.0]))
+        found = figures(
+            Regression(), run_of(RegressionTargets()), torch.tensor([[1.0], [math.nan]]), torch.tensor([1.0, 2.0])
+        )
         assert all(math.isnan(value) for value in found.values())
 
 
 ALL = [
     (Classification(), classes(4), torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)),
-    (Multilabel(), run_of(LabelSets(names=("a", "b"))), torch.zeros(3, 2), torch.ones(3, 2)),
-    (Regression(), run_of(Numbers()), torch.zeros(3, 1), torch.tensor([1.0, 2.0, 3.0])),
+    (Multilabel(), run_of(MultilabelTargets(names=("a", "b"))), torch.zeros(3, 2), torch.ones(3, 2)),
+    (Regression(), run_of(RegressionTargets()), torch.zeros(3, 1), torch.tensor([1.0, 2.0, 3.0])),
 ]
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tuneforge import OptionError, UnknownNameError
-from tuneforge.builtin.optimizers import SGD, AdamW, Torch
+from tuneforge.builtin.optimizers import SGD, AdamW, TorchOptimizer
 
 REFUSED = {"LBFGS", "SparseAdam"}
 KINDS = sorted(
@@ -42,7 +42,9 @@ def test_adamw_is_torchs_adamw_to_the_bit():
         assert torch.equal(stepped(ours), stepped(theirs))
 
 
-@pytest.mark.parametrize("part", [SGD(weight_decay=0.5), AdamW(weight_decay=0.5), Torch(kind="Adam", weight_decay=0.5)])
+@pytest.mark.parametrize(
+    "part", [SGD(weight_decay=0.5), AdamW(weight_decay=0.5), TorchOptimizer(kind="Adam", weight_decay=0.5)]
+)
 def test_a_groups_own_weight_decay_beats_the_default(part):
     made = part.make([*groups(), *groups(weight_decay=0.0)], fused=True)
     assert [group["weight_decay"] for group in made.param_groups] == [0.5, 0.0]
@@ -54,7 +56,7 @@ def test_sgd_with_momentum_is_never_fused_because_thawed_layers_have_none_yet():
     assert not SGD(momentum=0.9).make(groups(), fused=True).param_groups[0]["fused"]
 
 
-@pytest.mark.parametrize("part", [SGD(momentum=0.0), AdamW(), Torch(kind="Adam")])
+@pytest.mark.parametrize("part", [SGD(momentum=0.0), AdamW(), TorchOptimizer(kind="Adam")])
 def test_fused_is_taken_where_asked_for_and_only_then(part):
     assert part.make(groups(), fused=True).param_groups[0]["fused"] is True
     assert not part.make(groups(), fused=False).param_groups[0]["fused"]
@@ -67,7 +69,7 @@ def test_tensors_without_a_fused_kernel_get_the_plain_one(part):
 
 
 def test_an_optimizer_without_fused_kernels_is_made_plain():
-    assert "fused" not in Torch(kind="RMSprop").make(groups(), fused=True).param_groups[0]
+    assert "fused" not in TorchOptimizer(kind="RMSprop").make(groups(), fused=True).param_groups[0]
 
 
 def test_the_given_groups_are_left_as_they_were():
@@ -78,7 +80,7 @@ def test_the_given_groups_are_left_as_they_were():
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - REFUSED))
 def test_every_optimizer_of_torch_moves_a_matrix(kind):
-    made = Torch(kind=kind).make(groups(weight_decay=0.0), fused=True)
+    made = TorchOptimizer(kind=kind).make(groups(weight_decay=0.0), fused=True)
     before = groups()[0]["params"][0].detach()
     assert not torch.equal(stepped(made), before)
 
@@ -86,26 +88,26 @@ def test_every_optimizer_of_torch_moves_a_matrix(kind):
 @pytest.mark.parametrize("kind", sorted(REFUSED))
 def test_optimizers_that_need_something_else_say_what(kind):
     with pytest.raises(OptionError, match=r"closure|sparse gradients"):
-        Torch(kind=kind)
+        TorchOptimizer(kind=kind)
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("adamx", "Adam"), ("RMSprob", "RMSprop"), ("nadamm", "NAdam")])
 def test_an_unknown_kind_offers_the_nearest(typed, meant):
     with pytest.raises(UnknownNameError, match=f"did you mean '{meant}"):
-        Torch(kind=typed)
+        TorchOptimizer(kind=typed)
 
 
 def test_a_kind_far_from_all_lists_what_there_is():
     with pytest.raises(UnknownNameError, match=r"torch has .*RMSprop"):
-        Torch(kind="gradient-descent-please")
+        TorchOptimizer(kind="gradient-descent-please")
 
 
 def test_the_kind_is_found_in_any_case():
-    assert isinstance(Torch(kind="rmsprop").make(groups(), fused=False), torch.optim.RMSprop)
+    assert isinstance(TorchOptimizer(kind="rmsprop").make(groups(), fused=False), torch.optim.RMSprop)
 
 
 def test_arguments_reach_the_optimizer_in_their_own_kind():
-    part = Torch(kind="RMSprop", arguments={"alpha": 0.9, "centered": 1})
+    part = TorchOptimizer(kind="RMSprop", arguments={"alpha": 0.9, "centered": 1})
     group = part.make(groups(), fused=False).param_groups[0]
     assert group["alpha"] == 0.9
     assert group["centered"] is True
@@ -122,25 +124,25 @@ def test_arguments_reach_the_optimizer_in_their_own_kind():
 )
 def test_wrong_arguments_are_refused_with_a_reason(arguments, message):
     with pytest.raises((UnknownNameError, OptionError), match=message):
-        Torch(kind="RMSprop", arguments=arguments)
+        TorchOptimizer(kind="RMSprop", arguments=arguments)
 
 
 def test_an_argument_that_is_a_pair_is_refused():
     with pytest.raises(OptionError, match="not a single number"):
-        Torch(kind="Adam", arguments={"betas": 0.9})
+        TorchOptimizer(kind="Adam", arguments={"betas": 0.9})
 
 
 def test_an_optimizer_without_weight_decay_refuses_it_and_takes_zero():
     with pytest.raises(OptionError, match="Rprop has no weight decay"):
-        Torch(kind="Rprop", weight_decay=0.1)
+        TorchOptimizer(kind="Rprop", weight_decay=0.1)
     with pytest.raises(OptionError, match="Rprop has no weight decay"):
-        Torch(kind="Rprop").make(groups(weight_decay=0.1), fused=False)
-    Torch(kind="Rprop").make(groups(weight_decay=0.0), fused=False)
+        TorchOptimizer(kind="Rprop").make(groups(weight_decay=0.1), fused=False)
+    TorchOptimizer(kind="Rprop").make(groups(weight_decay=0.0), fused=False)
 
 
 def test_a_value_that_torch_refuses_is_named():
     with pytest.raises(OptionError, match="Invalid alpha"):
-        Torch(kind="RMSprop", arguments={"alpha": -1.0}).make(groups(), fused=False)
+        TorchOptimizer(kind="RMSprop", arguments={"alpha": -1.0}).make(groups(), fused=False)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuneforge import OptionError
-from tuneforge.builtin.schedules import Constant, Cosine, OneCycle, SlantedTriangular, Step
+from tuneforge.builtin.schedules import Constant, Cosine, OneCycle, SlantedTriangular, StepDecay
 
 SHARES = st.floats(0, 1)
 DIVISORS = st.floats(1, 1e6)
 SCHEDULES = st.one_of(
     st.builds(Constant),
-    st.builds(Step, gamma=SHARES),
+    st.builds(StepDecay, gamma=SHARES),
     st.builds(Cosine, warmup=SHARES, floor=SHARES),
     st.builds(OneCycle, pct_start=SHARES, div=DIVISORS, final_div=DIVISORS),
     st.builds(SlantedTriangular, cut=SHARES, ratio=DIVISORS),
@@ -61,7 +61,7 @@ def test_constant_stays_at_the_peak():
 
 
 def test_step_drops_at_each_milestone_and_not_before():
-    factors = [Step().factor(progress) for progress in (0.0, 0.4999, 0.5, 0.7499, 0.75, 1.0)]
+    factors = [StepDecay().factor(progress) for progress in (0.0, 0.4999, 0.5, 0.7499, 0.75, 1.0)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
@@ -115,8 +115,8 @@ def test_one_cycle_is_torchs_one_cycle_where_the_peaks_meet():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Step(milestones=(0.7, 0.2)),
-        lambda: Step(milestones=(0.5, 1.5)),
+        lambda: StepDecay(milestones=(0.7, 0.2)),
+        lambda: StepDecay(milestones=(0.5, 1.5)),
         lambda: Cosine(warmup=1.1),
         lambda: OneCycle(div=0.5),
         lambda: SlantedTriangular(ratio=0.0),

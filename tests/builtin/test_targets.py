@@ -6,13 +6,13 @@ import torch
 from torch.nn import functional as F
 
 from tuneforge import DataError, OptionError
-from tuneforge.builtin.targets import Classes, LabelSets, Numbers, in_columns
-from tuneforge.plugin.component import build, values_of
+from tuneforge.builtin.targets import ClassTargets, MultilabelTargets, RegressionTargets, to_columns
+from tuneforge.plugin.component import build_component, get_option_values
 
-ABC = Classes(names=("a", "b", "c"))
-SETS = LabelSets(names=("red", "round", "ripe"))
-PRICE = Numbers(names=("price",), units=("EUR",), means=(100.0,), scales=(20.0,))
-PLACE = Numbers(names=("x", "y"), units=("m",), means=(1.0, 2.0), scales=(10.0, 0.5))
+ABC = ClassTargets(names=("a", "b", "c"))
+SETS = MultilabelTargets(names=("red", "round", "ripe"))
+PRICE = RegressionTargets(names=("price",), units=("EUR",), means=(100.0,), scales=(20.0,))
+PLACE = RegressionTargets(names=("x", "y"), units=("m",), means=(1.0, 2.0), scales=(10.0, 0.5))
 
 
 def blobs(samples, features, classes, *, seed=0, spread=1.5):
@@ -70,49 +70,51 @@ class TestClasses:
 
     @pytest.mark.parametrize("names", [(), ("only",)])
     def test_none_or_one_class_is_described_without_a_crash(self, names):
-        told = Classes(names=names).describe(torch.zeros(len(names)))
+        told = ClassTargets(names=names).describe(torch.zeros(len(names)))
         assert told["class"] == (names[0] if names else None)
 
     def test_encode_finds_a_name_and_truth_gives_it_back(self):
         assert [ABC.encode(name) for name in "abc"] == [0, 1, 2]
-        assert ABC.truth(torch.tensor(2)) == "c"
-        assert Classes(names=("0", "7")).encode(7) == 1
+        assert ABC.describe_label(torch.tensor(2)) == "c"
+        assert ClassTargets(names=("0", "7")).encode(7) == 1
 
     def test_encode_offers_the_nearest_name(self):
         with pytest.raises(DataError, match="did you mean 'zebra'"):
-            Classes(names=("zebra", "lion")).encode("zebar")
+            ClassTargets(names=("zebra", "lion")).encode("zebar")
 
     def test_truth_of_mixed_samples_names_the_shares(self):
-        assert ABC.truth(torch.tensor([0.7, 0.0, 0.3])) == "a 0.70, c 0.30"
+        assert ABC.describe_label(torch.tensor([0.7, 0.0, 0.3])) == "a 0.70, c 0.30"
 
     def test_wrongness_is_nought_where_right_and_the_cross_entropy_elsewhere(self):
         outputs, targets = torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0]]), torch.tensor([0, 2])
         expected = F.cross_entropy(outputs, targets, reduction="none")
-        assert ABC.wrongness(outputs, targets).tolist() == [0.0, expected[1].item()]
+        assert ABC.per_sample_loss(outputs, targets).tolist() == [0.0, expected[1].item()]
 
     def test_wrongness_ranks_what_is_no_number_worst(self):
         outputs = torch.tensor([[math.nan, 1.0, 0.0], [0.0, 50.0, 0.0]])
-        wrongness = ABC.wrongness(outputs, torch.tensor([0, 0]))
+        wrongness = ABC.per_sample_loss(outputs, torch.tensor([0, 0]))
         assert wrongness[0] > wrongness[1] > 0
         assert wrongness.isfinite().all()
 
     def test_pools_hold_the_rows_of_each_class(self):
-        pools = ABC.pools(torch.tensor([2, 0, 2, 2]))
+        pools = ABC.group_by_class(torch.tensor([2, 0, 2, 2]))
         assert {name: rows.tolist() for name, rows in pools.items()} == {"a": [1], "b": [], "c": [0, 2, 3]}
 
     def test_names_that_repeat_are_refused(self):
         with pytest.raises(OptionError, match="names that differ"):
-            Classes(names=("a", "a"))
+            ClassTargets(names=("a", "a"))
 
     def test_options_survive_json(self):
-        assert build(Classes, json.loads(json.dumps(values_of(ABC))), where="-").names == ABC.names
+        assert (
+            build_component(ClassTargets, json.loads(json.dumps(get_option_values(ABC))), where="-").names == ABC.names
+        )
 
 
 class TestHeadOfClasses:
     @pytest.mark.parametrize("classes", [2, 3, 11])
     def test_the_head_minimises_the_documented_loss(self, classes):
         features, labels = blobs(samples=120, features=5, classes=classes)
-        targets, l2 = Classes(names=tuple(map(str, range(classes)))), 0.05
+        targets, l2 = ClassTargets(names=tuple(map(str, range(classes)))), 0.05
         weight, bias = targets.fit_head(features.double(), labels, l2=l2)
 
         def loss(weight, bias):
@@ -133,7 +135,7 @@ class TestHeadOfClasses:
 
     def test_an_absent_class_gets_a_row_that_never_answers(self):
         features, labels = blobs(samples=60, features=4, classes=2)
-        weight, bias = Classes(names=("a", "ghost", "b")).fit_head(features, labels * 2, l2=1e-3)
+        weight, bias = ClassTargets(names=("a", "ghost", "b")).fit_head(features, labels * 2, l2=1e-3)
         probabilities = (features @ weight.T + bias).softmax(1)
         assert weight.shape == (3, 4)
         assert probabilities[:, 1].max() <= 1.01 / 60
@@ -175,19 +177,19 @@ class TestLabelSets:
             SETS.encode(raw)
 
     def test_truth_names_the_labels_or_none(self):
-        assert SETS.truth(torch.tensor([1.0, 0.0, 1.0])) == "red, ripe"
-        assert SETS.truth(torch.zeros(3)) == "none"
+        assert SETS.describe_label(torch.tensor([1.0, 0.0, 1.0])) == "red, ripe"
+        assert SETS.describe_label(torch.zeros(3)) == "none"
 
     def test_wrongness_is_nought_only_where_every_label_is_right(self):
         outputs = torch.tensor([[2.0, -1.0, -3.0], [2.0, -1.0, -3.0]])
         targets = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
         expected = F.binary_cross_entropy_with_logits(outputs[1], targets[1], reduction="sum")
-        assert SETS.wrongness(outputs, targets).tolist() == [0.0, pytest.approx(expected.item())]
+        assert SETS.per_sample_loss(outputs, targets).tolist() == [0.0, pytest.approx(expected.item())]
 
     def test_the_head_minimises_the_documented_loss(self):
         features, labels = blobs(samples=90, features=4, classes=3)
         held, l2 = torch.stack([labels == 0, labels != 1], 1).double(), 0.05
-        weight, bias = LabelSets(names=("p", "q")).fit_head(features.double(), held, l2=l2)
+        weight, bias = MultilabelTargets(names=("p", "q")).fit_head(features.double(), held, l2=l2)
 
         def loss(weight, bias):
             logits = scaled(features.double()) @ weight.T + bias
@@ -198,7 +200,7 @@ class TestLabelSets:
 
     def test_a_label_that_all_have_or_none_gets_its_share(self):
         held = torch.tensor([[1.0, 0.0]]).repeat(9, 1)
-        weight, bias = LabelSets(names=("all", "none")).fit_head(torch.randn(9, 3), held, l2=1e-3)
+        weight, bias = MultilabelTargets(names=("all", "none")).fit_head(torch.randn(9, 3), held, l2=1e-3)
         assert not weight.any()
         assert bias.sigmoid().tolist() == pytest.approx([0.95, 0.05], abs=1e-6)
 
@@ -206,12 +208,12 @@ class TestLabelSets:
 class TestNumbers:
     def test_describe_and_truth_are_in_original_units(self):
         assert PRICE.describe(torch.tensor([0.5])) == {"value": 110.0, "unit": "EUR"}
-        assert PRICE.truth(torch.tensor(0.5)) == "110 EUR"
+        assert PRICE.describe_label(torch.tensor(0.5)) == "110 EUR"
 
     def test_several_numbers_are_described_by_name(self):
         told = PLACE.describe(torch.tensor([1.0, -2.0]))
         assert told == {"values": {"x": 11.0, "y": 1.0}, "units": {"x": "m", "y": "m"}}
-        assert PLACE.truth(torch.tensor([1.0, -2.0])) == "x 11 m, y 1 m"
+        assert PLACE.describe_label(torch.tensor([1.0, -2.0])) == "x 11 m, y 1 m"
 
     def test_describe_of_what_is_no_number_is_json(self):
         assert PRICE.describe(torch.tensor([math.nan])) == {"value": None, "unit": "EUR"}
@@ -234,7 +236,7 @@ class TestNumbers:
 
     def test_wrongness_is_the_absolute_error_whatever_the_columns(self):
         outputs, targets = torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([1.0, 4.0, 4.0])
-        assert PRICE.wrongness(outputs, targets).tolist() == [0.0, 2.0, 1.0]
+        assert PRICE.per_sample_loss(outputs, targets).tolist() == [0.0, 2.0, 1.0]
 
     def test_the_head_minimises_the_documented_loss(self):
         features, labels = blobs(samples=80, features=4, classes=3)
@@ -260,23 +262,23 @@ class TestNumbers:
     )
     def test_scalings_that_do_not_fit_are_refused(self, options):
         with pytest.raises(OptionError):
-            Numbers(**options)
+            RegressionTargets(**options)
 
 
 def test_columns_never_broadcast():
-    outputs, targets = in_columns(torch.zeros(4, 1), torch.zeros(4))
+    outputs, targets = to_columns(torch.zeros(4, 1), torch.zeros(4))
     assert outputs.shape == targets.shape == (4, 1)
     with pytest.raises(DataError, match=r"outputs \(4, 2\) do not fit targets \(4,\)"):
-        in_columns(torch.zeros(4, 2), torch.zeros(4))
+        to_columns(torch.zeros(4, 2), torch.zeros(4))
 
 
 @pytest.mark.parametrize("targets", [ABC, SETS, PRICE, PLACE])
 def test_every_encoded_answer_becomes_a_tensor(targets):
-    raw = {3: "a", 1: 1.0, 2: [1.0, 2.0]}[targets.size] if targets is not SETS else ["red"]
+    raw = {3: "a", 1: 1.0, 2: [1.0, 2.0]}[targets.num_outputs] if targets is not SETS else ["red"]
     assert torch.tensor([targets.encode(raw)]).shape[0] == 1
 
 
 @pytest.mark.parametrize("targets", [ABC, SETS, PRICE, PLACE])
 def test_the_figure_watched_is_on_the_terminal(targets):
-    assert targets.monitor in targets.headline
+    assert targets.monitor in targets.primary_metrics
     assert targets.monitor_mode in ("max", "min")

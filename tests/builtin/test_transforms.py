@@ -11,16 +11,16 @@ import torch
 from scipy.stats import beta as scipy_beta
 from torch import Tensor
 
-from tuneforge import Batch, Noise, UsageError
-from tuneforge.builtin.transforms import Erase, Flip, MixUp, Rotate, Shift, beta
+from tuneforge import Batch, SampleRNG, UsageError
+from tuneforge.builtin.transforms import Erase, Flip, MixUp, Rotate, Shift, uniform_to_beta
 
-RUN = SimpleNamespace(data=SimpleNamespace(targets=SimpleNamespace(size=4)))
+RUN = SimpleNamespace(data=SimpleNamespace(targets=SimpleNamespace(num_outputs=4)))
 ROWS = torch.arange(64)
 IMAGES = torch.rand(64, 3, 12, 20, generator=torch.Generator().manual_seed(0))
 
 
 def batch_of(rows: Tensor, *, images: Tensor = IMAGES, epoch: int = 0, seed: int = 1) -> Batch:
-    return Batch(images[rows], rows % 4, rows, None, Noise(seed, epoch, rows))
+    return Batch(images[rows], rows % 4, rows, None, SampleRNG(seed, epoch, rows))
 
 
 class Fixed:
@@ -121,12 +121,12 @@ def test_erase_leaves_about_three_in_four_alone_by_default() -> None:
 def test_mixing_shares_follow_the_beta_distribution(alpha: float) -> None:
     uniform = torch.linspace(0, 0.9999, 999)
     expected = torch.from_numpy(scipy_beta.ppf(uniform.double().numpy(), alpha, alpha)).float()
-    torch.testing.assert_close(beta(uniform, alpha=alpha), expected, atol=2e-4, rtol=0)
+    torch.testing.assert_close(uniform_to_beta(uniform, alpha=alpha), expected, atol=2e-4, rtol=0)
 
 
 def test_mix_up_mixes_pictures_and_classes_with_the_next_row() -> None:
     batch = batch_of(torch.tensor([5, 10, 23]))
-    own = beta(batch.noise.uniform("mix-up"), alpha=0.4)
+    own = uniform_to_beta(batch.rng.uniform("mix-up"), alpha=0.4)
     mixed = MixUp(alpha=0.4).augment(RUN, batch)
     for place, (row, partner) in enumerate([(5, 10), (10, 23), (23, 5)]):
         share = own[place]
@@ -140,7 +140,7 @@ def test_mix_up_mixes_pictures_and_classes_with_the_next_row() -> None:
 def test_mix_up_with_weights_gives_the_loss_of_the_paper() -> None:
     rows, weights = torch.tensor([5, 10, 23]), torch.tensor([0.5, 1.0, 1.5])
     batch = attrs.evolve(batch_of(rows), weights=weights)
-    own = beta(batch.noise.uniform("mix-up"), alpha=0.4)
+    own = uniform_to_beta(batch.rng.uniform("mix-up"), alpha=0.4)
     mixed = MixUp(alpha=0.4).augment(RUN, batch)
     logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     loss = torch.nn.functional.cross_entropy
@@ -151,7 +151,7 @@ def test_mix_up_with_weights_gives_the_loss_of_the_paper() -> None:
 
 def test_mix_up_mixes_numbers_as_numbers_on_any_float_inputs() -> None:
     rows = torch.tensor([0, 1])
-    batch = Batch(torch.tensor([[0.0], [1.0]]), torch.tensor([[10.0], [20.0]]), rows, None, Noise(0, 0, rows))
+    batch = Batch(torch.tensor([[0.0], [1.0]]), torch.tensor([[10.0], [20.0]]), rows, None, SampleRNG(0, 0, rows))
     mixed = MixUp(alpha=1.0).augment(RUN, batch)
     torch.testing.assert_close(mixed.targets, 10 + 10 * mixed.inputs)
 

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import tuneforge as tf
-from tuneforge.check.labels import doubts
+from tuneforge.check.labels import find_label_issues
 
 SEEDS = int(os.environ.get("TUNEFORGE_SEEDS", "0"))
 INITS = 8
@@ -36,7 +36,7 @@ def accuracy(folder, features, codes, test, seed):
     for init in range(INITS):
         torch.manual_seed(init)
         network = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
-        data = tf.data_of(features[train], codes[train], **held)
+        data = tf.data_from_arrays(features[train], codes[train], **held)
         engine = tf.Engine(data=data, model=network, strategy=steps, seed=init, out=folder / str(init), page=False)
         figures.append(engine.run().report["splits"]["test"]["accuracy"])
     return np.mean(figures)
@@ -54,7 +54,7 @@ def digits_with_wrong_labels(seed):
 @pytest.mark.parametrize("seed", range(max(2, SEEDS)))
 def test_planted_wrong_labels_are_found(seed):
     features, _, noisy, wrong, _ = digits_with_wrong_labels(seed)
-    found = doubts(features, noisy).rows
+    found = find_label_issues(features, noisy).rows
     precision, recall = (len(np.intersect1d(found, wrong)) / len(each) for each in (found, wrong))
     print(f"\nseed {seed}: precision {precision:.3f}, recall {recall:.3f}")
     assert precision >= 0.8
@@ -64,7 +64,7 @@ def test_planted_wrong_labels_are_found(seed):
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_leaving_out_the_found_ones_wins_back_half_of_what_wrong_labels_cost(tmp_path, seed):
     features, codes, noisy, _, test = digits_with_wrong_labels(seed)
-    kept = np.setdiff1d(np.arange(len(codes)), doubts(features, noisy).rows)
+    kept = np.setdiff1d(np.arange(len(codes)), find_label_issues(features, noisy).rows)
     clean = accuracy(tmp_path / "clean", features, codes, test, seed)
     hurt = accuracy(tmp_path / "noisy", features, noisy, test, seed)
     healed = accuracy(tmp_path / "cleaned", features[kept], noisy[kept], test, seed)

@@ -47,7 +47,7 @@ def test_more_pictures_than_memory_are_streamed_and_give_the_same_figures(tmp_pa
     path = folder(tmp_path / "f", {"a": 12, "b": 12})
     common = ["run", "--data", "image-folder", "--data.path", str(path), "--strategy.epochs", "1", "--no-page"]
     assert main([*common, "--out", str(tmp_path / "whole")]) == 0
-    assert main([*common, "--data.memory-mb", "0", "--workers", "1", "--out", str(tmp_path / "streamed")]) == 0
+    assert main([*common, "--data.memory-mb", "0", "--num-workers", "1", "--out", str(tmp_path / "streamed")]) == 0
     assert "memory" in capsys.readouterr().out
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "streamed"))
     assert one == two

@@ -1,9 +1,9 @@
 """The command line as a user meets it: messages, exit codes, and the same run as from Python."""
 
 import json
-import subprocess
 import sys
 
+import forked
 import pytest
 
 import tuneforge as tf
@@ -52,9 +52,9 @@ FEW = ["--data.per-class", "4", "--data.other-share", "0", "--strategy.epochs", 
         (["run", "--strategy.lr", "-1"], ["greater than 0"]),
         (["run", "--batch-size", "0"], ["--batch-size", "at least 1"]),
         (["run", "--batch-size", "many"], ["--batch-size", "integer"]),
-        (["run", "--precision", "float8"], ["--precision", "'bfloat16'"]),
+        (["run", "--precision", "float8"], ["--precision", "'bf16'"]),
         (["run", "--device", "abacus"], ["'abacus'", "doctor"]),
-        (["run", "--with", "emma"], ["did you mean 'ema'"]),
+        (["run", "--callback", "emma"], ["did you mean 'ema'"]),
         (["run", "--schedule", "cosin"], ["did you mean 'cosine'"]),
         (["run", "--strategy", "gradual-unfreeze", "--strategy.patience", "1"], ["No such option"]),
         (["run", "--config", "none.toml"], ["none.toml"]),
@@ -147,18 +147,18 @@ def test_the_command_line_and_python_give_the_same_weights(run, tmp_path):
         page=False,
         out=tmp_path / "b",
     ).run()
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (result.folder / "model.safetensors").read_bytes()
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (result.run_dir / "model.safetensors").read_bytes()
     assert json.loads(out)["report"]["splits"]["test"]["accuracy"] == result.report["splits"]["test"]["accuracy"]
 
 
 def test_a_printed_configuration_runs_the_same(run, tmp_path):
     _, toml, _ = run(
-        "run", "--strategy", "full", *FEW, "--with", "ema", "--ema.decay", "0.5", "--no-page", "--print-config"
+        "run", "--strategy", "full", *FEW, "--callback", "ema", "--ema.decay", "0.5", "--no-page", "--print-config"
     )
     (tmp_path / "c.toml").write_text(toml)
     for name, arguments in {
         "a": ["--config", tmp_path / "c.toml"],
-        "b": ["--strategy", "full", *FEW, "--with", "ema", "--ema.decay", "0.5", "--no-page"],
+        "b": ["--strategy", "full", *FEW, "--callback", "ema", "--ema.decay", "0.5", "--no-page"],
     }.items():
         assert run("run", *arguments, "--out", tmp_path / name)[0] == 0
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
@@ -174,7 +174,7 @@ def test_a_finished_run_is_evaluated_and_predicts_from_its_folder_alone(run, tmp
     split = tf.load(folder)
     from tuneforge.builtin.datasets.demo.digit_images import real_digits
 
-    picture = split.inputs.picture(split.inputs.decode((real_digits()[0][0] * 15).astype("uint8")))
+    picture = split.inputs.render_image(split.inputs.decode((real_digits()[0][0] * 15).astype("uint8")))
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "one.png").write_bytes(picture)
     (tmp_path / "pictures" / "broken.png").write_bytes(picture[:40])
@@ -206,7 +206,7 @@ def test_a_strategy_in_a_local_file_runs(tmp_path):
         "--out",
         "r",
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = forked.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "phase 'mine'" in done.stdout
     assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 2
@@ -232,16 +232,16 @@ def test_a_folder_that_holds_no_run_exits_73(run, tmp_path):
 
 
 def test_names_of_groups_have_flags_and_nouns():
-    assert set(registry.NOUNS) == set(registry.GROUPS)
-    assert set(registry.FLAGS) <= set(registry.GROUPS)
+    assert set(registry.NOUN_BY_GROUP) == set(registry.GROUPS)
+    assert set(registry.FLAG_BY_GROUP) <= set(registry.GROUPS)
 
 
 def test_options_of_local_extensions_are_keyed_by_the_class_name(run, plant):
     source = LOCAL.replace("Mine", "StayNear").replace("finetune_strategy(self)", "phase_started(self, run)")
     plant("unrelated", {}, near_mod=source)
-    _, out, _ = run("run", "--with", "near_mod:StayNear", "--help")
+    _, out, _ = run("run", "--callback", "near_mod:StayNear", "--help")
     assert "--stay-near.epochs INTEGER" in out
-    code, toml, err = run("run", "--with", "near_mod:StayNear", "--stay-near.epochs", "7", "--print-config")
+    code, toml, err = run("run", "--callback", "near_mod:StayNear", "--stay-near.epochs", "7", "--print-config")
     assert code == 0, err
     assert "epochs = 7" in toml
 
@@ -288,7 +288,7 @@ def test_a_run_that_is_not_there_exits_2_and_the_nearest_is_offered(run, tmp_pat
 
 
 def test_an_option_of_an_extension_is_named_as_it_was_typed(run):
-    code, _, err = run("run", "--with", "ema", "--ema.decay", "2")
+    code, _, err = run("run", "--callback", "ema", "--ema.decay", "2")
     assert code == 2
     assert "--ema.decay" in err
 
@@ -296,12 +296,12 @@ def test_an_option_of_an_extension_is_named_as_it_was_typed(run):
 def test_the_cache_is_listed_and_cleared_by_key(run, tmp_path, monkeypatch):
     import torch
 
-    from tuneforge.engine.feature_cache.disk import Store
+    from tuneforge.engine.feature_cache.disk import DiskCache
 
     monkeypatch.setenv("TUNEFORGE_CACHE", str(tmp_path))
     for letter in "ab":
         about = {"model": "Net", "split": "train", "samples": 9}
-        Store(tmp_path, 10).put(letter * 64, [(torch.zeros(1 << 18),)], about)
+        DiskCache(tmp_path, 10).put(letter * 64, [(torch.zeros(1 << 18),)], about)
     code, out, _ = run("cache", "list")
     assert (code, out.count("Net, 9 samples of train")) == (0, 2)
     assert "2 entries, 2.0 MB" in out

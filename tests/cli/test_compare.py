@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 
 from tuneforge.__main__ import main
@@ -45,13 +46,13 @@ def test_a_race_ends_in_a_table_and_its_runs_can_be_compared_again(run, tmp_path
     assert code == 0
     said = json.loads(out)
     assert {key: said[key] for key in results} == results
-    assert (said["folder"], set(said["costs"])) == ("r", {"head-only", "full:lr=0.0003:warmup=0.0"})
+    assert (said["study_dir"], set(said["costs"])) == ("r", {"head-only", "full:lr=0.0003:warmup=0.0"})
 
     runs = [f"r/{name}/seed-{seed}" for name in ("head-only", "full-lr=0.0003-warmup=0.0") for seed in (0, 1)]
     code, out, _ = run("compare", *runs, "--json")
     assert code == 0
     again = json.loads(out)
-    assert (again["decision"], again["folder"]) == (
+    assert (again["decision"], again["study_dir"]) == (
         results["decision"].replace("full:lr=0.0003:warmup=0.0", "full"),
         None,
     )
@@ -96,7 +97,7 @@ def test_a_signal_stops_the_race_and_the_same_command_goes_on(tmp_path, number, 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     flags = ["--data.per-class", "3", "--data.other-share", "0", "--no-page", "--budget", "5epochs", "--seeds", "1"]
     command = [sys.executable, "-m", "tuneforge", "compare", "--strategies", "full,layer-decay", *flags]
-    started = subprocess.Popen(
+    started = forked.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     for _ in range(600):
@@ -108,7 +109,7 @@ def test_a_signal_stops_the_race_and_the_same_command_goes_on(tmp_path, number, 
     assert started.returncode == code, out + err
     (race,) = (tmp_path / "runs").iterdir()
     assert f"go on with: tuneforge compare --resume runs/{race.name}" in err
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = forked.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"done: runs/{race.name}" in done.stdout
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [race.name]

@@ -47,9 +47,9 @@ def test_each_kind_of_issue_is_found_with_its_reason(fixed):
     found = issues_in(fixed / "out")
     told = {(each["kind"], each["path"]): each for each in found["issues"]}
     assert told["unusable", "train/digit 0/broken.png"]["why"] == "it is a PDF"
-    assert told["leak", "train/digit 1/leak.png"]["others"] == ["test/digit 1/35.png"]
-    assert ("same bytes", "train/digit 0/twice.png") in told
-    assert told["wrong label", "train/digit 1/wrong.png"]["why"] == "it looks like 'digit 0'"
+    assert told["leak", "train/digit 1/leak.png"]["related"] == ["test/digit 1/35.png"]
+    assert ("exact duplicate", "train/digit 0/twice.png") in told
+    assert told["label issue", "train/digit 1/wrong.png"]["why"] == "it looks like 'digit 0'"
     assert [each["label"] for each in found["issues"] if each["kind"] == "class"] == ["only here"]
     assert found["classes"] == {"train": {"digit 0": 30, "digit 1": 32}, "test": {"digit 0": 10, "digit 1": 10}}
 
@@ -68,7 +68,7 @@ def test_the_cleaned_list_runs_and_that_run_judges_labels(fixed, tmp_path, capsy
     assert main(["data", "check", str(fixed / "d"), *again]) == 65
     found = issues_in(tmp_path / "out")
     assert "by the features of" in found["notes"][0]
-    assert "train/digit 1/wrong.png" in [each["path"] for each in found["issues"] if each["kind"] == "wrong label"]
+    assert "train/digit 1/wrong.png" in [each["path"] for each in found["issues"] if each["kind"] == "label issue"]
 
 
 def test_a_fix_can_be_told_what_to_leave_out_and_is_taken_back(fixed, tmp_path, capsys):
@@ -88,7 +88,7 @@ def test_a_csv_is_checked_as_a_folder_is(tmp_path):
     (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *rows, "gone.png,digit 0,train"]))
     assert main(["data", "check", str(tmp_path / "list.csv"), "--out", str(tmp_path / "out")]) == 65
     found = issues_in(tmp_path / "out")["issues"]
-    assert {each["kind"] for each in found} == {"unusable", "leak", "same bytes", "wrong label"}
+    assert {each["kind"] for each in found} == {"unusable", "leak", "exact duplicate", "label issue"}
     assert any(each["why"] == "it cannot be read: No such file or directory" for each in found)
 
 

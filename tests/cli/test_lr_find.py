@@ -10,9 +10,9 @@ from torch import nn
 
 import tuneforge as tf
 from tuneforge.__main__ import main
-from tuneforge.builtin.datasets.tables.arrays import Tensors
-from tuneforge.builtin.targets import Numbers
-from tuneforge.comparison.lr_range_test import suggested
+from tuneforge.builtin.datasets.tables.arrays import TensorInputs
+from tuneforge.builtin.targets import RegressionTargets
+from tuneforge.comparison.lr_range_test import suggest_lr
 
 FEW = ["--data.per-class", "4", "--data.other-share", "0"]
 
@@ -33,8 +33,8 @@ def quadratic(curvature: float, **given) -> tf.Engine:
     split = tf.Split(x, torch.zeros(32))
     module = nn.Sequential(nn.Linear(1, 1, bias=False))
     nn.init.ones_(module[0].weight)
-    data = tf.Data(split, split, split, inputs=Tensors(), targets=Numbers())
-    model = tf.Model(module, groups=[tf.Group("head", ("0",))], head="0")
+    data = tf.Data(split, split, split, inputs=TensorInputs(), targets=RegressionTargets())
+    model = tf.Model(module, groups=[tf.LayerGroup("head", ("0",))], head="0")
     return tf.Engine(data=data, model=model, page=False, **given)
 
 
@@ -47,7 +47,7 @@ def whole(module):
 @pytest.mark.parametrize("curvature", [4.0, 100.0, 1e4])
 def test_on_a_quadratic_the_suggestion_is_near_half_of_one_over_the_curvature(curvature):
     found = tf.lr_find(quadratic(curvature, optimizer=tf.use("sgd", momentum=0.0)))
-    assert 0.5 <= found.lowest * curvature <= 1.5
+    assert 0.5 <= found.lowest_lr * curvature <= 1.5
     assert 0.25 <= found.suggestion * curvature <= 1.0
     for rate, loss in found.losses.items():
         assert loss == pytest.approx(curvature / 2 * (1 - rate * curvature) ** 2, rel=1e-3, abs=1e-4)
@@ -61,11 +61,11 @@ def test_training_at_the_suggestion_converges_and_well_above_the_least_diverges(
     def loss(lr):
         step = tf.Phase("all", steps=100, lr=lr)
         result = quadratic(50.0, optimizer=sgd, strategy=step, out=tmp_path / f"{lr:.6f}").run()
-        return result.steps[0][1].val["rmse"]
+        return result.strategy_steps[0][1].val["rmse"]
 
     assert loss(found.suggestion) < 0.05  # from 5
     with pytest.raises(tf.HaltError, match="the training loss is inf"):
-        loss(8 * found.lowest)
+        loss(8 * found.lowest_lr)
 
 
 def test_looking_leaves_weights_buffers_gradients_modes_and_generators_to_the_bit():
@@ -86,15 +86,15 @@ def test_a_run_after_looking_gives_the_same_bits_as_one_without(tune):
     net = tiny_net()
     tf.lr_find(tf.Engine(data=tiny_data(), model=net, page=False))
     looked, plain = tune(steps, model=net), tune(steps)
-    assert (looked.folder / "model.safetensors").read_bytes() == (plain.folder / "model.safetensors").read_bytes()
+    assert (looked.run_dir / "model.safetensors").read_bytes() == (plain.run_dir / "model.safetensors").read_bytes()
 
 
 def test_only_what_is_selected_would_train():
     everything, head = (
         tf.lr_find(tf.Engine(data=tiny_data(), model=tiny_net(), page=False), train=train) for train in ("all", "head")
     )
-    assert everything.trained == sum(each.numel() for each in TinyNet().parameters())
-    assert head.trained == 16 * 3 + 3
+    assert everything.num_trained == sum(each.numel() for each in TinyNet().parameters())
+    assert head.num_trained == 16 * 3 + 3
     assert everything.losses != head.losses
 
 
@@ -107,27 +107,27 @@ def test_what_a_strategy_adds_to_the_loss_counts():
 
 
 def test_where_no_rate_helps_there_is_no_suggestion():
-    found = suggested({1e-3: 1.0, 1e-2: 1.5, 1e-1: math.inf})
+    found = suggest_lr({1e-3: 1.0, 1e-2: 1.5, 1e-1: math.inf})
     assert found.suggestion is None
     assert "no rate lowers the loss" in found.reason
 
 
 def test_what_comes_after_a_broken_loss_is_not_believed():
-    found = suggested({1e-4: 1.0, 1e-3: 0.5, 1e-2: math.nan, 1e-1: 0.0})
-    assert found.lowest == 1e-3
+    found = suggest_lr({1e-4: 1.0, 1e-3: 0.5, 1e-2: math.nan, 1e-1: 0.0})
+    assert found.lowest_lr == 1e-3
     assert list(found.smoothed) == [1e-4, 1e-3]
 
 
 def test_a_loss_that_still_falls_at_the_end_is_said_to():
-    found = suggested({1e-2: 1.0, 1e-1: 0.9, 1.0: 0.5})
+    found = suggest_lr({1e-2: 1.0, 1e-1: 0.9, 1.0: 0.5})
     assert found.suggestion == pytest.approx(0.1)
-    assert suggested(found.losses, momentum=0.9).suggestion == pytest.approx(0.01)
+    assert suggest_lr(found.losses, momentum=0.9).suggestion == pytest.approx(0.01)
     assert "still falls at the highest rate" in found.reason
 
 
 def test_one_outlier_does_not_make_the_suggestion():
     losses = {10**-exponent: 1.0 for exponent in range(6, 3, -1)} | {1e-3: 0.8, 1e-2: 0.5, 1e-1: 0.45, 1.0: 0.9}
-    assert suggested({**losses, 1e-5: 0.44}).lowest in (1e-2, 1e-1)
+    assert suggest_lr({**losses, 1e-5: 0.44}).lowest_lr in (1e-2, 1e-1)
 
 
 def test_the_command_prints_a_table_and_a_suggestion_and_draws(run, tmp_path, monkeypatch):
@@ -148,14 +148,14 @@ def test_the_command_as_json(run):
     code, out, _ = run("lr-find", *FEW, "--train", "head", "--batches", "1", "--json")
     found = json.loads(out)
     assert code == 0
-    assert found["suggestion"] in [each["rate"] for each in found["losses"]]
+    assert found["suggestion"] in [each["lr"] for each in found["losses"]]
     assert len(found["losses"]) == 25
 
 
 @pytest.mark.parametrize("name", ["rates.xyz", "nowhere/rates.png"])
 def test_a_picture_that_cannot_be_written_is_an_error_that_says_so(name, tmp_path):
     with pytest.raises(tf.UsageError, match="cannot draw .* name a .png file"):
-        suggested({1e-2: 1.0, 1e-1: 0.9, 1.0: 1.5}).draw(tmp_path / name)
+        suggest_lr({1e-2: 1.0, 1e-1: 0.9, 1.0: 1.5}).plot(tmp_path / name)
 
 
 def test_a_selector_that_matches_nothing_is_an_error_that_says_so(run):

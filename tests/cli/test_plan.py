@@ -23,27 +23,27 @@ def run(capsys):
     return call
 
 
-def decides(brief):
+def decides(task):
     """A strategy of every kind of step, which decides from figures."""
-    readings = yield tf.Probe("look", batches=2)
-    yield tf.Fit("fit", l2=0.1)
+    readings = yield tf.Diagnosis("look", batches=2)
+    yield tf.HeadFit("fit", l2=0.1)
     scales = {name: min(1.0, value) for name, value in readings.values.items()}
     report = yield tf.Phase("all", epochs=2, lr=0.01, lr_scales=scales, schedule=tf.use("one-cycle", pct_start=0.2))
     if report.val["accuracy"] > 0.1:
         yield tf.Phase("head", train="head", steps=9, optimizer=tf.use("sgd", momentum=0.5), restore_best=True)
-    yield tf.Blend("mix", snapshots=["fit", report.step], weights=[0.25, 0.75])
+    yield tf.WeightAverage("mix", snapshots=["fit", report.step_name], weights=[0.25, 0.75])
     yield tf.Phase("weak", epochs=1, class_weights={"b": 2.0}, sampling="balanced", patience=1)
 
 
 def test_what_a_run_did_runs_again_to_the_same_bytes(run, tune, tmp_path):
     one = tune(decides, seed=3)
-    code, out, _ = run("report", one.folder, "--plan", "--out", tmp_path / "plan.toml")
+    code, out, _ = run("report", one.run_dir, "--plan", "--out", tmp_path / "plan.toml")
     assert code == 0
     assert f"--strategy.path {tmp_path / 'plan.toml'}" in out
-    assert read_plan(tmp_path / "plan.toml") == [step for step, _ in one.steps]
+    assert read_plan(tmp_path / "plan.toml") == [step for step, _ in one.strategy_steps]
     two = tune(tf.use("plan-file", path=tmp_path / "plan.toml"), seed=3)
     for name in SAME:
-        assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
+        assert (one.run_dir / name).read_bytes() == (two.run_dir / name).read_bytes()
 
 
 def test_the_default_run_on_digits_runs_again_from_its_plan_to_the_same_bytes(run, tmp_path):
@@ -65,8 +65,8 @@ def test_a_plan_is_printed_whole_for_a_list_and_nothing_is_trained_or_written(ru
     assert (code, err) == (0, "")
     (tmp_path / "plan.toml").write_text(text)
     fit, phase = read_plan(tmp_path / "plan.toml")
-    assert (type(fit), phase.epochs) == (tf.Fit, 3)
-    assert "decides" not in text
+    assert (type(fit), phase.epochs) == (tf.HeadFit, 3)
+    assert "is_adaptive" not in text
     assert "6 layer groups" in text
     assert [path.name for path in tmp_path.iterdir()] == ["plan.toml"]
 
@@ -91,21 +91,21 @@ def test_of_a_strategy_that_decides_the_first_step_is_printed_and_that_is_said(r
     assert text.count("[[step]]") == 1
     _, text, _ = run("run", *FEW, "--strategy", "adaptive_mod:Adaptive", "--plan", "--json")
     found = json.loads(text)
-    assert found["decides"] is True
+    assert found["is_adaptive"] is True
     assert [step["name"] for step in found["steps"]] == ["first"]
 
 
 @pytest.mark.parametrize("kind", [list, tuple, iter])
 def test_what_cannot_hear_an_answer_is_listed_whole(kind):
     steps = [tf.Phase("a", epochs=1), tf.Phase("b", epochs=1)]
-    plan = tf.Engine(strategy=lambda brief: kind(steps), data=tiny_data(), model=tiny_net()).plan()
-    assert (plan.steps, plan.decides) == (tuple(steps), False)
+    plan = tf.Engine(strategy=lambda task: kind(steps), data=tiny_data(), model=tiny_net()).dry_run()
+    assert (plan.strategy_steps, plan.depends_on_results) == (tuple(steps), False)
 
 
 def test_a_plan_trains_nothing():
     net = tiny_net()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    tf.Engine(strategy="full", data=tiny_data(), model=net).plan()
+    tf.Engine(strategy="full", data=tiny_data(), model=net).dry_run()
     assert all(bool((before[name] == tensor).all()) for name, tensor in net.state_dict().items())
 
 
@@ -122,7 +122,7 @@ def test_a_plan_trains_nothing():
 def test_a_plan_looks_ahead_at_every_step_that_is_known(later, words):
     steps = [tf.Phase("a", epochs=1), later]
     with pytest.raises(tf.TuneforgeError, match=words):
-        tf.Engine(strategy=lambda brief: steps, data=tiny_data(), model=tiny_net()).plan()
+        tf.Engine(strategy=lambda task: steps, data=tiny_data(), model=tiny_net()).dry_run()
 
 
 def test_a_strategy_that_changes_the_loss_says_that_its_plan_does_not(run, tmp_path):
@@ -137,20 +137,20 @@ def test_a_strategy_that_changes_the_loss_says_that_its_plan_does_not(run, tmp_p
 
 def test_a_run_that_its_budget_stopped_says_so_in_its_plan(run, tune):
     result = tune([tf.Phase("a", epochs=5)], budget="2epochs")
-    _, text, err = run("report", result.folder, "--plan")
+    _, text, err = run("report", result.run_dir, "--plan")
     assert "note: the budget stopped the run at optimizer step 12" in err
     assert "epochs = 5" in text
 
 
 def test_the_executed_steps_are_also_json(run, tune):
-    result = tune([tf.Phase("a", epochs=1), tf.Blend("b", snapshots=["start", "a"])])
-    found = json.loads(run("report", result.folder, "--plan", "--json")[1])
-    assert [(step["kind"], step["name"]) for step in found["steps"]] == [("phase", "a"), ("blend", "b")]
+    result = tune([tf.Phase("a", epochs=1), tf.WeightAverage("b", snapshots=["start", "a"])])
+    found = json.loads(run("report", result.run_dir, "--plan", "--json")[1])
+    assert [(step["kind"], step["name"]) for step in found["steps"]] == [("phase", "a"), ("weight-average", "b")]
 
 
 def test_out_without_plan_is_refused(run, tune, tmp_path):
     result = tune([tf.Phase("a", epochs=1)])
-    code, _, err = run("report", result.folder, "--out", tmp_path / "x.toml")
+    code, _, err = run("report", result.run_dir, "--out", tmp_path / "x.toml")
     assert code == 2
     assert "add --plan" in err
 

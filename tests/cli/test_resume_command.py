@@ -7,15 +7,16 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 
 import tuneforge as tf
 from tuneforge.__main__ import main
 from tuneforge.engine.storage import fault_injection as faults
-from tuneforge.engine.storage.run_dir import RunFolder
+from tuneforge.engine.storage.run_dir import RunDir
 
 FEW = ["--data.per-class", "4", "--data.other-share", "0"]
-TOLD = [*FEW, "--strategy", "full", "--strategy.epochs", "2", "--seed", "3", "--with", "ema", "--ema.decay", "0.9"]
+TOLD = [*FEW, "--strategy", "full", "--strategy.epochs", "2", "--seed", "3", "--callback", "ema", "--ema.decay", "0.9"]
 BYTES = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json")
 
 
@@ -79,7 +80,7 @@ def test_flags_that_agree_are_taken_and_the_run_goes_on(run, half):
         (["--strategy", "head-only"], ["--strategy: the run has full, given head-only"]),
         (["--strategy", "head-only", "--lr", "1"], ["--strategy: the run has full, given head-only"]),
         (["--ema.decay", "0.5"], ["--ema.decay: the run has 0.9, given 0.5"]),
-        (["--with", "grad-clip"], ["--with: the run has ema, given grad-clip"]),
+        (["--callback", "grad-clip"], ["--callback: the run has ema, given grad-clip"]),
         (["--optimizer", "sgd"], ["--optimizer: the run has none, given sgd"]),
         (["--data.per-class", "5", "--no-page"], ["--data.per-class: the run has 4, given 5"]),
         (["--page"], ["--page: the run has false, given true"]),
@@ -138,7 +139,7 @@ def test_without_a_name_it_is_the_newest_run_that_is_neither_done_nor_running(ru
         folder = half(f"runs/{name}", *TOLD)
         os.utime(folder / "status.json", (1000 + number, 1000 + number))
     (tmp_path / "runs" / "broken" / "status.json").write_text("{")
-    with RunFolder(tmp_path / "runs" / "in-use", resume=True):
+    with RunDir(tmp_path / "runs" / "in-use", resume=True):
         code, out, err = run("resume")
     assert code == 0, err
     assert "run: runs/older" in out
@@ -162,7 +163,7 @@ def test_what_the_run_was_told_can_be_printed(run, half):
 
 def test_a_run_of_python_objects_says_what_to_give_again(run, tmp_path, tune, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = tune([tf.Phase("head", train="head", epochs=1)]).folder
+    folder = tune([tf.Phase("head", train="head", epochs=1)]).run_dir
     (folder / "status.json").write_text('{"state": "stopped"}')
     code, _, err = run("resume", folder)
     assert code == 73
@@ -205,13 +206,13 @@ class Hangs:
 """
 COMMAND = [
     "run", "--data.per-class", "8", "--data.other-share", "0.2", "--strategy.epochs", "2", "--no-page",
-    "--checkpoint-s", "1e9", "--checkpoint-steps", "2", "--with", "hangs:Hangs", "--with", "ema",
+    "--checkpoint-s", "1e9", "--checkpoint-steps", "2", "--callback", "hangs:Hangs", "--callback", "ema",
 ]  # fmt: skip
 
 
 def start(folder, *arguments, hang=""):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HANG": hang}
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, "-m", "tuneforge", *arguments], cwd=folder, env=environment, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip

@@ -47,7 +47,7 @@ def test_a_run_leaves_as_a_bundle_with_its_card(run, world):
     for words in ("| low |", "- Run `good`:", "table-row", "safetensors | torch | 90 samples"):
         assert words in card
     code, out, _ = run("export", "runs/good", "--to", "safetensors", "--out", "b2", "--json")
-    assert (code, json.loads(out)["folder"]) == (0, "b2")
+    assert (code, json.loads(out)["directory"]) == (0, "b2")
     code, _, err = run("export", "runs/good", "--to", "safetensors", "--out", "b")
     assert (code, "'b' is not empty" in err) == (73, True)
 
@@ -91,7 +91,7 @@ def test_promote_list_show_and_the_way_back(run, world):
     assert "used to decide 2 time(s) before" in out
     code, out, _ = run("promote", "runs/poor", *keep, "--json")
     verdict = json.loads(out)
-    assert (code, verdict["version"], verdict["against"], verdict["promoted"]) == (3, None, 2, False)
+    assert (code, verdict["version"], verdict["previous_champion"], verdict["promoted"]) == (3, None, 2, False)
 
     code, out, _ = run("models", "list", "--store", "s")
     assert [line.split()[:2] for line in out.splitlines()] == [["NAME", "VERSION"], ["sizes", "1"], ["sizes", "2"]]

@@ -6,66 +6,74 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tuneforge.comparison.paired_tests import LEVEL, holm, mean_and_spread, paired, reach
+from tuneforge.comparison.paired_tests import ALPHA, ci_half_width, holm_correction, mean_and_std, paired_t_test
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 30])
 def test_the_paired_test_and_its_interval_are_scipys(count):
     generator = np.random.default_rng(count)
     first, second = generator.normal(0.9, 0.02, count), generator.normal(0.89, 0.02, count)
-    found, known = paired(first, second), stats.ttest_rel(first, second)
-    low, high = known.confidence_interval(1 - LEVEL)
-    assert found.pairs == count
-    assert (found.p, found.low, found.high) == pytest.approx((known.pvalue, low, high), rel=1e-9)
+    found, known = paired_t_test(first, second), stats.ttest_rel(first, second)
+    low, high = known.confidence_interval(1 - ALPHA)
+    assert found.num_pairs == count
+    assert (found.p_value, found.ci_low, found.ci_high) == pytest.approx((known.pvalue, low, high), rel=1e-9)
     assert found.mean == pytest.approx(first.mean() - second.mean())
-    assert found.sd == pytest.approx(np.std(first - second, ddof=1))
+    assert found.std == pytest.approx(np.std(first - second, ddof=1))
 
 
 def test_a_textbook_case_by_hand():
-    found = paired([0.90, 0.92, 0.94], [0.88, 0.91, 0.91])  # differences 0.02, 0.01, 0.03: t = 0.02 / (0.01 / sqrt(3))
+    found = paired_t_test(
+        [0.90, 0.92, 0.94], [0.88, 0.91, 0.91]
+    )  # differences 0.02, 0.01, 0.03: t = 0.02 / (0.01 / sqrt(3))
     t = 2 * math.sqrt(3)
     assert found.mean == pytest.approx(0.02)
-    assert found.p == pytest.approx(1 - t / math.sqrt(2 + t * t))  # the t distribution with 2 degrees of freedom
-    assert found.high - found.mean == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-6)
+    assert found.p_value == pytest.approx(1 - t / math.sqrt(2 + t * t))  # the t distribution with 2 degrees of freedom
+    assert found.ci_high - found.mean == pytest.approx(4.302653 * 0.01 / math.sqrt(3), rel=1e-6)
 
 
 def test_one_seed_is_not_tested():
-    found = paired([0.9], [0.8])
-    assert (found.pairs, found.sd, found.low, found.p, found.untested) == (1, None, None, None, "one seed")
+    found = paired_t_test([0.9], [0.8])
+    assert (found.num_pairs, found.std, found.ci_low, found.p_value, found.reason_untested) == (
+        1,
+        None,
+        None,
+        None,
+        "one seed",
+    )
     assert found.mean == pytest.approx(0.1)
 
 
 def test_differences_without_spread_are_not_tested_however_large():
-    found = paired([0.9, 0.9, 0.9], [0.1, 0.1, 0.1])
-    assert (found.p, found.low, found.high) == (None, None, None)
-    assert found.untested == "every seed gives the same difference"
-    assert paired([0.3, 0.1 + 0.2, 0.3], [0.1, 0.1, 0.1]).p is None, "they differ by rounding only"
+    found = paired_t_test([0.9, 0.9, 0.9], [0.1, 0.1, 0.1])
+    assert (found.p_value, found.ci_low, found.ci_high) == (None, None, None)
+    assert found.reason_untested == "every seed gives the same difference"
+    assert paired_t_test([0.3, 0.1 + 0.2, 0.3], [0.1, 0.1, 0.1]).p_value is None, "they differ by rounding only"
 
 
 def test_equal_figures_are_no_difference():
-    found = paired([0.9, 0.8], [0.9, 0.8])
-    assert (found.mean, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
+    found = paired_t_test([0.9, 0.8], [0.9, 0.8])
+    assert (found.mean, found.ci_low, found.ci_high, found.p_value) == (0.0, 0.0, 0.0, 1.0)
 
 
 def test_holms_correction_of_known_numbers():
-    assert holm([0.01, 0.04, 0.03, 0.005], comparisons=4) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.7], comparisons=2) == pytest.approx([1.0, 1.0])
-    assert holm([], comparisons=0) == []
+    assert holm_correction([0.01, 0.04, 0.03, 0.005], num_comparisons=4) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm_correction([0.6, 0.7], num_comparisons=2) == pytest.approx([1.0, 1.0])
+    assert holm_correction([], num_comparisons=0) == []
 
 
 def test_comparisons_without_a_p_count_for_the_correction():
-    assert holm([None, 0.01, 0.02], comparisons=3) == [None, pytest.approx(0.03), pytest.approx(0.04)]
-    assert holm([0.01], comparisons=5) == pytest.approx([0.05])
+    assert holm_correction([None, 0.01, 0.02], num_comparisons=3) == [None, pytest.approx(0.03), pytest.approx(0.04)]
+    assert holm_correction([0.01], num_comparisons=5) == pytest.approx([0.05])
 
 
 @pytest.mark.parametrize(("pairs", "quantile"), [(2, 12.7062), (3, 4.3027), (10, 2.2622)])
 def test_how_far_an_interval_reaches(pairs, quantile):
-    assert reach(pairs) == pytest.approx(quantile / math.sqrt(pairs), rel=1e-4)
+    assert ci_half_width(pairs) == pytest.approx(quantile / math.sqrt(pairs), rel=1e-4)
 
 
 def test_the_spread_is_that_of_a_sample():
-    assert mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
-    assert mean_and_spread([4.0]) == (4.0, None)
+    assert mean_and_std([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert mean_and_std([4.0]) == (4.0, None)
 
 
 def test_the_correction_keeps_races_of_equals_from_having_a_winner():
@@ -74,8 +82,8 @@ def test_the_correction_keeps_races_of_equals_from_having_a_winner():
     called, uncorrected = 0, 0
     for _ in range(400):
         base, *others = generator.normal(size=(4, 5))
-        p_values = [paired(each, base).p for each in others]
-        called += min(holm(p_values, comparisons=3)) < LEVEL
-        uncorrected += min(p_values) < LEVEL
+        p_values = [paired_t_test(each, base).p_value for each in others]
+        called += min(holm_correction(p_values, num_comparisons=3)) < ALPHA
+        uncorrected += min(p_values) < ALPHA
     assert called / 400 < 0.075
     assert uncorrected / 400 > 0.1

@@ -12,13 +12,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import forked
 import pytest
 
 import tuneforge as tf
 from tuneforge.__main__ import main
-from tuneforge.comparison.study_dir import RACE
-from tuneforge.comparison.worker_pool import Crew
+from tuneforge.comparison import worker_pool as crew
+from tuneforge.comparison.study_dir import STUDY
+from tuneforge.comparison.worker_pool import WorkerPool
 
 FULL = "TUNEFORGE_RACES" in os.environ
 FEW = {"data": tf.use("digits", per_class=3, other_share=0.0), "page": False, "checkpoint_s": 0.0}
@@ -35,7 +38,7 @@ class Gate:
     lr: float = tf.option(default=0.01, help="Rate.")
 
     @tf.hookimpl
-    def finetune_strategy(self, brief):
+    def finetune_strategy(self, task):
         yield tf.Phase("first", train="head", epochs=1, lr=self.lr)
         Path(f"here-{self.lr}").touch()
         until = time.monotonic() + 60
@@ -49,11 +52,18 @@ class Broken:
     "Comes to grief with the second seed."
 
     @tf.hookimpl
-    def finetune_strategy(self, brief):
-        if brief.seed == 1:
+    def finetune_strategy(self, task):
+        if task.seed == 1:
             raise ValueError("out of ideas")
         yield tf.Phase("only", train="head", epochs=2, lr=0.01)
 """
+
+
+@pytest.fixture
+def quick_helpers(monkeypatch):
+    """Helpers that this process starts are forked; those of a command, as in the tests of signals, begin afresh."""
+    names = {name: getattr(subprocess, name) for name in ("PIPE", "DEVNULL")}
+    monkeypatch.setattr(crew, "subprocess", SimpleNamespace(Popen=forked.Popen, **names))
 
 
 @pytest.fixture
@@ -90,16 +100,16 @@ def gone(pid):
         return True
 
 
-def test_two_processes_end_in_the_table_of_one_with_a_halving_and_an_entrant_that_fails(place):
+def test_two_processes_end_in_the_table_of_one_with_a_halving_and_an_entrant_that_fails(place, quick_helpers):
     strategies = ["head-only:lr=0.01", "own:Broken", "head-only:lr=0.0001", "head-only:lr=0.001"]
     given = {**FEW, "seeds": 2, "budget": "2epochs", "halving": True}
     told, alone_told = [], []
-    shared = tf.compare(strategies, **given, out="shared", ranks=2, say=told.append)
-    alone = tf.compare(strategies, **given, out="alone", say=alone_told.append)
+    shared = tf.compare(strategies, **given, out="shared", num_processes=2, log=told.append)
+    alone = tf.compare(strategies, **given, out="alone", log=alone_told.append)
     assert Path("shared/results.json").read_bytes() == Path("alone/results.json").read_bytes()
     assert shared.results == alone.results
-    assert {each["name"]: each["state"] for each in shared.results["entrants"]}["own:Broken"] == "failed"
-    assert "dropped" in {each["state"] for each in shared.results["entrants"]}
+    assert {each["name"]: each["state"] for each in shared.results["candidates"]}["own:Broken"] == "failed"
+    assert "dropped" in {each["state"] for each in shared.results["candidates"]}
     folders = sorted(str(path.relative_to("alone")) for path in Path("alone").glob("*/**/seed-*"))
     assert set(folders) <= {str(path.relative_to("shared")) for path in Path("shared").glob("*/**/seed-*")}
     for name in folders:
@@ -116,7 +126,7 @@ def test_two_processes_end_in_the_table_of_one_with_a_halving_and_an_entrant_tha
     assert all(map(gone, pids))
 
 
-def test_what_a_killed_process_was_at_is_gone_on_with_by_the_others(place, monkeypatch):
+def test_what_a_killed_process_was_at_is_gone_on_with_by_the_others(place, quick_helpers, monkeypatch):
     monkeypatch.setenv("GATE", "9")
     told = []
 
@@ -128,7 +138,7 @@ def test_what_a_killed_process_was_at_is_gone_on_with_by_the_others(place, monke
 
     thread = threading.Thread(target=kill_one)
     thread.start()
-    killed = tf.compare(GATES, **FEW, seeds=1, out="killed", ranks=2, say=told.append)
+    killed = tf.compare(GATES, **FEW, seeds=1, out="killed", num_processes=2, log=told.append)
     thread.join()
     whole = tf.compare(GATES, **FEW, seeds=1, out="whole")
     assert killed.results == whole.results
@@ -137,10 +147,8 @@ def test_what_a_killed_process_was_at_is_gone_on_with_by_the_others(place, monke
 
 def test_a_killed_leader_takes_the_others_with_it_and_the_race_goes_on(place, monkeypatch):
     monkeypatch.setenv("GATE", "9")
-    command = [sys.executable, "-m", "tuneforge", "compare", "--strategies", GATES, *FLAGS, "--ranks", "2"]
-    leader = subprocess.Popen(
-        [*command, "--out", "killed"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command = [sys.executable, "-m", "tuneforge", "compare", "--strategies", GATES, *FLAGS, "--num-processes", "2"]
+    leader = forked.Popen([*command, "--out", "killed"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(all_here)
     pids = [read(path)["pid"] for path in Path("killed").glob("*/seed-0/status.json")]
     leader.kill()
@@ -157,8 +165,8 @@ def test_a_killed_leader_takes_the_others_with_it_and_the_race_goes_on(place, mo
 @pytest.mark.skipif(not FULL, reason="part of the full set")
 def test_ctrl_c_stops_all_and_the_race_goes_on_with_another_number(place, monkeypatch):
     monkeypatch.setenv("GATE", "9")
-    command = [sys.executable, "-m", "tuneforge", "compare", "--strategies", GATES, *FLAGS, "--ranks", "2"]
-    leader = subprocess.Popen([*command, "--out", "stopped"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "tuneforge", "compare", "--strategies", GATES, *FLAGS, "--num-processes", "2"]
+    leader = forked.Popen([*command, "--out", "stopped"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(all_here)
     pids = [read(path)["pid"] for path in Path("stopped").glob("*/seed-0/status.json")]
     leader.send_signal(signal.SIGINT)
@@ -170,7 +178,7 @@ def test_ctrl_c_stops_all_and_the_race_goes_on_with_another_number(place, monkey
     assert "go on with: tuneforge compare --resume stopped" in out
     assert all(map(gone, pids))
     assert {read(path)["state"] for path in Path("stopped").glob("**/status.json")} == {"stopped"}
-    assert main(["compare", "--resume", "stopped", "--ranks", "3"]) == 0
+    assert main(["compare", "--resume", "stopped", "--num-processes", "3"]) == 0
     assert main(["compare", "--strategies", GATES, *FLAGS, "--out", "whole"]) == 0
     assert Path("stopped/results.json").read_bytes() == Path("whole/results.json").read_bytes()
 
@@ -183,7 +191,7 @@ def test_the_ranks_of_torchrun_divide_the_runs_and_the_first_one_speaks(place):
     command = [sys.executable, "-m", "tuneforge", "compare", "--strategies", GATES, *FLAGS, "--out", "shared"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     ranks = [
-        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipe) for rank in (0, 1)
+        forked.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipe) for rank in (0, 1)
     ]
     said = [each.communicate(timeout=120)[0] for each in ranks]
     assert [each.returncode for each in ranks] == [0, 0], said
@@ -196,9 +204,9 @@ def test_the_ranks_of_torchrun_divide_the_runs_and_the_first_one_speaks(place):
 
 
 def test_a_run_that_is_taken_is_left_to_who_has_it(place):
-    code = "import sys; from pathlib import Path; from tuneforge.comparison.worker_pool import Crew\n"
-    code += "with Crew(Path('.')) as crew:\n for n in (3, 4):\n  with crew.taken(n) as mine: print(mine)"
-    with Crew(Path()) as crew, crew.taken(3) as mine:
+    code = "import sys; from pathlib import Path; from tuneforge.comparison.worker_pool import WorkerPool\n"
+    code += "with WorkerPool(Path('.')) as crew:\n for n in (3, 4):\n  with crew.claim(n) as mine: print(mine)"
+    with WorkerPool(Path()) as own, own.claim(3) as mine:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert mine
     assert done.stdout.split() == ["False", "True"]
@@ -206,13 +214,13 @@ def test_a_run_that_is_taken_is_left_to_who_has_it(place):
 
 def test_what_other_processes_cannot_have_is_refused(place):
     with pytest.raises(tf.UsageError, match="not Python objects"):
-        tf.compare([[tf.Phase("head", train="head", epochs=1)]], **FEW, ranks=2, out="r")
+        tf.compare([[tf.Phase("head", train="head", epochs=1)]], **FEW, num_processes=2, out="r")
     with pytest.raises(tf.UsageError, match="0 processes"):
-        tf.compare("full", **FEW, ranks=0, out="r")
-    assert not Path("r", RACE).exists()
+        tf.compare("full", **FEW, num_processes=0, out="r")
+    assert not Path("r", STUDY).exists()
 
 
-def test_a_race_by_the_clock_says_what_its_seconds_are_worth(place):
+def test_a_race_by_the_clock_says_what_its_seconds_are_worth(place, quick_helpers):
     Path("go").touch()
-    said = tf.compare(GATES, **FEW, seeds=1, budget="60s", ranks=2, out="r").table
+    said = tf.compare(GATES, **FEW, seeds=1, budget="60s", num_processes=2, out="r").table
     assert "note: 2 runs at a time, each with 1 thread(s): 60s are worth less so" in said

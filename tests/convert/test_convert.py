@@ -13,7 +13,7 @@ import malicious_weights as malicious
 import pytest
 import torch
 
-from tuneforge import DataError, Limited, UnsafeFileError, load_tensors, save_tensors
+from tuneforge import DataError, Sandbox, UnsafeFileError, load_tensors, save_tensors
 from tuneforge.__main__ import main
 
 BY_COMMAND = ("os.system", "fifo", "device", "folder", "loop", "nowhere")
@@ -34,7 +34,7 @@ def test_every_malicious_file_is_refused_and_none_runs(planted, tmp_path):
     assert len(planted) >= 60
     out = tmp_path / "out.safetensors"
     target = "tuneforge.convert.restricted_unpickler:unpack"
-    with Limited(target, memory_mb=1500, seconds=20.0, writes=out, largest=2**26) as process:
+    with Sandbox(target, memory_mb=1500, timeout_s=20.0, writable_path=out, max_file_bytes=2**26) as process:
         for name, path in planted.items():
             if path.is_file():  # the others are refused before a process starts
                 assert _refused(process, path, out), name
@@ -46,7 +46,7 @@ def test_every_malicious_file_is_refused_and_none_runs(planted, tmp_path):
 
 def _refused(process, path, out):
     try:
-        process.ask(path=str(path), out=str(out), key=None, max_bytes=2**26)
+        process.call(path=str(path), out=str(out), key=None, max_bytes=2**26)
     except (UnsafeFileError, DataError):
         return True
     return False
@@ -80,7 +80,7 @@ def test_weights_become_safetensors_whatever_container_they_came_in(tmp_path, ca
     assert main(["import", str(path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     tensors, _ = load_tensors(tmp_path / "a.safetensors")
-    assert told["under"] == "state_dict"
+    assert told["state_dict_key"] == "state_dict"
     assert set(tensors) == set(state)
     assert all(torch.equal(tensors[name], state[name]) for name in state)
 
@@ -93,8 +93,8 @@ def test_a_shared_tensor_is_kept_once_and_the_file_of_a_link_is_left_alone(tmp_p
     assert main(["import", str(path), "--out", str(tmp_path / "b.safetensors"), "--json", "--force"]) == 0
     told = json.loads(capsys.readouterr().out)
     tensors, metadata = load_tensors(tmp_path / "b.safetensors")
-    assert told["same"] == {"out.w": "in.w"} == metadata["same"]
-    assert told["left_out"] == ["epoch"]
+    assert told["shared_tensors"] == {"out.w": "in.w"} == metadata["shared_tensors"]
+    assert told["skipped_names"] == ["epoch"]
     assert set(tensors) == {"in.w", "part"}
     assert torch.equal(tensors["part"], weight[:2].T)
     assert (tmp_path / "precious").read_text() == "mine"
@@ -137,10 +137,10 @@ def test_what_is_no_file_of_weights_is_bad_data_and_what_could_run_is_unsafe(tmp
     }
     out = tmp_path / "out.safetensors"
     target = "tuneforge.convert.restricted_unpickler:unpack"
-    with Limited(target, memory_mb=1500, seconds=20.0, writes=out, largest=2**26) as process:
+    with Sandbox(target, memory_mb=1500, timeout_s=20.0, writable_path=out, max_file_bytes=2**26) as process:
         for name, (data, error) in content.items():
             (tmp_path / name).write_bytes(data)
             with pytest.raises(error):
-                process.ask(path=str(tmp_path / name), out=str(out), key=None, max_bytes=2**26)
+                process.call(path=str(tmp_path / name), out=str(out), key=None, max_bytes=2**26)
     assert (DataError.exit_code, UnsafeFileError.exit_code) == (65, 77)
     assert not out.exists()

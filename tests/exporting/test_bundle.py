@@ -10,9 +10,9 @@ from bundles import data, finished
 from tiny import blobs, tiny_net
 
 import tuneforge as tf
-from tuneforge.exporting.bundle import backends_of
+from tuneforge.exporting.bundle import list_backends
 from tuneforge.exporting.exporter import export
-from tuneforge.exporting.reference_outputs import digests, spread, summary
+from tuneforge.exporting.reference_outputs import evenly_spaced_rows, hash_samples, summarize
 
 
 @pytest.fixture(scope="module")
@@ -32,27 +32,27 @@ def bundle(whole, tmp_path):
 
 def test_it_answers_as_the_run_and_without_it(run, bundle, request):
     stored = blobs(40, seed=9).fetch(torch.arange(40))
-    expected = tf.servable_of(run).outputs(stored)
+    expected = tf.load_inference_model(run).outputs(stored)
     away = run.rename(run.with_name("away"))
     request.addfinalizer(lambda: away.rename(run))
     found = tf.load_bundle(bundle)
     assert torch.equal(found.outputs(stored), expected)
-    assert (found.name, found.version, found.backend, found.check()) == ("blobs", "", "torch", 16)
-    assert found.figures == json.loads((away / "report.json").read_text())["splits"]["test"]
-    assert found.stored == {"": ((8,), "float32")}
-    assert torch.allclose(found.answers(stored).sum(1), torch.ones(40))
+    assert (found.name, found.version, found.backend, found.verify()) == ("blobs", "", "torch", 16)
+    assert found.test_metrics == json.loads((away / "report.json").read_text())["splits"]["test"]
+    assert found.input_specs == {"": ((8,), "float32")}
+    assert torch.allclose(found.predict_batch(stored).sum(1), torch.ones(40))
 
 
 def test_a_run_folder_is_servable_as_it_is(run):
-    found = tf.servable_of(run)
-    assert (found.name, found.backend, found.check(), found.evidence) == ("blobs", "torch", 0, None)
-    assert 0 < found.figures["accuracy"] <= 1
+    found = tf.load_inference_model(run)
+    assert (found.name, found.backend, found.verify(), found.reference_data) == ("blobs", "torch", 0, None)
+    assert 0 < found.test_metrics["accuracy"] <= 1
     assert next(found.predict([[0.0] * 8]))["class"] in ("a", "b", "c")
     with pytest.raises(tf.UsageError, match="no form for 'onnxruntime'"):
-        tf.servable_of(run, backend="onnxruntime")
+        tf.load_inference_model(run, backend="onnxruntime")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "evidence.safetensors", "bundle.json", "run.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "reference.safetensors", "bundle.json", "run.json"])
 def test_a_byte_that_changed_is_found_and_the_file_named(bundle, name):
     content = bytearray((bundle / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -69,25 +69,25 @@ def test_a_file_that_is_gone_is_named(bundle):
 
 def test_what_is_no_bundle_is_refused(tmp_path):
     (tmp_path / "x").mkdir()
-    for load in (tf.load_bundle, tf.servable_of):
+    for load in (tf.load_bundle, tf.load_inference_model):
         with pytest.raises(tf.FolderError):
             load(tmp_path / "x")
 
 
 def test_a_backend_without_a_form_is_refused(bundle):
-    assert backends_of(bundle) == ("torch",)
+    assert list_backends(bundle) == ("torch",)
     with pytest.raises(tf.UsageError, match="onnxruntime"):
         tf.load_bundle(bundle, backend="onnxruntime")
 
 
 def test_a_model_that_answers_otherwise_than_recorded_fails_its_check(bundle):
     found = tf.load_bundle(bundle)
-    found.evidence.outputs[3] += torch.tensor([2.0, 0.0, -2.0])
+    found.reference_data.probe_outputs[3] += torch.tensor([2.0, 0.0, -2.0])
     with pytest.raises(tf.HaltError, match="disagrees with its own recorded answers"):
-        found.check()
-    found.evidence.outputs[3] = torch.nan
+        found.verify()
+    found.reference_data.probe_outputs[3] = torch.nan
     with pytest.raises(tf.HaltError):
-        found.check()
+        found.verify()
 
 
 def test_many_threads_get_the_answers_of_one(bundle):
@@ -110,36 +110,36 @@ def test_many_threads_get_the_answers_of_one(bundle):
 def test_a_bundle_of_a_later_layout_is_refused(bundle):
     record = json.loads((bundle / "bundle.json").read_text())
     (bundle / "bundle.json").write_text(json.dumps({**record, "bundle": 2, "tuneforge": "9.9"}))
-    from tuneforge.exporting.atomic_dir import seal
+    from tuneforge.exporting.atomic_dir import write_manifest
 
-    seal(bundle)
+    write_manifest(bundle)
     with pytest.raises(tf.FolderError, match=r"newer tuneforge \(9.9\)"):
         tf.load_bundle(bundle)
 
 
 def test_the_evidence_holds_what_was_trained_on_and_a_reference(bundle):
-    kept = tf.load_bundle(bundle).evidence
-    assert kept.seen.tolist() == sorted(set(digests(data().train).tolist()))
-    assert not torch.isin(digests(data().test), kept.seen).any()
-    rows = spread(300, 1000)
+    kept = tf.load_bundle(bundle).reference_data
+    assert kept.train_digests.tolist() == sorted(set(hash_samples(data().train).tolist()))
+    assert not torch.isin(hash_samples(data().test), kept.train_digests).any()
+    rows = evenly_spaced_rows(300, 1000)
     assert torch.equal(kept.summaries, data().test.fetch(rows))
-    assert kept.answers.shape == (300, 3)
-    assert len(kept.outputs) == len(kept.probe) == 16
+    assert kept.predictions.shape == (300, 3)
+    assert len(kept.probe_outputs) == len(kept.probe_inputs) == 16
 
 
 def test_a_digest_is_of_the_sample_and_nothing_else():
     one, two = blobs(20, seed=1), blobs(20, seed=1)
     shuffled = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(digests(two.take(shuffled)), digests(one)[shuffled])
+    assert torch.equal(hash_samples(two.subset(shuffled)), hash_samples(one)[shuffled])
     named = tf.Split({"x": one.source.inputs, "y": torch.zeros(20)}, one.targets)
-    assert len({*digests(named).tolist(), *digests(one).tolist()}) == 40
+    assert len({*hash_samples(named).tolist(), *hash_samples(one).tolist()}) == 40
 
 
 def test_a_picture_is_summed_up_the_same_in_any_batch():
     pictures = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    whole = summary(pictures)
+    whole = summarize(pictures)
     assert whole.shape == (6, 18)
-    assert torch.equal(whole[2:3], summary(pictures[2:3]))
+    assert torch.equal(whole[2:3], summarize(pictures[2:3]))
     assert torch.allclose(whole[:, 0], pictures.float().mean((1, 2, 3)))
 
 

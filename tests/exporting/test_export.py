@@ -1,6 +1,6 @@
 """What leaves is proved to answer as the tuned model, or nothing leaves.
 
-All twelve architectures: `TUNEFORGE_ARCHITECTURES=12 python -m pytest tests/exporting/test_export.py`.
+All twelve architectures: `TUNEFORGE_ARCHITECTURES=12 python -m pytest -m "" tests/exporting/test_export.py`.
 """
 
 import importlib.util
@@ -21,12 +21,12 @@ from tiny import blobs, tiny_data, tiny_net
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.builtin.datasets.images.image_inputs import Images
-from tuneforge.builtin.datasets.tables.arrays import Tensors
-from tuneforge.builtin.targets import Classes, LabelSets, Numbers
-from tuneforge.engine.session.predictor import with_data
+from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
+from tuneforge.builtin.datasets.tables.arrays import TensorInputs
+from tuneforge.builtin.targets import ClassTargets, MultilabelTargets, RegressionTargets
+from tuneforge.engine.session.predictor import attach_data
 from tuneforge.exporting.exporter import export
-from tuneforge.exporting.parity import BATCHES, ParityError, compared
+from tuneforge.exporting.parity import BATCH_SIZES, ParityError, compare_outputs
 
 FAMILIES = {
     "squeezenet1_1": 64, "resnet18": 64, "mobilenet_v3_small": 64, "efficientnet_b0": 64, "convnext_tiny": 64,
@@ -36,7 +36,7 @@ FAMILIES = {
 TRIED = dict(list(FAMILIES.items())[: int(os.environ.get("TUNEFORGE_ARCHITECTURES", "1"))])
 PLAIN = ("onnxruntime", "numpy", "numpy.libs", "PIL", "pillow.libs", "flatbuffers", "google", "packaging")
 SITE = Path(importlib.util.find_spec("onnxruntime").origin).parents[1]
-CLASSES = Classes(names=("a", "b", "c"))
+CLASSES = ClassTargets(names=("a", "b", "c"))
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +47,18 @@ def digits(tmp_path_factory):
         data=tf.use("digits", per_class=20, other_share=0.0), strategy=tf.use("head-only", epochs=2),
         page=False, out=place / "run",
     ).run()  # fmt: skip
-    export(place / "run", to=["onnx"], out=place / "bundle", pictures=place / "pictures")
+    export(place / "run", to=["onnx"], out=place / "bundle", image_dir=place / "pictures")
     return place
 
 
 def test_the_digit_cnn_passes_the_gate_at_every_batch_size(digits):
     record = json.loads((digits / "bundle" / "bundle.json").read_text())
     parity = record["formats"]["onnx"]["parity"]
-    assert (parity["samples"], parity["batches"], parity["different"]) == (360, [1, 2, 7, 16], 0)
-    assert parity["largest"] < 1e-5
+    assert (parity["num_samples"], parity["batch_sizes"], parity["num_different"]) == (360, [1, 2, 7, 16], 0)
+    assert parity["max_deviation"] < 1e-5
     found = tf.load_bundle(digits / "bundle")
-    assert (found.backend, found.check()) == ("onnxruntime", 16)
-    assert found.stored == {"": ((1, 32, 32), "uint8")}
+    assert (found.backend, found.verify()) == ("onnxruntime", 16)
+    assert found.input_specs == {"": ((1, 32, 32), "uint8")}
 
 
 def test_the_graph_takes_pixels_and_gives_probabilities_for_any_batch(digits):
@@ -68,7 +68,7 @@ def test_the_graph_takes_pixels_and_gives_probabilities_for_any_batch(digits):
     (given,) = session.get_inputs()
     assert (given.name, given.type, given.shape[1:]) == ("input", "tensor(uint8)", [1, 32, 32])
     for size in (1, 3, 100):
-        (answers,) = session.run(["answers"], {"input": np.zeros((size, 1, 32, 32), dtype=np.uint8)})
+        (answers,) = session.run(["predictions"], {"input": np.zeros((size, 1, 32, 32), dtype=np.uint8)})
         assert answers.sum(1) == pytest.approx(np.ones(size), abs=1e-5)
 
 
@@ -90,8 +90,8 @@ def test_the_card_s_script_gives_the_same_accuracy_where_there_is_no_torch(digit
     assert last == f"right, where the folder is the class: {right} of 360"
     said = {int(re.search(r"(\d+)\.png", line)[1]): line.split(": ")[1].split(" (")[0] for line in lines}
     tuned = tf.load(digits / "run")
-    test = with_data(tuned).data.test
-    outputs = tf.servable_of(digits / "run").outputs(test.fetch(torch.arange(360)))
+    test = attach_data(tuned).data.test
+    outputs = tf.load_inference_model(digits / "run").outputs(test.fetch(torch.arange(360)))
     assert [said[row] for row in range(360)] == [tuned.targets.describe(each)["class"] for each in outputs]
 
 
@@ -120,13 +120,13 @@ def test_an_architecture_passes_the_gate(arch, tmp_path):
     side = FAMILIES[arch]
     given = tf.Data(
         train=noise(12, side, 0), val=noise(3, side, 1), test=noise(18, side, 2),
-        inputs=Images(ops=(f"resize {side}",), mean=(0.5,), std=(0.25,)), targets=CLASSES,
+        inputs=ImageInputs(ops=(f"resize {side}",), mean=(0.5,), std=(0.25,)), targets=CLASSES,
     )  # fmt: skip
     module = calibrated(arch, given)
     tf.Engine(data=given, model=module, strategy=[], page=False, out=tmp_path / "run").run()
     export(tmp_path / "run", to=["onnx"], out=tmp_path / "b", data=given, model=module)
     stored = given.test.fetch(torch.arange(18))
-    wanted = tf.servable_of(tmp_path / "run", model=module).outputs(stored)
+    wanted = tf.load_inference_model(tmp_path / "run", model=module).outputs(stored)
     found = tf.load_bundle(tmp_path / "b").outputs(stored)
     spread = float(wanted.std(0).mean())
     print(f"{arch}: outputs differ by {float((found - wanted).abs().max()):.1e}, and spread by {spread:.2e}")
@@ -153,9 +153,9 @@ def calibrated(arch, given):
                 layer.momentum = None
         answering = [each for each in module.modules() if isinstance(each, (nn.Linear, nn.Conv2d))][-1]
         nn.init.normal_(answering.weight, std=0.5)
-        module.train()(given.inputs.ready(given.train.fetch(torch.arange(12))))
-        answering.weight *= 3 / module.eval()(given.inputs.ready(given.test.fetch(torch.arange(18)))).std()
-    return tf.Model.of(module, head="classifier.1") if arch == "squeezenet1_1" else module
+        module.train()(given.inputs.preprocess(given.train.fetch(torch.arange(12))))
+        answering.weight *= 3 / module.eval()(given.inputs.preprocess(given.test.fetch(torch.arange(18)))).std()
+    return tf.Model.from_module(module, head="classifier.1") if arch == "squeezenet1_1" else module
 
 
 class Fixed(nn.Module):
@@ -199,14 +199,14 @@ def test_what_cannot_be_a_graph_for_any_batch_is_refused_and_nothing_is_left(mod
 CROOKED = """
 import torch
 import tuneforge as tf
-from tuneforge.builtin.exports.safetensors import Safetensors
+from tuneforge.builtin.exports.safetensors import SafetensorsFormat
 
 @tf.component(api=1)
-class Crooked(Safetensors):
+class Crooked(SafetensorsFormat):
     "Answers that are off by a little."
 
-    def opened(self, folder, *, device_name):
-        forward = super().opened(folder, device_name=device_name)
+    def load(self, directory, *, device_name):
+        forward = super().load(directory, device_name=device_name)
         return lambda stored: forward(stored) + torch.tensor([{by}, 0.0, 0.0])
 """
 
@@ -235,8 +235,8 @@ def test_the_gate_allows_near_ties_and_nothing_more(by, passed, different, near_
     wanted = torch.tensor([[1e-7, 0.0], [3.0, 0.0]])
     found = wanted.clone()
     found[0, 1] += 4 * by
-    result = compared(wanted, {1: found}, Classes(names=("a", "b")))
-    assert (result.passed, result.different, result.near_ties) == (passed, different, near_ties)
+    result = compare_outputs(wanted, {1: found}, ClassTargets(names=("a", "b")))
+    assert (result.passed, result.num_different, result.num_near_ties) == (passed, different, near_ties)
 
 
 class Two(nn.Module):
@@ -264,22 +264,24 @@ def test_other_inputs_and_answers_leave_by_the_same_code(kind, tmp_path):
     module = tiny_net()
     if kind == "mapping":
         splits = {name: by_name(each) for name, each in data().splits().items()}
-        given, module = attrs.evolve(tiny_data(), **splits, inputs=Tensors()), Two()
+        given, module = attrs.evolve(tiny_data(), **splits, inputs=TensorInputs()), Two()
     elif kind == "numbers":
-        names = Numbers(names=("x", "y", "z"), means=(100.0, 0.0, -3.0), scales=(40.0, 1.0, 2.0))
+        names = RegressionTargets(names=("x", "y", "z"), means=(100.0, 0.0, -3.0), scales=(40.0, 1.0, 2.0))
         given = of_targets(names, lambda each: each.source.inputs[:, :3].clone())
     else:
-        given = of_targets(LabelSets(names=("x", "y", "z")), lambda each: (each.source.inputs[:, :3] > 0).float())
+        given = of_targets(
+            MultilabelTargets(names=("x", "y", "z")), lambda each: (each.source.inputs[:, :3] > 0).float()
+        )
     finished(tmp_path / "run", model=module, given=given)
     export(tmp_path / "run", to=["onnx"], out=tmp_path / "b", data=given, model=module)
     found, tuned = tf.load_bundle(tmp_path / "b"), tf.load(tmp_path / "run", model=module)
-    assert found.check() == 16
+    assert found.verify() == 16
     stored = given.test.fetch(torch.arange(7))
-    wanted = tf.servable_of(tmp_path / "run", model=module)
+    wanted = tf.load_inference_model(tmp_path / "run", model=module)
     assert torch.allclose(found.outputs(stored), wanted.outputs(stored), atol=1e-5)
     described = [tuned.targets.describe(each) for each in wanted.outputs(stored)]
     numbers = described[0].get("values") or described[0]["probabilities"]
-    assert found.answers(stored)[0].tolist() == pytest.approx(list(numbers.values()), rel=1e-4, abs=1e-4)
+    assert found.predict_batch(stored)[0].tolist() == pytest.approx(list(numbers.values()), rel=1e-4, abs=1e-4)
 
 
 def test_a_bundle_is_never_written_over_and_data_that_changed_is_refused(tmp_path):
@@ -305,4 +307,4 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(tmp_path, monkeyp
 
 
 def test_the_batch_sizes_are_those_that_are_promised():
-    assert BATCHES == (1, 2, 7, 16)
+    assert BATCH_SIZES == (1, 2, 7, 16)

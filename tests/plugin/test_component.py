@@ -5,7 +5,7 @@ import attrs
 import pytest
 
 import tuneforge as tf
-from tuneforge.plugin.component import build, options_of, parse, schema_of, values_of
+from tuneforge.plugin.component import build_component, build_json_schema, get_option_values, get_options, parse_option
 
 
 @tf.component(api=1)
@@ -34,7 +34,7 @@ def test_text_is_parsed_to_the_type_of_the_option():
         "count": "3", "rate": "0.25", "word": "7", "flag": "yes", "path": "/a", "choice": "blue", "many": "1,2",
         "table": "a=1,b=2.5",
     }  # fmt: skip
-    assert values_of(build(Every, texts, where="--x")) == {
+    assert get_option_values(build_component(Every, texts, where="--x")) == {
         "count": 3, "rate": 0.25, "word": "7", "flag": True, "path": "/a", "choice": "blue", "many": (1, 2),
         "table": {"a": 1.0, "b": 2.5},
     }  # fmt: skip
@@ -46,8 +46,8 @@ def test_dashes_and_underscores_name_the_same_option():
         head_epochs: int = tf.option(default=1, help="Epochs.")
 
     assert (
-        build(Two, {"head-epochs": 2}, where="--x").head_epochs
-        == build(Two, {"head_epochs": 2}, where="--x").head_epochs
+        build_component(Two, {"head-epochs": 2}, where="--x").head_epochs
+        == build_component(Two, {"head_epochs": 2}, where="--x").head_epochs
         == 2
     )
 
@@ -67,7 +67,7 @@ def test_dashes_and_underscores_name_the_same_option():
 )
 def test_a_value_of_the_wrong_type_is_an_error_that_quotes_it(name, value):
     with pytest.raises(tf.OptionError) as caught:
-        parse(options_of(Every)[name], value, where=f"--x.{name}")
+        parse_option(get_options(Every)[name], value, where=f"--x.{name}")
     assert repr(value) in str(caught.value)
     assert f"--x.{name}" in str(caught.value)
 
@@ -82,12 +82,12 @@ def test_python_constructors_are_held_to_the_same_rules():
 
 def test_an_unknown_option_offers_the_nearest():
     with pytest.raises(tf.UnknownNameError, match="did you mean 'count'"):
-        build(Every, {"cuont": 1}, where="--x")
+        build_component(Every, {"cuont": 1}, where="--x")
 
 
 def test_a_missing_required_option_says_how_to_give_it():
     with pytest.raises(tf.OptionError, match="give --data.path VALUE"):
-        build(Needs, {}, where="--data")
+        build_component(Needs, {}, where="--data")
 
 
 def test_options_are_read_only_and_instances_compare_by_identity():
@@ -99,11 +99,11 @@ def test_options_are_read_only_and_instances_compare_by_identity():
 
 
 def test_the_schema_holds_types_checks_and_defaults():
-    schema = schema_of(Every)
+    schema = build_json_schema(Every)
     assert schema["properties"]["count"] == {"description": "A count.", "type": "integer", "minimum": 1, "default": 1}
     assert schema["properties"]["choice"]["enum"] == ["red", "blue"]
     assert schema["required"] == []
-    assert schema_of(Needs)["required"] == ["path"]
+    assert build_json_schema(Needs)["required"] == ["path"]
 
 
 def test_a_field_that_is_no_option_is_refused_at_the_decorator():

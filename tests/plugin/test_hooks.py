@@ -1,11 +1,11 @@
 import pytest
 
 import tuneforge as tf
-from tuneforge.plugin.hooks import Hooks, Member, guarded_steps
+from tuneforge.plugin.hooks import Hooks, RegisteredComponent, iterate_strategy
 
 
 def member(component, name="x"):
-    return Member(component, name, f"component '{name}' of some-pkg 1.0")
+    return RegisteredComponent(component, name, f"component '{name}' of some-pkg 1.0")
 
 
 def hooks(*components):
@@ -26,12 +26,12 @@ class Step:
 
 def test_two_providers_are_an_error_that_names_both():
     with pytest.raises(tf.PluginError, match="c0.*c1"):
-        hooks(Step(1), Step(2)).provider("train_step")
+        hooks(Step(1), Step(2)).get_provider("train_step")
 
 
 def test_no_provider_is_an_error():
     with pytest.raises(tf.PluginError, match="no component provides"):
-        hooks().provider("train_step")
+        hooks().get_provider("train_step")
 
 
 def test_a_wrapper_sees_and_changes_the_result():
@@ -66,7 +66,7 @@ def test_a_wrapper_that_yields_a_value_is_named():
             return []
 
     with pytest.raises(tf.PluginError, match="yields a value"):
-        hooks(Strategy(), Swallowed()).call.finetune_strategy(brief=None)
+        hooks(Strategy(), Swallowed()).call.finetune_strategy(task=None)
 
 
 def test_a_misspelt_hook_is_found_at_once():
@@ -104,7 +104,7 @@ def test_a_failed_component_leaves_no_hook_behind():
     with pytest.raises(tf.PluginLoadError):
         made.add(member(HalfBad()))
     made.call.epoch_ended(run=None)
-    assert [each.name for each in made.members] == ["c0"]
+    assert [each.name for each in made.components] == ["c0"]
 
 
 def test_registering_runs_no_property():
@@ -205,7 +205,7 @@ def test_a_strategy_whose_body_raises_is_named():
         yield tf.Phase("x", epochs=1)
         raise KeyError("recall")
 
-    driven = guarded_steps(member(object()), steps())
+    driven = iterate_strategy(member(object()), steps())
     next(driven)
     with pytest.raises(tf.PluginError, match="failed in finetune_strategy"):
         driven.send("answer")
@@ -218,7 +218,7 @@ def test_a_generator_that_returns_its_steps_says_so():
         return [tf.Phase("x", epochs=1)]
 
     with pytest.raises(tf.PluginError, match="also yields"):
-        next(guarded_steps(member(object()), steps()))
+        next(iterate_strategy(member(object()), steps()))
 
 
 def test_answers_reach_the_strategy():
@@ -228,7 +228,7 @@ def test_answers_reach_the_strategy():
         heard.append((yield "first"))
         heard.append((yield "second"))
 
-    driven = guarded_steps(member(object()), steps())
+    driven = iterate_strategy(member(object()), steps())
     assert driven.send(None) == "first"
     assert driven.send("a") == "second"
     with pytest.raises(StopIteration):
@@ -240,7 +240,7 @@ def test_a_yield_from_a_list_is_told_to_loop():
     def asked():
         yield from [1, 2]
 
-    steps = guarded_steps(member(object()), asked())
+    steps = iterate_strategy(member(object()), asked())
     assert next(steps) == 1
     with pytest.raises(tf.PluginError, match=r"`yield from` something that takes no answers.*loop instead"):
         steps.send("report")
@@ -261,11 +261,11 @@ def test_what_a_strategy_cleans_up_is_done_when_it_is_closed_and_a_failure_names
         finally:
             raise KeyError("lost")
 
-    steps = guarded_steps(member(object()), tidy())
+    steps = iterate_strategy(member(object()), tidy())
     next(steps)
     steps.close()
     assert closed == [True]
-    steps = guarded_steps(member(object()), careless())
+    steps = iterate_strategy(member(object()), careless())
     next(steps)
     with pytest.raises(tf.PluginError, match="failed in finetune_strategy"):
         steps.close()

@@ -19,25 +19,25 @@ GROUP = "tuneforge.finetune_strategy"
 
 
 def test_groups_are_those_of_the_hook_specifications():
-    assert (*hookspecs.COMPONENT_GROUPS, *hookspecs.PART_GROUPS) == registry.GROUPS
+    assert (*hookspecs.COMPONENT_GROUPS, *hookspecs.NON_HOOK_GROUPS) == registry.GROUPS
 
 
 def test_every_builtin_component_loads():
-    builtin = [entry for entry in registry.installed() if entry.distribution == "tuneforge"]
+    builtin = [entry for entry in registry.list_components() if entry.distribution == "tuneforge"]
     assert len(builtin) > 40
     for entry in builtin:
-        assert registry.load(entry).__doc__
+        assert registry.load_component(entry).__doc__
 
 
 def test_entries_with_one_target_are_aliases_and_the_class_names_the_component():
-    entry = registry.find("finetune_strategy", "fine_tune")
+    entry = registry.find_component("finetune_strategy", "fine_tune")
     assert entry.name == "freeze-then-unfreeze"
     assert entry.aliases == ("fine_tune", "freeze_unfreeze")
 
 
 def test_listing_imports_no_plugin(plant):
     plant("bad-import", {GROUP: {"boom": "boom_mod:Boom"}}, boom_mod="raise ImportError('no such luck')")
-    assert "boom" in [entry.name for entry in registry.installed()]
+    assert "boom" in [entry.name for entry in registry.list_components()]
     assert "boom_mod" not in sys.modules
 
 
@@ -45,7 +45,7 @@ def test_listing_imports_no_plugin(plant):
 def test_a_plugin_that_does_not_import_names_distribution_cause_and_fix(plant, cause):
     plant("bad-import", {GROUP: {"boom": "boom_mod:Boom"}}, boom_mod=cause)
     with pytest.raises(tf.PluginLoadError) as caught:
-        registry.load(registry.find("finetune_strategy", "boom"))
+        registry.load_component(registry.find_component("finetune_strategy", "boom"))
     assert "bad-import 1.0" in str(caught.value)
     assert "pip uninstall bad-import" in str(caught.value)
 
@@ -53,38 +53,38 @@ def test_a_plugin_that_does_not_import_names_distribution_cause_and_fix(plant, c
 def test_another_api_version_is_refused_before_any_hook_runs(plant):
     plant("old-api", {GROUP: {"old": "old_mod:Mine"}}, old_mod=GOOD.replace("api=1", "api=0"))
     with pytest.raises(tf.PluginLoadError, match="plugin API 0"):
-        registry.load(registry.find("finetune_strategy", "old"))
+        registry.load_component(registry.find_component("finetune_strategy", "old"))
 
 
 def test_a_target_that_is_no_component_is_refused(plant):
     plant("no-comp", {GROUP: {"no": "no_mod:X"}}, no_mod="class X: pass")
     with pytest.raises(tf.PluginLoadError, match="not a component"):
-        registry.load(registry.find("finetune_strategy", "no"))
+        registry.load_component(registry.find_component("finetune_strategy", "no"))
 
 
 def test_a_clash_is_an_error_only_for_the_bare_name(plant):
     plant("one-pkg", {GROUP: {"same": "mod_one:Mine"}}, mod_one=GOOD)
     plant("two-pkg", {GROUP: {"same": "mod_two:Mine", "free": "mod_two:Mine"}}, mod_two=GOOD)
     with pytest.raises(tf.UnknownNameError, match="one-pkg 1.0 and two-pkg 1.0"):
-        registry.find("finetune_strategy", "same")
-    assert registry.find("finetune_strategy", "two-pkg/same").distribution == "two-pkg"
-    assert registry.find("finetune_strategy", "two_pkg/same").distribution == "two-pkg"
+        registry.find_component("finetune_strategy", "same")
+    assert registry.find_component("finetune_strategy", "two-pkg/same").distribution == "two-pkg"
+    assert registry.find_component("finetune_strategy", "two_pkg/same").distribution == "two-pkg"
 
 
 def test_a_builtin_keeps_its_bare_name(plant):
     plant("impostor", {GROUP: {"full": "mod_full:Mine"}}, mod_full=GOOD)
-    assert registry.find("finetune_strategy", "full").distribution == "tuneforge"
-    assert registry.find("finetune_strategy", "impostor/full").distribution == "impostor"
+    assert registry.find_component("finetune_strategy", "full").distribution == "tuneforge"
+    assert registry.find_component("finetune_strategy", "impostor/full").distribution == "impostor"
 
 
 def test_an_unknown_name_offers_the_nearest():
     with pytest.raises(tf.UnknownNameError, match="did you mean 'freeze-then-unfreeze'"):
-        registry.find("finetune_strategy", "freze-then-unfreeze")
+        registry.find_component("finetune_strategy", "freze-then-unfreeze")
 
 
 def test_local_code_needs_no_package(plant):
     plant("unrelated", {}, local_mod=GOOD)
-    assert registry.load(registry.find("finetune_strategy", "local_mod:Mine")).__name__ == "Mine"
+    assert registry.load_component(registry.find_component("finetune_strategy", "local_mod:Mine")).__name__ == "Mine"
 
 
 def test_a_distribution_with_unreadable_metadata_hides_no_other(plant, tmp_path):
@@ -92,13 +92,13 @@ def test_a_distribution_with_unreadable_metadata_hides_no_other(plant, tmp_path)
     broken = tmp_path / "site" / "broken-2.0.dist-info"
     broken.mkdir()
     (broken / "entry_points.txt").write_bytes(b"[tuneforge.finetune_strategy]\n\xff\xfe = :\n[[[\n")
-    registry.forget()
-    assert registry.find("finetune_strategy", "fine").name == "fine"
+    registry.clear_cache()
+    assert registry.find_component("finetune_strategy", "fine").name == "fine"
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["plugins", "list"], ["run", "--strategy", "full", "--help"], ["run", "--with", "ema", "--help"]],
+    [["--help"], ["plugins", "list"], ["run", "--strategy", "full", "--help"], ["run", "--callback", "ema", "--help"]],
 )
 def test_helping_and_listing_import_no_torch(arguments):
     code = (

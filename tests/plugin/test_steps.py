@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tuneforge as tf
-from tuneforge.plugin.serialization import from_json, plain, to_json
+from tuneforge.plugin.serialization import from_json, to_json, to_plain_data
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -31,7 +31,7 @@ def same(one, other):
 
 @given(VALUES)
 def test_plain_data_survives_json_without_loss(value):
-    assert same(from_json(to_json(value)), plain(value))
+    assert same(from_json(to_json(value)), to_plain_data(value))
 
 
 @pytest.mark.parametrize(
@@ -39,11 +39,11 @@ def test_plain_data_survives_json_without_loss(value):
     [
         tf.Phase("p", train=["head", "re:x"], epochs=2, lr=0.1, lr_scales={"head": 2.0}, schedule="cosine"),
         tf.Phase("q", steps=5, class_weights={"a": 2.0}, optimizer=tf.use("sgd", momentum=0.5)),
-        tf.Fit("f", l2=0.1),
-        tf.Probe("r", measure="rates", batches=2),
-        tf.Blend("b", snapshots=["start", "p"]),
-        tf.Report("p", val={"f1": math.nan, "confusion": [[1, 2], [3, 4]]}, history=[{"epoch": 1}]),
-        tf.Readings("r", values={1e-3: math.inf}),
+        tf.HeadFit("f", l2=0.1),
+        tf.Diagnosis("r", measure="lrs", batches=2),
+        tf.WeightAverage("b", snapshots=["start", "p"]),
+        tf.StrategyStepResult("p", val={"f1": math.nan, "confusion": [[1, 2], [3, 4]]}, history=[{"epoch": 1}]),
+        tf.Diagnostics("r", values={1e-3: math.inf}),
     ],
 )
 def test_steps_and_answers_survive_json(step):
@@ -53,12 +53,16 @@ def test_steps_and_answers_survive_json(step):
 
 
 def test_numpy_and_torch_scalars_become_numbers():
-    assert plain({"a": np.float32(0.5), "b": torch.tensor(3), "c": [np.int64(1)]}) == {"a": 0.5, "b": 3, "c": (1,)}
+    assert to_plain_data({"a": np.float32(0.5), "b": torch.tensor(3), "c": [np.int64(1)]}) == {
+        "a": 0.5,
+        "b": 3,
+        "c": (1,),
+    }
 
 
 def test_a_tensor_is_not_plain_data():
     with pytest.raises(TypeError, match="Tensor"):
-        tf.Report("x", val={"weights": torch.zeros(3)})
+        tf.StrategyStepResult("x", val={"weights": torch.zeros(3)})
 
 
 @pytest.mark.parametrize(
@@ -69,7 +73,7 @@ def test_a_tensor_is_not_plain_data():
         {"epochs": 0},
         {"epochs": 1, "lr": 0},
         {"epochs": 1, "layer_decay": 2},
-        {"epochs": 1, "norms": "x"},
+        {"epochs": 1, "batchnorm_stats": "x"},
     ],
 )
 def test_a_phase_that_makes_no_sense_is_refused_by_name(wrong):
@@ -77,12 +81,12 @@ def test_a_phase_that_makes_no_sense_is_refused_by_name(wrong):
         tf.Phase("p", **wrong)
 
 
-def test_a_brief_knows_its_backbone():
-    groups = [tf.GroupInfo("a", 3, ["a.w"]), tf.GroupInfo("head", 1, ["h.w"])]
-    brief = tf.Brief(groups, ("x",), 33, 5, 16, "cpu", 0, "f1", "max")
-    assert brief.backbone == (groups[0],)
-    assert brief.head.name == "head"
-    assert brief.steps_per_epoch() == 2  # 16 and 17: a last sample alone joins the step before it
+def test_a_task_knows_its_backbone():
+    groups = [tf.LayerGroupInfo("a", 3, ["a.w"]), tf.LayerGroupInfo("head", 1, ["h.w"])]
+    task = tf.TaskInfo(groups, ("x",), 33, 5, 16, "cpu", 0, "f1", "max")
+    assert task.backbone == (groups[0],)
+    assert task.head.name == "head"
+    assert task.steps_per_epoch() == 2  # 16 and 17: a last sample alone joins the step before it
 
 
 def test_the_order_of_rate_factors_is_kept_because_a_later_one_beats_an_earlier():
@@ -91,13 +95,13 @@ def test_the_order_of_rate_factors_is_kept_because_a_later_one_beats_an_earlier(
 
 
 def test_readings_keep_the_order_of_the_layers():
-    readings = tf.Readings("r", values={"stem": 1.0, "body": 1.0, "head": 0.5})
+    readings = tf.Diagnostics("r", values={"stem": 1.0, "body": 1.0, "head": 0.5})
     assert list(from_json(to_json(readings)).values) == ["stem", "body", "head"]
 
 
 def test_figures_of_a_report_have_one_order_because_a_strategy_may_break_ties_by_it():
     per_class = {"b": {"recall": 0.5}, "a": {"recall": 0.5}}
-    report = tf.Report("p", val={"per_class": per_class}, history=[{"val": {"b": 1, "a": 1}, "epoch": 1}])
+    report = tf.StrategyStepResult("p", val={"per_class": per_class}, history=[{"val": {"b": 1, "a": 1}, "epoch": 1}])
     for each in (report, from_json(to_json(report))):
         assert list(each.val["per_class"]) == ["a", "b"]
         assert list(each.history[0]["val"]) == ["a", "b"]

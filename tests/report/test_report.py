@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from tuneforge import FolderError
-from tuneforge.builtin.metrics import ClassFigures, NumberFigures
-from tuneforge.engine.loop.metric_set import single_numbers
+from tuneforge.builtin.metrics import ClassificationMetrics, RegressionMetrics
+from tuneforge.engine.loop.metric_set import scalar_metrics
 from tuneforge.engine.storage.run_dir import write_json
-from tuneforge.plugin.results import Readings, Report
+from tuneforge.plugin.results import Diagnostics, StrategyStepResult
 from tuneforge.plugin.serialization import to_json
-from tuneforge.plugin.steps import Phase, Probe
-from tuneforge.report.report import duration, figure, write_page
+from tuneforge.plugin.steps import Diagnosis, Phase
+from tuneforge.report.report import format_duration, format_metric, write_report
 
 HOSTILE = (
     "<script>alert(1)</script>", '" onmouseover="alert(2)', "'; DROP TABLE runs; --", "{{ 7 * 7 }}",
@@ -41,7 +41,7 @@ def class_figures(labels, samples, *, skill, seed=0):
     if not labels:
         return {"loss": math.nan, "accuracy": math.nan, "ece": math.nan, "per_class": {}, "confusion": []}
     generator = torch.Generator().manual_seed(seed)
-    metrics = ClassFigures(labels, top_k=3, bins=15)
+    metrics = ClassificationMetrics(labels, top_k=3, num_bins=15)
     if samples:
         truth = torch.arange(samples) % len(labels)
         outputs = torch.randn(samples, len(labels), generator=generator)
@@ -54,7 +54,7 @@ def number_figures(samples, *, skill):
     """Figures of a regression of one number."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(samples, 1, generator=generator)
-    metrics = NumberFigures(("price",), scales=(40.0,))
+    metrics = RegressionMetrics(("price",), scales=(40.0,))
     metrics.update(truth + torch.randn(samples, 1, generator=generator) / skill, truth)
     return metrics.compute()
 
@@ -66,8 +66,8 @@ def class_mistakes(labels, number, *, pictures=True):
         truth, answer = labels[row % len(labels)], labels[(row + 1) % len(labels)]
         probabilities = dict.fromkeys(labels, 0.0) | {truth: 0.04, answer: 0.93}
         told = {"class": answer, "probability": 0.93, "probabilities": probabilities}
-        shown = {"picture": png(row), "text": None} if pictures else {"picture": None, "text": f"ids [{row}, 7, 12]"}
-        out.append({"id": f"test/{row}", "truth": truth, "answer": told, "wrongness": 3.2 - row / 10, **shown})
+        shown = {"image": png(row), "text": None} if pictures else {"image": None, "text": f"ids [{row}, 7, 12]"}
+        out.append({"id": f"test/{row}", "label": truth, "prediction": told, "loss": 3.2 - row / 10, **shown})
     return out
 
 
@@ -80,24 +80,30 @@ def write_run(folder, *, labels, splits, mistakes, phases=(("head", 3), ("all", 
         history = []
         for each in range(1, number + 1):
             epoch = len(metrics) + 1
-            val = {key: value * (1 - 0.5 / epoch) for key, value in single_numbers(splits["val"]).items()}
+            val = {key: value * (1 - 0.5 / epoch) for key, value in scalar_metrics(splits["val"]).items()}
             loss = {"loss": 2.3 / epoch}
             entry = {"step": 45 * epoch, "epoch": epoch, "phase": name, "lr": 2e-3 / epoch, "train": loss, "val": val}
             metrics.append({**entry, "best": each != number or number == 1})
             timings.append({"epoch": epoch, "seconds": 1.25})
             history.append({"epoch": each, "train": loss, "val": val})
-        report = Report(
+        report = StrategyStepResult(
             name, reason=f"all {number} epochs done", epochs=number, steps=45 * number, best_epoch=max(1, number - 1),
-            train=loss, val=splits["val"], history=history, trained=5_643, frozen=1_568_832, unmoved=("aux.weight",),
+            train=loss, val=splits["val"], history=history, num_trainable=5_643, num_frozen=1_568_832,
+            never_updated=("aux.weight",),
         )  # fmt: skip
-        steps.append(f'{{"step": {to_json(Phase(name, train="head", epochs=number))}, "answer": {to_json(report)}}}')
-    probe, readings = Probe("look"), Readings("look", {"head": 0.1234, "groups.0": 2e-5})
-    steps.append(f'{{"step": {to_json(probe)}, "answer": {to_json(readings)}}}')
+        steps.append(f'{{"step": {to_json(Phase(name, train="head", epochs=number))}, "result": {to_json(report)}}}')
+    probe, readings = Diagnosis("look"), Diagnostics("look", {"head": 0.1234, "groups.0": 2e-5})
+    steps.append(f'{{"step": {to_json(probe)}, "result": {to_json(readings)}}}')
     samples = {"train": 1437, "val": 360, "test": 360} | {name: 100 for name in splits if name not in ("val", "test")}
     for name, lines in (("metrics", map(to_json, metrics)), ("timings", map(to_json, timings)), ("steps", steps)):
         (folder / f"{name}.jsonl").write_bytes("".join(f"{line}\n" for line in lines).encode(errors="replace"))
-    write_json(folder / "mistakes.json", mistakes)
-    report = {"strategy": "freeze-then-unfreeze", "monitor": monitor, "headline": headline, "samples": samples}
+    write_json(folder / "hardest_samples.json", mistakes)
+    report = {
+        "strategy": "freeze-then-unfreeze",
+        "monitor": monitor,
+        "primary_metrics": headline,
+        "num_samples": samples,
+    }
     write_json(folder / "report.json", {**report, "splits": splits})
     write_json(folder / "model.json", model_record(labels))
     write_json(folder / "run.json", run_record())
@@ -112,7 +118,7 @@ def model_record(labels):
         "changes": ["head: 62 outputs became 11; 10 rows kept by class name, 1 fresh"],
         "inputs": {"name": "images", "options": {}},
         "targets": {"name": "classes", "options": {}},
-        "stored": {"": [[1, 8, 8], "torch.uint8"]},
+        "input_specs": {"": [[1, 8, 8], "torch.uint8"]},
         "fingerprints": {name: f"{index:x}" * 64 for index, name in enumerate(("train", "val", "test"), start=10)},
         "notes": ["left out as they cannot be told from a digit at this size: O, l, I"],
     }
@@ -148,10 +154,10 @@ def regression_run(folder):
     answers = [
         {
             "id": f"row {row}",
-            "truth": f"{100 + row} EUR",
-            "answer": {"value": 90.5 - row, "unit": "EUR"},
-            "wrongness": 2.0,
-            "picture": None,
+            "label": f"{100 + row} EUR",
+            "prediction": {"value": 90.5 - row, "unit": "EUR"},
+            "loss": 2.0,
+            "image": None,
             "text": f"rooms {row}, area 72.5, year 1975",
         }
         for row in range(5)
@@ -192,7 +198,7 @@ class Elements(HTMLParser):
 
 
 def read(folder):
-    return write_page(folder).read_text(encoding="utf-8")
+    return write_report(folder).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +212,7 @@ def html(digits):
 
 
 def test_page_lies_in_the_folder_and_names_strategy_data_and_model(digits, html):
-    assert write_page(digits) == digits / "report.html"
+    assert write_report(digits) == digits / "report.html"
     assert "digit-cnn tuned on digits by freeze-then-unfreeze" in Elements(html).text
 
 
@@ -228,9 +234,10 @@ def test_page_forbids_scripts_and_outside_content_itself(html):
 
 
 def test_same_run_gives_the_same_bytes_in_another_process_and_without_pyplot(digits):
-    before = write_page(digits).read_bytes()
+    before = write_report(digits).read_bytes()
     code = (
-        "import pathlib, sys; from tuneforge.report.report import write_page; write_page(pathlib.Path(sys.argv[1]))\n"
+        "import pathlib, sys; from tuneforge.report.report import write_report\n"
+        "write_report(pathlib.Path(sys.argv[1]))\n"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, digits], check=False).returncode == 0
@@ -265,7 +272,7 @@ def test_table_of_results_has_a_row_for_every_split(digits, html):
 
 def test_weakest_class_is_named_with_what_it_is_taken_for(digits, html):
     figures = json.loads((digits / "report.json").read_text())["splits"]["test"]
-    worst = figures["worst_class"]
+    worst = figures["hardest_class"]
     row = figures["confusion"][DIGITS.index(worst)]
     text = Elements(html).text
     assert f"Weakest class of the test split: {worst} with a recall of {figures['recall_min']:.4f}" in text
@@ -339,7 +346,7 @@ def test_regression_shows_figures_and_answers_and_no_classes(tmp_path):
 
 def test_answers_without_pictures_are_lines(tmp_path):
     folder = classes_run(tmp_path / "run", DIGITS)
-    write_json(folder / "mistakes.json", class_mistakes(DIGITS, 3, pictures=False))
+    write_json(folder / "hardest_samples.json", class_mistakes(DIGITS, 3, pictures=False))
     page = Elements(read(folder))
     assert "test/0 0 (4.0 %) 1 (93.0 %) ids [0, 7, 12]" in page.text
     assert "img" not in {tag for tag, _ in page.tags}
@@ -365,7 +372,7 @@ def test_figures_that_are_no_numbers_are_said_in_words(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["run.json", "model.json", "report.json", "metrics.jsonl", "timings.jsonl", "steps.jsonl", "mistakes.json"],
+    ["run.json", "model.json", "report.json", "metrics.jsonl", "timings.jsonl", "steps.jsonl", "hardest_samples.json"],
 )
 def test_missing_file_is_left_out(tmp_path, name):
     folder = classes_run(tmp_path / "run", DIGITS)
@@ -387,7 +394,7 @@ def test_missing_keys_are_left_out(tmp_path, name):
 
 def test_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(FolderError, match="not a finished run"):
-        write_page(tmp_path)
+        write_report(tmp_path)
 
 
 def test_commands_name_the_folder_as_the_user_did(tmp_path):
@@ -413,8 +420,8 @@ def test_commands_name_the_folder_as_the_user_did(tmp_path):
     ],
 )
 def test_figures_for_people(value, shown):
-    assert figure(value) == shown
+    assert format_metric(value) == shown
 
 
 def test_durations_for_people():
-    assert [duration(seconds) for seconds in (4.26, 150, 9000)] == ["4.3 s", "2.5 min", "2.5 h"]
+    assert [format_duration(seconds) for seconds in (4.26, 150, 9000)] == ["4.3 s", "2.5 min", "2.5 h"]

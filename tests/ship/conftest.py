@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import pytest
 
-from tuneforge.ship.circle.records import Records
+from tuneforge.ship.circle.records import RequestLog
 from tuneforge.ship.serve import Limits
 
 
@@ -40,8 +40,8 @@ class Served:
         return f"http://{self.host}:{self.port}"
 
     @property
-    def desk(self) -> Any:
-        return self.app.state.desk
+    def service(self) -> Any:
+        return self.app.state.service
 
     def connect(self, timeout: float = 20) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
@@ -63,15 +63,15 @@ def ask(host: str, port: int, method: str, path: str, body: Any = None, **header
 
 @contextmanager
 def served(path: Path, *, limits: Limits | None = None, **given: Any) -> Iterator[Served]:
-    from tuneforge.ship.serve.app import application
-    from tuneforge.ship.serve.models import sources_of
-    from tuneforge.ship.serve.server import listening, server_of
+    from tuneforge.ship.serve.app import create_app
+    from tuneforge.ship.serve.models import find_model_sources
+    from tuneforge.ship.serve.server import create_server, open_socket
 
     limits = limits or Limits()
-    app = application(sources_of(path), limits=limits, look=lambda: sources_of(path), **given)
-    listener, up = listening("127.0.0.1", 0), threading.Event()
+    app = create_app(find_model_sources(path), limits=limits, discover=lambda: find_model_sources(path), **given)
+    listener, up = open_socket("127.0.0.1", 0), threading.Event()
     port = listener.getsockname()[1]
-    server = server_of(app, limits, started=up.set)
+    server = create_server(app, limits, on_started=up.set)
     thread = threading.Thread(target=lambda: server.run(sockets=[listener]))
     thread.start()
     assert up.wait(30)
@@ -89,6 +89,6 @@ def serving():
 
 
 @pytest.fixture
-def records(tmp_path: Path) -> Iterator[Records]:
-    with Records(tmp_path / "records.db") as opened:
+def records(tmp_path: Path) -> Iterator[RequestLog]:
+    with RequestLog(tmp_path / "requests.db") as opened:
         yield opened

@@ -15,6 +15,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from browser import MISSING, browser, installed
@@ -26,11 +27,11 @@ import tuneforge as tf
 
 pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
 from tuneforge.builtin.datasets.demo.digit_images import real_digits
-from tuneforge.ship.circle.records import Records, in_share
-from tuneforge.ship.serve.feedback import Sampled, feedback
-from tuneforge.ship.serve.kept import may_be_kept
+from tuneforge.ship.circle.records import RequestLog, is_sampled
+from tuneforge.ship.serve.feedback import SampledRequestLog, feedback_routes
+from tuneforge.ship.serve.kept import allows_logging
 from tuneforge.ship.wire import wire
-from tuneforge.ship.wire.client import Server
+from tuneforge.ship.wire.client import ServerClient
 
 KILLS = int(os.environ.get("TUNEFORGE_FEEDBACK_KILLS", "1"))
 JSON = {"Content_Type": "application/json"}
@@ -49,23 +50,23 @@ def pngs(count):
 
 def kept_by(records, share=1.0):
     """What a server is given that keeps a share of its requests."""
-    return {"records": Sampled(records, share), "further": [feedback(records)]}
+    return {"request_log": SampledRequestLog(records, share), "extra_routes": [feedback_routes(records)]}
 
 
 @pytest.fixture
 def served(digits, records, serving):
-    with serving(digits.folder, **kept_by(records)) as server:
-        connection = Server(server.url).connect()
+    with serving(digits.run_dir, **kept_by(records)) as server:
+        connection = ServerClient(server.url).connect()
         yield connection, server.url
         connection.close()
 
 
 def predict(connection, content):
-    return connection.ask("POST", "/predict", content, Content_Type="image/png")[0]
+    return connection.request("POST", "/predict", content, Content_Type="image/png")[0]
 
 
 def label(connection, request_id, name):
-    return connection.ask("POST", "/feedback", json.dumps({"id": request_id, "class": name}).encode(), **JSON)[0]
+    return connection.request("POST", "/feedback", json.dumps({"id": request_id, "class": name}).encode(), **JSON)[0]
 
 
 def test_an_answered_request_takes_its_label_at_once(served, records):
@@ -75,21 +76,23 @@ def test_an_answered_request_takes_its_label_at_once(served, records):
     assert label(connection, answer["id"], "eleventh")["previous"] is None
     second = label(connection, answer["id"], name)
     assert (second["previous"], second["agrees"]) == ("eleventh", answer["class"] == name)
-    (sample,) = records.labelled()
-    assert (sample.exchange.body, sample.exchange.content_type, sample.label) == (content, "image/png", name)
-    assert sample.exchange.version == answer["version"]
-    assert sample.exchange.answer["probabilities"] == answer["probabilities"]
+    (sample,) = records.labeled_requests()
+    assert (sample.request.body, sample.request.content_type, sample.label) == (content, "image/png", name)
+    assert sample.request.version == answer["version"]
+    assert sample.request.prediction["probabilities"] == answer["probabilities"]
 
 
 def infer(connection, pixels, **more):
     """Ask over the Open Inference Protocol for rows of stored pictures (b, 1, 32, 32)."""
     tensor = {"name": "input", "datatype": "UINT8", "shape": list(pixels.shape), "data": pixels.flatten().tolist()}
-    return connection.ask("POST", "/v2/models/run/infer", json.dumps({"inputs": [tensor], **more}).encode(), **JSON)[0]
+    return connection.request(
+        "POST", "/v2/models/run/infer", json.dumps({"inputs": [tensor], **more}).encode(), **JSON
+    )[0]
 
 
 def test_what_goes_over_v2_is_kept_and_labelled_like_the_rest(served, records, digits):
     connection, _ = served
-    inputs = tf.load(digits.folder).inputs
+    inputs = tf.load(digits.run_dir).inputs
     pixels = torch.stack([inputs.decode(content) for content, _ in pngs(3)])
     alone, named, several = (
         infer(connection, pixels[:1]),
@@ -100,38 +103,42 @@ def test_what_goes_over_v2_is_kept_and_labelled_like_the_rest(served, records, d
     ids = [alone["id"], named["parameters"]["feedback_id"], *(f"{several['id']}-{row}" for row in range(3))]
     assert [label(connection, each, "3")["previous"] for each in ids] == [None] * 5
     kept = [records.find(each) for each in ids]
-    assert all(torch.equal(each.stored(inputs), pixels[row]) for each, row in zip(kept, (0, 1, 0, 1, 2), strict=True))
-    assert [each.answer["class"] for each in kept] == [
+    assert all(torch.equal(each.decode(inputs), pixels[row]) for each, row in zip(kept, (0, 1, 0, 1, 2), strict=True))
+    assert [each.prediction["class"] for each in kept] == [
         json.loads(text)["class"] for answer in (alone, named, several) for text in answer["outputs"][1]["data"]
     ]
     ((content, _),) = pngs(1)
     again = records.find(label(connection, predict(connection, content)["id"], "4")["id"])
-    assert again.content == kept[0].content  # sent as a file it is the same content, and its newest label counts
-    assert [each.label for each in records.labelled()] == ["3", "3", "4"]
+    assert (
+        again.content_digest == kept[0].content_digest
+    )  # sent as a file it is the same content, and its newest label counts
+    assert [each.label for each in records.labeled_requests()] == ["3", "3", "4"]
     assert again.features == kept[0].features
     infer(connection, pixels[:1])
-    assert connection.ask("GET", "/review/next")[0]["picture"].startswith("data:image/png;base64,")
+    assert connection.request("GET", "/review/next")[0]["image"].startswith("data:image/png;base64,")
 
 
 def test_what_a_client_does_not_want_kept_is_not(served, records):
     connection, _ = served
     ((content, _),) = pngs(1)
     private = {"Cache_Control": "max-age=0, no-store"}
-    connection.ask("POST", "/predict", content, Content_Type="image/png", **private)
+    connection.request("POST", "/predict", content, Content_Type="image/png", **private)
     tensor = {"name": "input", "datatype": "UINT8", "shape": [1, 1, 32, 32], "data": [0] * 1024}
     body = json.dumps({"inputs": [tensor]}).encode()
-    connection.ask("POST", "/v2/models/run/infer", body, **JSON, **private)
-    connection.ask("POST", "/predict", content, Content_Type="application/x-safetensors")  # a name that is ours alone
-    assert connection.ask("GET", "/watch")[0]["kept"]["requests"] <= 1
+    connection.request("POST", "/v2/models/run/infer", body, **JSON, **private)
+    connection.request(
+        "POST", "/predict", content, Content_Type="application/x-safetensors"
+    )  # a name that is ours alone
+    assert connection.request("GET", "/monitoring")[0]["request_log"]["requests"] <= 1
     (kept,) = [records.least_certain()]
     assert kept.content_type == "application/octet-stream"
-    assert records.counts().requests == 1
+    assert records.stats().num_requests == 1
 
 
 def test_the_wire_test_leaves_no_trace_in_the_records(served, records, digits):
-    wire.measure(Server(served[1]), wire.looking(digits.folder), rows=16)
-    served[0].ask("GET", "/review/next")
-    assert records.counts().requests == 0
+    wire.measure_endpoint(ServerClient(served[1]), wire.prepare_run(digits.run_dir), batch_size=16)
+    served[0].request("GET", "/review/next")
+    assert records.stats().num_requests == 0
 
 
 @pytest.mark.parametrize(
@@ -147,69 +154,73 @@ def test_the_wire_test_leaves_no_trace_in_the_records(served, records, digits):
 )
 def test_a_wrong_label_is_refused_by_its_field(served, body, said):
     with pytest.raises(tf.DataError, match=said):
-        served[0].ask("POST", "/feedback", body, **JSON)
+        served[0].request("POST", "/feedback", body, **JSON)
 
 
 def test_the_test_split_over_the_wire_equals_the_offline_report(served, digits):
-    run = wire.looking(digits.folder)
-    measured = wire.measure(Server(served[1]), run, offline=digits.report["splits"], rows=16, concurrency=2)
-    assert len(measured.compared["test"]) > 40
-    assert [each for each in measured.compared["test"] if not each.equal] == []
+    run = wire.prepare_run(digits.run_dir)
+    measured = wire.measure_endpoint(
+        ServerClient(served[1]), run, offline=digits.report["splits"], batch_size=16, concurrency=2
+    )
+    assert len(measured.comparisons["test"]) > 40
+    assert [each for each in measured.comparisons["test"] if not each.equal] == []
 
 
 def test_only_the_share_is_kept(digits, records, serving):
-    with serving(digits.folder, **kept_by(records, share=0.5)) as server:
-        connection = Server(server.url).connect()
+    with serving(digits.run_dir, **kept_by(records, share=0.5)) as server:
+        connection = ServerClient(server.url).connect()
         ids = [predict(connection, content)["id"] for content, _ in pngs(60)]
-        connection.ask("GET", "/review/next")
+        connection.request("GET", "/review/next")
         connection.close()
     kept = {each for each in ids if records.find(each) is not None}
     assert 15 <= len(kept) <= 45
-    assert kept == {each for each in ids if in_share(each, 0.5, salt="sample")}
+    assert kept == {each for each in ids if is_sampled(each, 0.5, salt="sample")}
 
 
 def test_review_gives_the_least_certain_first_with_its_picture(served, records):
     connection, _ = served
     answers = sorted((predict(connection, content) for content, _ in pngs(20)), key=lambda each: each["probability"])
-    first, _ = connection.ask("GET", "/review/next")
+    first, _ = connection.request("GET", "/review/next")
     assert (first["id"], first["class"], first["left"]) == (answers[0]["id"], answers[0]["class"], 20)
-    assert first["picture"].startswith("data:image/png;base64,")
+    assert first["image"].startswith("data:image/png;base64,")
     assert first["classes"] == list("0123456789")
-    second, _ = connection.ask("GET", f"/review/next?skip={first['id']}")
+    second, _ = connection.request("GET", f"/review/next?skip={first['id']}")
     assert second["id"] == answers[1]["id"]
     label(connection, first["id"], "new pen")
-    third, _ = connection.ask("GET", "/review/next")
-    assert (third["id"], third["classes"][-1], third["labelled"]) == (answers[1]["id"], "new pen", 1)
+    third, _ = connection.request("GET", "/review/next")
+    assert (third["id"], third["classes"][-1], third["num_labeled"]) == (answers[1]["id"], "new pen", 1)
 
 
 def test_watching_is_on_the_metrics_and_tells_drift(served):
     connection, url = served
     for content, name in pngs(40):
         label(connection, predict(connection, content)["id"], name)
-    (seen,) = connection.ask("GET", "/watch")[0]["models"]
+    (seen,) = connection.request("GET", "/monitoring")[0]["models"]
     assert seen["accuracy"]["total"] == 40
-    assert seen["accuracy"]["low"] < seen["accuracy"]["share"] < seen["accuracy"]["high"]
+    assert seen["accuracy"]["low"] < seen["accuracy"]["proportion"] < seen["accuracy"]["high"]
     with urllib.request.urlopen(f"{url}/metrics") as answer:
         lines = answer.read().decode().splitlines()
-    (share,) = [line for line in lines if line.startswith("tuneforge_labelled_accuracy{") and 'bound="share"' in line]
-    assert float(share.split()[-1]) == seen["accuracy"]["share"]
-    assert 'tuneforge_kept_requests{state="labelled"} 40.0' in lines
+    (share,) = [
+        line for line in lines if line.startswith("tuneforge_labeled_accuracy{") and 'bound="proportion"' in line
+    ]
+    assert float(share.split()[-1]) == seen["accuracy"]["proportion"]
+    assert 'tuneforge_logged_requests{state="labeled"} 40.0' in lines
     assert len({line.split()[2] for line in lines if line.startswith("# TYPE")}) == sum(
         line.startswith("# TYPE") for line in lines
     )
 
 
 def test_acknowledged_labels_survive_the_servers_kill(digits, tmp_path):
-    path, acknowledged, contents = tmp_path / "records.db", {}, [content for content, _ in pngs(50)]
+    path, acknowledged, contents = tmp_path / "requests.db", {}, [content for content, _ in pngs(50)]
     for kill in range(KILLS):
-        command = [sys.executable, "-m", "tuneforge", "serve", str(digits.folder), "--port", "0", "--json"]
+        command = [sys.executable, "-m", "tuneforge", "serve", str(digits.run_dir), "--port", "0", "--json"]
         command += ["--records", str(path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        with forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             url = json.loads(process.stdout.readline())["url"]
             given = [{} for _ in range(3)]
 
             def work(mine, url=url, kill=kill):
-                connection = Server(url, timeout_s=5).connect()
+                connection = ServerClient(url, timeout_s=5).connect()
                 with contextlib.suppress(tf.TryAgainError):
                     for number in range(10_000):
                         found = predict(connection, contents[number % 50])["id"]
@@ -228,7 +239,7 @@ def test_acknowledged_labels_survive_the_servers_kill(digits, tmp_path):
                 thread.join()
         for mine in given:
             acknowledged |= mine
-        with Records(path) as records:
+        with RequestLog(path) as records:
             assert {each: records.history(each)[-1:] for each in acknowledged} == {
                 each: [name] for each, name in acknowledged.items()
             }
@@ -241,7 +252,7 @@ def test_a_key_on_the_review_page_confirms_or_corrects(served, records, tmp_path
     names = {predict(connection, content)["id"]: name for content, name in pngs(12)}
     with browser(tmp_path / "profile") as page:
         page.open(f"{url}/review")
-        page.wait("return sample !== null && document.getElementById('picture').naturalWidth > 0")
+        page.wait("return sample !== null && document.getElementById('image').naturalWidth > 0")
         first, answered = page.run("return [sample.id, sample.class]")
         page.press("\ue007")
         page.wait(f"return sample.id !== '{first}'")
@@ -262,7 +273,7 @@ def test_a_key_on_the_review_page_confirms_or_corrects(served, records, tmp_path
         page.press("n")
         page.wait(f"return sample.id !== '{third}'")
         assert records.history(third) == ["new pen", "new pen"]
-        assert "of 3 labelled answers" in page.wait("return document.getElementById('watch').textContent")
+        assert "of 3 labelled answers" in page.wait("return document.getElementById('monitoring').textContent")
         if folder := os.environ.get("TUNEFORGE_SCREENSHOTS"):
             page.picture(Path(folder) / "review.png")
         assert page.messages() == []
@@ -282,7 +293,7 @@ def test_the_page_is_safe_with_hostile_names(served, records):
 def test_a_wish_not_to_be_kept_is_heard_in_any_of_several_headers():
     def kept(*values):
         headers = [(b"cache-control", value) for value in values]
-        return may_be_kept(Request({"type": "http", "headers": headers}))
+        return allows_logging(Request({"type": "http", "headers": headers}))
 
     assert kept()
     assert kept(b"no-cache", b"max-age=0")

@@ -25,9 +25,9 @@ from scipy import stats
 
 import tuneforge as tf
 from tuneforge.ship.champion.promote import promote
-from tuneforge.ship.champion.store import Store
-from tuneforge.ship.circle.records import Records
-from tuneforge.ship.circle.retune import retune
+from tuneforge.ship.champion.store import ModelRegistry
+from tuneforge.ship.circle.records import RequestLog
+from tuneforge.ship.circle.retune import retrain
 
 POISONS = int(os.environ.get("TUNEFORGE_POISONS", "1"))
 FIRST = int(os.environ.get("TUNEFORGE_POISON_SEED", "0"))
@@ -54,7 +54,7 @@ class Table:
     strategy = tf.use("replay", epochs=4, lr=3e-3)
 
     def __init__(self, folder):
-        self.run = base_run(folder, count=3000, apart=APART).folder
+        self.run = base_run(folder, count=3000, apart=APART).run_dir
 
     def world(self, trial):
         look = TURNED[trial % len(TURNED)]
@@ -106,7 +106,7 @@ class Tally:
 
     def count(self, done, wrong):
         """The labels that were named."""
-        named = wrong[[each.place for each in done.suspects]]
+        named = wrong[[each.row for each in done.label_issues]]
         self.named, self.right_named = self.named + named.sum(), self.right_named + (~named).sum()
         self.wrong, self.batches_found = self.wrong + wrong.sum(), self.batches_found + (named.sum() > wrong.sum() / 2)
 
@@ -115,8 +115,8 @@ class Tally:
         self.promoted += 1
         for name in ("old", "new"):
             raws, codes = getattr(world, name)()
-            stored = torch.stack([store.servable(1).inputs.decode(raw) for raw in raws])
-            answers = (store.servable(number).outputs(stored).argmax(1).numpy() for number in (1, 2))
+            stored = torch.stack([store.load(1).inputs.decode(raw) for raw in raws])
+            answers = (store.load(number).outputs(stored).argmax(1).numpy() for number in (1, 2))
             before, after = (each == codes for each in answers)
             lost, won = int((before & ~after).sum()), int((~before & after).sum())
             self.lower[name] += lost > won
@@ -150,7 +150,7 @@ def setting(request, tmp_path_factory):
         patch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
         made = request.param(tmp_path_factory.mktemp("base"))
     made.store = made.run.parent / "models"
-    promote(made.run, store=made.store, name="kinds", to=("safetensors",))
+    promote(made.run, registry=made.store, name="kinds", to=("safetensors",))
     return made
 
 
@@ -159,16 +159,16 @@ def setting(request, tmp_path_factory):
 def test_what_is_promoted_is_no_worse_on_clean_truth(setting, tmp_path, kind):
     tally = Tally()
     for trial in range(FIRST, FIRST + POISONS):
-        store = Store(shutil.copytree(setting.store, tmp_path / str(trial)), "kinds")
+        store = ModelRegistry(shutil.copytree(setting.store, tmp_path / str(trial)), "kinds")
         world = setting.world(trial)
         raws, codes = world.batch()
         given, wrong = poisoned(codes, kind, trial)
-        labels = store.servable().targets.labels
-        with Records(tmp_path / f"{trial}.db") as records:
+        labels = store.load().targets.labels
+        with RequestLog(tmp_path / f"{trial}.db") as records:
             kept(store, records, raws, [labels[code] for code in given])
-            done = retune(store.root, records, strategy=setting.strategy, settings={"page": False})
+            done = retrain(store.root, records, strategy=setting.strategy, run_settings={"page": False})
         tally.count(done, wrong)
-        if done.version is not None:
+        if done.new_version is not None:
             tally.compare(store, world)
         shutil.rmtree(store.root)
     print(f"\n{type(setting).__name__}, {tally.sentence(kind)}")

@@ -13,14 +13,19 @@ from PIL import Image
 
 import tuneforge as tf
 from tuneforge.__main__ import main
-from tuneforge.exporting.reference_outputs import Evidence
+from tuneforge.exporting.reference_outputs import ReferenceData
 from tuneforge.ship.champion.promote import promote
-from tuneforge.ship.champion.store import Store
-from tuneforge.ship.circle.records import Exchange, Records
-from tuneforge.ship.circle.retune import TURN, Samples, retune
-from tuneforge.ship.circle.suspects import by_neighbours, misfits, sentence, vanished
-from tuneforge.ship.circle.turns import Triggers, last_turn, picture, reason_to_turn, turns
-from tuneforge.ship.circle.watch import watched
+from tuneforge.ship.champion.store import ModelRegistry
+from tuneforge.ship.circle.records import LoggedRequest, RequestLog
+from tuneforge.ship.circle.retune import ROUND, LabeledSamples, retrain
+from tuneforge.ship.circle.suspects import (
+    describe_label_issues,
+    flag_unlikely_labels,
+    flag_vanished_classes,
+    knn_probabilities,
+)
+from tuneforge.ship.circle.turns import RetrainingTriggers, check_triggers, find_last_round, plot_accuracy, run_rounds
+from tuneforge.ship.circle.watch import monitor_version
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +35,15 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def store(base, tmp_path):
-    promote(base.folder, store=tmp_path / "models", name="kinds", to=("safetensors",))
-    return Store(tmp_path / "models", "kinds")
+    promote(base.run_dir, registry=tmp_path / "models", name="kinds", to=("safetensors",))
+    return ModelRegistry(tmp_path / "models", "kinds")
 
 
 @pytest.fixture
 def records(tmp_path):
-    with Records(tmp_path / "models" / "records.db" if (tmp_path / "models").exists() else tmp_path / "r.db") as opened:
+    with RequestLog(
+        tmp_path / "models" / "requests.db" if (tmp_path / "models").exists() else tmp_path / "r.db"
+    ) as opened:
         yield opened
 
 
@@ -44,31 +51,31 @@ def turn(store, records, **given):
     given = {
         "strategy": tf.use("replay", epochs=4, lr=5e-3),
         "to": ("safetensors",),
-        "settings": {"page": False},
+        "run_settings": {"page": False},
     } | given
-    return retune(store.root, records, name="kinds", **given)
+    return retrain(store.root, records, name="kinds", **given)
 
 
 def test_a_changed_world_is_learnt_and_the_old_one_kept(store, records):
     changed = {"shift": 3.1, "height": 6.0}  # turned around, and lifted, which tells the worlds apart
     values, codes = cloud(300, seed=1, **changed)
     fresh, truth = cloud(300, seed=2, **changed)
-    before = right(store.folder(), fresh, truth).mean()
+    before = right(store.version_dir(), fresh, truth).mean()
     ask(store, records, values, ["abc"[code] for code in codes])
     done = turn(store, records)
-    assert done.verdict.promoted, done.verdict.table()
-    assert (done.version, done.against, store.champion) == (2, 1, 2)
+    assert done.decision.promoted, done.decision.format_table()
+    assert (done.new_version, done.previous_champion, store.champion) == (2, 1, 2)
     assert before < 0.5
-    assert right(store.folder(), fresh, truth).mean() > 0.85
-    assert right(store.folder(), *cloud(300, seed=3)).mean() > 0.95
-    assert 30 <= done.held_out <= 90
-    (line,) = [line for line in store.log() if line["event"] == TURN]
-    assert (line["labels"], line["promoted"], line["turn"]) == (300, 2, 1)
+    assert right(store.version_dir(), fresh, truth).mean() > 0.85
+    assert right(store.version_dir(), *cloud(300, seed=3)).mean() > 0.95
+    assert 30 <= done.num_held_out <= 90
+    (line,) = [line for line in store.read_events() if line["event"] == ROUND]
+    assert (line["labels"], line["promoted"], line["round"]) == (300, 2, 1)
 
 
 def test_drift_is_over_once_a_turn_has_seen_the_new_world_and_comes_back_with_the_next(store, records):
     def seen():
-        return watched(records, Evidence.read(store.folder()), version=str(store.champion))
+        return monitor_version(records, ReferenceData.read(store.version_dir()), version=str(store.champion))
 
     def labels(codes):
         return ["abc"[code] for code in codes]
@@ -77,15 +84,15 @@ def test_drift_is_over_once_a_turn_has_seen_the_new_world_and_comes_back_with_th
     for number, world in enumerate((first, second)):
         values, codes = cloud(300, seed=10 * number + 1, **world)
         ask(store, records, values, labels(codes), start=1000 * number)
-        assert seen().inputs.found
+        assert seen().input_drift.is_drift
         done = turn(store, records)
-        assert done.verdict.promoted, done.verdict.table()
+        assert done.decision.promoted, done.decision.format_table()
         ask(store, records, cloud(300, seed=10 * number + 2, **world)[0], [], start=1000 * number + 300)
-        assert not seen().drifted, seen()
+        assert not seen().has_drift, seen()
     for number, world in enumerate(({}, first), start=3):  # what it knows from before is no drift either
-        other = Records(records.path.with_name(f"{number}.db"))
+        other = RequestLog(records.path.with_name(f"{number}.db"))
         ask(store, other, cloud(300, seed=30 + number, **world)[0], [])
-        assert not watched(other, Evidence.read(store.folder()), version="3").drifted
+        assert not monitor_version(other, ReferenceData.read(store.version_dir()), version="3").has_drift
         other.close()
 
 
@@ -96,14 +103,14 @@ def test_too_few_labels_are_refused_before_anything_is_made(store, records):
         turn(store, records)
     assert "needs 6 to see any difference" in str(caught.value.why)
     assert "label about 30 more" in str(caught.value.fix)
-    assert not (store.path / "turns").exists()
-    assert not [line for line in store.log() if line["event"] == TURN]
-    triggers = Triggers(labels=1, fewest=1)
-    assert reason_to_turn(store, records, triggers) is None
+    assert not (store.path / "rounds").exists()
+    assert not [line for line in store.read_events() if line["event"] == ROUND]
+    triggers = RetrainingTriggers(num_labels=1, min_new_labels=1)
+    assert check_triggers(store, records, triggers) is None
     for place, code in enumerate(codes):
         records.label(f"r{place}", "abc"[code])
-    assert records.counts().held_out >= 6
-    assert reason_to_turn(store, records, triggers) == "41 new labels"
+    assert records.stats().num_held_out >= 6
+    assert check_triggers(store, records, triggers) == "41 new labels"
 
 
 def test_where_too_many_labels_do_not_fit_nothing_is_trained(store, records):
@@ -111,12 +118,12 @@ def test_where_too_many_labels_do_not_fit_nothing_is_trained(store, records):
     given = [(code + (place % 5 == 0)) % 3 for place, code in enumerate(codes)]
     ask(store, records, values, ["abc"[code] for code in given])
     done = turn(store, records)
-    assert not done.verdict.promoted
-    assert "60 of 300 labels do not fit their samples" in done.verdict.reason
-    assert "10 % are allowed" in done.verdict.reason
-    assert [each.name for each in done.folder.iterdir()] == ["suspects.json"]
-    assert [line["event"] for line in store.log()][-2:] == ["refused", TURN]
-    assert turn(store, records, most_misfits=0.3).folder.joinpath("run").exists()
+    assert not done.decision.promoted
+    assert "60 of 300 labels do not fit their samples" in done.decision.reason
+    assert "10 % are allowed" in done.decision.reason
+    assert [each.name for each in done.round_dir.iterdir()] == ["label_issues.json"]
+    assert [line["event"] for line in store.read_events()][-2:] == ["refused", ROUND]
+    assert turn(store, records, max_label_issues=0.3).round_dir.joinpath("run").exists()
 
 
 def test_a_class_never_seen_before_is_learnt_over_two_turns(store, records):
@@ -124,68 +131,68 @@ def test_a_class_never_seen_before_is_learnt_over_two_turns(store, records):
     new = np.random.default_rng(5).normal(size=(120, FIELDS)) * 0.5
     ask(store, records, np.concatenate([values, new]), ["abc"[code] for code in codes] + ["middle"] * 120)
     done = turn(store, records)
-    assert done.verdict.promoted, done.verdict.table()
-    assert tf.load(store.folder()).targets.labels == ("a", "b", "c", "middle")
+    assert done.decision.promoted, done.decision.format_table()
+    assert tf.load(store.version_dir()).targets.labels == ("a", "b", "c", "middle")
     more = np.random.default_rng(6).normal(size=(60, FIELDS)) * 0.5
     more[:, 3] += 8
     ask(store, records, more, ["far"] * 60, start=1000)
     done = turn(store, records)
-    assert done.verdict.promoted, done.verdict.table()
-    assert tf.load(store.folder()).targets.labels == ("a", "b", "c", "far", "middle")
-    assert right(store.folder(), *cloud(150, seed=9)).mean() > 0.9
+    assert done.decision.promoted, done.decision.format_table()
+    assert tf.load(store.version_dir()).targets.labels == ("a", "b", "c", "far", "middle")
+    assert right(store.version_dir(), *cloud(150, seed=9)).mean() > 0.9
 
 
 def test_labels_of_one_class_always_called_another_do_not_pass(store, records):
     values, codes = cloud(300, seed=1)
     ask(store, records, values, ["abc"[code] if code else "b" for code in codes])
     done = turn(store, records)
-    assert not done.verdict.promoted
+    assert not done.decision.promoted
     assert store.champion == 1
-    assert len(done.suspects) > 90
-    assert {(each.label, each.likely) for each in done.suspects} == {("b", "a")}
-    named = json.loads((done.folder / "suspects.json").read_text())
-    assert len(named) == len(done.suspects)
+    assert len(done.label_issues) > 90
+    assert {(each.label, each.suggested_label) for each in done.label_issues} == {("b", "a")}
+    named = json.loads((done.round_dir / "label_issues.json").read_text())
+    assert len(named) == len(done.label_issues)
     assert sum(int(each["id"][1:]) % 3 == 0 for each in named) > 90
 
 
 def test_trusted_labels_that_do_not_fit_are_for_the_gate_to_refuse(store, records):
     values, codes = cloud(300, seed=1)
     ask(store, records, values, ["abc"[code] if code else "b" for code in codes])
-    done = turn(store, records, trust=True)
-    assert done.suspects == ()
-    assert not done.verdict.promoted, done.verdict.table()
+    done = turn(store, records, trust_labels=True)
+    assert done.label_issues == ()
+    assert not done.decision.promoted, done.decision.format_table()
 
 
 def test_nothing_labelled_is_an_error(store, records):
     with pytest.raises(tf.DataError, match="nothing is labelled"):
         turn(store, records)
-    assert not (store.path / "turns" / "1").exists()
+    assert not (store.path / "rounds" / "1").exists()
 
 
 def test_what_was_held_out_is_not_trained_on(store, records):
     values, codes = cloud(200, seed=1)
     ask(store, records, values, ["abc"[code] for code in codes])
     done = turn(store, records)
-    data = tf.with_data(tf.load(done.folder / "run")).data
-    held = {f"new/{each.exchange.id}" for each in records.labelled("held-out")}
+    data = tf.attach_data(tf.load(done.round_dir / "run")).data
+    held = {f"new/{each.request.id}" for each in records.labeled_requests("held-out")}
     seen = {split.id_of(row) for split in (data.train, data.val) for row in range(len(split))}
     assert held
     assert not held & seen
-    assert {data.further["new"].id_of(row) for row in range(len(data.further["new"]))} <= held
-    assert set(data.pools) == {"old", "new"}
+    assert {data.extra_test_splits["new"].id_of(row) for row in range(len(data.extra_test_splits["new"]))} <= held
+    assert set(data.sample_groups) == {"old", "new"}
 
 
 def test_a_rare_new_class_is_left_out_and_said(store, records):
     values, codes = cloud(100, seed=1)
     ask(store, records, values, ["typo" if place < 3 else "abc"[code] for place, code in enumerate(codes)])
-    done = turn(store, records, trust=True)
-    data = tf.with_data(tf.load(done.folder / "run")).data
+    done = turn(store, records, trust_labels=True)
+    data = tf.attach_data(tf.load(done.round_dir / "run")).data
     assert data.targets.labels == ("a", "b", "c")
     assert any("typo" in note for note in data.notes)
 
 
 def test_a_version_without_weights_cannot_be_tuned(store, records):
-    (store.folder() / "model.safetensors").unlink()
+    (store.version_dir() / "model.safetensors").unlink()
     with pytest.raises(tf.FolderError, match="holds nothing that can be tuned"):
         turn(store, records)
 
@@ -197,9 +204,9 @@ def test_random_wrong_labels_are_found(share):
     generator = torch.Generator().manual_seed(0)
     wrong = torch.rand(400, generator=generator) < share
     given = torch.where(wrong, (truth + torch.randint(1, 3, (400,), generator=generator)) % 3, truth)
-    likely = by_neighbours(old.float(), known, new.float(), given, k=3)
+    likely = knn_probabilities(old.float(), known, new.float(), given, num_classes=3)
     assert likely.sum(1).allclose(torch.ones(400))
-    found = misfits(likely, given) >= 0
+    found = flag_unlikely_labels(likely, given) >= 0
     assert (found & wrong).sum() > 0.9 * wrong.sum()
     assert (found & ~wrong).sum() < 0.02 * 400
 
@@ -208,47 +215,47 @@ def test_a_class_that_labels_take_away_is_named_and_one_that_moved_is_not():
     codes = torch.arange(300) % 3
     said = torch.eye(3)[codes] * 0.94 + 0.02
     gone = torch.where(codes == 0, 1, codes)
-    assert vanished(said, gone).tolist() == torch.where(codes == 0, 0, -1).tolist()
-    assert (vanished(said, codes) == -1).all()
-    assert (vanished(said, (codes + 1) % 3) == -1).all()  # all classes moved: so is a world that turned
+    assert flag_vanished_classes(said, gone).tolist() == torch.where(codes == 0, 0, -1).tolist()
+    assert (flag_vanished_classes(said, codes) == -1).all()
+    assert (flag_vanished_classes(said, (codes + 1) % 3) == -1).all()  # all classes moved: so is a world that turned
     half = torch.where((codes == 0) & (torch.arange(300) < 150), 1, codes)
-    assert (vanished(said, half) == -1).all()
+    assert (flag_vanished_classes(said, half) == -1).all()
 
 
 def test_labels_that_fit_are_left_alone():
     new, truth = (torch.from_numpy(each) for each in cloud(300, seed=1, shift=1.0))
     old, known = (torch.from_numpy(each) for each in cloud(300, seed=2))
-    found = misfits(by_neighbours(old.float(), known, new.float(), truth, k=3), truth)
+    found = flag_unlikely_labels(knn_probabilities(old.float(), known, new.float(), truth, num_classes=3), truth)
     assert (found >= 0).sum() < 0.02 * 300
-    assert sentence([], 3) == "all 3 labels fit their samples"
+    assert describe_label_issues([], 3) == "all 3 labels fit their samples"
 
 
 @pytest.mark.parametrize(
     ("triggers", "said"),
     [
-        (Triggers(labels=60), "60 new labels"),
-        (Triggers(labels=61), None),
-        (Triggers(labels=None, accuracy=0.9), "under 0.9"),
-        (Triggers(labels=None, accuracy=0.1), None),
-        (Triggers(labels=None, accuracy=0.9, fewest=61), None),
-        (Triggers(labels=None), None),
+        (RetrainingTriggers(num_labels=60), "60 new labels"),
+        (RetrainingTriggers(num_labels=61), None),
+        (RetrainingTriggers(num_labels=None, min_accuracy=0.9), "under 0.9"),
+        (RetrainingTriggers(num_labels=None, min_accuracy=0.1), None),
+        (RetrainingTriggers(num_labels=None, min_accuracy=0.9, min_new_labels=61), None),
+        (RetrainingTriggers(num_labels=None), None),
     ],
 )
 def test_a_turn_begins_where_there_is_a_reason(store, records, triggers, said):
     values, _ = cloud(60, seed=1)
     ask(store, records, values, ["a"] * 60)
-    reason = reason_to_turn(store, records, triggers)
+    reason = check_triggers(store, records, triggers)
     assert reason is None if said is None else said in reason
 
 
 def test_a_turn_is_held_off_also_after_a_refusal(store, records):
     ask(store, records, cloud(60, seed=1)[0], ["a"] * 60)
-    store.note(TURN, labels=0, promoted=None)
-    triggers = Triggers(labels=50, hold_off_s=100)
-    assert reason_to_turn(store, records, triggers) is None
-    assert reason_to_turn(store, records, triggers, now=time.time() + 200) == "60 new labels"
-    store.note(TURN, labels=60, promoted=None)
-    assert reason_to_turn(store, records, triggers, now=time.time() + 200) is None
+    store.log_event(ROUND, labels=0, promoted=None)
+    triggers = RetrainingTriggers(num_labels=50, min_interval_s=100)
+    assert check_triggers(store, records, triggers) is None
+    assert check_triggers(store, records, triggers, now=time.time() + 200) == "60 new labels"
+    store.log_event(ROUND, labels=60, promoted=None)
+    assert check_triggers(store, records, triggers, now=time.time() + 200) is None
 
 
 def test_watching_goes_on_after_a_turn_that_failed(store, records):
@@ -264,10 +271,14 @@ def test_watching_goes_on_after_a_turn_that_failed(store, records):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(turns(store, records, Triggers(labels=50), fail, every_s=7, say=said.append, sleep=sleep))
+        list(
+            run_rounds(
+                store, records, RetrainingTriggers(num_labels=50), fail, interval_s=7, log=said.append, sleep=sleep
+            )
+        )
     assert looks == [7, 7, 7]
     assert said == ["a turn begins: 60 new labels", "the turn failed: broken"]
-    assert last_turn(store)["failed"]
+    assert find_last_round(store)["failed"]
 
 
 def test_the_command_does_a_turn_and_draws_it(store, records, capsys):
@@ -276,9 +287,9 @@ def test_the_command_does_a_turn_and_draws_it(store, records, capsys):
     arguments = ["--store", str(store.root), "--strategy.epochs", "1", "--json"]
     assert main(["retune", *arguments]) == 3
     said = json.loads(capsys.readouterr().out)
-    assert (said["version"], said["labelled"]) == (None, 120)
-    assert "no significant difference" in said["verdict"]["reason"]
-    with Image.open(picture(store, records)) as drawn:
+    assert (said["version"], said["num_labeled"]) == (None, 120)
+    assert "no significant difference" in said["decision"]["reason"]
+    with Image.open(plot_accuracy(store, records)) as drawn:
         assert drawn.size[0] > 500
 
 
@@ -294,8 +305,8 @@ def test_samples_of_different_shapes_are_refused():
         def decode(self, raw):
             return torch.zeros(len(raw))
 
-    from tuneforge.ship.circle.records import Labelled
+    from tuneforge.ship.circle.records import LabeledRequest
 
-    both = [Labelled(Exchange(body.decode(), "1", body, "x", {}), "a", False) for body in (b"1", b"22")]
+    both = [LabeledRequest(LoggedRequest(body.decode(), "1", body, "x", {}), "a", False) for body in (b"1", b"22")]
     with pytest.raises(tf.DataError, match="different shapes"):
-        Samples.of(both, Anything())
+        LabeledSamples.decode(both, Anything())

@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy import stats
 
-from tuneforge.exporting.reference_outputs import Evidence, summary
-from tuneforge.ship.circle.records import Exchange
-from tuneforge.ship.circle.watch import drift, features_of, watched, wilson
+from tuneforge.exporting.reference_outputs import ReferenceData, summarize
+from tuneforge.ship.circle.records import LoggedRequest
+from tuneforge.ship.circle.watch import compute_features, monitor_version, run_drift_test, wilson_interval
 
 
 def pictures(count, *, seed):
@@ -17,52 +17,52 @@ def pictures(count, *, seed):
 
 def evidence_of(stored, confidences):
     answers = torch.stack([confidences, 1 - confidences], 1).float()
-    return Evidence(
-        stored[:2], answers[:2], summary(stored), answers, torch.zeros(1, dtype=torch.int64), torch.zeros(())
+    return ReferenceData(
+        stored[:2], answers[:2], summarize(stored), answers, torch.zeros(1, dtype=torch.int64), torch.zeros(())
     )
 
 
 @pytest.mark.parametrize(("right", "total"), [(0, 10), (10, 10), (7, 10), (499, 500)])
 def test_interval_is_that_of_scipy(right, total):
-    found, known = wilson(right, total), stats.binomtest(right, total).proportion_ci(method="wilson")
+    found, known = wilson_interval(right, total), stats.binomtest(right, total).proportion_ci(method="wilson")
     assert (found.low, found.high) == pytest.approx((known.low, known.high), abs=1e-12)
-    assert found.share == right / total
+    assert found.proportion == right / total
 
 
 def test_nothing_labelled_is_no_share():
-    assert np.isnan(wilson(0, 0).share)
-    assert (wilson(0, 0).low, wilson(0, 0).high) == (0, 1)
+    assert np.isnan(wilson_interval(0, 0).proportion)
+    assert (wilson_interval(0, 0).low, wilson_interval(0, 0).high) == (0, 1)
 
 
 def test_statistic_and_p_are_those_of_scipy():
     generator = np.random.default_rng(0)
     first, second = generator.normal(size=(300, 1)), generator.normal(0.3, size=(200, 1))
-    found, known = drift(first, second), stats.ks_2samp(first[:, 0], second[:, 0], method="asymp")
+    found, known = run_drift_test(first, second), stats.ks_2samp(first[:, 0], second[:, 0], method="asymp")
     assert found.statistic == pytest.approx(known.statistic, abs=1e-12)
-    assert found.p == pytest.approx(known.pvalue, rel=1e-9)
+    assert found.p_value == pytest.approx(known.pvalue, rel=1e-9)
 
 
 def test_no_more_false_alarms_than_the_level_says():
     generator = np.random.default_rng(1)
     reference = generator.normal(size=(400, 18))
-    found = [drift(generator.normal(size=(400, 18)), generator.normal(size=(200, 18))) for _ in range(300)]
-    assert sum(each.p < 0.05 for each in found) <= 0.08 * 300
-    assert sum(each.found for each in found) <= 2
+    found = [run_drift_test(generator.normal(size=(400, 18)), generator.normal(size=(200, 18))) for _ in range(300)]
+    assert sum(each.p_value < 0.05 for each in found) <= 0.08 * 300
+    assert sum(each.is_drift for each in found) <= 2
     moved = generator.normal(size=(200, 18))
     moved[:, 7] += 1
-    assert drift(reference, moved).found
-    assert drift(reference, moved).place == 7
+    assert run_drift_test(reference, moved).is_drift
+    assert run_drift_test(reference, moved).feature_index == 7
 
 
 def test_few_requests_say_nothing():
-    assert drift(np.zeros((400, 2)), np.zeros((29, 2))) is None
+    assert run_drift_test(np.zeros((400, 2)), np.zeros((29, 2))) is None
 
 
 def ask(records, stored, confidences, *, start=0, version="1"):
-    records.keep([
-        Exchange(f"{version}-{start + row}", version, b"%d" % (start + row), "text/plain",
+    records.append([
+        LoggedRequest(f"{version}-{start + row}", version, b"%d" % (start + row), "text/plain",
                  {"class": "a", "probability": float(confidence)}, features=features)
-        for row, (confidence, features) in enumerate(zip(confidences, features_of(stored), strict=True))
+        for row, (confidence, features) in enumerate(zip(confidences, compute_features(stored), strict=True))
     ])  # fmt: skip
 
 
@@ -70,18 +70,18 @@ def test_the_same_world_is_quiet_and_inverted_pictures_are_not(records):
     confidences = torch.linspace(0.6, 1, 300)
     evidence = evidence_of(pictures(300, seed=0), confidences)
     ask(records, pictures(300, seed=1), confidences)
-    quiet = watched(records, evidence, version="1")
-    assert not quiet.drifted
-    assert quiet.inputs.size == 300
+    quiet = monitor_version(records, evidence, version="1")
+    assert not quiet.has_drift
+    assert quiet.input_drift.num_requests == 300
     assert quiet.mean_confidence == pytest.approx(0.8, abs=1e-3)
     ask(records, 255 - pictures(100, seed=2), torch.linspace(0.6, 1, 100), version="2")
-    loud = watched(records, evidence, version="2")
-    assert loud.inputs.found
-    assert not loud.confidence.found
+    loud = monitor_version(records, evidence, version="2")
+    assert loud.input_drift.is_drift
+    assert not loud.confidence_drift.is_drift
     ask(records, pictures(100, seed=3), torch.linspace(0.3, 0.6, 100), version="3")
-    unsure = watched(records, evidence, version="3")
-    assert unsure.confidence.found
-    assert not unsure.inputs.found
+    unsure = monitor_version(records, evidence, version="3")
+    assert unsure.confidence_drift.is_drift
+    assert not unsure.input_drift.is_drift
 
 
 def test_accuracy_is_of_the_version_and_what_got_labelled(records):
@@ -89,8 +89,8 @@ def test_accuracy_is_of_the_version_and_what_got_labelled(records):
     ask(records, pictures(10, seed=0), [0.9] * 10, start=10, version="2")
     for row in range(4):
         records.label(f"1-{row}", "a" if row else "b")
-    seen = watched(records, None, version="1")
-    assert (seen.accuracy.right, seen.accuracy.total) == (3, 4)
-    assert (seen.inputs, seen.confidence, seen.drifted) == (None, None, False)
-    assert watched(records, None, version="2").accuracy.total == 0
-    assert watched(records, None, version="2").plain()["accuracy"]["share"] is None
+    seen = monitor_version(records, None, version="1")
+    assert (seen.accuracy.num_correct, seen.accuracy.total) == (3, 4)
+    assert (seen.input_drift, seen.confidence_drift, seen.has_drift) == (None, None, False)
+    assert monitor_version(records, None, version="2").accuracy.total == 0
+    assert monitor_version(records, None, version="2").to_dict()["accuracy"]["proportion"] is None

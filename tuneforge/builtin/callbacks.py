@@ -89,7 +89,7 @@ class EMA:
 
 
 @component(api=1)
-class ReportPage:
+class HTMLReport:
     """Write `report.html` into the run's folder when the run is done."""
 
     @hookimpl
@@ -97,10 +97,10 @@ class ReportPage:
         """Write the page; the run is done without it, so a full disk costs the page alone."""
         import tuneforge
 
-        if run.folder is None:
+        if run.run_dir is None:
             return
         try:
-            tuneforge.write_page(run.folder)
+            tuneforge.write_report(run.run_dir)
         except TryAgainError as error:
-            later = f"free some space, then: tuneforge report {shlex.quote(str(run.folder))}"
-            run.note(f"warning: the run is done, but {error.what} ({error.why}); {later}")
+            later = f"free some space, then: tuneforge report {shlex.quote(str(run.run_dir))}"
+            run.log(f"warning: the run is done, but {error.what} ({error.why}); {later}")

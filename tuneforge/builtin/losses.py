@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tuneforge import Check, DataError, OptionError, UnknownNameError, component, hookimpl, option
-from tuneforge.builtin.targets import in_columns, near
+from tuneforge.builtin.targets import suggest_label, to_columns
 
 if TYPE_CHECKING:
     from tuneforge import Batch, Run
 
-_SHARE = Check("at least 0 and less than 1", lambda value: bool(0 <= value < 1), {"minimum": 0, "exclusiveMaximum": 1})
+_FRACTION = Check(
+    "at least 0 and less than 1", lambda value: bool(0 <= value < 1), {"minimum": 0, "exclusiveMaximum": 1}
+)
 _FACTORS = Check("numbers of at least 0", lambda factors: all(value >= 0 for value in factors.values()))
 
 
@@ -35,7 +37,7 @@ class CrossEntropy:
     """
 
     label_smoothing: float = option(
-        default=0.0, help="Share of each target that goes to all classes evenly.", check=_SHARE
+        default=0.0, help="Share of each target that goes to all classes evenly.", check=_FRACTION
     )
     class_weights: dict[str, float] = option(
         default={},
@@ -53,23 +55,23 @@ class CrossEntropy:
             OptionError: No class that occurs has a weight.
         """
         outputs, targets = run.forward(batch.inputs), batch.targets
-        _check_classes(outputs, targets, run.data.targets.size)
-        weights = _product(batch.weights, self._weights(run, targets))
+        _check_classes(outputs, targets, run.data.targets.num_outputs)
+        weights = _multiply_weights(batch.weights, self._get_sample_weights(run, targets))
         try:
             if weights is None:
                 return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing), outputs
             losses = F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing, reduction="none")
         except IndexError:  # a target out of range; torch says so on the CPU, and reading the range would cost a sync
-            raise _no_class(targets, outputs.shape[1]) from None
+            raise _class_range_error(targets, outputs.shape[1]) from None
         return (losses * weights).mean(), outputs
 
-    def _weights(self, run: Run, targets: Tensor) -> Tensor | None:
+    def _get_sample_weights(self, run: Run, targets: Tensor) -> Tensor | None:
         """Each sample's weight (b,) by its class, or None where no class has one."""
         if not self.class_weights:
             return None
         state = run.state(self)
         if "factors" not in state:
-            raw = _by_label(self.class_weights, run.data.targets.labels, option="class-weights")
+            raw = _factors_by_label(self.class_weights, run.data.targets.labels, option="class-weights")
             mean = raw[run.data.train.targets].mean()
             if mean == 0:
                 raise OptionError("every class of the training split has weight 0", where="--step.class-weights")
@@ -82,7 +84,7 @@ class CrossEntropy:
 class BinaryCrossEntropy:
     """Cross-entropy of each label against its own yes or no, the mean over labels and samples."""
 
-    label_smoothing: float = option(default=0.0, help="How far targets are drawn from 0 and 1 to 1/2.", check=_SHARE)
+    label_smoothing: float = option(default=0.0, help="How far targets are drawn from 0 and 1 to 1/2.", check=_FRACTION)
     pos_weights: dict[str, float] = option(
         default={}, help="Factors on the loss where a label holds, by label name; 1 for the others.", check=_FACTORS
     )
@@ -96,21 +98,21 @@ class BinaryCrossEntropy:
             UnknownNameError: A weight names no label.
         """
         outputs = run.forward(batch.inputs)
-        answers, targets = in_columns(outputs, _float_targets(batch.targets))
+        answers, targets = to_columns(outputs, _require_float_targets(batch.targets))
         targets = targets * (1 - self.label_smoothing) + self.label_smoothing / 2 if self.label_smoothing else targets
-        factors = self._factors(run)
+        factors = self._get_pos_weight(run)
         pos_weight = None if factors is None else factors.to(outputs.device)
         if batch.weights is None:
             return F.binary_cross_entropy_with_logits(answers, targets, pos_weight=pos_weight), outputs
         losses = F.binary_cross_entropy_with_logits(answers, targets, pos_weight=pos_weight, reduction="none")
         return (losses.mean(1) * batch.weights).mean(), outputs
 
-    def _factors(self, run: Run) -> Tensor | None:
+    def _get_pos_weight(self, run: Run) -> Tensor | None:
         if not self.pos_weights:
             return None
         state = run.state(self)
         if "factors" not in state:
-            state["factors"] = _by_label(self.pos_weights, run.data.targets.labels, option="pos-weights")
+            state["factors"] = _factors_by_label(self.pos_weights, run.data.targets.labels, option="pos-weights")
         factors: Tensor = state["factors"]
         return factors
 
@@ -127,7 +129,7 @@ class MSE:
             DataError: Outputs or targets have the wrong shape or type.
         """
         outputs = run.forward(batch.inputs)
-        answers, targets = in_columns(outputs, _float_targets(batch.targets))
+        answers, targets = to_columns(outputs, _require_float_targets(batch.targets))
         if batch.weights is None:
             return F.mse_loss(answers, targets), outputs
         return ((answers - targets).square().mean(1) * batch.weights).mean(), outputs
@@ -151,7 +153,7 @@ def _check_classes(outputs: Tensor, targets: Tensor, size: int) -> None:
         )
 
 
-def _no_class(targets: Tensor, size: int) -> DataError:
+def _class_range_error(targets: Tensor, size: int) -> DataError:
     return DataError(
         f"class indices run from {int(targets.min())} to {int(targets.max())}, and there are {size} classes",
         where="step cross-entropy",
@@ -160,7 +162,7 @@ def _no_class(targets: Tensor, size: int) -> DataError:
     )
 
 
-def _float_targets(targets: Tensor) -> Tensor:
+def _require_float_targets(targets: Tensor) -> Tensor:
     if not targets.is_floating_point():
         raise DataError(
             f"targets are {str(targets.dtype).removeprefix('torch.')}, and the loss needs floats",
@@ -169,7 +171,7 @@ def _float_targets(targets: Tensor) -> Tensor:
     return targets
 
 
-def _by_label(factors: Mapping[str, float], labels: tuple[str, ...], *, option: str) -> Tensor:
+def _factors_by_label(factors: Mapping[str, float], labels: tuple[str, ...], *, option: str) -> Tensor:
     """A factor for each label (k,), 1 where none is given.
 
     Raises:
@@ -177,9 +179,11 @@ def _by_label(factors: Mapping[str, float], labels: tuple[str, ...], *, option: 
     """
     for name in factors:
         if name not in labels:
-            raise UnknownNameError(f"there is no class '{name}'", where=f"--step.{option}", fix=near(name, labels))
+            raise UnknownNameError(
+                f"there is no class '{name}'", where=f"--step.{option}", fix=suggest_label(name, labels)
+            )
     return torch.tensor([factors.get(label, 1.0) for label in labels])
 
 
-def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+def _multiply_weights(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return other if one is None else one if other is None else one * other

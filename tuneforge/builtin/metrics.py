@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tuneforge import DataError, between, component, ge, hookimpl, option
-from tuneforge.builtin.targets import in_columns
+from tuneforge.builtin.targets import to_columns
 
 if TYPE_CHECKING:
     from tuneforge import Metrics, Run
 
-_NOTHING = math.nan
+_NAN = math.nan
 
 
 @component(api=1)
@@ -45,7 +45,7 @@ class Classification:
     @hookimpl
     def evaluate(self, run: Run) -> Metrics:
         """A fresh accumulator for one pass; it takes outputs (b, k) and targets int64 (b,)."""
-        return ClassFigures(run.data.targets.labels, top_k=self.top_k, bins=self.bins)
+        return ClassificationMetrics(run.data.targets.labels, top_k=self.top_k, num_bins=self.bins)
 
 
 @component(api=1)
@@ -60,7 +60,7 @@ class Multilabel:
     @hookimpl
     def evaluate(self, run: Run) -> Metrics:
         """A fresh accumulator for one pass; it takes outputs (b, k) and targets 0 or 1, float (b, k)."""
-        return LabelFigures(run.data.targets.labels, threshold=self.threshold)
+        return MultilabelMetrics(run.data.targets.labels, threshold=self.threshold)
 
 
 @component(api=1)
@@ -74,20 +74,20 @@ class Regression:
     def evaluate(self, run: Run) -> Metrics:
         """A fresh accumulator for one pass; it takes outputs (b, k) and targets (b,) or (b, k)."""
         targets = run.data.targets
-        return NumberFigures(getattr(targets, "names", ()), scales=getattr(targets, "scales", (1.0,)))
+        return RegressionMetrics(getattr(targets, "names", ()), scales=getattr(targets, "scales", (1.0,)))
 
 
-class ClassFigures:
+class ClassificationMetrics:
     """The accumulator of `Classification`.
 
     Args:
         labels: Names of the classes; where there are none, their indices serve.
         top_k: For `top{k}_accuracy`.
-        bins: For `ece`.
+        num_bins: For `ece`.
     """
 
-    def __init__(self, labels: Sequence[str], *, top_k: int, bins: int) -> None:
-        self.labels, self.top_k, self.bins = tuple(labels), top_k, bins
+    def __init__(self, labels: Sequence[str], *, top_k: int, num_bins: int) -> None:
+        self.labels, self.top_k, self.num_bins = tuple(labels), top_k, num_bins
         self._count = 0
         self._sums: dict[str, Tensor] = {}
 
@@ -97,7 +97,7 @@ class ClassFigures:
         Raises:
             DataError: The outputs are not one a class.
         """
-        self.labels = _labels(self.labels, outputs)
+        self.labels = _resolve_labels(self.labels, outputs)
         num_classes = len(self.labels)
         truth = targets if targets.ndim == 1 else targets.argmax(1)
         scores = outputs if outputs.dtype == torch.float64 else outputs.float()
@@ -106,10 +106,14 @@ class ClassFigures:
         right = (answer == truth) & ~broken
         cells = truth * (num_classes + 1) + torch.where(broken, num_classes, answer)
         self._count += len(outputs)
-        _add(self._sums, "loss", F.cross_entropy(scores, targets, reduction="none").sum(dtype=_wide(outputs)))
-        _add(self._sums, "cells", _counted(cells, num_classes * (num_classes + 1)))
-        _add(self._sums, "top", (_among_best(scores, truth, self.top_k) & ~broken).sum())
-        _add(self._sums, "bins", _binned(confidence, right, self.bins))
+        _add(
+            self._sums,
+            "loss",
+            F.cross_entropy(scores, targets, reduction="none").sum(dtype=_accumulation_dtype(outputs)),
+        )
+        _add(self._sums, "cells", _bincount(cells, num_classes * (num_classes + 1)))
+        _add(self._sums, "top", (_is_in_top_k(scores, truth, self.top_k) & ~broken).sum())
+        _add(self._sums, "bins", _bin_by_confidence(confidence, right, self.num_bins))
 
     def compute(self) -> dict[str, Any]:
         """The figures so far; `confusion` has a row for each true class and a column for each answer."""
@@ -117,39 +121,39 @@ class ClassFigures:
         cells = self._sums.get("cells", torch.zeros(num_classes * (num_classes + 1))).cpu().double()
         confusion = cells.view(num_classes, num_classes + 1)[:, :num_classes]  # the last column answers no class
         support, given, right = cells.view(num_classes, num_classes + 1).sum(1), confusion.sum(0), confusion.diagonal()
-        rates = _rates(right, given, support)
+        rates = _precision_recall_f1(right, given, support)
         seen = support > 0
         macro = {f"{name}_macro": _mean(values[seen]) for name, values in rates.items()}
         weighted = {f"{name}_weighted": _ratio(float(values @ support), count) for name, values in rates.items()}
-        top = _ratio(_number(self._sums, "top"), count)
+        top = _ratio(_get_sum(self._sums, "top"), count)
         return {
-            "loss": _ratio(_number(self._sums, "loss"), count),
+            "loss": _ratio(_get_sum(self._sums, "loss"), count),
             "accuracy": _ratio(float(right.sum()), count),
             **macro,
             **weighted,
-            **self._worst(rates["recall"], support),
+            **self._find_hardest_class(rates["recall"], support),
             **({f"top{self.top_k}_accuracy": top} if self.top_k < num_classes else {}),
-            "ece": self._calibration_error(),
-            "per_class": _per_label(self.labels, rates, support, count),
+            "ece": self._compute_calibration_error(),
+            "per_class": _format_per_label(self.labels, rates, support, count),
             "confusion": confusion.long().tolist(),
         }
 
-    def _worst(self, recall: Tensor, support: Tensor) -> dict[str, Any]:
+    def _find_hardest_class(self, recall: Tensor, support: Tensor) -> dict[str, Any]:
         """The class with the lowest recall, the first where several have it; none where no sample was seen."""
         if not self._count:
-            return {"recall_min": _NOTHING, "worst_class": None}
+            return {"recall_min": _NAN, "hardest_class": None}
         worst = int(recall.masked_fill(support == 0, math.inf).argmin())
-        return {"recall_min": float(recall[worst]), "worst_class": self.labels[worst]}
+        return {"recall_min": float(recall[worst]), "hardest_class": self.labels[worst]}
 
-    def _calibration_error(self) -> float:
+    def _compute_calibration_error(self) -> float:
         """Expected calibration error over equal bins of confidence (Guo et al. 2017, arXiv 1706.04599, equation 3)."""
         if not self._count:
-            return _NOTHING
+            return _NAN
         confidence, right = self._sums["bins"].cpu().double().unbind(1)
         return float((right - confidence).abs().sum()) / self._count
 
 
-class LabelFigures:
+class MultilabelMetrics:
     """The accumulator of `Multilabel`.
 
     Args:
@@ -168,14 +172,14 @@ class LabelFigures:
         Raises:
             DataError: Outputs and targets are not one a label.
         """
-        outputs, targets = in_columns(outputs, targets)
-        self.labels = _labels(self.labels, outputs)
+        outputs, targets = to_columns(outputs, targets)
+        self.labels = _resolve_labels(self.labels, outputs)
         held = targets >= 0.5
         given = outputs.float().sigmoid() >= self.threshold
         wrong = (held != given) | outputs.isnan()
         losses = F.binary_cross_entropy_with_logits(outputs.float(), targets.float(), reduction="none")
         self._count += len(outputs)
-        _add(self._sums, "loss", losses.sum(dtype=_wide(outputs)))
+        _add(self._sums, "loss", losses.sum(dtype=_accumulation_dtype(outputs)))
         _add(self._sums, "exact", (~wrong.any(1)).sum())
         _add(self._sums, "wrong", wrong.sum())
         _add(self._sums, "labels", torch.stack([(held & given).sum(0), given.sum(0), held.sum(0)]))
@@ -184,20 +188,20 @@ class LabelFigures:
         """The figures so far."""
         num_labels = len(self.labels)
         right, given, support = self._sums.get("labels", torch.zeros(3, num_labels)).cpu().double()
-        rates = _rates(right, given, support)
-        micro = _rates(*(each.sum()[None] for each in (right, given, support)))
+        rates = _precision_recall_f1(right, given, support)
+        micro = _precision_recall_f1(*(each.sum()[None] for each in (right, given, support)))
         count, flags = self._count, self._count * num_labels
         return {
-            "loss": _ratio(_number(self._sums, "loss"), flags),
-            "exact_match": _ratio(_number(self._sums, "exact"), count),
-            "hamming": _ratio(_number(self._sums, "wrong"), flags),
-            **{f"{name}_macro": _mean(values) if count else _NOTHING for name, values in rates.items()},
-            **{f"{name}_micro": _mean(values) if count else _NOTHING for name, values in micro.items()},
-            "per_class": _per_label(self.labels, rates, support, count),
+            "loss": _ratio(_get_sum(self._sums, "loss"), flags),
+            "exact_match": _ratio(_get_sum(self._sums, "exact"), count),
+            "hamming_loss": _ratio(_get_sum(self._sums, "wrong"), flags),
+            **{f"{name}_macro": _mean(values) if count else _NAN for name, values in rates.items()},
+            **{f"{name}_micro": _mean(values) if count else _NAN for name, values in micro.items()},
+            "per_class": _format_per_label(self.labels, rates, support, count),
         }
 
 
-class NumberFigures:
+class RegressionMetrics:
     """The accumulator of `Regression`.
 
     Args:
@@ -218,13 +222,13 @@ class NumberFigures:
         """
         if not len(outputs):
             return
-        outputs, targets = (each.to(_wide(outputs)) for each in in_columns(outputs, targets))
+        outputs, targets = (each.to(_accumulation_dtype(outputs)) for each in to_columns(outputs, targets))
         errors = outputs - targets
-        self._merge(targets)
+        self._merge_target_moments(targets)
         _add(self._sums, "absolute", errors.abs().sum(0))
         _add(self._sums, "squared", errors.square().sum(0))
 
-    def _merge(self, targets: Tensor) -> None:
+    def _merge_target_moments(self, targets: Tensor) -> None:
         """Mean and squared deviation of the targets, merged by the pairwise rule of Chan, Golub and LeVeque (1979)."""
         before, count = self._count, len(targets)
         mean = targets.mean(0)
@@ -239,14 +243,14 @@ class NumberFigures:
     def compute(self) -> dict[str, Any]:
         """The figures so far."""
         if not self._count:
-            return dict.fromkeys(("loss", "mae", "rmse", "r2"), _NOTHING)
+            return dict.fromkeys(("loss", "mae", "rmse", "r2"), _NAN)
         sums = {name: values.cpu().double() for name, values in self._sums.items()}
         scales = torch.tensor(self.scales, dtype=torch.float64)
         mean_squared = sums["squared"] / self._count
         figures = {
             "mae": sums["absolute"] / self._count * scales,
             "rmse": mean_squared.sqrt() * scales,
-            "r2": self._explained(sums),
+            "r2": self._compute_r2(sums),
         }
         out: dict[str, Any] = {"loss": _mean(mean_squared), **{name: _mean(each) for name, each in figures.items()}}
         if len(mean_squared) > 1:
@@ -257,25 +261,25 @@ class NumberFigures:
             }
         return out
 
-    def _explained(self, sums: dict[str, Tensor]) -> Tensor:
+    def _compute_r2(self, sums: dict[str, Tensor]) -> Tensor:
         """R2 of each number (k,); as scikit-learn has it, 0 where the truth never varies, or 1 if it is met exactly.
 
         It takes two samples to vary at all: of one, NaN.
         """
         if self._count < 2:
-            return torch.full_like(sums["mean"], _NOTHING)
+            return torch.full_like(sums["mean"], _NAN)
         rounding = self._count * (4 * torch.finfo(torch.float64).eps * sums["mean"]).square()
         constant = sums["deviation"] <= rounding
         exact = torch.where(sums["squared"] <= rounding, 1.0, sums["squared"] * 0.0)
         return torch.where(constant, exact, 1 - sums["squared"] / sums["deviation"])
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """The widest float of the tensor's device."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def _labels(labels: tuple[str, ...], outputs: Tensor) -> tuple[str, ...]:
+def _resolve_labels(labels: tuple[str, ...], outputs: Tensor) -> tuple[str, ...]:
     """The labels, or indices where there are none; one an output.
 
     Raises:
@@ -294,29 +298,29 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
 
 
-def _counted(indices: Tensor, size: int) -> Tensor:
+def _bincount(indices: Tensor, size: int) -> Tensor:
     """How often each index below `size` occurs, int64 (size,); the same whatever the order."""
     return torch.zeros(size, dtype=torch.int64, device=indices.device).index_add_(0, indices, torch.ones_like(indices))
 
 
-def _among_best(scores: Tensor, truth: Tensor, top_k: int) -> Tensor:
+def _is_in_top_k(scores: Tensor, truth: Tensor, top_k: int) -> Tensor:
     """Whether the true class is among the `top_k` highest scores (b,); of equal ones the first comes first."""
     own = scores.gather(1, truth[:, None])
     earlier = torch.arange(scores.shape[1], device=scores.device) < truth[:, None]
     return ((scores > own) | ((scores == own) & earlier)).sum(1) < top_k
 
 
-def _binned(confidence: Tensor, right: Tensor, bins: int) -> Tensor:
+def _bin_by_confidence(confidence: Tensor, right: Tensor, bins: int) -> Tensor:
     """Sum of confidence and number of right answers in each bin (bins, 2); a bin holds its upper edge.
 
     A product with a matrix of zeros and ones, because adding floats by index has no fixed order on CUDA.
     """
     place = (confidence.nan_to_num() * bins).ceil().sub(1).clamp(0, bins - 1)
-    member = (torch.arange(bins, device=place.device)[:, None] == place).to(_wide(confidence))
+    member = (torch.arange(bins, device=place.device)[:, None] == place).to(_accumulation_dtype(confidence))
     return member @ torch.stack([confidence, right.to(confidence)], 1).to(member)
 
 
-def _rates(right: Tensor, given: Tensor, support: Tensor) -> dict[str, Tensor]:
+def _precision_recall_f1(right: Tensor, given: Tensor, support: Tensor) -> dict[str, Tensor]:
     """Precision, recall and F1 of each class (k,), 0 where there is nothing to divide by."""
     return {
         "precision": right / given.clamp_min(1),
@@ -325,9 +329,9 @@ def _rates(right: Tensor, given: Tensor, support: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _per_label(labels: Sequence[str], rates: dict[str, Tensor], support: Tensor, count: int) -> dict[str, Any]:
+def _format_per_label(labels: Sequence[str], rates: dict[str, Tensor], support: Tensor, count: int) -> dict[str, Any]:
     """The rates of each label by name, in scikit-learn's words."""
-    columns = [(values if count else values * _NOTHING).tolist() for values in rates.values()]
+    columns = [(values if count else values * _NAN).tolist() for values in rates.values()]
     return {
         label: {"precision": precision, "recall": recall, "f1-score": f1, "support": int(number)}
         for label, precision, recall, f1, number in zip(labels, *columns, support.tolist(), strict=True)
@@ -335,12 +339,12 @@ def _per_label(labels: Sequence[str], rates: dict[str, Tensor], support: Tensor,
 
 
 def _mean(values: Tensor) -> float:
-    return float(values.mean()) if len(values) else _NOTHING
+    return float(values.mean()) if len(values) else _NAN
 
 
 def _ratio(part: float, whole: int) -> float:
-    return part / whole if whole else _NOTHING
+    return part / whole if whole else _NAN
 
 
-def _number(sums: dict[str, Tensor], name: str) -> float:
-    return float(sums[name]) if name in sums else _NOTHING
+def _get_sum(sums: dict[str, Tensor], name: str) -> float:
+    return float(sums[name]) if name in sums else _NAN

@@ -20,11 +20,11 @@ _MOMENTUM = Check(
     "at least 0 and less than 1", lambda value: bool(0 <= value < 1), {"minimum": 0, "exclusiveMaximum": 1}
 )
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
-_NEEDS = {
+_UNSUPPORTED_OPTIMIZERS = {
     "LBFGS": "it evaluates the loss several times a step (a closure), and a step here has one gradient",
     "SparseAdam": "it takes sparse gradients only, and most layers give dense ones",
 }
-_NOT_ARGUMENTS = {
+_RESERVED_ARGUMENTS = {
     "params": "the phase says what trains",
     "lr": "the phase says the rate",
     "weight_decay": "it is an option of its own",
@@ -56,7 +56,7 @@ class SGD:
 
         arguments = {"momentum": self.momentum, "nesterov": self.nesterov, "weight_decay": self.weight_decay}
         # The fused kernel cannot mix tensors with and without a momentum in one group, as a thawed layer makes them.
-        return _made(torch.optim.SGD, groups, arguments, fused=fused and not self.momentum)
+        return _build_optimizer(torch.optim.SGD, groups, arguments, fused=fused and not self.momentum)
 
 
 @component(api=1)
@@ -73,11 +73,11 @@ class AdamW:
         import torch
 
         arguments = {"betas": (self.beta1, self.beta2), "eps": self.eps, "weight_decay": self.weight_decay}
-        return _made(torch.optim.AdamW, groups, arguments, fused=fused)
+        return _build_optimizer(torch.optim.AdamW, groups, arguments, fused=fused)
 
 
 @component(api=1)
-class Torch:
+class TorchOptimizer:
     """Any optimizer of torch.optim by its name, such as RMSprop or NAdam."""
 
     kind: str = option(help="Name in torch.optim, in any case.")
@@ -87,7 +87,7 @@ class Torch:
     weight_decay: float = option(default=0.0, help="Decay of matrices, the optimizer's own way.", check=ge(0))
 
     def __attrs_post_init__(self) -> None:
-        self._arguments(_kind(self.kind))
+        self._convert_arguments(_find_optimizer_class(self.kind))
 
     def make(self, groups: list[dict[str, Any]], *, fused: bool) -> torch.optim.Optimizer:
         """The optimizer over `groups`; arguments as of `SGD.make`.
@@ -95,31 +95,31 @@ class Torch:
         Raises:
             OptionError: It cannot train these tensors, or decay is asked of one that has none.
         """
-        kind = _kind(self.kind)
-        if "weight_decay" not in _parameters(kind) and any(group.get("weight_decay", 0) > 0 for group in groups):
-            raise _without_decay(kind)
+        kind = _find_optimizer_class(self.kind)
+        if "weight_decay" not in _get_parameters(kind) and any(group.get("weight_decay", 0) > 0 for group in groups):
+            raise _no_weight_decay_error(kind)
         try:
-            return _made(kind, groups, self._arguments(kind), fused=fused)
+            return _build_optimizer(kind, groups, self._convert_arguments(kind), fused=fused)
         except (ValueError, TypeError) as error:
             raise OptionError(f"{kind.__name__} cannot be made", where="--optimizer torch", why=str(error)) from error
 
-    def _arguments(self, kind: type[torch.optim.Optimizer]) -> dict[str, Any]:
+    def _convert_arguments(self, kind: type[torch.optim.Optimizer]) -> dict[str, Any]:
         """The keyword arguments as `kind` takes them.
 
         Raises:
             UnknownNameError: It has no such argument.
             OptionError: The argument is not a single number, or not the optimizer's to decide.
         """
-        known = {name: each for name, each in _parameters(kind).items() if name not in _NOT_ARGUMENTS}
-        given = {name: _argument(kind, name, value, known) for name, value in self.arguments.items()}
-        if "weight_decay" in _parameters(kind):
+        known = {name: each for name, each in _get_parameters(kind).items() if name not in _RESERVED_ARGUMENTS}
+        given = {name: _convert_argument(kind, name, value, known) for name, value in self.arguments.items()}
+        if "weight_decay" in _get_parameters(kind):
             return {**given, "weight_decay": self.weight_decay}
         if self.weight_decay > 0:
-            raise _without_decay(kind)
+            raise _no_weight_decay_error(kind)
         return given
 
 
-def _made(
+def _build_optimizer(
     kind: Callable[..., torch.optim.Optimizer],
     groups: list[dict[str, Any]],
     arguments: Mapping[str, Any],
@@ -127,7 +127,7 @@ def _made(
     fused: bool,
 ) -> torch.optim.Optimizer:
     """An optimizer, fused where asked for and possible, over copies of the groups: torch writes into them."""
-    if fused and "fused" in inspect.signature(kind).parameters and _fusible(groups):
+    if fused and "fused" in inspect.signature(kind).parameters and _supports_fused(groups):
         try:
             return kind([dict(group) for group in groups], **arguments, fused=True)
         except RuntimeError:
@@ -135,13 +135,13 @@ def _made(
     return kind([dict(group) for group in groups], **arguments)
 
 
-def _fusible(groups: list[dict[str, Any]]) -> bool:
+def _supports_fused(groups: list[dict[str, Any]]) -> bool:
     """True where torch can have fused kernels for all tensors; SGD and Adam would complain at the first step only."""
     tensors = [tensor for group in groups for tensor in group["params"]]
     return all(tensor.is_floating_point() and tensor.device.type in _FUSED_DEVICES for tensor in tensors)
 
 
-def _kind(name: str) -> type[torch.optim.Optimizer]:
+def _find_optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """The class of torch.optim of that name.
 
     Raises:
@@ -162,27 +162,27 @@ def _kind(name: str) -> type[torch.optim.Optimizer]:
         fix = f"did you mean '{found[near[0]].__name__}'?" if near else f"torch has {names}"
         raise UnknownNameError(f"torch.optim has no optimizer '{name}'", where="--optimizer.kind", fix=fix)
     kind = found[name.lower()]
-    if kind.__name__ in _NEEDS:
+    if kind.__name__ in _UNSUPPORTED_OPTIMIZERS:
         raise OptionError(
             f"{kind.__name__} cannot train here",
             where="--optimizer.kind",
-            why=_NEEDS[kind.__name__],
+            why=_UNSUPPORTED_OPTIMIZERS[kind.__name__],
             fix="use --optimizer adamw or sgd",
         )
     return kind
 
 
-def _parameters(kind: type[torch.optim.Optimizer]) -> Mapping[str, inspect.Parameter]:
+def _get_parameters(kind: type[torch.optim.Optimizer]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(kind).parameters
 
 
-def _argument(
+def _convert_argument(
     kind: type[torch.optim.Optimizer], name: str, value: float, known: Mapping[str, inspect.Parameter]
 ) -> float | bool:
     """A number as the argument's own kind; the default tells which that is."""
     where = f"--optimizer.arguments {name}"
-    if name in _NOT_ARGUMENTS:
-        raise OptionError(f"'{name}' is not among the arguments", where=where, why=_NOT_ARGUMENTS[name])
+    if name in _RESERVED_ARGUMENTS:
+        raise OptionError(f"'{name}' is not among the arguments", where=where, why=_RESERVED_ARGUMENTS[name])
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         fix = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(known)}"
@@ -198,7 +198,7 @@ def _argument(
     return bool(value) if isinstance(default, bool) else value
 
 
-def _without_decay(kind: type[torch.optim.Optimizer]) -> OptionError:
+def _no_weight_decay_error(kind: type[torch.optim.Optimizer]) -> OptionError:
     return OptionError(
         f"{kind.__name__} has no weight decay",
         where="--optimizer.weight-decay",

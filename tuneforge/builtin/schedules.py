@@ -27,7 +27,7 @@ class Constant:
 
 
 @component(api=1)
-class Step:
+class StepDecay:
     """Multiply the rate by `gamma` at each milestone: gamma ** (number of milestones reached).
 
     The stepwise decay of He et al. 2015 (arXiv 1512.03385), with the milestones in shares of the phase.
@@ -59,7 +59,7 @@ class Cosine:
         """The factor at `progress`."""
         if progress < self.warmup:
             return progress / self.warmup
-        return _below_peak(self.floor, _share(progress, self.warmup, 1.0))
+        return _cosine_interpolate(self.floor, _fraction_done(progress, self.warmup, 1.0))
 
 
 @component(api=1)
@@ -78,8 +78,8 @@ class OneCycle:
     def factor(self, progress: float) -> float:
         """The factor at `progress`."""
         if progress < self.pct_start:
-            return _below_peak(1 / self.div, 1 - progress / self.pct_start)
-        return _below_peak(1 / self.final_div, _share(progress, self.pct_start, 1.0))
+            return _cosine_interpolate(1 / self.div, 1 - progress / self.pct_start)
+        return _cosine_interpolate(1 / self.final_div, _fraction_done(progress, self.pct_start, 1.0))
 
 
 @component(api=1)
@@ -95,15 +95,15 @@ class SlantedTriangular:
 
     def factor(self, progress: float) -> float:
         """The factor at `progress`."""
-        height = progress / self.cut if progress < self.cut else 1 - _share(progress, self.cut, 1.0)
+        height = progress / self.cut if progress < self.cut else 1 - _fraction_done(progress, self.cut, 1.0)
         return (1 + height * (self.ratio - 1)) / self.ratio
 
 
-def _share(progress: float, start: float, stop: float) -> float:
+def _fraction_done(progress: float, start: float, stop: float) -> float:
     """How much of the stretch from `start` to `stop` is done; none of a stretch without length."""
     return (progress - start) / (stop - start) if stop > start else 0.0
 
 
-def _below_peak(low: float, distance: float) -> float:
+def _cosine_interpolate(low: float, distance: float) -> float:
     """Half a cosine from 1 at distance 0 from the peak to `low` at distance 1."""
     return low + (1 - low) * (1 + math.cos(math.pi * distance)) / 2

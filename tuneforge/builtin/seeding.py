@@ -9,7 +9,7 @@ import torch
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def seeded_rng(seed: int) -> Iterator[None]:
     """Inside, the CPU's generator starts from `seed`; afterwards it stands where it stood."""
     before = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)

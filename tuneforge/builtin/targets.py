@@ -22,26 +22,26 @@ Doubles = NDArray[np.float64]
 
 _UNIQUE = Check("names that differ", lambda names: len(set(names)) == len(names), {"uniqueItems": True})
 _POSITIVE = Check("numbers greater than 0", lambda values: all(value > 0 for value in values))
-_WORST = torch.finfo(torch.float32).max  # of an answer that is no number; finite, so that JSON can hold it
+_MAX_LOSS = torch.finfo(torch.float32).max  # of an answer that is no number; finite, so that JSON can hold it
 
 
 @component(api=1)
-class Classes(Targets):
+class ClassTargets(Targets):
     """One class a sample. Stored targets are int64 (n,); during mix-up a step gets shares of classes, float (b, k).
 
     A model needs at least two classes, which those who make the data check; this only describes.
     """
 
-    step = "cross-entropy"
+    loss = "cross-entropy"
     metrics = ("classification",)
     monitor = "f1_macro"
     monitor_mode = "max"
-    headline = ("accuracy", "precision_macro", "recall_macro", "f1_macro")
+    primary_metrics = ("accuracy", "precision_macro", "recall_macro", "f1_macro")
 
     names: tuple[str, ...] = option(help="Names of the classes, in the order of the outputs.", check=_UNIQUE)
 
     @property
-    def size(self) -> int:
+    def num_outputs(self) -> int:
         """Number of classes."""
         return len(self.names)
 
@@ -56,9 +56,9 @@ class Classes(Targets):
         Raises:
             DataError: No class has that name.
         """
-        return _index(str(raw), self.names)
+        return _find_class_index(str(raw), self.names)
 
-    def answers(self, outputs: Tensor) -> Tensor:
+    def to_predictions(self, outputs: Tensor) -> Tensor:
         """Probabilities (b, k) of outputs (b, k)."""
         return outputs.softmax(1)
 
@@ -71,20 +71,20 @@ class Classes(Targets):
         by_name = dict(zip(self.names, probabilities.tolist(), strict=True))
         return {"class": self.names[best], "probability": float(probabilities[best]), "probabilities": by_name}
 
-    def truth(self, target: Tensor) -> str:
+    def describe_label(self, target: Tensor) -> str:
         """The class's name; of shares (k,), each class with its share."""
         if target.ndim == 0:
             return self.names[int(target)]
         shares = zip(self.names, target.tolist(), strict=True)
         return ", ".join(f"{name} {share:.2f}" for name, share in shares if share > 0)
 
-    def wrongness(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def per_sample_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """0 where the class is right, else the cross-entropy (b,)."""
         losses = F.cross_entropy(outputs.float(), targets, reduction="none")
         right = outputs.argmax(1) == (targets if targets.ndim == 1 else targets.argmax(1))
-        return _finite(torch.where(right & losses.isfinite(), 0.0, losses))
+        return _replace_nonfinite(torch.where(right & losses.isfinite(), 0.0, losses))
 
-    def pools(self, targets: Tensor) -> dict[str, Tensor]:
+    def group_by_class(self, targets: Tensor) -> dict[str, Tensor]:
         """Rows of each class, int64; none for a class without samples."""
         return {name: (targets == index).nonzero().flatten() for index, name in enumerate(self.names)}
 
@@ -105,7 +105,7 @@ class Classes(Targets):
         Raises:
             DataError: There are fewer than two classes to tell apart.
         """
-        scaled, mean, scale = _standardised(features)
+        scaled, mean, scale = _standardize(features)
         present, codes = np.unique(targets.cpu().numpy(), return_inverse=True)
         if len(present) < 2:
             raise DataError(
@@ -115,30 +115,30 @@ class Classes(Targets):
             )
         # With two classes scikit-learn fits one row, the difference of the two: half of it each has the same answers
         # and half the ridge, hence twice the C.
-        rows, offsets = _logistic(scaled, codes, strength=l2 / 2 if len(present) == 2 else l2)
+        rows, offsets = _fit_logistic(scaled, codes, strength=l2 / 2 if len(present) == 2 else l2)
         if len(present) == 2:
             rows, offsets = np.concatenate([-rows, rows]) / 2, np.concatenate([-offsets, offsets]) / 2
         logits = scaled @ rows.T + offsets
-        weight = np.zeros((self.size, scaled.shape[1]))
-        bias = np.full(self.size, _log_sum_exp(logits).min() - math.log(len(scaled)))
+        weight = np.zeros((self.num_outputs, scaled.shape[1]))
+        bias = np.full(self.num_outputs, _log_sum_exp(logits).min() - math.log(len(scaled)))
         weight[present], bias[present] = rows, offsets
-        return _folded(weight, bias, mean, scale, like=features)
+        return _fold_scaling(weight, bias, mean, scale, like=features)
 
 
 @component(api=1)
-class LabelSets(Targets):
+class MultilabelTargets(Targets):
     """Any number of labels a sample. Stored targets are 0 or 1, float32 (n, k)."""
 
-    step = "binary-cross-entropy"
+    loss = "binary-cross-entropy"
     metrics = ("multilabel",)
     monitor = "f1_macro"
     monitor_mode = "max"
-    headline = ("exact_match", "f1_macro", "f1_micro")
+    primary_metrics = ("exact_match", "f1_macro", "f1_micro")
 
     names: tuple[str, ...] = option(help="Names of the labels, in the order of the outputs.", check=_UNIQUE)
 
     @property
-    def size(self) -> int:
+    def num_outputs(self) -> int:
         """Number of labels."""
         return len(self.names)
 
@@ -155,10 +155,10 @@ class LabelSets(Targets):
         """
         if isinstance(raw, str) or not isinstance(raw, Iterable):
             raise DataError(f"{raw!r} is no list of labels", fix="give a list of names, which may be empty")
-        held = {_index(str(name), self.names) for name in raw}
-        return [float(index in held) for index in range(self.size)]
+        held = {_find_class_index(str(name), self.names) for name in raw}
+        return [float(index in held) for index in range(self.num_outputs)]
 
-    def answers(self, outputs: Tensor) -> Tensor:
+    def to_predictions(self, outputs: Tensor) -> Tensor:
         """Probabilities (b, k) of outputs (b, k)."""
         return outputs.sigmoid()
 
@@ -170,16 +170,16 @@ class LabelSets(Targets):
         held = [name for name, each in zip(self.names, probabilities, strict=True) if each is not None and each >= 0.5]
         return {"labels": held, "probabilities": dict(zip(self.names, probabilities, strict=True))}
 
-    def truth(self, target: Tensor) -> str:
+    def describe_label(self, target: Tensor) -> str:
         """The labels that hold, or "none"."""
         held = [name for name, value in zip(self.names, target.tolist(), strict=True) if value >= 0.5]
         return ", ".join(held) or "none"
 
-    def wrongness(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def per_sample_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """0 where every label is right, else the binary cross-entropy summed over the labels (b,)."""
         losses = F.binary_cross_entropy_with_logits(outputs.float(), targets.float(), reduction="none").sum(1)
         right = ((outputs >= 0) == (targets >= 0.5)).all(1)
-        return _finite(torch.where(right & losses.isfinite(), 0.0, losses))
+        return _replace_nonfinite(torch.where(right & losses.isfinite(), 0.0, losses))
 
     def fit_head(self, features: Tensor, targets: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
         """One logistic regression a label: minimise its mean cross-entropy + l2 / 2 * |w|^2, the bias free.
@@ -195,28 +195,28 @@ class LabelSets(Targets):
         Returns:
             Weight (k, f) and bias (k,), of the type and on the device of `features`.
         """
-        scaled, mean, scale = _standardised(features)
+        scaled, mean, scale = _standardize(features)
         held = targets.cpu().numpy() >= 0.5
-        weight, bias = np.zeros((self.size, scaled.shape[1])), np.zeros(self.size)
-        for index in range(self.size):
+        weight, bias = np.zeros((self.num_outputs, scaled.shape[1])), np.zeros(self.num_outputs)
+        for index in range(self.num_outputs):
             count = int(held[:, index].sum())
             if 0 < count < len(held):
-                rows, offsets = _logistic(scaled, held[:, index].astype(np.int64), strength=l2)
+                rows, offsets = _fit_logistic(scaled, held[:, index].astype(np.int64), strength=l2)
                 weight[index], bias[index] = rows[0], offsets[0]
             else:
                 bias[index] = math.log((count + 0.5) / (len(held) - count + 0.5))
-        return _folded(weight, bias, mean, scale, like=features)
+        return _fold_scaling(weight, bias, mean, scale, like=features)
 
 
 @component(api=1)
-class Numbers(Targets):
+class RegressionTargets(Targets):
     """Numbers with their units (regression). Stored targets are (number - mean) / scale, float32 (n,) or (n, k)."""
 
-    step = "mse"
+    loss = "mse"
     metrics = ("regression",)
     monitor = "mae"
     monitor_mode = "min"
-    headline = ("mae", "rmse", "r2")
+    primary_metrics = ("mae", "rmse", "r2")
 
     names: tuple[str, ...] = option(
         default=("value",), help="Names of the numbers, in the order of the outputs.", check=_UNIQUE
@@ -237,7 +237,7 @@ class Numbers(Targets):
                 )
 
     @property
-    def size(self) -> int:
+    def num_outputs(self) -> int:
         """How many numbers a sample has."""
         return len(self.names)
 
@@ -250,37 +250,43 @@ class Numbers(Targets):
         if isinstance(raw, Mapping):
             raw = [raw.get(name) for name in self.names]
         given = list(raw) if isinstance(raw, (list, tuple, np.ndarray)) else [raw]
-        if len(given) != self.size:
-            raise DataError(f"{len(given)} number(s) for {self.size}", where=", ".join(self.names), fix="give one each")
-        numbers = [_number(value, name) for name, value in zip(self.names, given, strict=True)]
-        scaled = [(each - mean) / scale for each, mean, scale in zip(numbers, *self._scaling(), strict=True)]
-        return scaled if self.size > 1 else scaled[0]
+        if len(given) != self.num_outputs:
+            raise DataError(
+                f"{len(given)} number(s) for {self.num_outputs}", where=", ".join(self.names), fix="give one each"
+            )
+        numbers = [_parse_number(value, name) for name, value in zip(self.names, given, strict=True)]
+        scaled = [
+            (each - mean) / scale for each, mean, scale in zip(numbers, *self._get_means_and_scales(), strict=True)
+        ]
+        return scaled if self.num_outputs > 1 else scaled[0]
 
-    def answers(self, outputs: Tensor) -> Tensor:
+    def to_predictions(self, outputs: Tensor) -> Tensor:
         """Numbers in their units (b, k) of outputs (b, k)."""
-        means, scales = (torch.tensor(each, dtype=outputs.dtype) for each in self._scaling())
+        means, scales = (torch.tensor(each, dtype=outputs.dtype) for each in self._get_means_and_scales())
         return outputs * scales.to(outputs.device) + means.to(outputs.device)
 
     def describe(self, output: Tensor) -> dict[str, Any]:
         """`value` and `unit`; of several, `values` and `units` by name. None for what is no number."""
-        values = [each if math.isfinite(each) else None for each in self._unscaled(output)]
-        if self.size == 1:
+        values = [each if math.isfinite(each) else None for each in self._unscale(output)]
+        if self.num_outputs == 1:
             return {"value": values[0], "unit": self.units[0]}
-        named_units = dict(zip(self.names, _spread(self.units, self.size), strict=True))
+        named_units = dict(zip(self.names, _repeat_to_size(self.units, self.num_outputs), strict=True))
         return {"values": dict(zip(self.names, values, strict=True)), "units": named_units}
 
-    def truth(self, target: Tensor) -> str:
+    def describe_label(self, target: Tensor) -> str:
         """The number with its unit; several with their names."""
         texts = [
             f"{value:.6g} {unit}".strip()
-            for value, unit in zip(self._unscaled(target), _spread(self.units, self.size), strict=True)
+            for value, unit in zip(self._unscale(target), _repeat_to_size(self.units, self.num_outputs), strict=True)
         ]
-        return texts[0] if self.size == 1 else ", ".join(f"{a} {b}" for a, b in zip(self.names, texts, strict=True))
+        return (
+            texts[0] if self.num_outputs == 1 else ", ".join(f"{a} {b}" for a, b in zip(self.names, texts, strict=True))
+        )
 
-    def wrongness(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def per_sample_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The absolute error in scaled units, the mean over the numbers (b,)."""
-        outputs, targets = in_columns(outputs, targets)
-        return _finite((outputs - targets).abs().mean(1))
+        outputs, targets = to_columns(outputs, targets)
+        return _replace_nonfinite((outputs - targets).abs().mean(1))
 
     def fit_head(self, features: Tensor, targets: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
         """Ridge regression: minimise the mean squared error of each number + l2 / 2 * |w|^2, the bias free.
@@ -296,23 +302,23 @@ class Numbers(Targets):
         Returns:
             Weight (k, f) and bias (k,), of the type and on the device of `features`.
         """
-        scaled, mean, scale = _standardised(features)
+        scaled, mean, scale = _standardize(features)
         answers = targets.cpu().double().numpy().reshape(len(targets), -1)
         bias = answers.mean(0)
         gram = scaled.T @ scaled / len(scaled) + l2 / 2 * np.eye(scaled.shape[1])
         weight = np.linalg.solve(gram, scaled.T @ (answers - bias) / len(scaled)).T
-        return _folded(weight, bias, mean, scale, like=features)
+        return _fold_scaling(weight, bias, mean, scale, like=features)
 
-    def _scaling(self) -> tuple[Sequence[float], Sequence[float]]:
-        return _spread(self.means, self.size), _spread(self.scales, self.size)
+    def _get_means_and_scales(self) -> tuple[Sequence[float], Sequence[float]]:
+        return _repeat_to_size(self.means, self.num_outputs), _repeat_to_size(self.scales, self.num_outputs)
 
-    def _unscaled(self, numbers: Tensor) -> list[float]:
+    def _unscale(self, numbers: Tensor) -> list[float]:
         """Numbers (k,) or () in original units."""
         flat = numbers.detach().cpu().double().reshape(-1).tolist()
-        return [each * scale + mean for each, mean, scale in zip(flat, *self._scaling(), strict=True)]
+        return [each * scale + mean for each, mean, scale in zip(flat, *self._get_means_and_scales(), strict=True)]
 
 
-def in_columns(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def to_columns(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs and targets as (b, k) both, so that (b, 1) less (b,) never broadcasts to (b, b).
 
     Raises:
@@ -328,7 +334,7 @@ def in_columns(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return columns, answers
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def suggest_label(name: str, known: Iterable[str]) -> str:
     """A sentence that offers the known name nearest to `name`, or lists what there is."""
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1)
@@ -336,16 +342,16 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known: {listed}" if names else "there are none"
 
 
-def _index(name: str, names: Sequence[str]) -> int:
+def _find_class_index(name: str, names: Sequence[str]) -> int:
     try:
         return names.index(name)
     except ValueError:
         raise DataError(
-            f"there is no class '{name}'", why="it is not among the classes", fix=near(name, names)
+            f"there is no class '{name}'", why="it is not among the classes", fix=suggest_label(name, names)
         ) from None
 
 
-def _number(value: Any, name: str) -> float:
+def _parse_number(value: Any, name: str) -> float:
     try:
         number = math.nan if isinstance(value, bool) or value is None else float(value)
     except (TypeError, ValueError):
@@ -355,7 +361,7 @@ def _number(value: Any, name: str) -> float:
     return number
 
 
-def _spread(values: Sequence[Any], size: int) -> Sequence[Any]:
+def _repeat_to_size(values: Sequence[Any], size: int) -> Sequence[Any]:
     return values if len(values) == size else [values[0]] * size
 
 
@@ -363,11 +369,11 @@ def _softmax(output: Tensor) -> Tensor:
     return output.detach().cpu().double().softmax(0)
 
 
-def _finite(wrongness: Tensor) -> Tensor:
-    return wrongness.nan_to_num(nan=_WORST, posinf=_WORST)
+def _replace_nonfinite(wrongness: Tensor) -> Tensor:
+    return wrongness.nan_to_num(nan=_MAX_LOSS, posinf=_MAX_LOSS)
 
 
-def _standardised(features: Tensor) -> tuple[Doubles, Doubles, Doubles]:
+def _standardize(features: Tensor) -> tuple[Doubles, Doubles, Doubles]:
     """Features (n, f) at mean 0 and standard deviation 1, their means and their deviations (1 for a constant one)."""
     values = features.detach().cpu().double().numpy()
     mean, scale = values.mean(0), values.std(0)
@@ -375,14 +381,16 @@ def _standardised(features: Tensor) -> tuple[Doubles, Doubles, Doubles]:
     return (values - mean) / scale, mean, scale
 
 
-def _folded(weight: Doubles, bias: Doubles, mean: Doubles, scale: Doubles, *, like: Tensor) -> tuple[Tensor, Tensor]:
+def _fold_scaling(
+    weight: Doubles, bias: Doubles, mean: Doubles, scale: Doubles, *, like: Tensor
+) -> tuple[Tensor, Tensor]:
     """The same map on features as they are: weight (k, f) and bias (k,)."""
     weight = weight / scale
     bias = bias - weight @ mean
     return torch.from_numpy(weight).to(like), torch.from_numpy(bias).to(like)
 
 
-def _logistic(features: Doubles, codes: NDArray[np.int64], *, strength: float) -> tuple[Doubles, Doubles]:
+def _fit_logistic(features: Doubles, codes: NDArray[np.int64], *, strength: float) -> tuple[Doubles, Doubles]:
     """Coefficients and intercepts that minimise the mean cross-entropy + strength / 2 * |coefficients|^2."""
     from sklearn.linear_model import LogisticRegression
 

@@ -24,7 +24,7 @@ from tuneforge import UsageError, between, component, gt, option
 if TYPE_CHECKING:
     from tuneforge import Batch, Run
 
-PICTURES = ("image", "pixel_values")
+IMAGE_KEYS = ("image", "pixel_values")
 """Names under which a mapping of inputs may hold its pictures."""
 
 
@@ -41,14 +41,14 @@ class Flip:
     def augment(self, run: Run, batch: Batch) -> Batch:
         """Mirror each sample with probability `p`."""
         del run
-        chosen_b = batch.noise.uniform(f"flip/{self.axis}") < self.p
+        chosen_b = batch.rng.uniform(f"flip/{self.axis}") < self.p
         dim = -1 if self.axis == "horizontal" else -2
 
         def mirrored(images_bchw: Tensor) -> Tensor:
             chosen_b111 = chosen_b[:, None, None, None].to(images_bchw.device)
             return torch.where(chosen_b111, images_bchw.flip(dim), images_bchw)
 
-        return _changed(batch, mirrored, "flip")
+        return _apply_to_images(batch, mirrored, "flip")
 
 
 @component(api=1)
@@ -61,14 +61,14 @@ class Rotate:
     def augment(self, run: Run, batch: Batch) -> Batch:
         """Turn each sample by an angle uniform in -degrees to degrees; the border is continued outwards."""
         del run
-        angle_b = torch.deg2rad((batch.noise.uniform("rotate") * 2 - 1) * self.degrees)
+        angle_b = torch.deg2rad((batch.rng.uniform("rotate") * 2 - 1) * self.degrees)
 
         def turned(images_bchw: Tensor) -> Tensor:
             ratio = images_bchw.shape[-1] / images_bchw.shape[-2]
             cos_b, sin_b, zero_b = angle_b.cos(), angle_b.sin(), torch.zeros_like(angle_b)
-            return _warped(images_bchw, (cos_b, -sin_b / ratio, zero_b), (sin_b * ratio, cos_b, zero_b))
+            return _warp(images_bchw, (cos_b, -sin_b / ratio, zero_b), (sin_b * ratio, cos_b, zero_b))
 
-        return _changed(batch, turned, "rotate")
+        return _apply_to_images(batch, turned, "rotate")
 
 
 @component(api=1)
@@ -83,13 +83,13 @@ class Shift:
     def augment(self, run: Run, batch: Batch) -> Batch:
         """Move each sample by ways uniform in -share to share; the border is continued outwards."""
         del run
-        right_b, down_b = ((batch.noise.uniform("shift", 2) * 2 - 1) * self.share * 2).unbind(1)
+        right_b, down_b = ((batch.rng.uniform("shift", 2) * 2 - 1) * self.share * 2).unbind(1)
 
         def moved(images_bchw: Tensor) -> Tensor:
             one_b, zero_b = torch.ones_like(right_b), torch.zeros_like(right_b)
-            return _warped(images_bchw, (one_b, zero_b, -right_b), (zero_b, one_b, -down_b))
+            return _warp(images_bchw, (one_b, zero_b, -right_b), (zero_b, one_b, -down_b))
 
-        return _changed(batch, moved, "shift")
+        return _apply_to_images(batch, moved, "shift")
 
 
 @component(api=1)
@@ -104,25 +104,25 @@ class Erase:
     def augment(self, run: Run, batch: Batch) -> Batch:
         """Erase one rectangle with sides in a ratio of 1:3 to 3:1 from each chosen sample."""
         del run
-        numbers_b5 = batch.noise.uniform("erase", 5)
+        numbers_b5 = batch.rng.uniform("erase", 5)
 
         def erased(images_bchw: Tensor) -> Tensor:
-            inside_bhw = self._rectangles(numbers_b5, images_bchw.shape[-2], images_bchw.shape[-1])
+            inside_bhw = self._make_rectangle_masks(numbers_b5, images_bchw.shape[-2], images_bchw.shape[-1])
             # avg_pool2d sums each plane by itself; mean() splits its work by the size of the whole batch
             mean_bc11 = F.avg_pool2d(images_bchw, list(images_bchw.shape[-2:]))
             return torch.where(inside_bhw[:, None].to(images_bchw.device), mean_bc11, images_bchw)
 
-        return _changed(batch, erased, "erase")
+        return _apply_to_images(batch, erased, "erase")
 
-    def _rectangles(self, numbers_b5: Tensor, height: int, width: int) -> Tensor:
+    def _make_rectangle_masks(self, numbers_b5: Tensor, height: int, width: int) -> Tensor:
         """True inside each sample's rectangle (b, h, w); nowhere for a sample that is left alone."""
         chosen_b, area_b, ratio_b, top_b, left_b = numbers_b5.unbind(1)
         area_b = (self.low + area_b * (self.high - self.low)) * height * width
         ratio_b = torch.exp((ratio_b * 2 - 1) * float(np.log(3.0)))
         rows_b = (area_b * ratio_b).sqrt().round().clamp(1, height)
         columns_b = (area_b / ratio_b).sqrt().round().clamp(1, width)
-        down_bh = _within(height, (top_b * (height + 1 - rows_b)).floor(), rows_b)
-        right_bw = _within(width, (left_b * (width + 1 - columns_b)).floor(), columns_b)
+        down_bh = _make_interval_mask(height, (top_b * (height + 1 - rows_b)).floor(), rows_b)
+        right_bw = _make_interval_mask(width, (left_b * (width + 1 - columns_b)).floor(), columns_b)
         return down_bh[:, :, None] & right_bw[:, None, :] & (chosen_b < self.p)[:, None, None]
 
 
@@ -141,21 +141,21 @@ class MixUp:
 
         Where samples have weights, those are mixed into the shares, so that the loss is that of the paper.
         """
-        own_b = beta(batch.noise.uniform("mix-up"), alpha=self.alpha).to(batch.targets.device)
+        own_b = uniform_to_beta(batch.rng.uniform("mix-up"), alpha=self.alpha).to(batch.targets.device)
         targets = batch.targets
         if targets.ndim == 1 and not targets.is_floating_point():
-            targets = F.one_hot(targets, run.data.targets.size)
-        mixed = {"inputs": _mixed_inputs(batch.inputs, own_b)}
+            targets = F.one_hot(targets, run.data.targets.num_outputs)
+        mixed = {"inputs": _mix_inputs(batch.inputs, own_b)}
         if batch.weights is None:
-            return attrs.evolve(batch, targets=_mixed(targets.float(), own_b), **mixed)
-        weights_b = _mixed(batch.weights, own_b)
-        weighted = _mixed(targets.float() * _across(batch.weights, targets), own_b)
+            return attrs.evolve(batch, targets=_mix_with_next(targets.float(), own_b), **mixed)
+        weights_b = _mix_with_next(batch.weights, own_b)
+        weighted = _mix_with_next(targets.float() * _broadcast_like(batch.weights, targets), own_b)
         return attrs.evolve(
-            batch, targets=weighted / _across(weights_b.clamp_min(1e-12), weighted), weights=weights_b, **mixed
+            batch, targets=weighted / _broadcast_like(weights_b.clamp_min(1e-12), weighted), weights=weights_b, **mixed
         )
 
 
-def beta(uniform: Tensor, *, alpha: float) -> Tensor:
+def uniform_to_beta(uniform: Tensor, *, alpha: float) -> Tensor:
     """Numbers of the symmetric Beta(alpha, alpha) distribution, one for each uniform one, by its inverted CDF."""
     places, shares = _beta_table(alpha)
     numbers = uniform.double().numpy()
@@ -177,36 +177,36 @@ def _beta_table(alpha: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]
     return s, 0.5 * area / area[-1]
 
 
-def _mixed(values: Tensor, own_b: Tensor) -> Tensor:
+def _mix_with_next(values: Tensor, own_b: Tensor) -> Tensor:
     """Each row with the next one, the last with the first."""
-    own = _across(own_b.to(values.device, values.dtype), values)
+    own = _broadcast_like(own_b.to(values.device, values.dtype), values)
     return own * values + (1 - own) * values.roll(-1, 0)
 
 
-def _mixed_inputs(inputs: Any, own_b: Tensor) -> Any:
+def _mix_inputs(inputs: Any, own_b: Tensor) -> Any:
     if isinstance(inputs, Tensor) and inputs.is_floating_point():
-        return _mixed(inputs, own_b)
-    name = _picture_name(inputs, "mix-up")
-    return {**inputs, name: _mixed(inputs[name], own_b)}
+        return _mix_with_next(inputs, own_b)
+    name = _find_image_key(inputs, "mix-up")
+    return {**inputs, name: _mix_with_next(inputs[name], own_b)}
 
 
-def _across(values_b: Tensor, like: Tensor) -> Tensor:
+def _broadcast_like(values_b: Tensor, like: Tensor) -> Tensor:
     return values_b.reshape(-1, *([1] * (like.ndim - 1)))
 
 
-def _within(size: int, start_b: Tensor, length_b: Tensor) -> Tensor:
+def _make_interval_mask(size: int, start_b: Tensor, length_b: Tensor) -> Tensor:
     """True from `start` for `length` places (b, size)."""
     places = torch.arange(size)
     return (places >= start_b[:, None]) & (places < (start_b + length_b)[:, None])
 
 
-def _warped(images_bchw: Tensor, x_row: tuple[Tensor, ...], y_row: tuple[Tensor, ...]) -> Tensor:
+def _warp(images_bchw: Tensor, x_row: tuple[Tensor, ...], y_row: tuple[Tensor, ...]) -> Tensor:
     """Sample the pictures at x' = x_row . (x, y, 1), y' = y_row . (x, y, 1), in coordinates from -1 to 1.
 
     The grid is made element by element: `affine_grid` multiplies matrices, whose bits depend on the batch.
     """
     height, width = images_bchw.shape[-2:]
-    y_h1, x_w = _centres(height, images_bchw)[:, None], _centres(width, images_bchw)
+    y_h1, x_w = _pixel_centers(height, images_bchw)[:, None], _pixel_centers(width, images_bchw)
     grid = [
         a[:, None, None] * x_w + b[:, None, None] * y_h1 + c[:, None, None]
         for a, b, c in (tuple(each.to(images_bchw) for each in row) for row in (x_row, y_row))
@@ -214,38 +214,38 @@ def _warped(images_bchw: Tensor, x_row: tuple[Tensor, ...], y_row: tuple[Tensor,
     return F.grid_sample(images_bchw, torch.stack(grid, dim=-1), padding_mode="border", align_corners=False)
 
 
-def _centres(size: int, like: Tensor) -> Tensor:
+def _pixel_centers(size: int, like: Tensor) -> Tensor:
     """Centres of pixels on the scale -1 to 1 (size,)."""
     return (torch.arange(size, device=like.device, dtype=like.dtype) * 2 + 1) / size - 1
 
 
-def _changed(batch: Batch, change: Callable[[Tensor], Tensor], part: str) -> Batch:
+def _apply_to_images(batch: Batch, change: Callable[[Tensor], Tensor], part: str) -> Batch:
     """The batch with its pictures changed."""
     inputs = batch.inputs
     if isinstance(inputs, Tensor):
-        return attrs.evolve(batch, inputs=change(_pictures(inputs, part)))
-    name = _picture_name(inputs, part)
-    return attrs.evolve(batch, inputs={**inputs, name: change(_pictures(inputs[name], part))})
+        return attrs.evolve(batch, inputs=change(_require_images(inputs, part)))
+    name = _find_image_key(inputs, part)
+    return attrs.evolve(batch, inputs={**inputs, name: change(_require_images(inputs[name], part))})
 
 
-def _picture_name(inputs: Any, part: str) -> str:
-    found = [name for name in PICTURES if isinstance(inputs, Mapping) and name in inputs]
+def _find_image_key(inputs: Any, part: str) -> str:
+    found = [name for name in IMAGE_KEYS if isinstance(inputs, Mapping) and name in inputs]
     if not found:
         kind = f"a mapping of {', '.join(inputs)}" if isinstance(inputs, Mapping) else "not pictures"
-        raise _no_pictures(part, kind)
+        raise _not_images_error(part, kind)
     return found[0]
 
 
-def _pictures(images: Tensor, part: str) -> Tensor:
+def _require_images(images: Tensor, part: str) -> Tensor:
     if images.ndim != 4 or not images.is_floating_point():
-        raise _no_pictures(part, f"{images.dtype} of shape {tuple(images.shape)}")
+        raise _not_images_error(part, f"{images.dtype} of shape {tuple(images.shape)}")
     return images
 
 
-def _no_pictures(part: str, found: str) -> UsageError:
+def _not_images_error(part: str, found: str) -> UsageError:
     return UsageError(
         f"augmentation '{part}' changes pictures, and the inputs are {found}",
         where="--augment",
-        why=f"it takes float tensors (batch, channels, height, width), or a mapping with {' or '.join(PICTURES)}",
+        why=f"it takes float tensors (batch, channels, height, width), or a mapping with {' or '.join(IMAGE_KEYS)}",
         fix="leave it out for this data",
     )

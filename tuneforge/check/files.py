@@ -10,35 +10,35 @@ from pathlib import Path
 
 import attrs
 
-from tuneforge.builtin.datasets.images.image_files import EXTENSIONS, find_csv, split_folders
-from tuneforge.builtin.datasets.images.sample_names import shown
+from tuneforge.builtin.datasets.images.image_files import EXTENSIONS, find_images_in_csv, find_split_folders
+from tuneforge.builtin.datasets.images.sample_names import escape_name
 from tuneforge.errors import DataError
 
 
 @attrs.frozen
-class File:
+class DataFile:
     """One entry.
 
     Args:
         name: Its path below the root, as it is.
         split: `train`, `val` or `test`; empty where the data is not divided.
         label: Name of its class; empty where it is in none.
-        unused: Why a run would not use it; empty where it would.
+        unused_reason: Why a run would not use it; empty where it would.
     """
 
     name: str
     split: str
     label: str
-    unused: str = ""
+    unused_reason: str = ""
 
     @property
     def id(self) -> str:
         """The name as text that can be printed anywhere."""
-        return shown(self.name)
+        return escape_name(self.name)
 
 
 @attrs.frozen
-class Columns:
+class CsvColumns:
     """Which columns of a CSV file mean what.
 
     Args:
@@ -54,7 +54,7 @@ class Columns:
     root: Path | None = None
 
 
-def files_of(path: Path, columns: Columns | None = None) -> tuple[Path, list[File]]:
+def list_files(path: Path, columns: CsvColumns | None = None) -> tuple[Path, list[DataFile]]:
     """What names start from, and every entry in the order of names.
 
     Args:
@@ -65,13 +65,13 @@ def files_of(path: Path, columns: Columns | None = None) -> tuple[Path, list[Fil
         DataError: There is nothing at the path, or it cannot be read.
     """
     if path.is_dir():
-        found = list(_below_root(path))
+        found = list(_list_directory(path))
         if not found:
-            raise DataError(f"'{shown(path)}' is empty", where="DIR", fix="name a folder that holds pictures")
+            raise DataError(f"'{escape_name(path)}' is empty", where="DIR", fix="name a folder that holds pictures")
         return path, found
-    columns = columns or Columns()
+    columns = columns or CsvColumns()
     root = columns.root or path.parent
-    listed = find_csv(
+    listed = find_images_in_csv(
         path,
         image=columns.image,
         label=columns.label,
@@ -80,23 +80,23 @@ def files_of(path: Path, columns: Columns | None = None) -> tuple[Path, list[Fil
         where="DIR|CSV",
         keep_missing=True,
     )
-    divided = set(listed.parts) != {"train"}
+    divided = set(listed.by_split) != {"train"}
     return root, [
-        File(name, split if divided else "", label)
-        for split, listing in listed.parts.items()
-        for name, label in zip(listing.names, _labels(listing.classes, list(listing.codes)), strict=True)
+        DataFile(name, split if divided else "", label)
+        for split, listing in listed.by_split.items()
+        for name, label in zip(listing.names, _class_names(listing.classes, list(listing.class_indices)), strict=True)
     ]
 
 
-def empty_classes(path: Path, files: list[File]) -> list[tuple[str, str]]:
+def find_empty_classes(path: Path, files: list[DataFile]) -> list[tuple[str, str]]:
     """Split and label of each class folder in which no file is one that a run would use."""
     if not path.is_dir():
         return []
-    used = {(file.split, file.label) for file in files if not file.unused}
-    splits = split_folders(path, Counter(), [], where="DIR")
+    used = {(file.split, file.label) for file in files if not file.unused_reason}
+    splits = find_split_folders(path, Counter(), [], where="DIR")
     divided = splits != {"train": ""}
     known = [
-        (split if divided else "", shown(entry.name))
+        (split if divided else "", escape_name(entry.name))
         for split, below in splits.items()
         for entry in sorted(os.scandir(path / below), key=lambda entry: os.fsencode(entry.name))
         if entry.is_dir() and not entry.name.startswith(".")
@@ -104,26 +104,26 @@ def empty_classes(path: Path, files: list[File]) -> list[tuple[str, str]]:
     return [each for each in known if each not in used]
 
 
-def _labels(classes: dict[str, int], codes: list[int]) -> Iterator[str]:
+def _class_names(classes: dict[str, int], codes: list[int]) -> Iterator[str]:
     names = list(classes)
     return (names[code] for code in codes)
 
 
-def _below_root(root: Path) -> Iterator[File]:
-    splits = {below: split for split, below in split_folders(root, Counter(), [], where="DIR").items()}
+def _list_directory(root: Path) -> Iterator[DataFile]:
+    splits = {below: split for split, below in find_split_folders(root, Counter(), [], where="DIR").items()}
     divided = "" not in splits
     for name, why in _walk(root):
         parts = name.split(os.sep)
         split = splits.get(parts[0], "") if divided else ""
         if divided and not split:
-            yield File(name, "", "", why or "it is beside the folders train, val and test")
+            yield DataFile(name, "", "", why or "it is beside the folders train, val and test")
             continue
         inside = parts[1:] if divided else parts
-        label = shown(inside[0]) if len(inside) > 1 else ""
-        yield File(name, split, label, why or _unused(name, label))
+        label = escape_name(inside[0]) if len(inside) > 1 else ""
+        yield DataFile(name, split, label, why or _unused_reason(name, label))
 
 
-def _unused(name: str, label: str) -> str:
+def _unused_reason(name: str, label: str) -> str:
     if os.path.splitext(name)[1].lower() not in EXTENSIONS:
         return "it is no picture by its name"
     return "" if label else "it is in no class's folder"
@@ -156,7 +156,7 @@ def _walk(root: Path) -> Iterator[tuple[str, str]]:
             if _is_folder(entry):
                 folders.append(name)
             else:
-                yield name, _odd(root / name)
+                yield name, _special_file_reason(root / name)
         waiting += folders[::-1]
 
 
@@ -167,7 +167,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _odd(path: Path) -> str:
+def _special_file_reason(path: Path) -> str:
     """Why an entry cannot be used, where its kind says so."""
     try:
         mode = os.stat(path).st_mode

@@ -40,7 +40,7 @@ STAGES: dict[str, dict[str, str]] = {
 """Every command with its one-line help, by stage of the work."""
 
 
-class Verbs(click.Group):
+class CommandGroup(click.Group):
     """A group whose commands are imported when used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -62,9 +62,9 @@ class Verbs(click.Group):
         """Find a command, or offer the nearest."""
         name = args[0] if args else ""
         if name and not name.startswith("-") and name not in self.list_commands(ctx):
-            from tuneforge.errors import UnknownNameError, close_match
+            from tuneforge.errors import UnknownNameError, suggest_name
 
-            raise UnknownNameError(f"there is no command '{name}'", fix=close_match(name, self.list_commands(ctx)))
+            raise UnknownNameError(f"there is no command '{name}'", fix=suggest_name(name, self.list_commands(ctx)))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -74,7 +74,7 @@ class Verbs(click.Group):
                 formatter.write_dl(list(verbs.items()))
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="tuneforge", prog_name="tuneforge")
 def cli() -> None:
     """Fine-tune a pretrained PyTorch model on your data, and see which recipe was better.

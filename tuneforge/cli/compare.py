@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tuneforge.cli.options import ComponentCommand, configuration, own_options
+from tuneforge.cli.options import ComponentCommand, build_config, run_options
 
 if TYPE_CHECKING:
-    from tuneforge.comparison.study import Race
+    from tuneforge.comparison.study import Study
     from tuneforge.comparison.summary import Comparison
     from tuneforge.engine.session.engine import Engine
 
-_OTHERS = ("strategy", "short_epochs", "short_lr", "out")
+_EXCLUDED_OPTIONS = ("strategy", "short_epochs", "short_lr", "out")
 _SEEDS = 3
 
 
@@ -37,50 +37,56 @@ def _compare(runs: tuple[str, ...], resume: str | None, follow: bool, as_json: b
     """
     ctx = click.get_current_context()
     if follow and resume is not None:
-        return _follow(Path(resume))
+        return _run_as_worker(Path(resume))
     leads = os.environ.get("RANK", "0") == "0"
-    ranks = values["ranks"] or 1
+    num_processes = values["num_processes"] or 1
     if runs:
-        _refuse(ctx, values, allowed=("baseline", "out"), what="finished runs are compared as they are")
-        comparison = _of_runs(runs, values)
+        _require_unset(ctx, values, allowed=("baseline", "out"), reason="finished runs are compared as they are")
+        comparison = _compare_runs(runs, values)
     elif resume is not None:
-        _refuse(ctx, values, allowed=("ranks",), what="a race goes on as it was begun")
-        comparison = _hold(lambda say: _found(resume, say), Path(resume), ranks=ranks, as_json=as_json)
+        _require_unset(ctx, values, allowed=("num_processes",), reason="a race goes on as it was begun")
+        comparison = _run_study(
+            lambda log: _load_study(resume, log), Path(resume), num_processes=num_processes, as_json=as_json
+        )
     else:
         out = values["out"] or ctx.meta["tuneforge.file"].get("out")
-        comparison = _hold(lambda say: _asked(ctx, values, say), out and Path(out), ranks=ranks, as_json=as_json)
+        comparison = _run_study(
+            lambda log: _build_study(ctx, values, log), out and Path(out), num_processes=num_processes, as_json=as_json
+        )
     if not leads:
         return 0
     if as_json:
-        place = None if comparison.folder is None else str(comparison.folder)
-        click.echo(json.dumps({"folder": place, **comparison.results, "costs": comparison.costs}))
+        study_dir = None if comparison.study_dir is None else str(comparison.study_dir)
+        click.echo(json.dumps({"study_dir": study_dir, **comparison.results, "costs": comparison.costs}))
         return 0
     click.echo(comparison.table)
-    if comparison.folder is not None:
-        click.echo(f"done: {comparison.folder}")
+    if comparison.study_dir is not None:
+        click.echo(f"done: {comparison.study_dir}")
     return 0
 
 
-def _hold(make: Callable[[Callable[[str], None]], Race], out: Path | None, *, ranks: int, as_json: bool) -> Comparison:
+def _run_study(
+    make: Callable[[Callable[[str], None]], Study], out: Path | None, *, num_processes: int, as_json: bool
+) -> Comparison:
     """Run a race; Ctrl-C and SIGTERM save the runs that are under way and stop."""
-    return make(lambda text: click.echo(text, err=as_json)).run(out, _execute, ranks=ranks)
+    return make(lambda text: click.echo(text, err=as_json)).run(out, _execute, num_processes=num_processes)
 
 
 def _execute(engine: Engine) -> None:
-    from tuneforge.cli.run import stopping
+    from tuneforge.cli.run import stop_on_signals
 
-    with stopping(engine):
+    with stop_on_signals(engine):
         engine.run()
 
 
-def _follow(folder: Path) -> int:
+def _run_as_worker(study_dir: Path) -> int:
     """Do runs of a race for the process that started this one, as long as that is there."""
     from tuneforge.errors import StoppedError
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    threading.Thread(target=_exit_on_stdin_close, daemon=True).start()
     try:
-        _found(str(folder), lambda text: None).follow(folder, _execute)
+        _load_study(str(study_dir), lambda text: None).run_as_worker(study_dir, _execute)
     except StoppedError as error:  # the one that asked knows
         return error.exit_code
     finally:
@@ -88,42 +94,42 @@ def _follow(folder: Path) -> int:
     return 0
 
 
-def _end_with_input() -> None:
+def _exit_on_stdin_close() -> None:
     """End this process at once when standard input does, which nobody writes to: the one that holds it is gone."""
     os.read(0, 1)
     os._exit(1)
 
 
-def _asked(ctx: click.Context, values: dict[str, Any], say: Callable[[str], None]) -> Race:
-    from tuneforge.comparison.study import Race, given_of
+def _build_study(ctx: click.Context, values: dict[str, Any], log: Callable[[str], None]) -> Study:
+    from tuneforge.comparison.study import Study, engine_options_from_config
 
-    config = configuration(ctx, values)
+    config = build_config(ctx, values)
     if "strategy" in ctx.meta["tuneforge.file"]:
-        say("note: the strategy of the file takes no part; --strategies does")
-    return Race(
+        log("note: the strategy of the file takes no part; --strategies does")
+    return Study(
         values["strategies"] or "",
         seeds=_SEEDS if values["seeds"] is None else values["seeds"],
         budget=config.budget,
         baseline=values["baseline"],
         halving=values["halving"],
-        given=given_of(config),
-        say=say,
+        engine_options=engine_options_from_config(config),
+        log=log,
     )
 
 
-def _found(folder: str, say: Callable[[str], None]) -> Race:
-    from tuneforge.comparison.study import Race
+def _load_study(study_dir: str, log: Callable[[str], None]) -> Study:
+    from tuneforge.comparison.study import Study
 
-    return Race.found(Path(folder), say=say)
+    return Study.from_dir(Path(study_dir), log=log)
 
 
-def _of_runs(runs: tuple[str, ...], values: dict[str, Any]) -> Comparison:
+def _compare_runs(runs: tuple[str, ...], values: dict[str, Any]) -> Comparison:
     from tuneforge.comparison.study import compare as compared
 
     return compared(runs=runs, baseline=values["baseline"], out=values["out"])
 
 
-def _refuse(ctx: click.Context, values: dict[str, Any], *, allowed: tuple[str, ...], what: str) -> None:
+def _require_unset(ctx: click.Context, values: dict[str, Any], *, allowed: tuple[str, ...], reason: str) -> None:
     """Nothing may be asked for that would be ignored.
 
     Raises:
@@ -134,7 +140,7 @@ def _refuse(ctx: click.Context, values: dict[str, Any], *, allowed: tuple[str, .
     given = {parameter.name: parameter.opts[0] for parameter in ctx.command.get_params(ctx) if parameter.opts}
     asked = [given[name] for name, value in values.items() if value not in (None, False, ()) and name not in allowed]
     if asked:
-        raise UsageError(f"{what}, so {', '.join(asked)} cannot be asked for", fix="leave that out")
+        raise UsageError(f"{reason}, so {', '.join(asked)} cannot be asked for", fix="leave that out")
 
 
 compare = ComponentCommand(
@@ -147,11 +153,13 @@ compare = ComponentCommand(
         click.Option(["--seeds"], type=int, help=f"How many runs of each, from --seed on. [default: {_SEEDS}]"),
         click.Option(["--baseline"], metavar="NAME", help="Whom the others are tested against. [default: the first]"),
         click.Option(["--halving"], is_flag=True, help="Drop the worse half after half the budget, and so on."),
-        click.Option(["--ranks"], type=click.IntRange(min=1), help="Processes that share the runs. [default: 1]"),
+        click.Option(
+            ["--num-processes"], type=click.IntRange(min=1), help="Processes that share the runs. [default: 1]"
+        ),
         click.Option(["--follow"], is_flag=True, hidden=True, help="Do runs for the process that leads the race."),
         click.Option(["--resume"], metavar="RACE", help="Go on with the race in this folder."),
         click.Option(["--out"], metavar="FOLDER", help="The race's folder; none: a new one under runs/."),
-        *(each for each in own_options() if each.name not in _OTHERS),
+        *(each for each in run_options() if each.name not in _EXCLUDED_OPTIONS),
         click.Option(["--json", "as_json"], is_flag=True, help="End with one JSON object on standard output."),
     ],
 )

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tuneforge.cli.parameter_types import Within
+from tuneforge.cli.parameter_types import FiniteFloatRange
 
 if TYPE_CHECKING:
     from tuneforge.check.check import Findings
 
-ISSUES, PAGE, CLEANED = "issues.json", "issues.html", "cleaned.csv"
+ISSUES, REPORT, CLEANED_CSV = "issues.json", "issues.html", "cleaned.csv"
 _FIXES = ("files", "copies", "labels")
 
 
@@ -54,7 +54,9 @@ def data() -> None:
 @click.option(
     "--memory-mb", type=click.IntRange(64, 2**20), default=300, show_default=True, help="Memory to look at a file."
 )
-@click.option("--seconds", type=Within(min=0.1), default=4.0, show_default=True, help="Time to look at a file.")
+@click.option(
+    "--seconds", type=FiniteFloatRange(min=0.1), default=4.0, show_default=True, help="Time to look at a file."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print issues.json.")
 def check(
     path: Path,
@@ -83,62 +85,65 @@ def check(
     tuneforge run --data image-csv --data.path data-check/cleaned.csv
     """
     from tuneforge.check import check as story
-    from tuneforge.check.files import Columns
+    from tuneforge.check.files import CsvColumns
     from tuneforge.errors import DataError, UsageError
 
     if undo:
         _undo(path, out, root)
         return 0
-    kinds = _kinds(fix)
+    kinds = _parse_fixes(fix)
     if out.resolve().is_relative_to(path.resolve()):
         raise UsageError(
             f"'{out}' lies among the pictures", where="--out", why="they would be checked next time", fix="name another"
         )
-    _require_own(out)
-    columns = Columns(image, label, split, root)
-    findings = story.check(
+    _prepare_output_dir(out)
+    columns = CsvColumns(image, label, split, root)
+    findings = story.check_images(
         path,
         columns=columns,
         run=run,
         memory_mb=memory_mb,
-        seconds=seconds,
-        near=near,
-        say=lambda text: click.echo(text, err=True),
+        timeout_s=seconds,
+        near_duplicates=near,
+        log=lambda text: click.echo(text, err=True),
     )
     _write(findings, out, kinds, memory_mb, seconds)
     if as_json:
-        click.echo(json.dumps(findings.plain()))
+        click.echo(json.dumps(findings.to_dict()))
     else:
-        _print(findings, out, every=every, kinds=kinds)
-    advised = any(issue.action == "leave out" for issue in findings.issues)
+        _print(findings, out, show_all=every, kinds=kinds)
+    advised = any(issue.action == "exclude" for issue in findings.issues)
     return DataError.exit_code if advised and not kinds else 0
 
 
-def _kinds(fix: str | None) -> list[str]:
-    from tuneforge.errors import UsageError, close_match
+def _parse_fixes(text: str | None) -> list[str]:
+    from tuneforge.errors import UsageError, suggest_name
 
-    if fix is None:
+    if text is None:
         return []
-    asked = list(_FIXES) if fix == "all" else [each.strip() for each in fix.split(",")]
-    for each in asked:
+    fixes = list(_FIXES) if text == "all" else [each.strip() for each in text.split(",")]
+    for each in fixes:
         if each not in _FIXES:
-            raise UsageError(f"there is no fix '{each}'", where="--fix", fix=close_match(each, [*_FIXES, "all"]))
-    return asked
+            raise UsageError(f"there is no fix '{each}'", where="--fix", fix=suggest_name(each, [*_FIXES, "all"]))
+    return fixes
 
 
-def _write(findings: Findings, out: Path, kinds: list[str], memory_mb: int, seconds: float) -> None:
+def _write(findings: Findings, out: Path, kinds: list[str], memory_mb: int, timeout_s: float) -> None:
     """The files of the check."""
-    from tuneforge.check.check import cleaned
-    from tuneforge.check.page import page_of
-    from tuneforge.engine.storage.run_dir import write_json, write_whole
+    from tuneforge.check.check import to_cleaned_csv
+    from tuneforge.check.page import render_report
+    from tuneforge.engine.storage.run_dir import atomic_write, write_json
 
-    write_json(out / ISSUES, findings.plain())
-    write_whole(out / PAGE, page_of(findings, memory_mb=memory_mb, seconds=seconds).encode(errors="backslashreplace"))
+    write_json(out / ISSUES, findings.to_dict())
+    atomic_write(
+        out / REPORT,
+        render_report(findings, memory_mb=memory_mb, timeout_s=timeout_s).encode(errors="backslashreplace"),
+    )
     if kinds:
-        write_whole(out / CLEANED, cleaned(findings, kinds).encode(errors="surrogateescape"))
+        atomic_write(out / CLEANED_CSV, to_cleaned_csv(findings, kinds).encode(errors="surrogateescape"))
 
 
-def _require_own(out: Path) -> None:
+def _prepare_output_dir(out: Path) -> None:
     """Make the folder; another one's content is not written over."""
     from tuneforge.errors import FolderError
 
@@ -152,43 +157,45 @@ def _require_own(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        from tuneforge.engine.storage.run_dir import unwritten
+        from tuneforge.engine.storage.run_dir import write_error
 
-        raise unwritten(out, error) from None
+        raise write_error(out, error) from None
 
 
-def _print(findings: Findings, out: Path, *, every: bool, kinds: list[str]) -> None:
-    from tuneforge.check.check import left
-    from tuneforge.check.page import line_of
+def _print(findings: Findings, out: Path, *, show_all: bool, kinds: list[str]) -> None:
+    from tuneforge.check.check import select_remaining
+    from tuneforge.check.page import format_issue
 
     for issue in findings.issues:
-        click.echo(line_of(issue))
-    if every:
+        click.echo(format_issue(issue))
+    if show_all:
         wrong = {issue.path for issue in findings.issues}
-        for file in findings.fine:
+        for file in findings.usable:
             if file.id not in wrong:
                 click.echo(f"{file.id}: fine")
     for note in findings.notes:
         click.echo(f"note: {note}")
-    click.echo(f"{len(findings.fine):,} of {len(findings.files):,} files can be used; {len(findings.issues):,} issues")
-    remain = left(findings, kinds or _FIXES)
+    click.echo(
+        f"{len(findings.usable):,} of {len(findings.files):,} files can be used; {len(findings.issues):,} issues"
+    )
+    remain = select_remaining(findings, kinds or _FIXES)
     advice = f"advice on {', '.join(kinds)}" if kinds else "advice"
     click.echo(f"left after the {advice}: {len(remain):,} of {len(findings.files):,}")
-    click.echo(f"page: {shlex.quote(str(out / PAGE))}")
+    click.echo(f"page: {shlex.quote(str(out / REPORT))}")
     if kinds:
-        place = shlex.quote(str(out / CLEANED))
-        click.echo(f"next: tuneforge run --data image-csv --data.path {place} --data.checked {out / ISSUES}")
+        cleaned = shlex.quote(str(out / CLEANED_CSV))
+        click.echo(f"next: tuneforge run --data image-csv --data.path {cleaned} --data.checked {out / ISSUES}")
 
 
 def _undo(path: Path, out: Path, root: Path | None) -> None:
-    from tuneforge.builtin.datasets.images.file_check import release
-    from tuneforge.builtin.datasets.images.sample_names import shown
+    from tuneforge.builtin.datasets.images.file_check import restore_quarantined_files
+    from tuneforge.builtin.datasets.images.sample_names import escape_name
     from tuneforge.errors import DataError
 
     if not path.exists():
         raise DataError("there is no such file or folder", where=str(path), fix="check the path")
-    if (out / CLEANED).exists():
-        (out / CLEANED).unlink()
-        click.echo(f"removed {out / CLEANED}")
-    for name in release(root or (path if path.is_dir() else path.parent)):
-        click.echo(f"back in its place: {shown(name)}")
+    if (out / CLEANED_CSV).exists():
+        (out / CLEANED_CSV).unlink()
+        click.echo(f"removed {out / CLEANED_CSV}")
+    for name in restore_quarantined_files(root or (path if path.is_dir() else path.parent)):
+        click.echo(f"back in its place: {escape_name(name)}")

@@ -46,7 +46,7 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _words(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {item or 'MISSING'}" for name, item in value.items())
     return str(value)
@@ -72,8 +72,12 @@ def _torch() -> dict[str, Any]:
 def _plugins() -> dict[str, Any]:
     from tuneforge.plugin import registry
 
-    entries = registry.installed()
+    entries = registry.list_components()
     others = sorted(
-        {f"{entry.distribution} {entry.version}" for entry in entries if entry.distribution != registry.BUILTIN}
+        {
+            f"{entry.distribution} {entry.version}"
+            for entry in entries
+            if entry.distribution != registry.BUILTIN_DISTRIBUTION
+        }
     )
     return {"components": f"{len(entries)} installed; from others: {', '.join(others) or 'none'}"}

@@ -8,28 +8,27 @@ from typing import Any
 
 import click
 
-from tuneforge.cli.options import ComponentCommand, configuration, pick_options
+from tuneforge.cli.options import ComponentCommand, build_config, component_options
 
 
-def _evaluate(folder: Path, **values: Any) -> None:
+def _evaluate(run_dir: Path, **values: Any) -> None:
     """Evaluate a finished run again: on its own data, or with --data on others."""
     ctx = click.get_current_context()
-    config = configuration(ctx, values)
-    from tuneforge.engine.session import messages as story
-    from tuneforge.engine.session import predictor as tuned
-    from tuneforge.engine.storage.run_dir import finite
+    config = build_config(ctx, values)
+    from tuneforge.engine.session import messages, predictor
+    from tuneforge.engine.storage.run_dir import nonfinite_to_none
 
-    figures = tuned.evaluate(
-        folder,
+    metrics = predictor.evaluate(
+        run_dir,
         data=config.data if values["data"] or ctx.meta["tuneforge.chosen"] else None,
-        metrics=config.evaluate,
+        metrics=config.metrics,
         device_name=values["device"],
     )
     if values["as_json"]:
-        click.echo(json.dumps(finite(figures)))
+        click.echo(json.dumps(nonfinite_to_none(metrics)))
         return
-    headline = tuned.load(folder, device_name=values["device"]).targets.headline
-    for line in story.of_result(figures, headline):
+    primary_metrics = predictor.load(run_dir, device_name=values["device"]).targets.primary_metrics
+    for line in messages.format_metrics(metrics, primary_metrics):
         click.echo(line)
 
 
@@ -38,8 +37,8 @@ evaluate = ComponentCommand(
     callback=_evaluate,
     help=_evaluate.__doc__,
     params=[
-        click.Argument(["folder"], type=click.Path(path_type=Path), metavar="RUN"),
-        *pick_options("data", "evaluate", instead="the run's own"),
+        click.Argument(["run_dir"], type=click.Path(path_type=Path), metavar="RUN"),
+        *component_options("data", "metrics", fallback="the run's own"),
         click.Option(["--device"], default="auto", help="Where to compute.", show_default=True),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object."),
     ],

@@ -28,16 +28,16 @@ def export(
     Where a class differs or a probability is off by more than 1e-4, nothing is written.
     """
     from tuneforge.engine.storage.run_dir import read_json
-    from tuneforge.exporting.bundle import BUNDLE, CARD
+    from tuneforge.exporting.bundle import BUNDLE, MODEL_CARD
     from tuneforge.exporting.exporter import export as exported
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         click.echo(text, err=as_json)
 
-    place = exported(folder, to=to or _DEFAULT, out=out, name=name, pictures=pictures, say=say)
+    bundle_dir = exported(folder, to=to or _DEFAULT, out=out, name=name, image_dir=pictures, log=log)
     if as_json:
-        record = read_json(place / BUNDLE)
-        click.echo(json.dumps({"folder": str(place), "name": record["name"], "formats": record["formats"]}))
+        record = read_json(bundle_dir / BUNDLE)
+        click.echo(json.dumps({"directory": str(bundle_dir), "name": record["name"], "formats": record["formats"]}))
         return
-    click.echo(f"card: {place / CARD}")
-    click.echo(f"done: {place}")
+    click.echo(f"card: {bundle_dir / MODEL_CARD}")
+    click.echo(f"done: {bundle_dir}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from tuneforge.cli.parameter_types import Within
+from tuneforge.cli.parameter_types import FiniteFloatRange
 
 
 @click.command("import")
@@ -18,7 +18,9 @@ from tuneforge.cli.parameter_types import Within
 @click.option(
     "--max-mb", type=click.IntRange(1, 2**20), default=4096, show_default=True, help="Most memory for the tensors."
 )
-@click.option("--seconds", type=Within(min=1), default=120.0, show_default=True, help="Time that reading may take.")
+@click.option(
+    "--seconds", type=FiniteFloatRange(min=1), default=120.0, show_default=True, help="Time that reading may take."
+)
 @click.option("--force", is_flag=True, help="Write over a file that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def import_(
@@ -34,18 +36,25 @@ def import_(
     tuneforge import resnet18.pth
     tuneforge run --model torchvision --model.arch resnet18 --model.weights resnet18.safetensors
     """
-    from tuneforge.convert.weights import import_weights
+    from tuneforge.convert.weights import convert_weights
 
-    place = out or (path.with_suffix(".safetensors") if path.name else path / "weights.safetensors")
-    made = import_weights(path, place, key=key, max_mb=max_mb, seconds=seconds, replace=force)
+    output = out or (path.with_suffix(".safetensors") if path.name else path / "weights.safetensors")
+    converted = convert_weights(path, output, key=key, max_mb=max_mb, timeout_s=seconds, overwrite=force)
     if as_json:
-        told = {"path": str(made.path), "tensors": made.tensors, "bytes": made.bytes, "under": made.under}
-        click.echo(json.dumps({**told, "same": made.same, "left_out": list(made.left_out)}))
+        content = {
+            "path": str(converted.path),
+            "num_tensors": converted.num_tensors,
+            "num_bytes": converted.num_bytes,
+            "state_dict_key": converted.state_dict_key,
+            "shared_tensors": converted.shared_tensors,
+            "skipped_names": list(converted.skipped_names),
+        }
+        click.echo(json.dumps(content))
         return
-    under = f", found under '{made.under}'" if made.under else ""
-    click.echo(f"{made.path}: {made.tensors:,} tensors, {made.bytes / 2**20:.1f} MB{under}")
-    for name, kept in sorted(made.same.items()):
+    under = f", found under '{converted.state_dict_key}'" if converted.state_dict_key else ""
+    click.echo(f"{converted.path}: {converted.num_tensors:,} tensors, {converted.num_bytes / 2**20:.1f} MB{under}")
+    for name, kept in sorted(converted.shared_tensors.items()):
         click.echo(f"  {name} is {kept}, kept once")
-    if made.left_out:
-        click.echo(f"  left out, because they are no tensors: {', '.join(made.left_out[:10])}")
-    click.echo(f"next: tuneforge run --model torchvision --model.weights {shlex.quote(str(made.path))} ...")
+    if converted.skipped_names:
+        click.echo(f"  left out, because they are no tensors: {', '.join(converted.skipped_names[:10])}")
+    click.echo(f"next: tuneforge run --model torchvision --model.weights {shlex.quote(str(converted.path))} ...")

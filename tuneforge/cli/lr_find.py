@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tuneforge.cli.options import ComponentCommand, configuration, own_options
+from tuneforge.cli.options import ComponentCommand, build_config, run_options
 
 if TYPE_CHECKING:
-    from tuneforge.comparison.lr_range_test import Rates
+    from tuneforge.comparison.lr_range_test import LRFindResult
 
 
 def _lr_find(**values: Any) -> None:
@@ -22,41 +22,46 @@ def _lr_find(**values: Any) -> None:
     tuneforge lr-find --data image-folder --data.path photos --train head
     tuneforge lr-find --optimizer sgd --plot rates.png
     """
-    config = configuration(click.get_current_context(), values)
+    config = build_config(click.get_current_context(), values)
     from tuneforge.comparison.lr_range_test import lr_find as find
     from tuneforge.engine.session.engine import Engine
 
-    found = find(Engine.of(config), train=values["train"] or "all", batches=values["batches"])
+    found = find(Engine.from_config(config), train=values["train"] or "all", batches=values["batches"])
     if values["plot"]:
-        found.draw(values["plot"])
+        found.plot(values["plot"])
     if values["as_json"]:
-        click.echo(json.dumps(_plain(found)))
+        click.echo(json.dumps(_to_dict(found)))
         return
-    click.echo(f"trains: {found.trained:,} numbers ({', '.join(values['train']) or 'all'})")
+    click.echo(f"trains: {found.num_trained:,} numbers ({', '.join(values['train']) or 'all'})")
     _print(found)
     if values["plot"]:
         click.echo(f"plot: {shlex.quote(str(values['plot']))}")
 
 
-def _print(found: Rates) -> None:
+def _print(result: LRFindResult) -> None:
     """Rates and losses as a table, and the suggestion."""
-    click.echo("    rate  loss after one step  smoothed")
-    for rate, loss in found.losses.items():
-        marks = {found.lowest: "  least", found.steepest: "  steepest"} if found.suggestion is not None else {}
-        smooth = f"{found.smoothed[rate]:.4f}" if rate in found.smoothed else "-"
-        click.echo(f"{rate:8.1e}  {loss:19.4f}  {smooth:>8}{marks.get(rate, '')}")
-    if found.suggestion is None:
-        click.echo(f"no suggestion: {found.reason}")
+    click.echo("      lr  loss after one step  smoothed")
+    for lr, loss in result.losses.items():
+        marks = {result.lowest_lr: "  least", result.steepest_lr: "  steepest"} if result.suggestion is not None else {}
+        smooth = f"{result.smoothed[lr]:.4f}" if lr in result.smoothed else "-"
+        click.echo(f"{lr:8.1e}  {loss:19.4f}  {smooth:>8}{marks.get(lr, '')}")
+    if result.suggestion is None:
+        click.echo(f"no suggestion: {result.reason}")
         return
-    click.echo(f"suggestion: {found.suggestion:.1e}, {found.reason}")
-    click.echo(f"next: tuneforge run --lr {found.suggestion:.1e} ...")
+    click.echo(f"suggestion: {result.suggestion:.1e}, {result.reason}")
+    click.echo(f"next: tuneforge run --lr {result.suggestion:.1e} ...")
 
 
-def _plain(found: Rates) -> dict[str, Any]:
-    from tuneforge.engine.storage.run_dir import finite
+def _to_dict(result: LRFindResult) -> dict[str, Any]:
+    from tuneforge.engine.storage.run_dir import nonfinite_to_none
 
-    losses = [{"rate": rate, "loss": finite(loss)} for rate, loss in found.losses.items()]
-    return {"losses": losses, "suggestion": found.suggestion, "reason": found.reason, "trained": found.trained}
+    losses = [{"lr": lr, "loss": nonfinite_to_none(loss)} for lr, loss in result.losses.items()]
+    return {
+        "losses": losses,
+        "suggestion": result.suggestion,
+        "reason": result.reason,
+        "num_trained": result.num_trained,
+    }
 
 
 lr_find = ComponentCommand(
@@ -78,7 +83,7 @@ lr_find = ComponentCommand(
             help="Batches each loss is the mean of.",
         ),
         click.Option(["--plot"], type=click.Path(dir_okay=False, path_type=Path), help="Draw it into this PNG file."),
-        *own_options(),
+        *run_options(),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object."),
     ],
 )

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from tuneforge.ship.champion.store import Store
+    from tuneforge.ship.champion.store import ModelRegistry
 
-_STORE = click.option(
+_REGISTRY_OPTION = click.option(
     "--store", default="models", show_default=True, type=click.Path(path_type=Path), metavar="DIR", help="The store."
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -23,13 +23,13 @@ def models() -> None:
 
 
 @models.command("list")
-@_STORE
+@_REGISTRY_OPTION
 @_JSON
 def list_(store: Path, as_json: bool) -> None:
     """List every version: name, number, whether it is the champion, its test figures, the run it came from."""
-    from tuneforge.ship.champion.store import stores_in
+    from tuneforge.ship.champion.store import list_models
 
-    rows = [row for each in stores_in(store) for row in _rows(each)]
+    rows = [row for each in list_models(store) for row in _list_versions(each)]
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
@@ -37,7 +37,7 @@ def list_(store: Path, as_json: bool) -> None:
     table: list[tuple[str, ...]] = [
         (
             row["name"], str(row["version"]), "yes" if row["champion"] else "", ", ".join(row["formats"]),
-            "  ".join(f"{name} {value:.4f}" for name, value in row["figures"].items()), row["run"],
+            "  ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items()), row["run"],
         )
         for row in rows
     ]  # fmt: skip
@@ -47,79 +47,89 @@ def list_(store: Path, as_json: bool) -> None:
 @models.command()
 @click.argument("name")
 @click.argument("version", type=int, required=False)
-@_STORE
+@_REGISTRY_OPTION
 @_JSON
 def show(name: str, version: int | None, store: Path, as_json: bool) -> None:
     """Show a version (the champion by default) and the log of its name."""
     from tuneforge.engine.storage.run_dir import read_json
-    from tuneforge.exporting import atomic_dir as sealed
-    from tuneforge.exporting.bundle import BUNDLE, CARD
-    from tuneforge.ship.champion.store import store_of
+    from tuneforge.exporting.atomic_dir import verify_manifest
+    from tuneforge.exporting.bundle import BUNDLE, MODEL_CARD
+    from tuneforge.ship.champion.store import find_model
 
-    found = store_of(store, name)
-    folder = found.folder(version)
-    sealed.verify(folder)
-    record = read_json(folder / BUNDLE)
+    registry = find_model(store, name)
+    version_dir = registry.version_dir(version)
+    verify_manifest(version_dir)
+    record = read_json(version_dir / BUNDLE)
     if as_json:
-        click.echo(json.dumps({"champion": found.champion, "version": int(folder.name), **record, "log": found.log()}))
+        click.echo(
+            json.dumps(
+                {
+                    "champion": registry.champion,
+                    "version": int(version_dir.name),
+                    **record,
+                    "log": registry.read_events(),
+                }
+            )
+        )
         return
-    click.echo(f"{name} {folder.name}{' (champion)' if int(folder.name) == found.champion else ''}")
-    click.echo(f"run:      {record['run']['folder']}, exported {record['created']}")
+    click.echo(f"{name} {version_dir.name}{' (champion)' if int(version_dir.name) == registry.champion else ''}")
+    click.echo(f"run:      {record['run']['run_dir']}, exported {record['created']}")
     click.echo(f"forms:    {', '.join(record['formats'])}")
     click.echo(f"classes:  {', '.join(record['labels']) or 'none, it answers with numbers'}")
-    click.echo(f"test:     {'  '.join(f'{key} {value:.4f}' for key, value in _headline(record).items())}")
-    click.echo(f"card:     {folder / CARD}")
+    click.echo(f"test:     {'  '.join(f'{key} {value:.4f}' for key, value in _primary_metrics(record).items())}")
+    click.echo(f"card:     {version_dir / MODEL_CARD}")
     click.echo("log:")
-    for line in found.log():
-        click.echo(f"  {_line(line)}")
+    for event in registry.read_events():
+        click.echo(f"  {_format_event(event)}")
 
 
 @models.command()
 @click.argument("name")
 @click.option("--to", type=int, metavar="VERSION", help="Which version. [default: the champion before this one]")
-@_STORE
+@_REGISTRY_OPTION
 @_JSON
 def rollback(name: str, to: int | None, store: Path, as_json: bool) -> None:
     """Make an earlier version the champion again, once it has answered its recorded test inputs as before."""
-    from tuneforge.ship.champion.store import store_of
+    from tuneforge.ship.champion.store import find_model
 
-    found = store_of(store, name)
-    before = found.champion
-    number = found.rollback(to)
+    registry = find_model(store, name)
+    previous = registry.champion
+    number = registry.rollback(to)
     if as_json:
-        click.echo(json.dumps({"name": name, "version": number, "before": before}))
+        click.echo(json.dumps({"name": name, "version": number, "previous": previous}))
         return
-    click.echo(f"done: version {number} is the champion of {name}; version {before} was")
+    click.echo(f"done: version {number} is the champion of {name}; version {previous} was")
 
 
-def _rows(store: Store) -> list[dict[str, Any]]:
+def _list_versions(registry: ModelRegistry) -> list[dict[str, Any]]:
     from tuneforge.engine.storage.run_dir import read_json
     from tuneforge.exporting.bundle import BUNDLE
 
     rows = []
-    for number in store.versions():
-        record = read_json(store.folder(number) / BUNDLE)
+    for number in registry.versions():
+        record = read_json(registry.version_dir(number) / BUNDLE)
         rows.append(
             {
-                "name": store.name, "version": number, "champion": number == store.champion,
-                "formats": list(record["formats"]), "figures": _headline(record), "run": record["run"]["folder"],
-                "created": record["created"],
+                "name": registry.name, "version": number, "champion": number == registry.champion,
+                "formats": list(record["formats"]), "metrics": _primary_metrics(record),
+                "run": record["run"]["run_dir"], "created": record["created"],
             }
         )  # fmt: skip
     return rows
 
 
-def _headline(record: dict[str, Any]) -> dict[str, float]:
-    test = record["figures"]["test"]
-    return {name: test[name] for name in record["headline"] if test.get(name) is not None}
+def _primary_metrics(record: dict[str, Any]) -> dict[str, float]:
+    test = record["metrics"]["test"]
+    return {name: test[name] for name in record["primary_metrics"] if test.get(name) is not None}
 
 
-def _line(line: dict[str, Any]) -> str:
-    against = f" over {line['against']}" if line.get("against") is not None else ""
-    version = f" {line['version']}" if "version" in line else ""
-    reason = f": {line['verdict']['reason']}" if "verdict" in line else ""
-    run = f" ({line['run']})" if "run" in line else ""
-    return f"{line['time']}  {line['event']}{version}{against}{run}{reason}"
+def _format_event(event: dict[str, Any]) -> str:
+    previous = event.get("previous_champion")
+    over = "" if previous is None else f" over {previous}"
+    version = f" {event['version']}" if "version" in event else ""
+    reason = f": {event['decision']['reason']}" if "decision" in event else ""
+    run = f" ({event['run']})" if "run" in event else ""
+    return f"{event['time']}  {event['event']}{version}{over}{run}{reason}"
 
 
 def _print(header: tuple[str, ...], table: list[tuple[str, ...]]) -> None:

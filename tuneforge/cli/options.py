@@ -13,47 +13,47 @@ import click
 
 from tuneforge.errors import UsageError
 from tuneforge.plugin import registry
-from tuneforge.plugin.component import Option, options_of, type_text
+from tuneforge.plugin.component import Option, describe_type, get_options
 from tuneforge.plugin.config import (
-    REPEATABLE,
-    SINGLE,
+    REPEATABLE_COMPONENT_KEYS,
+    SINGLE_COMPONENT_KEYS,
     Settings,
     default_name,
-    entries_under,
-    merged,
-    read_file,
-    resolve,
+    list_component_entries,
+    merge_config,
+    read_config_file,
+    resolve_config,
 )
 from tuneforge.plugin.config import RunConfig as RunConfig
-from tuneforge.plugin.names import prefix_of
+from tuneforge.plugin.names import option_prefix
 
 SHORT_FORMS = ("epochs", "lr")
-_PICKS = {**SINGLE, **REPEATABLE}
+_COMPONENT_KEYS = {**SINGLE_COMPONENT_KEYS, **REPEATABLE_COMPONENT_KEYS}
 _HELP = {
     "data": "Where samples come from.", "model": "What builds the model.",
-    "adapt": "What changes the model, in order.", "step": "What computes the loss.",
-    "evaluate": "What computes the figures.", "strategy": "What says what to do.",
+    "adapt": "What changes the model, in order.", "loss": "The training loss (fills train_step).",
+    "metrics": "Metrics to compute in evaluation.", "strategy": "What says what to do.",
     "schedule": "Course of the learning rate, in place of the strategy's.",
-    "optimizer": "The optimizer, in place of the strategy's.", "with": "An extension that takes part.",
+    "optimizer": "The optimizer, in place of the strategy's.", "callback": "A callback that takes part in the run.",
     "augment": "A random change of training inputs.",
 }  # fmt: skip
 
 
 @attrs.frozen
-class Chosen:
+class SelectedComponent:
     """A component that the command line or the file names.
 
     Args:
-        key: `strategy`, `with`, ...
+        key: `strategy`, `callback`, ...
         name: As given.
         prefix: What its options begin with on the command line.
-        given: Its options in the file.
+        file_options: Its options in the file.
     """
 
     key: str
     name: str
     prefix: str
-    given: Mapping[str, Any]
+    file_options: Mapping[str, Any]
 
 
 class ComponentCommand(click.Command):
@@ -61,18 +61,18 @@ class ComponentCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Find the components first, then parse with their options known."""
-        picks = [key for key in _PICKS if any(parameter.name == key for parameter in self.params)]
-        ctx.meta["tuneforge.file"] = self.below_flags(ctx, args)
-        ctx.meta["tuneforge.chosen"] = list(_chosen(args, ctx.meta["tuneforge.file"], picks))
+        picks = [key for key in _COMPONENT_KEYS if any(parameter.name == key for parameter in self.params)]
+        ctx.meta["tuneforge.file"] = self.load_base_config(ctx, args)
+        ctx.meta["tuneforge.chosen"] = list(_select_components(args, ctx.meta["tuneforge.file"], picks))
         return super().parse_args(ctx, args)
 
-    def below_flags(self, ctx: click.Context, args: list[str]) -> dict[str, Any]:
+    def load_base_config(self, ctx: click.Context, args: list[str]) -> dict[str, Any]:
         """The table that flags go over: the file's."""
-        return file_table(args)
+        return config_table_from_args(args)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The command's own parameters and the components'."""
-        return [*super().get_params(ctx), *self._dotted(ctx)]
+        return [*super().get_params(ctx), *self._component_options(ctx)]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The command's own options, then a section for each component."""
@@ -83,63 +83,65 @@ class ComponentCommand(click.Command):
         for each in ctx.meta["tuneforge.chosen"]:
             dotted = [record for option in _click_options(each) if (record := option.get_help_record(ctx))]
             if dotted:
-                with formatter.section(f"Options of {registry.NOUNS[_PICKS[each.key]]} '{each.name}'"):
+                with formatter.section(f"Options of {registry.NOUN_BY_GROUP[_COMPONENT_KEYS[each.key]]} '{each.name}'"):
                     formatter.write_dl(dotted)
         formatter.write_paragraph()
         formatter.write_text("Name a component to see its options, for example: --data digits --help")
 
-    def _dotted(self, ctx: click.Context) -> list[click.Parameter]:
+    def _component_options(self, ctx: click.Context) -> list[click.Parameter]:
         return [option for each in ctx.meta.get("tuneforge.chosen", ()) for option in _click_options(each)]
 
 
-def pick_options(*keys: str, instead: str = "") -> list[click.Parameter]:
-    """Flags that pick components; `instead` says what happens without one, where that is not the usual."""
-    notes = {key: f" [default: {instead}]" if instead else _default_note(key) for key in keys}
+def component_options(*keys: str, fallback: str = "") -> list[click.Parameter]:
+    """Flags that pick components; `fallback` says what happens without one, where that is not the usual."""
+    notes = {key: f" [default: {fallback}]" if fallback else _default_note(key) for key in keys}
     return [
-        click.Option([f"--{key}", key], metavar="NAME", help=_HELP[key] + notes[key], multiple=key in REPEATABLE)
+        click.Option(
+            [f"--{key}", key], metavar="NAME", help=_HELP[key] + notes[key], multiple=key in REPEATABLE_COMPONENT_KEYS
+        )
         for key in keys
     ]
 
 
-def own_options() -> list[click.Parameter]:
+def run_options() -> list[click.Parameter]:
     """Flags that pick components, and the run's own settings."""
     short = [
         click.Option([f"--{key}", f"short_{key}"], metavar="VALUE", help=f"Short for --strategy.{key}.")
         for key in SHORT_FORMS
     ]
-    settings = [_setting(option) for option in options_of(Settings).values()]
+    settings = [_setting(option) for option in get_options(Settings).values()]
     config = click.Option(["--config"], metavar="FILE", help="A TOML file with any of these; flags beat it.")
-    return [*pick_options(*_PICKS), *short, *settings, config]
+    return [*component_options(*_COMPONENT_KEYS), *short, *settings, config]
 
 
-def configuration(ctx: click.Context, values: Mapping[str, Any]) -> RunConfig:
+def build_config(ctx: click.Context, values: Mapping[str, Any]) -> RunConfig:
     """The run configuration that parsed flags describe, over the file's.
 
     Raises:
         UsageError: A short form names an option that the strategy does not have, or flags contradict.
     """
-    return resolve(merged(ctx.meta["tuneforge.file"], flag_table(ctx, values)))
+    return resolve_config(merge_config(ctx.meta["tuneforge.file"], flags_to_table(ctx, values)))
 
 
-def flag_table(ctx: click.Context, values: Mapping[str, Any]) -> dict[str, Any]:
+def flags_to_table(ctx: click.Context, values: Mapping[str, Any]) -> dict[str, Any]:
     """The table that parsed flags alone describe.
 
     Raises:
         UsageError: A short form names an option that the strategy does not have.
     """
     flags: dict[str, Any] = {}
-    known = options_of(Settings)
+    known = get_options(Settings)
     for name, value in values.items():
         if name in known and value is not None:
             flags[known[name].key] = value
     by_component = _component_values(ctx, values)
-    for key in SINGLE:
+    for key in SINGLE_COMPONENT_KEYS:
         picked = values.get(key)
         found = picked or _name_in_file(ctx, key)
         options = by_component.get((key, str(found)), {})
         if picked or options:
             flags[key] = {"name": found, **options}
-    for key in REPEATABLE:
+    for key in REPEATABLE_COMPONENT_KEYS:
         named = [*values.get(key, ()), *(name for where, name in by_component if where == key)]
         if named:
             flags[key] = [{"name": name, **by_component.get((key, name), {})} for name in dict.fromkeys(named)]
@@ -147,21 +149,21 @@ def flag_table(ctx: click.Context, values: Mapping[str, Any]) -> dict[str, Any]:
     return flags
 
 
-def default_text(option: Option) -> str:
+def format_default(option: Option) -> str:
     """`[default: 1]` or `[required]`, as help shows it."""
     if option.required:
         return "[required]"
-    return f"[default: {shown(option.default)}]"
+    return f"[default: {format_value(option.default)}]"
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """An option's value as a user would write it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (tuple, list)):
-        return ",".join(map(shown, value)) or "empty"
+        return ",".join(map(format_value, value)) or "empty"
     if isinstance(value, Mapping):
-        return ",".join(f"{key}={shown(item)}" for key, item in value.items()) or "empty"
+        return ",".join(f"{key}={format_value(item)}" for key, item in value.items()) or "empty"
     return "none" if value is None else str(value)
 
 
@@ -170,10 +172,10 @@ def _setting(option: Option) -> click.Option:
         return click.Option(
             [f"--{option.key}/--no-{option.key}", option.name],
             default=None,
-            help=f"{option.help} {default_text(option)}",
+            help=f"{option.help} {format_default(option)}",
         )
     return click.Option(
-        [f"--{option.key}", option.name], metavar=_metavar(option), help=f"{option.help} {default_text(option)}"
+        [f"--{option.key}", option.name], metavar=_metavar(option), help=f"{option.help} {format_default(option)}"
     )
 
 
@@ -181,29 +183,31 @@ def _metavar(option: Option) -> str:
     if typing.get_origin(option.type) is Literal:
         return "[" + "|".join(map(str, typing.get_args(option.type))) + "]"
     words = {"integer": "INTEGER", "number": "NUMBER", "text": "TEXT", "path": "PATH", "true or false": "BOOLEAN"}
-    text = type_text(option.type)
+    text = describe_type(option.type)
     first = text.partition(" or ")[0]
     return words.get(text) or words.get(first, "VALUE")
 
 
-def _click_options(chosen: Chosen) -> Iterator[click.Option]:
-    cls = registry.load(registry.find(_PICKS[chosen.key], chosen.name, where=f"--{chosen.key}"))
-    given = {key.replace("-", "_"): value for key, value in chosen.given.items()}
-    for option in options_of(cls).values():
+def _click_options(component: SelectedComponent) -> Iterator[click.Option]:
+    cls = registry.load_component(
+        registry.find_component(_COMPONENT_KEYS[component.key], component.name, where=f"--{component.key}")
+    )
+    given = {key.replace("-", "_"): value for key, value in component.file_options.items()}
+    for option in get_options(cls).values():
         shown = attrs.evolve(option, default=given.get(option.name, option.default))
-        choices = f" ({type_text(option.type)})" if _metavar(option) == "VALUE" else ""
+        choices = f" ({describe_type(option.type)})" if _metavar(option) == "VALUE" else ""
         yield click.Option(
-            [f"--{chosen.prefix}.{option.key}", _python_name(chosen, option)],
+            [f"--{component.prefix}.{option.key}", _python_name(component, option)],
             metavar=_metavar(option),
-            help=f"{option.help}{choices} {default_text(shown)}",
+            help=f"{option.help}{choices} {format_default(shown)}",
         )
 
 
-def _python_name(chosen: Chosen, option: Option) -> str:
+def _python_name(chosen: SelectedComponent, option: Option) -> str:
     return _python_prefix(chosen) + option.name
 
 
-def _python_prefix(chosen: Chosen) -> str:
+def _python_prefix(chosen: SelectedComponent) -> str:
     """What click calls the options of a component: an identifier that no setting has."""
     return re.sub(r"\W", "_", f"dotted__{chosen.key}__{chosen.name}__")
 
@@ -225,7 +229,9 @@ def _apply_short_forms(ctx: click.Context, flags: dict[str, Any], values: Mappin
         value = values.get(f"short_{short}")
         if value is None:
             continue
-        known = options_of(registry.load(registry.find("finetune_strategy", str(name), where="--strategy")))
+        known = get_options(
+            registry.load_component(registry.find_component("finetune_strategy", str(name), where="--strategy"))
+        )
         if short not in known:
             raise UsageError(
                 f"strategy '{name}' has no option '{short}'",
@@ -235,21 +241,21 @@ def _apply_short_forms(ctx: click.Context, flags: dict[str, Any], values: Mappin
         flags.setdefault("strategy", {"name": name}).setdefault(short, value)
 
 
-def file_table(args: list[str]) -> dict[str, Any]:
+def config_table_from_args(args: list[str]) -> dict[str, Any]:
     """The table of the file that a command line names with `--config`; empty where it names none."""
-    path = next(values_of(args, "--config"), None)
-    return read_file(Path(path)) if path is not None else {}
+    path = next(flag_values(args, "--config"), None)
+    return read_config_file(Path(path)) if path is not None else {}
 
 
-def _chosen(args: list[str], file: Mapping[str, Any], picks: list[str]) -> Iterator[Chosen]:
+def _select_components(args: list[str], file: Mapping[str, Any], keys: list[str]) -> Iterator[SelectedComponent]:
     """The components whose options this command line can have: named, or used with a dotted flag; and the strategy."""
-    for key in picks:
-        named = list(values_of(args, f"--{key}"))
-        in_file = entries_under(file.get(key))
-        if key in REPEATABLE:
+    for key in keys:
+        named = list(flag_values(args, f"--{key}"))
+        in_file = list_component_entries(file.get(key))
+        if key in REPEATABLE_COMPONENT_KEYS:
             for name in dict.fromkeys([*(str(entry.get("name")) for entry in in_file), *named]):
                 given = next((entry for entry in in_file if entry.get("name") == name), {})
-                yield Chosen(key, name, prefix_of(name), _without_name(given))
+                yield SelectedComponent(key, name, option_prefix(name), _without_name(given))
             continue
         given = in_file[0] if in_file else {}
         dotted = any(arg.startswith(f"--{key}.") for arg in args)
@@ -257,10 +263,10 @@ def _chosen(args: list[str], file: Mapping[str, Any], picks: list[str]) -> Itera
         found = named[-1] if named else given.get("name", default)
         if found:
             same = given.get("name", default_name(key)) == found
-            yield Chosen(key, str(found), key, _without_name(given) if same else {})
+            yield SelectedComponent(key, str(found), key, _without_name(given) if same else {})
 
 
-def values_of(args: list[str], flag: str) -> Iterator[str]:
+def flag_values(args: list[str], flag: str) -> Iterator[str]:
     """What a command line gives for a flag, each time that it is there."""
     for index, arg in enumerate(args):
         if arg == flag and index + 1 < len(args):
@@ -274,12 +280,12 @@ def _without_name(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _name_in_file(ctx: click.Context, key: str) -> str | None:
-    entries = entries_under(ctx.meta["tuneforge.file"].get(key))
+    entries = list_component_entries(ctx.meta["tuneforge.file"].get(key))
     return (entries[0].get("name") if entries else None) or default_name(key)
 
 
 def _default_note(key: str) -> str:
-    if key in REPEATABLE:
+    if key in REPEATABLE_COMPONENT_KEYS:
         return " Repeatable."
     name = default_name(key)
     return f" [default: {name}]" if name else ""

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 
-class Within(click.FloatRange):
+class FiniteFloatRange(click.FloatRange):
     """A finite number within bounds; click's own range lets `nan` and `inf` pass."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:

@@ -19,7 +19,7 @@ def plugins() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(hook: str | None, as_json: bool) -> None:
     """List every component: hook, name, aliases, distribution, version. Imports no plugin."""
-    entries = registry.installed() if hook is None else registry.entries_of(hook)
+    entries = registry.list_components() if hook is None else registry.list_components_of_group(hook)
     if as_json:
         rows = [
             {
@@ -46,7 +46,7 @@ def list_(hook: str | None, as_json: bool) -> None:
 @click.option("--json-schema", is_flag=True, help="Print the JSON Schema of its options.")
 def show(name: str, hook: str | None, json_schema: bool) -> None:
     """Show one component: what it does, its options, where it comes from."""
-    for position, entry in enumerate(_named(name, hook)):
+    for position, entry in enumerate(_find_entries(name, hook)):
         if position:
             click.echo()
         _show(entry, json_schema=json_schema)
@@ -57,26 +57,26 @@ def show(name: str, hook: str | None, json_schema: bool) -> None:
 def check(as_json: bool) -> int:
     """Load every installed component and say which of them are broken. Exits 2 where one is."""
     from tuneforge.errors import TuneforgeError
-    from tuneforge.plugin.component import options_of
-    from tuneforge.plugin.hooks import check_hooks
+    from tuneforge.plugin.component import get_options
+    from tuneforge.plugin.hooks import find_hook_methods
 
     verdicts = []
-    for entry in registry.installed():
+    for entry in registry.list_components():
         try:
-            cls = registry.load(entry)
-            options_of(cls)
-            check_hooks(cls, registry.describe(entry))
+            cls = registry.load_component(entry)
+            get_options(cls)
+            find_hook_methods(cls, registry.describe_component(entry))
             problem = None
         except TuneforgeError as error:
             problem = str(error)
         except Exception as error:  # noqa: BLE001 - a broken declaration of any kind is what this command looks for
             problem = f"{type(error).__name__}: {error}"
-        verdicts.append({"component": registry.describe(entry), "target": entry.target, "problem": problem})
+        verdicts.append({"component": registry.describe_component(entry), "target": entry.target, "problem": problem})
     broken = [verdict for verdict in verdicts if verdict["problem"]]
     if as_json:
         click.echo(json.dumps(verdicts, indent=1))
     else:
-        for clash in _clashes():
+        for clash in _describe_clashes():
             click.echo(clash)
         for verdict in broken:
             click.echo(f"broken: {verdict['component']}: {verdict['problem']}")
@@ -84,50 +84,54 @@ def check(as_json: bool) -> int:
     return 2 if broken else 0
 
 
-def _clashes() -> list[str]:
+def _describe_clashes() -> list[str]:
     """A line for each name that several distributions install for one hook."""
     owners: dict[tuple[str, str], list[str]] = {}
-    for entry in registry.installed():
+    for entry in registry.list_components():
         for name in (entry.name, *entry.aliases):
             owners.setdefault((entry.group, name), []).append(entry.distribution)
     return [
-        f"clash: {registry.NOUNS[group]} '{name}' is installed by {' and '.join(found)}; "
-        + (f"the bare name means {registry.BUILTIN}'s" if registry.BUILTIN in found else "the bare name is refused")
+        f"clash: {registry.NOUN_BY_GROUP[group]} '{name}' is installed by {' and '.join(found)}; "
+        + (
+            f"the bare name means {registry.BUILTIN_DISTRIBUTION}'s"
+            if registry.BUILTIN_DISTRIBUTION in found
+            else "the bare name is refused"
+        )
         + f"; write {' or '.join(f'{each}/{name}' for each in found)}"
         for (group, name), found in owners.items()
         if len(set(found)) > 1
     ]
 
 
-def _named(name: str, hook: str | None) -> list[registry.Entry]:
-    from tuneforge.errors import UnknownNameError, close_match
+def _find_entries(name: str, hook: str | None) -> list[registry.ComponentEntry]:
+    from tuneforge.errors import UnknownNameError, suggest_name
 
     if hook is not None:
-        return [registry.find(hook, name)]
+        return [registry.find_component(hook, name)]
     bare = name.rpartition("/")[2]
-    groups = {entry.group for entry in registry.installed() if bare == entry.name or bare in entry.aliases}
+    groups = {entry.group for entry in registry.list_components() if bare == entry.name or bare in entry.aliases}
     if not groups:
-        names = [each for entry in registry.installed() for each in (entry.name, *entry.aliases)]
+        names = [each for entry in registry.list_components() for each in (entry.name, *entry.aliases)]
         raise UnknownNameError(
-            f"no component '{name}' is installed", fix=f"{close_match(name, names)} See: tuneforge plugins list"
+            f"no component '{name}' is installed", fix=f"{suggest_name(name, names)} See: tuneforge plugins list"
         )
-    return [registry.find(group, name) for group in registry.GROUPS if group in groups]
+    return [registry.find_component(group, name) for group in registry.GROUPS if group in groups]
 
 
-def _show(entry: registry.Entry, *, json_schema: bool) -> None:
+def _show(entry: registry.ComponentEntry, *, json_schema: bool) -> None:
     import inspect
 
-    from tuneforge.cli.options import default_text
-    from tuneforge.plugin.component import options_of, schema_of, type_text
+    from tuneforge.cli.options import format_default
+    from tuneforge.plugin.component import build_json_schema, describe_type, get_options
 
-    cls = registry.load(entry)
+    cls = registry.load_component(entry)
     if json_schema:
-        click.echo(json.dumps(schema_of(cls), indent=1, default=list))
+        click.echo(json.dumps(build_json_schema(cls), indent=1, default=list))
         return
-    click.echo(f"{entry.name}: {registry.NOUNS[entry.group]}, {entry.distribution} {entry.version}")
+    click.echo(f"{entry.name}: {registry.NOUN_BY_GROUP[entry.group]}, {entry.distribution} {entry.version}")
     if entry.aliases:
         click.echo(f"also called: {', '.join(entry.aliases)}")
     click.echo(f"\n{inspect.cleandoc(cls.__doc__ or 'No description.')}\n")
-    for option in options_of(cls).values():
+    for option in get_options(cls).values():
         rule = f", {option.check.text}" if option.check else ""
-        click.echo(f"  {option.key} ({type_text(option.type)}{rule}): {option.help} {default_text(option)}")
+        click.echo(f"  {option.key} ({describe_type(option.type)}{rule}): {option.help} {format_default(option)}")

@@ -13,12 +13,12 @@ import click
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("run_dir", type=click.Path(path_type=Path), metavar="RUN")
 @click.argument("things", nargs=-1, required=True, metavar="FILE|DIR...")
 @click.option("--csv", "as_csv", is_flag=True, help="Print a CSV with every probability.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
 @click.option("--device", default="auto", show_default=True, help="Where to compute.")
-def predict(folder: Path, things: tuple[str, ...], as_csv: bool, as_json: bool, device: str) -> int:
+def predict(run_dir: Path, things: tuple[str, ...], as_csv: bool, as_json: bool, device: str) -> int:
     """Predict with a finished run: files, folders of them, or (for tables) a CSV or a JSON row.
 
     Exits 65 where some input could not be read; the others are answered all the same.
@@ -26,28 +26,28 @@ def predict(folder: Path, things: tuple[str, ...], as_csv: bool, as_json: bool, 
     from tuneforge.engine.session.predictor import load
     from tuneforge.errors import DataError
 
-    tuned = load(folder, device_name=device)
+    predictor = load(run_dir, device_name=device)
     writer = None
     failed = 0
     looked_at = 0
-    for name, raw in _raws(things, rows=tuned.inputs.rows):
+    for name, raw in _read_inputs(things, rows=predictor.inputs.tabular):
         looked_at += 1
         try:
-            answer = next(tuned.predict([raw]))
+            prediction = next(predictor.predict([raw]))
         except DataError as error:
             failed += 1
-            click.echo(f"error: {name}: " + "\n".join(error.lines()), err=True)
+            click.echo(f"error: {name}: " + "\n".join(error.format_lines()), err=True)
             continue
         if as_json:
-            click.echo(json.dumps({"input": name, **answer}))
+            click.echo(json.dumps({"input": name, **prediction}))
         elif as_csv:
-            row = {"input": name, **_flat(answer)}
+            row = {"input": name, **_flatten(prediction)}
             if writer is None:
                 writer = csv.DictWriter(sys.stdout, fieldnames=list(row), lineterminator="\n")
                 writer.writeheader()
             writer.writerow(row)
         else:
-            click.echo(f"{name}: {_words(answer)}")
+            click.echo(f"{name}: {_format_prediction(prediction)}")
     if not looked_at:
         raise DataError(
             "there is nothing to predict",
@@ -58,11 +58,11 @@ def predict(folder: Path, things: tuple[str, ...], as_csv: bool, as_json: bool, 
     return DataError.exit_code if failed else 0
 
 
-def _raws(things: tuple[str, ...], *, rows: bool) -> Iterator[tuple[str, Any]]:
+def _read_inputs(arguments: tuple[str, ...], *, rows: bool) -> Iterator[tuple[str, Any]]:
     """Each thing with its name: files, files of folders in sorted order, rows of a CSV, a row in JSON."""
     from tuneforge.errors import DataError
 
-    for thing in things:
+    for thing in arguments:
         path = Path(thing)
         if thing.lstrip().startswith("{"):
             yield thing, json.loads(thing)
@@ -77,17 +77,17 @@ def _raws(things: tuple[str, ...], *, rows: bool) -> Iterator[tuple[str, Any]]:
             raise DataError(f"there is no file or folder '{thing}'", where="FILE|DIR", fix="check the path")
 
 
-def _words(answer: dict[str, Any]) -> str:
-    if answer.get("probability") is not None:
-        return f"{answer['class']} ({100 * answer['probability']:.1f} %)"
-    if "value" in answer:
-        return f"{answer['value']} {answer.get('unit') or ''}".strip()
-    return ", ".join(f"{key} {value}" for key, value in answer.items() if not isinstance(value, dict))
+def _format_prediction(prediction: dict[str, Any]) -> str:
+    if prediction.get("probability") is not None:
+        return f"{prediction['class']} ({100 * prediction['probability']:.1f} %)"
+    if "value" in prediction:
+        return f"{prediction['value']} {prediction.get('unit') or ''}".strip()
+    return ", ".join(f"{key} {value}" for key, value in prediction.items() if not isinstance(value, dict))
 
 
-def _flat(answer: dict[str, Any]) -> dict[str, Any]:
+def _flatten(prediction: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for key, value in answer.items():
+    for key, value in prediction.items():
         nested = value if isinstance(value, dict) else {}
         flat |= {f"{key}.{name}": item for name, item in nested.items()} or {key: value}
     return flat

@@ -15,11 +15,11 @@ from tuneforge.plugin.hookspecs import hookimpl
 if TYPE_CHECKING:
     from tuneforge.engine.context.run import Run
 
-_LOOK_S = 0.2
-_ENOUGH_STEPS, _ENOUGH_S = 10, 2.0
+_POLL_INTERVAL_S = 0.2
+_MIN_STEPS, _MIN_S = 10, 2.0
 
 
-class Screen:
+class ProgressDisplay:
     """Lines for people, and progress that costs the run nothing: a thread looks at the run's counters.
 
     Args:
@@ -30,8 +30,8 @@ class Screen:
     def __init__(self, *, to_stderr: bool, quiet: bool = False) -> None:
         self._console = Console(stderr=to_stderr, highlight=False, soft_wrap=True, quiet=quiet)
         self._run: Run | None = None
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._poll_progress, daemon=True)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -40,7 +40,7 @@ class Screen:
         )
         self._progress = Progress(*columns, console=self._console, transient=True)
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> ProgressDisplay:
         if self._console.is_terminal:
             self._progress.start()
         self._thread.start()
@@ -49,12 +49,12 @@ class Screen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
         if self._console.is_terminal:
             self._progress.stop()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line."""
         self._console.print(text, markup=False)
 
@@ -63,10 +63,10 @@ class Screen:
         """Know the run whose counters are shown."""
         self._run = run
 
-    def _watch(self) -> None:
+    def _poll_progress(self) -> None:
         task = self._progress.add_task("starting", total=None)
         phase, began, first, told = None, 0.0, 0, False
-        while not self._over.wait(_LOOK_S):
+        while not self._stopped.wait(_POLL_INTERVAL_S):
             run = self._run
             present = None if run is None else run.phase
             if run is None or present is None:
@@ -77,7 +77,7 @@ class Screen:
                 task, description=f"phase '{phase.name}'", completed=run.steps_done, total=run.total_steps
             )
             done, seconds = run.steps_done - first, time.perf_counter() - began
-            if not told and done >= _ENOUGH_STEPS and seconds >= _ENOUGH_S:
+            if not told and done >= _MIN_STEPS and seconds >= _MIN_S:
                 told = True
                 left = seconds / done * (run.total_steps - run.steps_done)
-                self.say(f"  about {left:.0f} s to go in this phase ({1000 * seconds / done:.1f} ms a step)")
+                self.log(f"  about {left:.0f} s to go in this phase ({1000 * seconds / done:.1f} ms a step)")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from tuneforge.cli.parameter_types import Within
+from tuneforge.cli.parameter_types import FiniteFloatRange
 
 REFUSED = 3
 
@@ -26,14 +26,20 @@ REFUSED = 3
 )
 @click.option(
     "--margin",
-    type=Within(0, 1),
+    "non_inferiority_margin",
+    type=FiniteFloatRange(0, 1),
     help="Share of right answers to lose at most, old test set. [default: 0.02]",
 )
-@click.option("--floor", type=Within(0, 1), help="Least recall of each class, old test set. [default: 0.5]")
-@click.option("--alpha", type=Within(0, 1), help="Level of the test that shows a difference. [default: 0.05]")
+@click.option(
+    "--floor",
+    "min_recall",
+    type=FiniteFloatRange(0, 1),
+    help="Least recall of each class, old test set. [default: 0.5]",
+)
+@click.option("--alpha", type=FiniteFloatRange(0, 1), help="Level of the test that shows a difference. [default: 0.05]")
 @click.option(
     "--latency-ratio",
-    type=Within(0, min_open=True),
+    type=FiniteFloatRange(0, min_open=True),
     help="How many times as long a lone answer may take. [default: 2]",
 )
 @click.option("--accept-equal", is_flag=True, help="Promote also where no significant difference is found.")
@@ -46,7 +52,7 @@ def promote(
     new: Path | None,
     as_json: bool,
     accept_equal: bool,
-    **given: float | None,
+    **rule_options: float | None,
 ) -> int:
     """Make a finished run, or a bundle, the champion of a name, if it is better.
 
@@ -54,19 +60,26 @@ def promote(
     world's files (without them: on the old test split) the challenger must be significantly better. Exits 3 where the
     champion stays.
     """
-    from tuneforge.ship.champion.gate import Rules
+    from tuneforge.ship.champion.gate import GateRules
     from tuneforge.ship.champion.promote import promote as promoted
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         click.echo(text, err=as_json)
 
-    rules = Rules(**{key: value for key, value in given.items() if value is not None}, accept_equal=accept_equal)
-    done = promoted(folder, store=store, name=name, to=to or None, new=new, rules=rules, say=say)
+    rules = GateRules(
+        **{key: value for key, value in rule_options.items() if value is not None}, accept_equal=accept_equal
+    )
+    done = promoted(folder, registry=store, name=name, to=to or None, new_test_set=new, rules=rules, log=log)
     if as_json:
-        result = {"name": done.name, "version": done.version, "against": done.against, **done.verdict.plain()}
+        result = {
+            "name": done.name,
+            "version": done.version,
+            "previous_champion": done.previous_champion,
+            **done.decision.to_dict(),
+        }
         click.echo(json.dumps(result))
     else:
-        click.echo(done.verdict.table())
+        click.echo(done.decision.format_table())
         if done.version is not None:
             click.echo(f"done: {store / done.name / str(done.version)} is the champion of {done.name}")
     return 0 if done.version is not None else REFUSED

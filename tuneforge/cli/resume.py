@@ -9,54 +9,61 @@ from typing import Any
 import attrs
 import click
 
-from tuneforge.cli.options import ComponentCommand, file_table, flag_table, own_options, shown, values_of
-from tuneforge.cli.run import carry_out
+from tuneforge.cli.options import (
+    ComponentCommand,
+    config_table_from_args,
+    flag_values,
+    flags_to_table,
+    format_value,
+    run_options,
+)
+from tuneforge.cli.run import run_engine
 from tuneforge.errors import UsageError
 from tuneforge.plugin import registry
-from tuneforge.plugin.component import Option, find_option, options_of, parse
+from tuneforge.plugin.component import Option, find_option, get_options, parse_option
 from tuneforge.plugin.config import (
-    GROUP_OF,
-    REPEATABLE,
-    SINGLE,
+    GROUP_BY_KEY,
+    REPEATABLE_COMPONENT_KEYS,
+    SINGLE_COMPONENT_KEYS,
     Settings,
+    config_to_toml,
     default_name,
-    entries_under,
-    merged,
-    resolve,
-    to_toml,
+    list_component_entries,
+    merge_config,
+    resolve_config,
 )
-from tuneforge.plugin.names import prefix_of
+from tuneforge.plugin.names import option_prefix
 
 _RUN, _FILE = "tuneforge.run", "tuneforge.given"
 
 
 @attrs.frozen
-class Contradiction:
+class ConfigConflict:
     """A flag that asks for something else than the run has."""
 
     key: str
-    has: str
-    given: str
+    run_value: str
+    new_value: str
 
     def __str__(self) -> str:
         """One line of the difference."""
-        return f"{self.key}: the run has {self.has}, given {self.given}"
+        return f"{self.key}: the run has {self.run_value}, given {self.new_value}"
 
 
 class ResumeCommand(ComponentCommand):
     """A command that knows the options of the components of the run it goes on with."""
 
-    def below_flags(self, ctx: click.Context, args: list[str]) -> dict[str, Any]:
+    def load_base_config(self, ctx: click.Context, args: list[str]) -> dict[str, Any]:
         """What the run was told of the components that the command line mentions, and the file's table over it."""
-        file = ctx.meta[_FILE] = file_table(args)
+        file = ctx.meta[_FILE] = config_table_from_args(args)
         if set(args) & set(ctx.help_option_names):
             return file
-        folder = ctx.meta[_RUN] = self._folder(ctx, args, file)
-        return merged(_mentioned(_told(folder), args), file)
+        run_dir = ctx.meta[_RUN] = self._resolve_run_dir(ctx, args, file)
+        return merge_config(_select_mentioned(_read_run_config(run_dir), args), file)
 
-    def _folder(self, ctx: click.Context, args: list[str], file: Mapping[str, Any]) -> Path:
-        named = self._positional(ctx, args) or next(values_of(args, "--out"), None) or file.get("out")
-        return Path(named) if named else _newest(Path("runs"))
+    def _resolve_run_dir(self, ctx: click.Context, args: list[str], file: Mapping[str, Any]) -> Path:
+        named = self._positional(ctx, args) or next(flag_values(args, "--out"), None) or file.get("out")
+        return Path(named) if named else _find_newest_run(Path("runs"))
 
     def _positional(self, ctx: click.Context, args: list[str]) -> str | None:
         """The first word that is neither a flag nor a flag's value; every dotted flag takes one."""
@@ -73,110 +80,115 @@ class ResumeCommand(ComponentCommand):
         return None
 
 
-def contradictions(told: Mapping[str, Any], asked: Mapping[str, Any], folder: Path) -> Iterator[Contradiction]:
+def find_conflicts(
+    run_config: Mapping[str, Any], new_config: Mapping[str, Any], run_dir: Path
+) -> Iterator[ConfigConflict]:
     """Where flags and file ask for something else than a run was told; what they leave out cannot contradict it.
 
     Args:
-        told: The configuration in the run's folder, as a table.
-        asked: That of flags and file.
-        folder: The run's, which is what `out` must be.
+        run_config: The configuration in the run's folder, as a table.
+        new_config: That of flags and file.
+        run_dir: The run's, which is what `out` must be.
 
     Raises:
         UnknownNameError: A name or an option does not exist.
         OptionError: A value has the wrong type or range.
     """
-    told = {key.replace("_", "-"): value for key, value in told.items()} | {"out": str(folder)}
-    for key, value in ((key.replace("_", "-"), value) for key, value in asked.items()):
-        if key not in GROUP_OF:
-            option = find_option(options_of(Settings), key, where=f"--{key}", owner="tuneforge")
-            yield from _compared(f"--{key}", option, told.get(key, option.default), value)
-        elif key in SINGLE:
-            (had,), (wanted,) = (entries_under(each) or [{}] for each in (told.get(key), value))
-            yield from _of_component(key, had, {"name": default_name(key), **wanted})
+    run_config = {key.replace("_", "-"): value for key, value in run_config.items()} | {"out": str(run_dir)}
+    for key, value in ((key.replace("_", "-"), value) for key, value in new_config.items()):
+        if key not in GROUP_BY_KEY:
+            option = find_option(get_options(Settings), key, where=f"--{key}", owner="tuneforge")
+            yield from _compare_values(f"--{key}", option, run_config.get(key, option.default), value)
+        elif key in SINGLE_COMPONENT_KEYS:
+            (had,), (wanted,) = (list_component_entries(each) or [{}] for each in (run_config.get(key), value))
+            yield from _compare_component(key, had, {"name": default_name(key), **wanted})
         else:
-            for wanted in entries_under(value):
-                yield from _of_repeatable(key, entries_under(told.get(key)), wanted)
+            for wanted in list_component_entries(value):
+                yield from _compare_repeatable(key, list_component_entries(run_config.get(key)), wanted)
 
 
-def _of_repeatable(key: str, present: list[dict[str, Any]], wanted: dict[str, Any]) -> Iterator[Contradiction]:
-    target = _target(key, wanted["name"])
+def _compare_repeatable(key: str, present: list[dict[str, Any]], new: dict[str, Any]) -> Iterator[ConfigConflict]:
+    target = _target(key, new["name"])
     had = next((each for each in present if _target(key, each["name"]) == target), None)
     if had is not None:
-        yield from _of_component(key, had, wanted)
+        yield from _compare_component(key, had, new)
     else:
         names = ", ".join(each["name"] for each in present)
-        yield Contradiction(f"--{key}", names or "none", wanted["name"])
+        yield ConfigConflict(f"--{key}", names or "none", new["name"])
 
 
-def _of_component(key: str, had: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[Contradiction]:
-    if not had or _target(key, had["name"]) != _target(key, wanted["name"]):
-        yield Contradiction(f"--{key}", had.get("name", "none"), wanted["name"])
+def _compare_component(key: str, current: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[ConfigConflict]:
+    if not current or _target(key, current["name"]) != _target(key, new["name"]):
+        yield ConfigConflict(f"--{key}", current.get("name", "none"), new["name"])
         return
-    prefix = f"--{prefix_of(wanted['name']) if key in REPEATABLE else key}"
-    known = options_of(registry.load(registry.find(GROUP_OF[key], wanted["name"], where=f"--{key}")))
-    before = {name.replace("-", "_"): value for name, value in had.items()}
-    for name, value in wanted.items():
+    prefix = f"--{option_prefix(new['name']) if key in REPEATABLE_COMPONENT_KEYS else key}"
+    known = get_options(
+        registry.load_component(registry.find_component(GROUP_BY_KEY[key], new["name"], where=f"--{key}"))
+    )
+    before = {name.replace("-", "_"): value for name, value in current.items()}
+    for name, value in new.items():
         if name != "name":
-            option = find_option(known, name, where=f"{prefix}.{name}", owner=wanted["name"])
-            yield from _compared(f"{prefix}.{option.key}", option, before.get(option.name, option.default), value)
+            option = find_option(known, name, where=f"{prefix}.{name}", owner=new["name"])
+            yield from _compare_values(f"{prefix}.{option.key}", option, before.get(option.name, option.default), value)
 
 
-def _compared(flag: str, option: Option, had: Any, wanted: Any) -> Iterator[Contradiction]:
-    parsed_had, parsed_wanted = (parse(option, value, where=flag) for value in (had, wanted))
-    places = isinstance(parsed_had, Path) and isinstance(parsed_wanted, Path)
-    same = parsed_had.resolve() == parsed_wanted.resolve() if places else parsed_had == parsed_wanted
+def _compare_values(flag: str, option: Option, current: Any, new: Any) -> Iterator[ConfigConflict]:
+    parsed_current, parsed_new = (parse_option(option, value, where=flag) for value in (current, new))
+    places = isinstance(parsed_current, Path) and isinstance(parsed_new, Path)
+    same = parsed_current.resolve() == parsed_new.resolve() if places else parsed_current == parsed_new
     if not same:
-        yield Contradiction(flag, shown(parsed_had), shown(parsed_wanted))
+        yield ConfigConflict(flag, format_value(parsed_current), format_value(parsed_new))
 
 
 def _target(key: str, name: str) -> str:
     """What a name stands for, so that an alias agrees with the name."""
-    return registry.find(GROUP_OF[key], name, where=f"--{key}").target
+    return registry.find_component(GROUP_BY_KEY[key], name, where=f"--{key}").target
 
 
-def _mentioned(told: Mapping[str, Any], args: list[str]) -> dict[str, Any]:
+def _select_mentioned(run_config: Mapping[str, Any], args: list[str]) -> dict[str, Any]:
     """The components of a run whose options the command line gives; no other is loaded here."""
 
     def given(prefix: str) -> bool:
         shorts = ("--epochs", "--lr") if prefix == "strategy" else ()
         return any(arg.startswith(f"--{prefix}.") or arg.partition("=")[0] in shorts for arg in args)
 
-    single = {key: told[key] for key in SINGLE if key in told and given(key)}
+    single = {key: run_config[key] for key in SINGLE_COMPONENT_KEYS if key in run_config and given(key)}
     many = {
-        key: [each for each in entries_under(told.get(key)) if given(prefix_of(each["name"]))] for key in REPEATABLE
+        key: [each for each in list_component_entries(run_config.get(key)) if given(option_prefix(each["name"]))]
+        for key in REPEATABLE_COMPONENT_KEYS
     }
     return single | {key: entries for key, entries in many.items() if entries}
 
 
-def _told(folder: Path) -> dict[str, Any]:
+def _read_run_config(run_dir: Path) -> dict[str, Any]:
     from tuneforge.engine.storage.run_dir import RUN, read_json
 
-    told: dict[str, Any] = read_json(folder / RUN, "config")["config"]
-    return told
+    config: dict[str, Any] = read_json(run_dir / RUN, "config")["config"]
+    return config
 
 
-def _newest(runs: Path) -> Path:
-    from tuneforge.engine.session.resume import resumable
+def _find_newest_run(runs_dir: Path) -> Path:
+    from tuneforge.engine.session.resume import find_resumable
 
-    found = resumable(runs)
+    found = find_resumable(runs_dir)
     if not found:
         raise UsageError(
             "there is no run to go on with",
-            where=f"{runs}/",
+            where=f"{runs_dir}/",
             why="each run there is done, or running now",
             fix="name one: tuneforge resume RUN",
         )
     return found[-1]
 
 
-def _refuse(found: Iterable[Contradiction], folder: Path) -> None:
-    lines = [f"  {each}" for each in found]
+def _require_no_conflicts(conflicts: Iterable[ConfigConflict], run_dir: Path) -> None:
+    lines = [f"  {each}" for each in conflicts]
     if lines:
         raise UsageError(
-            "\n".join([f"what is asked contradicts the run in '{folder}'", *lines]),
-            where=str(folder / "run.json"),
+            "\n".join([f"what is asked contradicts the run in '{run_dir}'", *lines]),
+            where=str(run_dir / "run.json"),
             why="what decides a run never changes once it has begun",
-            fix=f"leave it out: tuneforge resume {folder}, or start another run: tuneforge run ...",
+            fix=f"leave it out: tuneforge resume {run_dir}, or start another run: tuneforge run ...",
         )
 
 
@@ -191,14 +203,16 @@ def _resume(**values: Any) -> None:
     tuneforge resume runs/NAME
     """
     ctx = click.get_current_context()
-    folder, told = ctx.meta[_RUN], _told(ctx.meta[_RUN])
-    _refuse(contradictions(told, merged(ctx.meta[_FILE], flag_table(ctx, values)), folder), folder)
+    run_dir, run_config = ctx.meta[_RUN], _read_run_config(ctx.meta[_RUN])
+    _require_no_conflicts(
+        find_conflicts(run_config, merge_config(ctx.meta[_FILE], flags_to_table(ctx, values)), run_dir), run_dir
+    )
     if values["print_config"]:
-        click.echo(to_toml(resolve(told, where=str(folder))), nl=False)
+        click.echo(config_to_toml(resolve_config(run_config, where=str(run_dir))), nl=False)
         return
     from tuneforge.engine.session.engine import Engine
 
-    carry_out(lambda screen: Engine.resume(folder, say=screen.say, also=[screen]), as_json=values["as_json"])
+    run_engine(lambda display: Engine.resume(run_dir, log=display.log, observers=[display]), as_json=values["as_json"])
 
 
 resume = ResumeCommand(
@@ -206,8 +220,8 @@ resume = ResumeCommand(
     callback=_resume,
     help=_resume.__doc__,
     params=[
-        click.Argument(["folder"], metavar="[RUN]", required=False),
-        *own_options(),
+        click.Argument(["run_dir"], metavar="[RUN]", required=False),
+        *run_options(),
         click.Option(["--print-config"], is_flag=True, help="Print a file that runs the same, and stop."),
         click.Option(["--json", "as_json"], is_flag=True, help="End with one JSON object on standard output."),
     ],

@@ -10,36 +10,36 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tuneforge.cli.options import ComponentCommand, configuration, pick_options
-from tuneforge.cli.parameter_types import Within
+from tuneforge.cli.options import ComponentCommand, build_config, component_options
+from tuneforge.cli.parameter_types import FiniteFloatRange
 
 if TYPE_CHECKING:
-    from tuneforge.ship.champion.store import Store
-    from tuneforge.ship.circle.records import Records
-    from tuneforge.ship.circle.retune import Turn
-    from tuneforge.ship.circle.turns import Triggers
+    from tuneforge.ship.champion.store import ModelRegistry
+    from tuneforge.ship.circle.records import RequestLog
+    from tuneforge.ship.circle.retune import RetrainingRound
+    from tuneforge.ship.circle.turns import RetrainingTriggers
 
 REFUSED = 3
 """The exit code where the gate refused."""
 
-_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SECONDS_PER_UNIT = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-class _Command(ComponentCommand):
+class _RetrainCommand(ComponentCommand):
     """A command whose strategy is `replay` where nothing else is named."""
 
-    def below_flags(self, ctx: click.Context, args: list[str]) -> dict[str, Any]:
+    def load_base_config(self, ctx: click.Context, args: list[str]) -> dict[str, Any]:
         """The table that flags go over."""
         return {"strategy": {"name": "replay"}}
 
 
-def _retune(store: Path, **values: Any) -> int:
+def _retrain(store: Path, **values: Any) -> int:
     """Tune the champion on its old data and on labelled feedback, and promote the result if the gate lets it pass.
 
     A server of the store swaps by itself. Exits 3 where the gate refused. With --watch it goes on for ever, and a turn
     begins where there is a reason to: enough new labels, drift, or an accuracy under a floor.
 
-    Where many labels do not fit their samples, nothing is trained: correct those in the turn's suspects.json
+    Where many labels do not fit their samples, nothing is trained: correct those in the turn's label_issues.json
     (POST /feedback, by id), or say --trust.
 
     \b
@@ -47,68 +47,92 @@ def _retune(store: Path, **values: Any) -> int:
     tuneforge retune --store models --strategy lwf --strategy.epochs 4 --device cpu
     tuneforge retune --store models --watch --labels 200 --drift --accuracy 0.9 --hold-off 6h
     """
-    config = configuration(click.get_current_context(), values)
-    from tuneforge.ship.circle.records import Records
-    from tuneforge.ship.circle.retune import named
-    from tuneforge.ship.circle.turns import picture, turns
+    config = build_config(click.get_current_context(), values)
+    from tuneforge.ship.circle.records import RequestLog
+    from tuneforge.ship.circle.retune import select_model
+    from tuneforge.ship.circle.turns import plot_accuracy, run_rounds
 
-    triggers, place, kept = _triggers(values), named(store, values["name"]), values["records"] or store / "records.db"
-    _require_file(kept)
+    triggers, registry, path = (
+        _build_triggers(values),
+        select_model(store, values["name"]),
+        values["records"] or store / "requests.db",
+    )
+    _require_file(path)
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         click.echo(text, err=values["as_json"])
 
-    with Records(kept) as records:
-        turn = _turn(place, records, config.strategy, values, say)
+    with RequestLog(path) as request_log:
+        run_round = _make_round(registry, request_log, config.strategy, values, log)
         if not values["watch"]:
-            ended = turn()
-            _print(ended, picture(place, records), as_json=values["as_json"])
-            return 0 if ended.version is not None else REFUSED
-        for ended in turns(place, records, triggers, turn, every_s=values["every_s"], say=say):
-            _print(ended, picture(place, records), as_json=values["as_json"])
+            retraining_round = run_round()
+            _print(retraining_round, plot_accuracy(registry, request_log), as_json=values["as_json"])
+            return 0 if retraining_round.new_version is not None else REFUSED
+        for retraining_round in run_rounds(
+            registry, request_log, triggers, run_round, interval_s=values["every_s"], log=log
+        ):
+            _print(retraining_round, plot_accuracy(registry, request_log), as_json=values["as_json"])
     return 0
 
 
-def _triggers(values: Mapping[str, Any]) -> Triggers:
-    from tuneforge.ship.circle.turns import Triggers
+def _build_triggers(values: Mapping[str, Any]) -> RetrainingTriggers:
+    from tuneforge.ship.circle.turns import RetrainingTriggers
 
-    return Triggers(
-        labels=values["labels"],
+    return RetrainingTriggers(
+        num_labels=values["labels"],
         drift=values["drift"],
-        accuracy=values["accuracy"],
-        fewest=values["fewest"],
-        hold_off_s=_seconds(values["hold_off"]),
+        min_accuracy=values["accuracy"],
+        min_new_labels=values["fewest"],
+        min_interval_s=_parse_duration(values["hold_off"]),
     )
 
 
-def _turn(
-    place: Store, records: Records, strategy: Any, values: Mapping[str, Any], say: Callable[[str], None]
-) -> Callable[[], Turn]:
+def _make_round(
+    registry: ModelRegistry,
+    request_log: RequestLog,
+    strategy: Any,
+    values: Mapping[str, Any],
+    log: Callable[[str], None],
+) -> Callable[[], RetrainingRound]:
     """What does one turn as the flags say."""
-    from tuneforge.ship.champion.gate import Rules
-    from tuneforge.ship.circle.retune import retune
+    from tuneforge.ship.champion.gate import GateRules
+    from tuneforge.ship.circle.retune import retrain
 
-    return lambda: retune(
-        place.root,
-        records,
-        name=place.name,
+    return lambda: retrain(
+        registry.root,
+        request_log,
+        name=registry.name,
         strategy=strategy,
-        rules=Rules(margin=values["margin"], floor=values["floor"]),
-        trust=values["trust"],
-        most_misfits=values["most_misfits"],
-        settings={} if values["device"] is None else {"device": values["device"]},
-        say=say,
+        rules=GateRules(non_inferiority_margin=values["margin"], min_recall=values["floor"]),
+        trust_labels=values["trust"],
+        max_label_issues=values["most_misfits"],
+        run_settings={} if values["device"] is None else {"device": values["device"]},
+        log=log,
     )
 
 
-def _print(turn: Turn, picture: Path, *, as_json: bool) -> None:
+def _print(retraining_round: RetrainingRound, plot: Path, *, as_json: bool) -> None:
     if as_json:
-        verdict = turn.verdict.plain()
-        about = {"turn": turn.number, "labelled": turn.labelled, "held_out": turn.held_out, "version": turn.version}
-        click.echo(json.dumps({**about, "suspects": len(turn.suspects), "verdict": verdict, "picture": str(picture)}))
+        decision = retraining_round.decision.to_dict()
+        about = {
+            "round": retraining_round.number,
+            "num_labeled": retraining_round.num_labeled,
+            "held_out": retraining_round.num_held_out,
+            "version": retraining_round.new_version,
+        }
+        click.echo(
+            json.dumps(
+                {
+                    **about,
+                    "num_label_issues": len(retraining_round.label_issues),
+                    "decision": decision,
+                    "plot": str(plot),
+                }
+            )
+        )
         return
-    click.echo(turn.verdict.table())
-    click.echo(f"turn {turn.number} took {turn.seconds:.0f} s; accuracy over time: {picture}")
+    click.echo(retraining_round.decision.format_table())
+    click.echo(f"turn {retraining_round.number} took {retraining_round.seconds:.0f} s; accuracy over time: {plot}")
 
 
 def _require_file(path: Path) -> None:
@@ -122,19 +146,19 @@ def _require_file(path: Path) -> None:
         )
 
 
-def _seconds(text: str) -> float:
+def _parse_duration(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
     if found is None:
         from tuneforge.errors import UsageError
 
         raise UsageError(f"'{text}' is no time", where="--hold-off", fix="write it like 90s, 10m, 6h or 1d")
-    return float(found[1]) * _SECONDS[found[2]]
+    return float(found[1]) * _SECONDS_PER_UNIT[found[2]]
 
 
-retune = _Command(
+retune = _RetrainCommand(
     "retune",
-    callback=_retune,
-    help=_retune.__doc__,
+    callback=_retrain,
+    help=_retrain.__doc__,
     params=[
         click.Option(
             ["--store"], type=click.Path(path_type=Path), default="models", show_default=True, help="The store."
@@ -143,18 +167,20 @@ retune = _Command(
             ["--records"],
             type=click.Path(path_type=Path),
             metavar="FILE",
-            help="What the server keeps (tuneforge serve --records). [default: records.db in the store]",
+            help="What the server keeps (tuneforge serve --records). [default: requests.db in the store]",
         ),
         click.Option(["--name"], help="Of the model, where the store has several."),
-        *pick_options("strategy", instead="replay"),
+        *component_options("strategy", fallback="replay"),
         click.Option(["--device"], help="Where to compute. [default: as the champion was tuned]"),
         click.Option(
-            ["--margin"], type=Within(0, 1), default=0.02, show_default=True, help="Of the gate: see promote."
+            ["--margin"], type=FiniteFloatRange(0, 1), default=0.02, show_default=True, help="Of the gate: see promote."
         ),
-        click.Option(["--floor"], type=Within(0, 1), default=0.5, show_default=True, help="Of the gate: see promote."),
+        click.Option(
+            ["--floor"], type=FiniteFloatRange(0, 1), default=0.5, show_default=True, help="Of the gate: see promote."
+        ),
         click.Option(
             ["--most-misfits"],
-            type=Within(0, 1),
+            type=FiniteFloatRange(0, 1),
             default=0.1,
             show_default=True,
             help="Share of labels that may not fit their samples; with more, nothing is trained.",
@@ -167,7 +193,7 @@ retune = _Command(
         click.Option(["--drift"], is_flag=True, help="Drift of confidence or inputs is a reason."),
         click.Option(
             ["--accuracy"],
-            type=Within(0, 1),
+            type=FiniteFloatRange(0, 1),
             help="A reason: the 95 % interval of the accuracy on labelled answers lies under this.",
         ),
         click.Option(
@@ -180,7 +206,7 @@ retune = _Command(
         click.Option(["--hold-off"], default="10m", show_default=True, help="Least time between two turns."),
         click.Option(
             ["--every-s"],
-            type=Within(0.01),
+            type=FiniteFloatRange(0.01),
             default=10.0,
             show_default=True,
             help="Seconds between two looks.",

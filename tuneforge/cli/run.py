@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tuneforge.cli.options import ComponentCommand, configuration, own_options
+from tuneforge.cli.options import ComponentCommand, build_config, run_options
 
 if TYPE_CHECKING:
-    from tuneforge.cli.progress import Screen
+    from tuneforge.cli.progress import ProgressDisplay
     from tuneforge.engine.session.engine import Engine
     from tuneforge.plugin.config import RunConfig
 
-_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
-_MOMENT_S = 1.0
+_EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
+_EXIT_GRACE_S = 1.0
 
 
 def _run(**values: Any) -> None:
@@ -35,88 +35,90 @@ def _run(**values: Any) -> None:
     tuneforge run --strategy freeze-then-unfreeze
     tuneforge run --data image-folder --data.path photos --model torchvision --model.arch resnet18
     """
-    config = configuration(click.get_current_context(), values)
+    config = build_config(click.get_current_context(), values)
     as_json = values["as_json"]
     from tuneforge.engine.session.engine import Engine
-    from tuneforge.plugin.config import to_toml
+    from tuneforge.plugin.config import config_to_toml
 
     if values["print_config"]:
-        click.echo(to_toml(Engine.of(config).config), nl=False)
+        click.echo(config_to_toml(Engine.from_config(config).config), nl=False)
         return
     if values["plan"]:
-        _print_plan(config, as_json=as_json)
+        _print_dry_run(config, as_json=as_json)
         return
-    begun = _begun_before(config)
+    begun = _find_restarted_run(config)
     if begun is not None:
         if not _is_done(begun):
-            carry_out(lambda screen: Engine.resume(begun, say=screen.say, also=[screen]), as_json=as_json)
+            run_engine(lambda display: Engine.resume(begun, log=display.log, observers=[display]), as_json=as_json)
         return
-    carry_out(lambda screen: Engine.of(config, say=screen.say, also=[screen]), as_json=as_json)
+    run_engine(lambda display: Engine.from_config(config, log=display.log, observers=[display]), as_json=as_json)
 
 
-def _begun_before(config: RunConfig) -> Path | None:
+def _find_restarted_run(config: RunConfig) -> Path | None:
     """The run that these processes had begun before torchrun started them again; None where it did not."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return None
-    from tuneforge.engine.context.distributed import Ranks
+    from tuneforge.engine.context.distributed import ProcessGroup
     from tuneforge.engine.storage.run_dir import STATUS, read_json
 
-    ranks = Ranks.joined()
+    process_group = ProcessGroup.from_env()
     base = Path("runs") if config.out is None else config.out.parent
     found = [
         path
-        for path in (base.glob("*") if ranks.leads else ())
+        for path in (base.glob("*") if process_group.is_main else ())
         if config.out in (None, path)
         and (path / STATUS).exists()
         and read_json(path / STATUS)["parent"] == os.getppid()
     ]
     newest = max(found, key=lambda path: (path / STATUS).stat().st_mtime, default=None)
-    told = ranks.heard(None if newest is None else str(newest))[0]
-    return None if told is None else Path(told)
+    newest_of_main = process_group.all_gather_object(None if newest is None else str(newest))[0]
+    return None if newest_of_main is None else Path(newest_of_main)
 
 
-def _is_done(run: Path) -> bool:
+def _is_done(run_dir: Path) -> bool:
     from tuneforge.engine.storage.run_dir import STATUS, read_json
 
-    return bool(read_json(run / STATUS)["state"] == "done")
+    return bool(read_json(run_dir / STATUS)["state"] == "done")
 
 
-def carry_out(make: Callable[[Screen], Engine], *, as_json: bool) -> None:
-    """Run an engine with a screen, and say what to do next. A first Ctrl-C or SIGTERM saves and stops; a second kills.
+def run_engine(make: Callable[[ProgressDisplay], Engine], *, as_json: bool) -> None:
+    """Run an engine with a progress display, and say what to do next.
+
+    A first Ctrl-C or SIGTERM saves and stops; a second kills.
 
     Args:
-        make: Makes the engine, once there is a screen to watch it.
+        make: Makes the engine, once there is a display to watch it.
         as_json: End with one JSON object on standard output.
     """
-    from tuneforge.cli.progress import Screen
+    from tuneforge.cli.progress import ProgressDisplay
 
     follows = os.environ.get("RANK", "0") != "0"
-    screen = Screen(to_stderr=as_json, quiet=follows)
-    engine = make(screen)
-    with screen, stopping(engine):
+    display = ProgressDisplay(to_stderr=as_json, quiet=follows)
+    engine = make(display)
+    with display, stop_on_signals(engine):
         result = engine.run()
-    place = shlex.quote(str(result.folder))
-    screen.say(f"done: {place}")
-    screen.say(f"next: tuneforge report {place}")
-    screen.say(f"      tuneforge predict {place} FILE")
+    place = shlex.quote(str(result.run_dir))
+    display.log(f"done: {place}")
+    display.log(f"next: tuneforge report {place}")
+    display.log(f"      tuneforge predict {place} FILE")
     if as_json and not follows:
-        click.echo(json.dumps({"folder": str(result.folder), "report": _read_report(result.folder)}))
+        click.echo(json.dumps({"run_dir": str(result.run_dir), "report": _read_report(result.run_dir)}))
 
 
 @contextlib.contextmanager
-def stopping(engine: Engine) -> Iterator[None]:
+def stop_on_signals(engine: Engine) -> Iterator[None]:
     """While this lasts, the first signal asks the engine to stop, and the second one ends the process as it would."""
-    before = {number: signal.getsignal(number) for number in _CODES}
+    before = {number: signal.getsignal(number) for number in _EXIT_CODES}
 
     def ask(number: int, frame: FrameType | None) -> None:
         for each, handler in before.items():
             signal.signal(each, handler)
-        engine.stop("Ctrl-C" if number == signal.SIGINT else "SIGTERM", exit_code=_CODES[number])
+        engine.stop("Ctrl-C" if number == signal.SIGINT else "SIGTERM", exit_code=_EXIT_CODES[number])
 
-    for number in _CODES:
+    for number in _EXIT_CODES:
         signal.signal(number, ask)
     try:
-        with _leaving_at_the_second():
+        with _exit_on_second_signal():
             yield
     finally:
         for number, handler in before.items():
@@ -124,7 +126,7 @@ def stopping(engine: Engine) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _leaving_at_the_second() -> Iterator[None]:
+def _exit_on_second_signal() -> Iterator[None]:
     """See that a second signal ends the process within a moment, whatever it is in.
 
     A handler in Python waits for as long as foreign code runs, and what it raises can be lost, in a destructor say. But
@@ -137,10 +139,10 @@ def _leaving_at_the_second() -> Iterator[None]:
 
     def watch() -> None:
         with open(reader, "rb", buffering=0) as pipe:
-            came = (byte[0] for byte in iter(lambda: pipe.read(1), b"") if byte[0] in _CODES)
+            came = (byte[0] for byte in iter(lambda: pipe.read(1), b"") if byte[0] in _EXIT_CODES)
             for second in itertools.islice(came, 1, 2):
-                time.sleep(_MOMENT_S)
-                os._exit(_CODES[second])
+                time.sleep(_EXIT_GRACE_S)
+                os._exit(_EXIT_CODES[second])
 
     threading.Thread(target=watch, daemon=True).start()
     try:
@@ -150,29 +152,29 @@ def _leaving_at_the_second() -> Iterator[None]:
         os.close(writer)
 
 
-def _print_plan(config: RunConfig, *, as_json: bool) -> None:
+def _print_dry_run(config: RunConfig, *, as_json: bool) -> None:
     """Print the steps that are known before any is done, and whether the strategy decides what follows."""
-    from tuneforge.builtin.strategies.plan_file import as_entry, plan_text
-    from tuneforge.cli.report import beyond_steps
-    from tuneforge.engine.session import messages as story
+    from tuneforge.builtin.strategies.plan_file import format_plan, step_to_dict
+    from tuneforge.cli.report import describe_other_hooks
+    from tuneforge.engine.session import messages
     from tuneforge.engine.session.engine import Engine
 
     heading: list[str] = []
-    plan = Engine.of(config, say=heading.append).plan()
-    heading += beyond_steps(config.strategy.name)
+    plan = Engine.from_config(config, log=heading.append).dry_run()
+    heading += describe_other_hooks(config.strategy.name)
     if as_json:
-        entries = [as_entry(step) for step in plan.steps]
-        click.echo(json.dumps({"steps": entries, "decides": plan.decides, "notes": heading}))
+        entries = [step_to_dict(step) for step in plan.strategy_steps]
+        click.echo(json.dumps({"steps": entries, "is_adaptive": plan.depends_on_results, "notes": heading}))
         return
-    click.echo(plan_text(plan.steps, heading=heading, says=story.of_step), nl=False)
-    if plan.decides:
+    click.echo(format_plan(plan.strategy_steps, heading=heading, describe=messages.format_step), nl=False)
+    if plan.depends_on_results:
         click.echo("\n# then it decides from the report")
 
 
-def _read_report(folder: Any) -> Any:
+def _read_report(run_dir: Any) -> Any:
     from tuneforge.engine.storage.run_dir import REPORT, read_json
 
-    return read_json(folder / REPORT)
+    return read_json(run_dir / REPORT)
 
 
 run = ComponentCommand(
@@ -180,7 +182,7 @@ run = ComponentCommand(
     callback=_run,
     help=_run.__doc__,
     params=[
-        *own_options(),
+        *run_options(),
         click.Option(["--print-config"], is_flag=True, help="Print a file that runs the same, and stop."),
         click.Option(["--plan"], is_flag=True, help="Print the strategy's steps as a plan file, and train nothing."),
         click.Option(["--json", "as_json"], is_flag=True, help="End with one JSON object on standard output."),

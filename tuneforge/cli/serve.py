@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from tuneforge.cli.parameter_types import Within
+from tuneforge.cli.parameter_types import FiniteFloatRange
 
 _TOKEN = "TUNEFORGE_TOKEN"  # noqa: S105 - the name of a variable
 
@@ -28,7 +28,7 @@ _TOKEN = "TUNEFORGE_TOKEN"  # noqa: S105 - the name of a variable
     "--max-wait-ms",
     default=5.0,
     show_default=True,
-    type=Within(0),
+    type=FiniteFloatRange(0),
     help="Longest wait for company that is on its way.",
 )
 @click.option(
@@ -42,7 +42,7 @@ _TOKEN = "TUNEFORGE_TOKEN"  # noqa: S105 - the name of a variable
     "--max-body-mb",
     default=16.0,
     show_default=True,
-    type=Within(0, min_open=True),
+    type=FiniteFloatRange(0, min_open=True),
     help="Largest body of a request.",
 )
 @click.option(
@@ -52,38 +52,42 @@ _TOKEN = "TUNEFORGE_TOKEN"  # noqa: S105 - the name of a variable
     "--timeout",
     default=30.0,
     show_default=True,
-    type=Within(0, min_open=True),
+    type=FiniteFloatRange(0, min_open=True),
     help="Seconds that an answer may take.",
 )
 @click.option(
     "--body-timeout",
     default=20.0,
     show_default=True,
-    type=Within(0, min_open=True),
+    type=FiniteFloatRange(0, min_open=True),
     help="Seconds that a body may take to arrive.",
 )
 @click.option(
     "--head-timeout",
     default=10.0,
     show_default=True,
-    type=Within(0, min_open=True),
+    type=FiniteFloatRange(0, min_open=True),
     help="Seconds that the head of a request may take to arrive.",
 )
 @click.option(
     "--watch-s",
     default=0.5,
     show_default=True,
-    type=Within(0, min_open=True),
+    type=FiniteFloatRange(0, min_open=True),
     help="Seconds between two looks at a store's champion.",
 )
 @click.option(
     "--records",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Keep answers in this file, and take labels (/feedback, /review, /watch).",
+    help="Keep answers in this file, and take labels (/feedback, /review, /monitoring).",
 )
-@click.option("--records-mb", default=256.0, show_default=True, type=Within(1), help="Most megabytes of records.")
-@click.option("--sample", default=1.0, show_default=True, type=Within(0, 1), help="Share of the requests to keep.")
+@click.option(
+    "--records-mb", default=256.0, show_default=True, type=FiniteFloatRange(1), help="Most megabytes of records."
+)
+@click.option(
+    "--sample", default=1.0, show_default=True, type=FiniteFloatRange(0, 1), help="Share of the requests to keep."
+)
 @click.option(
     "--token-file",
     type=click.Path(path_type=Path),
@@ -97,7 +101,7 @@ def serve(path: Path, host: str, port: int, **values: Any) -> None:
 
     Open Inference Protocol v2 at /v2, POST /predict for raw inputs, a page to try it at /, the API at /docs.
     """
-    from tuneforge.ship.serve import Keeping, Limits, require_packages
+    from tuneforge.ship.serve import Limits, RequestLogConfig, require_packages
     from tuneforge.ship.serve import serve as serve_models
 
     require_packages()
@@ -118,26 +122,26 @@ def serve(path: Path, host: str, port: int, **values: Any) -> None:
         host=host,
         port=port,
         limits=Limits(
-            body_bytes=int(values["max_body_mb"] * 2**20),
-            batch_rows=values["max_batch"],
-            queue_rows=values["max_queue"],
-            wait_s=values["max_wait_ms"] / 1000,
-            request_s=values["timeout"],
-            body_s=values["body_timeout"],
-            head_s=values["head_timeout"],
-            connections=values["max_connections"],
+            max_body_bytes=int(values["max_body_mb"] * 2**20),
+            max_batch_size=values["max_batch"],
+            max_queue_size=values["max_queue"],
+            max_wait_s=values["max_wait_ms"] / 1000,
+            request_timeout_s=values["timeout"],
+            body_timeout_s=values["body_timeout"],
+            header_timeout_s=values["head_timeout"],
+            max_connections=values["max_connections"],
         ),
-        token=_token(values["token_file"]),
+        token=_read_token(values["token_file"]),
         insecure=values["insecure"],
         backend=values["backend"],
         device_name=values["device"],
-        watch_s=values["watch_s"],
-        keeping=None if records is None else Keeping(records, values["sample"], values["records_mb"]),
-        started=announce,
+        poll_interval_s=values["watch_s"],
+        request_log=None if records is None else RequestLogConfig(records, values["sample"], values["records_mb"]),
+        on_started=announce,
     )
 
 
-def _token(file: Path | None) -> str | None:
+def _read_token(file: Path | None) -> str | None:
     """The token from a file or from the environment, never from the command line, which other users can see.
 
     Raises:

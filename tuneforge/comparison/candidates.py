@@ -9,65 +9,65 @@ from typing import Any
 import attrs
 
 from tuneforge.engine.session import from_objects as given
-from tuneforge.errors import UnknownNameError, UsageError, close_match
+from tuneforge.errors import UnknownNameError, UsageError, suggest_name
 from tuneforge.plugin import registry
-from tuneforge.plugin.component import options_of
-from tuneforge.plugin.steps import Blend, Fit, Phase, Probe, Use
+from tuneforge.plugin.component import get_options
+from tuneforge.plugin.steps import ComponentSpec, Diagnosis, HeadFit, Phase, WeightAverage
 
 SOUP = "greedy-soup"
 """Stands among the strategies for the average of the others' weights."""
 
-_BETWEEN = re.compile(r",(?![^\[\]]*\])")
+_SEPARATOR = re.compile(r",(?![^\[\]]*\])")
 _OPTION = re.compile(r":(?=[A-Za-z][\w-]*=)")
 _UNSAFE = re.compile(r"[^\w.=,+-]+")
-_MOST_IN_A_NAME = 80
+_MAX_DIR_NAME_LENGTH = 80
 
 
 @attrs.frozen(eq=False)
-class Entrant:
+class Candidate:
     """A strategy that takes part.
 
     Args:
         name: As the table shows it.
-        folder: Of its runs, inside the race's.
+        dir_name: Of its runs, inside the race's.
         strategy: What the engine is given.
-        use: How the configuration records it.
+        spec: How the configuration records it.
     """
 
     name: str
-    folder: str
+    dir_name: str
     strategy: Any
-    use: Use
+    spec: ComponentSpec
 
 
-def parsed(text: str) -> list[Use]:
+def parse_strategies(text: str) -> list[ComponentSpec]:
     """Strategies as a command line writes them: `lp-ft,full:lr=3e-4:epochs=20,wise-ft:weights=[0.5,1],mine:Name`.
 
     Commas part the strategies, each `:option=value` belongs to the one before it, and a list stands in brackets.
     """
-    uses = []
-    for each in filter(None, (part.strip() for part in _BETWEEN.split(text))):
+    specs = []
+    for each in filter(None, (part.strip() for part in _SEPARATOR.split(text))):
         name, *options = _OPTION.split(each)
         pairs = (option.split("=", 1) for option in options)
-        uses.append(Use(name, {key: value.removeprefix("[").removesuffix("]") for key, value in pairs}))
-    return uses
+        specs.append(ComponentSpec(name, {key: value.removeprefix("[").removesuffix("]") for key, value in pairs}))
+    return specs
 
 
-def asked_for(strategies: Any) -> list[tuple[str | None, Any]]:
+def normalize_strategies(strategies: Any) -> list[tuple[str | None, Any]]:
     """Each strategy as the engine takes it, with its name where the caller gave one.
 
     Args:
-        strategies: Text as `parsed` takes it, or a list of such texts, `use(...)`, instances, functions of the brief
-            and lists of steps; or a mapping of these by name.
+        strategies: Text as `parse_strategies` takes it, or a list of such texts, `use(...)`, instances, functions of
+            the task and lists of steps; or a mapping of these by name.
 
     Raises:
         UsageError: One of them can be read only once.
     """
     if isinstance(strategies, Mapping):
-        named: list[tuple[str | None, Any]] = [(str(name), _alone(each)) for name, each in strategies.items()]
+        named: list[tuple[str | None, Any]] = [(str(name), _parse_single(each)) for name, each in strategies.items()]
     else:
         several = strategies if isinstance(strategies, (list, tuple)) else [strategies]
-        named = [(None, each) for one in several for each in (parsed(one) if isinstance(one, str) else [one])]
+        named = [(None, each) for one in several for each in (parse_strategies(one) if isinstance(one, str) else [one])]
     for _, each in named:
         if isinstance(each, Iterator):
             raise UsageError(
@@ -78,81 +78,83 @@ def asked_for(strategies: Any) -> list[tuple[str | None, Any]]:
     return named
 
 
-def entered(named: Sequence[tuple[str | None, Any]], uses: Sequence[Use]) -> list[Entrant]:
+def build_candidates(strategies: Sequence[tuple[str | None, Any]], specs: Sequence[ComponentSpec]) -> list[Candidate]:
     """The entrants, each with a name and a folder of its own.
 
     Args:
-        named: As `asked_for` gives them.
-        uses: How a configuration records each, its options complete.
+        strategies: As `normalize_strategies` gives them.
+        specs: How a configuration records each, its options complete.
 
     Raises:
         UsageError: Two have the same name.
     """
-    entrants: list[Entrant] = []
-    for (name, strategy), use in zip(named, uses, strict=True):
-        label = name or _label(use, strategy)
-        if any(label == other.name for other in entrants):
+    candidates: list[Candidate] = []
+    for (name, strategy), use in zip(strategies, specs, strict=True):
+        label = name or _candidate_name(use, strategy)
+        if any(label == other.name for other in candidates):
             raise UsageError(
                 f"two entrants of the race are '{label}'",
                 where="--strategies",
                 fix='leave one out, or name them in Python: compare({"one": ..., "other": ...})',
             )
-        entrants.append(Entrant(label, _folder(label, {other.folder for other in entrants}), strategy, use))
-    return entrants
+        candidates.append(
+            Candidate(label, _unique_dir_name(label, {other.dir_name for other in candidates}), strategy, use)
+        )
+    return candidates
 
 
-def baseline_of(asked: str | None, names: Sequence[str]) -> str:
+def choose_baseline(baseline: str | None, names: Sequence[str]) -> str:
     """The entrant that others are compared with: the one asked for, else the first.
 
     Raises:
         UnknownNameError: None has that name.
     """
-    if asked is not None and asked not in names:
-        raise UnknownNameError(f"no entrant is '{asked}'", where="--baseline", fix=close_match(asked, names))
-    return asked if asked is not None else names[0]
+    if baseline is not None and baseline not in names:
+        raise UnknownNameError(f"no entrant is '{baseline}'", where="--baseline", fix=suggest_name(baseline, names))
+    return baseline if baseline is not None else names[0]
 
 
-def is_object(name: str) -> bool:
+def is_python_object(name: str) -> bool:
     """True for a recorded name that stands for a Python object, which no folder can hold."""
     return name.startswith(given.__name__)
 
 
-def _alone(asked: Any) -> Any:
-    if not isinstance(asked, str):
-        return asked
-    uses = parsed(asked)
-    if len(uses) != 1:
-        raise UsageError(f"'{asked}' is {len(uses)} strategies under one name", where="strategies")
-    return uses[0]
+def _parse_single(strategy: Any) -> Any:
+    if not isinstance(strategy, str):
+        return strategy
+    specs = parse_strategies(strategy)
+    if len(specs) != 1:
+        raise UsageError(f"'{strategy}' is {len(specs)} strategies under one name", where="strategies")
+    return specs[0]
 
 
-def _label(use: Use, strategy: Any) -> str:
+def _candidate_name(spec: ComponentSpec, strategy: Any) -> str:
     """The strategy's name with those of its options that are not the default."""
-    if is_object(use.name):
+    if is_python_object(spec.name):
         steps = strategy if isinstance(strategy, (list, tuple)) else [strategy]
-        known = [each.name for each in steps if isinstance(each, (Phase, Fit, Probe, Blend))]
+        known = [each.name for each in steps if isinstance(each, (Phase, HeadFit, Diagnosis, WeightAverage))]
         return "+".join(known) or str(getattr(strategy, "__name__", "steps"))
-    if not use.options:
-        return use.name
-    options = options_of(registry.load(registry.find("finetune_strategy", use.name)))
-    changed = [(options[name], value) for name, value in use.options.items() if value != options[name].default]
-    return ":".join([use.name, *(f"{option.key}={_shown(value)}" for option, value in changed)])
+    if not spec.options:
+        return spec.name
+    options = get_options(registry.load_component(registry.find_component("finetune_strategy", spec.name)))
+    changed = [(options[name], value) for name, value in spec.options.items() if value != options[name].default]
+    return ":".join([spec.name, *(f"{option.key}={_format_value(value)}" for option, value in changed)])
 
 
-def _shown(value: Any) -> str:
-    """An option's value as `parsed` takes it."""
+def _format_value(value: Any) -> str:
+    """An option's value as `parse_strategies` takes it."""
     if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(_shown, value))}]"
+        return f"[{','.join(map(_format_value, value))}]"
     if isinstance(value, Mapping):
-        return f"[{','.join(f'{key}={_shown(item)}' for key, item in value.items())}]"
+        return f"[{','.join(f'{key}={_format_value(item)}' for key, item in value.items())}]"
     if isinstance(value, bool):
         return str(value).lower()
     return "none" if value is None else str(value)
 
 
-def _folder(name: str, taken: Iterable[str]) -> str:
+def _unique_dir_name(name: str, used_names: Iterable[str]) -> str:
     """A folder's name from an entrant's, unlike those that are taken, in small letters too."""
-    plain = _UNSAFE.sub("-", name).strip("-.")[:_MOST_IN_A_NAME] or "entrant"
-    known = {each.casefold() for each in (*taken, "soup")}
+    plain = _UNSAFE.sub("-", name).strip("-.")[:_MAX_DIR_NAME_LENGTH] or "entrant"
+    known = {each.casefold() for each in (*used_names, "soup")}
     tries = (plain if number == 1 else f"{plain}-{number}" for number in range(1, len(known) + 2))
     return next(each for each in tries if each.casefold() not in known)

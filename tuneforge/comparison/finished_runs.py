@@ -8,14 +8,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tuneforge.comparison.candidates import baseline_of, is_object
-from tuneforge.comparison.ranking import FAILED, RANKED, Finished, Row, judged, monitored, shared_notes
-from tuneforge.comparison.summary import Comparison, conclude
+from tuneforge.comparison.candidates import choose_baseline, is_python_object
+from tuneforge.comparison.ranking import (
+    FAILED,
+    RANKED,
+    CandidateResult,
+    FinishedRun,
+    describe_data_differences,
+    rank_candidates,
+    require_common_monitor,
+)
+from tuneforge.comparison.summary import Comparison, summarize
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import UsageError
 
-_ASIDE = {
-    "seed", "data-seed", "out", "page", "device", "workers", "keep", "checkpoint-s", "checkpoint-steps", "cache",
+_IGNORED_SETTINGS = {
+    "seed", "data-seed", "out", "page", "device", "num-workers", "keep", "checkpoint-s", "checkpoint-steps", "cache",
     "cache-mb", "cache-disk-mb", "cache-dir", "memory-format",
 }  # fmt: skip
 """Settings that make no other recipe of a run."""
@@ -23,11 +31,11 @@ _ASIDE = {
 _STEPS = "strategy.steps"
 
 
-def compare_runs(folders: Sequence[Path], *, baseline: str | None = None, out: Path | None = None) -> Comparison:
+def compare_runs(run_dirs: Sequence[Path], *, baseline: str | None = None, out: Path | None = None) -> Comparison:
     """Compare finished runs: those told the same but for the seed are one entrant.
 
     Args:
-        folders: Of the runs.
+        run_dirs: Of the runs.
         baseline: Name of an entrant, or a folder of one of its runs; None: the first.
         out: Where results, table and picture are written; None: nowhere.
 
@@ -35,24 +43,28 @@ def compare_runs(folders: Sequence[Path], *, baseline: str | None = None, out: P
         FolderError: A folder holds no finished run.
         UsageError: They are judged by different figures, or no two of them were validated on the same samples.
     """
-    groups = _grouped([(Finished.read(path), names.read_json(path / names.RUN)["config"]) for path in folders])
-    monitored([run for runs in groups.values() for run in runs])
-    kept, notes = _on_common_data(groups)
-    rows = [_row(name, runs) for name, runs in kept.items()]
-    notes += shared_notes(rows)
-    named = {str(run.folder): name for name, runs in kept.items() for run in runs}
-    first = baseline_of(named.get(str(Path(baseline))) or baseline if baseline else None, list(kept))
-    standings = judged(rows, baseline=first, comparisons=len(groups) - 1)
-    return conclude(standings, notes=notes, soup=None, folder=out, more={"seeds": None, "rungs": None})
+    groups = _group_by_config(
+        [(FinishedRun.read(path), names.read_json(path / names.RUN)["config"]) for path in run_dirs]
+    )
+    require_common_monitor([run for runs in groups.values() for run in runs])
+    kept, notes = _keep_common_validation(groups)
+    rows = [_summarize_candidate(name, runs) for name, runs in kept.items()]
+    notes += describe_data_differences(rows)
+    named = {str(run.run_dir): name for name, runs in kept.items() for run in runs}
+    first = choose_baseline(named.get(str(Path(baseline))) or baseline if baseline else None, list(kept))
+    ranking = rank_candidates(rows, baseline=first, num_comparisons=len(groups) - 1)
+    return summarize(ranking, notes=notes, soup=None, study_dir=out, extra={"seeds": None, "round_budgets": None})
 
 
-def refuse_race(strategies: Any, given: Mapping[str, Any], *, halving: bool, budget: str | None) -> None:
+def require_no_study_options(
+    strategies: Any, engine_options: Mapping[str, Any], *, halving: bool, budget: str | None
+) -> None:
     """Finished runs are compared as they are.
 
     Raises:
         UsageError: Something of a race was asked for too.
     """
-    asked = [*given, *(name for name, value in (("strategies", strategies), ("halving", halving)) if value)]
+    asked = [*engine_options, *(name for name, value in (("strategies", strategies), ("halving", halving)) if value)]
     if asked or budget:
         raise UsageError(
             "finished runs are compared as they are, so nothing else can be asked of them",
@@ -61,44 +73,46 @@ def refuse_race(strategies: Any, given: Mapping[str, Any], *, halving: bool, bud
         )
 
 
-def _row(name: str, runs: Sequence[Finished]) -> Row:
-    bad = [str(run.folder) for run in runs if math.isnan(run.value)]
+def _summarize_candidate(name: str, runs: Sequence[FinishedRun]) -> CandidateResult:
+    bad = [str(run.run_dir) for run in runs if math.isnan(run.value)]
     state, reason = (FAILED, f"its {runs[0].monitor} is no number in {', '.join(bad)}") if bad else (RANKED, "")
-    return Row(name, tuple(runs), state=state, reason=reason, spent_s=sum(run.seconds for run in runs))
+    return CandidateResult(name, tuple(runs), state=state, reason=reason, total_s=sum(run.seconds for run in runs))
 
 
-def _grouped(runs: Iterable[tuple[Finished, Mapping[str, Any]]]) -> dict[str, list[Finished]]:
+def _group_by_config(runs: Iterable[tuple[FinishedRun, Mapping[str, Any]]]) -> dict[str, list[FinishedRun]]:
     """Runs by what they were told, each group under the strategy's name with what sets it apart; the same run once."""
-    groups: dict[str, list[Finished]] = {}
+    groups: dict[str, list[FinishedRun]] = {}
     told: dict[str, dict[str, str]] = {}
     for run, config in runs:
-        recipe = _flat({key: value for key, value in config.items() if key.replace("_", "-") not in _ASIDE})
-        if is_object(
+        recipe = _flatten(
+            {key: value for key, value in config.items() if key.replace("_", "-") not in _IGNORED_SETTINGS}
+        )
+        if is_python_object(
             recipe["strategy.name"]
         ):  # any function and list of steps: only what it asked for tells them apart
-            recipe |= _asked(run.folder)
+            recipe |= _read_steps(run.run_dir)
         key = json.dumps(recipe, sort_keys=True)
         told[key] = recipe
-        if all(run.unit != other.unit for other in groups.setdefault(key, [])):
+        if all(run.pairing_key != other.pairing_key for other in groups.setdefault(key, [])):
             groups[key].append(run)
-    labels = _labels(told)
+    labels = _name_configs(told)
     alike = [key for key in groups if list(labels.values()).count(labels[key]) > 1]
-    labels |= {key: f"{labels[key]} ({groups[key][0].folder})" for key in alike}
+    labels |= {key: f"{labels[key]} ({groups[key][0].run_dir})" for key in alike}
     return {labels[key]: found for key, found in groups.items()}
 
 
-def _asked(folder: Path) -> dict[str, str]:
+def _read_steps(run_dir: Path) -> dict[str, str]:
     """The steps that a run was asked for: their names, and all of them."""
-    steps = [line["step"] for line in names.read_lines(folder / names.STEPS)]
+    steps = [line["step"] for line in names.read_jsonl(run_dir / names.STRATEGY_STEPS)]
     return {"strategy.name": "+".join(step["name"] for step in steps) or "steps", _STEPS: json.dumps(steps)}
 
 
-def _labels(told: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+def _name_configs(configs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     """A name for each recipe: its strategy, and what differs between those of that strategy."""
-    strategies = {key: recipe["strategy.name"] for key, recipe in told.items()}
+    strategies = {key: recipe["strategy.name"] for key, recipe in configs.items()}
     labels = {}
-    for key, recipe in told.items():
-        rivals = [told[other] for other, name in strategies.items() if name == strategies[key]]
+    for key, recipe in configs.items():
+        rivals = [configs[other] for other, name in strategies.items() if name == strategies[key]]
         differing = [each for each in dict.fromkeys(each for rival in rivals for each in rival)
                      if each != _STEPS and len({rival.get(each) for rival in rivals}) > 1]  # fmt: skip
         words = [f"{each.removeprefix('strategy.')}={recipe.get(each, 'none')}" for each in differing]
@@ -106,40 +120,45 @@ def _labels(told: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     return labels
 
 
-def _flat(table: Any, under: str = "") -> dict[str, str]:
+def _flatten(table: Any, prefix: str = "") -> dict[str, str]:
     """A nested table as one of dotted keys, its values as text."""
     if isinstance(table, Mapping):
         items: Iterable[tuple[str, Any]] = table.items()
     elif isinstance(table, list) and any(isinstance(each, Mapping) for each in table):
         items = ((str(place), each) for place, each in enumerate(table))
     else:
-        return {under: str(table)}
+        return {prefix: str(table)}
     flat: dict[str, str] = {}
     for key, value in items:
-        flat |= _flat(value, f"{under}.{key}" if under else key)
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
     return flat
 
 
-def _on_common_data(groups: Mapping[str, list[Finished]]) -> tuple[dict[str, list[Finished]], list[str]]:
+def _keep_common_validation(groups: Mapping[str, list[FinishedRun]]) -> tuple[dict[str, list[FinishedRun]], list[str]]:
     """Those runs that were validated on samples on which every group was, and notes on the others.
 
     Raises:
         UsageError: There are no such samples.
     """
-    prints = [{run.prints["val"] for run in runs} for runs in groups.values()]
+    prints = [{run.fingerprints["val"] for run in runs} for runs in groups.values()]
     common = set.intersection(*prints)
     if not common:
-        found = [f"  {name}: {', '.join(sorted(each[:12] for each in own))}" for name, own in _named(groups, prints)]
+        found = [
+            f"  {name}: {', '.join(sorted(each[:12] for each in own))}"
+            for name, own in _pair_with_names(groups, prints)
+        ]
         raise UsageError(
             "\n".join(["these runs were validated on different samples, so their figures cannot be compared", *found]),
             where="fingerprints of the validation split in model.json",
             fix="tune both on the same data with the same --data-seed, or evaluate them on one set: tuneforge evaluate",
         )
-    kept = {name: [run for run in runs if run.prints["val"] in common] for name, runs in groups.items()}
-    out = [str(run.folder) for runs in groups.values() for run in runs if run.prints["val"] not in common]
+    kept = {name: [run for run in runs if run.fingerprints["val"] in common] for name, runs in groups.items()}
+    out = [str(run.run_dir) for runs in groups.values() for run in runs if run.fingerprints["val"] not in common]
     notes = [f"note: left out, because the others were validated on other samples: {', '.join(out)}"] if out else []
     return kept, notes
 
 
-def _named(groups: Mapping[str, list[Finished]], prints: list[set[str]]) -> Iterable[tuple[str, set[str]]]:
-    return zip(groups, prints, strict=True)
+def _pair_with_names(
+    groups: Mapping[str, list[FinishedRun]], fingerprints: list[set[str]]
+) -> Iterable[tuple[str, set[str]]]:
+    return zip(groups, fingerprints, strict=True)

@@ -9,40 +9,40 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from tuneforge.engine.loop.build import Parts
-from tuneforge.engine.loop.diagnosis import probe
+from tuneforge.engine.loop.build import PhaseComponents
+from tuneforge.engine.loop.diagnosis import diagnose
 from tuneforge.engine.model.freezing import select
 from tuneforge.engine.model.optimizer import Optimization
 from tuneforge.errors import UsageError
-from tuneforge.plugin.steps import Phase, Probe
+from tuneforge.plugin.steps import Diagnosis, Phase
 
 if TYPE_CHECKING:
     from tuneforge.engine.session.engine import Engine
 
 
 @attrs.frozen
-class Rates:
+class LRFindResult:
     """What a range of learning rates does to the loss.
 
     Args:
         losses: Loss after one optimizer step, by rate, in rising order; NaN or infinite where the step broke it.
         smoothed: The same, smoothed over neighbours; up to the first that is no number.
-        lowest: The rate at which the smoothed loss is least.
-        steepest: The rate at which it falls most over the logarithm of the rate.
+        lowest_lr: The rate at which the smoothed loss is least.
+        steepest_lr: The rate at which it falls most over the logarithm of the rate.
         suggestion: What follows from that; None where no rate lowers the loss.
         reason: Why, in a sentence.
-        trained: Numbers that would train.
+        num_trained: Numbers that would train.
     """
 
     losses: Mapping[float, float]
     smoothed: Mapping[float, float]
-    lowest: float
-    steepest: float | None
+    lowest_lr: float
+    steepest_lr: float | None
     suggestion: float | None
     reason: str
-    trained: int = 0
+    num_trained: int = 0
 
-    def draw(self, path: str | Path) -> None:
+    def plot(self, path: str | Path) -> None:
         """Write a picture of the loss over the rate: PNG, or what the name's ending says.
 
         Raises:
@@ -56,7 +56,7 @@ class Rates:
         axes.plot(list(self.smoothed), list(self.smoothed.values()), color="tab:blue", label="smoothed")
         if self.suggestion is not None:
             axes.axvline(self.suggestion, color="tab:orange", label=f"suggestion {self.suggestion:.1e}")
-        axes.set(xscale="log", xlabel="learning rate", ylabel="loss after one step", ylim=_window(self))
+        axes.set(xscale="log", xlabel="learning rate", ylabel="loss after one step", ylim=_plot_limits(self))
         axes.legend()
         try:
             figure.savefig(path, dpi=150)
@@ -65,7 +65,7 @@ class Rates:
             raise UsageError(f"cannot draw '{path}'", where="--plot", why=str(error), fix=fix) from None
 
 
-def lr_find(engine: Engine, *, train: str | tuple[str, ...] | list[str] = "all", batches: int = 5) -> Rates:
+def lr_find(engine: Engine, *, train: str | tuple[str, ...] | list[str] = "all", batches: int = 5) -> LRFindResult:
     """Look for the learning rate of a phase that trains what `train` selects, with the engine's data and model.
 
     The range test of Smith 2015 (arXiv 1506.01186), but each rate starts from the same weights, so that a rate is not
@@ -84,32 +84,32 @@ def lr_find(engine: Engine, *, train: str | tuple[str, ...] | list[str] = "all",
     Raises:
         SelectorError: Nothing is selected.
     """
-    step = Probe("lr-find", measure="rates", train=train, batches=batches)
-    run = engine.look()
-    names, parts = select(run.model, step.train), Parts(run.config)
+    step = Diagnosis("lr-find", measure="lrs", train=train, batches=batches)
+    run = engine.prepare()
+    names, parts = select(run.model, step.train), PhaseComponents(run.config)
     run.phase = Phase(step.name, train=step.train, steps=1)
     optimization = Optimization()
-    optimization.arrange(run.model, run.phase, names, parts.part_of(run.phase), same=False)
-    momentum = max(float(group.get("momentum", 0.0)) for group in optimization.groups())
+    optimization.set_param_groups(run.model, run.phase, names, parts.peek_optimizer(run.phase), same=False)
+    momentum = max(float(group.get("momentum", 0.0)) for group in optimization.param_groups())
     run.hooks.call.phase_started(run=run)  # so that what adds to the loss knows its start
-    found = suggested(probe(run, step, parts).values, momentum=momentum)
+    found = suggest_lr(diagnose(run, step, parts).values, momentum=momentum)
     named = run.model.parameters()
-    return attrs.evolve(found, trained=sum(named[name].numel() for name in names))
+    return attrs.evolve(found, num_trained=sum(named[name].numel() for name in names))
 
 
-def suggested(losses: Mapping[float, float], *, momentum: float = 0.0) -> Rates:
+def suggest_lr(losses: Mapping[float, float], *, momentum: float = 0.0) -> LRFindResult:
     """What follows from losses by rate, the first of which is a number.
 
     Args:
         losses: By rate, evenly spaced in the logarithm, in rising order.
         momentum: The optimizer's.
     """
-    smoothed = _smoothed(losses)
+    smoothed = _smooth(losses)
     lowest = min(smoothed, key=lambda rate: smoothed[rate])
     rates, values = list(smoothed), list(smoothed.values())
     end = rates.index(lowest)
     if end == 0:
-        return Rates(losses, smoothed, lowest, None, None, f"no rate lowers the loss below {values[0]:.4g}")
+        return LRFindResult(losses, smoothed, lowest, None, None, f"no rate lowers the loss below {values[0]:.4g}")
     slopes = [values[place + 1] - values[max(place - 1, 0)] for place in range(end)]
     steepest = rates[slopes.index(min(slopes))]
     reason = "where the loss after one step falls most steeply"
@@ -119,10 +119,10 @@ def suggested(losses: Mapping[float, float], *, momentum: float = 0.0) -> Rates:
         )
     if lowest == list(losses)[-1]:
         reason += "; it still falls at the highest rate that was tried"
-    return Rates(losses, smoothed, lowest, steepest, steepest * (1 - momentum), reason)
+    return LRFindResult(losses, smoothed, lowest, steepest, steepest * (1 - momentum), reason)
 
 
-def _smoothed(losses: Mapping[float, float]) -> dict[float, float]:
+def _smooth(losses: Mapping[float, float]) -> dict[float, float]:
     """Each loss with half the weight, its two neighbours with a quarter; up to the first that is no number."""
     rates = list(losses)
     broken = next((place for place, rate in enumerate(rates) if not math.isfinite(losses[rate])), len(rates))
@@ -134,8 +134,8 @@ def _smoothed(losses: Mapping[float, float]) -> dict[float, float]:
     }
 
 
-def _window(rates: Rates) -> tuple[float, float]:
+def _plot_limits(result: LRFindResult) -> tuple[float, float]:
     """The losses worth seeing: from the least to as far above the first as that lies above the least."""
-    first, least = next(iter(rates.losses.values())), min(rates.smoothed.values())
+    first, least = next(iter(result.losses.values())), min(result.smoothed.values())
     margin = max(first - least, 1e-3 * abs(first)) / 2
     return least - margin / 2, first + 2 * margin

@@ -8,42 +8,42 @@ from collections.abc import Sequence
 import attrs
 import numpy as np
 
-LEVEL = 0.05
-"""A corrected p below this is called a difference; intervals are those of 1 - LEVEL."""
+ALPHA = 0.05
+"""A corrected p below this is called a difference; intervals are those of 1 - ALPHA."""
 
 _ROUNDING = 1e-9  # differences that vary by less than this share of the figures vary by rounding only
 
 
 @attrs.frozen
-class Paired:
+class PairedTest:
     """The difference of two series of figures that belong together pair by pair.
 
     Args:
-        pairs: Number of pairs.
+        num_pairs: Number of pairs.
         mean: Of first - second.
-        sd: Standard deviation of the differences; None for one pair.
-        low: Lower end of the interval of 1 - LEVEL around the mean, by itself, not corrected; None without a test.
-        high: Upper end.
-        p: Two-sided, not corrected; None without a test.
-        untested: Why there is no test; empty where there is one.
+        std: Standard deviation of the differences; None for one pair.
+        ci_low: Lower end of the interval of 1 - ALPHA around the mean, by itself, not corrected; None without a test.
+        ci_high: Upper end.
+        p_value: Two-sided, not corrected; None without a test.
+        reason_untested: Why there is no test; empty where there is one.
     """
 
-    pairs: int
+    num_pairs: int
     mean: float
-    sd: float | None = None
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    untested: str = ""
+    std: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    p_value: float | None = None
+    reason_untested: str = ""
 
 
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean, and standard deviation with n - 1 (None for one value)."""
     mean = float(np.mean(values))
     return mean, float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
+def paired_t_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
     """Student's paired t test: t = mean / (sd / sqrt(n)) of the differences, with n - 1 degrees of freedom.
 
     Args:
@@ -58,26 +58,26 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
 
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     count = len(differences)
-    mean, sd = mean_and_spread(differences.tolist())
-    if sd is None:
-        return Paired(count, mean, untested="one seed")
-    if sd <= _ROUNDING * float(np.max(np.abs([first, second]))):
+    mean, std = mean_and_std(differences.tolist())
+    if std is None:
+        return PairedTest(count, mean, reason_untested="one seed")
+    if std <= _ROUNDING * float(np.max(np.abs([first, second]))):
         if not differences.any():
-            return Paired(count, mean, sd, 0.0, 0.0, 1.0)
-        return Paired(count, mean, sd, untested="every seed gives the same difference")
-    error = sd / math.sqrt(count)
+            return PairedTest(count, mean, std, 0.0, 0.0, 1.0)
+        return PairedTest(count, mean, std, reason_untested="every seed gives the same difference")
+    error = std / math.sqrt(count)
     p = 2 * float(stats.t.sf(abs(mean) / error, count - 1))
-    half = sd * reach(count)
-    return Paired(count, mean, sd, mean - half, mean + half, p)
+    half = std * ci_half_width(count)
+    return PairedTest(count, mean, std, mean - half, mean + half, p)
 
 
-def holm(p_values: Sequence[float | None], *, comparisons: int) -> list[float | None]:
+def holm_correction(p_values: Sequence[float | None], *, num_comparisons: int) -> list[float | None]:
     """P values corrected for several comparisons (Holm 1979): the i-th smallest times (comparisons - i), never falling.
 
     Args:
         p_values: One a comparison; None where there was no test.
-        comparisons: How many there were to begin with, at least as many as p values; one that was dropped on the way
-            counts, as if its p were 1.
+        num_comparisons: How many there were to begin with, at least as many as p values; one that was dropped on the
+            way counts, as if its p were 1.
 
     Returns:
         Corrected values in the same order, at most 1; None stays None.
@@ -86,13 +86,13 @@ def holm(p_values: Sequence[float | None], *, comparisons: int) -> list[float | 
     corrected: list[float | None] = [None] * len(p_values)
     highest = 0.0
     for rank, (p, place) in enumerate(order):
-        highest = max(highest, min(1.0, (comparisons - rank) * p))
+        highest = max(highest, min(1.0, (num_comparisons - rank) * p))
         corrected[place] = highest
     return corrected
 
 
-def reach(pairs: int) -> float:
-    """Half the width of an interval of 1 - LEVEL, in standard deviations of the differences, for 2 pairs or more."""
+def ci_half_width(num_pairs: int) -> float:
+    """Half the width of an interval of 1 - ALPHA, in standard deviations of the differences, for 2 pairs or more."""
     from scipy import stats
 
-    return float(stats.t.ppf(1 - LEVEL / 2, pairs - 1)) / math.sqrt(pairs)
+    return float(stats.t.ppf(1 - ALPHA / 2, num_pairs - 1)) / math.sqrt(num_pairs)

@@ -1,9 +1,9 @@
 """A race of strategies on the same data at equal cost, decided on validation, each strategy with several seeds.
 
-`Race.run` is the story. Everything lies in one folder: `race.json` (the configuration, written once), an ordinary run's
-folder for each entrant and seed, and at the end `results.json`, `costs.json`, `table.txt` and `cost.svg`. What was done
-is found there again, so a race that was stopped or killed goes on when it is asked for again. Several processes may
-share its runs (see `crew`); the table is that of one with as many threads a run.
+`Study.run` is the story. Everything lies in one folder: `study.json` (the configuration, written once), an ordinary
+run's folder for each entrant and seed, and at the end `results.json`, `costs.json`, `table.txt` and `cost.svg`. What
+was done is found there again, so a race that was stopped or killed goes on when it is asked for again. Several
+processes may share its runs (see `worker_pool`); the table is that of one with as many threads a run.
 
 A run that needs a frozen prefix which no run before it did computes it for all, in its own seconds.
 """
@@ -20,23 +20,38 @@ import attrs
 from torch import nn
 
 from tuneforge.comparison import finished_runs as finished
-from tuneforge.comparison.candidates import SOUP, Entrant, asked_for, baseline_of, entered
+from tuneforge.comparison.candidates import SOUP, Candidate, build_candidates, choose_baseline, normalize_strategies
 from tuneforge.comparison.model_soup import greedy_soup
-from tuneforge.comparison.ranking import DROPPED, FAILED, Finished, Row, judged
-from tuneforge.comparison.study_dir import RACE, again, agree, fresh, has_objects, recorded, unfinished
-from tuneforge.comparison.successive_halving import fallen, rungs_of
-from tuneforge.comparison.summary import Comparison, conclude, read_back
-from tuneforge.comparison.trial import FAILURE, PARTS, Trial
-from tuneforge.comparison.worker_pool import Crew, Meeting, await_end, each_alone, let_go, threads_each
+from tuneforge.comparison.ranking import DROPPED, FAILED, CandidateResult, FinishedRun, rank_candidates
+from tuneforge.comparison.study_dir import (
+    STUDY,
+    find_unfinished,
+    has_objects,
+    new_study_dir,
+    normalize_record,
+    resume_command,
+    write_or_verify_record,
+)
+from tuneforge.comparison.successive_halving import plan_halving, select_dropped
+from tuneforge.comparison.summary import Comparison, read_comparison, summarize
+from tuneforge.comparison.trial import COMPONENT_KEYS, FAILURE, Trial
+from tuneforge.comparison.worker_pool import (
+    Rendezvous,
+    WorkerPool,
+    as_single_process,
+    threads_per_process,
+    wait_for_release,
+    wait_until_finished,
+)
 from tuneforge.engine.model.model import Model
 from tuneforge.engine.session import from_objects as objects
 from tuneforge.engine.session.engine import Engine
 from tuneforge.engine.storage import run_dir as names
-from tuneforge.engine.storage.run_dir import RunFolder
+from tuneforge.engine.storage.run_dir import RunDir
 from tuneforge.errors import FolderError, StoppedError, TuneforgeError, UsageError
-from tuneforge.plugin.config import RunConfig, as_table, budget_of, resolve
+from tuneforge.plugin.config import RunConfig, config_to_dict, parse_budget, resolve_config
 
-_OWN = ("strategy", "seed", "out")  # what differs between the runs of a race
+_PER_RUN_SETTINGS = ("strategy", "seed", "out")  # what differs between the runs of a race
 
 
 def compare(
@@ -48,16 +63,16 @@ def compare(
     baseline: str | None = None,
     halving: bool = False,
     out: str | Path | None = None,
-    ranks: int = 1,
-    say: Callable[[str], None] | None = None,
-    **given: Any,
+    num_processes: int = 1,
+    log: Callable[[str], None] | None = None,
+    **engine_options: Any,
 ) -> Comparison:
     """Race strategies at equal cost, or compare runs that are finished.
 
     It decides on validation; the test split is read once, after the decision, for the winner and the baseline.
 
     Args:
-        strategies: Names, `"full:lr=3e-4"`, `use(...)`, instances, functions of the brief, or a mapping of any of these
+        strategies: Names, `"full:lr=3e-4"`, `use(...)`, instances, functions of the task, or a mapping of any of these
             by name. `"greedy-soup"` among them stands for the average of the others' weights.
         runs: Folders of finished runs, in place of strategies.
         seeds: How many, from `seed` (0) on; or which.
@@ -66,25 +81,34 @@ def compare(
         halving: Drop the worse half after half the budget, a quarter, and so on; each rung starts again.
         out: The race's folder, new or that of the same race; None: a new one under `runs/`, or the same race's that was
             not done.
-        ranks: Processes of this machine that share the runs, each with its share of threads. Under torchrun its ranks
-            share them, and `out` is a folder that all machines see; each of them gets the comparison.
-        say: Where sentences for the user go.
-        given: What `Engine` takes: `data`, `model`, `batch_size`, ... All runs share `data_seed`, and so their splits.
+        num_processes: Processes of this machine that share the runs, each with its share of threads. Under torchrun its
+            ranks share them, and `out` is a folder that all machines see; each of them gets the comparison.
+        log: Where sentences for the user go.
+        engine_options: What `Engine` takes: `data`, `model`, `batch_size`, ... All runs share `data_seed`, and so
+            their splits.
 
     Raises:
         UsageError: Names, options or settings are wrong, or the folder holds another race.
         TuneforgeError: No entrant came through; what made the first one fail.
     """
-    if ranks < 1:
-        raise UsageError(f"{ranks} processes cannot hold a race", where="--ranks", fix="give 1 or more")
+    if num_processes < 1:
+        raise UsageError(f"{num_processes} processes cannot hold a race", where="--num-processes", fix="give 1 or more")
     if runs:
-        finished.refuse_race(strategies, given, halving=halving, budget=budget)
+        finished.require_no_study_options(strategies, engine_options, halving=halving, budget=budget)
         return finished.compare_runs([Path(run) for run in runs], baseline=baseline, out=_path(out))
-    race = Race(strategies, seeds=seeds, budget=budget, baseline=baseline, halving=halving, given=given, say=say)
-    return race.run(_path(out), ranks=ranks)
+    study = Study(
+        strategies,
+        seeds=seeds,
+        budget=budget,
+        baseline=baseline,
+        halving=halving,
+        engine_options=engine_options,
+        log=log,
+    )
+    return study.run(_path(out), num_processes=num_processes)
 
 
-class Race:
+class Study:
     """A race before it is run.
 
     Args:
@@ -93,8 +117,8 @@ class Race:
         budget: Of each run of the last rung.
         baseline: Name of an entrant, or None.
         halving: Drop the worse half after each rung.
-        given: What `Engine` takes besides.
-        say: Where sentences for the user go.
+        engine_options: What `Engine` takes besides.
+        log: Where sentences for the user go.
 
     Raises:
         UsageError: What was asked for makes no race.
@@ -109,59 +133,63 @@ class Race:
         budget: str | None = None,
         baseline: str | None = None,
         halving: bool = False,
-        given: Mapping[str, Any],
-        say: Callable[[str], None] | None = None,
+        engine_options: Mapping[str, Any],
+        log: Callable[[str], None] | None = None,
     ) -> None:
-        if "strategy" in given:
+        if "strategy" in engine_options:
             raise UsageError("a race takes strategies, not a strategy", where="strategy", fix="compare([...])")
-        named = asked_for(strategies)
-        racing = [(name, each) for name, each in named if _name_of(each) != SOUP]
-        if not racing:
+        named = normalize_strategies(strategies)
+        competing = [(name, each) for name, each in named if _strategy_name(each) != SOUP]
+        if not competing:
             raise UsageError(
                 "a race needs strategies", where="--strategies", fix="name some: --strategies lp-ft,full,head-only"
             )
-        self._say = say or (lambda text: None)
-        self._given = {key: value for key, value in given.items() if key not in _OWN}
-        self._seeds = _seeds(seeds, int(given.get("seed", 0)))
-        self._given["data_seed"] = self._seeds[0] if given.get("data_seed") is None else given["data_seed"]
-        engines = [Engine(**self._with_model(), strategy=each, budget=budget) for _, each in racing]
+        self._log = log or (lambda text: None)
+        self._engine_options = {key: value for key, value in engine_options.items() if key not in _PER_RUN_SETTINGS}
+        self._seeds = _parse_seeds(seeds, int(engine_options.get("seed", 0)))
+        self._engine_options["data_seed"] = (
+            self._seeds[0] if engine_options.get("data_seed") is None else engine_options["data_seed"]
+        )
+        engines = [Engine(**self._copy_engine_options(), strategy=each, budget=budget) for _, each in competing]
         self._config = engines[0].config
-        self.entrants = entered(racing, [engine.config.strategy for engine in engines])
-        self.baseline = baseline_of(baseline, [each.name for each in self.entrants])
-        self._soup = len(racing) < len(named)
-        self.rungs = rungs_of(budget, len(self.entrants)) if halving else [budget]
+        self.candidates = build_candidates(competing, [engine.config.strategy for engine in engines])
+        self.baseline = choose_baseline(baseline, [each.name for each in self.candidates])
+        self._includes_soup = len(competing) < len(named)
+        self.round_budgets = plan_halving(budget, len(self.candidates)) if halving else [budget]
         self._halving = halving
-        self._rows: dict[str, Row] = {each.name: Row(each.name, ()) for each in self.entrants}
+        self._results: dict[str, CandidateResult] = {
+            each.name: CandidateResult(each.name, ()) for each in self.candidates
+        }
         self._errors: list[TuneforgeError] = []
-        self._ranks = 1
+        self._num_processes = 1
 
     @classmethod
-    def found(cls, path: Path, *, say: Callable[[str], None] | None = None) -> Race:
+    def from_dir(cls, path: Path, *, log: Callable[[str], None] | None = None) -> Study:
         """The race whose folder this is.
 
         Raises:
             FolderError: It is none, or it was given Python objects.
         """
-        if path.is_dir() and not (path / RACE).exists():
+        if path.is_dir() and not (path / STUDY).exists():
             raise FolderError(f"'{path}' holds no race", where="--resume", fix="name one, such as runs/race-...")
-        record = names.read_json(path / RACE, "entrants", "config", "seeds")
+        record = names.read_json(path / STUDY, "candidates", "config", "seeds")
         if has_objects(record):
             raise FolderError(
                 f"the race in '{path}' was given Python objects",
-                where=RACE,
+                where=STUDY,
                 why="a folder holds names and options, not objects",
-                fix=f"go on with {again(path, record)}",
+                fix=f"go on with {resume_command(path, record)}",
             )
-        config = resolve(record["config"], where=str(path / RACE))
-        uses = {name: resolve({"strategy": table}).strategy for name, table in record["entrants"].items()}
+        config = resolve_config(record["config"], where=str(path / STUDY))
+        uses = {name: resolve_config({"strategy": table}).strategy for name, table in record["candidates"].items()}
         return cls(
             {**uses, **({SOUP: SOUP} if record["soup"] else {})},
             seeds=record["seeds"],
             budget=config.budget,
             baseline=record["baseline"],
             halving=record["halving"],
-            given=given_of(config),
-            say=say,
+            engine_options=engine_options_from_config(config),
+            log=log,
         )
 
     def run(
@@ -169,225 +197,255 @@ class Race:
         out: Path | None = None,
         execute: Callable[[Engine], object] = lambda engine: engine.run(),
         *,
-        ranks: int = 1,
+        num_processes: int = 1,
     ) -> Comparison:
         """Hold it, or go on with it: every rung, then the decision.
 
         Args:
             out: The race's folder.
             execute: Runs an engine; a command line watches for signals meanwhile.
-            ranks: Processes of this machine that share the runs; under torchrun, which has started its own, 1.
+            num_processes: Processes of this machine that share the runs; under torchrun, which has started its own, 1.
 
         Raises:
             StoppedError: It was asked to stop; asked for again, it goes on.
             UsageError: It was given Python objects, which other processes do not have.
             TuneforgeError: No entrant came through; what made the first one fail.
         """
-        meeting = Meeting.found()
-        self._ranks = self._checked_ranks(ranks, meeting)
-        if meeting is None:
-            return self._lead(out, execute)
-        with each_alone():
-            if meeting.rank == 0:
-                return self._lead(out, execute, begun=meeting.tell)
-            path = meeting.heard()
-            self.follow(path, execute)
-        await_end(path)
-        return read_back(path)
+        rendezvous = Rendezvous.from_environment()
+        self._num_processes = self._resolve_num_processes(num_processes, rendezvous)
+        if rendezvous is None:
+            return self._run_as_main(out, execute)
+        with as_single_process():
+            if rendezvous.rank == 0:
+                return self._run_as_main(out, execute, on_start=rendezvous.send_dir)
+            path = rendezvous.receive_dir()
+            self.run_as_worker(path, execute)
+        wait_until_finished(path)
+        return read_comparison(path)
 
-    def _lead(
+    def _run_as_main(
         self,
         out: Path | None,
         execute: Callable[[Engine], object],
         *,
-        begun: Callable[[Path], None] = lambda path: None,
+        on_start: Callable[[Path], None] = lambda path: None,
     ) -> Comparison:
-        record = self.record()
-        path = out or unfinished(record) or fresh()
-        with RunFolder(path, resume=True) as place:
-            agree(path, record)
+        record = self.build_record()
+        path = out or find_unfinished(record) or new_study_dir()
+        with RunDir(path, resume=True) as place:
+            write_or_verify_record(path, record)
             for failure in [*path.glob(f"*/seed-*/{FAILURE}"), *path.glob(f"*/*/seed-*/{FAILURE}")]:
                 failure.unlink()  # it is tried again
-            self._say(f"race: {path}")
-            with self._told(place):
-                begun(path)
-                with Crew(path, helpers=self._ranks if self._ranks > 1 else 0, say=self._say) as crew:
-                    self._hold_all(path, crew, execute)
-                if self._errors and all(row.state == FAILED for row in self._rows.values()):
+            self._log(f"race: {path}")
+            with self._track_status(place):
+                on_start(path)
+                with WorkerPool(
+                    path, num_workers=self._num_processes if self._num_processes > 1 else 0, log=self._log
+                ) as pool:
+                    self._run_all_rounds(path, pool, execute)
+                if self._errors and all(row.state == FAILED for row in self._results.values()):
                     raise self._errors[0]
-                return self._conclude(path)
+                return self._finish(path)
 
-    def follow(self, path: Path, execute: Callable[[Engine], object]) -> None:
+    def run_as_worker(self, path: Path, execute: Callable[[Engine], object]) -> None:
         """Do runs of a race that another process leads, until none is left; in silence, and without a decision.
 
         Args:
             path: The race's folder.
             execute: Runs an engine.
         """
-        self._say = lambda text: None
-        agree(path, self.record())
-        with Crew(path) as crew:
-            self._hold_all(path, crew, execute)
+        self._log = lambda text: None
+        write_or_verify_record(path, self.build_record())
+        with WorkerPool(path) as pool:
+            self._run_all_rounds(path, pool, execute)
 
-    def _checked_ranks(self, ranks: int, meeting: Meeting | None) -> int:
-        if ranks == 1:
+    def _resolve_num_processes(self, num_processes: int, rendezvous: Rendezvous | None) -> int:
+        if num_processes == 1:
             return 1
-        if meeting is not None:
-            raise UsageError("torchrun says how many processes there are", where="--ranks", fix="leave it out")
-        if has_objects(self.record()):
+        if rendezvous is not None:
+            raise UsageError("torchrun says how many processes there are", where="--num-processes", fix="leave it out")
+        if has_objects(self.build_record()):
             raise UsageError(
                 "a race of several processes takes names and options, not Python objects",
-                where="ranks",
+                where="num_processes",
                 why="the other processes have no such objects",
                 fix="write package.module:Name, or start the script itself with torchrun",
             )
-        return min(ranks, len(self.entrants) * len(self._seeds))
+        return min(num_processes, len(self.candidates) * len(self._seeds))
 
-    def record(self) -> dict[str, Any]:
-        """The content of `race.json`: all that decides the race."""
-        return recorded(
+    def build_record(self) -> dict[str, Any]:
+        """The content of `study.json`: all that decides the race."""
+        return normalize_record(
             {
-                "entrants": {each.name: as_table(RunConfig(strategy=each.use))["strategy"] for each in self.entrants},
+                "candidates": {
+                    each.name: config_to_dict(RunConfig(strategy=each.spec))["strategy"] for each in self.candidates
+                },
                 "seeds": self._seeds,
                 "baseline": self.baseline,
                 "halving": self._halving,
-                "soup": self._soup,
-                "config": {key: value for key, value in as_table(self._config).items() if key not in _OWN},
+                "soup": self._includes_soup,
+                "config": {
+                    key: value for key, value in config_to_dict(self._config).items() if key not in _PER_RUN_SETTINGS
+                },
             }
         )
 
-    def _hold_all(self, path: Path, crew: Crew, execute: Callable[[Engine], object]) -> None:
-        for number, budget in enumerate(self.rungs, 1):
-            self._hold(path, number, budget, crew, execute)
-            if number < len(self.rungs):
-                self._halve(number, budget)
+    def _run_all_rounds(self, path: Path, pool: WorkerPool, execute: Callable[[Engine], object]) -> None:
+        for number, budget in enumerate(self.round_budgets, 1):
+            self._run_round(path, number, budget, pool, execute)
+            if number < len(self.round_budgets):
+                self._drop_worse_half(number, budget)
 
-    def _hold(self, path: Path, rung: int, budget: str | None, crew: Crew, execute: Callable[[Engine], object]) -> None:
+    def _run_round(
+        self, path: Path, round_number: int, budget: str | None, pool: WorkerPool, execute: Callable[[Engine], object]
+    ) -> None:
         """Every seed of everybody who is still in it; seeds turn slowest, so that what is done early can be paired.
 
         Runs may end in any order; they are counted in that of the race, and none after one that failed.
         """
-        running = [each for each in self.entrants if self._rows[each.name].state not in (DROPPED, FAILED)]
+        running = [each for each in self.candidates if self._results[each.name].state not in (DROPPED, FAILED)]
         for each in running:
-            self._rows[each.name] = attrs.evolve(self._rows[each.name], runs=(), rung=rung, budget=budget)
-        waiting = [self._trial(path, rung, budget, each, seed) for seed in self._seeds for each in running]
-        outcomes: dict[Trial, Finished | TuneforgeError] = {}
+            self._results[each.name] = attrs.evolve(
+                self._results[each.name], runs=(), round_number=round_number, budget=budget
+            )
+        waiting = [self._make_trial(path, round_number, budget, each, seed) for seed in self._seeds for each in running]
+        outcomes: dict[Trial, FinishedRun | TuneforgeError] = {}
         while waiting:
-            trial = next((each for each in waiting if self._settle(each, crew, execute)), None)
+            trial = next((each for each in waiting if self._try_run(each, pool, execute)), None)
             if trial is None:
-                crew.wait()
+                pool.poll()
                 continue
             waiting.remove(trial)
             outcome = outcomes[trial] = trial.outcome()
-            self._tell(trial, outcome)
+            self._log_outcome(trial, outcome)
             if isinstance(outcome, TuneforgeError):
-                later = [each for each in waiting if each.entrant is trial.entrant and each.number > trial.number]
+                later = [each for each in waiting if each.candidate is trial.candidate and each.number > trial.number]
                 waiting = [each for each in waiting if each not in later]
         for trial in sorted(outcomes, key=lambda each: each.number):
-            if self._rows[trial.entrant.name].state != FAILED:
-                self._count(trial, outcomes[trial])
+            if self._results[trial.candidate.name].state != FAILED:
+                self._record_outcome(trial, outcomes[trial])
 
-    def _trial(self, path: Path, rung: int, budget: str | None, entrant: Entrant, seed: int) -> Trial:
-        place = (rung * len(self._seeds) + self._seeds.index(seed)) * len(self.entrants) + self.entrants.index(entrant)
-        return Trial(place, entrant, seed, budget, path / entrant.folder / self._place(rung) / f"seed-{seed}")
+    def _make_trial(self, path: Path, round_number: int, budget: str | None, candidate: Candidate, seed: int) -> Trial:
+        place = (round_number * len(self._seeds) + self._seeds.index(seed)) * len(
+            self.candidates
+        ) + self.candidates.index(candidate)
+        return Trial(
+            place,
+            candidate,
+            seed,
+            budget,
+            path / candidate.dir_name / self._round_dir_name(round_number) / f"seed-{seed}",
+        )
 
-    def _settle(self, trial: Trial, crew: Crew, execute: Callable[[Engine], object]) -> bool:
+    def _try_run(self, trial: Trial, pool: WorkerPool, execute: Callable[[Engine], object]) -> bool:
         """See that a run is done, if need be by doing it; False where that is left to another process."""
-        with crew.taken(trial.number) as mine:
-            if mine and not trial.settled and crew.works:
-                let_go(trial.path)
-                trial.attempt(self._with_model(), execute)
-            return mine and trial.settled
+        with pool.claim(trial.number) as mine:
+            if mine and not trial.is_settled and pool.runs_trials:
+                wait_for_release(trial.run_dir)
+                trial.attempt(self._copy_engine_options(), execute)
+            return mine and trial.is_settled
 
-    def _tell(self, trial: Trial, outcome: Finished | TuneforgeError) -> None:
-        name = f"{trial.entrant.name}, seed {trial.seed}"
+    def _log_outcome(self, trial: Trial, outcome: FinishedRun | TuneforgeError) -> None:
+        name = f"{trial.candidate.name}, seed {trial.seed}"
         if isinstance(outcome, TuneforgeError):
-            self._say(f"{name}: failed: {outcome.what}; see {trial.path}")
+            self._log(f"{name}: failed: {outcome.what}; see {trial.run_dir}")
             return
         cost = f"{outcome.epochs} epoch(s), {outcome.seconds:.1f} s"
-        self._say(f"{name}: {outcome.monitor} {outcome.value:.4f} on validation, {cost}")
+        self._log(f"{name}: {outcome.monitor} {outcome.value:.4f} on validation, {cost}")
 
-    def _count(self, trial: Trial, outcome: Finished | TuneforgeError) -> None:
+    def _record_outcome(self, trial: Trial, outcome: FinishedRun | TuneforgeError) -> None:
         """Note in an entrant's row what came of a run."""
-        row = self._rows[trial.entrant.name]
+        row = self._results[trial.candidate.name]
         if isinstance(outcome, TuneforgeError):
             self._errors.append(outcome)
-            reason, spent_s = f"{outcome.what} (seed {trial.seed})", row.spent_s + trial.spent_s
-            self._rows[row.name] = attrs.evolve(row, state=FAILED, reason=reason, spent_s=spent_s)
+            reason, spent_s = f"{outcome.what} (seed {trial.seed})", row.total_s + trial.spent_s
+            self._results[row.name] = attrs.evolve(row, state=FAILED, reason=reason, total_s=spent_s)
         else:
-            spent_s = row.spent_s + outcome.seconds
-            self._rows[row.name] = attrs.evolve(row, runs=(*row.runs, outcome), spent_s=spent_s)
+            spent_s = row.total_s + outcome.seconds
+            self._results[row.name] = attrs.evolve(row, runs=(*row.runs, outcome), total_s=spent_s)
 
-    def _with_model(self) -> dict[str, Any]:
+    def _copy_engine_options(self) -> dict[str, Any]:
         """What an engine is given; a module is a copy, because tuning changes it."""
-        model = self._given.get("model")
+        model = self._engine_options.get("model")
         copied = {"model": copy.deepcopy(model)} if isinstance(model, (nn.Module, Model)) else {}
-        return {**self._given, **copied}
+        return {**self._engine_options, **copied}
 
-    def _place(self, rung: int) -> str:
-        return "" if rung == len(self.rungs) else f"rung-{rung}"
+    def _round_dir_name(self, round_number: int) -> str:
+        return "" if round_number == len(self.round_budgets) else f"round-{round_number}"
 
-    def _halve(self, rung: int, budget: str | None) -> None:
-        for name in fallen([row for row in self._rows.values() if row.rung == rung], baseline=self.baseline):
-            reason = f"after rung {rung} of {len(self.rungs)}, {budget} each"
-            self._rows[name] = attrs.evolve(self._rows[name], state=DROPPED, reason=reason)
-            self._say(f"{name}: dropped {reason}")
+    def _drop_worse_half(self, round_number: int, budget: str | None) -> None:
+        for name in select_dropped(
+            [row for row in self._results.values() if row.round_number == round_number], baseline=self.baseline
+        ):
+            reason = f"after rung {round_number} of {len(self.round_budgets)}, {budget} each"
+            self._results[name] = attrs.evolve(self._results[name], state=DROPPED, reason=reason)
+            self._log(f"{name}: dropped {reason}")
 
-    def _conclude(self, path: Path) -> Comparison:
-        standings = judged(list(self._rows.values()), baseline=self.baseline, comparisons=len(self.entrants) - 1)
-        soup = self._cooked([run for row in standings.ranked for run in row.runs], path) if self._soup else None
+    def _finish(self, path: Path) -> Comparison:
+        ranking = rank_candidates(
+            list(self._results.values()), baseline=self.baseline, num_comparisons=len(self.candidates) - 1
+        )
+        soup = (
+            self._make_soup([run for row in ranking.ranked for run in row.runs], path) if self._includes_soup else None
+        )
         notes = [] if soup is None else [f"note: of the soup's test nobody looked: tuneforge evaluate {path / 'soup'}"]
-        if self._ranks > 1 and self._config.budget is not None and budget_of(self._config.budget)[0] == "seconds":
-            each = f"{self._ranks} runs at a time, each with {threads_each(self._ranks)} thread(s)"
+        if (
+            self._num_processes > 1
+            and self._config.budget is not None
+            and parse_budget(self._config.budget)[0] == "seconds"
+        ):
+            each = (
+                f"{self._num_processes} runs at a time, each with {threads_per_process(self._num_processes)} thread(s)"
+            )
             notes.append(f"note: {each}: {self._config.budget} are worth less so than to a run alone, equally for all")
-        more = {"seeds": self._seeds, "rungs": self.rungs if self._halving else None}
-        return conclude(standings, notes=notes, soup=soup, folder=path, more=more)
+        more = {"seeds": self._seeds, "round_budgets": self.round_budgets if self._halving else None}
+        return summarize(ranking, notes=notes, soup=soup, study_dir=path, extra=more)
 
-    def _cooked(self, runs: Sequence[Finished], path: Path) -> dict[str, Any]:
-        model = self._given.get("model")
+    def _make_soup(self, runs: Sequence[FinishedRun], path: Path) -> dict[str, Any]:
+        model = self._engine_options.get("model")
         return greedy_soup(
             runs,
             path / "soup",
-            data=self._given.get("data"),
+            data=self._engine_options.get("data"),
             model=model if isinstance(model, (nn.Module, Model)) else None,
-            metrics=objects.listed(self._given.get("evaluate")),
+            metrics=objects.as_list(self._engine_options.get("metrics")),
             device_name=self._config.device,
         )
 
     @contextlib.contextmanager
-    def _told(self, place: RunFolder) -> Iterator[None]:
+    def _track_status(self, run_dir: RunDir) -> Iterator[None]:
         """Keep in the race's folder how the race stands; a stop says how to go on."""
-        place.status("running")
+        run_dir.write_status("running")
         try:
             yield
-            place.status("done")
+            run_dir.write_status("done")
         except StoppedError as error:
-            place.status("stopped", reason=error.what)
-            how = f"go on with: {again(place.path, self.record())}"
+            run_dir.write_status("stopped", reason=error.what)
+            how = f"go on with: {resume_command(run_dir.path, self.build_record())}"
             raise StoppedError(error.what, exit_code=error.exit_code, fix=how) from error
         except BaseException as error:
             stopped = not isinstance(error, Exception)
-            place.status("stopped" if stopped else "failed", reason=str(error) or type(error).__name__)
+            run_dir.write_status("stopped" if stopped else "failed", reason=str(error) or type(error).__name__)
             if stopped:
-                self._say(f"go on with: {again(place.path, self.record())}")
+                self._log(f"go on with: {resume_command(run_dir.path, self.build_record())}")
             raise
 
 
-def given_of(config: RunConfig) -> dict[str, Any]:
+def engine_options_from_config(config: RunConfig) -> dict[str, Any]:
     """A configuration as keywords of `Engine`, without what differs between the runs of a race, or their budget."""
-    given = {name: getattr(config, name) for name in PARTS} | config.settings()
+    given = {name: getattr(config, name) for name in COMPONENT_KEYS} | config.settings()
     return {name: value for name, value in given.items() if name not in ("out", "budget")}
 
 
-def _seeds(asked: int | Sequence[int], first: int) -> list[int]:
-    seeds = list(range(first, first + asked)) if isinstance(asked, int) else [int(seed) for seed in asked]
+def _parse_seeds(value: int | Sequence[int], first: int) -> list[int]:
+    seeds = list(range(first, first + value)) if isinstance(value, int) else [int(seed) for seed in value]
     if not seeds or len(set(seeds)) < len(seeds):
-        raise UsageError(f"{asked} are no seeds for a race", where="--seeds", fix="give 1 or more, all different")
+        raise UsageError(f"{value} are no seeds for a race", where="--seeds", fix="give 1 or more, all different")
     return seeds
 
 
-def _name_of(asked: Any) -> str:
-    return asked if isinstance(asked, str) else str(getattr(asked, "name", ""))
+def _strategy_name(strategy: Any) -> str:
+    return strategy if isinstance(strategy, str) else str(getattr(strategy, "name", ""))
 
 
 def _path(out: str | Path | None) -> Path | None:

@@ -11,60 +11,60 @@ from pathlib import Path
 from typing import Any
 
 import tuneforge
-from tuneforge.comparison.candidates import is_object
+from tuneforge.comparison.candidates import is_python_object
 from tuneforge.engine.storage import run_dir as names
-from tuneforge.engine.storage.run_dir import RunFolder, finite
+from tuneforge.engine.storage.run_dir import RunDir, nonfinite_to_none
 from tuneforge.errors import FolderError, UsageError
-from tuneforge.plugin.config import GROUP_OF
+from tuneforge.plugin.config import GROUP_BY_KEY
 
-RACE = "race.json"
+STUDY = "study.json"
 _ARRAYS = "arrays"  # data that was handed over, under the name of the component that knows it
 
 
-def recorded(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A race's table as `race.json` gives it back."""
-    plain: dict[str, Any] = json.loads(json.dumps(finite({"tuneforge": tuneforge.__version__, **table})))
+def normalize_record(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A race's table as `study.json` gives it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(nonfinite_to_none({"tuneforge": tuneforge.__version__, **table})))
     return plain
 
 
-def again(path: Path, record: Mapping[str, Any]) -> str:
+def resume_command(study_dir: Path, record: Mapping[str, Any]) -> str:
     """What goes on with a race."""
     if has_objects(record):
-        return f"the same call of compare(...), with out={str(path)!r}"
-    return f"tuneforge compare --resume {shlex.quote(str(path))}"
+        return f"the same call of compare(...), with out={str(study_dir)!r}"
+    return f"tuneforge compare --resume {shlex.quote(str(study_dir))}"
 
 
-def unfinished(record: Mapping[str, Any], runs: Path = Path("runs")) -> Path | None:
+def find_unfinished(record: Mapping[str, Any], runs_dir: Path = Path("runs")) -> Path | None:
     """The folder under `runs/` of the very same race that is neither done nor running, the newest; None without one.
 
     A race that was given Python objects is never found so: that they are the same cannot be told.
     """
     if has_objects(record):
         return None
-    for path in sorted(runs.glob(f"*/{RACE}"), key=lambda path: path.stat().st_mtime, reverse=True):
-        with contextlib.suppress(FolderError), RunFolder(path.parent, resume=True):
+    for path in sorted(runs_dir.glob(f"*/{STUDY}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(FolderError), RunDir(path.parent, resume=True):
             same = names.read_json(path) == record
             if same and names.read_json(path.parent / names.STATUS)["state"] != "done":
                 return path.parent
     return None
 
 
-def agree(path: Path, record: Mapping[str, Any]) -> None:
-    """Write `race.json`, or see that it is this race's.
+def write_or_verify_record(study_dir: Path, record: Mapping[str, Any]) -> None:
+    """Write `study.json`, or see that it is this race's.
 
     Raises:
         FolderError: A run or something else lies there.
         UsageError: Another race lies there; the message says what differs.
     """
-    if (path / names.RUN).exists():
-        raise FolderError(f"'{path}' holds a run, not a race", where="--out", fix="name another folder")
-    if not (path / RACE).exists():
-        if any(not each.name.startswith(".") for each in path.iterdir()):
-            raise FolderError(f"'{path}' holds something else", where="--out", fix="name a new or an empty folder")
-        names.write_json(path / RACE, record)
+    if (study_dir / names.RUN).exists():
+        raise FolderError(f"'{study_dir}' holds a run, not a race", where="--out", fix="name another folder")
+    if not (study_dir / STUDY).exists():
+        if any(not each.name.startswith(".") for each in study_dir.iterdir()):
+            raise FolderError(f"'{study_dir}' holds something else", where="--out", fix="name a new or an empty folder")
+        names.write_json(study_dir / STUDY, record)
         return
-    before = names.read_json(path / RACE)
-    there, here = _compared(before, record), _compared(record, before)
+    before = names.read_json(study_dir / STUDY)
+    there, here = _flatten_settings(before, record), _flatten_settings(record, before)
     lines = [
         f"  {key}: there {there.get(key)}, here {here.get(key)}"
         for key in dict.fromkeys([*there, *here])
@@ -72,38 +72,38 @@ def agree(path: Path, record: Mapping[str, Any]) -> None:
     ]
     if lines:
         raise UsageError(
-            "\n".join([f"'{path}' holds another race", *lines]),
+            "\n".join([f"'{study_dir}' holds another race", *lines]),
             where="--out",
-            fix=f"go on with that one: {again(path, before)}; or name another folder",
+            fix=f"go on with that one: {resume_command(study_dir, before)}; or name another folder",
         )
 
 
-def _compared(record: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten_settings(record: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a race by dotted keys: the entrants' names, and the options of those that `other` has too."""
-    entrants = record["entrants"]
-    both = {name: options for name, options in entrants.items() if name in other["entrants"]}
-    told = {key: value for key, value in record.items() if key not in ("tuneforge", "entrants")}
-    return _flat({"entrants": ", ".join(entrants), **both, **told})
+    candidates = record["candidates"]
+    both = {name: options for name, options in candidates.items() if name in other["candidates"]}
+    told = {key: value for key, value in record.items() if key not in ("tuneforge", "candidates")}
+    return _flatten({"candidates": ", ".join(candidates), **both, **told})
 
 
-def _flat(table: Any, under: str = "") -> dict[str, Any]:
+def _flatten(table: Any, prefix: str = "") -> dict[str, Any]:
     """A nested table as one of dotted keys."""
     if not isinstance(table, Mapping):
-        return {under: table}
+        return {prefix: table}
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        flat |= _flat(value, f"{under}.{key}" if under else str(key))
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
 
 def has_objects(record: Mapping[str, Any]) -> bool:
     """True where a race was given Python objects, so that its folder alone cannot begin a run."""
-    parts = [*record["entrants"].values(), *(value for key, value in record["config"].items() if key in GROUP_OF)]
+    parts = [*record["candidates"].values(), *(value for key, value in record["config"].items() if key in GROUP_BY_KEY)]
     entries = [each["name"] for part in parts for each in (part if isinstance(part, list) else [part])]
-    return _ARRAYS in entries or any(is_object(name) for name in entries)
+    return _ARRAYS in entries or any(is_python_object(name) for name in entries)
 
 
-def fresh() -> Path:
+def new_study_dir() -> Path:
     """A folder under `runs/` named by the time, which is not there yet."""
     stamp = time.strftime("race-%Y%m%d-%H%M%S")
     tries = (stamp if number == 1 else f"{stamp}-{number}" for number in range(1, 10_000))

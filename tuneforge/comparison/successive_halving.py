@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tuneforge.comparison.ranking import DROPPED, FAILED, Row, ahead, monitored
+from tuneforge.comparison.ranking import DROPPED, FAILED, CandidateResult, require_common_monitor, sort_by_mean
 from tuneforge.errors import UsageError
-from tuneforge.plugin.config import budget_of
+from tuneforge.plugin.config import parse_budget
 
 _UNITS = {"seconds": "s", "epochs": "epochs", "steps": "steps"}
 
 
-def rungs_of(budget: str | None, entrants: int) -> list[str | None]:
+def plan_halving(budget: str | None, num_candidates: int) -> list[str | None]:
     """The budget of each rung of a halving: twice that of the one before it, the last one whole.
 
     Raises:
@@ -20,12 +20,12 @@ def rungs_of(budget: str | None, entrants: int) -> list[str | None]:
     """
     if budget is None:
         raise UsageError("a halving needs a budget", where="--halving", fix="give one, such as --budget 20epochs")
-    count = max(1, math.ceil(math.log2(entrants)))
-    kind, amount = budget_of(budget)
+    count = max(1, math.ceil(math.log2(num_candidates)))
+    kind, amount = parse_budget(budget)
     amounts = [amount / 2 ** (count - number) for number in range(1, count)]
     if kind != "seconds" and amounts and min(amounts) < 1:
         raise UsageError(
-            f"a budget of {budget} cannot be halved {count - 1} times, as {entrants} entrants need",
+            f"a budget of {budget} cannot be halved {count - 1} times, as {num_candidates} entrants need",
             where="--budget",
             fix=f"give at least {2 ** (count - 1)}{_UNITS[kind]}",
         )
@@ -33,15 +33,15 @@ def rungs_of(budget: str | None, entrants: int) -> list[str | None]:
     return [*(f"{each}{_UNITS[kind]}" for each in shown), budget]
 
 
-def fallen(rows: Sequence[Row], *, baseline: str) -> list[str]:
+def select_dropped(results: Sequence[CandidateResult], *, baseline: str) -> list[str]:
     """Names of the worse half, by their mean; the baseline stays to be compared with.
 
     Args:
-        rows: Of all who ran in a rung.
+        results: Of all who ran in a rung.
         baseline: An entrant's name.
     """
-    through = [row for row in rows if row.state not in (DROPPED, FAILED)]
+    through = [row for row in results if row.state not in (DROPPED, FAILED)]
     if not through:
         return []
-    _, mode = monitored([run for row in through for run in row.runs])
-    return [row.name for row in ahead(through, mode)[math.ceil(len(rows) / 2) :] if row.name != baseline]
+    _, mode = require_common_monitor([run for row in through for run in row.runs])
+    return [row.name for row in sort_by_mean(through, mode)[math.ceil(len(results) / 2) :] if row.name != baseline]

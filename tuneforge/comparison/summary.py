@@ -9,15 +9,25 @@ from typing import Any
 
 import attrs
 
-from tuneforge.comparison.paired_tests import LEVEL, reach
-from tuneforge.comparison.ranking import BETTER, DROPPED, FAILED, RANKED, SAME, WORSE, Row, Standings, test_figures
+from tuneforge.comparison.paired_tests import ALPHA, ci_half_width
+from tuneforge.comparison.ranking import (
+    BETTER,
+    DROPPED,
+    FAILED,
+    NO_DIFFERENCE,
+    RANKED,
+    WORSE,
+    CandidateResult,
+    Ranking,
+    read_test_metrics,
+)
 from tuneforge.engine.storage import run_dir as names
-from tuneforge.engine.storage.run_dir import finite
-from tuneforge.plugin.config import budget_of
-from tuneforge.report import plots as pictures
-from tuneforge.report.report import duration, figure
+from tuneforge.engine.storage.run_dir import nonfinite_to_none
+from tuneforge.plugin.config import parse_budget
+from tuneforge.report import plots as plots
+from tuneforge.report.report import format_duration, format_metric
 
-RESULTS, COSTS, TABLE, PICTURE = "results.json", "costs.json", "table.txt", "cost.svg"
+RESULTS, COSTS, TABLE, COST_PLOT = "results.json", "costs.json", "table.txt", "cost.svg"
 _UNKNOWN = "-"
 
 
@@ -26,13 +36,13 @@ class Comparison:
     """What a comparison leaves; as text it is the table with the decision.
 
     Args:
-        folder: Where the files lie; None where none were written.
+        study_dir: Where the files lie; None where none were written.
         results: The content of `results.json`: everything but times.
         costs: The content of `costs.json`: seconds by entrant.
         table: What a person reads.
     """
 
-    folder: Path | None
+    study_dir: Path | None
     results: Mapping[str, Any]
     costs: Mapping[str, Any]
     table: str
@@ -46,78 +56,82 @@ class Comparison:
         return self.table
 
 
-def conclude(standings: Standings, *, notes: Iterable[str], soup: Mapping[str, Any] | None, folder: Path | None,
-             more: Mapping[str, Any]) -> Comparison:  # fmt: skip
+def summarize(ranking: Ranking, *, notes: Iterable[str], soup: Mapping[str, Any] | None, study_dir: Path | None,
+             extra: Mapping[str, Any]) -> Comparison:  # fmt: skip
     """Put a decision into words and numbers; then, and only then, look at the test split of winner and baseline.
 
     Args:
-        standings: The decision.
+        ranking: The decision.
         notes: What else must be known.
         soup: The average of the entrants, if one was made.
-        folder: Where to write; None: nowhere.
-        more: What `results.json` holds besides, such as seeds.
+        study_dir: Where to write; None: nowhere.
+        extra: What `results.json` holds besides, such as seeds.
     """
-    notes = [*notes, *_notes(standings)]
-    chosen = {row.name: row for row in standings.ranked if row.name in (standings.winner.name, standings.baseline)}
-    test = {name: test_figures(row, standings.monitor) for name, row in chosen.items()}
-    results = finite({**more, **_results(standings, folder), "soup": soup, "test": test, "notes": notes})
-    costs = {row.name: {"runs": [run.seconds for run in row.runs], "total": row.spent_s} for row in standings.rows}
-    text = "\n".join([*_lines(standings, soup, test), *notes])
-    comparison = Comparison(folder, results, costs, text)
-    if folder is not None:
-        _write(comparison, folder, standings)
+    notes = [*notes, *_collect_notes(ranking)]
+    chosen = {row.name: row for row in ranking.ranked if row.name in (ranking.winner.name, ranking.baseline)}
+    test = {name: read_test_metrics(row, ranking.monitor) for name, row in chosen.items()}
+    results = nonfinite_to_none(
+        {**extra, **_build_results(ranking, study_dir), "soup": soup, "test": test, "notes": notes}
+    )
+    costs = {row.name: {"runs": [run.seconds for run in row.runs], "total": row.total_s} for row in ranking.results}
+    text = "\n".join([*_format_lines(ranking, soup, test), *notes])
+    comparison = Comparison(study_dir, results, costs, text)
+    if study_dir is not None:
+        _write(comparison, study_dir, ranking)
     return comparison
 
 
-def read_back(folder: Path) -> Comparison:
+def read_comparison(study_dir: Path) -> Comparison:
     """The comparison that another process has written."""
-    text = (folder / TABLE).read_text(encoding="utf-8").removesuffix("\n")
-    return Comparison(folder, names.read_json(folder / RESULTS), names.read_json(folder / COSTS), text)
+    text = (study_dir / TABLE).read_text(encoding="utf-8").removesuffix("\n")
+    return Comparison(study_dir, names.read_json(study_dir / RESULTS), names.read_json(study_dir / COSTS), text)
 
 
-def sentence(standings: Standings) -> str:
+def describe_decision(ranking: Ranking) -> str:
     """The decision: who is first, and whether the figures show it to be better than the baseline."""
-    first, monitor = standings.winner, standings.monitor
-    opening = f"first on validation: {first.name}, {monitor} {_with_spread(first.mean, first.sd)}"
-    others = {row.name: standings.verdict(row) for row in standings.ranked if row.name != standings.baseline}
+    first, monitor = ranking.winner, ranking.monitor
+    opening = f"first on validation: {first.name}, {monitor} {_format_mean_std(first.mean, first.std)}"
+    others = {row.name: ranking.describe_verdict(row) for row in ranking.ranked if row.name != ranking.baseline}
     if not others:
         return f"{opening}; there is no other to compare it with"
-    if first.name == standings.baseline:
+    if first.name == ranking.baseline:
         worse = [name for name, verdict in others.items() if verdict == WORSE]
         untested = all(verdict.startswith("not tested") for verdict in others.values())
         beaten = f"significantly worse: {', '.join(worse)}" if worse else "no significant difference to any other"
         return f"{opening}; it is the baseline; {'nothing was tested' if untested else beaten}"
     verdict = others[first.name]
-    if verdict in (BETTER, SAME):
+    if verdict in (BETTER, NO_DIFFERENCE):
         words = "significantly better than" if verdict == BETTER else "no significant difference to"
-        return f"{opening}; {words} {standings.baseline} ({_tested(standings, first.name)})"
+        return f"{opening}; {words} {ranking.baseline} ({_describe_test(ranking, first.name)})"
     return f"{opening}; {verdict}, so it may be first by chance"
 
 
-def _tested(standings: Standings, name: str) -> str:
-    difference, p = standings.differences[name], standings.corrected[name]
-    assert difference.low is not None
-    assert difference.high is not None
+def _describe_test(ranking: Ranking, name: str) -> str:
+    difference, p = ranking.differences[name], ranking.corrected_p_values[name]
+    assert difference.ci_low is not None
+    assert difference.ci_high is not None
+    comparisons = _pluralize(ranking.num_comparisons, "comparison")
     return (
-        f"{difference.mean:+.4f}, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}, "
-        f"p {_p(p)} after Holm for {_count(standings.comparisons, 'comparison')}, {difference.pairs} seeds"
+        f"{difference.mean:+.4f}, 95 % interval {difference.ci_low:+.4f} to {difference.ci_high:+.4f}, "
+        f"p {_format_p_value(p)} after Holm for {comparisons}, {difference.num_pairs} seeds"
     )
 
 
-def _notes(standings: Standings) -> Iterator[str]:
-    ranked = standings.ranked
-    pairs = {each.pairs for each in standings.differences.values()}
-    if standings.baseline not in {row.name for row in ranked}:
-        yield f"note: the baseline '{standings.baseline}' did not come through, so nothing was tested"
+def _collect_notes(ranking: Ranking) -> Iterator[str]:
+    ranked = ranking.ranked
+    pairs = {each.num_pairs for each in ranking.differences.values()}
+    if ranking.baseline not in {row.name for row in ranked}:
+        yield f"note: the baseline '{ranking.baseline}' did not come through, so nothing was tested"
     elif max(pairs, default=2) < 2:
         yield "note: one seed, so there is no test: a difference may be chance; ask for more with --seeds"
     elif pairs:
         most = max(pairs)
         yield (
-            f"note: with {most} seeds an interval reaches {reach(most):.1f} standard deviations of the differences "
-            f"each way (with 10: {reach(10):.1f}); it is about other seeds on these samples, not about other samples"
+            f"note: with {most} seeds an interval reaches {ci_half_width(most):.1f} standard deviations of the "
+            f"differences each way (with 10: {ci_half_width(10):.1f}); it is about other seeds on these samples, "
+            "not about other samples"
         )
-    early = [f"{row.name} after {row.average(kind):.3g}" for row in ranked if (kind := _unspent(row))]
+    early = [f"{row.name} after {row.mean_cost(kind):.3g}" for row in ranked if (kind := _unspent_budget_kind(row))]
     if early:
         yield (
             f"note: some ended by themselves before their {ranked[0].budget} were spent, as their own options say: "
@@ -125,47 +139,47 @@ def _notes(standings: Standings) -> Iterator[str]:
         )
 
 
-def _unspent(row: Row) -> str:
+def _unspent_budget_kind(row: CandidateResult) -> str:
     """The kind of budget that an entrant has left over; empty where it has none."""
-    kind, amount = budget_of(row.budget) if row.budget is not None else ("epochs", 0.0)
-    spent = any(run.by_budget for run in row.runs) or row.average(kind) >= amount
+    kind, amount = parse_budget(row.budget) if row.budget is not None else ("epochs", 0.0)
+    spent = any(run.stopped_by_budget for run in row.runs) or row.mean_cost(kind) >= amount
     return "" if spent else kind
 
 
-def _results(standings: Standings, folder: Path | None) -> dict[str, Any]:
+def _build_results(ranking: Ranking, folder: Path | None) -> dict[str, Any]:
     """Everything that does not depend on the clock."""
     return {
-        "monitor": standings.monitor,
-        "mode": standings.mode,
-        "baseline": standings.baseline,
-        "winner": standings.winner.name,
-        "decision": sentence(standings),
-        "comparisons": standings.comparisons,
-        "level": LEVEL,
-        "entrants": [_entry(standings, row, folder) for row in standings.rows],
+        "monitor": ranking.monitor,
+        "mode": ranking.mode,
+        "baseline": ranking.baseline,
+        "winner": ranking.winner.name,
+        "decision": describe_decision(ranking),
+        "num_comparisons": ranking.num_comparisons,
+        "alpha": ALPHA,
+        "candidates": [_build_entry(ranking, row, folder) for row in ranking.results],
     }
 
 
-def _entry(standings: Standings, row: Row, folder: Path | None) -> dict[str, Any]:
-    difference = standings.differences.get(row.name)
+def _build_entry(ranking: Ranking, row: CandidateResult, folder: Path | None) -> dict[str, Any]:
+    difference = ranking.differences.get(row.name)
     return {
         "name": row.name,
         "state": row.state,
-        "verdict": standings.verdict(row),
+        "verdict": ranking.describe_verdict(row),
         "budget": row.budget,
-        "rung": row.rung,
+        "round": row.round_number,
         "mean": row.mean,
-        "sd": row.sd,
+        "std": row.std,
         "difference": None if difference is None else attrs.asdict(difference),
-        "p_corrected": standings.corrected.get(row.name),
+        "corrected_p_value": ranking.corrected_p_values.get(row.name),
         "runs": [
             {
-                "folder": _relative(run.folder, folder),
+                "run_dir": _relative(run.run_dir, folder),
                 "seed": run.seed,
                 "value": run.value,
                 "epochs": run.epochs,
                 "steps": run.steps,
-                "stopped_by_budget": run.by_budget,
+                "stopped_by_budget": run.stopped_by_budget,
             }
             for run in row.runs
         ],
@@ -176,42 +190,44 @@ def _relative(run: Path, folder: Path | None) -> str:
     return str(run.relative_to(folder)) if folder is not None and run.is_relative_to(folder) else str(run)
 
 
-def _lines(standings: Standings, soup: Mapping[str, Any] | None, test: Mapping[str, Any]) -> Iterator[str]:
-    head = ["entrant", standings.monitor, "sd", "seeds", "epochs", "seconds", f"to {standings.baseline}", "p (Holm)"]
-    rows = [_cells(standings, row) for row in standings.rows]
+def _format_lines(ranking: Ranking, soup: Mapping[str, Any] | None, test: Mapping[str, Any]) -> Iterator[str]:
+    head = ["entrant", ranking.monitor, "sd", "seeds", "epochs", "seconds", f"to {ranking.baseline}", "p (Holm)"]
+    rows = [_format_cells(ranking, row) for row in ranking.results]
     if soup is not None and soup.get("value") is not None:
-        words = f"average of {len(soup['ingredients'])} of {len(soup['tried'])} runs, chosen on validation: not tested"
-        rows.insert(len(standings.ranked), [soup["name"], figure(soup["value"]), *[_UNKNOWN] * 6, words])
-    yield from _aligned([*head, "verdict"], rows)
+        words = (
+            f"average of {len(soup['ingredients'])} of {len(soup['candidates'])} runs, chosen on validation: not tested"
+        )
+        rows.insert(len(ranking.ranked), [soup["name"], format_metric(soup["value"]), *[_UNKNOWN] * 6, words])
+    yield from _align_columns([*head, "verdict"], rows)
     yield ""
-    yield sentence(standings)
+    yield describe_decision(ranking)
     for name, found in test.items():
-        shown = "none" if found["mean"] is None else _with_spread(found["mean"], found["sd"])
-        yield f"test, looked at after the decision: {name}, {standings.monitor} {shown}"
-    total = sum(row.spent_s for row in standings.rows)
-    yield f"cost: {duration(total)} of tuning"
+        shown = "none" if found["mean"] is None else _format_mean_std(found["mean"], found["std"])
+        yield f"test, looked at after the decision: {name}, {ranking.monitor} {shown}"
+    total = sum(row.total_s for row in ranking.results)
+    yield f"cost: {format_duration(total)} of tuning"
 
 
-def _cells(standings: Standings, row: Row) -> list[str]:
-    difference, p = standings.differences.get(row.name), standings.corrected.get(row.name)
+def _format_cells(ranking: Ranking, row: CandidateResult) -> list[str]:
+    difference, p = ranking.differences.get(row.name), ranking.corrected_p_values.get(row.name)
     shown = _UNKNOWN if difference is None else f"{difference.mean:+.4f}"
-    if difference is not None and difference.low is not None and difference.high is not None:
-        shown += f" ({difference.low:+.4f}, {difference.high:+.4f})"
+    if difference is not None and difference.ci_low is not None and difference.ci_high is not None:
+        shown += f" ({difference.ci_low:+.4f}, {difference.ci_high:+.4f})"
     told = bool(row.runs) and row.state != FAILED
     return [
         row.name,
-        figure(row.mean) if told else _UNKNOWN,
-        figure(row.sd) if told and row.sd is not None else _UNKNOWN,
+        format_metric(row.mean) if told else _UNKNOWN,
+        format_metric(row.std) if told and row.std is not None else _UNKNOWN,
         str(len(row.runs)),
-        f"{row.average('epochs'):.3g}" if told else _UNKNOWN,
-        f"{row.average('seconds'):.3g}" if told else _UNKNOWN,
+        f"{row.mean_cost('epochs'):.3g}" if told else _UNKNOWN,
+        f"{row.mean_cost('seconds'):.3g}" if told else _UNKNOWN,
         shown,
-        _p(p),
-        standings.verdict(row),
+        _format_p_value(p),
+        ranking.describe_verdict(row),
     ]
 
 
-def _aligned(head: list[str], rows: list[list[str]]) -> Iterator[str]:
+def _align_columns(head: list[str], rows: list[list[str]]) -> Iterator[str]:
     """Columns as wide as what they hold; names and words to the left, numbers to the right, the last one as it is."""
     widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head) - 1)]
     for row in [head, *rows]:
@@ -222,28 +238,30 @@ def _aligned(head: list[str], rows: list[list[str]]) -> Iterator[str]:
         yield "  ".join([*cells, row[-1]])
 
 
-def _write(comparison: Comparison, folder: Path, standings: Standings) -> None:
+def _write(comparison: Comparison, folder: Path, ranking: Ranking) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names.write_json(folder / RESULTS, comparison.results)
     names.write_json(folder / COSTS, comparison.costs)
-    names.write_whole(folder / TABLE, comparison.table + "\n")
+    names.atomic_write(folder / TABLE, comparison.table + "\n")
     points = [
-        pictures.Point(row.name, [run.seconds for run in row.runs], row.values, hollow=row.state == DROPPED)
-        for row in standings.rows
+        plots.CostPoint(row.name, [run.seconds for run in row.runs], row.values, hollow=row.state == DROPPED)
+        for row in ranking.results
         if row.state in (RANKED, DROPPED) and row.runs
     ]
-    names.write_whole(folder / PICTURE, pictures.standalone(pictures.against_cost(points, standings.monitor)))
+    names.atomic_write(
+        folder / COST_PLOT, plots.to_standalone_svg(plots.plot_metric_against_cost(points, ranking.monitor))
+    )
 
 
-def _with_spread(mean: float, sd: float | None) -> str:
-    return figure(mean) + (f" +- {sd:.4f}" if sd is not None else "")
+def _format_mean_std(mean: float, std: float | None) -> str:
+    return format_metric(mean) + (f" +- {std:.4f}" if std is not None else "")
 
 
-def _p(p: float | None) -> str:
+def _format_p_value(p: float | None) -> str:
     if p is None or math.isnan(p):
         return _UNKNOWN
     return f"{p:.3f}" if p >= 0.001 else "<0.001"
 
 
-def _count(number: int, word: str) -> str:
+def _pluralize(number: int, word: str) -> str:
     return f"{number} {word}{'' if number == 1 else 's'}"

@@ -10,8 +10,8 @@ from typing import Any
 import attrs
 
 from tuneforge import errors
-from tuneforge.comparison.candidates import Entrant
-from tuneforge.comparison.ranking import Finished
+from tuneforge.comparison.candidates import Candidate
+from tuneforge.comparison.ranking import FinishedRun
 from tuneforge.engine.session.engine import Engine
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import FolderError, StoppedError, TryAgainError, TuneforgeError, UsageError
@@ -19,8 +19,8 @@ from tuneforge.errors import FolderError, StoppedError, TryAgainError, Tuneforge
 FAILURE = "failure.json"
 """In a run's folder: what ended the entrant. A race that is asked for again tries anew."""
 
-PARTS = ("data", "model", "adapt", "step", "evaluate", "schedule", "optimizer", "augment", "extensions")
-_TOLD = ("what", "where", "why", "fix")
+COMPONENT_KEYS = ("data", "model", "adapt", "loss", "metrics", "schedule", "optimizer", "augment", "callbacks")
+_ERROR_FIELDS = ("what", "where", "why", "fix")
 
 
 @attrs.frozen(eq=False)
@@ -29,34 +29,34 @@ class Trial:
 
     Args:
         number: Its place among all that the race may ask for; no two have the same.
-        entrant: Who runs.
+        candidate: Who runs.
         seed: Of the run.
         budget: What it may spend; None: it runs to its own end.
-        path: Its folder.
+        run_dir: Its folder.
     """
 
     number: int
-    entrant: Entrant
+    candidate: Candidate
     seed: int
     budget: str | None
-    path: Path
+    run_dir: Path
 
     @property
-    def settled(self) -> bool:
+    def is_settled(self) -> bool:
         """True where it is done, or has failed."""
-        return (self.path / FAILURE).exists() or self._done()
+        return (self.run_dir / FAILURE).exists() or self._is_done()
 
     @property
     def spent_s(self) -> float:
         """Seconds that it took, as far as it came."""
-        known = (self.path / names.STATUS).exists()
-        return float(names.read_json(self.path / names.STATUS).get("spent_s", 0.0)) if known else 0.0
+        known = (self.run_dir / names.STATUS).exists()
+        return float(names.read_json(self.run_dir / names.STATUS).get("elapsed_s", 0.0)) if known else 0.0
 
-    def attempt(self, given: Mapping[str, Any], execute: Callable[[Engine], object]) -> None:
+    def attempt(self, engine_options: Mapping[str, Any], execute: Callable[[Engine], object]) -> None:
         """Do it, or go on with it; whatever goes wrong and is the entrant's fault is written down.
 
         Args:
-            given: What the engine takes besides.
+            engine_options: What the engine takes besides.
             execute: Runs an engine.
 
         Raises:
@@ -65,43 +65,43 @@ class Trial:
             FolderError: Its folder is in use, or cannot be written.
         """
         try:
-            execute(self._engine(given))
+            execute(self._build_engine(engine_options))
         except (StoppedError, TryAgainError, FolderError):  # not the entrant's fault
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it ends an entrant and not the race
-            self.path.mkdir(parents=True, exist_ok=True)
-            names.write_json(self.path / FAILURE, _told(error, self.path))
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            names.write_json(self.run_dir / FAILURE, _error_to_dict(error, self.run_dir))
 
-    def outcome(self) -> Finished | TuneforgeError:
+    def outcome(self) -> FinishedRun | TuneforgeError:
         """What came of it, once it is settled.
 
         Raises:
             FolderError: It has no figure to judge it by.
         """
-        if (self.path / FAILURE).exists():
-            told = names.read_json(self.path / FAILURE)
+        if (self.run_dir / FAILURE).exists():
+            told = names.read_json(self.run_dir / FAILURE)
             kind: type[TuneforgeError] = getattr(errors, told["kind"], TuneforgeError)
-            return kind(told["what"], **{key: told[key] for key in _TOLD[1:]})
-        run = Finished.read(self.path)
+            return kind(told["what"], **{key: told[key] for key in _ERROR_FIELDS[1:]})
+        run = FinishedRun.read(self.run_dir)
         return UsageError(f"its {run.monitor} on validation is no number") if math.isnan(run.value) else run
 
-    def _engine(self, given: Mapping[str, Any]) -> Engine:
-        if (self.path / names.STATUS).exists() and (self.path / names.RUN).exists():
-            parts = {key: value for key, value in given.items() if key in PARTS}
-            return Engine.resume(self.path, strategy=self.entrant.strategy, **parts)
-        (self.path / names.RUN).unlink(missing_ok=True)  # killed before anything was done
-        own = {"strategy": self.entrant.strategy, "seed": self.seed, "budget": self.budget, "out": self.path}
-        return Engine(**{**given, **own})
+    def _build_engine(self, engine_options: Mapping[str, Any]) -> Engine:
+        if (self.run_dir / names.STATUS).exists() and (self.run_dir / names.RUN).exists():
+            parts = {key: value for key, value in engine_options.items() if key in COMPONENT_KEYS}
+            return Engine.resume(self.run_dir, strategy=self.candidate.strategy, **parts)
+        (self.run_dir / names.RUN).unlink(missing_ok=True)  # killed before anything was done
+        own = {"strategy": self.candidate.strategy, "seed": self.seed, "budget": self.budget, "out": self.run_dir}
+        return Engine(**{**engine_options, **own})
 
-    def _done(self) -> bool:
-        begun = (self.path / names.STATUS).exists() and (self.path / names.RUN).exists()
-        return begun and bool(names.read_json(self.path / names.STATUS)["state"] == "done")
+    def _is_done(self) -> bool:
+        begun = (self.run_dir / names.STATUS).exists() and (self.run_dir / names.RUN).exists()
+        return begun and bool(names.read_json(self.run_dir / names.STATUS)["state"] == "done")
 
 
-def _told(error: Exception, path: Path) -> dict[str, str]:
+def _error_to_dict(error: Exception, run_dir: Path) -> dict[str, str]:
     """An error as `outcome` makes it again."""
     if isinstance(error, TuneforgeError):
-        return {"kind": type(error).__name__, **{key: getattr(error, key) for key in _TOLD}}
+        return {"kind": type(error).__name__, **{key: getattr(error, key) for key in _ERROR_FIELDS}}
     what = f"{type(error).__name__}: {error}"
-    why, fix = "this is a defect of tuneforge or of a plugin", f"see {path / names.LOG}"
+    why, fix = "this is a defect of tuneforge or of a plugin", f"see {run_dir / names.LOG}"
     return {"kind": "TuneforgeError", "what": what, "where": "", "why": why, "fix": fix}

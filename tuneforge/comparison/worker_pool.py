@@ -1,6 +1,6 @@
 """The processes that share the runs of a race, and how they meet.
 
-Each goes through the same story, `Race.run`. Whoever finds a run that nobody is at takes it, by locking its byte of a
+Each goes through the same story, `Study.run`. Whoever finds a run that nobody is at takes it, by locking its byte of a
 file in the race's folder. The system lets go of that lock when a process ends, however it ends, so that another one
 goes on with the run that a killed process was at. What came of a run is read from its folder; one process leads: it
 alone speaks and decides.
@@ -29,7 +29,7 @@ import torch
 from torch import distributed
 
 from tuneforge.engine.storage import run_dir as names
-from tuneforge.engine.storage.run_dir import RunFolder
+from tuneforge.engine.storage.run_dir import RunDir
 from tuneforge.errors import FolderError, StoppedError, TryAgainError, UsageError
 
 _CLAIMS = ".claims"
@@ -38,22 +38,22 @@ _MOMENT_S = 5.0
 _STOPPED = (130, 143)
 
 
-class Crew:
-    """One process's part in a race: `with Crew(path) as crew: ...`.
+class WorkerPool:
+    """One process's part in a race: `with WorkerPool(path) as pool: ...`.
 
     Args:
         path: The race's folder.
-        helpers: Processes to start here; with any, this one only watches.
-        say: Where sentences for the user go.
+        num_workers: Processes to start here; with any, this one only watches.
+        log: Where sentences for the user go.
     """
 
-    def __init__(self, path: Path, *, helpers: int = 0, say: Callable[[str], None] = lambda text: None) -> None:
-        self.works = helpers == 0
-        self._path, self._count, self._say = path, helpers, say
+    def __init__(self, path: Path, *, num_workers: int = 0, log: Callable[[str], None] = lambda text: None) -> None:
+        self.runs_trials = num_workers == 0
+        self._path, self._count, self._log = path, num_workers, log
         self._helpers: list[subprocess.Popen[bytes]] = []
         self._claims: IO[bytes] | None = None
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> WorkerPool:
         self._claims = (self._path / _CLAIMS).open("ab")
         self._helpers = [_helper(self._path, place, self._count) for place in range(self._count)]
         return self
@@ -74,7 +74,7 @@ class Crew:
                 each.communicate()
 
     @contextlib.contextmanager
-    def taken(self, number: int) -> Iterator[bool]:
+    def claim(self, number: int) -> Iterator[bool]:
         """Hold a run of the race by its number; False where another process has it."""
         assert self._claims is not None
         try:
@@ -87,7 +87,7 @@ class Crew:
         finally:
             fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, number)
 
-    def wait(self) -> None:
+    def poll(self) -> None:
         """Let a moment pass, because every run that is left is taken; see that those who have them are there.
 
         Raises:
@@ -102,8 +102,8 @@ class Crew:
             if code > 0 and code not in _STOPPED:
                 raise StoppedError("a process of the race gave up, and said why", exit_code=code)
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            self._say(f"note: a process of the race was ended ({how}); {len(self._helpers)} go on with what it was at")
-        if not self.works and not self._helpers:
+            self._log(f"note: a process of the race was ended ({how}); {len(self._helpers)} go on with what it was at")
+        if not self.runs_trials and not self._helpers:
             raise TryAgainError(
                 "every process of the race was ended",
                 why="nobody is left to go on",
@@ -111,11 +111,11 @@ class Crew:
             )
 
 
-def let_go(path: Path) -> None:
+def wait_for_release(run_dir: Path) -> None:
     """Wait a moment until nobody holds a run's folder: what decoded for a killed process outlives it shortly."""
     until = time.monotonic() + _MOMENT_S
-    while path.exists() and time.monotonic() < until:
-        with contextlib.suppress(FolderError), RunFolder(path, resume=True):
+    while run_dir.exists() and time.monotonic() < until:
+        with contextlib.suppress(FolderError), RunDir(run_dir, resume=True):
             return
         time.sleep(_LOOK_S)
 
@@ -126,7 +126,7 @@ def _helper(path: Path, place: int, count: int) -> subprocess.Popen[bytes]:
     It is in no terminal's reach, so that Ctrl-C is for the one that started it.
     """
     shared = {
-        "OMP_NUM_THREADS": str(threads_each(count)),
+        "OMP_NUM_THREADS": str(threads_per_process(count)),
         "LOCAL_RANK": str(place % max(1, torch.accelerator.device_count())),
         "PYTHONPATH": os.pathsep.join(os.path.abspath(each) for each in sys.path),
     }
@@ -139,13 +139,13 @@ def _helper(path: Path, place: int, count: int) -> subprocess.Popen[bytes]:
     )
 
 
-def threads_each(count: int) -> int:
+def threads_per_process(num_processes: int) -> int:
     """Threads of each of so many processes on this machine."""
-    return max(1, torch.get_num_threads() // count)
+    return max(1, torch.get_num_threads() // num_processes)
 
 
 @attrs.frozen(eq=False)
-class Meeting:
+class Rendezvous:
     """The ranks that torchrun has started, before any of them has begun.
 
     Args:
@@ -159,7 +159,7 @@ class Meeting:
     key: str
 
     @classmethod
-    def found(cls) -> Meeting | None:
+    def from_environment(cls) -> Rendezvous | None:
         """That of this process; None where torchrun has not started it.
 
         Raises:
@@ -174,17 +174,17 @@ class Meeting:
         own = distributed.PrefixStore(f"tuneforge-race/{attempt}", store)  # type: ignore[attr-defined]
         return cls(rank, own, f"race-{own.add(f'races-of-{rank}', 1)}")
 
-    def tell(self, path: Path) -> None:
+    def send_dir(self, path: Path) -> None:
         """Let the others begin."""
         self.store.set(self.key, json.dumps(os.path.abspath(path)))
 
-    def heard(self) -> Path:
+    def receive_dir(self) -> Path:
         """The race's folder, once rank 0 has told it."""
         return Path(json.loads(self.store.get(self.key)))
 
 
 @contextlib.contextmanager
-def each_alone() -> Iterator[None]:
+def as_single_process() -> Iterator[None]:
     """While this lasts, a run is one process's, although torchrun has started several."""
     before = os.environ["WORLD_SIZE"]
     os.environ["WORLD_SIZE"] = "1"
@@ -194,7 +194,7 @@ def each_alone() -> Iterator[None]:
         os.environ["WORLD_SIZE"] = before
 
 
-def await_end(path: Path) -> None:
+def wait_until_finished(path: Path) -> None:
     """Wait until the one that leads a race has ended it.
 
     Raises:

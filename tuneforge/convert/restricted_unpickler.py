@@ -17,15 +17,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tuneforge.builtin.datasets.images.sample_names import shown
-from tuneforge.convert.weights import checked_name
+from tuneforge.builtin.datasets.images.sample_names import escape_name
+from tuneforge.convert.weights import require_tensor_name
 from tuneforge.errors import DataError, UnsafeFileError
 
 _KEYS = ("state_dict", "model_state_dict", "model", "net", "module", "weights", "params", "ema")
-_MOST_MEMBERS = 100_000
+_MAX_MEMBERS = 100_000
 _PROTOCOLS = [bytes([number]) for number in range(6)]
-_IMPORTING = ("GLOBAL", "STACK_GLOBAL", "INST")
-_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6, as a pickle
+_IMPORT_OPCODES = ("GLOBAL", "STACK_GLOBAL", "INST")
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6, as a pickle
 
 
 def unpack(*, path: str, out: str, key: str | None, max_bytes: int) -> dict[str, Any]:
@@ -47,18 +47,18 @@ def unpack(*, path: str, out: str, key: str | None, max_bytes: int) -> dict[str,
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - a hostile file makes the reader raise whatever it likes
-        raise UnsafeFileError("it cannot be read safely", why=_reason(error)) from None
-    found, under = _weights_in(content, key)
-    kept, same, left_out = _kept(found, max_bytes)
-    _write(kept, same, out)
-    return {"under": under, "same": same, "left_out": left_out}
+        raise UnsafeFileError("it cannot be read safely", why=_error_reason(error)) from None
+    state_dict, state_dict_key = _find_state_dict(content, key)
+    tensors, shared_tensors, skipped_names = _select_tensors(state_dict, max_bytes)
+    _write(tensors, shared_tensors, out)
+    return {"state_dict_key": state_dict_key, "shared_tensors": shared_tensors, "skipped_names": skipped_names}
 
 
 def _check_container(path: Path, max_bytes: int) -> None:
     """Refuse what is neither of the two containers, and archives that unpack to more than they are."""
     with path.open("rb") as file:
-        start = file.read(len(_LEGACY))
-    if start == _LEGACY:
+        start = file.read(len(_LEGACY_MAGIC))
+    if start == _LEGACY_MAGIC:
         return
     if not start.startswith(b"PK\x03\x04"):
         if _is_pickle(path):
@@ -72,7 +72,7 @@ def _check_container(path: Path, max_bytes: int) -> None:
     names = [member.filename for member in members]
     if not any(name.endswith("data.pkl") for name in names):
         raise DataError("it is an archive, but not one that torch.save writes", why="it holds no data.pkl")
-    if len(names) > _MOST_MEMBERS or len(set(names)) != len(names):
+    if len(names) > _MAX_MEMBERS or len(set(names)) != len(names):
         raise UnsafeFileError("the archive has too many members, or two of one name")
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
@@ -92,7 +92,7 @@ def _is_pickle(path: Path) -> bool:
         file.seek(0)
         try:
             for code, _, _ in pickletools.genops(file):
-                named = named or code.name in _IMPORTING
+                named = named or code.name in _IMPORT_OPCODES
         except MemoryError:
             raise
         except Exception:  # noqa: BLE001 - what is no pickle makes it raise whatever it likes
@@ -100,50 +100,52 @@ def _is_pickle(path: Path) -> bool:
     return named
 
 
-def _weights_in(content: Any, key: str | None) -> tuple[Mapping[Any, Any], str]:
+def _find_state_dict(content: Any, key: str | None) -> tuple[Mapping[Any, Any], str]:
     """The mapping of names to tensors in what was read, and the key that it lies under."""
     if not isinstance(content, Mapping):
         raise DataError(f"it holds a {type(content).__name__}, not weights by name")
     if key is not None:
         if not isinstance(content.get(key), Mapping):
-            raise DataError(f"it has no weights under '{key}'", fix=f"it has {_listed(content)}")
+            raise DataError(f"it has no weights under '{key}'", fix=f"it has {_list_keys(content)}")
         return content[key], key
     if any(isinstance(value, Tensor) for value in content.values()):
         return content, ""
     for each in _KEYS:
         if isinstance(content.get(each), Mapping):
             return content[each], each
-    raise DataError("it holds no weights by name", fix=f"say where they are with --key; it has {_listed(content)}")
+    raise DataError("it holds no weights by name", fix=f"say where they are with --key; it has {_list_keys(content)}")
 
 
-def _kept(found: Mapping[Any, Any], max_bytes: int) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+def _select_tensors(
+    state_dict: Mapping[Any, Any], max_bytes: int
+) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
     """Tensors by name, each memory once; further names of the same one; names of what was no tensor."""
-    kept: dict[str, Tensor] = {}
-    same: dict[str, str] = {}
-    left_out: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    skipped: list[str] = []
     first: dict[tuple[Any, ...], str] = {}
     total = 0
-    for name, value in found.items():
-        checked = checked_name(name)
+    for name, value in state_dict.items():
+        checked = require_tensor_name(name)
         if not isinstance(value, Tensor):
-            left_out.append(checked)
+            skipped.append(checked)
             continue
-        tensor = _plain(checked, value)
-        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and place in first:
-            same[checked] = first[place]
+        tensor = _require_plain_tensor(checked, value)
+        memory = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and memory in first:
+            shared[checked] = first[memory]
             continue
-        first[place] = checked
+        first[memory] = checked
         total += tensor.numel() * tensor.element_size()
         if total > max_bytes:
             raise DataError(f"its tensors take more than {max_bytes / 2**20:,.0f} MB", fix="give a larger --max-mb")
-        kept[checked] = tensor
-    if not kept:
+        tensors[checked] = tensor
+    if not tensors:
         raise DataError("it holds no tensor")
-    return kept, same, left_out
+    return tensors, shared, skipped
 
 
-def _plain(name: str, tensor: Tensor) -> Tensor:
+def _require_plain_tensor(name: str, tensor: Tensor) -> Tensor:
     """A tensor that is nothing but numbers in memory, of which it has as many as it says."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter)
     if not plain or tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
@@ -153,19 +155,19 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def _write(kept: Mapping[str, Tensor], same: Mapping[str, str], out: str) -> None:
+def _write(tensors: Mapping[str, Tensor], shared: Mapping[str, str], out: str) -> None:
     """Write safetensors as `save_tensors` does, but into the one file that may be written."""
-    plain = {name: tensor.contiguous().clone() for name, tensor in sorted(kept.items())}
-    content = save(plain, metadata={"tuneforge": json.dumps({"same": same}, sort_keys=True)})
+    plain = {name: tensor.contiguous().clone() for name, tensor in sorted(tensors.items())}
+    content = save(plain, metadata={"tuneforge": json.dumps({"shared_tensors": shared}, sort_keys=True)})
     Path(out).write_bytes(content)
 
 
-def _reason(error: BaseException) -> str:
+def _error_reason(error: BaseException) -> str:
     """What torch's reader found, without its advice to read the file unsafely."""
     _, marker, found = str(error).partition("WeightsUnpickler error:")
     first = (found if marker else str(error)).strip().partition("\n")[0].partition(". ")[0]
-    return shown(first[:200]) if first and "weights_only" not in first else type(error).__name__
+    return escape_name(first[:200]) if first and "weights_only" not in first else type(error).__name__
 
 
-def _listed(content: Mapping[Any, Any]) -> str:
+def _list_keys(content: Mapping[Any, Any]) -> str:
     return ", ".join(str(each)[:40] for each in list(content)[:10]) or "nothing"

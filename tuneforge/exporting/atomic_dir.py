@@ -20,7 +20,7 @@ _PART = ".part"
 
 
 @contextlib.contextmanager
-def building(final: Path) -> Iterator[Path]:
+def atomic_directory(final: Path) -> Iterator[Path]:
     """A temporary folder beside `final`; when the block ends without an error, it is sealed and becomes `final`.
 
     Raises:
@@ -35,9 +35,9 @@ def building(final: Path) -> Iterator[Path]:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
-        seal(temporary)
+        write_manifest(temporary)
         faults.point("bundle.sealed")
-        place(temporary, final)
+        publish(temporary, final)
     except OSError as error:
         raise _write_error(final, error) from error
     finally:
@@ -47,28 +47,28 @@ def building(final: Path) -> Iterator[Path]:
                 each.rmdir()
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """List every file with its size and SHA-256, flush all of it."""
     files = {}
     for path in sorted(each for each in folder.rglob("*") if each.is_file() and each.name != MANIFEST):
-        size, digest = _measured(path)
+        size, digest = _size_and_digest(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": size, "sha256": digest}
     write_json(folder / MANIFEST, {"files": files})
     for path in (*sorted(folder.rglob("*")), folder):
-        flush(path)
+        fsync_path(path)
 
 
-def place(temporary: Path, final: Path) -> None:
+def publish(temporary: Path, final: Path) -> None:
     """Rename a sealed folder to its name, durably or not at all."""
     temporary.rename(final)
     try:
-        flush(final.parent)
+        fsync_path(final.parent)
     except OSError:
         shutil.rmtree(final, ignore_errors=True)  # which needs no space
         raise
 
 
-def verify(folder: Path) -> None:
+def verify_manifest(folder: Path) -> None:
     """See that every file is there and holds what was written.
 
     Raises:
@@ -78,17 +78,17 @@ def verify(folder: Path) -> None:
         files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _broken(folder, MANIFEST, f"{type(error).__name__}: {error}") from None
+        raise _broken_error(folder, MANIFEST, f"{type(error).__name__}: {error}") from None
     for name, measured in expected.items():
         try:
-            found = _measured(folder / name)
+            found = _size_and_digest(folder / name)
         except OSError as error:
-            raise _broken(folder, name, error.strerror or str(error)) from None
+            raise _broken_error(folder, name, error.strerror or str(error)) from None
         if found != measured:
-            raise _broken(folder, name, "its content is not what was written")
+            raise _broken_error(folder, name, "its content is not what was written")
 
 
-def flush(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Make a file or the entries of a folder last."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -97,13 +97,13 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _measured(path: Path) -> tuple[int, str]:
+def _size_and_digest(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), digest
 
 
-def _broken(folder: Path, name: str, why: str) -> FolderError:
+def _broken_error(folder: Path, name: str, why: str) -> FolderError:
     return FolderError(
         f"the bundle '{folder}' is broken at {name}", where=str(folder / name), why=why, fix="export or copy it again"
     )

@@ -5,7 +5,7 @@ file                     what
 =======================  ==========================================================================================
 `bundle.json`            contracts of inputs and targets, figures, provenance, and the forms the model is in
 `model.onnx`, ...        what each export format wrote
-`evidence.safetensors`   recorded answers, a reference for drift, digests of the training samples
+`reference.safetensors`  recorded answers, a reference for drift, digests of the training samples
 `README.md`              the model card
 `manifest.json`          size and SHA-256 of every other file
 =======================  ==========================================================================================
@@ -21,27 +21,27 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from tuneforge.engine.data.dataset import Inputable, Inputs, Targets, map_inputs
-from tuneforge.engine.loop.build import part
-from tuneforge.engine.session import predictor as tuned
+from tuneforge.engine.data.dataset import Inputs, Targets, TensorTree, map_inputs
+from tuneforge.engine.loop.build import create_component
+from tuneforge.engine.session.predictor import load
 from tuneforge.engine.storage import run_dir as names
-from tuneforge.errors import FolderError, HaltError, MissingDependencyError, UsageError, close_match
-from tuneforge.exporting import atomic_dir as sealed
-from tuneforge.exporting.formats import ExportFormat, Forward, answers_of, forward_of
-from tuneforge.exporting.parity import deviation
-from tuneforge.exporting.reference_outputs import Evidence
-from tuneforge.plugin.steps import Use
+from tuneforge.errors import FolderError, HaltError, MissingDependencyError, UsageError, suggest_name
+from tuneforge.exporting.atomic_dir import verify_manifest
+from tuneforge.exporting.formats import ExportFormat, Forward, compute_predictions, make_forward
+from tuneforge.exporting.parity import measure_deviation
+from tuneforge.exporting.reference_outputs import ReferenceData
+from tuneforge.plugin.steps import ComponentSpec
 
-BUNDLE, CARD, CHAMPION = "bundle.json", "README.md", "champion.json"
-FORMAT = 1
+BUNDLE, MODEL_CARD, CHAMPION = "bundle.json", "README.md", "champion.json"
+LAYOUT_VERSION = 1
 """The version of the layout of bundles that this tuneforge writes."""
 
-SAME = 1e-2
+MAX_DEVIATION = 1e-2
 """How far a probability may be from the recorded one: accelerators compute convolutions in lower precision."""
 
 
 @attrs.define(eq=False, slots=False)
-class Servable:
+class InferenceModel:
     """A tuned model that answers: from a bundle, a store's version or a finished run. Its methods are thread-safe.
 
     Args:
@@ -64,29 +64,29 @@ class Servable:
     _forward: Forward
 
     @property
-    def figures(self) -> Mapping[str, Any]:
+    def test_metrics(self) -> Mapping[str, Any]:
         """Figures of the test split, as the run reported them."""
-        figures: Mapping[str, Any] = self.record["figures"]["test"]
-        return figures
+        metrics: Mapping[str, Any] = self.record["metrics"]["test"]
+        return metrics
 
     @property
-    def stored(self) -> dict[str, tuple[tuple[int, ...], str]]:
+    def input_specs(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape without the batch, and type such as `uint8`, of each stored tensor; a single one is named ''."""
-        found = self.record["stored"].items()
-        return {name: (tuple(shape), dtype.removeprefix("torch.")) for name, (shape, dtype) in found}
+        specs = self.record["input_specs"].items()
+        return {name: (tuple(shape), dtype.removeprefix("torch.")) for name, (shape, dtype) in specs}
 
     @cached_property
-    def evidence(self) -> Evidence | None:
+    def reference_data(self) -> ReferenceData | None:
         """Recorded answers and the reference for drift; None for a run folder."""
-        return None if "bundle" not in self.record else Evidence.read(self.path)
+        return None if "bundle" not in self.record else ReferenceData.read(self.path)
 
-    def outputs(self, stored: Inputable) -> Tensor:
+    def outputs(self, stored: TensorTree) -> Tensor:
         """The model's outputs, float32 (b, k) on the CPU, for the stored form of a batch: what targets describe."""
         return self._forward(stored)
 
-    def answers(self, stored: Inputable) -> Tensor:
+    def predict_batch(self, stored: TensorTree) -> Tensor:
         """Probabilities, or numbers in their unit, float32 (b, k), for the stored form of a batch."""
-        return answers_of(self.targets, self._forward(stored))
+        return compute_predictions(self.targets, self._forward(stored))
 
     def predict(self, raws: Iterable[Any]) -> Iterator[dict[str, Any]]:
         """The answer for each raw thing as plain data, such as class and probabilities.
@@ -98,7 +98,7 @@ class Servable:
             stored = map_inputs(self.inputs.decode(raw), lambda tensor: tensor[None])
             yield self.targets.describe(self._forward(stored)[0])
 
-    def check(self) -> int:
+    def verify(self) -> int:
         """Answer the recorded test inputs again and compare, in one batch and alone.
 
         Returns:
@@ -107,18 +107,21 @@ class Servable:
         Raises:
             HaltError: An answer is another one, or is no number.
         """
-        kept = self.evidence
-        if kept is None:
+        reference = self.reference_data
+        if reference is None:
             return 0
-        expected = answers_of(self.targets, kept.outputs)
-        alone = map_inputs(kept.probe, lambda tensor: tensor[:1])
-        for found, wanted in ((self.answers(kept.probe), expected), (self.answers(alone), expected[:1])):
-            far = deviation(found, wanted)
-            if not far <= SAME:
+        expected = compute_predictions(self.targets, reference.probe_outputs)
+        alone = map_inputs(reference.probe_inputs, lambda tensor: tensor[:1])
+        for actual, recorded in (
+            (self.predict_batch(reference.probe_inputs), expected),
+            (self.predict_batch(alone), expected[:1]),
+        ):
+            deviation = measure_deviation(actual, recorded)
+            if not deviation <= MAX_DEVIATION:
                 raise HaltError(
                     f"{self.name} {self.version}".strip() + " disagrees with its own recorded answers",
                     where=str(self.path),
-                    why=f"an answer is off by {far:.3g}, and {SAME:g} is allowed ({self.backend})",
+                    why=f"an answer is off by {deviation:.3g}, and {MAX_DEVIATION:g} is allowed ({self.backend})",
                     fix="export it again on this machine, or look for what changed in its packages",
                 )
         return len(expected)
@@ -131,7 +134,7 @@ def load_bundle(
     device_name: str = "auto",
     name: str = "",
     version: str = "",
-) -> Servable:
+) -> InferenceModel:
     """Open a bundle, once its hashes have been compared.
 
     Args:
@@ -148,21 +151,25 @@ def load_bundle(
         MissingDependencyError: A package that the backend needs is not installed.
     """
     path = Path(path)
-    sealed.verify(path)
+    verify_manifest(path)
     record = names.read_json(path / BUNDLE)
-    if record["bundle"] > FORMAT:
+    if record["bundle"] > LAYOUT_VERSION:
         raise FolderError(
             f"the bundle '{path}' was written by a newer tuneforge ({record['tuneforge']})",
             where=BUNDLE,
-            why=f"its layout has version {record['bundle']}, and this one reads up to {FORMAT}",
+            why=f"its layout has version {record['bundle']}, and this one reads up to {LAYOUT_VERSION}",
             fix="update tuneforge",
         )
-    chosen, forward = _opened(path, record["formats"], backend, device_name)
-    inputs, targets = (part(group, Use(record[group]["name"], record[group]["options"])) for group in _CONTRACTS)
-    return Servable(path, name or record["name"], version, chosen, inputs, targets, record, forward)
+    chosen, forward = _open_first_available(path, record["formats"], backend, device_name)
+    inputs, targets = (
+        create_component(group, ComponentSpec(record[group]["name"], record[group]["options"])) for group in _CONTRACTS
+    )
+    return InferenceModel(path, name or record["name"], version, chosen, inputs, targets, record, forward)
 
 
-def servable_of(path: str | Path, *, backend: str = "auto", device_name: str = "auto", model: Any = None) -> Servable:
+def load_inference_model(
+    path: str | Path, *, backend: str = "auto", device_name: str = "auto", model: Any = None
+) -> InferenceModel:
     """What answers from a folder: a bundle, a finished run, a store's version, or a model of a store (its champion).
 
     Args:
@@ -178,18 +185,18 @@ def servable_of(path: str | Path, *, backend: str = "auto", device_name: str = "
     if (path / CHAMPION).is_file():
         path = path / str(names.read_json(path / CHAMPION)["version"])
     if (path / BUNDLE).is_file():
-        in_store = (path.absolute().parent / CHAMPION).is_file()
-        name, version = (path.absolute().parent.name, path.name) if in_store else ("", "")
+        in_registry = (path.absolute().parent / CHAMPION).is_file()
+        name, version = (path.absolute().parent.name, path.name) if in_registry else ("", "")
         return load_bundle(path, backend=backend, device_name=device_name, name=name, version=version)
     if backend not in ("auto", "torch"):
         raise UsageError(f"a run has no form for '{backend}'", where=str(path), fix="export it: tuneforge export RUN")
-    found = tuned.load(path, model=model, device_name=device_name)
-    record = {**names.read_json(path / names.MODEL), "figures": names.read_json(path / names.REPORT)["splits"]}
+    predictor = load(path, model=model, device_name=device_name)
+    record = {**names.read_json(path / names.MODEL), "metrics": names.read_json(path / names.REPORT)["splits"]}
     name = path.absolute().name
-    return Servable(path, name, "", "torch", found.inputs, found.targets, record, forward_of(found))
+    return InferenceModel(path, name, "", "torch", predictor.inputs, predictor.targets, record, make_forward(predictor))
 
 
-def backends_of(path: str | Path) -> tuple[str, ...]:
+def list_backends(path: str | Path) -> tuple[str, ...]:
     """The backends that a bundle, a store's version or a run has a form for, in order."""
     path = Path(path)
     if not (path / BUNDLE).is_file():
@@ -197,30 +204,32 @@ def backends_of(path: str | Path) -> tuple[str, ...]:
     return tuple(each["backend"] for each in names.read_json(path / BUNDLE)["formats"].values())
 
 
-def format_of(name: str) -> ExportFormat:
+def load_format(name: str) -> ExportFormat:
     """The export format of that name.
 
     Raises:
         UnknownNameError: It is not installed.
     """
-    built: ExportFormat = part("export", Use(name))
+    built: ExportFormat = create_component("export", ComponentSpec(name))
     return built
 
 
 _CONTRACTS = ("inputs", "targets")
 
 
-def _opened(path: Path, formats: Mapping[str, Any], backend: str, device_name: str) -> tuple[str, Forward]:
+def _open_first_available(
+    path: Path, formats: Mapping[str, Any], backend: str, device_name: str
+) -> tuple[str, Forward]:
     """The first form that fits the backend and can be used here."""
     fitting = [name for name, each in formats.items() if backend in ("auto", each["backend"])]
     if not fitting:
         known = [each["backend"] for each in formats.values()]
         raise UsageError(
-            f"'{path}' has no form for backend '{backend}'", where="--backend", fix=close_match(backend, known)
+            f"'{path}' has no form for backend '{backend}'", where="--backend", fix=suggest_name(backend, known)
         )
     for place, name in enumerate(fitting):
         try:
-            return formats[name]["backend"], format_of(name).opened(path, device_name=device_name)
+            return formats[name]["backend"], load_format(name).load(path, device_name=device_name)
         except MissingDependencyError:
             if place == len(fitting) - 1:
                 raise

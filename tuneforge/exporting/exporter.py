@@ -17,16 +17,16 @@ import torch
 
 import tuneforge
 from tuneforge.engine.data.dataset import Data, Split
-from tuneforge.engine.session.predictor import Tuned, load, with_data
+from tuneforge.engine.session.predictor import Predictor, attach_data, load
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import DataError, UsageError
 from tuneforge.exporting import model_card as card
-from tuneforge.exporting import reference_outputs as evidence
-from tuneforge.exporting.atomic_dir import building
-from tuneforge.exporting.bundle import BUNDLE, CARD, FORMAT, format_of
-from tuneforge.exporting.formats import ExportFormat, forward_of
-from tuneforge.exporting.parity import Parity, require_parity
-from tuneforge.exporting.thumbnails import write_pictures
+from tuneforge.exporting import reference_outputs
+from tuneforge.exporting.atomic_dir import atomic_directory
+from tuneforge.exporting.bundle import BUNDLE, LAYOUT_VERSION, MODEL_CARD, load_format
+from tuneforge.exporting.formats import ExportFormat, make_forward
+from tuneforge.exporting.parity import ParityResult, require_parity
+from tuneforge.exporting.thumbnails import write_images
 from tuneforge.plugin import registry
 
 _PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "onnx", "onnxscript", "onnxruntime")
@@ -40,9 +40,9 @@ def export(
     name: str = "",
     data: Any = None,
     model: Any = None,
-    worlds: Sequence[Split] = (),
-    pictures: str | Path | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    reference_splits: Sequence[Split] = (),
+    image_dir: str | Path | None = None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Write a bundle of a finished run.
 
@@ -53,9 +53,10 @@ def export(
         name: Of the model; by default the run's.
         data: The run's data, where it was given them as objects; None prepares them again.
         model: The module, where the run was given one as an object.
-        worlds: Further samples, not trained on, such as what production sent: drift is measured from them too.
-        pictures: A folder for the test split's pictures as files, as they are stored; None writes none.
-        say: Where sentences for the user go.
+        reference_splits: Further samples, not trained on, such as what production sent: drift is measured from them
+            too.
+        image_dir: A folder for the test split's pictures as files, as they are stored; None writes none.
+        log: Where sentences for the user go.
 
     Returns:
         The bundle's folder.
@@ -68,100 +69,109 @@ def export(
         FolderError: The run is not done, or there is something at `out`.
     """
     run = Path(run)
-    place = Path(out) if out is not None else Path("bundles") / run.absolute().name
+    bundle_dir = Path(out) if out is not None else Path("bundles") / run.absolute().name
     if not to or len(set(to)) != len(to):
         raise UsageError("each export format is named once", where="--to", fix="name one or more formats")
-    formats = {each: format_of(each) for each in to}
-    tuned = load(run, model=model, device_name="cpu")
-    found = prepared(tuned, data)
-    with building(place) as folder:
-        written = {each: _written(each, form, run, model, found, folder, say) for each, form in formats.items()}
-        _remember(folder, tuned, found, worlds)
-        _describe(folder, _record(tuned, name or run.absolute().name, formats, written))
-        if pictures is not None:
-            write_pictures(found.test, tuned.targets, Path(pictures))
-    return place
+    formats = {each: load_format(each) for each in to}
+    predictor = load(run, model=model, device_name="cpu")
+    prepared = prepare_data(predictor, data)
+    with atomic_directory(bundle_dir) as directory:
+        parities = {
+            each: _write_and_verify(each, form, run, model, prepared, directory, log) for each, form in formats.items()
+        }
+        _save_reference_data(directory, predictor, prepared, reference_splits)
+        _write_record_and_card(directory, _build_record(predictor, name or run.absolute().name, formats, parities))
+        if image_dir is not None:
+            write_images(prepared.test, predictor.targets, Path(image_dir))
+    return bundle_dir
 
 
-def prepared(tuned: Tuned, data: Any = None) -> Data:
+def prepare_data(predictor: Predictor, data: Any = None) -> Data:
     """The data that a run was tuned and tested on.
 
     Raises:
         DataError: They have changed since.
     """
-    found = with_data(tuned, data=data).data
-    recorded = names.read_json(tuned.path / names.MODEL)["fingerprints"]
+    found = attach_data(predictor, data=data).data
+    recorded = names.read_json(predictor.run_dir / names.MODEL)["fingerprints"]
     changed = [each for each in ("train", "test") if getattr(found, each).fingerprint() != recorded[each]]
     if changed:
         raise DataError(
             f"the {' and the '.join(changed)} split is not what the run was made with",
-            where=str(tuned.path),
+            where=str(predictor.run_dir),
             why="its fingerprint is another one than in model.json, so the run's figures say nothing about it",
             fix="bring the data back as it was, or tune again",
         )
     return found
 
 
-def sentence(parity: Parity) -> str:
+def describe_parity(parity: ParityResult) -> str:
     """How the comparison went, for people."""
-    ties = f", {parity.near_ties} near-ties" if parity.near_ties else ""
+    ties = f", {parity.num_near_ties} near-ties" if parity.num_near_ties else ""
     return (
-        f"answers as the tuned model does, {parity.samples} test samples in batches of "
-        f"{', '.join(map(str, parity.batches))}: off by at most {parity.largest:.1e}{ties}"
+        f"answers as the tuned model does, {parity.num_samples} test samples in batches of "
+        f"{', '.join(map(str, parity.batch_sizes))}: off by at most {parity.max_deviation:.1e}{ties}"
     )
 
 
-def _written(
-    name: str, form: ExportFormat, run: Path, model: Any, data: Data, folder: Path, say: Callable[[str], None]
-) -> Parity:
+def _write_and_verify(
+    name: str, form: ExportFormat, run: Path, model: Any, data: Data, directory: Path, log: Callable[[str], None]
+) -> ParityResult:
     """Write one form, open it again and compare it with the run, freshly loaded."""
-    tuned = load(run, model=model, device_name="cpu")
+    predictor = load(run, model=model, device_name="cpu")
     if form.float32:
-        plain = {"precision": "float32", "memory_format": "contiguous"}
-        tuned.run.config = attrs.evolve(tuned.run.config, **plain)  # type: ignore[arg-type]  # of some other field
-        tuned.model.module.to(memory_format=torch.contiguous_format)
-    form.write(tuned, folder)
-    opened = form.opened(folder, device_name="cpu")
-    parity = require_parity(name, forward_of(tuned), opened, tuned.targets, data.test)
-    say(f"{name}: {sentence(parity)}")
+        plain = {"precision": "fp32", "memory_format": "contiguous"}
+        predictor.run.config = attrs.evolve(predictor.run.config, **plain)  # type: ignore[arg-type]  # of some other field
+        predictor.model.module.to(memory_format=torch.contiguous_format)
+    form.write(predictor, directory)
+    opened = form.load(directory, device_name="cpu")
+    parity = require_parity(name, make_forward(predictor), opened, predictor.targets, data.test)
+    log(f"{name}: {describe_parity(parity)}")
     return parity
 
 
-def _remember(folder: Path, tuned: Tuned, found: Data, worlds: Sequence[Split]) -> None:
-    known = evidence.gathered(forward_of(tuned), tuned.targets, train=found.train, test=found.test, worlds=worlds)
-    known.save(folder)
+def _save_reference_data(directory: Path, predictor: Predictor, data: Data, reference_splits: Sequence[Split]) -> None:
+    reference_data = reference_outputs.build_reference_data(
+        make_forward(predictor), predictor.targets, train=data.train, test=data.test, reference_splits=reference_splits
+    )
+    reference_data.save(directory)
 
 
-def _describe(folder: Path, record: Mapping[str, Any]) -> None:
-    names.write_json(folder / BUNDLE, record)
-    names.write_whole(folder / CARD, card.text(record))
+def _write_record_and_card(directory: Path, record: Mapping[str, Any]) -> None:
+    names.write_json(directory / BUNDLE, record)
+    names.atomic_write(directory / MODEL_CARD, card.render_card(record))
 
 
-def _record(tuned: Tuned, name: str, formats: dict[str, ExportFormat], written: dict[str, Parity]) -> dict[str, Any]:
+def _build_record(
+    predictor: Predictor, name: str, formats: dict[str, ExportFormat], parities: dict[str, ParityResult]
+) -> dict[str, Any]:
     """The content of `bundle.json`."""
-    report, model = (names.read_json(tuned.path / each) for each in (names.REPORT, names.MODEL))
-    told = names.read_json(tuned.path / names.RUN)
+    report, model = (names.read_json(predictor.run_dir / each) for each in (names.REPORT, names.MODEL))
+    run_record = names.read_json(predictor.run_dir / names.RUN)
     return {
-        "bundle": FORMAT,
+        "bundle": LAYOUT_VERSION,
         "tuneforge": tuneforge.__version__,
         "name": name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "formats": {each: _form(each, form, written[each]) for each, form in formats.items()},
-        **{key: model[key] for key in ("inputs", "targets", "stored", "labels", "fingerprints", "changes", "notes")},
-        "figures": report["splits"],
-        **{key: report[key] for key in ("headline", "samples", "strategy")},
-        "run": {"folder": tuned.path.absolute().name, **told},
-        "versions": {"python": platform.python_version(), **_versions()},
+        "formats": {each: _build_format_record(each, form, parities[each]) for each, form in formats.items()},
+        **{
+            key: model[key]
+            for key in ("inputs", "targets", "input_specs", "labels", "fingerprints", "changes", "notes")
+        },
+        "metrics": report["splits"],
+        **{key: report[key] for key in ("primary_metrics", "num_samples", "strategy")},
+        "run": {"run_dir": predictor.run_dir.absolute().name, **run_record},
+        "versions": {"python": platform.python_version(), **_package_versions()},
     }
 
 
-def _form(name: str, form: ExportFormat, parity: Parity) -> dict[str, Any]:
-    entry = registry.entry_for("export", type(form))
+def _build_format_record(name: str, form: ExportFormat, parity: ParityResult) -> dict[str, Any]:
+    entry = registry.find_entry_of_class("export", type(form))
     shipped_by = {"distribution": entry.distribution, "version": entry.version}
     return {"backend": form.backend, **shipped_by, "parity": {**attrs.asdict(parity), "passed": parity.passed}}
 
 
-def _versions() -> dict[str, str]:
+def _package_versions() -> dict[str, str]:
     """Packages that have a hand in the answers, as far as they are installed."""
     found = {}
     for package in _PACKAGES:

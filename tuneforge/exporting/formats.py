@@ -11,10 +11,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tuneforge.engine.data.dataset import Inputable, Targets, map_inputs
-from tuneforge.engine.session.predictor import Tuned
+from tuneforge.engine.data.dataset import Targets, TensorTree, map_inputs
+from tuneforge.engine.session.predictor import Predictor
 
-Forward = Callable[[Inputable], Tensor]
+Forward = Callable[[TensorTree], Tensor]
 """From the stored form of a batch, on the CPU, to the model's outputs, float32 (b, k), on the CPU. Thread-safe."""
 
 
@@ -28,8 +28,8 @@ class ExportFormat(ABC):
     """True where it computes in float32, whatever precision the run had."""
 
     @abstractmethod
-    def write(self, tuned: Tuned, folder: Path) -> None:
-        """Write the model into `folder`, which exists and is not the final one.
+    def write(self, predictor: Predictor, directory: Path) -> None:
+        """Write the model into `directory`, which exists and is not the final one.
 
         Raises:
             MissingDependencyError: A package that writing needs is not installed.
@@ -37,7 +37,7 @@ class ExportFormat(ABC):
         """
 
     @abstractmethod
-    def opened(self, folder: Path, *, device_name: str) -> Forward:
+    def load(self, directory: Path, *, device_name: str) -> Forward:
         """Open what `write` left.
 
         Raises:
@@ -47,25 +47,25 @@ class ExportFormat(ABC):
 
 
 @runtime_checkable
-class Answering(Protocol):
+class SupportsPredictions(Protocol):
     """Targets that say what outputs mean in numbers: probabilities, or numbers in their own unit."""
 
-    def answers(self, outputs: Tensor) -> Tensor:
+    def to_predictions(self, outputs: Tensor) -> Tensor:
         """Outputs (b, k) as answers (b, k); a graph can compute it."""
 
 
-def answers_of(targets: Targets, outputs: Tensor) -> Tensor:
+def compute_predictions(targets: Targets, outputs: Tensor) -> Tensor:
     """Probabilities or numbers (b, k) of outputs (b, k); the outputs themselves where the targets say nothing more."""
-    return targets.answers(outputs) if isinstance(targets, Answering) else outputs
+    return targets.to_predictions(outputs) if isinstance(targets, SupportsPredictions) else outputs
 
 
-def forward_of(tuned: Tuned) -> Forward:
+def make_forward(predictor: Predictor) -> Forward:
     """What a loaded run computes; one batch at a time, because a module may keep things while it computes."""
-    run, inputs, lock = tuned.run, tuned.inputs, threading.Lock()
+    run, inputs, lock = predictor.run, predictor.inputs, threading.Lock()
 
-    def forward(stored: Inputable) -> Tensor:
+    def forward(stored: TensorTree) -> Tensor:
         with lock, torch.inference_mode():
-            output: Tensor = run.forward(run.place(inputs.ready(map_inputs(stored, run.device.move))))
+            output: Tensor = run.forward(run.to_device(inputs.preprocess(map_inputs(stored, run.device.move))))
             return output.float().cpu()
 
     return forward

@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tuneforge.engine.loop.metric_set import single_numbers
+from tuneforge.engine.loop.metric_set import scalar_metrics
 from tuneforge.plugin import registry
-from tuneforge.plugin.component import options_of
+from tuneforge.plugin.component import get_options
 
-SCRIPT = '''\
+EXAMPLE_SCRIPT = '''\
 """Name the class of pictures with onnxruntime, numpy and Pillow alone: python classify.py BUNDLE FOLDER|FILE..."""
 
 import json
@@ -22,39 +22,50 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-bundle, given = Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]]
+bundle, paths = Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]]
 record = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
 names = record["targets"]["options"]["names"]
-(channels, height, width), _ = record["stored"][""]
+(channels, height, width), _ = record["input_specs"][""]
 session = onnxruntime.InferenceSession(bundle / "model.onnx", providers=["CPUExecutionProvider"])
 
-files = [file for path in given for file in (sorted(path.rglob("*.png")) if path.is_dir() else [path])]
-right = 0
+files = [file for path in paths for file in (sorted(path.rglob("*.png")) if path.is_dir() else [path])]
+num_correct = 0
 for file in files:
-    picture = Image.open(file).convert("L" if channels == 1 else "RGB")
-    if picture.size != (width, height):
-        sys.exit(f"{file}: {picture.size} pixels, and the model takes {(width, height)}; prepare it as the card says")
-    pixels = np.asarray(picture).reshape(1, height, width, channels).transpose(0, 3, 1, 2)
-    (answers,) = session.run(["answers"], {"input": np.ascontiguousarray(pixels)})
-    name = names[int(answers[0].argmax())]
-    right += quote(name, safe=" ") == file.parent.name
-    print(f"{file}: {name} ({answers[0].max():.4f})")
-if len(given) == 1 and given[0].is_dir():
-    print(f"right, where the folder is the class: {right} of {len(files)}")
+    image = Image.open(file).convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        sys.exit(f"{file}: {image.size} pixels, and the model takes {(width, height)}; prepare it as the card says")
+    pixels = np.asarray(image).reshape(1, height, width, channels).transpose(0, 3, 1, 2)
+    (predictions,) = session.run(["predictions"], {"input": np.ascontiguousarray(pixels)})
+    name = names[int(predictions[0].argmax())]
+    num_correct += quote(name, safe=" ") == file.parent.name
+    print(f"{file}: {name} ({predictions[0].max():.4f})")
+if len(paths) == 1 and paths[0].is_dir():
+    print(f"right, where the folder is the class: {num_correct} of {len(files)}")
 '''
 """Printed in the card of a picture model in ONNX; the tests run it where there is no torch."""
 
 
-def text(record: Mapping[str, Any]) -> str:
+def render_card(record: Mapping[str, Any]) -> str:
     """The card as Markdown.
 
     Args:
         record: The content of `bundle.json`.
     """
-    return "\n".join([*_head(record), *_figures(record), *_use(record), *_data(record), *_provenance(record)]) + "\n"
+    return (
+        "\n".join(
+            [
+                *_header_section(record),
+                *_metrics_section(record),
+                *_usage_section(record),
+                *_inputs_section(record),
+                *_provenance_section(record),
+            ]
+        )
+        + "\n"
+    )
 
 
-def _head(record: Mapping[str, Any]) -> Iterator[str]:
+def _header_section(record: Mapping[str, Any]) -> Iterator[str]:
     labels = record["labels"]
     yield f"# {record['name']}"
     yield ""
@@ -66,21 +77,21 @@ def _head(record: Mapping[str, Any]) -> Iterator[str]:
     yield "| --- | --- | --- |"
     for name, form in record["formats"].items():
         parity = form["parity"]
-        batches = ", ".join(map(str, parity["batches"]))
+        batches = ", ".join(map(str, parity["batch_sizes"]))
         yield (
-            f"| {name} | {form['backend']} | {parity['samples']:,} samples, batches of {batches}: "
-            f"off by at most {parity['largest']:.1e}, {parity['different']} other classes |"
+            f"| {name} | {form['backend']} | {parity['num_samples']:,} samples, batches of {batches}: "
+            f"off by at most {parity['max_deviation']:.1e}, {parity['num_different']} other classes |"
         )
     yield ""
 
 
-def _figures(record: Mapping[str, Any]) -> Iterator[str]:
-    test = record["figures"]["test"]
-    yield f"## How good it is: {record['samples']['test']:,} test samples, looked at once, at the end of the run"
+def _metrics_section(record: Mapping[str, Any]) -> Iterator[str]:
+    test = record["metrics"]["test"]
+    yield f"## How good it is: {record['num_samples']['test']:,} test samples, looked at once, at the end of the run"
     yield ""
     yield "| figure | test |"
     yield "| --- | --- |"
-    yield from (f"| {name} | {value:.4f} |" for name, value in single_numbers(test).items())
+    yield from (f"| {name} | {value:.4f} |" for name, value in scalar_metrics(test).items())
     yield ""
     if classes := test.get("per_class"):
         yield "| class | precision | recall | f1-score | support |"
@@ -89,23 +100,25 @@ def _figures(record: Mapping[str, Any]) -> Iterator[str]:
             scores = " | ".join(_number(row.get(key)) for key in ("precision", "recall", "f1-score"))
             yield f"| {_cell(name)} | {scores} | {row.get('support')} |"
         yield ""
-        yield f"It is weakest at `{test.get('worst_class')}`. It calls anything by one of these names, whatever it is."
+        hardest = test.get("hardest_class")
+        yield f"It is weakest at `{hardest}`. It calls anything by one of these names, whatever it is."
         yield ""
 
 
-def _use(record: Mapping[str, Any]) -> Iterator[str]:
+def _usage_section(record: Mapping[str, Any]) -> Iterator[str]:
     yield "## Use"
     yield ""
     if "onnx" in record["formats"]:
-        given = "" if "" not in record["stored"] else "`input`, "
-        yield f"`model.onnx` takes {given}{_stored(record, batch='batch')}; what follows on that is inside the graph."
-        yield "It gives `outputs`, as the network does, and `answers`: probabilities, or numbers in their own unit."
+        name = "" if "" not in record["input_specs"] else "`input`, "
+        specs = _format_input_specs(record, batch="batch")
+        yield f"`model.onnx` takes {name}{specs}; what follows on that is inside the graph."
+        yield "It gives `outputs`, as the network does, and `predictions`: probabilities, or numbers in their own unit."
         yield "Any batch size will do."
         yield ""
-    if _plain_script(record):
+    if _has_example_script(record):
         yield "The pictures of a folder, or files, with onnxruntime, numpy and Pillow alone (`classify.py`):"
         yield ""
-        yield f"```python\n{SCRIPT}```"
+        yield f"```python\n{EXAMPLE_SCRIPT}```"
         yield ""
         yield "It takes pictures as they are stored; `tuneforge export --pictures DIR` writes those of the test split."
         yield ""
@@ -119,16 +132,16 @@ def _use(record: Mapping[str, Any]) -> Iterator[str]:
     yield ""
 
 
-def _data(record: Mapping[str, Any]) -> Iterator[str]:
+def _inputs_section(record: Mapping[str, Any]) -> Iterator[str]:
     yield "## How inputs are prepared"
     yield ""
     yield f"By `{record['inputs']['name']}`, the same for training, test and use. It makes of each input"
-    yield f"{_stored(record)}; the rest of the way to what the network takes is part of the model."
+    yield f"{_format_input_specs(record)}; the rest of the way to what the network takes is part of the model."
     yield ""
-    yield from _options("inputs", record)
+    yield from _options_table("inputs", record)
     yield f"Answers are read by `{record['targets']['name']}`:"
     yield ""
-    yield from _options("targets", record)
+    yield from _options_table("targets", record)
     if told := (*record["notes"], *record["changes"]):
         yield "What the run says of its data and of its model:"
         yield ""
@@ -136,12 +149,12 @@ def _data(record: Mapping[str, Any]) -> Iterator[str]:
         yield ""
 
 
-def _provenance(record: Mapping[str, Any]) -> Iterator[str]:
+def _provenance_section(record: Mapping[str, Any]) -> Iterator[str]:
     run = record["run"]
     yield "## Where it comes from"
     yield ""
-    yield f"- Run `{run['folder']}`: `{shlex.join(run['environment']['command'])}`. All options are in `bundle.json`."
-    yield f"- Samples: {', '.join(f'{count:,} {name}' for name, count in record['samples'].items())}."
+    yield f"- Run `{run['run_dir']}`: `{shlex.join(run['environment']['command'])}`. All options are in `bundle.json`."
+    yield f"- Samples: {', '.join(f'{count:,} {name}' for name, count in record['num_samples'].items())}."
     yield from (f"- Fingerprint of {name}: `{digest}`." for name, digest in record["fingerprints"].items())
     versions = ", ".join(f"{name} {each}" for name, each in record["versions"].items())
     yield f"- Exported {record['created']} with {versions}."
@@ -150,15 +163,15 @@ def _provenance(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"- Component `{each['name']}` of {each['distribution']} {each.get('version', '')}."
 
 
-def _plain_script(record: Mapping[str, Any]) -> bool:
+def _has_example_script(record: Mapping[str, Any]) -> bool:
     """True for a picture model in ONNX that names classes and takes pictures of one size."""
-    kinds = (record["inputs"]["name"], record["targets"]["name"])
-    return "onnx" in record["formats"] and kinds == ("images", "classes")
+    contracts = (record["inputs"]["name"], record["targets"]["name"])
+    return "onnx" in record["formats"] and contracts == ("images", "classes")
 
 
-def _options(group: str, record: Mapping[str, Any]) -> Iterator[str]:
+def _options_table(group: str, record: Mapping[str, Any]) -> Iterator[str]:
     """The options of a contract with what each means."""
-    known = options_of(registry.load(registry.find(group, record[group]["name"])))
+    known = get_options(registry.load_component(registry.find_component(group, record[group]["name"])))
     yield "| option | value | meaning |"
     yield "| --- | --- | --- |"
     for name, value in record[group]["options"].items():
@@ -166,12 +179,12 @@ def _options(group: str, record: Mapping[str, Any]) -> Iterator[str]:
     yield ""
 
 
-def _stored(record: Mapping[str, Any], *, batch: str = "") -> str:
+def _format_input_specs(record: Mapping[str, Any], *, batch: str = "") -> str:
     """Type and shape of the stored tensors."""
     return ", ".join(
         f"{f'`{name}`, ' if name else ''}{dtype.removeprefix('torch.')} of shape "
         f"({', '.join([*filter(None, [batch]), *map(str, shape)])})"
-        for name, (shape, dtype) in record["stored"].items()
+        for name, (shape, dtype) in record["input_specs"].items()
     )
 
 

@@ -11,13 +11,13 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.data.dataset import Inputable, Split, Stored, Targets, tensors_of
-from tuneforge.engine.data.loader import fetched, in_turn
+from tuneforge.engine.data.dataset import InMemorySource, Split, Targets, TensorTree, named_tensors
+from tuneforge.engine.data.loader import fetch_batches, iter_sequential
 from tuneforge.errors import HaltError
-from tuneforge.exporting.formats import Forward, answers_of
+from tuneforge.exporting.formats import Forward, compute_predictions
 
-BATCHES = (1, 2, 7, 16)
-MOST = 1e-4
+BATCH_SIZES = (1, 2, 7, 16)
+TOLERANCE = 1e-4
 """How far a probability may be off; of a number beyond 1, relative to it."""
 
 _BLOCK = 16 * 7  # samples fetched at once, which every batch size divides
@@ -28,89 +28,92 @@ class ParityError(HaltError):
 
 
 @attrs.frozen
-class Parity:
+class ParityResult:
     """How an exported model compares.
 
     Args:
-        samples: Of the test split, each compared at every batch size.
-        batches: The batch sizes.
-        largest: The largest difference of two answers.
-        different: Answers that are another class, beyond near-ties.
-        near_ties: Answers that are another class, and yet no probability is off by more than `MOST`.
+        num_samples: Of the test split, each compared at every batch size.
+        batch_sizes: The batch sizes.
+        max_deviation: The largest difference of two answers.
+        num_different: Answers that are another class, beyond near-ties.
+        num_near_ties: Answers that are another class, and yet no probability is off by more than `TOLERANCE`.
     """
 
-    samples: int
-    batches: tuple[int, ...]
-    largest: float
-    different: int
-    near_ties: int
+    num_samples: int
+    batch_sizes: tuple[int, ...]
+    max_deviation: float
+    num_different: int
+    num_near_ties: int
 
     @property
     def passed(self) -> bool:
         """True where it may leave."""
-        return self.largest <= MOST and not self.different
+        return self.max_deviation <= TOLERANCE and not self.num_different
 
 
-def require_parity(name: str, tuned: Forward, exported: Forward, targets: Targets, test: Split) -> Parity:
+def require_parity(name: str, reference: Forward, exported: Forward, targets: Targets, test: Split) -> ParityResult:
     """Compare an exported model with the tuned one.
 
     Args:
         name: Of the format, for the message.
-        tuned: What the tuned model computes.
+        reference: What the tuned model computes.
         exported: What the exported model computes.
         targets: How answers are read.
         test: The real test split.
 
     Raises:
-        ParityError: A class differs, or an answer is further off than `MOST`.
+        ParityError: A class differs, or an answer is further off than `TOLERANCE`.
     """
-    wanted: list[Tensor] = []
-    by_size: dict[int, list[Tensor]] = {size: [] for size in BATCHES}
-    for _, stored in fetched(test, in_turn(len(test), _BLOCK), workers=0):
-        wanted.append(tuned(stored))
+    expected: list[Tensor] = []
+    by_size: dict[int, list[Tensor]] = {size: [] for size in BATCH_SIZES}
+    for _, stored in fetch_batches(test, iter_sequential(len(test), _BLOCK), workers=0):
+        expected.append(reference(stored))
         for size, outputs in by_size.items():
-            outputs.append(_in_batches(name, exported, stored, size))
-    found = compared(torch.cat(wanted), {size: torch.cat(outputs) for size, outputs in by_size.items()}, targets)
-    if not found.passed:
+            outputs.append(_run_in_batches(name, exported, stored, size))
+    result = compare_outputs(
+        torch.cat(expected), {size: torch.cat(outputs) for size, outputs in by_size.items()}, targets
+    )
+    if not result.passed:
         raise ParityError(
             f"the {name} export does not answer as the tuned model",
-            where=f"the test split, {found.samples} samples, batches of {', '.join(map(str, BATCHES))}",
-            why=f"an answer is off by {found.largest:.3g} ({MOST:g} is allowed); {found.different} other classes",
+            where=f"the test split, {result.num_samples} samples, batches of {', '.join(map(str, BATCH_SIZES))}",
+            why=f"an answer is off by {result.max_deviation:.3g} ({TOLERANCE:g} is allowed); "
+            f"{result.num_different} other classes",
             fix="nothing was written; export it as safetensors, or report the network",
         )
-    return found
+    return result
 
 
-def compared(wanted: Tensor, found: dict[int, Tensor], targets: Targets) -> Parity:
+def compare_outputs(expected: Tensor, outputs_by_size: dict[int, Tensor], targets: Targets) -> ParityResult:
     """Outputs (n, k) of the tuned model beside those of the exported one by batch size."""
-    largest, different, near_ties = 0.0, 0, 0
-    answers = answers_of(targets, wanted)
-    for outputs in found.values():
-        others = answers_of(targets, outputs)
-        largest = max(largest, deviation(others, answers))
-        if others.shape != answers.shape:
+    max_deviation, num_different, num_near_ties = 0.0, 0, 0
+    predictions = compute_predictions(targets, expected)
+    for outputs in outputs_by_size.values():
+        others = compute_predictions(targets, outputs)
+        max_deviation = max(max_deviation, measure_deviation(others, predictions))
+        if others.shape != predictions.shape:
             continue
-        suspects = (others.argmax(1) != answers.argmax(1)) | ((others >= 0.5) != (answers >= 0.5)).any(1)
-        for row in suspects.nonzero().flatten().tolist():
-            if _words(targets.describe(outputs[row])) != _words(targets.describe(wanted[row])):
-                tie = float((others[row] - answers[row]).abs().max()) <= MOST
-                near_ties, different = near_ties + tie, different + (not tie)
-    return Parity(len(wanted), tuple(found), largest, different, near_ties)
+        disagreements = (others.argmax(1) != predictions.argmax(1)) | ((others >= 0.5) != (predictions >= 0.5)).any(1)
+        for row in disagreements.nonzero().flatten().tolist():
+            if _drop_numbers(targets.describe(outputs[row])) != _drop_numbers(targets.describe(expected[row])):
+                tie = float((others[row] - predictions[row]).abs().max()) <= TOLERANCE
+                num_near_ties, num_different = num_near_ties + tie, num_different + (not tie)
+    return ParityResult(len(expected), tuple(outputs_by_size), max_deviation, num_different, num_near_ties)
 
 
-def deviation(found: Tensor, wanted: Tensor) -> float:
+def measure_deviation(actual: Tensor, expected: Tensor) -> float:
     """The largest difference of two sets of answers, relative where they exceed 1; infinite where one is no number."""
-    if found.shape != wanted.shape:
+    if actual.shape != expected.shape:
         return float("inf")
-    far = (found.double() - wanted.double()).abs() / wanted.double().abs().clamp_min(1.0)
+    far = (actual.double() - expected.double()).abs() / expected.double().abs().clamp_min(1.0)
     return float(far.nan_to_num(nan=float("inf"), posinf=float("inf")).max())
 
 
-def _in_batches(name: str, exported: Forward, stored: Inputable, batch_size: int) -> Tensor:
+def _run_in_batches(name: str, exported: Forward, stored: TensorTree, batch_size: int) -> Tensor:
     """What the exported model gives for a block of stored inputs, asked for in batches."""
-    count = len(next(iter(tensors_of(stored).values())))
+    count = len(next(iter(named_tensors(stored).values())))
     try:
-        return torch.cat([exported(Stored(stored).fetch(rows)) for rows in in_turn(count, batch_size)])
+        return torch.cat([exported(InMemorySource(stored).fetch(rows)) for rows in iter_sequential(count, batch_size)])
     except Exception as error:
         raise ParityError(
             f"the {name} export cannot answer a batch of {batch_size}",
@@ -119,8 +122,8 @@ def _in_batches(name: str, exported: Forward, stored: Inputable, batch_size: int
         ) from error
 
 
-def _words(value: Any) -> Any:
+def _drop_numbers(value: Any) -> Any:
     """A described answer without its numbers."""
     if isinstance(value, dict):
-        return {key: _words(item) for key, item in value.items() if not isinstance(item, float)}
+        return {key: _drop_numbers(item) for key, item in value.items() if not isinstance(item, float)}
     return value

@@ -13,115 +13,127 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.data.dataset import Inputable, Split, Targets, tensors_of
-from tuneforge.engine.data.loader import fetched, in_turn
+from tuneforge.engine.data.dataset import Split, Targets, TensorTree, named_tensors
+from tuneforge.engine.data.loader import fetch_batches, iter_sequential
 from tuneforge.engine.storage.safetensors_io import load_tensors, save_tensors
-from tuneforge.exporting.formats import Forward, answers_of
+from tuneforge.exporting.formats import Forward, compute_predictions
 
-FILE = "evidence.safetensors"
+REFERENCE_FILE = "reference.safetensors"
 
-PROBES = 16
+NUM_PROBES = 16
 """Test samples kept as they are stored, with their outputs."""
 
-REFERENCE = 1000
+MAX_REFERENCE_SAMPLES = 1000
 """Samples of a world at most whose summaries and answers are kept for a two-sample test."""
 
-_OTHERS = ("outputs", "summaries", "answers", "seen", "repeated", "worlds")
-_BANDS = 16
+_TENSOR_FIELDS = ("probe_outputs", "summaries", "predictions", "train_digests", "duplicate_fraction", "reference_ids")
+_PROBE_PREFIX = "probe_inputs/"
+_NUM_BANDS = 16
 _BATCH = 256
 
 
 @attrs.frozen(eq=False)
-class Evidence:
+class ReferenceData:
     """What a bundle remembers of data.
 
     Args:
-        probe: Stored inputs of some test samples, evenly spread over the split.
-        outputs: What the model gave for them, float32 (m, k).
-        summaries: Of some inputs that were not trained on, float32 (m, d); see `summary`.
-        answers: Probabilities or numbers given for these, float32 (m, k).
-        seen: Digests of the stored training samples, int64, sorted, each once.
-        repeated: The share of training samples whose stored form occurs more than once among them, (): so many test
-            samples are to be expected among them too.
-        worlds: Where each of the m inputs comes from, int64 (m,): 0 is the test split, the others are what production
-            sent before one of the turns that the model was tuned in.
+        probe_inputs: Stored inputs of some test samples, evenly spread over the split.
+        probe_outputs: What the model gave for them, float32 (m, k).
+        summaries: Of some inputs that were not trained on, float32 (m, d); see `summarize`.
+        predictions: Probabilities or numbers given for these, float32 (m, k).
+        train_digests: Digests of the stored training samples, int64, sorted, each once.
+        duplicate_fraction: The share of training samples whose stored form occurs more than once among them, (): so
+            many test samples are to be expected among them too.
+        reference_ids: Where each of the m inputs comes from, int64 (m,): 0 is the test split, the others are what
+            production sent before one of the turns that the model was tuned in.
     """
 
-    probe: Inputable
-    outputs: Tensor
+    probe_inputs: TensorTree
+    probe_outputs: Tensor
     summaries: Tensor
-    answers: Tensor
-    seen: Tensor
-    repeated: Tensor
-    worlds: Tensor = attrs.Factory(lambda self: torch.zeros(len(self.summaries), dtype=torch.int64), takes_self=True)
+    predictions: Tensor
+    train_digests: Tensor
+    duplicate_fraction: Tensor
+    reference_ids: Tensor = attrs.Factory(
+        lambda self: torch.zeros(len(self.summaries), dtype=torch.int64), takes_self=True
+    )
 
     def save(self, folder: Path) -> None:
         """Write it into a bundle."""
-        tensors = {f"probe/{name}": tensor for name, tensor in tensors_of(self.probe).items()}
-        others = {name: getattr(self, name) for name in _OTHERS}
-        save_tensors(tensors | others, folder / FILE)
+        tensors = {f"{_PROBE_PREFIX}{name}": tensor for name, tensor in named_tensors(self.probe_inputs).items()}
+        others = {name: getattr(self, name) for name in _TENSOR_FIELDS}
+        save_tensors(tensors | others, folder / REFERENCE_FILE)
 
     @classmethod
-    def read(cls, folder: Path) -> Evidence:
+    def read(cls, folder: Path) -> ReferenceData:
         """Read it from a bundle.
 
         Raises:
             FolderError: The file is missing.
             UnsafeFileError: It is no safetensors file.
         """
-        tensors, _ = load_tensors(folder / FILE)
-        probe = {key.removeprefix("probe/"): tensors.pop(key) for key in sorted(tensors) if key.startswith("probe/")}
-        return cls(probe=probe.get("", probe), **tensors)
+        tensors, _ = load_tensors(folder / REFERENCE_FILE)
+        names = [key for key in sorted(tensors) if key.startswith(_PROBE_PREFIX)]
+        probe = {key.removeprefix(_PROBE_PREFIX): tensors.pop(key) for key in names}
+        return cls(probe_inputs=probe.get("", probe), **tensors)
 
 
-def gathered(
-    forward: Forward, targets: Targets, *, train: Split, test: Split, worlds: Sequence[Split] = ()
-) -> Evidence:
-    """The evidence of a model that was tuned on `train`, as it answers on `test` and on samples of other worlds."""
-    probe = test.fetch(spread(len(test), PROBES))
-    chosen = [each.take(spread(len(each), REFERENCE)) for each in (test, *worlds)]
+def build_reference_data(
+    forward: Forward, targets: Targets, *, train: Split, test: Split, reference_splits: Sequence[Split] = ()
+) -> ReferenceData:
+    """The reference data of a model that was tuned on `train`, as it answers on `test` and on other samples."""
+    probe = test.fetch(evenly_spaced_rows(len(test), NUM_PROBES))
+    chosen = [each.subset(evenly_spaced_rows(len(each), MAX_REFERENCE_SAMPLES)) for each in (test, *reference_splits)]
     parts = [
-        (summary(stored), forward(stored))
+        (summarize(stored), forward(stored))
         for split in chosen
-        for _, stored in fetched(split, in_turn(len(split), _BATCH), workers=0)
+        for _, stored in fetch_batches(split, iter_sequential(len(split), _BATCH), workers=0)
     ]
     summaries, outputs = (torch.cat(each) for each in zip(*parts, strict=True))
-    seen, counts = torch.unique(digests(train), return_counts=True)
-    repeated = counts[counts > 1].sum() / counts.sum()
-    origin = torch.repeat_interleave(torch.tensor([len(each) for each in chosen]))
-    return Evidence(probe, forward(probe), summaries, answers_of(targets, outputs), seen, repeated, origin)
+    train_digests, counts = torch.unique(hash_samples(train), return_counts=True)
+    duplicate_fraction = counts[counts > 1].sum() / counts.sum()
+    reference_ids = torch.repeat_interleave(torch.tensor([len(each) for each in chosen]))
+    return ReferenceData(
+        probe,
+        forward(probe),
+        summaries,
+        compute_predictions(targets, outputs),
+        train_digests,
+        duplicate_fraction,
+        reference_ids,
+    )
 
 
-def spread(count: int, most: int) -> Tensor:
-    """At most `most` rows of `count`, evenly spread, int64."""
-    return torch.linspace(0, count - 1, min(count, most)).round().long()
+def evenly_spaced_rows(count: int, max_rows: int) -> Tensor:
+    """At most `max_rows` rows of `count`, evenly spread, int64."""
+    return torch.linspace(0, count - 1, min(count, max_rows)).round().long()
 
 
-def summary(stored: Inputable) -> Tensor:
+def summarize(stored: TensorTree) -> Tensor:
     """Each stored input of a batch as a few numbers, float32 (b, d): the same numbers for the same input anywhere.
 
     An input of at most 32 numbers is these numbers; of a longer one, such as a picture, they are the mean, the standard
     deviation, and the means of 16 bands of equal length, in the order in which it is stored.
     """
-    return torch.cat([_summed(tensor) for _, tensor in sorted(tensors_of(stored).items())], 1)
+    return torch.cat([_summarize_tensor(tensor) for _, tensor in sorted(named_tensors(stored).items())], 1)
 
 
-def digests(split: Split) -> Tensor:
+def hash_samples(split: Split) -> Tensor:
     """A 64-bit digest of each sample's stored form, int64 (n,): equal for equal samples."""
-    found = [_digests(stored) for _, stored in fetched(split, in_turn(len(split), _BATCH), workers=0)]
+    found = [_hash_batch(stored) for _, stored in fetch_batches(split, iter_sequential(len(split), _BATCH), workers=0)]
     return torch.tensor([each for batch in found for each in batch], dtype=torch.int64)
 
 
-def _summed(tensor: Tensor) -> Tensor:
+def _summarize_tensor(tensor: Tensor) -> Tensor:
     flat = tensor.flatten(1).float() if tensor.ndim > 1 else tensor[:, None].float()
-    if flat.shape[1] <= 2 * _BANDS:
+    if flat.shape[1] <= 2 * _NUM_BANDS:
         return flat
-    bands = torch.stack([band.mean(1) for band in flat.tensor_split(_BANDS, 1)], 1)
+    bands = torch.stack([band.mean(1) for band in flat.tensor_split(_NUM_BANDS, 1)], 1)
     return torch.cat([flat.mean(1, keepdim=True), flat.std(1, correction=0, keepdim=True), bands], 1)
 
 
-def _digests(stored: Inputable) -> list[int]:
-    named: Mapping[str, Tensor] = dict(sorted(tensors_of(stored).items()))
+def _hash_batch(stored: TensorTree) -> list[int]:
+    named: Mapping[str, Tensor] = dict(sorted(named_tensors(stored).items()))
     rows = len(next(iter(named.values())))
     hashes = [hashlib.blake2b(digest_size=8) for _ in range(rows)]
     for name, tensor in named.items():

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tuneforge.engine.data.dataset import Split, Targets
-from tuneforge.engine.data.loader import fetched, in_turn
+from tuneforge.engine.data.loader import fetch_batches, iter_sequential
 from tuneforge.errors import DataError, FolderError
 
 
-def write_pictures(split: Split, targets: Targets, folder: Path) -> int:
+def write_images(split: Split, targets: Targets, directory: Path) -> int:
     """Write every picture of a split as `CLASS/NUMBER.png`, without loss; returns how many.
 
     Names of classes are written as in a URL, so that any name can be a folder's.
@@ -25,13 +25,13 @@ def write_pictures(split: Split, targets: Targets, folder: Path) -> int:
     """
     from PIL import Image
 
-    if folder.exists() and any(folder.iterdir()):
-        raise FolderError(f"'{folder}' is not empty", where="--pictures", fix="name another folder")
-    for rows, stored in fetched(split, in_turn(len(split), 256), workers=0):
+    if directory.exists() and any(directory.iterdir()):
+        raise FolderError(f"'{directory}' is not empty", where="--pictures", fix="name another folder")
+    for rows, stored in fetch_batches(split, iter_sequential(len(split), 256), workers=0):
         if not isinstance(stored, Tensor) or stored.dtype != torch.uint8 or stored.shape[1:2] not in ((1,), (3,)):
             raise DataError("the inputs are no pictures", where="--pictures", fix="leave that out")
-        for row, picture in zip(rows.tolist(), stored, strict=True):
-            place = folder / quote(targets.truth(split.targets[row]), safe=" ") / f"{row:06d}.png"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).squeeze(2).numpy())).save(place)
+        for row, image in zip(rows.tolist(), stored, strict=True):
+            path = directory / quote(targets.describe_label(split.targets[row]), safe=" ") / f"{row:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).squeeze(2).numpy())).save(path)
     return len(split)

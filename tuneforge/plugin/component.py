@@ -13,13 +13,13 @@ from typing import Any, Literal, TypeVar, Union
 
 import attrs
 
-from tuneforge.errors import OptionError, UnknownNameError, close_match
+from tuneforge.errors import OptionError, UnknownNameError, suggest_name
 
-API = 1
+API_VERSION = 1
 """The version of the plugin contract this tuneforge speaks."""
 
-_CHECK, _HELP = "tuneforge_check", "tuneforge_help"
-RESERVED = frozenset({"name"})  # the key that names the component in a configuration file
+_CHECK_KEY, _HELP_KEY = "tuneforge_check", "tuneforge_help"
+RESERVED_NAMES = frozenset({"name"})  # the key that names the component in a configuration file
 
 C = TypeVar("C", bound=type)
 
@@ -64,7 +64,7 @@ def option(*, default: Any = attrs.NOTHING, help: str, check: Check | None = Non
         help: One sentence for `--help`, the docs and the schema.
         check: A rule beyond the type, such as `gt(0)`; it is not applied to None.
     """
-    return attrs.field(default=default, validator=_validate, metadata={_HELP: help, _CHECK: check})
+    return attrs.field(default=default, validator=_validate, metadata={_HELP_KEY: help, _CHECK_KEY: check})
 
 
 @typing.dataclass_transform(field_specifiers=(option,), frozen_default=True, kw_only_default=True, eq_default=False)
@@ -84,10 +84,10 @@ def component(*, api: int) -> Callable[[C], C]:
     def decorate(cls: C) -> C:
         made: C = attrs.define(cls, frozen=True, eq=False, kw_only=True, slots=False, repr=True)
         for field in attrs.fields(made):
-            if _HELP not in field.metadata or field.name in RESERVED:
+            if _HELP_KEY not in field.metadata or field.name in RESERVED_NAMES:
                 raise OptionError(
                     f"field '{field.name}' of component {cls.__qualname__} is not a valid option",
-                    why=f"fields are declared with option(...), and {sorted(RESERVED)} are reserved",
+                    why=f"fields are declared with option(...), and {sorted(RESERVED_NAMES)} are reserved",
                     fix=f"write: {field.name}: TYPE = option(default=DEFAULT, help='...')",
                 )
         made.__tuneforge_api__ = api  # type: ignore[attr-defined]  # read by the registry at load
@@ -125,29 +125,29 @@ class Option:
         return self.default is attrs.NOTHING
 
 
-def options_of(cls: type) -> dict[str, Option]:
+def get_options(cls: type) -> dict[str, Option]:
     """The options of a component class, by Python name, in order of declaration."""
-    hints = _hints(cls)
+    hints = _get_type_hints(cls)
     return {
         field.name: Option(
             name=field.name,
             type=hints[field.name],
             default=field.default,
-            help=field.metadata[_HELP],
-            check=field.metadata[_CHECK],
+            help=field.metadata[_HELP_KEY],
+            check=field.metadata[_CHECK_KEY],
         )
         for field in attrs.fields(cls)
-        if _HELP in field.metadata
+        if _HELP_KEY in field.metadata
     }
 
 
-def values_of(instance: Any) -> dict[str, Any]:
+def get_option_values(instance: Any) -> dict[str, Any]:
     """The option values of an instance, by Python name, as plain data (paths as text)."""
-    values = {name: getattr(instance, name) for name in options_of(type(instance))}
+    values = {name: getattr(instance, name) for name in get_options(type(instance))}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def build(cls: type, values: Mapping[str, Any], *, where: str) -> Any:
+def build_component(cls: type, values: Mapping[str, Any], *, where: str) -> Any:
     """Construct a component from option values that a user gave.
 
     Args:
@@ -159,13 +159,13 @@ def build(cls: type, values: Mapping[str, Any], *, where: str) -> Any:
         UnknownNameError: The component has no such option.
         OptionError: A value has the wrong type or range, or a required option is missing.
     """
-    known = options_of(cls)
+    known = get_options(cls)
     parsed = {}
     for key, value in values.items():
-        found = find_option(known, key, where=_spot(where, key), owner=cls.__name__)
-        parsed[found.name] = parse(found, value, where=_spot(where, found.key))
+        found = find_option(known, key, where=_option_path(where, key), owner=cls.__name__)
+        parsed[found.name] = parse_option(found, value, where=_option_path(where, found.key))
     for missing in (each for each in known.values() if each.required and each.name not in parsed):
-        spot = _spot(where, missing.key)
+        spot = _option_path(where, missing.key)
         raise OptionError(f"{spot} is required", why=missing.help, fix=f"give {spot} VALUE")
     return cls(**parsed)
 
@@ -179,12 +179,12 @@ def find_option(known: Mapping[str, Option], key: str, *, where: str, owner: str
     found = known.get(key.replace("-", "_"))
     if found is None:
         raise UnknownNameError(
-            f"{owner} has no option '{key}'", where=where, fix=close_match(key, [each.key for each in known.values()])
+            f"{owner} has no option '{key}'", where=where, fix=suggest_name(key, [each.key for each in known.values()])
         )
     return found
 
 
-def parse(declared: Option, value: Any, *, where: str) -> Any:
+def parse_option(declared: Option, value: Any, *, where: str) -> Any:
     """Turn a value from a command line, a file or Python into the option's type, and check it.
 
     Raises:
@@ -196,28 +196,28 @@ def parse(declared: Option, value: Any, *, where: str) -> Any:
         raise OptionError(
             f"{value!r} is not a valid value for '{declared.key}'",
             where=where,
-            why=f"it must be of this kind: {type_text(declared.type)}",
-            fix=_advice(declared, where),
+            why=f"it must be of this kind: {describe_type(declared.type)}",
+            fix=_suggest_fix(declared, where),
         ) from None
     if declared.check is not None and converted is not None and not declared.check.test(converted):
         raise OptionError(
             f"{value!r} is out of range for '{declared.key}'",
             where=where,
             why=f"it must be {declared.check.text}",
-            fix=_advice(declared, where),
+            fix=_suggest_fix(declared, where),
         )
     return converted
 
 
-def _advice(declared: Option, where: str) -> str:
+def _suggest_fix(declared: Option, where: str) -> str:
     shown = where.startswith("--") and not declared.required and declared.default not in (None, (), {})
     example = f", for example {where} {declared.default}" if shown else ""
     return f"give a value that fits{example}; it means: {declared.help}"
 
 
-def schema_of(cls: type) -> dict[str, Any]:
+def build_json_schema(cls: type) -> dict[str, Any]:
     """The JSON Schema (2020-12) of a component's options as a configuration file writes them."""
-    known = options_of(cls)
+    known = get_options(cls)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": cls.__name__,
@@ -229,34 +229,34 @@ def schema_of(cls: type) -> dict[str, Any]:
     }
 
 
-def type_text(annotation: Any) -> str:
+def describe_type(annotation: Any) -> str:
     """A type in a user's words: `integer`, `number`, `one of 'a', 'b'`, `list of text`."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):
-        return " or ".join("none" if arg is type(None) else type_text(arg) for arg in args)
+        return " or ".join("none" if arg is type(None) else describe_type(arg) for arg in args)
     if origin is Literal:
         return "one of " + ", ".join(repr(arg) for arg in args)
     if origin is tuple:
-        return f"list of {type_text(args[0])}"
+        return f"list of {describe_type(args[0])}"
     if origin in (dict, Mapping):
-        return f"table of {type_text(args[1])} (key=value,...)"
+        return f"table of {describe_type(args[1])} (key=value,...)"
     words = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
     return words.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
-def _spot(where: str, key: str) -> str:
+def _option_path(where: str, key: str) -> str:
     return where + key if where.endswith("-") else f"{where}.{key}"
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _get_type_hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
 def _validate(instance: Any, field: attrs.Attribute[Any], value: Any) -> None:
     """Hold constructor calls from Python to the same rules as flags and files."""
-    declared = options_of(type(instance))[field.name]
-    converted = parse(declared, value, where=f"{type(instance).__name__}({field.name}=...)")
+    declared = get_options(type(instance))[field.name]
+    converted = parse_option(declared, value, where=f"{type(instance).__name__}({field.name}=...)")
     object.__setattr__(instance, field.name, converted)
 
 
@@ -267,14 +267,14 @@ def _convert(value: Any, annotation: Any) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(value, args)
     if origin is Literal:
-        return _literal(value, args)
+        return _convert_literal(value, args)
     if origin is tuple:
         items = [part for part in value.split(",") if part] if isinstance(value, str) else list(value)
         return tuple(_convert(item.strip() if isinstance(item, str) else item, args[0]) for item in items)
     if origin in (dict, Mapping):
         pairs = dict(part.split("=", 1) for part in value.split(",") if part) if isinstance(value, str) else value
         return {_convert(key, args[0]): _convert(item, args[1]) for key, item in dict(pairs).items()}
-    return _convert_plain(value, annotation)
+    return _convert_scalar(value, annotation)
 
 
 def _convert_union(value: Any, args: tuple[Any, ...]) -> Any:
@@ -288,33 +288,39 @@ def _convert_union(value: Any, args: tuple[Any, ...]) -> Any:
     raise ValueError(value)
 
 
-def _literal(value: Any, choices: tuple[Any, ...]) -> Any:
+def _convert_literal(value: Any, choices: tuple[Any, ...]) -> Any:
     for choice in choices:
         if (value == choice and type(value) is type(choice)) or (isinstance(value, str) and value == str(choice)):
             return choice
     raise ValueError(value)
 
 
-_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_BOOL_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
-def _convert_plain(value: Any, kind: Any) -> Any:
+def _convert_scalar(value: Any, kind: Any) -> Any:
     if kind is bool:
         word = value.lower() if isinstance(value, str) else ""
-        return value if isinstance(value, bool) else _WORDS[word] if word in _WORDS else _refuse(value)
+        return (
+            value
+            if isinstance(value, bool)
+            else _BOOL_WORDS[word]
+            if word in _BOOL_WORDS
+            else _raise_value_error(value)
+        )
     if kind in (int, float) and isinstance(value, bool):
-        return _refuse(value)
+        return _raise_value_error(value)
     if kind is int:
-        return int(value) if isinstance(value, (numbers.Integral, str)) else _refuse(value)
+        return int(value) if isinstance(value, (numbers.Integral, str)) else _raise_value_error(value)
     if kind is float:
-        number = float(value) if isinstance(value, (numbers.Real, str)) else _refuse(value)
-        return _refuse(value) if math.isnan(number) else number
+        number = float(value) if isinstance(value, (numbers.Real, str)) else _raise_value_error(value)
+        return _raise_value_error(value) if math.isnan(number) else number
     if kind is Path:
         return Path(value)
-    return value if isinstance(value, kind) else _refuse(value)
+    return value if isinstance(value, kind) else _raise_value_error(value)
 
 
-def _refuse(value: Any) -> Any:
+def _raise_value_error(value: Any) -> Any:
     raise ValueError(value)
 
 

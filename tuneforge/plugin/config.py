@@ -10,48 +10,53 @@ from typing import Any, Literal
 
 import attrs
 
-from tuneforge.errors import UnknownNameError, UsageError, close_match
-from tuneforge.plugin.component import Check, build, component, ge, option, options_of
-from tuneforge.plugin.steps import Use
+from tuneforge.errors import UnknownNameError, UsageError, suggest_name
+from tuneforge.plugin.component import Check, build_component, component, ge, get_options, option
+from tuneforge.plugin.steps import ComponentSpec
 
-SINGLE = {
-    "data": "data_prepare", "model": "model_adapt", "step": "train_step", "strategy": "finetune_strategy",
+SINGLE_COMPONENT_KEYS = {
+    "data": "data_prepare", "model": "model_adapt", "loss": "train_step", "strategy": "finetune_strategy",
     "schedule": "lr_schedule", "optimizer": "optimizer",
 }  # fmt: skip
 """Keys that name one component, with the group it is found in."""
 
-REPEATABLE = {"adapt": "model_adapt", "evaluate": "evaluate", "with": "extension", "augment": "augment"}
+REPEATABLE_COMPONENT_KEYS = {
+    "adapt": "model_adapt",
+    "metrics": "evaluate",
+    "callback": "callback",
+    "augment": "augment",
+}
 """Keys that name any number of components, with the group they are found in."""
 
-GROUP_OF = {**SINGLE, **REPEATABLE}
+GROUP_BY_KEY = {**SINGLE_COMPONENT_KEYS, **REPEATABLE_COMPONENT_KEYS}
 
-_BUDGET = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)|(\d+)(epoch|step)s?")
-_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+_BUDGET_PATTERN = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)|(\d+)(epoch|step)s?")
+_SECONDS_PER_UNIT = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-def budget_of(text: str) -> tuple[str, float]:
+def parse_budget(text: str) -> tuple[str, float]:
     """What a budget limits, `seconds`, `epochs` or `steps`, and to how many.
 
     Raises:
         ValueError: The text is no budget.
     """
-    found = _BUDGET.fullmatch(text)
+    found = _BUDGET_PATTERN.fullmatch(text)
     if found is None or not float(found[1] or found[3]):
         raise ValueError(text)
-    return ("seconds", float(found[1]) * _SECONDS[found[2]]) if found[1] else (f"{found[4]}s", float(found[3]))
+    return ("seconds", float(found[1]) * _SECONDS_PER_UNIT[found[2]]) if found[1] else (f"{found[4]}s", float(found[3]))
 
 
 def _is_budget(text: str) -> bool:
     try:
-        return bool(budget_of(text))
+        return bool(parse_budget(text))
     except ValueError:
         return False
 
 
-_A_BUDGET = Check(
+_BUDGET_CHECK = Check(
     "a number above 0 with its unit, such as 60s, 5m, 2h, 20epochs or 500steps",
     _is_budget,
-    {"pattern": f"^({_BUDGET.pattern})$"},
+    {"pattern": f"^({_BUDGET_PATTERN.pattern})$"},
 )
 
 
@@ -63,7 +68,7 @@ class Settings:
     eval_batch_size: int | None = option(
         default=None, help="Samples a forward pass in evaluation; none: 256.", check=ge(1)
     )
-    accumulate: int = option(
+    grad_accum_steps: int = option(
         default=1, help="Batches whose gradients are averaged into one optimizer step.", check=ge(1)
     )
     micro_batch: int | None = option(
@@ -82,8 +87,10 @@ class Settings:
         default=None, help="Of the split and of data that is made; none: --seed. Keep it to compare seeds.", check=ge(0)
     )
     device: str = option(default="auto", help="auto, cpu, cuda, cuda:1, mps, xla, or any device torch knows.")
-    workers: int = option(default=0, help="Processes that decode ahead where the data is not in memory.", check=ge(0))
-    precision: Literal["float32", "bfloat16"] = option(default="float32", help="Of the forward pass (autocast).")
+    num_workers: int = option(
+        default=0, help="Processes that decode ahead where the data is not in memory.", check=ge(0)
+    )
+    precision: Literal["fp32", "bf16"] = option(default="fp32", help="Precision of the forward pass (autocast).")
     compile: bool = option(
         default=False, help="Compile the forward pass of each phase (torch.compile); changes the last bits."
     )
@@ -105,13 +112,13 @@ class Settings:
         default=10_240, help="Disk for that, in MB; the least recently used goes first.", check=ge(0)
     )
     cache_dir: Path | None = option(default=None, help="Folder for that; none: the user's cache folder.")
-    cache_views: int = option(
+    cache_copies: int = option(
         default=4, help="Fixed augmented views of each sample that a longer frozen phase goes through.", check=ge(1)
     )
     budget: str | None = option(
         default=None,
         help="Stop tuning once this is spent: 60s, 5m, 2h, 20epochs or 500steps; none: no limit.",
-        check=_A_BUDGET,
+        check=_BUDGET_CHECK,
     )
     checkpoint_s: float = option(default=60.0, help="Seconds between two checkpoints.", check=ge(0))
     checkpoint_steps: int | None = option(
@@ -134,33 +141,33 @@ class RunConfig(Settings):
         data: Where samples come from.
         model: What builds the model.
         adapt: What changes it, in order.
-        step: What computes the loss; None: what fits the targets.
-        evaluate: What computes the figures; empty: what fits the targets.
+        loss: What computes the loss; None: what fits the targets.
+        metrics: What computes the figures; empty: what fits the targets.
         strategy: What says what to do.
-        extensions: What else takes part (`--with`).
+        callbacks: What else takes part (`--callback`).
         augment: Random changes of training inputs, in order.
         schedule: Course of the rate, over what the strategy asks; None: the strategy's.
         optimizer: Over what the strategy asks; None: the strategy's, else adamw.
     """
 
-    data: Use = Use("digits")
-    model: Use = Use("digit-cnn")
-    adapt: tuple[Use, ...] = ()
-    step: Use | None = None
-    evaluate: tuple[Use, ...] = ()
-    strategy: Use = Use("freeze-then-unfreeze")
-    extensions: tuple[Use, ...] = ()
-    augment: tuple[Use, ...] = ()
-    schedule: Use | None = None
-    optimizer: Use | None = None
+    data: ComponentSpec = ComponentSpec("digits")
+    model: ComponentSpec = ComponentSpec("digit-cnn")
+    adapt: tuple[ComponentSpec, ...] = ()
+    loss: ComponentSpec | None = None
+    metrics: tuple[ComponentSpec, ...] = ()
+    strategy: ComponentSpec = ComponentSpec("freeze-then-unfreeze")
+    callbacks: tuple[ComponentSpec, ...] = ()
+    augment: tuple[ComponentSpec, ...] = ()
+    schedule: ComponentSpec | None = None
+    optimizer: ComponentSpec | None = None
 
     def settings(self) -> dict[str, Any]:
         """The plain settings as JSON-able values, by Python name."""
-        values = {name: getattr(self, name) for name in options_of(Settings)}
+        values = {name: getattr(self, name) for name in get_options(Settings)}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
     """The table of a configuration file, its keys checked.
 
     Raises:
@@ -185,25 +192,25 @@ def check_key(key: str, *, where: str) -> None:
     Raises:
         UnknownNameError: The message offers the nearest.
     """
-    known = [*GROUP_OF, *(each.key for each in options_of(Settings).values())]
+    known = [*GROUP_BY_KEY, *(each.key for each in get_options(Settings).values())]
     if key.replace("_", "-") not in known:
-        raise UnknownNameError(f"unknown key '{key}'", where=where, fix=close_match(key, known))
+        raise UnknownNameError(f"unknown key '{key}'", where=where, fix=suggest_name(key, known))
 
 
-def merged(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+def merge_config(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """Flags over the file's table: a component named by a flag drops the file's options of another one."""
     table = {key.replace("_", "-"): value for key, value in file.items()}
     for key, value in flags.items():
-        if key in SINGLE:
-            table[key] = _over(_entry(table.get(key), where=key), _entry(value, where=key))
-        elif key in REPEATABLE:
-            table[key] = _over_all(table.get(key, ()), value, key)
+        if key in SINGLE_COMPONENT_KEYS:
+            table[key] = _merge_entry(_to_entry(table.get(key), where=key), _to_entry(value, where=key))
+        elif key in REPEATABLE_COMPONENT_KEYS:
+            table[key] = _merge_entries(table.get(key, ()), value, key)
         else:
             table[key] = value
     return table
 
 
-def resolve(table: Mapping[str, Any], *, where: str = "") -> RunConfig:
+def resolve_config(table: Mapping[str, Any], *, where: str = "") -> RunConfig:
     """The configuration that a table of settings and components describes.
 
     Args:
@@ -217,12 +224,16 @@ def resolve(table: Mapping[str, Any], *, where: str = "") -> RunConfig:
     """
     for key in table:
         check_key(key, where=where)
-    plain_settings = {key: value for key, value in table.items() if key not in GROUP_OF}
-    settings = build(Settings, plain_settings, where=where or "--")
-    chosen: dict[str, Any] = {key: _as_use(table[key], key, default_name(key)) for key in SINGLE if key in table}
-    for key in REPEATABLE:
-        chosen["extensions" if key == "with" else key] = tuple(_as_use(each, key, None) for each in table.get(key, ()))
-    return RunConfig(**{name: getattr(settings, name) for name in options_of(Settings)}, **chosen)
+    plain_settings = {key: value for key, value in table.items() if key not in GROUP_BY_KEY}
+    settings = build_component(Settings, plain_settings, where=where or "--")
+    chosen: dict[str, Any] = {
+        key: _to_spec(table[key], key, default_name(key)) for key in SINGLE_COMPONENT_KEYS if key in table
+    }
+    for key in REPEATABLE_COMPONENT_KEYS:
+        chosen["callbacks" if key == "callback" else key] = tuple(
+            _to_spec(each, key, None) for each in table.get(key, ())
+        )
+    return RunConfig(**{name: getattr(settings, name) for name in get_options(Settings)}, **chosen)
 
 
 def default_name(key: str) -> str | None:
@@ -231,48 +242,48 @@ def default_name(key: str) -> str | None:
     return default.name if default is not None else None
 
 
-def as_table(config: RunConfig) -> dict[str, Any]:
-    """The table that `resolve` turns into an equal configuration; what is None is left out."""
-    names = {each.name: each.key for each in options_of(Settings).values()}
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """The table that `resolve_config` turns into an equal configuration; what is None is left out."""
+    names = {each.name: each.key for each in get_options(Settings).values()}
     table: dict[str, Any] = {names[name]: value for name, value in config.settings().items() if value is not None}
-    for key in SINGLE:
+    for key in SINGLE_COMPONENT_KEYS:
         chosen = getattr(config, key)
         if chosen is not None:
-            table[key] = _use_table(chosen)
-    for key in REPEATABLE:
-        chosen = config.extensions if key == "with" else getattr(config, key)
+            table[key] = _spec_to_dict(chosen)
+    for key in REPEATABLE_COMPONENT_KEYS:
+        chosen = config.callbacks if key == "callback" else getattr(config, key)
         if chosen:
-            table[key] = [_use_table(each) for each in chosen]
+            table[key] = [_spec_to_dict(each) for each in chosen]
     return table
 
 
-def to_toml(config: RunConfig) -> str:
+def config_to_toml(config: RunConfig) -> str:
     """A file that runs the same."""
     import tomli_w
 
-    return tomli_w.dumps(as_table(config))
+    return tomli_w.dumps(config_to_dict(config))
 
 
-def entries_under(value: Any) -> list[dict[str, Any]]:
+def list_component_entries(value: Any) -> list[dict[str, Any]]:
     """The components under a key of a table, each as a table with its name; a bare name or one alone will do."""
     items = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
     return [dict(item) if isinstance(item, Mapping) else {"name": item} for item in items]
 
 
-def _use_table(chosen: Use) -> dict[str, Any]:
-    options = {key.replace("_", "-"): _writable(value) for key, value in chosen.options.items()}
+def _spec_to_dict(chosen: ComponentSpec) -> dict[str, Any]:
+    options = {key.replace("_", "-"): _to_toml_value(value) for key, value in chosen.options.items()}
     return {"name": chosen.name, **options}
 
 
-def _writable(value: Any) -> Any:
+def _to_toml_value(value: Any) -> Any:
     if value is None:
         return "none"
     if isinstance(value, Mapping):
-        return {key: _writable(item) for key, item in value.items()}
-    return [_writable(item) for item in value] if isinstance(value, tuple) else value
+        return {key: _to_toml_value(item) for key, item in value.items()}
+    return [_to_toml_value(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _entry(value: Any, *, where: str) -> dict[str, Any]:
+def _to_entry(value: Any, *, where: str) -> dict[str, Any]:
     if value is None:
         return {}
     if isinstance(value, str):
@@ -282,29 +293,29 @@ def _entry(value: Any, *, where: str) -> dict[str, Any]:
     raise UsageError(f"'{where}' must be a name or a table with a name", where=where, why=f"it is {value!r}")
 
 
-def _over(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+def _merge_entry(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     same = high.get("name") in (None, low.get("name"))
     kept = {key.replace("_", "-"): value for key, value in low.items()} if same else {}
     return {**kept, **{key.replace("_", "-"): value for key, value in high.items()}}
 
 
-def _over_all(low: Any, high: Any, key: str) -> list[dict[str, Any]]:
+def _merge_entries(low: Any, high: Any, key: str) -> list[dict[str, Any]]:
     """Components named by flags follow the file's; options of one the file named already go over the file's."""
-    out = [_entry(each, where=key) for each in low]
-    for each in (_entry(value, where=key) for value in high):
+    out = [_to_entry(each, where=key) for each in low]
+    for each in (_to_entry(value, where=key) for value in high):
         place = next((index for index, known in enumerate(out) if known.get("name") == each.get("name")), None)
         if place is None:
             out.append(each)
         else:
-            out[place] = _over(out[place], each)
+            out[place] = _merge_entry(out[place], each)
     return out
 
 
-def _as_use(value: Any, key: str, default: str | None) -> Use:
-    if isinstance(value, Use):
+def _to_spec(value: Any, key: str, default: str | None) -> ComponentSpec:
+    if isinstance(value, ComponentSpec):
         return value
-    table = _entry(value, where=key)
+    table = _to_entry(value, where=key)
     name = table.pop("name", default)
     if not isinstance(name, str):
         raise UsageError(f"[{key}] has options but no name", where=key, fix=f'add: name = "..." under [{key}]')
-    return Use(name, table)
+    return ComponentSpec(name, table)

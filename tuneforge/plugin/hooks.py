@@ -15,14 +15,16 @@ from typing import Any
 import attrs
 import pluggy
 
-from tuneforge.errors import PluginError, PluginLoadError, TuneforgeError, close_match
-from tuneforge.plugin.hookspecs import CHAINS, PROVIDERS, HookSpecs
+from tuneforge.errors import PluginError, PluginLoadError, TuneforgeError, suggest_name
+from tuneforge.plugin.hookspecs import CHAINED_HOOKS, PROVIDER_HOOKS, HookSpecs
 
-_SPECS = {name: inspect.signature(spec) for name, spec in vars(HookSpecs).items() if hasattr(spec, "tuneforge_spec")}
+_HOOK_SIGNATURES = {
+    name: inspect.signature(spec) for name, spec in vars(HookSpecs).items() if hasattr(spec, "tuneforge_spec")
+}
 
 
 @attrs.frozen(eq=False)
-class Member:
+class RegisteredComponent:
     """A component that takes part in a run.
 
     Args:
@@ -37,103 +39,105 @@ class Member:
 
 
 @attrs.frozen(eq=False)
-class Implementation:
+class HookImplementation:
     """One hook implementation of one member, bound and guarded."""
 
     hook: str
     function: Callable[..., Any]
     wrapper: bool
-    marks: dict[str, Any]
-    owner: Member
+    hookimpl_opts: dict[str, Any]
+    owner: RegisteredComponent
 
 
 class Hooks:
     """The hooks of one run; `call.train_step(run=run, batch=batch)` calls one."""
 
     def __init__(self) -> None:
-        self.members: list[Member] = []
-        self._found: list[Implementation] = []
+        self.components: list[RegisteredComponent] = []
+        self._implementations: list[HookImplementation] = []
         self._manager = pluggy.PluginManager("tuneforge")
         self._manager.add_hookspecs(HookSpecs)
-        self.call = _Calls(self)
-        for hook, chained in (("model_adapt", self._adapt), ("evaluate", self._evaluate)):
+        self.call = _HookCallers(self)
+        for hook, chained in (("model_adapt", self._chain_model_adapt), ("evaluate", self._merge_metrics)):
             self._register(hook, chained, {})
 
-    def add(self, member: Member) -> None:
+    def add(self, member: RegisteredComponent) -> None:
         """Let a component take part, after those already added.
 
         Raises:
             PluginLoadError: One of its implementations does not fit its hook; then none of them takes part.
         """
-        found = implementations(member)
-        self.members.append(member)
-        self._found += found
+        found = find_hook_implementations(member)
+        self.components.append(member)
+        self._implementations += found
         for each in found:
-            if each.wrapper or each.hook not in CHAINS:
-                self._register(each.hook, each.function, each.marks)
-        self.call = _Calls(self)
+            if each.wrapper or each.hook not in CHAINED_HOOKS:
+                self._register(each.hook, each.function, each.hookimpl_opts)
+        self.call = _HookCallers(self)
 
-    def caller(self, hook: str) -> Callable[..., Any]:
+    def get_caller(self, hook: str) -> Callable[..., Any]:
         """What calls a hook by keyword: pluggy, or the one provider itself where nothing wraps it.
 
         That saves 6 of 9 microseconds a call (2 cores, Python 3.11), in each step of training.
         """
-        found = [each for each in self._found if each.hook == hook]
-        if hook not in PROVIDERS or len(found) != 1 or found[0].wrapper:
+        found = [each for each in self._implementations if each.hook == hook]
+        if hook not in PROVIDER_HOOKS or len(found) != 1 or found[0].wrapper:
             through_pluggy: Callable[..., Any] = getattr(self._manager.hook, hook)
             return through_pluggy
         function, names = found[0].function, tuple(inspect.signature(found[0].function).parameters)
         return lambda **given: function(*[given[name] for name in names])
 
-    def provides(self, hook: str) -> bool:
+    def has_provider(self, hook: str) -> bool:
         """True where some component answers `hook`."""
-        return any(each.hook == hook and not each.wrapper for each in self._found)
+        return any(each.hook == hook and not each.wrapper for each in self._implementations)
 
-    def provider(self, hook: str) -> Member:
+    def get_provider(self, hook: str) -> RegisteredComponent:
         """The one component that answers `hook`.
 
         Raises:
             PluginError: None does, or several do.
         """
-        return _sole(hook, self._links(hook)).owner
+        return _require_single_provider(hook, self._get_providers(hook)).owner
 
-    def _links(self, hook: str) -> list[Implementation]:
-        return [each for each in self._found if each.hook == hook and not each.wrapper]
+    def _get_providers(self, hook: str) -> list[HookImplementation]:
+        return [each for each in self._implementations if each.hook == hook and not each.wrapper]
 
-    def _adapt(self, run: Any, model: Any) -> Any:
-        for link in self._links("model_adapt"):
-            model = _call(link, run=run, model=model)
+    def _chain_model_adapt(self, run: Any, model: Any) -> Any:
+        for link in self._get_providers("model_adapt"):
+            model = _call_with_accepted(link, run=run, model=model)
             if model is None:
                 raise PluginError(
                     f"{link.owner.label} returned no model from model_adapt", fix="end it with: return model"
                 )
         return model
 
-    def _evaluate(self, run: Any) -> Any:
+    def _merge_metrics(self, run: Any) -> Any:
         from tuneforge.engine.loop.metric_set import MergedMetrics
 
-        return MergedMetrics([(link.owner.label, _call(link, run=run)) for link in self._links("evaluate")])
+        return MergedMetrics(
+            [(link.owner.label, _call_with_accepted(link, run=run)) for link in self._get_providers("evaluate")]
+        )
 
     def _register(self, hook: str, function: Callable[..., Any], marks: dict[str, Any]) -> None:
         stand_in = type("StandIn", (), {})()
         marked = functools.wraps(function)(lambda *args: function(*args)) if inspect.ismethod(function) else function
         setattr(stand_in, hook, pluggy.HookimplMarker("tuneforge")(marked, **_marker_arguments(marks)))
-        self._manager.register(stand_in, name=f"{hook}:{len(self._found)}:{id(stand_in)}")
+        self._manager.register(stand_in, name=f"{hook}:{len(self._implementations)}:{id(stand_in)}")
 
 
-class _Calls:
+class _HookCallers:
     """Hooks by name, each looked up once."""
 
     def __init__(self, hooks: Hooks) -> None:
         self._hooks = hooks
 
     def __getattr__(self, hook: str) -> Callable[..., Any]:
-        caller = self._hooks.caller(hook)
+        caller = self._hooks.get_caller(hook)
         setattr(self, hook, caller)
         return caller
 
 
-def implementations(member: Member) -> list[Implementation]:
+def find_hook_implementations(member: RegisteredComponent) -> list[HookImplementation]:
     """The checked and guarded hook implementations of a component. Runs none of its code.
 
     Raises:
@@ -142,26 +146,26 @@ def implementations(member: Member) -> list[Implementation]:
     """
     cls = type(member.component)
     found = []
-    for name, hook, marks in check_hooks(cls, member.label):
+    for name, hook, marks in find_hook_methods(cls, member.label):
         wrapper = bool(marks.get("wrapper"))
         bound = inspect.getattr_static(cls, name).__get__(member.component, cls)
-        guard = _guarded_wrapper if wrapper else _guarded
-        found.append(Implementation(hook, guard(member, hook, bound), wrapper, marks, member))
+        guard = _wrap_wrapper_errors if wrapper else _wrap_errors
+        found.append(HookImplementation(hook, guard(member, hook, bound), wrapper, marks, member))
     return found
 
 
-def check_hooks(cls: type, label: str) -> list[tuple[str, str, dict[str, Any]]]:
+def find_hook_methods(cls: type, label: str) -> list[tuple[str, str, dict[str, Any]]]:
     """The hook implementations of a class: attribute, hook, and marks. Runs none of its code.
 
     Raises:
-        PluginLoadError: As `implementations`.
+        PluginLoadError: As `find_hook_implementations`.
     """
     found = []
     for name in dir(cls):
         static = inspect.getattr_static(cls, name)
         function = getattr(static, "__func__", static)
         marks = getattr(function, "tuneforge_impl", None) if inspect.isfunction(function) else None
-        if marks is None and name in _SPECS and inspect.isfunction(function):
+        if marks is None and name in _HOOK_SIGNATURES and inspect.isfunction(function):
             raise PluginLoadError(
                 f"{label} has a method '{name}' that is no hook implementation",
                 where=f"{cls.__module__}:{cls.__qualname__}.{name}",
@@ -170,12 +174,12 @@ def check_hooks(cls: type, label: str) -> list[tuple[str, str, dict[str, Any]]]:
             )
         if marks is not None:
             hook = marks.get("specname") or name
-            _check(label, hook, f"{cls.__module__}:{cls.__qualname__}.{name}", function, marks)
+            _check_signature(label, hook, f"{cls.__module__}:{cls.__qualname__}.{name}", function, marks)
             found.append((name, hook, marks))
     return found
 
 
-def guarded_steps(member: Member, steps: Any) -> Generator[Any, Any, str]:
+def iterate_strategy(member: RegisteredComponent, steps: Any) -> Generator[Any, Any, str]:
     """Drive a strategy's iterable so that whatever its body raises names the strategy.
 
     A generator's body runs outside the hook call, so the guard of the hook does not reach it. It returns what the body
@@ -184,7 +188,7 @@ def guarded_steps(member: Member, steps: Any) -> Generator[Any, Any, str]:
     Raises:
         PluginError: The body raised, or a generator returned a value.
     """
-    iterator = _named(member, "finetune_strategy", iter, steps)
+    iterator = _call_wrapped(member, "finetune_strategy", iter, steps)
     answer = None
     try:
         while True:
@@ -192,25 +196,25 @@ def guarded_steps(member: Member, steps: Any) -> Generator[Any, Any, str]:
                 step = iterator.send(answer) if hasattr(iterator, "send") else next(iterator)
             except StopIteration as stop:
                 if stop.value is not None and not isinstance(stop.value, str):
-                    raise _returned_steps(member, stop.value) from None
+                    raise _return_value_error(member, stop.value) from None
                 return stop.value or ""
             except (Exception, SystemExit) as error:
                 if isinstance(error, AttributeError) and "has no attribute 'send'" in str(error):
-                    raise _yield_from(member, error) from error
-                raise _failure(member, "finetune_strategy", error) from error
+                    raise _yield_from_error(member, error) from error
+                raise _to_plugin_error(member, "finetune_strategy", error) from error
             answer = yield step
     finally:
         if hasattr(iterator, "close"):  # what a generator cleans up, it does now
-            _named(member, "finetune_strategy", iterator.close)
+            _call_wrapped(member, "finetune_strategy", iterator.close)
 
 
-def _check(label: str, hook: str, where: str, function: Callable[..., Any], marks: dict[str, Any]) -> None:
-    if hook not in _SPECS:
+def _check_signature(label: str, hook: str, where: str, function: Callable[..., Any], marks: dict[str, Any]) -> None:
+    if hook not in _HOOK_SIGNATURES:
         raise PluginLoadError(
             f"{label} implements a hook '{hook}' that does not exist",
             where=where,
             why="a misspelt hook would never be called",
-            fix=close_match(hook, _SPECS),
+            fix=suggest_name(hook, _HOOK_SIGNATURES),
         )
     if marks.get("hookwrapper") or (marks.get("wrapper") and not inspect.isgeneratorfunction(function)):
         raise PluginLoadError(
@@ -218,7 +222,7 @@ def _check(label: str, hook: str, where: str, function: Callable[..., Any], mark
             where=where,
             fix="use @hookimpl(wrapper=True) on a generator: result = yield; return result",
         )
-    allowed = list(_SPECS[hook].parameters)
+    allowed = list(_HOOK_SIGNATURES[hook].parameters)
     for parameter in list(inspect.signature(function).parameters.values())[1:]:
         if parameter.name not in allowed or parameter.default is not parameter.empty:
             raise PluginLoadError(
@@ -229,7 +233,7 @@ def _check(label: str, hook: str, where: str, function: Callable[..., Any], mark
             )
 
 
-def _guarded(member: Member, hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_errors(member: RegisteredComponent, hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def guarded(*args: Any) -> Any:
         try:
@@ -237,18 +241,18 @@ def _guarded(member: Member, hook: str, function: Callable[..., Any]) -> Callabl
         except TuneforgeError:
             raise
         except (Exception, SystemExit) as error:
-            raise _failure(member, hook, error) from error
+            raise _to_plugin_error(member, hook, error) from error
 
     return guarded
 
 
-def _guarded_wrapper(member: Member, hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_wrapper_errors(member: RegisteredComponent, hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse the two silent mistakes of a wrapper: yielding a value, and forgetting to return the result."""
 
     @functools.wraps(function)
     def guarded(*args: Any) -> Generator[None, Any, Any]:
         inner = function(*args)
-        if _named(member, hook, next, inner) is not None:
+        if _call_wrapped(member, hook, next, inner) is not None:
             raise PluginError(
                 f"{member.label}: the wrapper of '{hook}' yields a value, which would be lost",
                 fix="a wrapper's only yield is bare: result = yield",
@@ -256,9 +260,9 @@ def _guarded_wrapper(member: Member, hook: str, function: Callable[..., Any]) ->
         try:
             result = yield
         except BaseException as error:  # noqa: BLE001 - a wrapper may handle whatever it wraps, as the hook library lets it
-            returned = _named(member, hook, _throw, inner, error)
+            returned = _call_wrapped(member, hook, _throw_into_wrapper, inner, error)
             return returned
-        returned = _named(member, hook, _send, inner, result)
+        returned = _call_wrapped(member, hook, _send_to_wrapper, inner, result)
         if returned is None and result is not None:
             raise PluginError(
                 f"{member.label}: the wrapper of '{hook}' lost the result", fix="end it with: return result"
@@ -268,7 +272,7 @@ def _guarded_wrapper(member: Member, hook: str, function: Callable[..., Any]) ->
     return guarded
 
 
-def _send(generator: Generator[None, Any, Any], value: Any) -> Any:
+def _send_to_wrapper(generator: Generator[None, Any, Any], value: Any) -> Any:
     try:
         generator.send(value)
     except StopIteration as stop:
@@ -276,7 +280,7 @@ def _send(generator: Generator[None, Any, Any], value: Any) -> Any:
     raise PluginError("a wrapper yielded twice", fix="a wrapper yields exactly once")
 
 
-def _throw(generator: Generator[None, Any, Any], error: BaseException) -> Any:
+def _throw_into_wrapper(generator: Generator[None, Any, Any], error: BaseException) -> Any:
     try:
         generator.throw(error)
     except StopIteration as stop:
@@ -284,11 +288,11 @@ def _throw(generator: Generator[None, Any, Any], error: BaseException) -> Any:
     raise PluginError("a wrapper yielded twice", fix="a wrapper yields exactly once")
 
 
-def _named(member: Member, hook: str, function: Callable[..., Any], *args: Any) -> Any:
-    return _guarded(member, hook, function)(*args)
+def _call_wrapped(member: RegisteredComponent, hook: str, function: Callable[..., Any], *args: Any) -> Any:
+    return _wrap_errors(member, hook, function)(*args)
 
 
-def _failure(member: Member, hook: str, error: BaseException) -> TuneforgeError:
+def _to_plugin_error(member: RegisteredComponent, hook: str, error: BaseException) -> TuneforgeError:
     if isinstance(error, TuneforgeError):
         return error
     return PluginError(
@@ -298,7 +302,7 @@ def _failure(member: Member, hook: str, error: BaseException) -> TuneforgeError:
     )
 
 
-def _yield_from(member: Member, error: AttributeError) -> PluginError:
+def _yield_from_error(member: RegisteredComponent, error: AttributeError) -> PluginError:
     return PluginError(
         f"{member.label} has a `yield from` something that takes no answers",
         why=f"each yield is answered with a report, and {error}",
@@ -306,7 +310,7 @@ def _yield_from(member: Member, error: AttributeError) -> PluginError:
     )
 
 
-def _returned_steps(member: Member, value: Any) -> PluginError:
+def _return_value_error(member: RegisteredComponent, value: Any) -> PluginError:
     return PluginError(
         f"{member.label} returns {type(value).__name__} from a function that also yields",
         why="a generator's return value is not run: it may be a sentence that says why no further step follows",
@@ -314,7 +318,7 @@ def _returned_steps(member: Member, value: Any) -> PluginError:
     )
 
 
-def _sole(hook: str, providers: list[Implementation]) -> Implementation:
+def _require_single_provider(hook: str, providers: list[HookImplementation]) -> HookImplementation:
     if len(providers) == 1:
         return providers[0]
     raise PluginError(
@@ -325,7 +329,7 @@ def _sole(hook: str, providers: list[Implementation]) -> Implementation:
     )
 
 
-def _call(link: Implementation, **given: Any) -> Any:
+def _call_with_accepted(link: HookImplementation, **given: Any) -> Any:
     """Call an implementation with those of the hook's parameters that it asks for."""
     return link.function(*(given[name] for name in inspect.signature(link.function).parameters))
 

@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from tuneforge.engine.data.dataset import Batch, Data
     from tuneforge.engine.loop.metric_set import Metrics
     from tuneforge.engine.model.model import Model
-    from tuneforge.plugin.results import Brief
-    from tuneforge.plugin.steps import Step
+    from tuneforge.plugin.results import TaskInfo
+    from tuneforge.plugin.steps import StrategyStep
 
 hookspec = pluggy.HookspecMarker("tuneforge")
 hookimpl = pluggy.HookimplMarker("tuneforge")
 
-PROVIDERS = ("data_prepare", "train_step", "finetune_strategy", "optimizer_step")
+PROVIDER_HOOKS = ("data_prepare", "train_step", "finetune_strategy", "optimizer_step")
 """Hooks that exactly one component answers; any number may wrap them."""
 
-CHAINS = ("model_adapt", "evaluate")
+CHAINED_HOOKS = ("model_adapt", "evaluate")
 """Hooks that every component answers in turn, in the order in which the user named them."""
 
-COMPONENT_GROUPS = ("data_prepare", "model_adapt", "train_step", "evaluate", "finetune_strategy", "extension")
+COMPONENT_GROUPS = ("data_prepare", "model_adapt", "train_step", "evaluate", "finetune_strategy", "callback")
 """Entry-point groups (after `tuneforge.`) of components that take part in a run through hooks."""
 
-PART_GROUPS = ("lr_schedule", "optimizer", "augment", "export", "inputs", "targets")
+NON_HOOK_GROUPS = ("lr_schedule", "optimizer", "augment", "export", "inputs", "targets")
 """Entry-point groups (after `tuneforge.`) of parts that a run or a step asks for by name."""
 
 
@@ -57,7 +57,7 @@ class HookSpecs:
         """
 
     @hookspec(firstresult=True)
-    def finetune_strategy(self, brief: Brief) -> Iterable[Step]:  # type: ignore[empty-body]
+    def finetune_strategy(self, task: TaskInfo) -> Iterable[StrategyStep]:  # type: ignore[empty-body]
         """Say what to do: an iterable of steps, or a generator whose `yield` returns each step's answer.
 
         Exactly one provider. It never sees the live model or the test split.

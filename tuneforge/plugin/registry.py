@@ -10,33 +10,33 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from tuneforge.errors import PluginLoadError, UnknownNameError, close_match
-from tuneforge.plugin.names import kebab
+from tuneforge.errors import PluginLoadError, UnknownNameError, suggest_name
+from tuneforge.plugin.names import to_kebab_case
 
-PREFIX = "tuneforge."
-BUILTIN = "tuneforge"
+GROUP_PREFIX = "tuneforge."
+BUILTIN_DISTRIBUTION = "tuneforge"
 
 # Spelt out here, not imported: listing names must not import pluggy. A test keeps them equal to hookspecs.py.
 GROUPS = (
-    "data_prepare", "model_adapt", "train_step", "evaluate", "finetune_strategy", "extension",
+    "data_prepare", "model_adapt", "train_step", "evaluate", "finetune_strategy", "callback",
     "lr_schedule", "optimizer", "augment", "export", "inputs", "targets",
 )  # fmt: skip
 
-FLAGS = {
-    "data_prepare": "--data", "model_adapt": "--model", "train_step": "--step", "evaluate": "--evaluate",
-    "finetune_strategy": "--strategy", "extension": "--with", "lr_schedule": "--schedule",
+FLAG_BY_GROUP = {
+    "data_prepare": "--data", "model_adapt": "--model", "train_step": "--loss", "evaluate": "--metrics",
+    "finetune_strategy": "--strategy", "callback": "--callback", "lr_schedule": "--schedule",
     "optimizer": "--optimizer", "augment": "--augment", "export": "--to",
 }  # fmt: skip
 
-NOUNS = {
-    "data_prepare": "data source", "model_adapt": "model or adapter", "train_step": "step", "evaluate": "metric",
-    "finetune_strategy": "strategy", "extension": "extension", "lr_schedule": "schedule",
+NOUN_BY_GROUP = {
+    "data_prepare": "data source", "model_adapt": "model or adapter", "train_step": "loss", "evaluate": "metric",
+    "finetune_strategy": "strategy", "callback": "callback", "lr_schedule": "schedule",
     "optimizer": "optimizer", "augment": "augmentation", "export": "export format",
     "inputs": "kind of inputs", "targets": "kind of targets",
 }  # fmt: skip
 
 
-class Entry(NamedTuple):
+class ComponentEntry(NamedTuple):
     """One component that is installed, as its entry point describes it; nothing of it has been imported.
 
     Args:
@@ -56,26 +56,26 @@ class Entry(NamedTuple):
     aliases: tuple[str, ...] = ()
 
 
-def installed() -> tuple[Entry, ...]:
+def list_components() -> tuple[ComponentEntry, ...]:
     """Every component installed in this environment, sorted by group, then name. Imports no plugin.
 
     Entries of a broken distribution (no name, unreadable metadata) are passed over.
     """
-    return _installed(tuple(sys.path))
+    return _list_components_on_path(tuple(sys.path))
 
 
-def entries_of(group: str) -> tuple[Entry, ...]:
+def list_components_of_group(group: str) -> tuple[ComponentEntry, ...]:
     """The installed components of one group.
 
     Raises:
         UnknownNameError: There is no such group.
     """
     if group not in GROUPS:
-        raise UnknownNameError(f"there is no hook point '{group}'", fix=close_match(group, GROUPS))
-    return tuple(entry for entry in installed() if entry.group == group)
+        raise UnknownNameError(f"there is no hook point '{group}'", fix=suggest_name(group, GROUPS))
+    return tuple(entry for entry in list_components() if entry.group == group)
 
 
-def find(group: str, reference: str, *, where: str = "") -> Entry:
+def find_component(group: str, reference: str, *, where: str = "") -> ComponentEntry:
     """The entry that a reference names.
 
     Args:
@@ -86,19 +86,19 @@ def find(group: str, reference: str, *, where: str = "") -> Entry:
     Raises:
         UnknownNameError: Nothing of that name is installed; or two third parties claim it.
     """
-    where = where or FLAGS.get(group, group)
+    where = where or FLAG_BY_GROUP.get(group, group)
     if ":" in reference:
-        return Entry(group, reference, reference, distribution="", version="")
+        return ComponentEntry(group, reference, reference, distribution="", version="")
     distribution, _, name = reference.rpartition("/")
-    candidates = [entry for entry in entries_of(group) if name == entry.name or name in entry.aliases]
+    candidates = [entry for entry in list_components_of_group(group) if name == entry.name or name in entry.aliases]
     if distribution:
-        candidates = [entry for entry in candidates if _same_distribution(entry.distribution, distribution)]
+        candidates = [entry for entry in candidates if _is_same_distribution(entry.distribution, distribution)]
     if not candidates:
-        raise _unknown(group, reference, where)
-    return _only(candidates, reference, where)
+        raise _not_installed_error(group, reference, where)
+    return _choose_candidate(candidates, reference, where)
 
 
-def load(entry: Entry) -> type:
+def load_component(entry: ComponentEntry) -> type:
     """Import the class behind an entry and check that it is a component of this API.
 
     Raises:
@@ -113,79 +113,79 @@ def load(entry: Entry) -> type:
             found = getattr(found, part)
     except (Exception, SystemExit) as error:
         raise PluginLoadError(
-            f"{describe(entry)} could not be loaded",
+            f"{describe_component(entry)} could not be loaded",
             where=entry.target,
             why=f"{type(error).__name__}: {error}",
-            fix=_import_advice(entry),
+            fix=_suggest_import_fix(entry),
         ) from error
-    return _checked(found, entry)
+    return _require_component_class(found, entry)
 
 
-def describe(entry: Entry) -> str:
+def describe_component(entry: ComponentEntry) -> str:
     """`strategy 'x' of some-package 1.2`, or `strategy 'module:X'` for local code."""
     owner = f" of {entry.distribution} {entry.version}" if entry.distribution else ""
-    return f"{NOUNS[entry.group]} '{entry.name}'{owner}"
+    return f"{NOUN_BY_GROUP[entry.group]} '{entry.name}'{owner}"
 
 
-def entry_for(group: str, cls: type) -> Entry:
+def find_entry_of_class(group: str, cls: type) -> ComponentEntry:
     """The entry under which a class is installed, or a local reference where it is not."""
     target = f"{cls.__module__}:{cls.__qualname__}"
-    known = (entry for entry in installed() if entry.target == target)
+    known = (entry for entry in list_components() if entry.target == target)
     matches = sorted(known, key=lambda entry: entry.group != group)
-    return matches[0] if matches else Entry(group, target, target, distribution="", version="")
+    return matches[0] if matches else ComponentEntry(group, target, target, distribution="", version="")
 
 
-def forget() -> None:
+def clear_cache() -> None:
     """Look at the environment again at the next question (something was installed meanwhile)."""
-    _installed.cache_clear()
+    _list_components_on_path.cache_clear()
 
 
 @functools.lru_cache(maxsize=4)
-def _installed(path: tuple[str, ...]) -> tuple[Entry, ...]:
+def _list_components_on_path(path: tuple[str, ...]) -> tuple[ComponentEntry, ...]:
     del path  # the key of the cache: another sys.path may hold other distributions
     by_target: dict[tuple[str, str, str, str], list[str]] = {}
-    for group, name, target, distribution, version in dict.fromkeys(_raw_entries()):
+    for group, name, target, distribution, version in dict.fromkeys(_read_entry_points()):
         by_target.setdefault((group, target, distribution, version), []).append(name)
     entries = [
-        Entry(group, *_primary(names, target), distribution, version, _aliases(names, target))
+        ComponentEntry(group, *_choose_primary_name(names, target), distribution, version, _list_aliases(names, target))
         for (group, target, distribution, version), names in by_target.items()
     ]
     return tuple(sorted(entries, key=lambda entry: (GROUPS.index(entry.group), entry.name, entry.distribution)))
 
 
-def _raw_entries() -> Iterator[tuple[str, str, str, str, str]]:
+def _read_entry_points() -> Iterator[tuple[str, str, str, str, str]]:
     seen = set()
     for distribution in importlib.metadata.distributions():
         try:
             text = distribution.read_text("entry_points.txt")
-            if not text or PREFIX not in text:
+            if not text or GROUP_PREFIX not in text:
                 continue
             name, version = distribution.metadata["Name"], distribution.version
             if not name or name in seen:  # an earlier folder on the path hides a later one, as for imports
                 continue
             seen.add(name)
-            points = [point for point in distribution.entry_points if point.group.startswith(PREFIX)]
+            points = [point for point in distribution.entry_points if point.group.startswith(GROUP_PREFIX)]
         except Exception:  # noqa: BLE001, S112 - one unreadable distribution must not hide the others
             continue
         for point in points:
-            group = point.group.removeprefix(PREFIX)
+            group = point.group.removeprefix(GROUP_PREFIX)
             if group in GROUPS:
                 yield group, point.name, point.value, name, version
 
 
-def _primary(names: list[str], target: str) -> tuple[str, str]:
+def _choose_primary_name(names: list[str], target: str) -> tuple[str, str]:
     """The name that is the class name's kebab form, else the first; the other names are its aliases."""
-    own = kebab(target.rpartition(":")[2])
+    own = to_kebab_case(target.rpartition(":")[2])
     return (own if own in names else sorted(names)[0]), target
 
 
-def _aliases(names: list[str], target: str) -> tuple[str, ...]:
-    primary, _ = _primary(names, target)
+def _list_aliases(names: list[str], target: str) -> tuple[str, ...]:
+    primary, _ = _choose_primary_name(names, target)
     return tuple(sorted(name for name in names if name != primary))
 
 
-def _only(candidates: list[Entry], reference: str, where: str) -> Entry:
-    builtin = [entry for entry in candidates if entry.distribution == BUILTIN]
+def _choose_candidate(candidates: list[ComponentEntry], reference: str, where: str) -> ComponentEntry:
+    builtin = [entry for entry in candidates if entry.distribution == BUILTIN_DISTRIBUTION]
     if builtin or len(candidates) == 1:
         return (builtin or candidates)[0]
     candidates = sorted(candidates, key=lambda entry: entry.distribution)
@@ -198,45 +198,46 @@ def _only(candidates: list[Entry], reference: str, where: str) -> Entry:
     )
 
 
-def _unknown(group: str, reference: str, where: str) -> UnknownNameError:
-    names = [name for entry in entries_of(group) for name in (entry.name, *entry.aliases)]
+def _not_installed_error(group: str, reference: str, where: str) -> UnknownNameError:
+    names = [name for entry in list_components_of_group(group) for name in (entry.name, *entry.aliases)]
     return UnknownNameError(
-        f"{NOUNS[group]} '{reference}' is not installed",
+        f"{NOUN_BY_GROUP[group]} '{reference}' is not installed",
         where=where,
-        why=f"no installed distribution has an entry point of that name in group '{PREFIX}{group}'",
-        fix=f"{close_match(reference, names)}; see: tuneforge plugins list, or write module:Class for code of your own",
+        why=f"no installed distribution has an entry point of that name in group '{GROUP_PREFIX}{group}'",
+        fix=f"{suggest_name(reference, names)}; see: tuneforge plugins list, or write module:Class for code of your "
+        "own",
     )
 
 
-def _same_distribution(one: str, other: str) -> bool:
+def _is_same_distribution(one: str, other: str) -> bool:
     return one.lower().replace("_", "-").replace(".", "-") == other.lower().replace("_", "-").replace(".", "-")
 
 
-def _import_advice(entry: Entry) -> str:
+def _suggest_import_fix(entry: ComponentEntry) -> str:
     if not entry.distribution:
         return "the reference is package.module:Name; the current folder is on the path"
     name = entry.distribution
     return f"reinstall or update it (pip install -U {name}), or remove it (pip uninstall {name})"
 
 
-def _checked(found: Any, entry: Entry) -> type:
-    from tuneforge.plugin.component import API
+def _require_component_class(found: Any, entry: ComponentEntry) -> type:
+    from tuneforge.plugin.component import API_VERSION
 
     api = getattr(found, "__tuneforge_api__", None) if inspect.isclass(found) else None
     if api is None or "__tuneforge_api__" not in vars(found):
         raise PluginLoadError(
-            f"{describe(entry)} is not a component",
+            f"{describe_component(entry)} is not a component",
             where=entry.target,
-            why=f"it is {found!r}, not a class decorated with @component(api={API})",
+            why=f"it is {found!r}, not a class decorated with @component(api={API_VERSION})",
             fix="decorate the class, or point the entry at the class",
         )
-    if api != API:
+    if api != API_VERSION:
         raise PluginLoadError(
-            f"{describe(entry)} was written for plugin API {api}",
+            f"{describe_component(entry)} was written for plugin API {api}",
             where=entry.target,
-            why=f"this tuneforge speaks API {API}",
+            why=f"this tuneforge speaks API {API_VERSION}",
             fix="update tuneforge"
-            if isinstance(api, int) and api > API
+            if isinstance(api, int) and api > API_VERSION
             else f"update {entry.distribution or 'the class'}",
         )
     checked: type = found

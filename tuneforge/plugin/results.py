@@ -1,4 +1,4 @@
-"""What a strategy is told: the brief before it begins, and the answer to each of its steps."""
+"""What a strategy is told: the task before it begins, and the answer to each of its steps."""
 
 from __future__ import annotations
 
@@ -7,24 +7,31 @@ from typing import Any
 
 import attrs
 
-from tuneforge.plugin.serialization import KEEPS_ORDER, data, figures, in_order, kind
+from tuneforge.plugin.serialization import (
+    KEEP_KEY_ORDER,
+    mapping_field,
+    metrics_field,
+    register_serializable,
+    sort_keys,
+)
 
 
-def _names(values: Iterable[str]) -> tuple[str, ...]:
+def to_name_tuple(values: Iterable[str]) -> tuple[str, ...]:
+    """Names as a tuple, whatever they come in."""
     return tuple(values)
 
 
-def _steps(values: Iterable[int]) -> tuple[int, ...]:
+def _to_step_tuple(values: Iterable[int]) -> tuple[int, ...]:
     return tuple(values)
 
 
-@kind
+@register_serializable
 @attrs.frozen
-class Report:
+class StrategyStepResult:
     """The answer to a step that changed the weights.
 
     Args:
-        step: The step's name.
+        step_name: The step's name.
         reason: Why it ended, in a sentence.
         epochs: Epochs trained.
         steps: Optimizer steps taken.
@@ -32,70 +39,71 @@ class Report:
         train: Figures of training: `loss` of the last epoch.
         val: Every figure of the validation split after the step, nested as the metrics gave it, sorted by name.
         history: One entry an epoch: `epoch`, `train`, `val` (single numbers only).
-        trained: Number of parameters that trained.
-        frozen: Number of parameters that did not; they are proved unchanged to the bit.
-        unmoved: Names of tensors that had a rate and never received a gradient.
-        chosen: What the step chose among candidates (`Blend`'s weight).
-        left_out: Optimizer steps that were not applied, because a loss or a gradient was no number.
-        views: Fixed augmented views that each training sample was seen in, where features were kept; else 0.
+        num_trainable: Number of parameters that trained.
+        num_frozen: Number of parameters that did not; they are proved unchanged to the bit.
+        never_updated: Names of tensors that had a rate and never received a gradient.
+        selection: What the step chose among candidates (`WeightAverage`'s weight).
+        skipped_steps: Optimizer steps that were not applied, because a loss or a gradient was no number.
+        num_augmented_copies: Fixed augmented views that each training sample was seen in, where features were kept;
+            else 0.
     """
 
-    step: str
+    step_name: str
     reason: str = ""
     epochs: int = 0
     steps: int = 0
     best_epoch: int = 0
-    train: Mapping[str, Any] = figures()
-    val: Mapping[str, Any] = figures()
-    history: tuple[Mapping[str, Any], ...] = attrs.field(default=(), converter=in_order)
-    trained: int = 0
-    frozen: int = 0
-    unmoved: tuple[str, ...] = attrs.field(default=(), converter=_names)
-    chosen: Mapping[str, Any] = figures()
-    left_out: tuple[int, ...] = attrs.field(default=(), converter=_steps)
-    views: int = 0
+    train: Mapping[str, Any] = metrics_field()
+    val: Mapping[str, Any] = metrics_field()
+    history: tuple[Mapping[str, Any], ...] = attrs.field(default=(), converter=sort_keys)
+    num_trainable: int = 0
+    num_frozen: int = 0
+    never_updated: tuple[str, ...] = attrs.field(default=(), converter=to_name_tuple)
+    selection: Mapping[str, Any] = metrics_field()
+    skipped_steps: tuple[int, ...] = attrs.field(default=(), converter=_to_step_tuple)
+    num_augmented_copies: int = 0
 
 
-@kind
+@register_serializable
 @attrs.frozen
-class Readings:
-    """The answer to a `Probe`.
+class Diagnostics:
+    """The answer to a `Diagnosis`.
 
     Args:
-        step: The probe's name.
+        step_name: The step's name.
         values: By layer group or tensor name; for rates, by the rate.
     """
 
-    step: str
-    values: Mapping[Any, float] = data(**KEEPS_ORDER)
+    step_name: str
+    values: Mapping[Any, float] = mapping_field(**KEEP_KEY_ORDER)
 
 
-Answer = Report | Readings
+AnyStrategyStepResult = StrategyStepResult | Diagnostics
 
 
-@kind
+@register_serializable
 @attrs.frozen
-class GroupInfo:
+class LayerGroupInfo:
     """A layer group as a strategy sees it.
 
     Args:
         name: As selectors write it.
         num_parameters: Numbers in its tensors.
-        tensors: Names of its parameters.
+        parameter_names: Names of its parameters.
     """
 
     name: str
     num_parameters: int
-    tensors: tuple[str, ...] = attrs.field(converter=_names)
+    parameter_names: tuple[str, ...] = attrs.field(converter=to_name_tuple)
 
 
-def _infos(values: Iterable[GroupInfo]) -> tuple[GroupInfo, ...]:
+def _to_group_tuple(values: Iterable[LayerGroupInfo]) -> tuple[LayerGroupInfo, ...]:
     return tuple(values)
 
 
-@kind
+@register_serializable
 @attrs.frozen
-class Brief:
+class TaskInfo:
     """All that a strategy is told: never the live model, never the test split.
 
     Args:
@@ -111,11 +119,11 @@ class Brief:
         old_classes: Classes whose head rows came with the model.
         budget: What the run may spend, all of it still there: `{"seconds": 60.0}`, `{"epochs": 20}` or
             `{"steps": 500}`; empty where there is no limit.
-        pools: Samples of each named part of the training split, which `Phase(mix=...)` may ask for.
+        sample_groups: Samples of each named part of the training split, which `Phase(mixture_weights=...)` may ask for.
     """
 
-    groups: tuple[GroupInfo, ...] = attrs.field(converter=_infos)
-    classes: tuple[str, ...] = attrs.field(converter=_names)
+    groups: tuple[LayerGroupInfo, ...] = attrs.field(converter=_to_group_tuple)
+    classes: tuple[str, ...] = attrs.field(converter=to_name_tuple)
     num_train: int
     num_val: int
     batch_size: int
@@ -123,17 +131,17 @@ class Brief:
     seed: int
     monitor: str
     monitor_mode: str
-    old_classes: tuple[str, ...] = attrs.field(default=(), converter=_names)
-    budget: Mapping[str, float] = data()
-    pools: Mapping[str, int] = data()
+    old_classes: tuple[str, ...] = attrs.field(default=(), converter=to_name_tuple)
+    budget: Mapping[str, float] = mapping_field()
+    sample_groups: Mapping[str, int] = mapping_field()
 
     @property
-    def backbone(self) -> tuple[GroupInfo, ...]:
+    def backbone(self) -> tuple[LayerGroupInfo, ...]:
         """All groups but the head, from the input up."""
         return self.groups[:-1]
 
     @property
-    def head(self) -> GroupInfo:
+    def head(self) -> LayerGroupInfo:
         """The group nearest to the answer."""
         return self.groups[-1]
 

@@ -14,15 +14,15 @@ import attrs
 
 from tuneforge.errors import UsageError
 
-_Kind = TypeVar("_Kind", bound=type)
-_KINDS: dict[str, type] = {}
-KEEPS_ORDER = {"keeps_order": True}
+_SerializableT = TypeVar("_SerializableT", bound=type)
+_SERIALIZABLE_CLASSES: dict[str, type] = {}
+KEEP_KEY_ORDER = {"keeps_order": True}
 """Metadata of a field whose mapping counts in its order."""
 
 
-def kind(cls: _Kind) -> _Kind:
+def register_serializable(cls: _SerializableT) -> _SerializableT:
     """Class decorator: values of this attrs class are plain data, and JSON knows them by the class's name."""
-    _KINDS[cls.__name__] = cls
+    _SERIALIZABLE_CLASSES[cls.__name__] = cls
     return cls
 
 
@@ -30,11 +30,12 @@ def _read_only(mapping: dict[Any, Any]) -> MappingProxyType[Any, Any]:
     return MappingProxyType(mapping)
 
 
-# So that a step or a `Use` can be copied and sent to another process, as scikit-learn does with an estimator's options.
+# So that a step or a `ComponentSpec` can be copied and sent to another process, as scikit-learn does with the options
+# of an estimator.
 copyreg.pickle(MappingProxyType, lambda mapping: (_read_only, (dict(mapping),)))
 
 
-def plain(value: Any) -> Any:
+def to_plain_data(value: Any) -> Any:
     """Read-only plain data: sequences become tuples, mappings read-only, paths text, numpy and torch scalars Python's.
 
     Raises:
@@ -42,45 +43,45 @@ def plain(value: Any) -> Any:
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if attrs.has(type(value)) and type(value) in _KINDS.values():
+    if attrs.has(type(value)) and type(value) in _SERIALIZABLE_CLASSES.values():
         return value
     if isinstance(value, Mapping):
-        return MappingProxyType({plain(key): plain(item) for key, item in value.items()})
+        return MappingProxyType({to_plain_data(key): to_plain_data(item) for key, item in value.items()})
     if isinstance(value, (list, tuple)):
-        return tuple(plain(item) for item in value)
+        return tuple(to_plain_data(item) for item in value)
     if isinstance(value, PurePath):
         return str(value)
     if getattr(value, "ndim", None) == 0:
-        return plain(value.item())
+        return to_plain_data(value.item())
     raise TypeError(f"{type(value).__name__} is not plain data")
 
 
-def data(**metadata: Any) -> Any:
+def mapping_field(**metadata: Any) -> Any:
     """A field of plain data, a mapping, empty by default."""
-    return attrs.field(factory=dict, converter=plain, metadata=metadata)
+    return attrs.field(factory=dict, converter=to_plain_data, metadata=metadata)
 
 
-def in_order(value: Any) -> Any:
+def sort_keys(value: Any) -> Any:
     """Plain data whose mappings are sorted by name, all the way down.
 
     What a strategy is told must not depend on whether the run was resumed, the order of figures included: it may break
     a tie by it.
     """
-    value = plain(value)
+    value = to_plain_data(value)
     if isinstance(value, Mapping):
         names = sorted(value) if all(isinstance(key, str) for key in value) else list(value)
-        return MappingProxyType({name: in_order(value[name]) for name in names})
-    return tuple(map(in_order, value)) if isinstance(value, tuple) else value
+        return MappingProxyType({name: sort_keys(value[name]) for name in names})
+    return tuple(map(sort_keys, value)) if isinstance(value, tuple) else value
 
 
-def figures() -> Any:
-    """A field of figures by name, sorted (see `in_order`)."""
-    return attrs.field(factory=dict, converter=in_order)
+def metrics_field() -> Any:
+    """A field of figures by name, sorted (see `sort_keys`)."""
+    return attrs.field(factory=dict, converter=sort_keys)
 
 
 def to_json(value: Any) -> str:
     """One line of JSON from which `from_json` restores an equal value; equal values give equal text."""
-    return json.dumps(_encode(plain(value)), sort_keys=True, allow_nan=False)
+    return json.dumps(_encode(to_plain_data(value)), sort_keys=True, allow_nan=False)
 
 
 def from_json(text: str) -> Any:
@@ -99,8 +100,11 @@ def from_json(text: str) -> Any:
 def _encode(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": repr(float(value))}
-    if type(value) in _KINDS.values():
-        return {"$kind": type(value).__name__, **{each.name: _field(value, each) for each in attrs.fields(type(value))}}
+    if type(value) in _SERIALIZABLE_CLASSES.values():
+        return {
+            "$kind": type(value).__name__,
+            **{each.name: _encode_field(value, each) for each in attrs.fields(type(value))},
+        }
     if isinstance(value, Mapping):
         return _encode_mapping(value, keeps_order=False)
     if isinstance(value, tuple):
@@ -108,7 +112,7 @@ def _encode(value: Any) -> Any:
     return value
 
 
-def _field(value: Any, field: attrs.Attribute[Any]) -> Any:
+def _encode_field(value: Any, field: attrs.Attribute[Any]) -> Any:
     held = getattr(value, field.name)
     return _encode_mapping(held, keeps_order=True) if field.metadata.get("keeps_order") else _encode(held)
 
@@ -133,5 +137,5 @@ def _decode(value: Any) -> Any:
         return MappingProxyType({_decode(key): _decode(item) for key, item in value["$map"]})
     if "$kind" in value:
         fields = {key: _decode(item) for key, item in value.items() if key != "$kind"}
-        return _KINDS[value["$kind"]](**fields)
+        return _SERIALIZABLE_CLASSES[value["$kind"]](**fields)
     return MappingProxyType({key: _decode(item) for key, item in value.items()})

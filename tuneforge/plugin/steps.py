@@ -9,13 +9,13 @@ from typing import Any
 import attrs
 
 from tuneforge.errors import UsageError
-from tuneforge.plugin.serialization import KEEPS_ORDER, data, kind, plain
+from tuneforge.plugin.serialization import KEEP_KEY_ORDER, mapping_field, register_serializable, to_plain_data
 
 
-@kind
+@register_serializable
 @attrs.frozen
-class Use:
-    """A part asked for by name, with its options: `Use("one-cycle", {"pct_start": 0.3})`.
+class ComponentSpec:
+    """A part asked for by name, with its options: `ComponentSpec("one-cycle", {"pct_start": 0.3})`.
 
     Args:
         name: As the registry knows it.
@@ -23,37 +23,37 @@ class Use:
     """
 
     name: str
-    options: Mapping[str, Any] = data()
+    options: Mapping[str, Any] = mapping_field()
 
 
-def use(name: str, **options: Any) -> Use:
+def use(name: str, **options: Any) -> ComponentSpec:
     """Ask for a part by name: `Phase(..., schedule=use("one-cycle", pct_start=0.3))`."""
-    return Use(name, options)
+    return ComponentSpec(name, options)
 
 
-def _as_use(value: str | Use | None) -> Use | None:
-    return Use(value) if isinstance(value, str) else value
+def _to_spec(value: str | ComponentSpec | None) -> ComponentSpec | None:
+    return ComponentSpec(value) if isinstance(value, str) else value
 
 
-def _names(values: Iterable[str]) -> tuple[str, ...]:
+def _to_name_tuple(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(values)
 
 
-def _numbers(values: Iterable[float]) -> tuple[float, ...]:
+def _to_number_tuple(values: Iterable[float]) -> tuple[float, ...]:
     return tuple(values)
 
 
-def _as_selectors(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
+def _to_selectors(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-@kind
+@register_serializable
 @attrs.frozen
 class Phase:
     """Train what a selector names.
 
     Args:
-        name: Unique within the run; `Blend` and the report refer to it. `"start"` is taken.
+        name: Unique within the run; `WeightAverage` and the report refer to it. `"start"` is taken.
         train: What trains: `"head"`, `"all"`, `"norms"`, `"biases"`, a layer group, a slice of groups such as
             `"groups[-2:]"`, a module's path, a glob over parameter names, or `"re:..."`. Several are joined in order;
             one with `!` in front takes away. All else is frozen.
@@ -68,36 +68,39 @@ class Phase:
         patience: Epochs without gain after which the phase stops; None never stops early.
         monitor: The validation figure of early stopping and best weights, or None for the targets' own.
         monitor_mode: `"max"` or `"min"`, where tuneforge does not know whether more of `monitor` is better.
-        min_gain: What counts as a gain of `monitor`, absolute.
+        min_delta: What counts as a gain of `monitor`, absolute.
         restore_best: End on the weights of the best epoch rather than the last.
-        norms: `"still"`: a norm with a frozen parameter keeps its statistics; `"moving"`: frozen norms go on
-            adapting their statistics to the data.
+        batchnorm_stats: `"frozen"`: a norm with a frozen parameter keeps its statistics; `"updating"`: frozen norms go
+            on adapting their statistics to the data.
         class_weights: Factors on the loss by class name, `"balanced"`, or None.
         sampling: How often each class is drawn, by name, `"balanced"`, or None for as it comes.
-        mix: Share of each named part of the training split (`Data.pools`) in an epoch; what is left over is drawn from
-            the samples in none of the parts named, and an epoch has as many draws as ever. Not with `sampling`.
+        mixture_weights: Share of each named part of the training split (`Data.sample_groups`) in an epoch; what is left
+            over is drawn from the samples in none of the parts named, and an epoch has as many draws as ever. Not with
+            `sampling`.
         why: The reason for this step, which is printed and stored.
     """
 
     name: str
-    train: tuple[str, ...] = attrs.field(default=("all",), converter=_as_selectors, kw_only=True)
+    train: tuple[str, ...] = attrs.field(default=("all",), converter=_to_selectors, kw_only=True)
     epochs: int | None = attrs.field(default=None, kw_only=True)
     steps: int | None = attrs.field(default=None, kw_only=True)
     lr: float = attrs.field(default=1e-3, kw_only=True)
-    lr_scales: Mapping[str, float] = attrs.field(factory=dict, converter=plain, kw_only=True, metadata=KEEPS_ORDER)
+    lr_scales: Mapping[str, float] = attrs.field(
+        factory=dict, converter=to_plain_data, kw_only=True, metadata=KEEP_KEY_ORDER
+    )
     layer_decay: float = attrs.field(default=1.0, kw_only=True)
-    schedule: Use | None = attrs.field(default=None, converter=_as_use, kw_only=True)
-    optimizer: Use | None = attrs.field(default=None, converter=_as_use, kw_only=True)
+    schedule: ComponentSpec | None = attrs.field(default=None, converter=_to_spec, kw_only=True)
+    optimizer: ComponentSpec | None = attrs.field(default=None, converter=_to_spec, kw_only=True)
     weight_decay: float | None = attrs.field(default=None, kw_only=True)
     patience: int | None = attrs.field(default=None, kw_only=True)
     monitor: str | None = attrs.field(default=None, kw_only=True)
     monitor_mode: str | None = attrs.field(default=None, kw_only=True)
-    min_gain: float = attrs.field(default=0.0, kw_only=True)
+    min_delta: float = attrs.field(default=0.0, kw_only=True)
     restore_best: bool = attrs.field(default=False, kw_only=True)
-    norms: str = attrs.field(default="still", kw_only=True)
-    class_weights: Mapping[str, float] | str | None = attrs.field(default=None, converter=plain, kw_only=True)
-    sampling: Mapping[str, float] | str | None = attrs.field(default=None, converter=plain, kw_only=True)
-    mix: Mapping[str, float] | None = attrs.field(default=None, converter=plain, kw_only=True)
+    batchnorm_stats: str = attrs.field(default="frozen", kw_only=True)
+    class_weights: Mapping[str, float] | str | None = attrs.field(default=None, converter=to_plain_data, kw_only=True)
+    sampling: Mapping[str, float] | str | None = attrs.field(default=None, converter=to_plain_data, kw_only=True)
+    mixture_weights: Mapping[str, float] | None = attrs.field(default=None, converter=to_plain_data, kw_only=True)
     why: str = attrs.field(default="", kw_only=True)
 
     def __attrs_post_init__(self) -> None:
@@ -109,21 +112,33 @@ class Phase:
         _require_number(self, "layer_decay", low=0.0, high=1.0)
         _require(self, self.layer_decay > 0, "layer_decay must be greater than 0")
         _require_number(self, "weight_decay", low=0.0)
-        _require_number(self, "min_gain", low=0.0)
-        for name in ("lr_scales", "class_weights", "sampling", "mix"):
-            _require_factors(self, name)
-        _require(self, self.mix is None or self.sampling is None, "give mix or sampling, one of the two")
-        _require(self, sum((self.mix or {}).values()) <= 1 + 1e-9, "the shares of mix must sum to at most 1")
+        _require_number(self, "min_delta", low=0.0)
+        for name in ("lr_scales", "class_weights", "sampling", "mixture_weights"):
+            _require_nonnegative_mapping(self, name)
+        _require(
+            self,
+            self.mixture_weights is None or self.sampling is None,
+            "give mixture_weights or sampling, one of the two",
+        )
+        _require(
+            self,
+            sum((self.mixture_weights or {}).values()) <= 1 + 1e-9,
+            "the shares of mixture_weights must sum to at most 1",
+        )
         _require(
             self, isinstance(self.restore_best, bool), f"restore_best must be True or False, not {self.restore_best!r}"
         )
-        _require(self, self.norms in ("still", "moving"), f"norms must be 'still' or 'moving', not {self.norms!r}")
-        _require_direction(self)
+        _require(
+            self,
+            self.batchnorm_stats in ("frozen", "updating"),
+            f"batchnorm_stats must be 'frozen' or 'updating', not {self.batchnorm_stats!r}",
+        )
+        _require_monitor_mode(self)
 
 
-@kind
+@register_serializable
 @attrs.frozen
-class Fit:
+class HeadFit:
     """Solve the head on frozen features, to convergence, and load it (a linear probe).
 
     Args:
@@ -141,15 +156,15 @@ class Fit:
         _require(self, self.l2 > 0, "l2 must be greater than 0")
 
 
-@kind
+@register_serializable
 @attrs.frozen
-class Probe:
+class Diagnosis:
     """Measure and train nothing: the run's state is bit-equal before and after.
 
     Args:
         name: Unique within the run.
         measure: `"gradients"`: the ratio of gradient norm to weight norm; `"features"`: how far each group's output
-            on validation lies from that on training; `"rates"`: the loss after one step at each of a range of rates.
+            on validation lies from that on training; `"lrs"`: the loss after one step at each of a range of rates.
         train: For gradients and rates, what would train.
         batches: Training batches to look at.
         by: For gradients, one figure a layer `"group"` or one a `"tensor"`.
@@ -158,21 +173,21 @@ class Probe:
 
     name: str
     measure: str = attrs.field(default="gradients", kw_only=True)
-    train: tuple[str, ...] = attrs.field(default=("all",), converter=_as_selectors, kw_only=True)
+    train: tuple[str, ...] = attrs.field(default=("all",), converter=_to_selectors, kw_only=True)
     batches: int = attrs.field(default=5, kw_only=True)
     by: str = attrs.field(default="group", kw_only=True)
     why: str = attrs.field(default="", kw_only=True)
 
     def __attrs_post_init__(self) -> None:
-        known = ("gradients", "features", "rates")
+        known = ("gradients", "features", "lrs")
         _require(self, self.measure in known, f"measure must be one of {', '.join(known)}, not {self.measure!r}")
         _require(self, self.batches >= 1, f"batches must be at least 1, not {self.batches}")
         _require(self, self.by in ("group", "tensor"), f"by must be 'group' or 'tensor', not {self.by!r}")
 
 
-@kind
+@register_serializable
 @attrs.frozen
-class Blend:
+class WeightAverage:
     """Interpolate between named snapshots of the weights and keep the best on validation (WiSE-FT, soups).
 
     With one snapshot this goes back to it.
@@ -187,23 +202,23 @@ class Blend:
     """
 
     name: str
-    snapshots: tuple[str, ...] = attrs.field(converter=_names, kw_only=True)
+    snapshots: tuple[str, ...] = attrs.field(converter=_to_name_tuple, kw_only=True)
     weights: tuple[float, ...] = attrs.field(
-        default=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), converter=_numbers, kw_only=True
+        default=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), converter=_to_number_tuple, kw_only=True
     )
     monitor: str | None = attrs.field(default=None, kw_only=True)
     monitor_mode: str | None = attrs.field(default=None, kw_only=True)
     why: str = attrs.field(default="", kw_only=True)
 
     def __attrs_post_init__(self) -> None:
-        _require_direction(self)
+        _require_monitor_mode(self)
         _require(self, len(self.snapshots) >= 1, "name at least one snapshot")
         _require(self, bool(self.weights), "give at least one weight")
         _require(self, all(0 <= weight <= 1 for weight in self.weights), "weights must lie from 0 to 1")
 
 
-Step = Phase | Fit | Probe | Blend
-Steps = Generator[Step, Any, None]
+StrategyStep = Phase | HeadFit | Diagnosis | WeightAverage
+StrategySteps = Generator[StrategyStep, Any, None]
 """The type of a strategy that is a generator: it yields steps, and each `yield` returns the step's answer."""
 
 
@@ -217,7 +232,7 @@ def _require_number(step: Any, name: str, *, low: float, high: float = math.inf,
     _require(step, holds, f"{name} must be {'a whole number' if whole else 'a number'} of {span}, not {value!r}")
 
 
-def _require_factors(step: Any, name: str) -> None:
+def _require_nonnegative_mapping(step: Any, name: str) -> None:
     factors = getattr(step, name)
     words = name in ("class_weights", "sampling") and isinstance(factors, str)  # the engine knows which
     _require(step, factors is None or words or isinstance(factors, Mapping), f"{name} must be a table, not {factors!r}")
@@ -228,7 +243,7 @@ def _require_factors(step: Any, name: str) -> None:
     _require(step, holds, f"{name} must be numbers of at least 0, not {dict(factors)}")
 
 
-def _require_direction(step: Any) -> None:
+def _require_monitor_mode(step: Any) -> None:
     mode = step.monitor_mode
     _require(step, mode in (None, "max", "min"), f"monitor_mode must be 'max' or 'min', not {mode!r}")
 

@@ -29,7 +29,10 @@ _SERIES = tuple(f"#0a0c{number:02x}" for number in range(1, 7))
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--line"} | {
     colour: f"--series-{number}" for number, colour in enumerate(_SERIES, start=1)
 }
-_RIGHT, _WRONG = (13, 148, 136), (234, 88, 12)  # legible on white and on black, so an image needs no variables
+_CORRECT_RGB, _INCORRECT_RGB = (
+    (13, 148, 136),
+    (234, 88, 12),
+)  # legible on white and on black, so an image needs no variables
 _LIGHT = {
     "--ink": "#1b2026", "--muted": "#535d69", "--line": "#d5dae0", "--series-1": "#0072b2", "--series-2": "#c2410c",
     "--series-3": "#0f7b5f", "--series-4": "#9a3c8f", "--series-5": "#7a5c00", "--series-6": "#4b5563",
@@ -45,12 +48,12 @@ _STYLE = {
 }  # fmt: skip
 _WIDTH_IN, _LETTER_PT = 5.2, 5.6
 _NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-_MOST_LINEAR = 30  # costs that lie further apart are drawn on a logarithmic axis
-_MOST_NAME, _MOST_UPRIGHT, _MOST_MARKERS = 24, 12, 40
+_MAX_LINEAR_RATIO = 30  # costs that lie further apart are drawn on a logarithmic axis
+_MAX_NAME_LENGTH, _MAX_VERTICAL_LENGTH, _MAX_MARKERS = 24, 12, 40
 
 
 @attrs.frozen
-class Picture:
+class Plot:
     """A picture for people who see it and for those who do not.
 
     Args:
@@ -63,7 +66,7 @@ class Picture:
 
 
 @attrs.frozen
-class Point:
+class CostPoint:
     """Something that costs and is worth a figure, measured one or more times.
 
     Args:
@@ -79,30 +82,31 @@ class Point:
     hollow: bool = False
 
 
-def losses(epochs: Sequence[Mapping[str, Any]]) -> Picture:
+def plot_losses(epochs: Sequence[Mapping[str, Any]]) -> Plot:
     """The loss of training, and of validation where it has one, over the learning rate.
 
     Args:
         epochs: Entries of `metrics.jsonl`, at least one.
     """
     with _style():
-        figure, (upper, lower) = _panels(3, 1)
-        _line(upper, epochs, [_number(entry.get("train", {}).get("loss")) for entry in epochs], "training", 0)
+        figure, (upper, lower) = _make_panels(3, 1)
+        _draw_line(upper, epochs, [_to_float(entry.get("train", {}).get("loss")) for entry in epochs], "training", 0)
         if any("loss" in entry.get("val", {}) for entry in epochs):
-            _line(upper, epochs, _course(epochs, "loss"), "validation", 1)
+            _draw_line(upper, epochs, _metric_series(epochs, "loss"), "validation", 1)
         upper.set_ylabel("loss")
         upper.legend()
-        _line(lower, epochs, [_number(entry.get("lr")) for entry in epochs], "learning rate", 2)
+        _draw_line(lower, epochs, [_to_float(entry.get("lr")) for entry in epochs], "learning rate", 2)
         lower.set_ylabel("lr")
         lower.set_ylim(bottom=0)
         lower.yaxis.set_major_locator(MaxNLocator(3))
-        _bands(figure, (upper, lower), epochs)
-        course = [_number(entry.get("train", {}).get("loss")) for entry in epochs]
-        alt = f"Training loss by epoch: {_from_to(course)} over {len(course)} epoch(s). Below it the learning rate."
-        return _picture(figure, alt, name="losses")
+        _shade_phases(figure, (upper, lower), epochs)
+        course = [_to_float(entry.get("train", {}).get("loss")) for entry in epochs]
+        change = f"{_describe_change(course)} over {len(course)} epoch(s)"
+        alt = f"Training loss by epoch: {change}. Below it the learning rate."
+        return _to_plot(figure, alt, name="losses")
 
 
-def figures(epochs: Sequence[Mapping[str, Any]], names: Sequence[str], *, monitor: str) -> Picture | None:
+def plot_metrics(epochs: Sequence[Mapping[str, Any]], names: Sequence[str], *, monitor: str) -> Plot | None:
     """Figures of validation by epoch, on one axis where all lie within 0..1, else on one each.
 
     Args:
@@ -113,30 +117,32 @@ def figures(epochs: Sequence[Mapping[str, Any]], names: Sequence[str], *, monito
     Returns:
         None where no figure was measured.
     """
-    courses = {name: _course(epochs, name) for name in names if any(name in entry.get("val", {}) for entry in epochs)}
+    courses = {
+        name: _metric_series(epochs, name) for name in names if any(name in entry.get("val", {}) for entry in epochs)
+    }
     courses = dict(list(courses.items())[: len(_SERIES)])
     if not courses:
         return None
     shared = all(0 <= value <= 1 for course in courses.values() for value in course if math.isfinite(value))
     with _style():
-        figure, panels = _panels(*([1] if shared else [1] * len(courses)))
+        figure, panels = _make_panels(*([1] if shared else [1] * len(courses)))
         for index, (name, course) in enumerate(courses.items()):
             axes = panels[0] if shared else panels[index]
-            _line(axes, epochs, course, name, index)
+            _draw_line(axes, epochs, course, name, index)
             if name == monitor:
-                _rings(axes, epochs, course)
+                _mark_best_epochs(axes, epochs, course)
             if not shared:
-                axes.set_ylabel(_short(name))
+                axes.set_ylabel(_shorten(name))
         if shared:
             panels[0].set_ylabel("validation")
             figure.legend(loc="outside lower center", ncols=2)
-        _bands(figure, panels, epochs)
-        ends = "; ".join(f"{_short(name)} {_from_to(course)}" for name, course in courses.items())
+        _shade_phases(figure, panels, epochs)
+        ends = "; ".join(f"{_shorten(name)} {_describe_change(course)}" for name, course in courses.items())
         alt = f"Figures of the validation split by epoch: {ends}, over {len(epochs)} epoch(s)."
-        return _picture(figure, alt, name="figures")
+        return _to_plot(figure, alt, name="figures")
 
 
-def confusion(shares: NDArray[np.float64], *, alt: str) -> Picture:
+def plot_confusion_matrix(shares: NDArray[np.float64], *, alt: str) -> Plot:
     """A confusion matrix too large for numbers.
 
     Args:
@@ -145,7 +151,7 @@ def confusion(shares: NDArray[np.float64], *, alt: str) -> Picture:
     """
     size = len(shares)
     pixels = np.zeros((size, size, 4), np.uint8)
-    pixels[..., :3] = np.where(np.eye(size, dtype=bool)[..., None], _RIGHT, _WRONG)
+    pixels[..., :3] = np.where(np.eye(size, dtype=bool)[..., None], _CORRECT_RGB, _INCORRECT_RGB)
     pixels[..., 3] = np.round(255 * np.sqrt(np.clip(shares, 0, 1)))
     with _style():
         figure = Figure(figsize=(6.4, 6.2), layout="constrained")
@@ -156,48 +162,50 @@ def confusion(shares: NDArray[np.float64], *, alt: str) -> Picture:
         axes.set_ylabel("truth (number of the class)")
         for side in ("top", "right"):
             axes.spines[side].set_visible(True)
-        return _picture(figure, alt, name="confusion")
+        return _to_plot(figure, alt, name="confusion")
 
 
-def against_cost(points: Sequence[Point], figure_name: str) -> Picture:
+def plot_metric_against_cost(points: Sequence[CostPoint], metric_name: str) -> Plot:
     """A figure against seconds: one point each, at the means, with bars of one standard deviation each way.
 
     Args:
         points: At least one.
-        figure_name: Of the figure.
+        metric_name: Of the figure.
     """
     with _style():
-        figure, (axes,) = _panels(1)
+        figure, (axes,) = _make_panels(1)
         for index, point in enumerate(points):
             colour, marker = _SERIES[index % len(_SERIES)], _MARKERS[index % len(_MARKERS)]
-            (x, across), (y, up) = _mean_and_bar(point.seconds), _mean_and_bar(point.values)
+            (x, across), (y, up) = _mean_and_std(point.seconds), _mean_and_std(point.values)
             bars: dict[str, Any] = {"elinewidth": 1.2, "capsize": 3, "markersize": 7, "linestyle": "none"}
             bars["markerfacecolor"] = "none" if point.hollow else colour
-            axes.errorbar(x, y, xerr=across, yerr=up, color=colour, marker=marker, label=_short(point.name), **bars)
-        costs = [_mean_and_bar(point.seconds)[0] for point in points]
-        if min(costs) > 0 and max(costs) > _MOST_LINEAR * min(costs):
+            axes.errorbar(x, y, xerr=across, yerr=up, color=colour, marker=marker, label=_shorten(point.name), **bars)
+        costs = [_mean_and_std(point.seconds)[0] for point in points]
+        if min(costs) > 0 and max(costs) > _MAX_LINEAR_RATIO * min(costs):
             axes.set_xscale("log")
         else:
             axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(LogLocator() if axes.get_xscale() == "log" else MaxNLocator(6))
         axes.set_xlabel("seconds of tuning, mean over seeds")
-        axes.set_ylabel(f"{_short(figure_name)} on validation")
+        axes.set_ylabel(f"{_shorten(metric_name)} on validation")
         figure.legend(loc="outside lower center", ncols=2)
         figure.set_figheight(figure.get_figheight() + 0.2 * (len(points) + 1) // 2)
-        shown = (f"{_short(each.name)} {np.mean(each.values):.4g} at {np.mean(each.seconds):.3g} s" for each in points)
-        return _picture(figure, f"{_short(figure_name)} on validation against cost: {'; '.join(shown)}.", name="cost")
+        shown = (
+            f"{_shorten(each.name)} {np.mean(each.values):.4g} at {np.mean(each.seconds):.3g} s" for each in points
+        )
+        return _to_plot(figure, f"{_shorten(metric_name)} on validation against cost: {'; '.join(shown)}.", name="cost")
 
 
-def standalone(picture: Picture) -> str:
+def to_standalone_svg(plot: Plot) -> str:
     """A picture as a file of its own: on white, in the colours of the page in light."""
-    text = str(picture.svg).replace("<svg ", f"<svg {_NAMESPACES} ", 1)
+    text = str(plot.svg).replace("<svg ", f"<svg {_NAMESPACES} ", 1)
     opening, _, rest = text.partition(">")
     for variable, colour in _LIGHT.items():
         rest = rest.replace(f"var({variable})", colour)
     return f'{opening}><rect width="100%" height="100%" fill="#ffffff"/>{rest}\n'
 
 
-def _mean_and_bar(values: Sequence[float]) -> tuple[float, float | None]:
+def _mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean, and one standard deviation where there are two values or more."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
@@ -206,7 +214,7 @@ def _style() -> Any:
     return matplotlib.style.context(["default", _STYLE])
 
 
-def _panels(*heights: float) -> tuple[Figure, list[Axes]]:
+def _make_panels(*heights: float) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(_WIDTH_IN, max(3.6, 1.3 * len(heights))), layout="constrained")
     grid = figure.subplots(len(heights), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
     panels = list(grid[:, 0])
@@ -215,68 +223,70 @@ def _panels(*heights: float) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
-def _line(axes: Axes, epochs: Sequence[Mapping[str, Any]], values: list[float], name: str, series: int) -> None:
-    marker = "o" if len(epochs) <= _MOST_MARKERS else ""
+def _draw_line(axes: Axes, epochs: Sequence[Mapping[str, Any]], values: list[float], name: str, series: int) -> None:
+    marker = "o" if len(epochs) <= _MAX_MARKERS else ""
     style: Any = _DASHES[series]
-    numbers = _numbers(epochs)
-    axes.plot(numbers, values, color=_SERIES[series], linestyle=style, marker=marker, markersize=3, label=_short(name))
+    numbers = _epoch_numbers(epochs)
+    axes.plot(
+        numbers, values, color=_SERIES[series], linestyle=style, marker=marker, markersize=3, label=_shorten(name)
+    )
 
 
-def _rings(axes: Axes, epochs: Sequence[Mapping[str, Any]], course: list[float]) -> None:
+def _mark_best_epochs(axes: Axes, epochs: Sequence[Mapping[str, Any]], series: list[float]) -> None:
     """A ring at each phase's best epoch: the last one of the phase that was the best so far."""
     best = {str(entry.get("phase")): index for index, entry in enumerate(epochs) if entry.get("best")}
-    places = [_numbers(epochs)[index] for index in best.values()]
-    heights = [course[index] for index in best.values()]
+    places = [_epoch_numbers(epochs)[index] for index in best.values()]
+    heights = [series[index] for index in best.values()]
     label = "best of its phase"
     axes.scatter(places, heights, s=70, facecolors="none", edgecolors=_INK, zorder=3, clip_on=False, label=label)
 
 
-def _bands(figure: Figure, panels: Sequence[Axes], epochs: Sequence[Mapping[str, Any]]) -> None:
+def _shade_phases(figure: Figure, panels: Sequence[Axes], epochs: Sequence[Mapping[str, Any]]) -> None:
     """A shaded band for each phase, its name above it: level where it fits, else upright, else left out."""
-    pairs = zip(epochs, _numbers(epochs), strict=True)
+    pairs = zip(epochs, _epoch_numbers(epochs), strict=True)
     grouped = groupby(pairs, lambda pair: str(pair[0].get("phase", "")))
-    phases = [(_short(name), [number for _, number in each]) for name, each in grouped]
+    phases = [(_shorten(name), [number for _, number in each]) for name, each in grouped]
     room_pt = 0.84 * 72 * _WIDTH_IN / len(epochs)
     level = all(_LETTER_PT * len(name) <= room_pt * len(numbers) for name, numbers in phases)
     if not level:
-        figure.set_figheight(figure.get_figheight() + _LETTER_PT * _MOST_UPRIGHT / 72)
+        figure.set_figheight(figure.get_figheight() + _LETTER_PT * _MAX_VERTICAL_LENGTH / 72)
     for index, (name, numbers) in enumerate(phases):
         start, end = numbers[0] - 0.5, numbers[-1] + 0.5
         for axes in panels:
             axes.axvspan(start, end, facecolor=_INK, alpha=(0.09, 0.03)[index % 2], linewidth=0, zorder=0)
         if level or room_pt * len(numbers) >= 2 * _LETTER_PT:
             place: dict[str, Any] = {"transform": panels[0].get_xaxis_transform(), "ha": "center", "va": "bottom"}
-            shown = name if level else _short(name, most=_MOST_UPRIGHT)
+            shown = name if level else _shorten(name, max_length=_MAX_VERTICAL_LENGTH)
             panels[0].text((start + end) / 2, 1.02, shown, rotation=0 if level else 90, fontsize=9, **place)
     panels[0].set_xlim(phases[0][1][0] - 0.5, phases[-1][1][-1] + 0.5)
 
 
-def _numbers(epochs: Sequence[Mapping[str, Any]]) -> list[float]:
+def _epoch_numbers(epochs: Sequence[Mapping[str, Any]]) -> list[float]:
     return [float(entry.get("epoch", index)) for index, entry in enumerate(epochs, start=1)]
 
 
-def _course(epochs: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [_number(entry.get("val", {}).get(name)) for entry in epochs]
+def _metric_series(epochs: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [_to_float(entry.get("val", {}).get(name)) for entry in epochs]
 
 
-def _number(value: Any) -> float:
+def _to_float(value: Any) -> float:
     """A finite number as it is; anything else is a gap in a curve."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
 
 
-def _from_to(course: list[float]) -> str:
-    known = [value for value in course if math.isfinite(value)]
+def _describe_change(series: list[float]) -> str:
+    known = [value for value in series if math.isfinite(value)]
     return f"from {known[0]:.4g} to {known[-1]:.4g}" if known else "not a number"
 
 
-def _short(name: str, *, most: int = _MOST_NAME) -> str:
+def _shorten(name: str, *, max_length: int = _MAX_NAME_LENGTH) -> str:
     """A name on one line of a picture, without what fonts and XML cannot hold."""
     text = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", " ", name).split())
-    text = text if len(text) <= most else text[: most - 1] + "…"
+    text = text if len(text) <= max_length else text[: max_length - 1] + "…"
     return text if not text.startswith("_") else "\u2009" + text  # matplotlib hides labels that begin with _
 
 
-def _picture(figure: Figure, alt: str, *, name: str) -> Picture:
+def _to_plot(figure: Figure, alt: str, *, name: str) -> Plot:
     """The figure as one <svg> element whose ids begin with `name`, so that several can stand in one page."""
     buffer = io.StringIO()
     with warnings.catch_warnings():  # a name in another script: the browser has a font for it where matplotlib has none
@@ -291,4 +301,4 @@ def _picture(figure: Figure, alt: str, *, name: str) -> Picture:
     width, height = (72 * side for side in figure.get_size_inches())
     opening = Markup('<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">').format(width, height, alt)
     drawn = Markup(inside)  # noqa: S704 - matplotlib escapes what it writes
-    return Picture(opening + drawn + Markup("</svg>"), alt)
+    return Plot(opening + drawn + Markup("</svg>"), alt)

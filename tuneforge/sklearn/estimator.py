@@ -23,17 +23,17 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 import tuneforge as tf
-from tuneforge.builtin.datasets.images.image_inputs import Images
-from tuneforge.builtin.datasets.tables.arrays import Tensors
+from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
+from tuneforge.builtin.datasets.tables.arrays import TensorInputs
 from tuneforge.builtin.datasets.tables.target_arrays import split_rows
-from tuneforge.engine.storage.safetensors_io import load_state, state_of
-from tuneforge.sklearn.model_state import Remembering
+from tuneforge.engine.storage.safetensors_io import get_state_dict, load_state_dict
+from tuneforge.sklearn.model_state import SavableEstimator
 
-_NESTED = ("model", "strategy")  # parameters that have options of their own
-_ROWS = 256  # of a table in one forward pass
+_NESTED_PARAMS = ("model", "strategy")  # parameters that have options of their own
+_BATCH_ROWS = 256  # of a table in one forward pass
 
 
-class TunedEstimator(Remembering):
+class TunedEstimator(SavableEstimator):
     """Options, and a run of the engine behind `fit`; the constructor only stores."""
 
     def __init__(
@@ -45,16 +45,16 @@ class TunedEstimator(Remembering):
         strategy_options: Mapping[str, Any] | None = None,
         adapt: Sequence[Any] = (),
         augment: Sequence[Any] = (),
-        extensions: Sequence[Any] = (),
+        callbacks: Sequence[Any] = (),
         optimizer: Any = None,
         schedule: Any = None,
         batch_size: int = 32,
         validation_fraction: float = 0.1,
-        standardise: bool = True,
+        standardize: bool = True,
         partial_lr: float = 1e-4,
         device: str = "auto",
         settings: Mapping[str, Any] | None = None,
-        out: Any = None,
+        runs_dir: Any = None,
         random_state: Any = None,
         verbose: bool = False,
     ) -> None:
@@ -64,30 +64,32 @@ class TunedEstimator(Remembering):
         self.strategy_options = strategy_options
         self.adapt = adapt
         self.augment = augment
-        self.extensions = extensions
+        self.callbacks = callbacks
         self.optimizer = optimizer
         self.schedule = schedule
         self.batch_size = batch_size
         self.validation_fraction = validation_fraction
-        self.standardise = standardise
+        self.standardize = standardize
         self.partial_lr = partial_lr
         self.device = device
         self.settings = settings
-        self.out = out
+        self.runs_dir = runs_dir
         self.random_state = random_state
         self.verbose = verbose
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The parameters; with `deep`, also `strategy__NAME` and `model__NAME` for each option that is given."""
         params: dict[str, Any] = super().get_params(deep=deep)
-        for part in _NESTED if deep else ():
+        for part in _NESTED_PARAMS if deep else ():
             given = params[f"{part}_options"]
             params |= {f"{part}__{name}": value for name, value in given.items()} if isinstance(given, Mapping) else {}
         return params
 
     def set_params(self, **params: Any) -> Self:
         """Set parameters; `strategy__NAME` and `model__NAME` set one option and leave the others."""
-        nested = {key: value for key, value in params.items() if key.partition("__")[0] in _NESTED and "__" in key}
+        nested = {
+            key: value for key, value in params.items() if key.partition("__")[0] in _NESTED_PARAMS and "__" in key
+        }
         super().set_params(**{key: value for key, value in params.items() if key not in nested})
         for key, value in nested.items():
             part, _, name = key.partition("__")
@@ -99,7 +101,7 @@ class TunedEstimator(Remembering):
         tags.input_tags.allow_nan = False
         return tags
 
-    def _checked(self, X: Any, y: Any = "no_validation", *, reset: bool, **rules: Any) -> Any:
+    def _validate_samples(self, X: Any, y: Any = "no_validation", *, reset: bool, **rules: Any) -> Any:
         """Samples as float32 (n, f) or (n, ...), or uint8 pictures (n, c, h, w); with answers, a pair.
 
         Raises:
@@ -119,46 +121,48 @@ class TunedEstimator(Remembering):
             )
         return checked
 
-    def _learn(self, samples: NDArray[Any], y: NDArray[Any], *, first: bool) -> None:
+    def _run_engine(self, samples: NDArray[Any], y: NDArray[Any], *, first: bool) -> None:
         """One run: the strategy's where nothing is learnt yet, else one epoch from the present weights."""
-        seed = self._seed()
-        data = self._data(samples, y, seed, first=first)
+        seed = self._draw_seed()
+        data = self._build_data(samples, y, seed, first=first)
         strategy: Any = (
-            self._named("strategy", default="lp-ft") if first else [tf.Phase("all", epochs=1, lr=self.partial_lr)]
+            self._resolve_component("strategy", default="lp-ft")
+            if first
+            else [tf.Phase("all", epochs=1, lr=self.partial_lr)]
         )
-        onwards = [] if first else [Onwards.of(self.tuned_.model)]
-        with self._place() as place:
+        onwards = [] if first else [InitialWeights.from_model(self.predictor_.model)]
+        with self._make_run_dir() as place:
             result = tf.Engine(
                 data=data,
-                model=self._named("model", default="mlp" if len(self._shape) == 1 else None),
+                model=self._resolve_component("model", default="mlp" if len(self._shape) == 1 else None),
                 adapt=self.adapt,
                 strategy=strategy,
                 schedule=self.schedule,
                 optimizer=self.optimizer,
-                extensions=[*self.extensions, *onwards],
+                callbacks=[*self.callbacks, *onwards],
                 augment=self.augment,
-                say=print if self.verbose else None,
+                log=print if self.verbose else None,
                 batch_size=self.batch_size,
                 device=self.device,
                 seed=seed,
                 out=place,
                 **{"page": False, "cache": "memory", **(self.settings or {})},
             ).run()
-            self._remember(result.folder)
+            self._load_run_dir(result.run_dir)
 
-    def _data(self, samples: NDArray[Any], y: NDArray[Any], seed: int, *, first: bool) -> tf.Data:
+    def _build_data(self, samples: NDArray[Any], y: NDArray[Any], seed: int, *, first: bool) -> tf.Data:
         """The samples, divided; how they are read follows from the training part of the first ones."""
-        train, val = divided(self._pools(y), share=self.validation_fraction, seed=seed)
-        inputs = self._inputs(samples, train) if first else self.tuned_.inputs
-        targets = self._targets(y, train) if first else self.tuned_.targets
-        stored, answers = torch.from_numpy(np.array(samples)), self._stored(y, targets)
+        train, val = split_train_val(self._group_rows(y), val_fraction=self.validation_fraction, seed=seed)
+        inputs = self._build_inputs(samples, train) if first else self.predictor_.inputs
+        targets = self._build_targets(y, train) if first else self.predictor_.targets
+        stored, answers = torch.from_numpy(np.array(samples)), self._encode_targets(y, targets)
         split, held = (
             tf.Split(stored[rows], answers[rows], ids=list(map(str, rows.tolist()))) for rows in (train, val)
         )
         note = "no split is held back for a test: the figures of test are those of val"
         return tf.Data(split, held, held, inputs=inputs, targets=targets, notes=(note,))
 
-    def _named(self, part: str, *, default: str | None = None) -> Any:
+    def _resolve_component(self, part: str, *, default: str | None = None) -> Any:
         """What `model` or `strategy` asks for, with its options; an object is copied, so that it stays as it is.
 
         Raises:
@@ -181,72 +185,72 @@ class TunedEstimator(Remembering):
             )
         return copy.deepcopy(asked)
 
-    def _inputs(self, samples: NDArray[Any], train: Tensor) -> tf.Inputs:
+    def _build_inputs(self, samples: NDArray[Any], train: Tensor) -> tf.Inputs:
         """How samples become what the model takes; rows are standardised by the training part."""
         if samples.dtype == np.uint8 and samples.shape[1] in (1, 3):
-            return Images(ops=("grey",) if samples.shape[1] == 1 else (), channels=samples.shape[1])
+            return ImageInputs(ops=("grayscale",) if samples.shape[1] == 1 else (), channels=samples.shape[1])
         shapes, dtypes = {"": tuple(samples.shape[1:])}, {"": str(samples.dtype)}
-        if not self.standardise or samples.ndim != 2:
-            return Tensors(shapes=shapes, dtypes=dtypes)
-        means, scales = scaling(samples[train.numpy()])
-        return Tensors(shapes=shapes, dtypes=dtypes, means=means, scales=scales)
+        if not self.standardize or samples.ndim != 2:
+            return TensorInputs(shapes=shapes, dtypes=dtypes)
+        means, scales = compute_mean_and_scale(samples[train.numpy()])
+        return TensorInputs(shapes=shapes, dtypes=dtypes, means=means, scales=scales)
 
-    def _outputs(self, X: Any) -> NDArray[np.float64]:
+    def _compute_outputs(self, X: Any) -> NDArray[np.float64]:
         """The model's outputs (n, k). Rows of a table go in batches of one size, so that none depends on the others."""
-        check_is_fitted(self, "tuned_")
-        samples = torch.from_numpy(np.array(self._checked(X, reset=False)))
-        run = self.tuned_.run
+        check_is_fitted(self, "predictor_")
+        samples = torch.from_numpy(np.array(self._validate_samples(X, reset=False)))
+        run = self.predictor_.run
         outputs = []
         with torch.inference_mode():
-            for chunk in torch.split(samples, _ROWS):
-                missing = _ROWS - len(chunk) if samples.ndim == 2 else 0
+            for chunk in torch.split(samples, _BATCH_ROWS):
+                missing = _BATCH_ROWS - len(chunk) if samples.ndim == 2 else 0
                 padded = torch.cat([chunk, chunk[-1:].expand(missing, *chunk.shape[1:])]) if missing else chunk
-                outputs.append(run.forward(run.ready(padded))[: len(chunk)].double().cpu())
+                outputs.append(run.forward(run.prepare_inputs(padded))[: len(chunk)].double().cpu())
         answers: NDArray[np.float64] = torch.cat(outputs).numpy()
         return answers
 
-    def _seed(self) -> int:
+    def _draw_seed(self) -> int:
         generator = check_random_state(self.random_state)
         plain = isinstance(self.random_state, (int, np.integer))
         return int(self.random_state) if plain else int(generator.randint(2**31 - 1))
 
     @contextlib.contextmanager
-    def _place(self) -> Iterator[Path]:
-        """A new folder for a run: under `out`, or one that is gone afterwards."""
-        if self.out is None:
+    def _make_run_dir(self) -> Iterator[Path]:
+        """A new folder for a run: under `runs_dir`, or one that is gone afterwards."""
+        if self.runs_dir is None:
             with tempfile.TemporaryDirectory(prefix="tuneforge-") as place:
                 yield Path(place) / "run"
             return
         for number in itertools.count(1):
-            self.folder_ = Path(self.out) / f"run-{number}"
+            self.run_dir_ = Path(self.runs_dir) / f"run-{number}"
             with contextlib.suppress(FileExistsError):
-                self.folder_.mkdir(parents=True)
+                self.run_dir_.mkdir(parents=True)
                 break
-        yield self.folder_
+        yield self.run_dir_
 
-    def _pools(self, y: NDArray[Any]) -> list[Tensor]:
+    def _group_rows(self, y: NDArray[Any]) -> list[Tensor]:
         """Rows that are divided alike."""
         raise NotImplementedError
 
-    def _targets(self, y: NDArray[Any], train: Tensor) -> tf.Targets:
+    def _build_targets(self, y: NDArray[Any], train: Tensor) -> tf.Targets:
         """How answers are read, from those of the training part."""
         raise NotImplementedError
 
-    def _stored(self, y: NDArray[Any], targets: Any) -> Tensor:
+    def _encode_targets(self, y: NDArray[Any], targets: Any) -> Tensor:
         """Answers as a split stores them."""
         raise NotImplementedError
 
 
 @tf.component(api=1)
-class Onwards:
+class InitialWeights:
     """Go on from weights that are in memory: the last word on the model, after every adapter and extension."""
 
     @classmethod
-    def of(cls, model: tf.Model) -> Onwards:
+    def from_model(cls, model: tf.Model) -> InitialWeights:
         """From the present weights of a tuned model."""
         made = cls()
         # Tensors are no options: they have no text for a file or a flag. So they are set past the frozen class.
-        state = {name: tensor.clone() for name, tensor in state_of(model.module).items()}
+        state = {name: tensor.clone() for name, tensor in get_state_dict(model.module).items()}
         object.__setattr__(made, "_state", state)
         return made
 
@@ -257,30 +261,32 @@ class Onwards:
         if run.restoring:
             return model
         state: dict[str, Tensor] = getattr(self, "_state")  # noqa: B009 - no field of the component
-        load_state(model.module, state, where="the weights learnt so far")
-        return attrs.evolve(model, kept=model.labels, pretrained=True)
+        load_state_dict(model.module, state, where="the weights learnt so far")
+        return attrs.evolve(model, pretrained_labels=model.labels, pretrained=True)
 
 
-def divided(pools: Sequence[Tensor], *, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def split_train_val(groups: Sequence[Tensor], *, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Rows to train on and rows to validate on: of each pool its share, at least one, and one left to train.
 
-    A row that is alone in its pool trains. Where nothing can be held out, or `share` is 0, all rows do both.
+    A row that is alone in its pool trains. Where nothing can be held out, or `val_fraction` is 0, all rows do both.
 
     Raises:
         OptionError: The share is no share.
     """
-    if not 0 <= share < 1:
-        raise tf.OptionError(f"a share of {share!r} for validation", where="validation_fraction", fix="give 0 to 1")
-    alone = [rows for rows in pools if len(rows) == 1]
-    others = [rows for rows in pools if len(rows) > 1]
-    if not share or not others:
-        everything = torch.cat(list(pools)).sort().values
+    if not 0 <= val_fraction < 1:
+        raise tf.OptionError(
+            f"a share of {val_fraction!r} for validation", where="validation_fraction", fix="give 0 to 1"
+        )
+    alone = [rows for rows in groups if len(rows) == 1]
+    others = [rows for rows in groups if len(rows) > 1]
+    if not val_fraction or not others:
+        everything = torch.cat(list(groups)).sort().values
         return everything, everything
-    train, val, _ = split_rows(others, val=share, test=0.0, seed=seed, where="y")
+    train, val, _ = split_rows(others, val=val_fraction, test=0.0, seed=seed, where="y")
     return torch.cat([train, *alone]).sort().values, val
 
 
-def scaling(columns: NDArray[Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def compute_mean_and_scale(columns: NDArray[Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation (1 for a constant one) of each column."""
     values = columns.astype(np.float64)
     means, scales = values.mean(0), values.std(0)

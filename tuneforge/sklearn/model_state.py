@@ -16,29 +16,29 @@ from torch import nn
 
 import tuneforge as tf
 from tuneforge.engine.storage import run_dir as folder
-from tuneforge.engine.storage.safetensors_io import state_of
+from tuneforge.engine.storage.safetensors_io import get_state_dict
 from tuneforge.plugin.serialization import from_json, to_json
 
-ESTIMATOR = "estimator.json"
+ESTIMATOR_FILE = "estimator.json"
 """What a saved estimator has beside the files of a run."""
 
-_TEXTS = (".json", ".jsonl", ".txt", ".html")
+_TEXT_SUFFIXES = (".json", ".jsonl", ".txt", ".html")
 
 
-class Remembering(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not typed
+class SavableEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not typed
     """An estimator whose memory is a run's folder; where that lay does not matter."""
 
-    _fitted: ClassVar[tuple[str, ...]] = ("n_features_in_", "feature_names_in_", "_shape", "_dtype")
+    _fitted_attributes: ClassVar[tuple[str, ...]] = ("n_features_in_", "feature_names_in_", "_shape", "_dtype")
     """What `fit` sets beside the files of the run."""
 
-    tuned_: tf.Tuned
-    _files: dict[str, str]
+    predictor_: tf.Predictor
+    _text_files: dict[str, str]
 
     @property
     def report_(self) -> dict[str, Any]:
         """The content of the last run's `report.json`; its test split is the validation split."""
-        check_is_fitted(self, "tuned_")
-        report: dict[str, Any] = json.loads(self._files[folder.REPORT])
+        check_is_fitted(self, "predictor_")
+        report: dict[str, Any] = json.loads(self._text_files[folder.REPORT])
         return report
 
     def save(self, path: str | Path) -> None:
@@ -49,14 +49,14 @@ class Remembering(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not t
         Raises:
             FolderError: It is there already and not empty.
         """
-        check_is_fitted(self, "tuned_")
+        check_is_fitted(self, "predictor_")
         path = Path(path)
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise tf.FolderError(f"'{path}' is there already", where="path", fix="name a new folder")
         path.mkdir(parents=True, exist_ok=True)
-        self._write_texts(path)
+        self._write_text_files(path)
         self._write_weights(path)
-        folder.write_json(path / ESTIMATOR, self._record())
+        folder.write_json(path / ESTIMATOR_FILE, self._to_record())
 
     @classmethod
     def load(cls, path: str | Path, *, objects: Mapping[str, Any] | None = None) -> Self:
@@ -71,29 +71,29 @@ class Remembering(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not t
             UsageError: It is of the other class.
         """
         path, objects = Path(path), dict(objects or {})
-        record = folder.read_json(path / ESTIMATOR)
+        record = folder.read_json(path / ESTIMATOR_FILE)
         if record["class"] != cls.__name__:
             raise tf.UsageError(
                 f"'{path}' holds a {record['class']}", where="path", fix=f"use {record['class']}.load(...)"
             )
-        if missing := sorted(set(record["left_out"]) - set(objects)):
+        if missing := sorted(set(record["objects"]) - set(objects)):
             raise tf.FolderError(
                 f"the estimator was given {', '.join(missing)} as Python objects",
                 where=str(path),
                 why="a folder holds names and options, not objects",
                 fix=f"give them again: objects={{{missing[0]!r}: ...}}",
             )
-        made = cls(**{**_thawed(from_json(record["params"])), **objects})
-        for name, value in record["fitted"].items():
-            setattr(made, name, _remembered(value))
-        made._remember(path)
+        made = cls(**{**_to_dict(from_json(record["params"])), **objects})
+        for name, value in record["fitted_attributes"].items():
+            setattr(made, name, _decode_attribute(value))
+        made._load_run_dir(path)
         return made
 
     def __getstate__(self) -> dict[str, Any]:
         """The attributes, with the weights as one array: the bytes of a safetensors file."""
         state: dict[str, Any] = dict(super().__getstate__())
-        if "tuned_" in state:
-            del state["tuned_"]
+        if "predictor_" in state:
+            del state["predictor_"]
             with tempfile.TemporaryDirectory() as place:
                 self._write_weights(Path(place))
                 state["_weights"] = np.fromfile(Path(place) / folder.WEIGHTS, np.uint8)
@@ -106,49 +106,49 @@ class Remembering(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not t
         super().__setstate__(state)
         if weights is not None:
             with tempfile.TemporaryDirectory() as place:
-                self._write_texts(Path(place))
+                self._write_text_files(Path(place))
                 (Path(place) / folder.WEIGHTS).write_bytes(weights.tobytes())
-                self.tuned_ = self._opened(Path(place))
+                self.predictor_ = self._load_predictor(Path(place))
 
-    def _write_texts(self, path: Path) -> None:
-        for name, text in self._files.items():
+    def _write_text_files(self, path: Path) -> None:
+        for name, text in self._text_files.items():
             (path / name).write_text(text, encoding="utf-8")
 
     def _write_weights(self, path: Path) -> None:
-        model = self.tuned_.model
-        tf.save_tensors(state_of(model.module), path / folder.WEIGHTS, metadata={"labels": model.labels})
+        model = self.predictor_.model
+        tf.save_tensors(get_state_dict(model.module), path / folder.WEIGHTS, metadata={"labels": model.labels})
 
-    def _record(self) -> dict[str, Any]:
+    def _to_record(self) -> dict[str, Any]:
         """The content of `estimator.json`."""
         params = self.get_params(deep=False)
-        plain = {name: value for name, value in params.items() if _is_plain(value)}
-        fitted = {name: getattr(self, name) for name in self._fitted if hasattr(self, name)}
+        plain = {name: value for name, value in params.items() if _is_serializable(value)}
+        fitted = {name: getattr(self, name) for name in self._fitted_attributes if hasattr(self, name)}
         return {
             "tuneforge": tf.__version__,
             "class": type(self).__name__,
             "params": to_json(plain),
-            "left_out": sorted(set(params) - set(plain)),
-            "fitted": {name: _recorded(value) for name, value in fitted.items()},
+            "objects": sorted(set(params) - set(plain)),
+            "fitted_attributes": {name: _encode_attribute(value) for name, value in fitted.items()},
         }
 
-    def _opened(self, path: Path) -> tf.Tuned:
+    def _load_predictor(self, path: Path) -> tf.Predictor:
         """The tuned model of a run folder."""
         given = copy.deepcopy(self.model) if isinstance(self.model, (nn.Module, tf.Model)) else None
         return tf.load(path, model=given, device_name=self.device)
 
-    def _remember(self, path: Path) -> None:
+    def _load_run_dir(self, path: Path) -> None:
         """Take what a run left in its folder."""
-        self._files = _texts(path)
-        self.tuned_ = self._opened(path)
+        self._text_files = _read_text_files(path)
+        self.predictor_ = self._load_predictor(path)
 
 
-def _texts(path: Path) -> dict[str, str]:
+def _read_text_files(path: Path) -> dict[str, str]:
     """The text files of a run folder by name."""
-    files = [file for file in sorted(path.iterdir()) if file.suffix in _TEXTS and file.name != ESTIMATOR]
+    files = [file for file in sorted(path.iterdir()) if file.suffix in _TEXT_SUFFIXES and file.name != ESTIMATOR_FILE]
     return {file.name: file.read_text(encoding="utf-8") for file in files}
 
 
-def _is_plain(value: Any) -> bool:
+def _is_serializable(value: Any) -> bool:
     try:
         to_json(value)
     except (TypeError, ValueError):
@@ -156,20 +156,20 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
-def _thawed(value: Any) -> Any:
+def _to_dict(value: Any) -> Any:
     """Plain data with dicts in place of read-only mappings."""
-    return {key: _thawed(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+    return {key: _to_dict(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
-def _recorded(value: Any) -> Any:
+def _encode_attribute(value: Any) -> Any:
     """An array with its type, a tuple with its length, as JSON has them."""
     if isinstance(value, np.ndarray):
         return {"values": value.tolist(), "dtype": str(value.dtype)}
     return {"tuple": list(value)} if isinstance(value, tuple) else value
 
 
-def _remembered(value: Any) -> Any:
-    """What `_recorded` was given."""
+def _decode_attribute(value: Any) -> Any:
+    """What `_encode_attribute` was given."""
     if not isinstance(value, dict):
         return value
     return tuple(value["tuple"]) if "tuple" in value else np.array(value["values"], dtype=value["dtype"])

@@ -10,19 +10,19 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from tuneforge import Data, Group, Model, Split
-from tuneforge.builtin.datasets.tables.arrays import Tensors
-from tuneforge.builtin.targets import Classes
+from tuneforge import Data, LayerGroup, Model, Split
+from tuneforge.builtin.datasets.tables.arrays import TensorInputs
+from tuneforge.builtin.targets import ClassTargets
 
 CLASSES = ("a", "b", "c")
-CAME_WITH = ("a", "b", "z")
+PRETRAINED_LABELS = ("a", "b", "z")
 """Labels of the head's rows as the weights come: the row of `c` starts fresh."""
 
-GROUPS = {"stem": ("stem",), "twins": ("twins",), "body": ("body", "spare"), "head": ("head",)}
-TWINS = ("twins.one.bias", "twins.two.bias")
+PREFIXES_BY_GROUP = {"stem": ("stem",), "twins": ("twins",), "body": ("body", "spare"), "head": ("head",)}
+ZERO_BIASES = ("twins.one.bias", "twins.two.bias")
 
 
-class Twins(nn.Module):
+class ParallelLinears(nn.Module):
     """Two layers side by side whose biases are both zero: (b, n) -> (b, m)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -36,7 +36,7 @@ class Twins(nn.Module):
         return torch.tanh(self.one(inputs)) + torch.tanh(self.two(inputs))
 
 
-class Network(nn.Module):
+class SmallNetwork(nn.Module):
     """(b, 8) -> (b, 3), with what others got wrong about freezing.
 
     Norms with and without parameters, the first one right at the input; dropout in every block; two equal biases; a
@@ -44,10 +44,10 @@ class Network(nn.Module):
 
     Args:
         batch_statistics: Of the body's last norm: none are kept, it always normalises with the batch.
-        backwards: Register the blocks in the opposite order; names and values stay the same.
+        reversed_registration: Register the blocks in the opposite order; names and values stay the same.
     """
 
-    def __init__(self, *, batch_statistics: bool = False, backwards: bool = False) -> None:
+    def __init__(self, *, batch_statistics: bool = False, reversed_registration: bool = False) -> None:
         super().__init__()
         norms = [nn.BatchNorm1d(8, affine=False), nn.BatchNorm1d(64), nn.BatchNorm1d(16, affine=False)]
         shared = nn.Linear(16, 16)
@@ -56,12 +56,12 @@ class Network(nn.Module):
         last = nn.BatchNorm1d(16, track_running_stats=not batch_statistics)
         blocks = {
             "stem": nn.Sequential(norms[0], nn.Linear(8, 64), norms[1], nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 64)),
-            "twins": Twins(64, 16),
+            "twins": ParallelLinears(64, 16),
             "body": nn.Sequential(shared, norms[2], nn.ReLU(), nn.Dropout(0.2), again, last, nn.Dropout(0.2)),
             "spare": nn.Linear(16, 3),
             "head": nn.Linear(16, 3),
         }
-        for name in reversed(blocks) if backwards else blocks:
+        for name in reversed(blocks) if reversed_registration else blocks:
             self.add_module(name, blocks[name])
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -71,17 +71,17 @@ class Network(nn.Module):
         return logits
 
 
-def model(*, batch_statistics: bool = False, backwards: bool = False) -> Model:
+def make_model(*, batch_statistics: bool = False, reversed_registration: bool = False) -> Model:
     """A fresh copy of the network with the weights that it always comes with."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = Network(batch_statistics=batch_statistics, backwards=backwards)
-        _visit(module, (torch.randn(64, 8) * 2 + 1 for _ in range(3)))
-    groups = [Group(name, prefixes) for name, prefixes in GROUPS.items()]
-    return Model(module, groups=groups, head="head", labels=CAME_WITH, kept=CAME_WITH)
+        module = SmallNetwork(batch_statistics=batch_statistics, reversed_registration=reversed_registration)
+        _update_batchnorm_statistics(module, (torch.randn(64, 8) * 2 + 1 for _ in range(3)))
+    groups = [LayerGroup(name, prefixes) for name, prefixes in PREFIXES_BY_GROUP.items()]
+    return Model(module, groups=groups, head="head", labels=PRETRAINED_LABELS, pretrained_labels=PRETRAINED_LABELS)
 
 
-def _visit(module: nn.Module, batches: Iterable[Tensor]) -> None:
+def _update_batchnorm_statistics(module: nn.Module, batches: Iterable[Tensor]) -> None:
     """Let the norms see other data than the run's, so that statistics that go on moving show."""
     module.train()
     with torch.no_grad():
@@ -89,20 +89,20 @@ def _visit(module: nn.Module, batches: Iterable[Tensor]) -> None:
             module(batch)
 
 
-def cloud(count: int, *, seed: int) -> Split:
+def make_blobs(count: int, *, seed: int) -> Split:
     """Points (count, 8) around three centres, and their classes."""
     centres = torch.randn(len(CLASSES), 8, generator=torch.Generator().manual_seed(0)) * 2
     classes = torch.arange(count) % len(CLASSES)
     return Split(centres[classes] + torch.randn(count, 8, generator=torch.Generator().manual_seed(seed)), classes)
 
 
-def data() -> Data:
+def make_data() -> Data:
     """48 samples to train on, a third of them named `old`; 24 to validate, 12 to test."""
     return Data(
-        train=cloud(48, seed=1),
-        val=cloud(24, seed=2),
-        test=cloud(12, seed=3),
-        inputs=Tensors(),
-        targets=Classes(names=CLASSES),
-        pools={"old": torch.arange(0, 48, 3)},
+        train=make_blobs(48, seed=1),
+        val=make_blobs(24, seed=2),
+        test=make_blobs(12, seed=3),
+        inputs=TensorInputs(),
+        targets=ClassTargets(names=CLASSES),
+        sample_groups={"old": torch.arange(0, 48, 3)},
     )

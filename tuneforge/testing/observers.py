@@ -1,6 +1,6 @@
 """A witness that takes part in a run and trusts none of the engine's own proofs.
 
-It says what it saw in `faults`, a sentence each; an empty list means that nothing went wrong.
+It says what it saw in `violations`, a sentence each; an empty list means that nothing went wrong.
 """
 
 from __future__ import annotations
@@ -14,63 +14,65 @@ from torch.nn import functional as F
 
 from tuneforge import Phase, Run, hookimpl
 
-LEAST_GRADIENT = 1e-6
+MIN_GRADIENT = 1e-6
 """Below it, what an optimizer adds to its divisor may swallow a step."""
 
-BEFORE: Mapping[str, tuple[str, ...]] = {"stem.0": (), "body.1": ("stem.", "twins.", "body.0.")}
+UPSTREAM_PREFIXES: Mapping[str, tuple[str, ...]] = {"stem.0": (), "body.1": ("stem.", "twins.", "body.0.")}
 """Of the world's norms without parameters: what lies before them. Where none of it trains, they must keep still."""
 
 
-_PARALLEL = "module."
+_DDP_PREFIX = "module."
 """What DistributedDataParallel puts before every name."""
 
 
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+def get_named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by name, those that are never saved included."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def same(one: Tensor, other: Tensor) -> bool:
+def is_bit_equal(one: Tensor, other: Tensor) -> bool:
     """True where both hold the same bits, NaN included."""
-    return one.dtype == other.dtype and torch.equal(_bits(one), _bits(other))
+    return one.dtype == other.dtype and torch.equal(_view_as_bytes(one), _view_as_bytes(other))
 
 
-class Watch:
+class InvariantChecker:
     """Compares tensors, norms and dropout of each phase with what the phase names.
 
     Args:
-        forward: Look into the forward passes too; the features of the frozen part are then not kept.
+        check_forward: Look into the forward passes too; the features of the frozen part are then not kept.
     """
 
-    def __init__(self, *, forward: bool = False) -> None:
-        self.faults: list[str] = []
-        self.moved: dict[str, set[str]] = {}
-        self.looked = 0
-        self._forward = forward
+    def __init__(self, *, check_forward: bool = False) -> None:
+        self.violations: list[str] = []
+        self.changed_tensors: dict[str, set[str]] = {}
+        self.num_forward_checks = 0
+        self._check_forward = check_forward
         self._handles: list[Any] = []
 
     @hookimpl
     def phase_started(self, run: Run) -> None:
         """Copy every tensor, and note which may not change."""
-        tensors = tensors_of(run.model.module)
+        tensors = get_named_tensors(run.model.module)
         self._before = {name: each.detach().clone() for name, each in tensors.items()}
-        self._trained = {name for name, each in run.model.parameters().items() if each.requires_grad}
-        self._still = {name for name in self._before if self._must_stay(name, run)}
-        self._pulled: set[str] = set()
-        self._orphans: set[str] = set()
-        if self._forward:
-            self._look_inside(run)
+        self._trainable = {name for name, each in run.model.parameters().items() if each.requires_grad}
+        self._frozen = {name for name in self._before if self._must_not_change(name, run)}
+        self._with_gradient: set[str] = set()
+        self._without_optimizer: set[str] = set()
+        if self._check_forward:
+            self._register_forward_hooks(run)
 
     @hookimpl(wrapper=True)
     def optimizer_step(self, run: Run) -> Generator[None, Any, Any]:
         """Note which tensors have a gradient that must move them, and what wants one that no optimizer knows of."""
-        rates = {id(each): group["lr"] for group in run.optimization.groups() for each in group["params"]}
+        rates = {id(each): group["lr"] for group in run.optimization.param_groups() for each in group["params"]}
         for name, each in run.model.parameters().items():
-            if name not in self._pulled and _pulls(each, rates.get(id(each), 1.0)):
-                self._pulled.add(name)
-            if each.requires_grad and id(each) not in rates and name not in self._orphans:
-                self._orphans.add(name)
-                self._say(f"phase '{_phase(run).name}': {name} wants a gradient, and no optimizer moves it")
+            if name not in self._with_gradient and _must_change(each, rates.get(id(each), 1.0)):
+                self._with_gradient.add(name)
+            if each.requires_grad and id(each) not in rates and name not in self._without_optimizer:
+                self._without_optimizer.add(name)
+                self._add_violation(
+                    f"phase '{_get_phase(run).name}': {name} wants a gradient, and no optimizer moves it"
+                )
         result = yield
         return result
 
@@ -83,32 +85,32 @@ class Watch:
     def phase_ended(self, run: Run) -> None:
         """Look at the end, before anything is restored."""
         self._compare(run, "at the end")
-        phase, now = _phase(run), tensors_of(run.model.module)
-        moved = {name for name, each in self._before.items() if not same(each, now[name].detach())}
-        for name in sorted((self._pulled & self._trained) - moved):
-            self._say(f"phase '{phase.name}': {name} trains, got a gradient and has not moved")
-        self.moved[phase.name] = moved
+        phase, now = _get_phase(run), get_named_tensors(run.model.module)
+        moved = {name for name, each in self._before.items() if not is_bit_equal(each, now[name].detach())}
+        for name in sorted((self._with_gradient & self._trainable) - moved):
+            self._add_violation(f"phase '{phase.name}': {name} trains, got a gradient and has not moved")
+        self.changed_tensors[phase.name] = moved
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def _say(self, sentence: str) -> None:
-        if sentence not in self.faults:
-            self.faults.append(sentence)
+    def _add_violation(self, sentence: str) -> None:
+        if sentence not in self.violations:
+            self.violations.append(sentence)
 
     def _compare(self, run: Run, when: str) -> None:
-        now = tensors_of(run.model.module)
-        for name in sorted(self._still):
-            if not same(self._before[name], now[name].detach()):
-                self._say(f"phase '{_phase(run).name}': {name} is frozen and has changed, {when}")
-                self._still.discard(name)
+        now = get_named_tensors(run.model.module)
+        for name in sorted(self._frozen):
+            if not is_bit_equal(self._before[name], now[name].detach()):
+                self._add_violation(f"phase '{_get_phase(run).name}': {name} is frozen and has changed, {when}")
+                self._frozen.discard(name)
 
-    def _must_stay(self, name: str, run: Run) -> bool:
+    def _must_not_change(self, name: str, run: Run) -> bool:
         if name in run.model.parameters():
-            return name not in self._trained
+            return name not in self._trainable
         path = name.rpartition(".")[0]
         norm = run.model.module.get_submodule(path)
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or _phase(run).norms == "moving":
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or _get_phase(run).batchnorm_stats == "updating":
             return False
         return self._is_frozen(path, norm)
 
@@ -117,44 +119,46 @@ class Watch:
         own = list(norm.parameters(recurse=False))
         if own:
             return not all(each.requires_grad for each in own)
-        before = BEFORE.get(path.removeprefix(_PARALLEL))
-        return before is not None and not any(name.removeprefix(_PARALLEL).startswith(before) for name in self._trained)
+        before = UPSTREAM_PREFIXES.get(path.removeprefix(_DDP_PREFIX))
+        return before is not None and not any(
+            name.removeprefix(_DDP_PREFIX).startswith(before) for name in self._trainable
+        )
 
-    def _look_inside(self, run: Run) -> None:
-        name = _phase(run).name
+    def _register_forward_hooks(self, run: Run) -> None:
+        name = _get_phase(run).name
         for path, module in run.model.module.named_modules():
             if isinstance(module, nn.Dropout):
-                self._handles.append(module.register_forward_hook(self._dropout_watcher(name, path)))
+                self._handles.append(module.register_forward_hook(self._make_dropout_hook(name, path)))
             kept = isinstance(module, nn.BatchNorm1d) and module.track_running_stats
-            if kept and _phase(run).norms == "still" and self._is_frozen(path, module):
-                self._handles.append(module.register_forward_hook(self._norm_watcher(name, path)))
+            if kept and _get_phase(run).batchnorm_stats == "frozen" and self._is_frozen(path, module):
+                self._handles.append(module.register_forward_hook(self._make_batchnorm_hook(name, path)))
 
-    def _dropout_watcher(self, phase: str, path: str) -> Callable[..., None]:
+    def _make_dropout_hook(self, phase: str, path: str) -> Callable[..., None]:
         def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if torch.is_grad_enabled() and not args[0].requires_grad:
-                self.looked += 1
+                self.num_forward_checks += 1
                 if not torch.equal(args[0], output):
-                    self._say(f"phase '{phase}': dropout '{path}' is on, and nothing before it trains")
+                    self._add_violation(f"phase '{phase}': dropout '{path}' is on, and nothing before it trains")
 
         return watch
 
-    def _norm_watcher(self, phase: str, path: str) -> Callable[..., None]:
+    def _make_batchnorm_hook(self, phase: str, path: str) -> Callable[..., None]:
         def watch(module: nn.BatchNorm1d, args: tuple[Tensor, ...], output: Tensor) -> None:
             if torch.is_grad_enabled():
-                self.looked += 1
+                self.num_forward_checks += 1
                 mean, variance = module.running_mean, module.running_var
                 expected = F.batch_norm(args[0], mean, variance, module.weight, module.bias, eps=module.eps)
                 if not torch.allclose(expected, output, atol=1e-4):
-                    self._say(f"phase '{phase}': norm '{path}' is frozen and normalises with the batch")
+                    self._add_violation(f"phase '{phase}': norm '{path}' is frozen and normalises with the batch")
 
         return watch
 
 
-class CallsTrain:
+class TrainModeCaller:
     """A user's code that puts the whole model into training mode wherever it can between two steps."""
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.num_calls = 0
 
     @hookimpl
     def phase_started(self, run: Run) -> None:
@@ -179,44 +183,44 @@ class CallsTrain:
         self._train(run)
 
     def _train(self, run: Run) -> None:
-        self.calls += 1
+        self.num_calls += 1
         run.model.module.train()
 
 
-class Samples:
+class SampleRecorder:
     """Notes which samples each batch holds, by the optimizer step that they go into."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[int, tuple[int, ...]]] = []
-        self.epochs: dict[int, list[int]] = {}
+        self.batches: list[tuple[int, tuple[int, ...]]] = []
+        self.rows_by_epoch: dict[int, list[int]] = {}
 
     @hookimpl(wrapper=True)
     def train_step(self, run: Run, batch: Any) -> Generator[None, Any, Any]:
-        """Note the rows; a probe's are not training."""
-        if run.optimization.optimizer is not None and run.proof is not None:
-            self.rows.append((run.step, tuple(batch.rows.tolist())))
-            self.epochs.setdefault(run.epoch, []).extend(batch.rows.tolist())
+        """Note the indices; a probe's are not training."""
+        if run.optimization.optimizer is not None and run.freeze_check is not None:
+            self.batches.append((run.step, tuple(batch.indices.tolist())))
+            self.rows_by_epoch.setdefault(run.epoch, []).extend(batch.indices.tolist())
         result = yield
         return result
 
 
-def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
+def find_changed_tensors(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
     """Names of the tensors that differ."""
-    return {name for name, each in before.items() if not same(each.detach(), after[name].detach())}
+    return {name for name, each in before.items() if not is_bit_equal(each.detach(), after[name].detach())}
 
 
-def _pulls(parameter: Tensor, rate: float) -> bool:
+def _must_change(parameter: Tensor, rate: float) -> bool:
     """True where the gradient must move the tensor: a step of plain descent is more than rounding can swallow."""
     if parameter.grad is None:
         return False
     gradient, least = parameter.grad.abs(), 4 * torch.finfo(parameter.dtype).eps * parameter.detach().abs()
-    return bool(((gradient > LEAST_GRADIENT) & (rate * gradient > least)).any())
+    return bool(((gradient > MIN_GRADIENT) & (rate * gradient > least)).any())
 
 
-def _phase(run: Run) -> Phase:
+def _get_phase(run: Run) -> Phase:
     assert run.phase is not None
     return run.phase
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def _view_as_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)

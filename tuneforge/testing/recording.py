@@ -11,15 +11,15 @@ from typing import Any
 import attrs
 import torch
 
-from tuneforge import Engine, Result, Run, Step, StoppedError, Use, hookimpl
+from tuneforge import ComponentSpec, Engine, Result, Run, StoppedError, StrategyStep, hookimpl
 from tuneforge.engine.storage import fault_injection as faults
-from tuneforge.plugin.component import build
+from tuneforge.plugin.component import build_component
 from tuneforge.testing import fixtures as world
 
-FILES = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json")
+COMPARED_FILES = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json")
 """What two runs that are the same to the bit share, byte by byte."""
 
-Key = tuple[str, int]
+InterruptionPoint = tuple[str, int]
 """A place in a run: the name of a point that it passes, and the optimizer steps taken by then."""
 
 
@@ -27,36 +27,36 @@ class _KilledError(BaseException):
     """Stands for SIGKILL: nothing catches it, nothing cleans up."""
 
 
-class Framed:
+class SurroundingSteps:
     """Puts phases of the kit around a strategy's own steps, so that every strategy freezes and thaws something.
 
     Args:
         before: Steps before its first.
         after: Steps after its last.
-        beside: Gives steps to do before each of its own.
-        changed: What is done in place of each step.
+        before_each: Gives steps to do before each of its own.
+        transform: What is done in place of each step.
     """
 
     def __init__(
         self,
-        before: Sequence[Step] = (),
-        after: Sequence[Step] = (),
+        before: Sequence[StrategyStep] = (),
+        after: Sequence[StrategyStep] = (),
         *,
-        beside: Callable[[int], Sequence[Step]] = lambda number: (),
-        changed: Callable[[Step], Step] = lambda step: step,
+        before_each: Callable[[int], Sequence[StrategyStep]] = lambda number: (),
+        transform: Callable[[StrategyStep], StrategyStep] = lambda step: step,
     ) -> None:
-        self._before, self._after, self._beside, self._changed = before, after, beside, changed
+        self._before, self._after, self._before_each, self._transform = before, after, before_each, transform
 
     @hookimpl(wrapper=True)
     def finetune_strategy(self) -> Generator[None, Any, Any]:
         """A list stays a list, so that it is still checked before anything trains."""
         steps = yield
         if isinstance(steps, (list, tuple)):
-            between = [each for i, step in enumerate(steps) for each in (*self._beside(i), self._changed(step))]
+            between = [each for i, step in enumerate(steps) for each in (*self._before_each(i), self._transform(step))]
             return [*self._before, *between, *self._after]
-        return self._told(steps)
+        return self._iterate_steps(steps)
 
-    def _told(self, steps: Iterable[Step]) -> Generator[Step, Any, None]:
+    def _iterate_steps(self, steps: Iterable[StrategyStep]) -> Generator[StrategyStep, Any, None]:
         for step in self._before:
             yield step
         own, answer, number = iter(steps), None, 0
@@ -65,15 +65,15 @@ class Framed:
                 step = own.send(answer) if hasattr(own, "send") else next(own)
             except StopIteration:
                 break
-            for beside in self._beside(number):  # noqa: UP028 - `yield from` would send it the answers
+            for beside in self._before_each(number):  # noqa: UP028 - `yield from` would send it the answers
                 yield beside
-            answer = yield self._changed(step)
+            answer = yield self._transform(step)
             number += 1
         for step in self._after:
             yield step
 
 
-class _Clock:
+class _StepCounter:
     """Knows how many optimizer steps a run has taken."""
 
     def __init__(self) -> None:
@@ -89,60 +89,60 @@ class _Clock:
 
 
 @attrs.frozen(eq=False)
-class Trial:
+class StrategyHarness:
     """One strategy under one check.
 
     Args:
         label: How messages name the strategy.
         cls: The strategy's class.
         options: Its options; each run gets an instance of its own, as another process would.
-        folder: Where runs go; the check may fill it.
+        directory: Where runs go; the check may fill it.
     """
 
     label: str
     cls: type
     options: Mapping[str, Any]
-    folder: Path
+    directory: Path
 
-    def fresh(self) -> Any:
+    def build_strategy(self) -> Any:
         """The strategy anew."""
-        return build(self.cls, self.options, where=self.label)
+        return build_component(self.cls, self.options, where=self.label)
 
-    def use(self) -> Use:
+    def to_spec(self) -> ComponentSpec:
         """How another process finds it."""
-        return Use(f"{self.cls.__module__}:{self.cls.__qualname__}", self.options)
+        return ComponentSpec(f"{self.cls.__module__}:{self.cls.__qualname__}", self.options)
 
-    def run(self, *extensions: Any, network: Any = None, name: str = "run", **settings: Any) -> Result:
+    def run(self, *callbacks: Any, model: Any = None, name: str = "run", **settings: Any) -> Result:
         """Run the strategy to its end.
 
         Args:
-            extensions: What else takes part.
-            network: A `Model` other than the world's.
+            callbacks: What else takes part.
+            model: A `Model` other than the world's.
             name: Of the run's folder.
             settings: As for `Engine`.
 
         Raises:
             AssertionError: The run stopped; the message holds its reason.
         """
-        return self._ended(self.engine(*extensions, network=network, name=name, **settings))
+        return self._run_to_end(self.build_engine(*callbacks, model=model, name=name, **settings))
 
-    def engine(self, *extensions: Any, network: Any = None, name: str = "run", **settings: Any) -> Engine:
+    def build_engine(self, *callbacks: Any, model: Any = None, name: str = "run", **settings: Any) -> Engine:
         """An engine on the world, its run not yet started."""
-        given = {"batch_size": 16, "cache": "off", "checkpoint_s": 1e9, "page": False, "data": world.data()}
+        given = {"batch_size": 16, "cache": "off", "checkpoint_s": 1e9, "page": False, "data": world.make_data()}
         return Engine(
-            strategy=self.fresh(),
-            model=world.model() if network is None else network,
-            extensions=extensions,
-            out=self.folder / name,
+            strategy=self.build_strategy(),
+            model=world.make_model() if model is None else model,
+            callbacks=callbacks,
+            out=self.directory / name,
             **{**given, **settings},
         )
 
-    def interrupted(
+    def run_interrupted(
         self,
-        keys: Iterable[Key],
-        extensions: Callable[[], Sequence[Any]] = list,
+        points: Iterable[InterruptionPoint],
+        make_callbacks: Callable[[], Sequence[Any]] = list,
         *,
-        network: Callable[[], Any] = world.model,
+        make_model: Callable[[], Any] = world.make_model,
         name: str = "interrupted",
         **settings: Any,
     ) -> Result:
@@ -152,39 +152,39 @@ class Trial:
         it is killed, and goes on from the checkpoint before.
 
         Args:
-            keys: Where; each is used once, in the order in which the run passes them.
-            extensions: Gives what else takes part, afresh for each process.
-            network: Gives the model for each resumed process.
+            points: Where; each is used once, in the order in which the run passes them.
+            make_callbacks: Gives what else takes part, afresh for each process.
+            make_model: Gives the model for each resumed process.
             name: Of the run's folder.
             settings: As for `Engine`.
         """
-        left, data = set(keys), settings.get("data") or world.data()
-        clock = _Clock()
-        engine = self.engine(*extensions(), clock, name=name, **settings)
+        left, data = set(points), settings.get("data") or world.make_data()
+        clock = _StepCounter()
+        engine = self.build_engine(*make_callbacks(), clock, name=name, **settings)
         while True:
-            with _watching(functools.partial(_interrupt, engine, clock, left)):
+            with _set_fault_hook(functools.partial(_interrupt, engine, clock, left)):
                 try:
-                    return self._ended(engine)
+                    return self._run_to_end(engine)
                 except (_KilledError, StoppedError):
                     pass
-            clock = _Clock()
+            clock = _StepCounter()
             engine = Engine.resume(
-                self.folder / name, data=data, model=network(), strategy=self.fresh(),
-                extensions=[*extensions(), clock],
+                self.directory / name, data=data, model=make_model(), strategy=self.build_strategy(),
+                callbacks=[*make_callbacks(), clock],
             )  # fmt: skip
 
-    def places(self, *extensions: Any, name: str = "places", **settings: Any) -> list[Key]:
+    def record_points(self, *callbacks: Any, name: str = "places", **settings: Any) -> list[InterruptionPoint]:
         """Every place that the run passes, in order."""
-        clock, passed = _Clock(), list[Key]()
-        with _watching(lambda point: passed.append((point, clock()))):
-            self.run(*extensions, clock, name=name, **settings)
+        clock, passed = _StepCounter(), list[InterruptionPoint]()
+        with _set_fault_hook(lambda point: passed.append((point, clock()))):
+            self.run(*callbacks, clock, name=name, **settings)
         return passed
 
-    def files(self, name: str) -> dict[str, bytes]:
+    def read_files(self, name: str) -> dict[str, bytes]:
         """What a run left that must not depend on how it was interrupted."""
-        return {each: (self.folder / name / each).read_bytes() for each in FILES}
+        return {each: (self.directory / name / each).read_bytes() for each in COMPARED_FILES}
 
-    def _ended(self, engine: Engine) -> Result:
+    def _run_to_end(self, engine: Engine) -> Result:
         try:
             return engine.run()
         except StoppedError:
@@ -193,7 +193,7 @@ class Trial:
             raise AssertionError(f"{self.label}: the run stopped: {type(error).__name__}: {error}") from error
 
 
-def borders(places: Iterable[Key]) -> list[Key]:
+def choose_interruption_points(places: Iterable[InterruptionPoint]) -> list[InterruptionPoint]:
     """Where to interrupt a run: one optimizer step before, at (twice), and one after the end of each of its steps."""
     passed = list(dict.fromkeys(places))
     ends = [step for point, step in passed if point == "phase-trained"]
@@ -205,7 +205,7 @@ def borders(places: Iterable[Key]) -> list[Key]:
     return [each for each in passed if each in wanted]
 
 
-def same_files(one: dict[str, bytes], other: dict[str, bytes]) -> str:
+def compare_files(one: dict[str, bytes], other: dict[str, bytes]) -> str:
     """Empty where two runs left the same; else which files differ, and in which lines."""
     differing = []
     for name in (each for each in one if one[each] != other[each]):
@@ -215,12 +215,12 @@ def same_files(one: dict[str, bytes], other: dict[str, bytes]) -> str:
     return ", ".join(differing)
 
 
-def end_of(result: Result) -> dict[str, torch.Tensor]:
+def copy_parameters(result: Result) -> dict[str, torch.Tensor]:
     """Every parameter by name, as the run left it."""
     return {name: each.detach().clone() for name, each in result.model.parameters().items()}
 
 
-def _interrupt(engine: Engine, clock: _Clock, left: set[Key], point: str) -> None:
+def _interrupt(engine: Engine, clock: _StepCounter, left: set[InterruptionPoint], point: str) -> None:
     if (point, clock()) not in left:
         return
     left.remove((point, clock()))
@@ -230,7 +230,7 @@ def _interrupt(engine: Engine, clock: _Clock, left: set[Key], point: str) -> Non
 
 
 @contextlib.contextmanager
-def _watching(hook: Callable[[str], None]) -> Iterator[None]:
+def _set_fault_hook(hook: Callable[[str], None]) -> Iterator[None]:
     before, faults.hook = faults.hook, hook
     try:
         yield

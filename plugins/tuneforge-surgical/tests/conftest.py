@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from world import CLASSES, Tuned, Witness, clouds, model, network, state_of
+from world import CLASSES, PhaseRecorder, RecordedRun, copy_state, make_blobs, make_model, make_network
 
 import tuneforge as tf
 
@@ -17,18 +17,20 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def tune(tmp_path: Path) -> Callable[..., Tuned]:
+def tune(tmp_path: Path) -> Callable[..., RecordedRun]:
     """Run the engine: `tune(Surgical(epochs=2))`, `tune(strategy, known=("0", "1"))`, `tune(strategy, net=net)`."""
     number = iter(range(1000))
 
-    def run(strategy: Any, *, net: nn.Module | None = None, known: tuple[str, ...] = CLASSES, **given: Any) -> Tuned:
-        witness = Witness()
+    def run(
+        strategy: Any, *, net: nn.Module | None = None, known: tuple[str, ...] = CLASSES, **given: Any
+    ) -> RecordedRun:
+        witness = PhaseRecorder()
         result = tf.Engine(
             strategy=strategy,
-            model=model(network() if net is None else net, known),
+            model=make_model(make_network() if net is None else net, known),
             out=tmp_path / f"run{next(number)}",
-            **{"data": clouds(150, seed=1), "batch_size": 16, "page": False, "extensions": [witness], **given},
+            **{"data": make_blobs(150, seed=1), "batch_size": 16, "page": False, "callbacks": [witness], **given},
         ).run()
-        return Tuned(witness.starts, witness.rates, state_of(result.model.module), result)
+        return RecordedRun(witness.starts, witness.learning_rates, copy_state(result.model.module), result)
 
     return run

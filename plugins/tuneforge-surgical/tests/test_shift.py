@@ -9,18 +9,18 @@ import statistics
 import pytest
 import torch
 from tuneforge_surgical import Surgical
-from world import CLASSES, clouds, network
+from world import CLASSES, make_blobs, make_network
 
 import tuneforge as tf
 
 
-def inputs_mirrored(inputs, classes, seed):
+def flip_input_signs(inputs, classes, seed):
     """Some features change sign."""
     signs = torch.where(torch.rand(6, generator=torch.Generator().manual_seed(seed)) < 0.5, -1.0, 1.0)
     return inputs * signs, classes
 
 
-def classes_renamed(inputs, classes, seed):
+def reverse_classes(inputs, classes, seed):
     """What was class k is now called 2 - k."""
     del seed
     return inputs, 2 - classes
@@ -40,11 +40,11 @@ def accuracy(tune):
 def test_the_block_that_the_shift_concerns_is_the_one_to_tune(tune, accuracy):
     gains = {"first": [], "last": []}  # of the block that the paper names over the other one
     for seed in range(6):
-        net = network(seed)
-        tune(tf.use("full", epochs=20, lr=0.01), net=net, data=clouds(600, seed), seed=seed)
-        for shifted, best, other in ((inputs_mirrored, "first", "last"), (classes_renamed, "last", "first")):
-            x, y = shifted(*clouds(600, seed + 100), seed=seed + 7)
-            data = tf.data_of(x[:90], y[:90], val=0.3, x_test=x[90:], y_test=y[90:], names=CLASSES)
+        net = make_network(seed)
+        tune(tf.use("full", epochs=20, lr=0.01), net=net, data=make_blobs(600, seed), seed=seed)
+        for shifted, best, other in ((flip_input_signs, "first", "last"), (reverse_classes, "last", "first")):
+            x, y = shifted(*make_blobs(600, seed + 100), seed=seed + 7)
+            data = tf.data_from_arrays(x[:90], y[:90], val=0.3, x_test=x[90:], y_test=y[90:], names=CLASSES)
             gains[best].append(accuracy(net, best, data, seed) - accuracy(net, other, data, seed))
     for each in gains.values():
         assert statistics.mean(each) > statistics.stdev(each) / len(each) ** 0.5, gains

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from tuneforge_surgical import Surgical
-from tuneforge_surgical.surgical import index_of
+from tuneforge_surgical.surgical import find_block_index
 
 import tuneforge as tf
 
@@ -15,16 +15,16 @@ import tuneforge as tf
 def test_exactly_the_block_trains_and_all_else_is_equal_to_the_bit(tune, block, prefix):
     tuned = tune(Surgical(block=block, epochs=2, lr=0.01))
     parameters = {name for name in tuned.result.model.parameters() if name.startswith(prefix)}
-    assert parameters <= tuned.moved()
-    assert {name for name in tuned.moved() if not name.startswith(prefix)} == set()
-    assert len(tuned.result.steps) == 1
+    assert parameters <= tuned.find_changed()
+    assert {name for name in tuned.find_changed() if not name.startswith(prefix)} == set()
+    assert len(tuned.result.strategy_steps) == 1
 
 
 def test_a_head_with_fresh_rows_trains_first_and_is_frozen_while_the_block_trains(tune):
     tuned = tune(Surgical(block="body", head_epochs=1, epochs=2, lr=0.01), known=("0", "1"))
     assert tuned.step_names() == ["fresh-head", "body-only"]
-    assert {name.partition(".")[0] for name in tuned.moved(since=0)} == {"body", "head"}
-    assert {name.partition(".")[0] for name in tuned.moved(since=1)} == {"body"}
+    assert {name.partition(".")[0] for name in tuned.find_changed(since=0)} == {"body", "head"}
+    assert {name.partition(".")[0] for name in tuned.find_changed(since=1)} == {"body"}
     assert not torch.equal(tuned.starts[0]["head.weight"], tuned.starts[1]["head.weight"])
 
 
@@ -44,8 +44,8 @@ def test_an_unknown_block_is_an_error_that_lists_the_blocks_before_anything_trai
 
 
 def test_a_groups_own_name_beats_the_other_ways_to_say_it():
-    groups = [tf.GroupInfo(name, 1, (f"{name}.weight",)) for name in ("2", "0", "first", "head")]
-    brief = tf.Brief(
+    groups = [tf.LayerGroupInfo(name, 1, (f"{name}.weight",)) for name in ("2", "0", "first", "head")]
+    task = tf.TaskInfo(
         groups=groups,
         classes=(),
         num_train=1,
@@ -57,12 +57,12 @@ def test_a_groups_own_name_beats_the_other_ways_to_say_it():
         monitor_mode="min",
     )
     said = ("2", "0", "first", "last", "1", 3, "-1")
-    assert [index_of(block, brief) for block in said] == [0, 1, 2, 3, 1, 3, 3]
+    assert [find_block_index(block, task) for block in said] == [0, 1, 2, 3, 1, 3, 3]
 
 
 def test_it_runs_by_its_name(tune):
     tuned = tune(tf.use("surgical", block="body", epochs=1))
-    components = json.loads((tuned.result.folder / "run.json").read_text())["components"]
+    components = json.loads((tuned.result.run_dir / "run.json").read_text())["components"]
     (strategy,) = (each for each in components if each["hook"] == "finetune_strategy")
     assert (strategy["name"], strategy["distribution"]) == ("surgical", "tuneforge-surgical")
     assert tuned.result.report["strategy"] == "surgical"

@@ -11,43 +11,43 @@ import tuneforge as tf
 CLASSES = ("0", "1", "2")
 
 
-class Witness:
+class PhaseRecorder:
     """Notes every tensor, and every tensor's rate, when a phase starts."""
 
     def __init__(self) -> None:
         self.starts: list[dict[str, Tensor]] = []
-        self.rates: list[dict[str, float]] = []
+        self.learning_rates: list[dict[str, float]] = []
 
     @tf.hookimpl
     def phase_started(self, run: tf.Run) -> None:
         names = {parameter: name for name, parameter in run.model.parameters().items()}
-        groups = run.optimization.groups()
-        self.starts.append(state_of(run.model.module))
-        self.rates.append({names[tensor]: group["peak_lr"] for group in groups for tensor in group["params"]})
+        groups = run.optimization.param_groups()
+        self.starts.append(copy_state(run.model.module))
+        self.learning_rates.append({names[tensor]: group["peak_lr"] for group in groups for tensor in group["params"]})
 
 
 @attrs.frozen(eq=False)
-class Tuned:
+class RecordedRun:
     """One run: what was noted at the start of each phase, every tensor at its end, and its result."""
 
     starts: list[dict[str, Tensor]]
-    rates: list[dict[str, float]]
-    end: dict[str, Tensor]
+    learning_rates: list[dict[str, float]]
+    final_state: dict[str, Tensor]
     result: tf.Result
 
-    def moved(self, since: int = 0) -> set[str]:
+    def find_changed(self, since: int = 0) -> set[str]:
         """Names of the parameters and buffers that differ between a phase's start and the run's end."""
-        return {name for name, tensor in self.starts[since].items() if not torch.equal(tensor, self.end[name])}
+        return {name for name, tensor in self.starts[since].items() if not torch.equal(tensor, self.final_state[name])}
 
     def step_names(self) -> list[str]:
-        return [step.name for step, _ in self.result.steps]
+        return [step.name for step, _ in self.result.strategy_steps]
 
 
-def state_of(module: nn.Module) -> dict[str, Tensor]:
+def copy_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def network(seed: int = 0) -> nn.Sequential:
+def make_network(seed: int = 0) -> nn.Sequential:
     """Two blocks with BatchNorm and a linear head: (b, 6) -> (b, 3)."""
     net = nn.Sequential()
     with torch.random.fork_rng(devices=[]):
@@ -58,14 +58,14 @@ def network(seed: int = 0) -> nn.Sequential:
     return net
 
 
-def model(net: nn.Module, known: tuple[str, ...] = CLASSES) -> tf.Model:
+def make_model(net: nn.Module, known: tuple[str, ...] = CLASSES) -> tf.Model:
     """The network as a model that came with the head's rows of the classes `known`; a run starts the others fresh."""
-    groups = [tf.Group(name, (name,)) for name in ("stem", "body", "head")]
+    groups = [tf.LayerGroup(name, (name,)) for name in ("stem", "body", "head")]
     labels = (*known, *("?" * (3 - len(known))))
-    return tf.Model(net, groups=groups, head="head", labels=labels, kept=known)
+    return tf.Model(net, groups=groups, head="head", labels=labels, pretrained_labels=known)
 
 
-def clouds(count: int, seed: int) -> tuple[Tensor, Tensor]:
+def make_blobs(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Points (n, 6) around twelve centres, and their three classes (n,)."""
     centres = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)) * 2
     cloud = torch.arange(count) % 12

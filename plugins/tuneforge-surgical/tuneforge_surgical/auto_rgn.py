@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from typing import Any
 
-from tuneforge import Blend, Brief, Phase, Probe, Step, component, ge, gt, hookimpl, option
+from tuneforge import Diagnosis, Phase, StrategyStep, TaskInfo, WeightAverage, component, ge, gt, hookimpl, option
 
-UNBOUNDED = 1e4
+UNBOUNDED_NORM = 1e4
 """A relative gradient norm from here on is that of zeros: a probe divides by 1e-12 there. Others seldom exceed 10."""
 
 
@@ -26,29 +26,29 @@ class AutoRGN:
 
     epochs: int = option(default=15, help="Epochs, each after a new measurement.", check=ge(1))
     lr: float = option(default=1e-3, help="Learning rate where the relative gradient is largest.", check=gt(0))
-    batches: int = option(default=5, help="Training batches that a measurement looks at.", check=ge(1))
+    num_batches: int = option(default=5, help="Training batches that a measurement looks at.", check=ge(1))
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
-    def finetune_strategy(self, brief: Brief) -> Generator[Step, Any, None]:
+    def finetune_strategy(self, task: TaskInfo) -> Generator[StrategyStep, Any, None]:
         """For each epoch a probe and a phase."""
-        sign = 1 if brief.monitor_mode == "max" else -1
-        figures: dict[str, float] = {}
+        sign = 1 if task.monitor_mode == "max" else -1
+        metrics: dict[str, float] = {}
         for epoch in range(1, self.epochs + 1):
-            readings = yield Probe(f"rgn-{epoch}", measure="gradients", by="tensor", batches=self.batches)
-            scales = relative_rates(readings.values)
+            readings = yield Diagnosis(f"rgn-{epoch}", measure="gradients", by="tensor", batches=self.num_batches)
+            scales = compute_lr_scales(readings.values)
             report = yield Phase(f"epoch-{epoch}", train="all", epochs=1, lr=self.lr, lr_scales=scales)
-            figures[report.step] = sign * report.val[brief.monitor]
-        best, last = max(figures, key=lambda name: figures[name]), report.step
+            metrics[report.step_name] = sign * report.val[task.monitor]
+        best, last = max(metrics, key=lambda name: metrics[name]), report.step_name
         if self.restore_best and best != last:
-            yield Blend("best-epoch", snapshots=(best, last), weights=(0.0,))  # 0: all of the first
+            yield WeightAverage("best-epoch", snapshots=(best, last), weights=(0.0,))  # 0: all of the first
 
 
-def relative_rates(norms: Mapping[str, float]) -> dict[str, float]:
+def compute_lr_scales(norms: Mapping[str, float]) -> dict[str, float]:
     """Each tensor's relative gradient norm over the largest of them, from 0 to 1; 1 where it is unbounded.
 
     Args:
         norms: Relative gradient norm by tensor name.
     """
-    largest = max((norm for norm in norms.values() if norm < UNBOUNDED), default=0.0)
+    largest = max((norm for norm in norms.values() if norm < UNBOUNDED_NORM), default=0.0)
     return {name: min(1.0, norm / (largest or 1.0)) for name, norm in norms.items()}

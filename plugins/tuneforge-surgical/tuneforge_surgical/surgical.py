@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tuneforge import Brief, Phase, Step, UnknownNameError, component, ge, gt, hookimpl, option
+from tuneforge import Phase, StrategyStep, TaskInfo, UnknownNameError, component, ge, gt, hookimpl, option
 
 
 @component(api=1)
@@ -27,37 +27,37 @@ class Surgical:
     restore_best: bool = option(default=True, help="End each phase on the weights of its best epoch.")
 
     @hookimpl
-    def finetune_strategy(self, brief: Brief) -> Iterable[Step]:
+    def finetune_strategy(self, task: TaskInfo) -> Iterable[StrategyStep]:
         """One phase over the block, after one over the head if the block is not the head and the head has fresh rows.
 
         Raises:
             UnknownNameError: The model has no such block.
         """
-        index = index_of(self.block, brief)
-        group = brief.groups[index]
-        phases = [self._phase(f"{group.name}-only", f"groups[{index}]", self.epochs)]
-        if group is not brief.head and has_fresh_rows(brief):
-            phases.insert(0, self._phase("fresh-head", "head", self.head_epochs))
+        index = find_block_index(self.block, task)
+        group = task.groups[index]
+        phases = [self._make_phase(f"{group.name}-only", f"groups[{index}]", self.epochs)]
+        if group is not task.head and has_random_head_rows(task):
+            phases.insert(0, self._make_phase("fresh-head", "head", self.head_epochs))
         return phases
 
-    def _phase(self, name: str, train: str, epochs: int) -> Phase:
+    def _make_phase(self, name: str, train: str, epochs: int) -> Phase:
         return Phase(
             name, train=train, epochs=epochs, lr=self.lr, patience=self.patience, restore_best=self.restore_best
         )
 
 
-def has_fresh_rows(brief: Brief) -> bool:
+def has_random_head_rows(task: TaskInfo) -> bool:
     """True where the head has a row that did not come with the model: that of a class new to it, or any at all."""
-    return not brief.old_classes or set(brief.old_classes) != set(brief.classes)
+    return not task.old_classes or set(task.old_classes) != set(task.classes)
 
 
-def index_of(block: str | int, brief: Brief) -> int:
+def find_block_index(block: str | int, task: TaskInfo) -> int:
     """Which layer group `block` is, counted from the input; a group's own name beats the other ways to say it.
 
     Raises:
         UnknownNameError: None of them; the message lists the groups.
     """
-    names = [group.name for group in brief.groups]
+    names = [group.name for group in task.groups]
     said = {str(index): index % len(names) for index in range(-len(names), len(names))}
     said |= {"first": 0, "last": len(names) - 1}
     said |= {name: index for index, name in enumerate(names)}

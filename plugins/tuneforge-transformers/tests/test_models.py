@@ -8,23 +8,23 @@ from importlib.metadata import entry_points
 import pytest
 import torch
 import transformers
-from tuneforge_transformers.groups import groups_of
-from tuneforge_transformers.networks import head_path, loaded, text_network
-from tuneforge_transformers.pretrained import config_text
-from world import CONTINUAL, PLAN, TEXT_MODELS, InParts, images, strategies
+from tuneforge_transformers.groups import find_layer_groups
+from tuneforge_transformers.networks import build_text_network, find_head_path, load_network
+from tuneforge_transformers.pretrained import read_config_text
+from world import CONTINUAL, PLAN, TEXT_MODELS, AddSampleGroups, list_strategies, make_images
 
 import tuneforge as tf
 from tuneforge.testing import small_options
 
 
-@pytest.mark.parametrize("name", strategies())
+@pytest.mark.parametrize("name", list_strategies())
 def test_every_built_in_strategy_runs_on_a_bert(tune, folder, tmp_path, name):
     (tmp_path / "plan.toml").write_text(PLAN)
     cls = next(each for each in entry_points(group="tuneforge.finetune_strategy") if each.name == name).load()
     options = small_options(cls) | ({"path": str(tmp_path / "plan.toml")} if name == "plan-file" else {})
     known = ("sea", "sky") if name in CONTINUAL else ()
-    result = tune(folder("bert", labels=known), strategy=tf.use(name, **options), extensions=[InParts()])
-    assert result.steps
+    result = tune(folder("bert", labels=known), strategy=tf.use(name, **options), callbacks=[AddSampleGroups()])
+    assert result.strategy_steps
     assert 0 <= result.report["splits"]["test"]["accuracy"] <= 1
 
 
@@ -32,34 +32,35 @@ def test_every_built_in_strategy_runs_on_a_bert(tune, folder, tmp_path, name):
 def test_groups_are_embeddings_layers_and_head(tune, folder, kind):
     result = tune(folder(kind), strategy=tf.use("gradual-unfreeze", epochs=1))
     assert [group.name for group in result.model.groups] == ["embeddings", "layer1", "layer2", "head"]
-    assert [step.train for step, _ in result.steps] == [
+    assert [step.train for step, _ in result.strategy_steps] == [
         ("groups[-1:]",),
         ("groups[-2:]",),
         ("groups[-3:]",),
         ("groups[-4:]",),
     ]
-    inside = [name for name in result.model.parameters() if result.model.groups[1].holds(name)]
+    inside = [name for name in result.model.parameters() if result.model.groups[1].contains(name)]
     assert inside
     assert all(".layer.0." in name for name in inside)
 
 
 def test_a_picture_model_runs_with_its_groups(tune, folder):
-    result = tune(folder("vit"), data=images(48), strategy=tf.use("gradual-unfreeze", epochs=1))
+    result = tune(folder("vit"), data=make_images(48), strategy=tf.use("gradual-unfreeze", epochs=1))
     assert [group.name for group in result.model.groups] == ["embeddings", "layer1", "layer2", "head"]
-    assert "vit.layernorm.weight" in [name for name in result.model.parameters() if result.model.groups[-1].holds(name)]
+    last = result.model.groups[-1]
+    assert "vit.layernorm.weight" in [name for name in result.model.parameters() if last.contains(name)]
 
 
 @pytest.mark.parametrize("kind", [*TEXT_MODELS, "vit"])
 def test_the_frozen_prefix_cuts_it(tune, folder, kind):
     lines: list[str] = []
-    given = {"data": images(48)} if kind == "vit" else {}
+    given = {"data": make_images(48)} if kind == "vit" else {}
     tune(folder(kind), cache="memory", strategy=tf.use("head-only", epochs=2), lines=lines, **given)
     assert any(line.startswith("  cached: what the frozen part gives") for line in lines), lines
 
 
 def test_the_answers_are_those_of_the_library(folder):
     path = folder("bert", labels=("sea", "kitchen", "sky"))
-    ours, missing = loaded(path, config_text(path), "text", num_outputs=3, pooling="own")
+    ours, missing = load_network(path, read_config_text(path), "text", num_outputs=3, pooling="own")
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(path).eval()
     ids = torch.randint(5, 30, (4, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -67,13 +68,13 @@ def test_the_answers_are_those_of_the_library(folder):
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(ids, mask), theirs(input_ids=ids, attention_mask=mask).logits)
     assert not missing
-    assert ours.biased
+    assert ours.uses_attention_bias
 
 
 @pytest.mark.parametrize("kind", TEXT_MODELS)
 def test_a_text_has_the_same_bits_in_any_company_of_its_size(folder, kind):
     path = folder(kind)
-    network, _ = loaded(path, config_text(path), "text", num_outputs=3, pooling="mean")
+    network, _ = load_network(path, read_config_text(path), "text", num_outputs=3, pooling="mean")
     ids = torch.randint(5, 30, (3, 12), generator=torch.Generator().manual_seed(0))
     full = torch.ones_like(ids)
     padded = full.clone()
@@ -93,9 +94,9 @@ def test_rows_of_the_head_are_kept_by_label_name(tune, folder):
         def phase_started(self, run):
             start["weight"] = run.model.head_module().weight.detach().clone()
 
-    result = tune(path, extensions=[Witness()])
+    result = tune(path, callbacks=[Witness()])
     assert result.model.labels == ("kitchen", "sea", "sky")
-    assert result.model.kept == ("sea", "sky")
+    assert result.model.pretrained_labels == ("sea", "sky")
     assert torch.equal(start["weight"][1], before[2])
     assert torch.equal(start["weight"][2], before[0])
     assert not torch.equal(start["weight"][0], before[1])
@@ -104,13 +105,13 @@ def test_rows_of_the_head_are_kept_by_label_name(tune, folder):
 def test_without_a_head_in_the_weights_all_rows_are_fresh(tune, folder):
     lines: list[str] = []
     result = tune(folder("distilbert"), lines=lines)
-    assert result.model.kept == ()
+    assert result.model.pretrained_labels == ()
     assert any("head: fresh, 3 outputs; fresh before it: pre_classifier" in line for line in lines)
 
 
 def test_mean_pooling_is_the_mean_over_tokens_that_are_no_padding(folder):
     path = folder("bert")
-    network, _ = loaded(path, config_text(path), "text", num_outputs=3, pooling="mean")
+    network, _ = load_network(path, read_config_text(path), "text", num_outputs=3, pooling="mean")
     base = transformers.AutoModel.from_pretrained(path).eval()
     ids = torch.randint(5, 30, (2, 10), generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1] * 10, [1] * 4 + [0] * 6])
@@ -135,9 +136,9 @@ def test_groups_hold_every_parameter_once_for_other_families(kind):
     small = {name: size for size, names in sizes.items() for name in names}
     known = transformers.CONFIG_MAPPING[kind]().to_dict()
     config = {**{name: value for name, value in small.items() if name in known}, "model_type": kind}
-    network = text_network(json.dumps(config), num_outputs=3, pooling="own")
-    head = head_path(network)
-    model = tf.Model(network, groups=groups_of(network, head), head=head)
+    network = build_text_network(json.dumps(config), num_outputs=3, pooling="own")
+    head = find_head_path(network)
+    model = tf.Model(network, groups=find_layer_groups(network, head), head=head)
     assert model.groups[0].name == "embeddings"
     assert model.groups[-1].name == "head"
     assert len(model.groups) == {"bart": 6, "albert": 3}.get(kind, 4)

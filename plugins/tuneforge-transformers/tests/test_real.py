@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
-from world import COMPARED, CONTINUAL, PLAN, Stopper, csv_of, stopped, strategies, texts
+from world import COMPARED_FILES, CONTINUAL, PLAN, Stopper, list_strategies, make_texts, run_until_stopped, write_csv
 
 import tuneforge as tf
 from tuneforge.testing import small_options
@@ -25,13 +25,15 @@ FEW = ("full", "gradual-unfreeze", "head-only", "lp-ft")
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     """A CSV of 8 texts of each class."""
-    return csv_of(tmp_path_factory.mktemp("few") / "few.csv", texts(8))
+    return write_csv(tmp_path_factory.mktemp("few") / "few.csv", make_texts(8))
 
 
-ASKED = [name for name in strategies() if name not in CONTINUAL] if os.environ.get("TUNEFORGE_REAL") == "all" else FEW
+STRATEGIES = (
+    [name for name in list_strategies() if name not in CONTINUAL] if os.environ.get("TUNEFORGE_REAL") == "all" else FEW
+)
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_runs_on_it(tune, real, few, tmp_path, name):
     (tmp_path / "plan.toml").write_text(PLAN)
     cls = next(each for each in entry_points(group="tuneforge.finetune_strategy") if each.name == name).load()
@@ -39,15 +41,15 @@ def test_a_strategy_runs_on_it(tune, real, few, tmp_path, name):
     options |= {"path": str(tmp_path / "plan.toml")} if name == "plan-file" else {}
     result = tune(real, data=tf.use("text", path=str(few)), strategy=tf.use(name, **options))
     assert [group.name for group in result.model.groups] == ["embeddings", *(f"layer{n}" for n in range(1, 7)), "head"]
-    assert any(getattr(answer, "trained", 0) for _, answer in result.steps)
+    assert any(getattr(answer, "num_trainable", 0) for _, answer in result.strategy_steps)
 
 
 def test_its_features_are_those_of_the_library(tune, real, few):
-    tuned = tf.load(tune(real, data=tf.use("text", path=str(few)), strategy=[tf.Fit("head")]).folder)
+    tuned = tf.load(tune(real, data=tf.use("text", path=str(few)), strategy=[tf.HeadFit("head")]).run_dir)
     seen: list[torch.Tensor] = []
     tuned.model.head_module().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     some = ["the old boat in the harbour", "a knife"]
-    assert len(list(tuned.outputs(some))) == 2
+    assert len(list(tuned.predict_outputs(some))) == 2
     tokens = transformers.AutoTokenizer.from_pretrained(real)(some, padding=True, return_tensors="pt")
     with torch.no_grad():
         hidden = transformers.AutoModel.from_pretrained(real).eval()(**tokens).last_hidden_state
@@ -55,7 +57,7 @@ def test_its_features_are_those_of_the_library(tune, real, few):
     torch.testing.assert_close(seen[0], (hidden * mask).sum(1) / mask.sum(1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("adapt", [[], [tf.use("lora", top=2)]], ids=["head", "lora-top"])
+@pytest.mark.parametrize("adapt", [[], [tf.use("lora", num_top_layers=2)]], ids=["head", "lora-top"])
 def test_the_frozen_prefix_cuts_it(tune, real, few, adapt):
     lines: list[str] = []
     strategy = tf.use("full" if adapt else "head-only", epochs=2)
@@ -68,7 +70,7 @@ def test_lora_trains_as_many_parameters_as_peft_reports(tune, real, few):
     result = tune(real, data=tf.use("text", path=str(few)), adapt=["lora"], strategy=tf.use("full", epochs=1))
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(real, num_labels=3)
     wrapped = peft.get_peft_model(theirs, peft.LoraConfig(task_type=peft.TaskType.SEQ_CLS))
-    trained = result.steps[0][1].trained
+    trained = result.strategy_steps[0][1].num_trainable
     assert trained == wrapped.get_nb_trainable_parameters()[0] == 6 * 2 * 2 * 8 * 384 + 3 * 384 + 3
 
 
@@ -78,11 +80,11 @@ def test_stopped_in_the_middle_it_ends_the_same_and_predicts(tmp_path, real, few
         "model": tf.use("transformers", pretrained=str(real)), "strategy": tf.use("freeze-then-unfreeze", epochs=1),
         "batch_size": 8, "page": False,
     }  # fmt: skip
-    whole = tf.Engine(**given, out=tmp_path / "whole", extensions=[Stopper(step=4)]).run()
-    stopped(tmp_path / "cut", 4, **given)
+    whole = tf.Engine(**given, out=tmp_path / "whole", callbacks=[Stopper(step=4)]).run()
+    run_until_stopped(tmp_path / "cut", 4, **given)
     cut = tf.Engine.resume(tmp_path / "cut").run()
-    for name in COMPARED:
-        assert (cut.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
-    answer = next(tf.predict(cut.folder, ["a wave and a boat near the shore"]))
+    for name in COMPARED_FILES:
+        assert (cut.run_dir / name).read_bytes() == (whole.run_dir / name).read_bytes(), name
+    answer = next(tf.predict(cut.run_dir, ["a wave and a boat near the shore"]))
     assert set(answer["probabilities"]) == {"kitchen", "sea", "sky"}
-    assert json.loads((cut.folder / "report.json").read_text())["splits"]["test"] == tf.evaluate(cut.folder)["test"]
+    assert json.loads((cut.run_dir / "report.json").read_text())["splits"]["test"] == tf.evaluate(cut.run_dir)["test"]

@@ -9,16 +9,16 @@ import subprocess
 import sys
 
 import pytest
-from world import COMPARED, Stopper, saved, stopped
+from world import COMPARED_FILES, Stopper, run_until_stopped, save_model
 
 import tuneforge as tf
 
 
-def files(folder):
-    return {name: (folder / name).read_bytes() for name in COMPARED}
+def read_files(folder):
+    return {name: (folder / name).read_bytes() for name in COMPARED_FILES}
 
 
-def settings(folder, table, adapt):
+def make_settings(folder, table, adapt):
     return {
         "data": tf.use("text", path=str(table)),
         "model": tf.use("transformers", pretrained=str(folder)),
@@ -34,12 +34,12 @@ def settings(folder, table, adapt):
 @pytest.mark.parametrize(("adapt", "step"), [(["lora"], 2), ([], 5), (["lora"], 11)], ids=["lora", "plain", "lora-all"])
 def test_stopped_in_the_middle_it_ends_the_same(tmp_path, table, adapt, step):
     """5 steps an epoch: in the frozen phase, at its end, and in a later epoch of the other."""
-    source = saved(tmp_path / "source", "bert")
-    given = settings(source, table, adapt)
-    tf.Engine(**given, out=tmp_path / "whole", extensions=[Stopper(step=step)]).run()
-    stopped(tmp_path / "cut", step, **given)
+    source = save_model(tmp_path / "source", "bert")
+    given = make_settings(source, table, adapt)
+    tf.Engine(**given, out=tmp_path / "whole", callbacks=[Stopper(step=step)]).run()
+    run_until_stopped(tmp_path / "cut", step, **given)
     tf.Engine.resume(tmp_path / "cut").run()
-    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert read_files(tmp_path / "cut") == read_files(tmp_path / "whole")
 
 
 KILL = """
@@ -61,7 +61,7 @@ class Kill:
 
 def test_killed_it_goes_on_without_the_folder_of_the_model(tmp_path, table):
     """A true SIGKILL of `tuneforge run`, then `tuneforge resume`; both are commands."""
-    source = saved(tmp_path / "source", "bert")
+    source = save_model(tmp_path / "source", "bert")
     (tmp_path / "kill.py").write_text(KILL)
 
     def command(*arguments, kill=False):
@@ -72,7 +72,7 @@ def test_killed_it_goes_on_without_the_folder_of_the_model(tmp_path, table):
     run = [
         "run", "--data", "text", "--data.path", table, "--model", "transformers", "--model.pretrained", source,
         "--adapt", "lora", "--epochs", "2", "--batch-size", "8", "--cache", "memory", "--no-page",
-        "--checkpoint-steps", "3", "--with", "kill:Kill", "--out",
+        "--checkpoint-steps", "3", "--callback", "kill:Kill", "--out",
     ]  # fmt: skip
     whole = command(*run, "whole")
     assert whole.returncode == 0, whole.stderr
@@ -82,4 +82,4 @@ def test_killed_it_goes_on_without_the_folder_of_the_model(tmp_path, table):
     resumed = command("resume", "cut")
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((tmp_path / "cut" / "status.json").read_text())["state"] == "done"
-    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert read_files(tmp_path / "cut") == read_files(tmp_path / "whole")

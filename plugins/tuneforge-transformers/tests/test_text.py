@@ -10,20 +10,20 @@ import sys
 import pytest
 import torch
 import transformers
-from tuneforge_transformers.text import Packed, Text
-from world import csv_of, saved, texts, tokenizer
+from tuneforge_transformers.text import PackedTokenizer, TextInputs
+from world import make_texts, make_tokenizer, save_model, write_csv
 
 import tuneforge as tf
 
 
-def contract(length=12, **options):
-    backend = tokenizer().backend_tokenizer
+def make_text_inputs(length=12, **options):
+    backend = make_tokenizer().backend_tokenizer
     backend.enable_truncation(length)
     backend.enable_padding(length=length, pad_id=0, pad_token="[PAD]")
-    return Text(tokenizer=Packed.of(backend), max_length=length, **options)
+    return TextInputs(tokenizer=PackedTokenizer.pack(backend), max_length=length, **options)
 
 
-def split_of(tmp_path, folder, path, **options):
+def prepare_data(tmp_path, folder, path, **options):
     """The data of a run."""
     kept = {}
 
@@ -34,16 +34,16 @@ def split_of(tmp_path, folder, path, **options):
 
     tf.Engine(
         data=tf.use("text", path=str(path), **options), model=tf.use("transformers", pretrained=str(folder("bert"))),
-        strategy=tf.use("head-only", epochs=1), extensions=[Witness()], cache="off", page=False, out=tmp_path / "run",
+        strategy=tf.use("head-only", epochs=1), callbacks=[Witness()], cache="off", page=False, out=tmp_path / "run",
     ).run()  # fmt: skip
     return kept["data"]
 
 
 def test_tokens_are_those_of_the_library(folder):
     theirs = transformers.AutoTokenizer.from_pretrained(folder("bert"))
-    some = [text for text, _ in texts(4)] + ["an unseen word", "wave " * 40]
+    some = [text for text, _ in make_texts(4)] + ["an unseen word", "wave " * 40]
     wanted = theirs(some, padding="max_length", truncation=True, max_length=12, return_tensors="pt")
-    ours = contract().ready(contract().encoded(some))
+    ours = make_text_inputs().preprocess(make_text_inputs().encode(some))
     assert torch.equal(ours["input_ids"], wanted["input_ids"])
     assert torch.equal(ours["attention_mask"], wanted["attention_mask"])
 
@@ -58,10 +58,10 @@ def test_a_text_is_taken_in_every_form(tmp_path, form):
         "bytes": b"the old boat",
         "json": b'{"text": "the old boat"}',
     }[form]
-    stored = contract().decode(raw)
+    stored = make_text_inputs().decode(raw)
     assert stored["input_ids"].dtype == torch.int32
     assert stored["input_ids"].shape == stored["attention_mask"].shape == (12,)
-    assert contract().text(stored) == "the old boat"
+    assert make_text_inputs().render_text(stored) == "the old boat"
 
 
 @pytest.mark.parametrize(
@@ -77,26 +77,26 @@ def test_a_text_is_taken_in_every_form(tmp_path, form):
 )
 def test_what_is_no_text_is_refused(raw, words):
     with pytest.raises(tf.DataError, match=words):
-        contract(max_chars=100).decode(raw)
+        make_text_inputs(max_chars=100).decode(raw)
 
 
 def test_a_message_about_the_contract_does_not_hold_the_tokenizer():
-    made = contract()
+    made = make_text_inputs()
     assert len(made.tokenizer) > 500
     assert len(repr(made)) < 200
 
 
 def test_folders_and_tables_by_split_give_the_same_data(tmp_path, folder):
-    pairs = {"train": texts(6, seed=1), "val": texts(2, seed=2), "test": texts(2, seed=3)}
+    pairs = {"train": make_texts(6, seed=1), "val": make_texts(2, seed=2), "test": make_texts(2, seed=3)}
     for split, some in pairs.items():
         (tmp_path / "tables").mkdir(exist_ok=True)
-        csv_of(tmp_path / "tables" / f"{split}.csv", some)
+        write_csv(tmp_path / "tables" / f"{split}.csv", some)
         for number, (text, label) in enumerate(some):
             file = tmp_path / "folders" / split / label / f"{number:02}.txt"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
-    tables = split_of(tmp_path / "a", folder, tmp_path / "tables", max_length=12)
-    folders = split_of(tmp_path / "b", folder, tmp_path / "folders", max_length=12)
+    tables = prepare_data(tmp_path / "a", folder, tmp_path / "tables", max_length=12)
+    folders = prepare_data(tmp_path / "b", folder, tmp_path / "folders", max_length=12)
     assert tables.targets.labels == folders.targets.labels == ("kitchen", "sea", "sky")
     for split in pairs:
         assert len(tables.splits()[split]) == len(folders.splits()[split]) == len(pairs[split])
@@ -107,7 +107,7 @@ def test_folders_and_tables_by_split_give_the_same_data(tmp_path, folder):
 
 
 def test_a_table_is_divided_by_class_and_the_seed(tmp_path, folder, table):
-    data = split_of(tmp_path, folder, table)
+    data = prepare_data(tmp_path, folder, table)
     assert {name: len(split) for name, split in data.splits().items()} == {"train": 36, "val": 6, "test": 6}
     assert sorted(data.test.targets.tolist()) == [0, 0, 1, 1, 2, 2]
     names = [split.id_of(row) for split in data.splits().values() for row in range(len(split))]
@@ -116,8 +116,8 @@ def test_a_table_is_divided_by_class_and_the_seed(tmp_path, folder, table):
 
 
 def test_long_texts_are_cut_and_said(tmp_path, folder):
-    path = csv_of(tmp_path / "long.csv", [(text * 8, label) for text, label in texts(8)])
-    data = split_of(tmp_path, folder, path)
+    path = write_csv(tmp_path / "long.csv", [(text * 8, label) for text, label in make_texts(8)])
+    data = prepare_data(tmp_path, folder, path)
     assert data.train.fetch(torch.tensor([0]))["input_ids"].shape == (1, 32)
     assert "32 are kept, so 24 text(s) are cut" in data.notes[0]
 
@@ -159,21 +159,21 @@ def test_without_a_model_of_transformers_a_tokenizer_must_be_named(tune, folder,
 
 @pytest.mark.parametrize("adapt", [[], ["lora"]], ids=["plain", "lora"])
 def test_the_runs_folder_alone_predicts_and_evaluates(tmp_path, tune, table, adapt):
-    source = saved(tmp_path / "source", "bert")
+    source = save_model(tmp_path / "source", "bert")
     result = tune(source, adapt=adapt, strategy=tf.use("full", epochs=6, lr=3e-3))
-    moved = shutil.move(result.folder, tmp_path / "elsewhere")
+    moved = shutil.move(result.run_dir, tmp_path / "elsewhere")
     shutil.rmtree(source)
     answers = list(tf.predict(moved, ["the salt wave and the harbour", {"text": "moon wind cloud in the sky"}]))
     assert [set(each["probabilities"]) for each in answers] == [{"kitchen", "sea", "sky"}] * 2
     assert tf.evaluate(moved)["test"] == result.report["splits"]["test"]
-    other = csv_of(tmp_path / "other.csv", texts(3, seed=9))
+    other = write_csv(tmp_path / "other.csv", make_texts(3, seed=9))
     assert set(tf.evaluate(moved, data=tf.use("text", path=str(other)))) == {"val", "test"}
 
 
 def test_the_command_line_predicts_rows_files_and_json(tmp_path, tune, folder, table):
     result = tune(folder("bert"))
     (tmp_path / "a.txt").write_text("the old boat")
-    command = [sys.executable, "-m", "tuneforge", "predict", result.folder, "--json", table, tmp_path / "a.txt"]
+    command = [sys.executable, "-m", "tuneforge", "predict", result.run_dir, "--json", table, tmp_path / "a.txt"]
     done = subprocess.run([*command, '{"text": "a knife"}'], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -183,8 +183,8 @@ def test_the_command_line_predicts_rows_files_and_json(tmp_path, tune, folder, t
 
 def test_the_report_shows_the_texts_of_the_worst_mistakes(tune, folder):
     result = tune(folder("bert"))
-    shown = json.loads((result.folder / "mistakes.json").read_text())
+    shown = json.loads((result.run_dir / "hardest_samples.json").read_text())
     assert shown
-    assert all(each["text"] and each["picture"] is None for each in shown)
-    page = tune(folder("bert"), page=True).folder / "report.html"
+    assert all(each["text"] and each["image"] is None for each in shown)
+    page = tune(folder("bert"), page=True).run_dir / "report.html"
     assert shown[0]["text"] in page.read_text()

@@ -2,7 +2,7 @@
 
 from tuneforge_transformers.classifier import Transformers
 from tuneforge_transformers.lora import LoRA
-from tuneforge_transformers.text import Text
+from tuneforge_transformers.text import TextInputs
 from tuneforge_transformers.text_data import TextData
 
-__all__ = ["LoRA", "Text", "TextData", "Transformers"]
+__all__ = ["LoRA", "TextData", "TextInputs", "Transformers"]

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from tuneforge import Model, PluginError, UsageError, component, hookimpl, option
 from tuneforge_transformers import pretrained as source
-from tuneforge_transformers.groups import groups_of
+from tuneforge_transformers.groups import find_layer_groups
 from tuneforge_transformers.networks import (
-    Kind,
+    InputKind,
     Pooling,
-    fresh_head,
-    head_path,
-    image_network,
-    loaded,
-    text_network,
+    build_image_network,
+    build_text_network,
+    find_head_path,
+    init_head,
+    load_network,
 )
-from tuneforge_transformers.text import IDS, MASK
+from tuneforge_transformers.text import ATTENTION_MASK, INPUT_IDS
 
 if TYPE_CHECKING:
     from tuneforge import Run
@@ -50,10 +50,10 @@ class Transformers:
         """Read the description, so that what is wrong is found at once, and the run's folder holds it."""
         if self.config:
             return
-        folder = self._folder(source.DESCRIPTION)
-        object.__setattr__(self, "config", source.config_text(folder))
+        folder = self._resolve_directory(source.CONFIG_FILES)
+        object.__setattr__(self, "config", source.read_config_text(folder))
         if self.pooling == "auto":
-            object.__setattr__(self, "pooling", "mean" if source.pools_by_mean(folder) else "own")
+            object.__setattr__(self, "pooling", "mean" if source.uses_mean_pooling(folder) else "own")
 
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:
@@ -68,32 +68,32 @@ class Transformers:
             raise PluginError(
                 "transformers builds a model; it cannot adapt one", where="--model", fix="name it with --model"
             )
-        kind = _kind_of(run.example)
+        kind = _infer_input_kind(run.example)
         pooling: Pooling = "mean" if self.pooling == "mean" and kind == "text" else "own"
-        size, labels = run.data.targets.size, run.data.targets.labels
+        size, labels = run.data.targets.num_outputs, run.data.targets.labels
         if run.restoring:
             if kind == "text":
-                module = text_network(self.config, num_outputs=size, pooling=pooling)
+                module = build_text_network(self.config, num_outputs=size, pooling=pooling)
             else:
-                module = image_network(self.config, num_outputs=size)
-            return _model(module, labels=labels)
-        folder = self._folder(source.WEIGHTS)
-        source.require_safe(folder)
-        module, missing = loaded(folder, self.config, kind, num_outputs=size, pooling=pooling)
+                module = build_image_network(self.config, num_outputs=size)
+            return _build_model(module, labels=labels)
+        folder = self._resolve_directory(source.MODEL_FILES)
+        source.require_safetensors(folder)
+        module, missing = load_network(folder, self.config, kind, num_outputs=size, pooling=pooling)
         if kind == "image":
-            _compare_normalisation(run, folder)
-        return _headed(_model(module), missing, labels, size)
+            _compare_normalization(run, folder)
+        return _set_up_head(_build_model(module), missing, labels, size)
 
-    def _folder(self, files: tuple[str, ...]) -> Path:
-        return source.folder_of(self.pretrained, revision=self.revision, files=files, where=_WHERE)
-
-
-def _model(module: nn.Module, *, labels: tuple[str, ...] = ()) -> Model:
-    head = head_path(module)
-    return Model(module, groups=groups_of(module, head), head=head, labels=labels)
+    def _resolve_directory(self, files: tuple[str, ...]) -> Path:
+        return source.resolve_model_directory(self.pretrained, revision=self.revision, files=files, where=_WHERE)
 
 
-def _headed(model: Model, missing: set[str], labels: tuple[str, ...], size: int) -> Model:
+def _build_model(module: nn.Module, *, labels: tuple[str, ...] = ()) -> Model:
+    head = find_head_path(module)
+    return Model(module, groups=find_layer_groups(module, head), head=head, labels=labels)
+
+
+def _set_up_head(model: Model, missing: set[str], labels: tuple[str, ...], size: int) -> Model:
     """The model with its labels where its head came with the weights, else with a fresh head for the data.
 
     Raises:
@@ -109,34 +109,34 @@ def _headed(model: Model, missing: set[str], labels: tuple[str, ...], size: int)
             fix="give the folder that both were saved to",
         )
     if f"{model.head}.weight" not in missing:
-        known = _labels(model.module)
-        return Model(model.module, groups=model.groups, head=model.head, labels=known, kept=known)
+        known = _read_labels(model.module)
+        return Model(model.module, groups=model.groups, head=model.head, labels=known, pretrained_labels=known)
     fresh = sorted(name for name in missing if name in names)
-    sized = model.with_head(fresh_head(_head(model).in_features, size), labels=labels)
+    sized = model.with_head(init_head(_get_head(model).in_features, size), labels=labels)
     others = [name for name in fresh if not name.startswith(f"{model.head}.")]
     sentence = f"head: fresh, {size} outputs" + (f"; fresh before it: {', '.join(others)}" if others else "")
-    return sized.changed(sentence)
+    return sized.with_change(sentence)
 
 
-def _head(model: Model) -> nn.Linear:
+def _get_head(model: Model) -> nn.Linear:
     module = model.head_module()
-    assert isinstance(module, nn.Linear)  # as head_path chose it
+    assert isinstance(module, nn.Linear)  # as find_head_path chose it
     return module
 
 
-def _labels(module: Any) -> tuple[str, ...]:
+def _read_labels(module: Any) -> tuple[str, ...]:
     """The names that the configuration gives the outputs; none where it only counts them."""
     names = tuple(str(module.config.id2label[index]) for index in range(module.config.num_labels))
     return () if all(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
 
 
-def _kind_of(example: Any) -> Kind:
+def _infer_input_kind(example: Any) -> InputKind:
     """What the data holds.
 
     Raises:
         UsageError: Neither texts nor pictures.
     """
-    if isinstance(example, Mapping) and set(example) == {IDS, MASK}:
+    if isinstance(example, Mapping) and set(example) == {INPUT_IDS, ATTENTION_MASK}:
         return "text"
     if isinstance(example, Tensor) and example.ndim == 4:
         return "image"
@@ -148,14 +148,14 @@ def _kind_of(example: Any) -> Kind:
     )
 
 
-def _compare_normalisation(run: Run, folder: Path) -> None:
+def _compare_normalization(run: Run, folder: Path) -> None:
     """Say where pictures come otherwise normalised than the model was trained with."""
-    known = source.image_normalisation(folder)
+    known = source.read_image_normalization(folder)
     given = tuple(getattr(run.data.inputs, name, None) for name in ("mean", "std"))
     if known is None or None in given or known == given:
         return
     mean, std = (",".join(f"{value:g}" for value in values) for values in known)
-    run.note(
+    run.log(
         f"note: the model was trained on pictures with mean {mean} and deviation {std}, the data has other ones: "
         f"--data.mean {mean} --data.std {std} makes them equal"
     )

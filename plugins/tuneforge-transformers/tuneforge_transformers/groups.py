@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from tuneforge import Group
-from tuneforge_transformers.networks import base_prefix
+from tuneforge import LayerGroup
+from tuneforge_transformers.networks import get_base_prefix
 
 
-def groups_of(module: nn.Module, head: str) -> tuple[Group, ...]:
+def find_layer_groups(module: nn.Module, head: str) -> tuple[LayerGroup, ...]:
     """`embeddings`, `layer1`, `layer2`, ... and `head`, each parameter in one of them.
 
     A layer is a member of a list of modules that holds parameters, and no such list lies around it. What comes before
@@ -19,24 +19,24 @@ def groups_of(module: nn.Module, head: str) -> tuple[Group, ...]:
         module: The network.
         head: Path of the layer that answers.
     """
-    layers = _layers(module)
+    layers = _find_layer_paths(module)
     places = {path: f"layer{number}" for number, path in enumerate(layers, start=1)}
     members: dict[str, list[str]] = {"embeddings": [], **{name: [] for name in places.values()}, "head": []}
     names = [name for name, _ in module.named_parameters()]
-    last = max((place for place, name in enumerate(names) if _under(name, layers)), default=-1)
+    last = max((place for place, name in enumerate(names) if _find_containing_layer(name, layers)), default=-1)
     present = "embeddings"
     for place, name in enumerate(names):
-        inside = _under(name, layers)
+        inside = _find_containing_layer(name, layers)
         if inside:
             present = places[inside]
             members[present] = [*members[present], inside] if inside not in members[present] else members[present]
             continue
-        after = place > last >= 0 or name.startswith(f"{head}.") or not name.startswith(f"{base_prefix(module)}.")
-        members["head" if after else present].append(_owner(module, name))
-    return tuple(Group(name, dict.fromkeys(paths)) for name, paths in members.items() if paths)
+        after = place > last >= 0 or name.startswith(f"{head}.") or not name.startswith(f"{get_base_prefix(module)}.")
+        members["head" if after else present].append(_find_owner(module, name))
+    return tuple(LayerGroup(name, dict.fromkeys(paths)) for name, paths in members.items() if paths)
 
 
-def _layers(module: nn.Module) -> list[str]:
+def _find_layer_paths(module: nn.Module) -> list[str]:
     """Paths of the members of the outermost lists of modules that hold parameters."""
     lists = [
         path
@@ -47,11 +47,11 @@ def _layers(module: nn.Module) -> list[str]:
     return [f"{path}.{name}" for path in outermost for name, _ in module.get_submodule(path).named_children()]
 
 
-def _under(name: str, layers: list[str]) -> str:
+def _find_containing_layer(name: str, layers: list[str]) -> str:
     return next((path for path in layers if name.startswith(f"{path}.")), "")
 
 
-def _owner(module: nn.Module, name: str) -> str:
+def _find_owner(module: nn.Module, name: str) -> str:
     """The module that holds a parameter, where it holds no other module; else the parameter itself."""
     path = name.rpartition(".")[0]
     return path if not list(module.get_submodule(path).children()) else name

@@ -21,13 +21,15 @@ from tuneforge import (
     hookimpl,
     option,
 )
-from tuneforge_transformers.networks import base_prefix
+from tuneforge_transformers.networks import get_base_prefix
 
 if TYPE_CHECKING:
     from tuneforge import Run
 
 _QUERY_AND_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"), ("Wqkv",))
-_SHARE = Check("at least 0 and less than 1", lambda value: bool(0 <= value < 1), {"minimum": 0, "exclusiveMaximum": 1})
+_FRACTION = Check(
+    "at least 0 and less than 1", lambda value: bool(0 <= value < 1), {"minimum": 0, "exclusiveMaximum": 1}
+)
 
 
 @component(api=1)
@@ -42,18 +44,20 @@ class LoRA:
 
     rank: int = option(default=8, help="Rank of the change.", check=ge(1))
     alpha: float = option(default=16.0, help="The change is scaled by alpha / rank.", check=gt(0))
-    dropout: float = option(default=0.0, help="Share of a change's inputs that is dropped in training.", check=_SHARE)
-    targets: tuple[str, ...] = option(
+    dropout: float = option(
+        default=0.0, help="Share of a change's inputs that is dropped in training.", check=_FRACTION
+    )
+    target_modules: tuple[str, ...] = option(
         default=(),
         help="Ends of the names of the layers to change, such as query,value; empty: peft's choice, else "
         "queries and values.",
     )
-    top: int | None = option(
+    num_top_layers: int | None = option(
         default=None,
         help="Only in so many layers nearest the head; those below are a frozen prefix.",
         check=ge(1),
     )
-    train: tuple[str, ...] = option(default=(), help="Paths of further modules that train in full.")
+    modules_to_save: tuple[str, ...] = option(default=(), help="Paths of further modules that train in full.")
 
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:
@@ -70,71 +74,77 @@ class LoRA:
             raise PluginError(
                 "lora changes a model of the transformers library", where="--adapt lora", fix="use --model transformers"
             )
-        if run.restoring and run.folder is None:
+        if run.restoring and run.run_dir is None:
             return model
-        peft = _peft()
+        peft = _import_peft()
         settings = peft.LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=list(self.targets) or _usual(model.module),
-            layers_to_transform=self._chosen(model),
+            target_modules=list(self.target_modules) or _choose_target_modules(model.module),
+            layers_to_transform=self._choose_layers(model),
         )
         try:
             peft.inject_adapter_in_model(settings, model.module)
         except ValueError as error:
             raise UsageError(
                 "the changes find no place in the model",
-                where="--lora.targets",
+                where="--lora.target-modules",
                 why=str(error).partition("\n")[0],
                 fix="name ends of paths of linear layers, such as query,value",
             ) from None
-        self._freeze(model)
-        added = sum(p.numel() for name, p in model.parameters().items() if _is_change(name))
-        return model.changed(f"lora: rank {self.rank}, {added:,} parameters in {len(_changed(model.module))} layers")
+        self._freeze_base(model)
+        added = sum(p.numel() for name, p in model.parameters().items() if _is_lora_parameter(name))
+        return model.with_change(
+            f"lora: rank {self.rank}, {added:,} parameters in {len(_find_lora_layers(model.module))} layers"
+        )
 
     @hookimpl
     def evaluation_started(self, run: Run) -> None:
         """Add the changes into the weights before the test split, which is looked at when nothing trains any more."""
-        if run.evaluating == "test" and run.phase is None:
-            merge(run.model.module)
+        if run.eval_split == "test" and run.phase is None:
+            merge_lora(run.model.module)
 
-    def _chosen(self, model: Model) -> list[int] | None:
+    def _choose_layers(self, model: Model) -> list[int] | None:
         """Numbers of the layers that change, from 0; None for all."""
-        if self.top is None:
+        if self.num_top_layers is None:
             return None
         count = sum(group.name.startswith("layer") for group in model.groups)
-        if self.top > count:
+        if self.num_top_layers > count:
             raise UsageError(
-                f"the model has {count} layers, not {self.top}", where="--lora.top", fix=f"give at most {count}"
+                f"the model has {count} layers, not {self.num_top_layers}",
+                where="--lora.num-top-layers",
+                fix=f"give at most {count}",
             )
-        return list(range(count - self.top, count))
+        return list(range(count - self.num_top_layers, count))
 
-    def _freeze(self, model: Model) -> None:
+    def _freeze_base(self, model: Model) -> None:
         """Let train what was added, what lies outside the base model, and what the user names."""
-        base = base_prefix(model.module)
-        for path in self.train:
+        base = get_base_prefix(model.module)
+        for path in self.modules_to_save:
             if not any(name.startswith(f"{path}.") for name in model.parameters()):
-                raise UsageError(f"the model has no module '{path}' with parameters", where="--lora.train")
+                raise UsageError(f"the model has no module '{path}' with parameters", where="--lora.modules-to-save")
         for name, parameter in model.parameters().items():
-            in_full = not name.startswith(f"{base}.") or any(name.startswith(f"{path}.") for path in self.train)
-            parameter.requires_grad_(in_full or _is_change(name))
+            in_full = not name.startswith(f"{base}.") or any(
+                name.startswith(f"{path}.") for path in self.modules_to_save
+            )
+            parameter.requires_grad_(in_full or _is_lora_parameter(name))
 
 
-def merge(module: nn.Module) -> None:
+def merge_lora(module: nn.Module) -> None:
     """Add the changes into the weights of their layers and put those back in their places, in place."""
-    for path, layer in _changed(module).items():
+    for path, layer in _find_lora_layers(module).items():
         layer.merge()
         parent, _, name = path.rpartition(".")
         setattr(module.get_submodule(parent), name, layer.get_base_layer())
 
 
-def _changed(module: nn.Module) -> dict[str, Any]:
+def _find_lora_layers(module: nn.Module) -> dict[str, Any]:
     """Layers that hold a change, by path; none where peft was never asked."""
     return {path: child for path, child in module.named_modules() if hasattr(child, "get_base_layer")}
 
 
-def _usual(module: Any) -> list[str] | None:
+def _choose_target_modules(module: Any) -> list[str] | None:
     """Ends of the names of the queries and values, where peft has no choice of its own for the architecture."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOSEN
 
@@ -144,11 +154,11 @@ def _usual(module: Any) -> list[str] | None:
     return next((list(names) for names in _QUERY_AND_VALUE if ends.issuperset(names)), None)
 
 
-def _is_change(name: str) -> bool:
+def _is_lora_parameter(name: str) -> bool:
     return any(part.startswith("lora_") for part in name.split("."))
 
 
-def _peft() -> Any:
+def _import_peft() -> Any:
     try:
         import peft
     except ImportError as error:

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge import PluginError, UsageError
-from tuneforge_transformers.pretrained import config_of, quiet
+from tuneforge_transformers.pretrained import parse_config, silence_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Kind = Literal["text", "image"]
+InputKind = Literal["text", "image"]
 Pooling = Literal["own", "mean"]
 
 
-class MeanPooled(nn.Module):
+class MeanPoolingClassifier(nn.Module):
     """An encoder, the mean of its last hidden states over the tokens that are no padding, and a linear head.
 
     Args:
@@ -39,13 +39,13 @@ class MeanPooled(nn.Module):
         self.config = encoder.config
         self.base_model_prefix = encoder.base_model_prefix
         self.add_module(self.base_model_prefix, encoder)
-        self.dropout = nn.Dropout(_dropout(encoder.config))
-        self.classifier = fresh_head(encoder.config.hidden_size, num_outputs)
-        self.biased = False
+        self.dropout = nn.Dropout(_get_dropout(encoder.config))
+        self.classifier = init_head(encoder.config.hidden_size, num_outputs)
+        self.uses_attention_bias = False
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits (b, k) for ids and mask (b, t)."""
-        mask = _bias(attention_mask) if self.biased else attention_mask
+        mask = _make_attention_bias(attention_mask) if self.uses_attention_bias else attention_mask
         hidden = self.get_submodule(self.base_model_prefix)(input_ids=input_ids, attention_mask=mask).last_hidden_state
         weights = attention_mask.to(hidden.dtype).unsqueeze(2)
         pooled = (hidden * weights).sum(1) / weights.sum(1)
@@ -53,24 +53,26 @@ class MeanPooled(nn.Module):
         return logits
 
 
-def text_network(config: str, *, num_outputs: int, pooling: Pooling) -> nn.Module:
+def build_text_network(config: str, *, num_outputs: int, pooling: Pooling) -> nn.Module:
     """A network for texts with fresh weights, its outputs not yet named."""
-    described = config_of(config)
+    described = parse_config(config)
     if pooling == "mean":
-        base = _class_of(described, "base")
-        network: nn.Module = MeanPooled(base(described, **_without_pooler(base)), num_outputs)
+        base = _find_model_class(described, "base")
+        network: nn.Module = MeanPoolingClassifier(base(described, **_pooler_arguments(base)), num_outputs)
     else:
-        network = _built(_text_class(_class_of(described, "text")), described, num_outputs)
-    return _settled(network)
+        network = _build_from_config(_make_text_class(_find_model_class(described, "text")), described, num_outputs)
+    return _detect_bias_support(network)
 
 
-def image_network(config: str, *, num_outputs: int) -> nn.Module:
+def build_image_network(config: str, *, num_outputs: int) -> nn.Module:
     """A network for pictures with fresh weights."""
-    described = config_of(config)
-    return _built(_image_class(_class_of(described, "image")), described, num_outputs)
+    described = parse_config(config)
+    return _build_from_config(_make_image_class(_find_model_class(described, "image")), described, num_outputs)
 
 
-def loaded(folder: Path, config: str, kind: Kind, *, num_outputs: int, pooling: Pooling) -> tuple[nn.Module, set[str]]:
+def load_network(
+    folder: Path, config: str, kind: InputKind, *, num_outputs: int, pooling: Pooling
+) -> tuple[nn.Module, set[str]]:
     """A network with a folder's weights, with the outputs that they have, and the names of what they lack.
 
     Args:
@@ -83,19 +85,22 @@ def loaded(folder: Path, config: str, kind: Kind, *, num_outputs: int, pooling: 
     Raises:
         UsageError: The weights are not those that the configuration describes.
     """
-    described = config_of(config)
+    described = parse_config(config)
     if pooling == "mean":
-        base = _class_of(described, "base")
-        encoder, missing = _read(base, folder, described, **_without_pooler(base))
-        network: nn.Module = MeanPooled(encoder, num_outputs)
+        base = _find_model_class(described, "base")
+        encoder, missing = _load_pretrained(base, folder, described, **_pooler_arguments(base))
+        network: nn.Module = MeanPoolingClassifier(encoder, num_outputs)
         prefix = encoder.base_model_prefix
-        return _settled(network), {f"{prefix}.{name}" for name in missing} | {"classifier.weight", "classifier.bias"}
-    wrap = _text_class if kind == "text" else _image_class
-    network, missing = _read(wrap(_class_of(described, kind)), folder, described)
-    return (_settled(network) if kind == "text" else network), missing
+        return _detect_bias_support(network), {f"{prefix}.{name}" for name in missing} | {
+            "classifier.weight",
+            "classifier.bias",
+        }
+    wrap = _make_text_class if kind == "text" else _make_image_class
+    network, missing = _load_pretrained(wrap(_find_model_class(described, kind)), folder, described)
+    return (_detect_bias_support(network) if kind == "text" else network), missing
 
 
-def fresh_head(num_features: int, num_outputs: int) -> nn.Linear:
+def init_head(num_features: int, num_outputs: int) -> nn.Linear:
     """A linear layer whose answers are near 0, so that it says nothing before it has learnt."""
     head = nn.Linear(num_features, num_outputs)
     nn.init.normal_(head.weight, std=0.02)
@@ -103,13 +108,13 @@ def fresh_head(num_features: int, num_outputs: int) -> nn.Linear:
     return head
 
 
-def head_path(module: nn.Module) -> str:
+def find_head_path(module: nn.Module) -> str:
     """Path of the layer that answers: the last linear one outside the base model.
 
     Raises:
         PluginError: There is none.
     """
-    base = base_prefix(module)
+    base = get_base_prefix(module)
     linear = [
         name
         for name, child in module.named_modules()
@@ -124,23 +129,23 @@ def head_path(module: nn.Module) -> str:
     return str(linear[-1])
 
 
-def base_prefix(module: nn.Module) -> str:
+def get_base_prefix(module: nn.Module) -> str:
     """Path of the base model: all but the head."""
     return str(getattr(module, "base_model_prefix", ""))
 
 
-def _built(cls: Any, config: Any, num_outputs: int) -> nn.Module:
+def _build_from_config(cls: Any, config: Any, num_outputs: int) -> nn.Module:
     config.num_labels = num_outputs
-    with quiet():
+    with silence_transformers():
         module: nn.Module = cls._from_config(config, dtype=torch.float32)
     return module
 
 
-def _read(cls: Any, folder: Path, config: Any, **arguments: Any) -> tuple[Any, set[str]]:
+def _load_pretrained(cls: Any, folder: Path, config: Any, **arguments: Any) -> tuple[Any, set[str]]:
     """A model from safetensors weights, and the names of its tensors that they lack."""
     from safetensors import SafetensorError
 
-    with quiet():
+    with silence_transformers():
         try:
             model, info = cls.from_pretrained(
                 folder, config=config, use_safetensors=True, local_files_only=True, trust_remote_code=False,
@@ -156,7 +161,7 @@ def _read(cls: Any, folder: Path, config: Any, **arguments: Any) -> tuple[Any, s
     return model, set(info["missing_keys"])
 
 
-def _class_of(config: Any, kind: Literal["text", "image", "base"]) -> Any:
+def _find_model_class(config: Any, kind: Literal["text", "image", "base"]) -> Any:
     from transformers.models.auto import modeling_auto
 
     mapping = {
@@ -175,17 +180,17 @@ def _class_of(config: Any, kind: Literal["text", "image", "base"]) -> Any:
     return mapping[type(config)]
 
 
-def _text_class(cls: Any) -> Any:
+def _make_text_class(cls: Any) -> Any:
     """A classifier of texts with the same parameters that gives logits alone."""
 
     def forward(self: Any, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        mask = _bias(attention_mask) if self.biased else attention_mask
+        mask = _make_attention_bias(attention_mask) if self.uses_attention_bias else attention_mask
         return cls.forward(self, input_ids=input_ids, attention_mask=mask).logits
 
-    return type(cls.__name__, (cls,), {"forward": forward, "biased": False, "__module__": cls.__module__})
+    return type(cls.__name__, (cls,), {"forward": forward, "uses_attention_bias": False, "__module__": cls.__module__})
 
 
-def _image_class(cls: Any) -> Any:
+def _make_image_class(cls: Any) -> Any:
     """A classifier of pictures with the same parameters that gives logits alone."""
 
     def forward(self: Any, pixel_values: Tensor) -> Any:
@@ -194,7 +199,7 @@ def _image_class(cls: Any) -> Any:
     return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
 
 
-def _settled(network: Any) -> nn.Module:
+def _detect_bias_support(network: Any) -> nn.Module:
     """The network, told whether its attention takes a bias: where the answers are those that the mask gives."""
     ids = torch.arange(10, 18).repeat(2, 1) % network.config.vocab_size
     mask = torch.ones_like(ids)
@@ -203,26 +208,26 @@ def _settled(network: Any) -> nn.Module:
     network.eval()
     with torch.no_grad():
         wanted = network(ids, mask)
-        network.biased = True
+        network.uses_attention_bias = True
         try:
-            network.biased = torch.allclose(network(ids, mask), wanted, rtol=1e-4, atol=1e-5)
+            network.uses_attention_bias = torch.allclose(network(ids, mask), wanted, rtol=1e-4, atol=1e-5)
         except Exception:  # noqa: BLE001 - whatever an architecture raises, it takes no bias
-            network.biased = False
+            network.uses_attention_bias = False
     module: nn.Module = network.train(training)
     return module
 
 
-def _bias(mask: Tensor) -> Tensor:
+def _make_attention_bias(mask: Tensor) -> Tensor:
     """What is added to the attention's scores (b, 1, 1, t): nothing, or the lowest number where there is padding."""
     lowest = torch.finfo(torch.float32).min
     return (1.0 - mask[:, None, None, :].to(torch.float32)) * lowest
 
 
-def _without_pooler(cls: Any) -> dict[str, bool]:
+def _pooler_arguments(cls: Any) -> dict[str, bool]:
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(cls.__init__).parameters else {}
 
 
-def _dropout(config: Any) -> float:
+def _get_dropout(config: Any) -> float:
     """The share that the architecture drops before its head, by whatever name."""
     table = json.loads(config.to_json_string(use_diff=False))
     names = ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob", "dropout")

@@ -13,17 +13,17 @@ from tuneforge import FolderError, TryAgainError, UnsafeFileError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-DESCRIPTION = ("*.json", "1_Pooling/config.json")
+CONFIG_FILES = ("*.json", "1_Pooling/config.json")
 """Files that say what a model is."""
 
-WEIGHTS = (*DESCRIPTION, "*.safetensors")
+MODEL_FILES = (*CONFIG_FILES, "*.safetensors")
 """Those and the weights; never a pickle."""
 
-TOKENIZER = ("*.json", "vocab.txt", "merges.txt", "*.spm", "sentencepiece.bpe.model", "spiece.model")
+TOKENIZER_FILES = ("*.json", "vocab.txt", "merges.txt", "*.spm", "sentencepiece.bpe.model", "spiece.model")
 """Files that a tokenizer is made from."""
 
 
-def folder_of(name: str, *, revision: str, files: Sequence[str], where: str) -> Path:
+def resolve_model_directory(name: str, *, revision: str, files: Sequence[str], where: str) -> Path:
     """The local folder of a model: the one named, or a copy of what lies on the hub.
 
     Args:
@@ -54,7 +54,7 @@ def folder_of(name: str, *, revision: str, files: Sequence[str], where: str) -> 
         ) from None
 
 
-def config_text(folder: Path) -> str:
+def read_config_text(folder: Path) -> str:
     """A folder's config.json, as one line of JSON.
 
     Raises:
@@ -71,8 +71,8 @@ def config_text(folder: Path) -> str:
         ) from None
 
 
-def config_of(text: str) -> PreTrainedConfig:
-    """The configuration that `config_text` gave; code that it may point to is never run.
+def parse_config(text: str) -> PreTrainedConfig:
+    """The configuration that `read_config_text` gave; code that it may point to is never run.
 
     Raises:
         UsageError: transformers has no such architecture.
@@ -92,7 +92,7 @@ def config_of(text: str) -> PreTrainedConfig:
     return config
 
 
-def pools_by_mean(folder: Path) -> bool:
+def uses_mean_pooling(folder: Path) -> bool:
     """True where a sentence-transformers model says that its features are the mean over the tokens."""
     try:
         pooling = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
@@ -101,7 +101,7 @@ def pools_by_mean(folder: Path) -> bool:
     return bool(pooling.get("pooling_mode_mean_tokens") or pooling.get("pooling_mode") == "mean")
 
 
-def require_safe(folder: Path) -> None:
+def require_safetensors(folder: Path) -> None:
     """See that a folder has weights that can be opened safely.
 
     Raises:
@@ -121,7 +121,7 @@ def require_safe(folder: Path) -> None:
     raise FolderError(f"'{folder}' has no .safetensors weights", fix="give a folder that save_pretrained wrote")
 
 
-def image_normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def read_image_normalization(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and deviation that a vision model's pictures were brought to; None where the folder does not say."""
     try:
         table: dict[str, Any] = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
@@ -133,7 +133,7 @@ def image_normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, .
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Keep transformers from reports and progress bars of its own; the run says what matters."""
     from transformers.utils import logging as untyped
 

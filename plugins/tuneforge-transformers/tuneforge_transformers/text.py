@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tuneforge import DataError, Inputable, Inputs, close_match, component, gt, map_inputs, option
+from tuneforge import DataError, Inputs, TensorTree, component, gt, map_inputs, option, suggest_name
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-IDS, MASK = "input_ids", "attention_mask"
+INPUT_IDS, ATTENTION_MASK = "input_ids", "attention_mask"
 
 
-class Packed(str):
+class PackedTokenizer(str):
     """A tokenizer's JSON, compressed to text; messages show its size, not its content."""
 
     __slots__ = ()
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Packed:
+    def pack(cls, tokenizer: Tokenizer) -> PackedTokenizer:
         """A tokenizer with its truncation and padding."""
         return cls(base64.b64encode(zlib.compress(tokenizer.to_str().encode(), 9)).decode())
 
@@ -39,21 +39,21 @@ class Packed(str):
 
 
 @component(api=1)
-class Text(Inputs):
+class TextInputs(Inputs):
     """Texts, stored as token ids and a mask of what is no padding, all of one length.
 
     The tokenizer itself is an option, so that a run's folder alone can read what production sends.
     """
 
-    rows = True
+    tabular = True
 
     tokenizer: str = option(help="The tokenizer's JSON with its truncation and padding, compressed (zlib, base64).")
     max_length: int = option(help="Tokens of a text, the special ones and padding included.", check=gt(0))
-    column: str = option(default="text", help="Where a row holds the text.")
+    text_column: str = option(default="text", help="Where a row holds the text.")
     max_chars: int = option(default=1_000_000, help="Longest text that is read, in characters.", check=gt(0))
 
     def __attrs_post_init__(self) -> None:
-        object.__setattr__(self, "tokenizer", Packed(self.tokenizer))
+        object.__setattr__(self, "tokenizer", PackedTokenizer(self.tokenizer))
 
     def decode(self, raw: Any) -> dict[str, Tensor]:
         """The stored form of one text: `input_ids` int32 (t,) and `attention_mask` uint8 (t,).
@@ -64,27 +64,27 @@ class Text(Inputs):
         Raises:
             DataError: It holds no text, no UTF-8, or is too long.
         """
-        return {name: tensor[0] for name, tensor in self.encoded([self.text_of(raw)]).items()}
+        return {name: tensor[0] for name, tensor in self.encode([self.extract_text(raw)]).items()}
 
-    def encoded(self, texts: Sequence[str]) -> dict[str, Tensor]:
+    def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """The stored form of texts: `input_ids` int32 (b, t) and `attention_mask` uint8 (b, t)."""
-        found = unpacked(self.tokenizer).encode_batch(list(texts))
+        found = unpack_tokenizer(self.tokenizer).encode_batch(list(texts))
         return {
-            IDS: torch.tensor([each.ids for each in found], dtype=torch.int32),
-            MASK: torch.tensor([each.attention_mask for each in found], dtype=torch.uint8),
+            INPUT_IDS: torch.tensor([each.ids for each in found], dtype=torch.int32),
+            ATTENTION_MASK: torch.tensor([each.attention_mask for each in found], dtype=torch.uint8),
         }
 
-    def ready(self, stored: Inputable) -> Inputable:
+    def preprocess(self, samples: TensorTree) -> TensorTree:
         """Both as int64 (b, t), on whatever device they are on."""
-        return map_inputs(stored, Tensor.long)
+        return map_inputs(samples, Tensor.long)
 
-    def text(self, stored: Inputable) -> str:
+    def render_text(self, sample: TensorTree) -> str:
         """The beginning of a stored text, as far as its tokens tell."""
-        assert isinstance(stored, Mapping)
-        words: str = unpacked(self.tokenizer).decode(stored[IDS][stored[MASK].bool()].tolist())
+        assert isinstance(sample, Mapping)
+        words: str = unpack_tokenizer(self.tokenizer).decode(sample[INPUT_IDS][sample[ATTENTION_MASK].bool()].tolist())
         return words[:200]
 
-    def text_of(self, raw: Any) -> str:
+    def extract_text(self, raw: Any) -> str:
         """The text in what `decode` takes.
 
         Raises:
@@ -92,14 +92,14 @@ class Text(Inputs):
         """
         where = str(raw) if isinstance(raw, Path) else ""
         if isinstance(raw, Path):
-            raw = _read(raw, limit=4 * self.max_chars)
+            raw = _read_bytes(raw, limit=4 * self.max_chars)
         if isinstance(raw, (bytes, bytearray, memoryview)):
-            raw = self._of_bytes(bytes(raw), where)
+            raw = self._parse_bytes(bytes(raw), where)
         if isinstance(raw, Mapping):
-            if self.column not in raw:
-                fix = close_match(self.column, map(str, raw))
-                raise DataError(f"column '{self.column}' is missing", where=where or "the row", fix=fix)
-            raw = raw[self.column]
+            if self.text_column not in raw:
+                fix = suggest_name(self.text_column, map(str, raw))
+                raise DataError(f"column '{self.text_column}' is missing", where=where or "the row", fix=fix)
+            raw = raw[self.text_column]
         if not isinstance(raw, str) or not raw.strip():
             what = "an empty text" if isinstance(raw, str) else f"{type(raw).__name__} is no text"
             raise DataError(what, where=where, fix="give a text, a text file, or a row that holds one")
@@ -108,7 +108,7 @@ class Text(Inputs):
             raise DataError(what, where=where, why=f"at most {self.max_chars:,} are read", fix="shorten it")
         return raw
 
-    def _of_bytes(self, raw: bytes, where: str) -> Any:
+    def _parse_bytes(self, raw: bytes, where: str) -> Any:
         """A row, where the bytes are a JSON object with the column; else the text that they are."""
         try:
             text = raw.decode("utf-8-sig")
@@ -118,12 +118,12 @@ class Text(Inputs):
             row = json.loads(text) if text.lstrip().startswith("{") else None
         except ValueError:
             return text
-        return row if isinstance(row, dict) and self.column in row else text
+        return row if isinstance(row, dict) and self.text_column in row else text
 
 
 @functools.lru_cache(maxsize=8)
-def unpacked(packed: str) -> Tokenizer:
-    """The tokenizer that `Packed.of` was given.
+def unpack_tokenizer(packed: str) -> Tokenizer:
+    """The tokenizer that `PackedTokenizer.pack` was given.
 
     Raises:
         DataError: It is none.
@@ -136,7 +136,7 @@ def unpacked(packed: str) -> Tokenizer:
         raise DataError("the option 'tokenizer' holds no tokenizer", why=str(error), fix="restore model.json") from None
 
 
-def _read(path: Path, *, limit: int) -> bytes:
+def _read_bytes(path: Path, *, limit: int) -> bytes:
     """A file's bytes, bounded before they are read."""
     try:
         with path.open("rb") as file:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tuneforge import Check, Data, OptionError, Split, UsageError, component, data_of, ge, gt, hookimpl, option
+from tuneforge import Check, Data, OptionError, Split, UsageError, component, data_from_arrays, ge, gt, hookimpl, option
 from tuneforge_transformers import pretrained as source
-from tuneforge_transformers.text import Packed, Text, unpacked
-from tuneforge_transformers.text_files import SPLITS, Texts, read_texts
+from tuneforge_transformers.text import PackedTokenizer, TextInputs, unpack_tokenizer
+from tuneforge_transformers.text_files import SPLITS, TextSplit, read_texts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
     from tuneforge import Run
 
-_SHARE = Check("greater than 0 and less than 1", lambda value: bool(0 < value < 1))
+_FRACTION = Check("greater than 0 and less than 1", lambda value: bool(0 < value < 1))
 _ONE_CHARACTER = Check("one character", lambda text: len(text) == 1, {"minLength": 1, "maxLength": 1})
 _WHERE = "--data.tokenizer"
-_LONGEST = 512  # tokens, where neither the user nor the tokenizer says how many the model takes
-_STEP = 8  # kernels like lengths that are multiples of it
+_MAX_LENGTH = 512  # tokens, where neither the user nor the tokenizer says how many the model takes
+_PAD_TO_MULTIPLE_OF = 8  # kernels like lengths that are multiples of it
 
 
 @component(api=1)
@@ -41,15 +41,15 @@ class TextData:
     """
 
     path: Path = option(help="The CSV file, or the folder.")
-    text: str = option(default="text", help="Column of the text, in a CSV and in rows that are to be answered.")
-    label: str = option(default="label", help="Column of the label, in a CSV.")
+    text_column: str = option(default="text", help="Column of the text, in a CSV and in rows that are to be answered.")
+    label_column: str = option(default="label", help="Column of the label, in a CSV.")
     tokenizer: str = option(default="", help="Folder or repository of the tokenizer; empty: that of the model.")
     max_length: int | None = option(
         default=None, help="Most tokens of a text; none: as many as the longest has and the model takes.", check=ge(4)
     )
     max_chars: int = option(default=1_000_000, help="Longest text that is read, in characters.", check=gt(0))
-    val: float = option(default=0.15, help="Share of each class for validation.", check=_SHARE)
-    test: float = option(default=0.15, help="Share of each class for the test.", check=_SHARE)
+    val: float = option(default=0.15, help="Share of each class for validation.", check=_FRACTION)
+    test: float = option(default=0.15, help="Share of each class for the test.", check=_FRACTION)
     delimiter: str = option(default=",", help="What separates the cells of a CSV.", check=_ONE_CHARACTER)
 
     def __attrs_post_init__(self) -> None:
@@ -68,38 +68,51 @@ class TextData:
             UsageError: There is no tokenizer.
         """
         parts = read_texts(
-            self.path, text=self.text, label=self.label, delimiter=self.delimiter, max_chars=self.max_chars
+            self.path,
+            text=self.text_column,
+            label=self.label_column,
+            delimiter=self.delimiter,
+            max_chars=self.max_chars,
         )
         texts = [text for part in parts.values() for text in part.texts]
-        inputs = _known(run) or self._inputs(run, texts)
+        inputs = _get_stored_inputs(run) or self._build_inputs(run, texts)
         answers = {split: np.array(part.labels) for split, part in parts.items()}
-        stored = {split: inputs.encoded(part.texts) for split, part in parts.items()}
-        arrays = data_of(
+        stored = {split: inputs.encode(part.texts) for split, part in parts.items()}
+        arrays = data_from_arrays(
             stored["train"], answers["train"], val=self.val, test=self.test,
             x_val=stored.get("val"), y_val=answers.get("val"), x_test=stored.get("test"), y_test=answers.get("test"),
         )  # fmt: skip
         data = arrays.data_prepare(run)
         train, val, test = (
-            _named(split, parts.get(name, parts["train"])) for name, split in data.splits().items() if name in SPLITS
+            _with_text_ids(split, parts.get(name, parts["train"]))
+            for name, split in data.splits().items()
+            if name in SPLITS
         )
-        return attrs.evolve(data, train=train, val=val, test=test, inputs=inputs, notes=(_said(inputs, texts),))
+        return attrs.evolve(
+            data, train=train, val=val, test=test, inputs=inputs, notes=(_describe_lengths(inputs, texts),)
+        )
 
-    def _inputs(self, run: Run, texts: list[str]) -> Text:
+    def _build_inputs(self, run: Run, texts: list[str]) -> TextInputs:
         """The contract of the inputs of a new run."""
-        whole = self._tokenizer(run)
+        whole = self._load_tokenizer(run)
         tokenizer = whole.backend_tokenizer
         if self.max_length is None:
-            longest = -(-int(_lengths(tokenizer, texts).max()) // _STEP) * _STEP
-            kept = min(longest, whole.model_max_length, _LONGEST)
+            longest = -(-int(_count_tokens(tokenizer, texts).max()) // _PAD_TO_MULTIPLE_OF) * _PAD_TO_MULTIPLE_OF
+            kept = min(longest, whole.model_max_length, _MAX_LENGTH)
         else:
             kept = self.max_length
         tokenizer.enable_truncation(kept)
         tokenizer.enable_padding(
             length=kept, direction=whole.padding_side, pad_id=whole.pad_token_id, pad_token=whole.pad_token
         )
-        return Text(tokenizer=Packed.of(tokenizer), max_length=kept, column=self.text, max_chars=self.max_chars)
+        return TextInputs(
+            tokenizer=PackedTokenizer.pack(tokenizer),
+            max_length=kept,
+            text_column=self.text_column,
+            max_chars=self.max_chars,
+        )
 
-    def _tokenizer(self, run: Run) -> PreTrainedTokenizerBase:
+    def _load_tokenizer(self, run: Run) -> PreTrainedTokenizerBase:
         """The tokenizer of the folder that is named, or of the model's.
 
         Raises:
@@ -113,53 +126,53 @@ class TextData:
                 "texts need the tokenizer of a model", where=_WHERE, fix="name its folder: --data.tokenizer FOLDER"
             )
         revision = "main" if self.tokenizer else str(options.get("revision", "main"))
-        folder = source.folder_of(name, revision=revision, files=source.TOKENIZER, where=_WHERE)
+        folder = source.resolve_model_directory(name, revision=revision, files=source.TOKENIZER_FILES, where=_WHERE)
         from transformers import AutoTokenizer
 
-        with source.quiet():
+        with source.silence_transformers():
             try:
                 found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                     folder, local_files_only=True, trust_remote_code=False
                 )
             except Exception as error:  # noqa: BLE001 - each kind of tokenizer raises what its files make it raise
-                raise _no_tokenizer(folder, str(error).strip().partition("\n")[0]) from None
+                raise _no_tokenizer_error(folder, str(error).strip().partition("\n")[0]) from None
         if not hasattr(found, "backend_tokenizer"):
-            raise _no_tokenizer(folder, f"{type(found).__name__} is not of the tokenizers library")
+            raise _no_tokenizer_error(folder, f"{type(found).__name__} is not of the tokenizers library")
         if found.pad_token_id is None:
-            raise _no_tokenizer(folder, "it has no token for padding")
+            raise _no_tokenizer_error(folder, "it has no token for padding")
         return found
 
 
-def _known(run: Run) -> Text | None:
+def _get_stored_inputs(run: Run) -> TextInputs | None:
     """The contract of a run that was begun before: of a tuned model, or as the folder of a run that goes on has it."""
     if run.restoring:
-        return run.data.inputs if isinstance(run.data.inputs, Text) else None
-    record = None if run.folder is None else run.folder / "model.json"
+        return run.data.inputs if isinstance(run.data.inputs, TextInputs) else None
+    record = None if run.run_dir is None else run.run_dir / "model.json"
     if record is None or not record.is_file():
         return None
-    return Text(**json.loads(record.read_text(encoding="utf-8"))["inputs"]["options"])
+    return TextInputs(**json.loads(record.read_text(encoding="utf-8"))["inputs"]["options"])
 
 
-def _lengths(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int64]:
+def _count_tokens(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int64]:
     """Tokens of each text (n,); truncation and padding are off from here on."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return np.array([len(each.ids) for each in tokenizer.encode_batch(texts)], dtype=np.int64)
 
 
-def _said(inputs: Text, texts: list[str]) -> str:
+def _describe_lengths(inputs: TextInputs, texts: list[str]) -> str:
     """What a person should know about the lengths of the texts."""
-    lengths = _lengths(copy.deepcopy(unpacked(inputs.tokenizer)), texts)
+    lengths = _count_tokens(copy.deepcopy(unpack_tokenizer(inputs.tokenizer)), texts)
     middle, cut = int(np.median(lengths)), int((lengths > inputs.max_length).sum())
     sentence = f"texts have {middle} tokens in the middle and {lengths.max()} at most; {inputs.max_length} are kept"
     return sentence + (f", so {cut} text(s) are cut" if cut else "")
 
 
-def _no_tokenizer(folder: Path, why: str) -> UsageError:
+def _no_tokenizer_error(folder: Path, why: str) -> UsageError:
     return UsageError(f"'{folder}' has no tokenizer that can be used", where=_WHERE, why=why, fix="name another folder")
 
 
-def _named(split: Split, texts: Texts) -> Split:
+def _with_text_ids(split: Split, texts: TextSplit) -> Split:
     """The split with the names of its texts: its own ids count rows of the part that it was taken from."""
     ids = [texts.ids[int(split.id_of(row))] for row in range(len(split))]
     return Split(split.fetch(torch.arange(len(split))), split.targets, ids=ids)

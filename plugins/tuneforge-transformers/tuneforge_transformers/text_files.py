@@ -6,13 +6,13 @@ import csv
 from pathlib import Path
 from typing import NamedTuple
 
-from tuneforge import DataError, close_match
+from tuneforge import DataError, suggest_name
 
 SPLITS = ("train", "val", "test")
 _WHERE = "--data.path"
 
 
-class Texts(NamedTuple):
+class TextSplit(NamedTuple):
     """Texts of one split, or not divided yet.
 
     Args:
@@ -26,7 +26,7 @@ class Texts(NamedTuple):
     ids: list[str]
 
 
-def read_texts(path: Path, *, text: str, label: str, delimiter: str, max_chars: int) -> dict[str, Texts]:
+def read_texts(path: Path, *, text: str, label: str, delimiter: str, max_chars: int) -> dict[str, TextSplit]:
     """All texts by split; only `train` where nothing divides them.
 
     A file is a CSV. A folder holds train.csv (and val.csv, test.csv), or folders train (and val, test) with a folder of
@@ -43,32 +43,32 @@ def read_texts(path: Path, *, text: str, label: str, delimiter: str, max_chars: 
         DataError: There is nothing of that kind, or a text cannot be used; the message names file and line.
     """
     if path.is_file():
-        return {"train": _of_csv(path, text, label, delimiter, max_chars)}
+        return {"train": _read_csv(path, text, label, delimiter, max_chars)}
     if not path.is_dir():
         raise DataError(f"there is no file or folder '{path}'", where=_WHERE, fix="check the path")
     tables = {split: path / f"{split}.csv" for split in SPLITS if (path / f"{split}.csv").is_file()}
     if "train" in tables:
-        return {split: _of_csv(each, text, label, delimiter, max_chars) for split, each in tables.items()}
+        return {split: _read_csv(each, text, label, delimiter, max_chars) for split, each in tables.items()}
     folders = {split: path / split for split in SPLITS if (path / split).is_dir()}
     if "train" in folders:
-        return {split: _of_folder(each, max_chars) for split, each in folders.items()}
-    return {"train": _of_folder(path, max_chars)}
+        return {split: _read_folder(each, max_chars) for split, each in folders.items()}
+    return {"train": _read_folder(path, max_chars)}
 
 
-def _of_csv(path: Path, text: str, label: str, delimiter: str, max_chars: int) -> Texts:
-    found = Texts([], [], [])
+def _read_csv(path: Path, text: str, label: str, delimiter: str, max_chars: int) -> TextSplit:
+    found = TextSplit([], [], [])
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             csv.field_size_limit(max(csv.field_size_limit(), 4 * max_chars))
             reader = csv.DictReader(file, delimiter=delimiter, strict=True)
             for column in (text, label):
                 if column not in (reader.fieldnames or ()):
-                    fix = close_match(column, map(str, reader.fieldnames or ()))
+                    fix = suggest_name(column, map(str, reader.fieldnames or ()))
                     raise DataError(f"there is no column '{column}'", where=str(path), fix=fix)
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
-                found.texts.append(_checked(row[text], where, max_chars, what="text"))
-                found.labels.append(_checked(row[label], where, max_chars, what="label").strip())
+                found.texts.append(_check_cell(row[text], where, max_chars, what="text"))
+                found.labels.append(_check_cell(row[label], where, max_chars, what="label").strip())
                 found.ids.append(f"{path.name}:{reader.line_num}")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -78,12 +78,12 @@ def _of_csv(path: Path, text: str, label: str, delimiter: str, max_chars: int) -
     return found
 
 
-def _of_folder(path: Path, max_chars: int) -> Texts:
-    found = Texts([], [], [])
+def _read_folder(path: Path, max_chars: int) -> TextSplit:
+    found = TextSplit([], [], [])
     classes = sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
     for folder in classes:
         for file in sorted(folder.rglob("*.txt")):
-            found.texts.append(_checked(_content(file, max_chars), str(file), max_chars, what="text"))
+            found.texts.append(_check_cell(_read_file(file, max_chars), str(file), max_chars, what="text"))
             found.labels.append(folder.name)
             found.ids.append(str(file.relative_to(path)))
     if not found.texts:
@@ -96,7 +96,7 @@ def _of_folder(path: Path, max_chars: int) -> Texts:
     return found
 
 
-def _content(file: Path, max_chars: int) -> str:
+def _read_file(file: Path, max_chars: int) -> str:
     try:
         with file.open(encoding="utf-8-sig") as opened:
             return opened.read(max_chars + 1)
@@ -104,7 +104,7 @@ def _content(file: Path, max_chars: int) -> str:
         raise DataError(f"cannot read '{file}'", why=str(error), fix="give text files in UTF-8") from None
 
 
-def _checked(cell: str | None, where: str, max_chars: int, *, what: str) -> str:
+def _check_cell(cell: str | None, where: str, max_chars: int, *, what: str) -> str:
     if cell is None or not cell.strip():
         raise DataError(
             f"there is no {what}", where=where, why="nothing can be learnt from it", fix="fill or remove it"

@@ -9,11 +9,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from tuneforge import DataError, OptionError, UsageError
-from tuneforge.builtin.datasets.tables.arrays import Arrays, Tensors, data_of
-from tuneforge.builtin.targets import Classes, LabelSets, Numbers
+from tuneforge.builtin.datasets.tables.arrays import ArrayData, TensorInputs, data_from_arrays
+from tuneforge.builtin.targets import ClassTargets, MultilabelTargets, RegressionTargets
 from tuneforge.engine.session import from_objects as given
-from tuneforge.plugin.component import build, values_of
-from tuneforge.plugin.hooks import Member, implementations
+from tuneforge.plugin.component import build_component, get_option_values
+from tuneforge.plugin.hooks import RegisteredComponent, find_hook_implementations
 
 X = np.arange(60, dtype=np.float64).reshape(30, 2)
 Y = np.arange(30) % 3
@@ -21,7 +21,7 @@ Y = np.arange(30) % 3
 
 def prepared(*args, seed=0, known=None, **options):
     run = SimpleNamespace(config=SimpleNamespace(seed=seed), data_seed=seed, restoring=known is not None, data=known)
-    return data_of(*args, **options).data_prepare(run)
+    return data_from_arrays(*args, **options).data_prepare(run)
 
 
 def sizes(data):
@@ -62,7 +62,7 @@ class TestKinds:
     )
     def test_integers_text_and_truth_values_are_classes(self, y, names):
         data = prepared(X, y)
-        assert isinstance(data.targets, Classes)
+        assert isinstance(data.targets, ClassTargets)
         assert data.targets.names == names
         assert data.train.targets.dtype == torch.int64
 
@@ -80,10 +80,10 @@ class TestKinds:
         assert by_index.targets.names == ("no", "maybe", "yes")
         assert torch.equal(by_order.train.targets, 2 - by_index.train.targets)
 
-    def test_floats_are_numbers_standardised_by_the_training_split_alone(self):
+    def test_floats_are_numbers_standardized_by_the_training_split_alone(self):
         y = np.linspace(100, 500, 30) ** 1.5
         data = prepared(X, y, names=("price",), units=("EUR",))
-        assert isinstance(data.targets, Numbers)
+        assert isinstance(data.targets, RegressionTargets)
         assert data.train.targets.mean().item() == pytest.approx(0, abs=1e-6)
         assert data.train.targets.std(correction=0).item() == pytest.approx(1, abs=1e-6)
         for split in data.splits().values():
@@ -101,7 +101,7 @@ class TestKinds:
     def test_a_matrix_of_noughts_and_ones_is_label_sets(self, dtype):
         y = np.stack([Y == 0, Y < 2], 1).astype(dtype)
         data = prepared(X, y, names=("first", "low"))
-        assert isinstance(data.targets, LabelSets)
+        assert isinstance(data.targets, MultilabelTargets)
         assert data.train.targets.dtype == torch.float32
         rows = [int(data.test.id_of(row)) for row in range(len(data.test))]
         assert data.test.targets.tolist() == y[rows].astype(float).tolist()
@@ -158,7 +158,7 @@ class TestSplits:
     @pytest.mark.parametrize("shares", [{"val": 0.5, "test": 0.5}, {"val": 1.0}, {"test": -0.1}])
     def test_shares_that_leave_no_training_are_refused(self, shares):
         with pytest.raises(OptionError):
-            data_of(X, Y, **shares)
+            data_from_arrays(X, Y, **shares)
 
 
 class TestRefusals:
@@ -217,17 +217,17 @@ class TestInputs:
         assert sizes(prepared(frozen, Y))["train"] == 18
 
     @pytest.mark.parametrize("shape", [(30, 4), (30, 4, 3, 3)])
-    def test_features_are_standardised_over_the_training_split(self, shape):
+    def test_features_are_standardized_over_the_training_split(self, shape):
         x = np.random.default_rng(0).normal(5, 3, shape)
         x[:, 1] = 7.0
-        data = prepared(x, Y, standardise=True)
-        ready = data.inputs.ready(stored(data.train)).transpose(0, 1).flatten(1)
+        data = prepared(x, Y, standardize=True)
+        ready = data.inputs.preprocess(stored(data.train)).transpose(0, 1).flatten(1)
         assert ready.mean(1).tolist() == pytest.approx([0] * 4, abs=1e-5)
         assert ready.std(1, correction=0).tolist() == pytest.approx([1, 0, 1, 1], abs=1e-5)
 
-    def test_several_inputs_are_not_standardised(self):
+    def test_several_inputs_are_not_standardized(self):
         with pytest.raises(DataError, match="only one tensor"):
-            prepared({"a": X}, Y, standardise=True)
+            prepared({"a": X}, Y, standardize=True)
 
 
 class TestDatasets:
@@ -256,7 +256,7 @@ class TestDatasets:
         assert "not used" in data.notes[0]
 
     def test_reading_many_answers_is_said(self, monkeypatch):
-        monkeypatch.setattr("tuneforge.builtin.datasets.tables.sample_arrays._MANY", 30)
+        monkeypatch.setattr("tuneforge.builtin.datasets.tables.sample_arrays._LARGE_DATASET", 30)
         assert "30 is many" in prepared(Pairs(lambda index: ([float(index)], int(Y[index])))).notes[0]
 
     @pytest.mark.parametrize(
@@ -286,8 +286,8 @@ class TestDatasets:
 
 
 class TestTensors:
-    ONE = Tensors(shapes={"": (2,)}, dtypes={"": "float32"})
-    TWO = Tensors(shapes={"ids": (2,), "mask": (2,)}, dtypes={"ids": "int64", "mask": "bool"})
+    ONE = TensorInputs(shapes={"": (2,)}, dtypes={"": "float32"})
+    TWO = TensorInputs(shapes={"ids": (2,), "mask": (2,)}, dtypes={"ids": "int64", "mask": "bool"})
 
     @pytest.mark.parametrize("raw", [[1, 2], (1.0, 2.0), np.array([1, 2]), torch.tensor([1.0, 2.0]), b"[1, 2.0]"])
     def test_decode_gives_the_stored_form(self, raw):
@@ -328,50 +328,53 @@ class TestTensors:
         with pytest.raises(DataError, match=message):
             inputs.decode(raw)
 
-    def test_ready_standardises_along_the_first_axis_of_a_sample(self):
-        inputs = Tensors(means=(1.0, 2.0), scales=(2.0, 4.0))
-        assert inputs.ready(torch.tensor([[3.0, 2.0]])).tolist() == [[1.0, 0.0]]
-        assert inputs.ready(torch.ones(1, 2, 3, 3))[0, :, 0, 0].tolist() == [0.0, -0.25]
+    def test_ready_standardizes_along_the_first_axis_of_a_sample(self):
+        inputs = TensorInputs(means=(1.0, 2.0), scales=(2.0, 4.0))
+        assert inputs.preprocess(torch.tensor([[3.0, 2.0]])).tolist() == [[1.0, 0.0]]
+        assert inputs.preprocess(torch.ones(1, 2, 3, 3))[0, :, 0, 0].tolist() == [0.0, -0.25]
 
     def test_options_survive_json(self):
         inputs = prepared({"a": X, "b": Y[:, None]}, Y).inputs
-        again = build(Tensors, json.loads(json.dumps(values_of(inputs))), where="-")
-        assert values_of(again) == values_of(inputs)
-        assert prepared(X, Y, standardise=True).inputs.decode([1.0, 2.0]).tolist() == [1.0, 2.0]
+        again = build_component(TensorInputs, json.loads(json.dumps(get_option_values(inputs))), where="-")
+        assert get_option_values(again) == get_option_values(inputs)
+        assert prepared(X, Y, standardize=True).inputs.decode([1.0, 2.0]).tolist() == [1.0, 2.0]
 
 
 class TestComponent:
     def test_the_manager_finds_its_hook_and_its_options_are_plain(self):
-        arrays = data_of(X, Y, val=0.1, names=("a", "b", "c"))
-        assert [each.hook for each in implementations(Member(arrays, "arrays", "arrays"))] == ["data_prepare"]
-        assert json.loads(json.dumps(values_of(arrays)))["names"] == ["a", "b", "c"]
+        arrays = data_from_arrays(X, Y, val=0.1, names=("a", "b", "c"))
+        assert [each.hook for each in find_hook_implementations(RegisteredComponent(arrays, "arrays", "arrays"))] == [
+            "data_prepare"
+        ]
+        assert json.loads(json.dumps(get_option_values(arrays)))["names"] == ["a", "b", "c"]
 
     def test_the_engine_takes_it_as_data(self):
-        member, use = given.member("data_prepare", data_of(X, Y), where="--data")
-        assert isinstance(member.component, Arrays)
+        member, use = given.resolve_member("data_prepare", data_from_arrays(X, Y), where="--data")
+        assert isinstance(member.component, ArrayData)
         assert dict(use.options)["val"] == 0.2
 
     def test_without_its_arrays_it_asks_for_them(self):
         run = SimpleNamespace(config=SimpleNamespace(seed=0), data_seed=0, restoring=False)
         with pytest.raises(DataError, match="give them again"):
-            Arrays().data_prepare(run)
+            ArrayData().data_prepare(run)
 
     def test_a_pair_a_dataset_and_a_loader_are_taken_alone(self):
         dataset = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
         run = SimpleNamespace(config=SimpleNamespace(seed=0), data_seed=0, restoring=False)
         found = [
-            Arrays.of(each).data_prepare(run).train.fingerprint() for each in ((X, Y), dataset, DataLoader(dataset))
+            ArrayData.from_object(each).data_prepare(run).train.fingerprint()
+            for each in ((X, Y), dataset, DataLoader(dataset))
         ]
         assert len(set(found)) == 1
 
     def test_anything_else_is_no_data(self):
         with pytest.raises(UsageError, match="int is no data source"):
-            Arrays.of(3)
+            ArrayData.from_object(3)
 
     def test_a_tuned_models_classes_and_scales_hold_for_other_arrays(self):
-        tuned = prepared(X, np.array(["a", "b", "c"])[Y], standardise=True)
-        other = prepared(X[:8] + 5, list("bcbcbcbc"), standardise=True, known=tuned)
+        tuned = prepared(X, np.array(["a", "b", "c"])[Y], standardize=True)
+        other = prepared(X[:8] + 5, list("bcbcbcbc"), standardize=True, known=tuned)
         assert other.targets.names == ("a", "b", "c")
-        assert values_of(other.inputs) == values_of(tuned.inputs)
+        assert get_option_values(other.inputs) == get_option_values(tuned.inputs)
         numbers = prepared(X, X[:, 0] * 3)
-        assert values_of(prepared(X[:9], X[:9, 0], known=numbers).targets) == values_of(numbers.targets)
+        assert get_option_values(prepared(X[:9], X[:9, 0], known=numbers).targets) == get_option_values(numbers.targets)

@@ -6,9 +6,9 @@ import time
 
 from hostile_images import BAD, FINE, encoded, named, picture, plant, special
 
-from tuneforge import Limited
+from tuneforge import Sandbox
 from tuneforge.__main__ import main
-from tuneforge.builtin.datasets.images.sample_names import shown
+from tuneforge.builtin.datasets.images.sample_names import escape_name
 from tuneforge.errors import DataError
 
 MEMORY_MB, HANG_S = 300, 5.0
@@ -18,11 +18,11 @@ def test_each_of_300_files_gets_a_verdict_in_time_and_memory(tmp_path):
     expected = plant(tmp_path / "files")
     assert len(expected) == 300
     slowest = 0.0
-    with Limited("tuneforge.builtin.datasets.images.scan:look_at", memory_mb=MEMORY_MB, seconds=4.0) as process:
+    with Sandbox("tuneforge.builtin.datasets.images.scan:inspect_image", memory_mb=MEMORY_MB, timeout_s=4.0) as process:
         for name, wanted in expected.items():
             began = time.monotonic()
             try:
-                process.ask(path=os.path.join(tmp_path, "files", name), small=True)
+                process.call(path=os.path.join(tmp_path, "files", name), thumbnails=True)
                 got = FINE
             except DataError as error:
                 got = BAD if error.what else "nothing"
@@ -42,9 +42,9 @@ def test_the_command_says_a_line_for_every_entry_and_its_page_holds_no_markup_of
     assert main(["data", "check", "data", "--all"]) == 65
     lines = capsys.readouterr().out.splitlines()
     for name in expected:
-        assert sum(line.startswith(f"class a/{shown(name)}: ") for line in lines) >= 1, name
+        assert sum(line.startswith(f"class a/{escape_name(name)}: ") for line in lines) >= 1, name
     assert all(line.isprintable() for line in lines)
-    assert "class a/fifo.png: it is a FIFO, not a file; leave out" in lines
+    assert "class a/fifo.png: it is a FIFO, not a file; exclude" in lines
     assert json.loads((tmp_path / "data-check" / "issues.json").read_text())["files"] == len(expected) + 1
     page = (tmp_path / "data-check" / "issues.html").read_text()
     assert "<script" not in page

@@ -18,14 +18,19 @@ from PIL import Image
 
 from tuneforge import Data, DataError, Split, UnknownNameError, UsageError
 from tuneforge.builtin.datasets.images import image_splits
-from tuneforge.builtin.datasets.images.image_datasets import ImageCsv, ImageFolder, Torchvision
-from tuneforge.builtin.datasets.images.image_splits import stratified
-from tuneforge.engine.context.distributed import Ranks
+from tuneforge.builtin.datasets.images.image_datasets import ImageCsv, ImageFolder, TorchvisionDataset
+from tuneforge.builtin.datasets.images.image_splits import split_stratified
+from tuneforge.engine.context.distributed import ProcessGroup
 
 
 def run_of(seed: int = 0, **fields: Any) -> Any:
     return SimpleNamespace(
-        config=SimpleNamespace(seed=seed), data_seed=seed, restoring=False, folder=None, ranks=Ranks(), **fields
+        config=SimpleNamespace(seed=seed),
+        data_seed=seed,
+        restoring=False,
+        run_dir=None,
+        process_group=ProcessGroup(),
+        **fields,
     )
 
 
@@ -46,7 +51,7 @@ def folder_of(root: Path, counts: dict[str, int], *, start: int = 0) -> Path:
 
 
 def folder_data(path: Path, *, seed: int = 0, **options: Any) -> Data:
-    return ImageFolder(path=path, **{"size": 4, "grey": True, **options}).data_prepare(run_of(seed))
+    return ImageFolder(path=path, **{"size": 4, "grayscale": True, **options}).data_prepare(run_of(seed))
 
 
 def labels_of(data: Data, split: str) -> list[str]:
@@ -282,11 +287,15 @@ def test_normalisation_does_not_depend_on_chunks(tmp_path: Path, monkeypatch: py
     expected = {}
     for channels in (1, 3):
         data = ImageFolder(path=tmp_path, size=8, channels=channels).data_prepare(run_of())
-        plain = data.inputs.normalised((0.0,), (1.0,)).ready(data.train.fetch(torch.arange(len(data.train)))).double()
+        plain = (
+            data.inputs.with_normalization((0.0,), (1.0,))
+            .preprocess(data.train.fetch(torch.arange(len(data.train))))
+            .double()
+        )
         assert data.inputs.mean == pytest.approx(plain.mean(dim=(0, 2, 3)).tolist(), abs=6e-5)
         assert data.inputs.std == pytest.approx(plain.std(dim=(0, 2, 3)).tolist(), abs=6e-5)
         expected[channels] = data.inputs
-    monkeypatch.setattr(image_splits, "_CHUNK", 3)
+    monkeypatch.setattr(image_splits, "_CHUNK_SIZE", 3)
     for channels, inputs in expected.items():
         again = ImageFolder(path=tmp_path, size=8, channels=channels).data_prepare(run_of()).inputs
         assert (again.mean, again.std) == (inputs.mean, inputs.std)
@@ -317,17 +326,17 @@ def test_normalisation_is_measured_on_training_alone(tmp_path: Path) -> None:
     levels = torch.arange(100.0).double() / 255
     assert data.inputs.mean == (round(levels.mean().item(), 4),)
     assert data.inputs.std == pytest.approx((levels.std().item(),), abs=2e-3)
-    ready = data.inputs.ready(data.train.fetch(torch.arange(100)))
+    ready = data.inputs.preprocess(data.train.fetch(torch.arange(100)))
     assert ready.mean().item() == pytest.approx(0, abs=1e-3)
 
 
 @pytest.mark.parametrize(
     ("options", "mean", "std"),
     [
-        ({"normalise": "imagenet", "grey": False}, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ({"normalise": "none"}, (0.0,), (1.0,)),
+        ({"normalize": "imagenet", "grayscale": False}, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ({"normalize": "none"}, (0.0,), (1.0,)),
         ({"mean": (0.5,), "std": (0.25,)}, (0.5,), (0.25,)),
-        ({"normalise": "imagenet", "channels": 1}, (0.449,), (0.226,)),
+        ({"normalize": "imagenet", "channels": 1}, (0.449,), (0.226,)),
     ],
 )
 def test_normalisation_may_be_named(tmp_path: Path, options: dict[str, Any], mean: Any, std: Any) -> None:
@@ -340,7 +349,7 @@ def test_a_tuned_models_normalisation_holds_for_other_data(tmp_path: Path) -> No
     known = folder_data(tmp_path, mean=(0.5,), std=(0.25,))
     run = run_of(data=known)
     run.restoring = True
-    assert ImageFolder(path=tmp_path, size=4, grey=True).data_prepare(run).inputs.mean == (0.5,)
+    assert ImageFolder(path=tmp_path, size=4, grayscale=True).data_prepare(run).inputs.mean == (0.5,)
 
 
 def test_limit_keeps_so_many_of_each_class(tmp_path: Path) -> None:
@@ -370,7 +379,7 @@ def test_stored_inputs_replay_what_the_split_holds(tmp_path: Path) -> None:
 
 def test_stratified_gives_every_split_one_of_each_class() -> None:
     codes = np.repeat([0, 1], [3, 100])
-    rows = stratified(codes, ("few", "many"), {"val": 0.1, "test": 0.1}, seed=0)
+    rows = split_stratified(codes, ("few", "many"), {"val": 0.1, "test": 0.1}, seed=0)
     assert {split: np.bincount(codes[chosen]).tolist() for split, chosen in rows.items()} == {
         "train": [1, 80],
         "val": [1, 10],
@@ -380,7 +389,7 @@ def test_stratified_gives_every_split_one_of_each_class() -> None:
 
 
 def test_large_shares_of_a_small_class_still_leave_something_to_learn_from() -> None:
-    rows = stratified(np.zeros(4, np.int64), ("a",), {"val": 0.4, "test": 0.5}, seed=0)
+    rows = split_stratified(np.zeros(4, np.int64), ("a",), {"val": 0.4, "test": 0.5}, seed=0)
     assert {split: len(chosen) for split, chosen in rows.items()} == {"train": 1, "val": 1, "test": 2}
 
 
@@ -401,7 +410,7 @@ ROWS = "".join(f"{number}.png,{'even' if number % 2 == 0 else 'odd'}\n" for numb
 
 
 def csv_data(path: Path, **options: Any) -> Data:
-    return ImageCsv(path=path, size=4, grey=True, **options).data_prepare(run_of())
+    return ImageCsv(path=path, size=4, grayscale=True, **options).data_prepare(run_of())
 
 
 def test_a_csv_gives_pictures_with_their_labels(tmp_path: Path) -> None:
@@ -469,7 +478,7 @@ def idx_pair(folder: Path, images: str, labels: str, codes: np.ndarray[Any, Any]
 
 
 def torchvision_data(root: Path, dataset: str, **options: Any) -> Data:
-    return Torchvision(dataset=dataset, root=root, **{"size": 28, **options}).data_prepare(run_of())
+    return TorchvisionDataset(dataset=dataset, root=root, **{"size": 28, **options}).data_prepare(run_of())
 
 
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "KMNIST"])

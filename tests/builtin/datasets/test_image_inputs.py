@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tuneforge import DataError, OptionError
-from tuneforge.builtin.datasets.images.image_inputs import Images
-from tuneforge.builtin.datasets.images.image_sources import PictureArrays, PictureFiles
-from tuneforge.builtin.datasets.images.preprocess import Op, final_size, reduction
-from tuneforge.plugin.component import build, values_of
+from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
+from tuneforge.builtin.datasets.images.image_sources import ImageArraySource, ImageFileSource
+from tuneforge.builtin.datasets.images.preprocess import ImageOp, choose_jpeg_scale, compute_output_size
+from tuneforge.plugin.component import build_component, get_option_values
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (6, 5, 3), dtype=np.uint8)  # height 6, width 5
@@ -42,7 +42,7 @@ def chw(array: np.ndarray[Any, Any]) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "WEBP"])
 def test_lossless_formats_give_the_very_pixels(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
-    stored = Images().decode(encoded(Image.fromarray(COLOURS), kind, **options))
+    stored = ImageInputs().decode(encoded(Image.fromarray(COLOURS), kind, **options))
     assert torch.equal(stored, chw(COLOURS))
 
 
@@ -51,18 +51,18 @@ def test_path_text_bytes_image_and_array_give_the_same(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(encoded(image, "PNG"))
     raws = [path, str(path), path.read_bytes(), image, COLOURS]
-    assert all(torch.equal(Images().decode(raw), chw(COLOURS)) for raw in raws)
+    assert all(torch.equal(ImageInputs().decode(raw), chw(COLOURS)) for raw in raws)
 
 
 def test_a_jpeg_comes_out_as_pil_decodes_it() -> None:
     data = encoded(Image.fromarray(COLOURS), "JPEG", quality=95)
-    assert torch.equal(Images().decode(data), chw(np.array(Image.open(io.BytesIO(data)))))
+    assert torch.equal(ImageInputs().decode(data), chw(np.array(Image.open(io.BytesIO(data)))))
 
 
 def test_a_far_larger_jpeg_is_shrunk_alike_each_time_and_to_nearly_the_same() -> None:
     smooth = np.linspace(0, 255, 512 * 384 * 3).reshape(512, 384, 3).astype(np.uint8)
     data = encoded(Image.fromarray(smooth), "JPEG", quality=95)
-    inputs = Images(ops=("resize 32x32",))
+    inputs = ImageInputs(ops=("resize 32x32",))
     stored, whole = inputs.decode(data), inputs.decode(np.array(Image.open(io.BytesIO(data))))
     assert torch.equal(stored, inputs.decode(data))
     assert (stored.float() - whole.float()).abs().max() <= 4
@@ -70,7 +70,7 @@ def test_a_far_larger_jpeg_is_shrunk_alike_each_time_and_to_nearly_the_same() ->
 
 def test_an_image_handed_over_is_left_as_it_was() -> None:
     image = Image.open(io.BytesIO(encoded(Image.new("RGB", (512, 512)), "JPEG")))
-    Images(ops=("grey", "resize 8")).decode(image)
+    ImageInputs(ops=("grayscale", "resize 8")).decode(image)
     assert (image.size, image.mode) == ((512, 512), "RGB")
 
 
@@ -79,7 +79,7 @@ def test_the_first_frame_of_a_gif_is_taken() -> None:
     for frame in frames:
         frame.putpalette([10, 20, 30, 200, 100, 50])
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert Images().decode(data)[:, 0, 0].tolist() == [10, 20, 30]
+    assert ImageInputs().decode(data)[:, 0, 0].tolist() == [10, 20, 30]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG"])
@@ -91,7 +91,7 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(image, kind, exif=exif)
-    stored = Images(ops=("grey",)).decode(data)
+    stored = ImageInputs(ops=("grayscale",)).decode(data)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert stored.shape[1:] == ((32, 48) if orientation > 4 else (48, 32))
     assert torch.equal(stored[0], torch.from_numpy(np.array(upright)))
@@ -99,36 +99,36 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
 
 def test_transparent_parts_are_white() -> None:
     pixels = np.array([[[10, 20, 30, 255], [10, 20, 30, 0]]], np.uint8)
-    assert Images().decode(encoded(Image.fromarray(pixels), "PNG"))[:, 0].T.tolist() == [[10, 20, 30], [255] * 3]
+    assert ImageInputs().decode(encoded(Image.fromarray(pixels), "PNG"))[:, 0].T.tolist() == [[10, 20, 30], [255] * 3]
     grey = Image.fromarray(np.array([[[0, 255], [0, 0]]], np.uint8))
-    assert Images(ops=("grey",)).decode(encoded(grey, "PNG"))[0, 0].tolist() == [0, 255]
+    assert ImageInputs(ops=("grayscale",)).decode(encoded(grey, "PNG"))[0, 0].tolist() == [0, 255]
 
 
 def test_a_transparent_palette_entry_is_white() -> None:
     image = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
     image.putpalette([0, 0, 0, 90, 90, 90])
     data = encoded(image, "PNG", transparency=bytes([0, 255]))
-    assert Images().decode(data)[:, 0].T.tolist() == [[255] * 3, [90] * 3]
+    assert ImageInputs().decode(data)[:, 0].T.tolist() == [[255] * 3, [90] * 3]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_are_scaled_not_cut(kind: str) -> None:
     image = Image.fromarray(np.array([[0, 257, 32768, 65535]], np.uint16))
-    assert Images(ops=("grey",)).decode(encoded(image, kind))[0, 0].tolist() == [0, 1, 128, 255]
+    assert ImageInputs(ops=("grayscale",)).decode(encoded(image, kind))[0, 0].tolist() == [0, 1, 128, 255]
 
 
 def test_one_bit_and_cmyk_pictures_are_read() -> None:
     bits = Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1")
-    assert Images(ops=("grey",)).decode(encoded(bits, "PNG"))[0, 0].tolist() == [0, 255]
+    assert ImageInputs(ops=("grayscale",)).decode(encoded(bits, "PNG"))[0, 0].tolist() == [0, 255]
     white = Image.new("CMYK", (16, 16))
-    assert Images().decode(encoded(white, "JPEG")).unique().tolist() == [255]
+    assert ImageInputs().decode(encoded(white, "JPEG")).unique().tolist() == [255]
 
 
 def test_grey_stores_one_channel_and_colours_three() -> None:
     grey = Image.fromarray(COLOURS[..., 0])
-    assert Images().decode(grey).shape == (3, 6, 5)
-    assert torch.equal(Images(ops=("grey",)).decode(grey), chw(COLOURS[..., 0]))
-    luma = Images(ops=("grey",)).decode(COLOURS)[0].double()
+    assert ImageInputs().decode(grey).shape == (3, 6, 5)
+    assert torch.equal(ImageInputs(ops=("grayscale",)).decode(grey), chw(COLOURS[..., 0]))
+    luma = ImageInputs(ops=("grayscale",)).decode(COLOURS)[0].double()
     expected = torch.from_numpy(COLOURS @ np.array([0.2989, 0.587, 0.114]))
     assert (luma - expected).abs().max() <= 1
 
@@ -140,42 +140,42 @@ def test_grey_stores_one_channel_and_colours_three() -> None:
         (("resize 8x16",), (3, 8, 16)),
         (("square",), (3, 6, 6)),
         (("square", "resize 32"), (3, 32, 32)),
-        (("resize 64", "centre-crop 32"), (3, 32, 32)),
-        (("centre-crop 2x3",), (3, 2, 3)),
-        (("grey", "invert", "square", "resize 8", "resize 32"), (1, 32, 32)),
+        (("resize 64", "center-crop 32"), (3, 32, 32)),
+        (("center-crop 2x3",), (3, 2, 3)),
+        (("grayscale", "invert", "square", "resize 8", "resize 32"), (1, 32, 32)),
     ],
 )
 def test_operations_give_the_shape_they_announce(ops: tuple[str, ...], shape: tuple[int, ...]) -> None:
-    inputs = Images(ops=ops)
+    inputs = ImageInputs(ops=ops)
     assert inputs.decode(COLOURS).shape == shape
     assert inputs.shape in (None, shape)
     assert (inputs.size is None) == (ops in [("resize 8",), ("square",)])
 
 
 def test_invert_swaps_dark_and_light() -> None:
-    assert torch.equal(Images(ops=("invert",)).decode(COLOURS), 255 - chw(COLOURS))
+    assert torch.equal(ImageInputs(ops=("invert",)).decode(COLOURS), 255 - chw(COLOURS))
 
 
 def test_square_fills_up_with_the_borders_median() -> None:
     picture = np.full((4, 2), 7, np.uint8)
     picture[1:3, 0] = 200
-    stored = Images(ops=("grey", "square")).decode(picture)[0]
+    stored = ImageInputs(ops=("grayscale", "square")).decode(picture)[0]
     assert torch.equal(stored[:, 1:3], torch.from_numpy(picture))
     assert stored[:, [0, 3]].unique().tolist() == [7]
 
 
 def test_a_batch_is_prepared_as_each_picture_alone() -> None:
     pictures = torch.from_numpy(RNG.integers(0, 256, (9, 3, 20, 31), dtype=np.uint8))
-    inputs = Images(ops=("grey", "square", "resize 8", "resize 32"))
-    together = inputs.prepared(pictures)
+    inputs = ImageInputs(ops=("grayscale", "square", "resize 8", "resize 32"))
+    together = inputs.apply_ops(pictures)
     alone = [inputs.decode(picture.permute(1, 2, 0).numpy()) for picture in pictures]
     assert torch.equal(together, torch.stack(alone))
 
 
 def test_ready_normalises_each_channel() -> None:
-    inputs = Images(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    inputs = ImageInputs(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     stored = chw(COLOURS)[None]
-    ready = inputs.ready(stored)
+    ready = inputs.preprocess(stored)
     mean, std = torch.tensor(inputs.mean).double(), torch.tensor(inputs.std).double()
     expected = (stored.double() / 255 - mean[:, None, None]) / std[:, None, None]
     assert ready.dtype == torch.float32
@@ -184,46 +184,46 @@ def test_ready_normalises_each_channel() -> None:
 
 def test_ready_repeats_grey_and_averages_colours() -> None:
     grey = torch.tensor([[[[0, 255]]]], dtype=torch.uint8)
-    assert Images(channels=3).ready(grey).tolist() == [[[[0, 1]]] * 3]
+    assert ImageInputs(channels=3).preprocess(grey).tolist() == [[[[0, 1]]] * 3]
     colours = torch.tensor([0, 30, 60], dtype=torch.uint8).reshape(1, 3, 1, 1)
-    torch.testing.assert_close(Images(channels=1).ready(colours), torch.full((1, 1, 1, 1), 30 / 255))
+    torch.testing.assert_close(ImageInputs(channels=1).preprocess(colours), torch.full((1, 1, 1, 1), 30 / 255))
 
 
 def test_ready_does_not_depend_on_the_batch() -> None:
     stored = torch.from_numpy(RNG.integers(0, 256, (7, 1, 13, 17), dtype=np.uint8))
-    inputs = Images(mean=(0.13,), std=(0.31,))
-    assert torch.equal(inputs.ready(stored)[5:6], inputs.ready(stored[5:6]))
+    inputs = ImageInputs(mean=(0.13,), std=(0.31,))
+    assert torch.equal(inputs.preprocess(stored)[5:6], inputs.preprocess(stored[5:6]))
 
 
 def test_options_are_plain_data_that_build_the_same_inputs() -> None:
-    inputs = Images(ops=("grey", "resize 32x32"), mean=(0.1,), std=(0.3,))
-    again = build(Images, values_of(inputs), where="model.json")
-    assert values_of(again) == values_of(inputs)
+    inputs = ImageInputs(ops=("grayscale", "resize 32x32"), mean=(0.1,), std=(0.3,))
+    again = build_component(ImageInputs, get_option_values(inputs), where="model.json")
+    assert get_option_values(again) == get_option_values(inputs)
 
 
 @pytest.mark.parametrize(
     "op", ["gray", "resize", "resize 0", "resize x8", "invert 3", "crop 3", "resize 8x", "resize -1"]
 )
 def test_an_unknown_operation_is_refused_with_the_vocabulary(op: str) -> None:
-    with pytest.raises(OptionError, match="centre-crop HxW"):
-        Images(ops=(op,))
+    with pytest.raises(OptionError, match="center-crop HxW"):
+        ImageInputs(ops=(op,))
 
 
 def test_a_mean_for_the_wrong_number_of_channels_is_refused() -> None:
     with pytest.raises(DataError, match="2 numbers of mean or std for 3 channel"):
-        Images(mean=(0.1, 0.2)).ready(chw(COLOURS)[None])
+        ImageInputs(mean=(0.1, 0.2)).preprocess(chw(COLOURS)[None])
 
 
 def test_a_wrong_format_is_refused_though_pil_knows_it() -> None:
     with pytest.raises(DataError, match="cannot decode the picture; no picture of a known format"):
-        Images().decode(encoded(Image.fromarray(COLOURS), "TGA"))
+        ImageInputs().decode(encoded(Image.fromarray(COLOURS), "TGA"))
 
 
 def test_a_truncated_file_names_itself_and_the_reason(tmp_path: Path) -> None:
     path = tmp_path / "half.png"
     path.write_bytes(encoded(Image.fromarray(np.tile(COLOURS, (9, 9, 1))), "PNG")[:200])
     with pytest.raises(DataError) as caught:
-        Images().decode(path)
+        ImageInputs().decode(path)
     assert caught.value.what == f"cannot decode '{path}'"
     assert caught.value.why
     assert "repair or remove it" in caught.value.fix
@@ -233,28 +233,28 @@ def test_bounds_hold_before_anything_is_decoded(tmp_path: Path) -> None:
     path = tmp_path / "wide.png"
     path.write_bytes(encoded(Image.new("1", (4000, 4000)), "PNG"))
     with pytest.raises(DataError, match=r"too large or too long: 4000x4000 pixels"):
-        Images(max_pixels=1000).decode(path)
+        ImageInputs(max_pixels=1000).decode(path)
     with pytest.raises(DataError, match="at most 100 bytes"):
-        Images(max_bytes=100).decode(path)
+        ImageInputs(max_bytes=100).decode(path)
 
 
 def test_a_decompression_bomb_is_an_error() -> None:
     bomb = encoded(Image.new("1", (20_000, 10_000)), "PNG")
     with pytest.raises(DataError, match=r"decompression bomb"):
-        Images().decode(bomb)
+        ImageInputs().decode(bomb)
 
 
 def test_a_long_thin_picture_cannot_become_a_huge_one() -> None:
     thin = np.zeros((1, 60_000), np.uint8)
     for op in ("square", "resize 64"):
         with pytest.raises(DataError, match="too large or too long: 60000x1"):
-            Images(ops=(op,), max_pixels=1_000_000).decode(thin)
+            ImageInputs(ops=(op,), max_pixels=1_000_000).decode(thin)
 
 
 @pytest.mark.parametrize("raw", [np.zeros((2, 2)), np.zeros((0, 2), np.uint8), np.zeros((2, 2, 2), np.uint8), 7, [[1]]])
 def test_what_is_no_picture_is_refused(raw: Any) -> None:
     with pytest.raises(DataError):
-        Images().decode(raw)
+        ImageInputs().decode(raw)
 
 
 def test_missing_files_folders_and_pipes_are_refused(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_missing_files_folders_and_pipes_are_refused(tmp_path: Path) -> None:
         ("\0", "cannot read"),
     ]:
         with pytest.raises(DataError, match=message):
-            Images().decode(str(tmp_path / path))
+            ImageInputs().decode(str(tmp_path / path))
 
 
 @settings(max_examples=150, deadline=None)
@@ -276,7 +276,7 @@ def test_whatever_the_bytes_the_answer_is_a_picture_or_a_data_error(kind: str, d
     for place in data.draw(st.lists(st.integers(0, len(raw) - 1), max_size=8)):
         raw[place] = data.draw(st.integers(0, 255))
     try:
-        stored = Images(ops=("grey", "resize 8x8"), max_pixels=10_000).decode(bytes(raw))
+        stored = ImageInputs(ops=("grayscale", "resize 8x8"), max_pixels=10_000).decode(bytes(raw))
     except DataError:
         return
     assert stored.shape == (1, 8, 8)
@@ -284,24 +284,24 @@ def test_whatever_the_bytes_the_answer_is_a_picture_or_a_data_error(kind: str, d
 
 def test_a_picture_for_people_is_enlarged_without_smoothing() -> None:
     stored = torch.tensor([[[0, 255], [255, 0]]], dtype=torch.uint8)
-    shown = np.array(Image.open(io.BytesIO(Images().picture(stored))))
+    shown = np.array(Image.open(io.BytesIO(ImageInputs().render_image(stored))))
     assert shown.shape == (96, 96)
     assert np.array_equal(shown, np.kron(stored[0].numpy(), np.ones((48, 48), np.uint8)))
-    assert Image.open(io.BytesIO(Images().picture(chw(np.tile(COLOURS, (40, 40, 1)))))).size == (200, 240)
+    assert Image.open(io.BytesIO(ImageInputs().render_image(chw(np.tile(COLOURS, (40, 40, 1)))))).size == (200, 240)
 
 
 def test_text_tells_kind_and_size() -> None:
-    assert Images().text(torch.zeros(1, 8, 9, dtype=torch.uint8)) == "grey picture, 9x8"
-    assert Images().text(torch.zeros(3, 8, 9, dtype=torch.uint8)) == "colour picture, 9x8"
+    assert ImageInputs().render_text(torch.zeros(1, 8, 9, dtype=torch.uint8)) == "grey picture, 9x8"
+    assert ImageInputs().render_text(torch.zeros(3, 8, 9, dtype=torch.uint8)) == "colour picture, 9x8"
 
 
 def test_files_are_fetched_in_the_order_that_is_asked(tmp_path: Path) -> None:
     paths = [tmp_path / f"{number}.png" for number in range(6)]
     for number, path in enumerate(paths):
         path.write_bytes(encoded(Image.new("L", (3, 3), number), "PNG"))
-    source = PictureFiles(Images(ops=("grey", "resize 3x3")), paths)
+    source = ImageFileSource(ImageInputs(ops=("grayscale", "resize 3x3")), paths)
     assert source.fetch(torch.tensor([4, 0, 4]))[:, 0, 0, 0].tolist() == [4, 0, 4]
-    assert source.chosen(torch.tensor([5, 2])).fetch(torch.tensor([1]))[0, 0, 0, 0] == 2
+    assert source.select(torch.tensor([5, 2])).fetch(torch.tensor([1]))[0, 0, 0, 0] == 2
 
 
 def test_many_large_files_decode_the_same_in_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,8 +309,8 @@ def test_many_large_files_decode_the_same_in_threads(tmp_path: Path, monkeypatch
     for path in paths:
         path.write_bytes(encoded(Image.fromarray(RNG.integers(0, 256, (90, 90, 3), dtype=np.uint8)), "BMP"))
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    inputs = Images(ops=("resize 16x16",))
-    fetched = PictureFiles(inputs, paths).fetch(torch.arange(12))
+    inputs = ImageInputs(ops=("resize 16x16",))
+    fetched = ImageFileSource(inputs, paths).fetch(torch.arange(12))
     assert torch.equal(fetched, torch.stack([inputs.decode(path) for path in paths]))
 
 
@@ -318,8 +318,8 @@ def test_broken_files_are_named_and_counted(tmp_path: Path) -> None:
     paths = [tmp_path / f"{number}.png" for number in range(5)]
     for number, path in enumerate(paths):
         path.write_bytes(encoded(Image.new("L", (3, 3)), "PNG") if number in (0, 2) else b"broken")
-    source = PictureFiles(Images(ops=("grey", "resize 3x3")), paths)
-    for act in (lambda: source.fetch(torch.arange(5)), source.check):
+    source = ImageFileSource(ImageInputs(ops=("grayscale", "resize 3x3")), paths)
+    for act in (lambda: source.fetch(torch.arange(5)), source.check_files):
         with pytest.raises(DataError, match=r"cannot decode '.*1\.png', and 2 more fail"):
             act()
 
@@ -328,36 +328,36 @@ def test_pictures_of_different_sizes_are_refused_where_no_operation_evens_them_o
     for name, size in (("a.png", (3, 3)), ("b.png", (4, 3))):
         (tmp_path / name).write_bytes(encoded(Image.new("L", size), "PNG"))
     with pytest.raises(DataError, match=r"b\.png' is a colour picture, 4x3, others are 3x3"):
-        PictureFiles(Images(), [tmp_path / "a.png", tmp_path / "b.png"]).fetch(torch.arange(2))
+        ImageFileSource(ImageInputs(), [tmp_path / "a.png", tmp_path / "b.png"]).fetch(torch.arange(2))
 
 
 def test_arrays_are_prepared_when_asked_and_chosen_without_a_copy() -> None:
     pictures = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 1, 4, 4).contiguous()
-    source = PictureArrays(Images(ops=("resize 8x8",)), pictures)
-    chosen = source.chosen(torch.tensor([3, 1])).chosen(torch.tensor([1]))
-    assert chosen.pictures_nchw.data_ptr() == pictures.data_ptr()
+    source = ImageArraySource(ImageInputs(ops=("resize 8x8",)), pictures)
+    chosen = source.select(torch.tensor([3, 1])).select(torch.tensor([1]))
+    assert chosen.images_nchw.data_ptr() == pictures.data_ptr()
     assert chosen.fetch(torch.tensor([0])).unique().tolist() == [1]
     assert (len(source), len(chosen)) == (5, 1)
 
 
 def test_the_final_size_is_known_only_where_it_is_the_same_for_all() -> None:
-    assert final_size([Op.parse("resize 32")]) is None
-    assert final_size([Op.parse("square")]) is None
-    assert final_size([]) is None
-    assert final_size([Op.parse("resize 32"), Op.parse("centre-crop 24x16")]) == (24, 16)
+    assert compute_output_size([ImageOp.parse("resize 32")]) is None
+    assert compute_output_size([ImageOp.parse("square")]) is None
+    assert compute_output_size([]) is None
+    assert compute_output_size([ImageOp.parse("resize 32"), ImageOp.parse("center-crop 24x16")]) == (24, 16)
 
 
 def test_ink_is_the_same_whatever_its_ground_margin_and_place() -> None:
     stroke = torch.zeros(40, 20, dtype=torch.uint8)
     stroke[:, 5:12] = 255
     stroke[30:, :] = 200
-    inputs = Images(ops=("grey", "ink", "resize 8", "resize 32"))
+    inputs = ImageInputs(ops=("grayscale", "ink", "resize 8", "resize 32"))
     stored = []
     for ground, ink, place in ((0, 1, (3, 4)), (0, 1, (50, 30)), (255, -1, (20, 60))):
         paper = torch.full((1, 120, 100), ground, dtype=torch.uint8)
         top, left = place
         paper[0, top : top + 40, left : left + 20] = stroke if ink > 0 else 255 - stroke
-        stored.append(inputs.prepared(paper[None])[0])
+        stored.append(inputs.apply_ops(paper[None])[0])
     assert stored[0].shape == (1, 32, 32)
     assert torch.equal(stored[0], stored[1])
     assert torch.equal(stored[0], stored[2])
@@ -365,33 +365,38 @@ def test_ink_is_the_same_whatever_its_ground_margin_and_place() -> None:
 
 def test_ink_leaves_small_pictures_and_empty_paper_alone() -> None:
     small = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
-    assert torch.equal(Images(ops=("ink",)).prepared(small), small)
-    assert Images(ops=("ink", "resize 8")).prepared(torch.zeros(1, 1, 30, 40, dtype=torch.uint8)).shape == (1, 1, 8, 8)
+    assert torch.equal(ImageInputs(ops=("ink",)).apply_ops(small), small)
+    assert ImageInputs(ops=("ink", "resize 8")).apply_ops(torch.zeros(1, 1, 30, 40, dtype=torch.uint8)).shape == (
+        1,
+        1,
+        8,
+        8,
+    )
 
 
 @pytest.mark.parametrize(
     ("ops", "height", "width", "margin", "scale"),
     [
-        (("resize 224", "centre-crop 224"), 750, 1000, 2, 1),
-        (("resize 224", "centre-crop 224"), 750, 1000, 1, 2),
-        (("resize 224", "centre-crop 224"), 1800, 1792, 1, 8),
-        (("resize 224", "centre-crop 224"), 1791, 5000, 1, 8),
-        (("resize 224", "centre-crop 224"), 1784, 5000, 1, 4),
-        (("resize 224", "centre-crop 224"), 3000, 4000, 2, 4),
-        (("resize 224", "centre-crop 224"), 3000, 4000, 0, 1),
+        (("resize 224", "center-crop 224"), 750, 1000, 2, 1),
+        (("resize 224", "center-crop 224"), 750, 1000, 1, 2),
+        (("resize 224", "center-crop 224"), 1800, 1792, 1, 8),
+        (("resize 224", "center-crop 224"), 1791, 5000, 1, 8),
+        (("resize 224", "center-crop 224"), 1784, 5000, 1, 4),
+        (("resize 224", "center-crop 224"), 3000, 4000, 2, 4),
+        (("resize 224", "center-crop 224"), 3000, 4000, 0, 1),
         (("resize 100x200",), 1600, 800, 1, 4),
         (("resize 100x200",), 800, 1600, 1, 4),
-        (("grey", "square", "resize 32"), 16, 512, 2, 8),
-        (("grey", "ink", "resize 8", "resize 32"), 2000, 2000, 2, 1),
-        (("centre-crop 64", "resize 8"), 2000, 2000, 2, 1),
-        (("grey",), 2000, 2000, 2, 1),
+        (("grayscale", "square", "resize 32"), 16, 512, 2, 8),
+        (("grayscale", "ink", "resize 8", "resize 32"), 2000, 2000, 2, 1),
+        (("center-crop 64", "resize 8"), 2000, 2000, 2, 1),
+        (("grayscale",), 2000, 2000, 2, 1),
         (("resize 8",), 5, 3000, 1, 1),
     ],
 )
 def test_a_jpeg_is_reduced_only_where_enough_is_left(
     ops: tuple[str, ...], height: int, width: int, margin: int, scale: int
 ) -> None:
-    assert reduction(tuple(map(Op.parse, ops)), height, width, margin=margin) == scale
+    assert choose_jpeg_scale(tuple(map(ImageOp.parse, ops)), height, width, margin=margin) == scale
 
 
 @settings(max_examples=60, deadline=None)
@@ -401,44 +406,49 @@ def test_a_reduced_jpeg_comes_out_at_the_size_of_a_whole_one(height: int, width:
     if turn:
         exif[0x0112] = turn
     data = encoded(Image.new("RGB", (width, height), (90, 120, 30)), "JPEG", exif=exif)
-    for ops in (("resize 8", "centre-crop 8"), ("square", "resize 8"), ("resize 6x9",)):
-        stored, whole = (Images(ops=ops, jpeg_margin=each).decode(data) for each in (margin, 0))
-        assert stored.shape == whole.shape == Images(ops=ops).prepared(whole[None]).shape[1:]
+    for ops in (("resize 8", "center-crop 8"), ("square", "resize 8"), ("resize 6x9",)):
+        stored, whole = (ImageInputs(ops=ops, jpeg_margin=each).decode(data) for each in (margin, 0))
+        assert stored.shape == whole.shape == ImageInputs(ops=ops).apply_ops(whole[None]).shape[1:]
         assert (stored.int() - whole.int()).abs().max() <= 2
 
 
 def test_the_margin_of_jpegs_is_an_option_that_goes_with_the_model() -> None:
-    assert values_of(Images(ops=("resize 8x8",), jpeg_margin=1).normalised((0.5,), (0.2,)))["jpeg_margin"] == 1
+    assert (
+        get_option_values(ImageInputs(ops=("resize 8x8",), jpeg_margin=1).with_normalization((0.5,), (0.2,)))[
+            "jpeg_margin"
+        ]
+        == 1
+    )
 
 
 def test_a_check_reads_the_header_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(encoded(Image.fromarray(np.tile(COLOURS, (60, 60, 1))), "PNG")[:200])
-    Images().check(path)
+    ImageInputs().check_file(path)
     with pytest.raises(DataError):
-        Images().decode(path)
+        ImageInputs().decode(path)
 
 
 def test_files_have_a_fingerprint_of_paths_sizes_times_and_operations(tmp_path: Path) -> None:
     paths = [picture(tmp_path / f"{number}.png") for number in range(3)]
-    inputs = Images(ops=("resize 8x8",))
-    before = PictureFiles(inputs, paths).fingerprint()
-    assert PictureFiles(inputs, list(map(str, paths))).fingerprint() == before
-    assert PictureFiles(inputs, paths).chosen(torch.arange(3)).fingerprint() == before
-    assert PictureFiles(inputs, paths[::-1]).fingerprint() != before
-    assert PictureFiles(Images(ops=("resize 9x9",)), paths).fingerprint() != before
-    assert PictureFiles(Images(ops=("resize 8x8",), jpeg_margin=1), paths).fingerprint() != before
+    inputs = ImageInputs(ops=("resize 8x8",))
+    before = ImageFileSource(inputs, paths).fingerprint()
+    assert ImageFileSource(inputs, list(map(str, paths))).fingerprint() == before
+    assert ImageFileSource(inputs, paths).select(torch.arange(3)).fingerprint() == before
+    assert ImageFileSource(inputs, paths[::-1]).fingerprint() != before
+    assert ImageFileSource(ImageInputs(ops=("resize 9x9",)), paths).fingerprint() != before
+    assert ImageFileSource(ImageInputs(ops=("resize 8x8",), jpeg_margin=1), paths).fingerprint() != before
     status = paths[1].stat()
     os.utime(paths[1], ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    assert PictureFiles(inputs, paths).fingerprint() != before
+    assert ImageFileSource(inputs, paths).fingerprint() != before
     paths[1].unlink()
     with pytest.raises(DataError, match=r"cannot read '.*1\.png'; No such file"):
-        PictureFiles(inputs, paths).fingerprint()
+        ImageFileSource(inputs, paths).fingerprint()
 
 
 def test_arrays_have_a_fingerprint_of_what_is_chosen() -> None:
     pictures = torch.from_numpy(RNG.integers(0, 256, (5, 1, 4, 4), dtype=np.uint8))
-    source = PictureArrays(Images(ops=("resize 8x8",)), pictures)
-    some = source.chosen(torch.tensor([3, 1])).fingerprint()
-    assert some == PictureArrays(Images(ops=("resize 8x8",)), pictures[[3, 1]]).fingerprint()
-    assert len({some, source.fingerprint(), PictureArrays(Images(), pictures).fingerprint()}) == 3
+    source = ImageArraySource(ImageInputs(ops=("resize 8x8",)), pictures)
+    some = source.select(torch.tensor([3, 1])).fingerprint()
+    assert some == ImageArraySource(ImageInputs(ops=("resize 8x8",)), pictures[[3, 1]]).fingerprint()
+    assert len({some, source.fingerprint(), ImageArraySource(ImageInputs(), pictures).fingerprint()}) == 3

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from tuneforge import DataError, FolderError, OptionError, PluginError, UsageError, save_tensors
-from tuneforge.builtin.datasets.tables.table_csv import MLP, TableCsv, TableRow
-from tuneforge.builtin.targets import Classes, Numbers
-from tuneforge.plugin.component import build, values_of
+from tuneforge.builtin.datasets.tables.table_csv import MLP, TableCsv, TableInputs
+from tuneforge.builtin.targets import ClassTargets, RegressionTargets
+from tuneforge.plugin.component import build_component, get_option_values
 
 CITIES = ("Bonn", "Lyon", "Oslo")
 
@@ -54,12 +54,12 @@ class TestTableCsv:
         data = prepared(table)
         train = stored(data.train)
         assert data.inputs.columns == ("area", "age", "city", "kind")
-        assert data.inputs.kinds == ("number", "number-or-none", "text", "text")
+        assert data.inputs.column_types == ("number", "number-or-none", "text", "text")
         assert train.dtype == torch.float32
         assert train.shape == (28, 1 + 2 + 3 + 2)
         assert train[:, 0].mean().item() == pytest.approx(0, abs=1e-6)
         assert train[:, 0].std(correction=0).item() == pytest.approx(1, abs=1e-6)
-        assert isinstance(data.targets, Numbers)
+        assert isinstance(data.targets, RegressionTargets)
         assert data.train.targets.mean().item() == pytest.approx(0, abs=1e-6)
 
     def test_a_missing_number_is_the_training_mean_and_says_so(self, table):
@@ -90,21 +90,21 @@ class TestTableCsv:
         [
             (lambda index: "yes" if index % 2 else "no", "auto", ("no", "yes")),
             (lambda index: str(index % 3 * 5), "auto", ("0", "5", "10")),
-            (lambda index: f"{index % 2}.5", "classes", ("0.5", "1.5")),
-            (lambda index: f"0{index % 2}", "classes", ("00", "01")),
+            (lambda index: f"{index % 2}.5", "classification", ("0.5", "1.5")),
+            (lambda index: f"0{index % 2}", "classification", ("00", "01")),
         ],
     )
     def test_text_and_a_few_whole_numbers_are_classes(self, tmp_path, make, task, names):
         data = prepared(written(tmp_path / "t.csv", houses(answer=make)), "answer", task=task)
-        assert isinstance(data.targets, Classes)
+        assert isinstance(data.targets, ClassTargets)
         assert data.targets.names == names
         rows = houses(answer=make)
         line = int(data.val.id_of(0).partition(":")[2])
-        assert data.targets.truth(data.val.targets[0]) == rows[line - 2]["answer"]
+        assert data.targets.describe_label(data.val.targets[0]) == rows[line - 2]["answer"]
 
     @pytest.mark.parametrize(
         ("make", "task"),
-        [(str, "auto"), (lambda index: f"{index}.5", "auto"), (lambda index: str(index % 3), "numbers")],
+        [(str, "auto"), (lambda index: f"{index}.5", "auto"), (lambda index: str(index % 3), "regression")],
     )
     def test_other_numbers_are_numbers(self, tmp_path, make, task):
         data = prepared(written(tmp_path / "t.csv", houses(answer=make)), "answer", task=task, unit="EUR")
@@ -142,8 +142,8 @@ class TestTableCsv:
     def test_a_tuned_models_columns_and_scales_hold_for_another_file(self, tmp_path, table):
         tuned = prepared(table)
         other = prepared(written(tmp_path / "other.csv", houses(12, price=lambda index: str(index % 3))), known=tuned)
-        assert values_of(other.inputs) == values_of(tuned.inputs)
-        assert values_of(other.targets) == values_of(tuned.targets)
+        assert get_option_values(other.inputs) == get_option_values(tuned.inputs)
+        assert get_option_values(other.targets) == get_option_values(tuned.targets)
 
     def test_what_the_target_was_read_as_is_said(self, table):
         assert "read as a number" in prepared(table).notes[-1]
@@ -184,7 +184,7 @@ class TestRefusals:
     def test_text_among_numbers_names_the_line(self, tmp_path):
         path = written(tmp_path / "t.csv", houses(answer=lambda index: "x" if index == 5 else str(index)))
         with pytest.raises(DataError, match="line 7"):
-            prepared(path, "answer", task="numbers")
+            prepared(path, "answer", task="regression")
 
     @pytest.mark.parametrize("options", [{"val": 0.5, "test": 0.5}, {"val": 0.0}, {"delimiter": ""}, {"task": "ranks"}])
     def test_options_out_of_range_are_refused(self, options):
@@ -233,16 +233,16 @@ class TestTableRow:
     def test_text_shows_the_cells_to_a_person(self, table):
         inputs = prepared(table).inputs
         row = {"area": 50.5, "age": "", "city": "Rome", "kind": "flat"}
-        assert inputs.text(inputs.decode(row)) == "area 50.5, age ?, city ?, kind flat"
+        assert inputs.render_text(inputs.decode(row)) == "area 50.5, age ?, city ?, kind flat"
 
     def test_options_survive_json(self, table):
         inputs = prepared(table).inputs
-        again = build(TableRow, json.loads(json.dumps(values_of(inputs))), where="-")
-        assert values_of(again) == values_of(inputs)
+        again = build_component(TableInputs, json.loads(json.dumps(get_option_values(inputs))), where="-")
+        assert get_option_values(again) == get_option_values(inputs)
 
 
 def run_of(example, targets=None, *, seed=0, restoring=False):
-    data = SimpleNamespace(targets=targets or Classes(names=("a", "b", "c")))
+    data = SimpleNamespace(targets=targets or ClassTargets(names=("a", "b", "c")))
     return SimpleNamespace(
         example=example, data=data, config=SimpleNamespace(seed=seed), data_seed=seed, restoring=restoring
     )
@@ -257,7 +257,7 @@ class TestMLP:
         assert [type(part) for part in model.module.layer1] == [nn.Linear, nn.ReLU, nn.Dropout]
 
     def test_without_hidden_layers_it_is_linear(self):
-        model = MLP(hidden=()).model_adapt(run_of(torch.zeros(2, 5), Numbers()), None)
+        model = MLP(hidden=()).model_adapt(run_of(torch.zeros(2, 5), RegressionTargets()), None)
         assert list(model.parameters()) == ["head.weight", "head.bias"]
         assert model.module(torch.zeros(2, 5)).shape == (2, 1)
 
@@ -272,9 +272,9 @@ class TestMLP:
     def test_weights_come_with_their_labels(self, tmp_path):
         tuned = MLP(hidden=(8,)).model_adapt(run_of(torch.zeros(2, 5), seed=3), None)
         save_tensors(tuned.module.state_dict(), tmp_path / "w.safetensors", metadata={"labels": ("a", "b", "c")})
-        run = run_of(torch.zeros(2, 5), Classes(names=("b", "z")))
+        run = run_of(torch.zeros(2, 5), ClassTargets(names=("b", "z")))
         loaded = MLP(hidden=(8,), dropout=0.1, weights=tmp_path / "w.safetensors").model_adapt(run, None)
-        assert loaded.labels == loaded.kept == ("a", "b", "c")
+        assert loaded.labels == loaded.pretrained_labels == ("a", "b", "c")
         for name, tensor in tuned.parameters().items():
             assert torch.equal(loaded.parameters()[name], tensor)
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 import tuneforge as tf
 from tuneforge.__main__ import main
-from tuneforge.builtin.datasets.images.file_check import VETTED
-from tuneforge.builtin.datasets.images.image_datasets import STAND_INS, ImageFolder
-from tuneforge.engine.context.distributed import Ranks
+from tuneforge.builtin.datasets.images.file_check import FILE_CHECK_FILE
+from tuneforge.builtin.datasets.images.image_datasets import REPLACEMENTS_FILE, ImageFolder
+from tuneforge.engine.context.distributed import ProcessGroup
 
 STEPS = [tf.Phase("head", train="head", epochs=1, lr=1e-3)]
 QUICK = ["--strategy", "head-only", "--strategy.epochs", "1", "--data.size", "32"]
@@ -45,7 +45,9 @@ def cut(path):
 
 def run_of(folder):
     folder.mkdir(exist_ok=True)
-    return SimpleNamespace(config=SimpleNamespace(seed=0), data_seed=0, restoring=False, folder=folder, ranks=Ranks())
+    return SimpleNamespace(
+        config=SimpleNamespace(seed=0), data_seed=0, restoring=False, run_dir=folder, process_group=ProcessGroup()
+    )
 
 
 def ids(data):
@@ -57,21 +59,21 @@ def test_a_run_stops_before_training_and_says_what_to_do(photos, tmp_path, capsy
     assert code == 65
     err = capsys.readouterr().err
     assert "cannot use 'a/3.png'" in err
-    assert "--data.broken skip" in err
+    assert "--data.on-error skip" in err
     assert not (tmp_path / "r" / "model.safetensors").exists()
 
 
 def test_a_run_skips_what_it_is_told_to_skip_and_says_so_in_its_folder(photos, tmp_path):
-    run = tf.Engine(data=ImageFolder(path=photos, size=32, broken="skip"), strategy=STEPS, out=tmp_path / "r").run()
-    assert sum(run.report["samples"].values()) == 15
-    assert list(json.loads((run.folder / VETTED).read_text())["left_out"]) == ["a/3.png"]
-    assert "1 of 16 pictures, the first &#39;a/3.png&#39;" in (run.folder / "report.html").read_text()
+    run = tf.Engine(data=ImageFolder(path=photos, size=32, on_error="skip"), strategy=STEPS, out=tmp_path / "r").run()
+    assert sum(run.report["num_samples"].values()) == 15
+    assert list(json.loads((run.run_dir / FILE_CHECK_FILE).read_text())["unusable"]) == ["a/3.png"]
+    assert "1 of 16 pictures, the first &#39;a/3.png&#39;" in (run.run_dir / "report.html").read_text()
     assert (photos / "a" / "3.png").exists()
 
 
 def test_what_was_quarantined_comes_back(photos, tmp_path, capsys):
     whole = (photos / "a" / "3.png").read_bytes()
-    data = ImageFolder(path=photos, size=32, broken="quarantine").data_prepare(run_of(tmp_path / "r"))
+    data = ImageFolder(path=photos, size=32, on_error="quarantine").data_prepare(run_of(tmp_path / "r"))
     assert len(ids(data)) == 15
     assert not (photos / "a" / "3.png").exists()
     assert main(["data", "check", str(photos), "--undo", "--out", str(tmp_path / "out")]) == 0
@@ -81,7 +83,7 @@ def test_what_was_quarantined_comes_back(photos, tmp_path, capsys):
 
 
 def test_a_resumed_run_has_the_samples_that_it_had_even_if_a_file_was_mended_meanwhile(photos, tmp_path):
-    options = {"path": photos, "size": 32, "broken": "skip"}
+    options = {"path": photos, "size": 32, "on_error": "skip"}
     before = ImageFolder(**options).data_prepare(run_of(tmp_path / "r"))
     picture(photos / "a" / "3.png", 99)
     assert ids(ImageFolder(**options).data_prepare(run_of(tmp_path / "r"))) == ids(before)
@@ -103,22 +105,22 @@ class Breaks:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_breaks_while_a_run_trains_does_not_end_it(photos, tmp_path, workers):
-    data = ImageFolder(path=photos, size=32, broken="skip", memory_mb=0)
+    data = ImageFolder(path=photos, size=32, on_error="skip", memory_mb=0)
     breaks, told = Breaks(photos), []
     steps = [tf.Phase("all", train="all", epochs=3, lr=1e-3)]
     run = tf.Engine(
-        data=data, strategy=steps, extensions=[breaks], workers=workers, out=tmp_path / "r", say=told.append
+        data=data, strategy=steps, callbacks=[breaks], num_workers=workers, out=tmp_path / "r", log=told.append
     ).run()
-    assert len(run.steps) == 1
-    lines = [json.loads(line) for line in (run.folder / STAND_INS).read_text().splitlines()]
+    assert len(run.strategy_steps) == 1
+    lines = [json.loads(line) for line in (run.run_dir / REPLACEMENTS_FILE).read_text().splitlines()]
     assert {(line["split"], line["id"]) for line in lines} == {("train", breaks.broken)}
-    assert {line["stand_in"][0] for line in lines} == {breaks.broken[0]}  # of the same class
-    assert len({line["stand_in"] for line in lines}) == 1
+    assert {line["replacement"][0] for line in lines} == {breaks.broken[0]}  # of the same class
+    assert len({line["replacement"] for line in lines}) == 1
     assert sum("stands in for it" in line for line in told) == 1
 
 
 def test_the_figures_of_a_split_say_how_many_pictures_others_stood_in_for(photos, tmp_path):
-    data = ImageFolder(path=photos, size=32, broken="skip", memory_mb=0)
+    data = ImageFolder(path=photos, size=32, on_error="skip", memory_mb=0)
 
     class BreaksTheTest(Breaks):
         @tf.hookimpl
@@ -130,15 +132,15 @@ def test_the_figures_of_a_split_say_how_many_pictures_others_stood_in_for(photos
         def epoch_ended(self, run):
             pass
 
-    run = tf.Engine(data=data, strategy=STEPS, extensions=[BreaksTheTest(photos)], out=tmp_path / "r", page=False).run()
-    line = json.loads((run.folder / STAND_INS).read_text())
-    assert line["stand_in"] == "a grey picture"  # the split has one picture of each class
-    assert run.report["splits"]["test"]["stand_ins"] == 1
-    assert "stand_ins" not in run.report["splits"]["val"]
+    run = tf.Engine(data=data, strategy=STEPS, callbacks=[BreaksTheTest(photos)], out=tmp_path / "r", page=False).run()
+    line = json.loads((run.run_dir / REPLACEMENTS_FILE).read_text())
+    assert line["replacement"] == "a grey picture"  # the split has one picture of each class
+    assert run.report["splits"]["test"]["replacements"] == 1
+    assert "replacements" not in run.report["splits"]["val"]
 
 
 def test_a_disk_that_is_gone_is_no_broken_file(photos, tmp_path):
-    data = ImageFolder(path=photos, size=32, broken="skip", memory_mb=0).data_prepare(run_of(tmp_path / "r"))
+    data = ImageFolder(path=photos, size=32, on_error="skip", memory_mb=0).data_prepare(run_of(tmp_path / "r"))
     assert data.train.inputs_fingerprint()
     os.rename(photos, tmp_path / "gone")
     with pytest.raises(tf.DataError, match="nor the next"):
@@ -162,7 +164,7 @@ def test_copies_across_splits_are_marked_in_the_report(tmp_path):
     for name, leaked in {"own": 1, "checked": 2}.items():
         page = (tmp_path / name / "report.html").read_text()
         assert f"test: {leaked} of 6 pictures have a copy in train or val" in page
-        assert made[name].report["samples"]["test without copies"] == 6 - leaked
+        assert made[name].report["num_samples"]["test without copies"] == 6 - leaked
         assert "test without copies" in page
 
 

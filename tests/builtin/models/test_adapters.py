@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torchvision import models
 
-from tuneforge import Group, Model, PluginError
+from tuneforge import LayerGroup, Model, PluginError
 from tuneforge.builtin.models.adapters import Dropout, Head, InputChannels
 from tuneforge.engine.model.freezing import select
 
 
 def run_of(*labels: str, size: int | None = None, seed: int = 0) -> Any:
-    targets = SimpleNamespace(size=len(labels) if size is None else size, labels=labels)
+    targets = SimpleNamespace(num_outputs=len(labels) if size is None else size, labels=labels)
     return SimpleNamespace(config=SimpleNamespace(seed=seed), data=SimpleNamespace(targets=targets), restoring=False)
 
 
@@ -26,8 +26,8 @@ def small(labels: str = "abcd", *, head: nn.Module | None = None) -> Model:
     module = nn.Sequential()
     module.add_module("body", body)
     module.add_module("fc", head or nn.Linear(5, len(labels)))
-    groups = [Group("body", ("body",)), Group("head", ("fc",))]
-    return Model(module, groups=groups, head="fc", labels=tuple(labels), kept=tuple(labels))
+    groups = [LayerGroup("body", ("body",)), LayerGroup("head", ("fc",))]
+    return Model(module, groups=groups, head="fc", labels=tuple(labels), pretrained_labels=tuple(labels))
 
 
 def test_rows_of_shared_names_are_kept_to_the_bit_wherever_they_stood() -> None:
@@ -39,7 +39,7 @@ def test_rows_of_shared_names_are_kept_to_the_bit_wherever_they_stood() -> None:
     assert torch.equal(new.bias[[0, 2]], old.bias[[3, 1]])
     assert new.bias[1] == 0
     assert 0 < new.weight[1].abs().max() < 0.06
-    assert (adapted.labels, adapted.kept) == (("d", "x", "b"), ("d", "b"))
+    assert (adapted.labels, adapted.pretrained_labels) == (("d", "x", "b"), ("d", "b"))
     assert adapted.changes == ("head: 4 -> 3 outputs, kept the rows of d, b; fresh: x",)
 
 
@@ -61,7 +61,7 @@ def test_a_head_of_the_right_size_whose_names_are_not_known_is_taken_at_its_word
     head = model.module.fc
     adapted = Head().model_adapt(run_of("a", "b"), model)
     assert adapted.module.fc is head
-    assert (adapted.labels, adapted.kept, adapted.changes) == (("a", "b"), ("a", "b"), ())
+    assert (adapted.labels, adapted.pretrained_labels, adapted.changes) == (("a", "b"), ("a", "b"), ())
 
 
 def test_the_same_names_in_another_order_are_put_in_order() -> None:
@@ -78,7 +78,7 @@ def test_without_shared_names_every_row_is_fresh(model_labels: str, run: Any) ->
     old = model.module.fc.weight
     adapted = Head().model_adapt(run, model)
     assert not (adapted.module.fc.weight == old).any()
-    assert adapted.kept == ()
+    assert adapted.pretrained_labels == ()
     assert adapted.changes == ("head: 2 -> 2 outputs, all fresh",)
 
 
@@ -89,7 +89,7 @@ def test_numbers_without_names_keep_a_head_of_the_same_size() -> None:
 
 
 def test_keeping_can_be_turned_off() -> None:
-    assert Head(keep=False).model_adapt(run_of("a", "x"), small("ab")).kept == ()
+    assert Head(keep=False).model_adapt(run_of("a", "x"), small("ab")).pretrained_labels == ()
 
 
 def test_fresh_rows_follow_from_the_seed_and_touch_no_generator() -> None:
@@ -108,7 +108,7 @@ def test_fresh_rows_follow_from_the_seed_and_touch_no_generator() -> None:
 def test_a_1x1_convolution_is_a_head_too() -> None:
     conv = nn.Conv2d(5, 4, 1)
     module = nn.Sequential(nn.Conv2d(3, 5, 3), conv)
-    model = Model(module, groups=[Group("0", ("0",)), Group("head", ("1",))], head="1", labels=tuple("abcd"))
+    model = Model(module, groups=[LayerGroup("0", ("0",)), LayerGroup("head", ("1",))], head="1", labels=tuple("abcd"))
     adapted = Head().model_adapt(run_of("c", "new"), model)
     assert torch.equal(adapted.module[1].weight[0], conv.weight[2])
     assert adapted.module(torch.zeros(1, 3, 8, 8)).shape == (1, 2, 6, 6)
@@ -128,7 +128,7 @@ def test_another_kind_of_head_is_an_error(head: nn.Module) -> None:
 def conv_model(channels: int) -> Model:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(channels, 6, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(6 * 16, 2))
-    return Model(module, groups=[Group("conv", ("0",)), Group("head", ("2",))], head="2")
+    return Model(module, groups=[LayerGroup("conv", ("0",)), LayerGroup("head", ("2",))], head="2")
 
 
 @pytest.mark.parametrize(("old", "new"), [(3, 1), (1, 3), (3, 4), (4, 3), (1, 5), (3, 2)])
@@ -157,7 +157,7 @@ def test_a_fitting_input_is_left_alone() -> None:
 def test_a_model_that_rescales_its_input_by_itself_is_an_error() -> None:
     module = models.googlenet(aux_logits=False, init_weights=False, transform_input=True)
     with pytest.raises(PluginError, match="takes three channels only"):
-        InputChannels().model_adapt(run_of(), Model.of(module, head="fc"))
+        InputChannels().model_adapt(run_of(), Model.from_module(module, head="fc"))
 
 
 def test_a_model_without_convolution_is_an_error() -> None:

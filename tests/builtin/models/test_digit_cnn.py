@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from tuneforge import DataError, Group, PluginError, UnsafeFileError, UsageError, save_tensors
+from tuneforge import DataError, LayerGroup, PluginError, UnsafeFileError, UsageError, save_tensors
 from tuneforge.builtin.datasets.demo.digits import Glyphs
-from tuneforge.builtin.models.digit_cnn import LABELS, SHIPPED, DigitCNN, DigitNet
+from tuneforge.builtin.models.digit_cnn import LABELS, PRETRAINED_WEIGHTS, DigitCNN, DigitNet
 
 
 def run_of(labels: tuple[str, ...] = ("a", "b", "c"), *, seed: int = 0, restoring: bool = False, side: int = 32) -> Any:
     return SimpleNamespace(
         config=SimpleNamespace(seed=seed),
         data_seed=seed,
-        data=SimpleNamespace(targets=SimpleNamespace(size=len(labels), labels=labels)),
+        data=SimpleNamespace(targets=SimpleNamespace(num_outputs=len(labels), labels=labels)),
         example=torch.zeros(2, 3, side, side),
         restoring=restoring,
     )
@@ -54,8 +54,8 @@ def test_logits_may_be_negative() -> None:
 def test_from_scratch_it_has_the_datas_classes_and_a_group_a_layer() -> None:
     model = DigitCNN(pretrained=False).model_adapt(run_of(), None)
     names = ["conv1", "conv2", "conv3", "conv4", "conv5", "head"]
-    assert list(model.groups) == [Group(name, (name,)) for name in names]
-    assert (model.head, model.labels, model.kept) == ("head", ("a", "b", "c"), ())
+    assert list(model.groups) == [LayerGroup(name, (name,)) for name in names]
+    assert (model.head, model.labels, model.pretrained_labels) == ("head", ("a", "b", "c"), ())
     assert isinstance(model.head_module(), nn.Linear)
     assert model.head_module().weight.shape == (3, 512)
 
@@ -79,7 +79,10 @@ def test_weights_are_loaded_with_the_labels_they_know(tmp_path: Path) -> None:
     path, state = weights_file(tmp_path / "w.safetensors")
     model = DigitCNN(weights=path).model_adapt(run_of(), None)
     assert (
-        model.labels == model.kept == LABELS == tuple(string.digits + string.ascii_uppercase + string.ascii_lowercase)
+        model.labels
+        == model.pretrained_labels
+        == LABELS
+        == tuple(string.digits + string.ascii_uppercase + string.ascii_lowercase)
     )
     for name, parameter in model.parameters().items():
         assert parameter.dtype == torch.float32
@@ -132,7 +135,7 @@ def test_pictures_of_another_size_are_refused_with_the_option_to_change(example:
 
 
 def test_the_shipped_weights_are_small_and_load() -> None:
-    assert SHIPPED.stat().st_size < 4 * 2**20
+    assert PRETRAINED_WEIGHTS.stat().st_size < 4 * 2**20
     model = DigitCNN().model_adapt(run_of(), None)
     assert model.labels == LABELS
 
@@ -142,7 +145,7 @@ def test_the_shipped_weights_are_what_their_recipe_gives() -> None:
     run = run_of(LABELS, seed=1234)
     data = Glyphs(count=10_000).data_prepare(run)
     module = DigitCNN().model_adapt(run, None).module.eval()
-    split = data.train.take(torch.arange(3_000))
+    split = data.train.subset(torch.arange(3_000))
     with torch.inference_mode():
-        answers = module(data.inputs.ready(split.fetch(torch.arange(3_000)))).argmax(1)
+        answers = module(data.inputs.preprocess(split.fetch(torch.arange(3_000)))).argmax(1)
     assert (answers == split.targets).float().mean().item() == pytest.approx(0.8935, abs=0.015)

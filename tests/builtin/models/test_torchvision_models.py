@@ -15,7 +15,12 @@ from torchvision import models
 from tuneforge import Model, PluginError, TryAgainError, UnknownNameError, UnsafeFileError, UsageError, save_tensors
 from tuneforge.builtin.models import torchvision_models
 from tuneforge.builtin.models.adapters import Head, InputChannels
-from tuneforge.builtin.models.torchvision_models import FAMILIES, Torchvision, groups_of, head_path
+from tuneforge.builtin.models.torchvision_models import (
+    LAYER_GROUPS_BY_CLASS,
+    TorchvisionModel,
+    find_head_path,
+    find_layer_groups,
+)
 
 ARCHS = models.list_models(module=models)
 
@@ -37,7 +42,7 @@ class ParametersOnMeta(TorchFunctionMode):
 def run_of(*labels: str, side: int = 32, seed: int = 0, restoring: bool = False) -> Any:
     return SimpleNamespace(
         config=SimpleNamespace(seed=seed),
-        data=SimpleNamespace(targets=SimpleNamespace(size=len(labels), labels=labels)),
+        data=SimpleNamespace(targets=SimpleNamespace(num_outputs=len(labels), labels=labels)),
         example=torch.zeros(2, 3, side, side),
         restoring=restoring,
     )
@@ -48,30 +53,32 @@ def build(arch: str, *labels: str, **options: Any) -> Model:
     run = run_of(
         *(labels or ("a", "b", "c")), side=side, **{k: options.pop(k) for k in ("seed", "restoring") if k in options}
     )
-    return Torchvision(arch=arch, **options).model_adapt(run, None)
+    return TorchvisionModel(arch=arch, **options).model_adapt(run, None)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_groups_hold_every_parameter_once_and_the_head_answers(arch: str) -> None:
     with ParametersOnMeta():
-        module = torchvision_models._built(arch, 7, (224, 224), pretrained=False)
-    head = head_path(module)
-    model = Model(module, groups=groups_of(module, head), head=head)
+        module = torchvision_models._build_network(arch, 7, (224, 224), pretrained=False)
+    head = find_head_path(module)
+    model = Model(module, groups=find_layer_groups(module, head), head=head)
     infos = model.group_infos()
-    assert type(module).__name__ in FAMILIES
+    assert type(module).__name__ in LAYER_GROUPS_BY_CLASS
     assert len(infos) >= 5
     assert infos[-1].name == "head"
     assert all(info.num_parameters > 0 for info in infos)
-    assert sum(len(info.tensors) for info in infos) == len(list(module.parameters()))
-    assert f"{head}.weight" in infos[-1].tensors
+    assert sum(len(info.parameter_names) for info in infos) == len(list(module.parameters()))
+    assert f"{head}.weight" in infos[-1].parameter_names
     answering = model.head_module()
     assert getattr(answering, "out_features", None) == 7 or getattr(answering, "out_channels", None) == 7
 
 
 def test_every_family_of_torchvision_is_tried() -> None:
     with ParametersOnMeta():
-        kinds = {type(torchvision_models._built(arch, 2, (224, 224), pretrained=False)).__name__ for arch in SMALL}
-    assert kinds == set(FAMILIES)
+        kinds = {
+            type(torchvision_models._build_network(arch, 2, (224, 224), pretrained=False)).__name__ for arch in SMALL
+        }
+    assert kinds == set(LAYER_GROUPS_BY_CLASS)
 
 
 @pytest.mark.parametrize("arch", [arch for arch in SMALL if arch not in ("maxvit_t", "vgg11", "alexnet")])
@@ -80,7 +87,7 @@ def test_it_answers_and_its_groups_stand_in_the_order_of_the_data(arch: str) -> 
     ran: list[int] = []
     for name, module in model.module.named_modules():
         for place, group in enumerate(model.groups):
-            if group.holds(f"{name}.weight") and next(module.parameters(recurse=False), None) is not None:
+            if group.contains(f"{name}.weight") and next(module.parameters(recurse=False), None) is not None:
                 module.register_forward_hook(lambda _module, _args, _out, place=place: ran.append(place))
     with torch.no_grad():
         out = model.module.eval()(torch.rand(2, 3, SMALL[arch], SMALL[arch]))
@@ -108,7 +115,7 @@ def test_from_scratch_the_weights_follow_from_the_seed_alone() -> None:
 
 def test_from_scratch_it_has_the_datas_classes_and_nothing_kept() -> None:
     model = build("resnet18", "x", "y")
-    assert (model.head, model.labels, model.kept) == ("fc", ("x", "y"), ())
+    assert (model.head, model.labels, model.pretrained_labels) == ("fc", ("x", "y"), ())
     assert [group.name for group in model.groups] == ["stem", "layer1", "layer2", "layer3", "layer4", "head"]
 
 
@@ -121,22 +128,22 @@ def test_weights_from_a_file_keep_their_own_head_and_labels(tmp_path: Path) -> N
     source = models.squeezenet1_1(num_classes=5)
     file = saved(tmp_path / "w.safetensors", source, labels=list("vwxyz"))
     model = build("squeezenet1_1", "y", "new", weights=file)
-    assert model.labels == model.kept == tuple("vwxyz")
+    assert model.labels == model.pretrained_labels == tuple("vwxyz")
     images = torch.rand(1, 3, 64, 64)
     assert torch.equal(model.module.eval()(images), source.eval()(images))
     adapted = Head().model_adapt(run_of("y", "new"), model)
-    assert adapted.kept == ("y",)
+    assert adapted.pretrained_labels == ("y",)
 
 
 def test_weights_without_labels_or_without_head_are_taken_too(tmp_path: Path) -> None:
     source = models.resnet18(num_classes=5)
     model = build("resnet18", "a", "b", weights=saved(tmp_path / "w.safetensors", source))
-    assert (model.labels, model.kept) == ((), ())
+    assert (model.labels, model.pretrained_labels) == ((), ())
     assert model.head_module().out_features == 5
     body = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("fc.")}
     save_tensors(body, tmp_path / "body.safetensors")
     model = build("resnet18", "a", "b", weights=str(tmp_path / "body.safetensors"))
-    assert (model.labels, model.kept) == (("a", "b"), ())
+    assert (model.labels, model.pretrained_labels) == (("a", "b"), ())
     assert torch.equal(model.parameters()["conv1.weight"], source.conv1.weight)
 
 
@@ -164,7 +171,7 @@ def test_a_transformer_takes_the_size_of_the_data(tmp_path: Path) -> None:
     target = models.VisionTransformer(
         image_size=96, patch_size=32, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8, num_classes=3
     )
-    model = torchvision_models._filled(target, "heads.head", module.state_dict(), ("a", "b", "c"), run)
+    model = torchvision_models._load_weights(target, "heads.head", module.state_dict(), ("a", "b", "c"), run)
     assert model.parameters()["encoder.pos_embedding"].shape == (1, 10, 8)
     assert model.module.eval()(torch.rand(1, 3, 96, 96)).shape == (1, 3)
 
@@ -229,11 +236,11 @@ def test_an_unknown_architecture_offers_the_nearest() -> None:
 
 def test_it_builds_and_adapts_nothing() -> None:
     with pytest.raises(PluginError, match="it cannot adapt one"):
-        Torchvision().model_adapt(run_of("a", "b"), build("resnet18"))
+        TorchvisionModel().model_adapt(run_of("a", "b"), build("resnet18"))
 
 
 def test_inputs_that_are_no_pictures_are_refused() -> None:
     run = run_of("a", "b")
     run.example = torch.zeros(2, 7)
     with pytest.raises(UsageError, match="take pictures, and the inputs are none"):
-        Torchvision().model_adapt(run, None)
+        TorchvisionModel().model_adapt(run, None)

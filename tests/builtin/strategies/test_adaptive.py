@@ -9,10 +9,10 @@ from tiny import tiny_data, tiny_net
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.builtin.strategies.adaptive import Adaptive, better, weak_classes
+from tuneforge.builtin.strategies.adaptive import Adaptive, is_better, weigh_weak_classes
 
-BRIEF = tf.Brief(
-    groups=[tf.GroupInfo(name, 1, (f"{name}.weight", f"{name}.bias")) for name in ("a", "b", "c", "d", "head")],
+TASK = tf.TaskInfo(
+    groups=[tf.LayerGroupInfo(name, 1, (f"{name}.weight", f"{name}.bias")) for name in ("a", "b", "c", "d", "head")],
     classes=("x", "y"),
     num_train=100,
     num_val=100,
@@ -26,21 +26,21 @@ BRIEF = tf.Brief(
 
 
 def report(step, accuracy, loss=1.0, **further):
-    return tf.Report(step, val={"accuracy": accuracy, "loss": loss, **further})
+    return tf.StrategyStepResult(step, val={"accuracy": accuracy, "loss": loss, **further})
 
 
-def conversation(figures, *, brief=BRIEF, **options):
+def conversation(figures, *, task=TASK, **options):
     """The steps that are asked for where the head and each round end on these accuracies; the start is at 0.5."""
     answers = iter(figures)
     steps, answer = [], None
-    talk = Adaptive(**options).finetune_strategy(brief=brief)
+    talk = Adaptive(**options).finetune_strategy(task=task)
     while True:
         try:
             steps.append(talk.send(answer))
         except StopIteration:
             return steps
         step = steps[-1]
-        answer = report(step.name, 0.5 if isinstance(step, tf.Blend) else next(answers))
+        answer = report(step.name, 0.5 if isinstance(step, tf.WeightAverage) else next(answers))
 
 
 def test_gains_thaw_the_upper_half_then_all_and_two_misses_end_the_run_on_the_best_weights():
@@ -70,8 +70,8 @@ def test_the_target_ends_it_as_soon_as_it_is_met():
     assert [step.name for step in steps] == ["before", "head", "round-1", "end"]
     assert "target is met: accuracy is 0.8" in steps[-1].why
     assert [step.name for step in conversation([], target=0.5)] == ["before", "end"]
-    loss = attrs.evolve(BRIEF, monitor="loss", monitor_mode="min")  # 1.0 throughout
-    assert [step.name for step in conversation([], target=1.5, brief=loss)] == ["before", "end"]
+    loss = attrs.evolve(TASK, monitor="loss", monitor_mode="min")  # 1.0 throughout
+    assert [step.name for step in conversation([], target=1.5, task=loss)] == ["before", "end"]
 
 
 def test_it_takes_no_more_rounds_than_asked_for():
@@ -88,26 +88,26 @@ def test_every_step_says_why():
 @pytest.mark.parametrize(
     ("changed", "kind"),
     [
-        ({}, tf.Fit),
+        ({}, tf.HeadFit),
         ({"classes": ()}, tf.Phase),
-        ({"groups": [*BRIEF.backbone, tf.GroupInfo("head", 1, ("head.0.weight", "head.1.weight"))]}, tf.Phase),
+        ({"groups": [*TASK.backbone, tf.LayerGroupInfo("head", 1, ("head.0.weight", "head.1.weight"))]}, tf.Phase),
     ],
 )
 def test_the_head_is_solved_only_where_it_is_one_linear_layer_and_there_are_classes(changed, kind):
-    head = conversation([0.6] * 9, brief=attrs.evolve(BRIEF, **changed))[1]
+    head = conversation([0.6] * 9, task=attrs.evolve(TASK, **changed))[1]
     assert (type(head), head.name) == (kind, "head")
 
 
 def test_within_validations_standard_error_the_loss_decides():
     before = report("a", 0.9, loss=0.5)  # 0.03 over 100 samples
-    assert better(report("b", 0.94, loss=0.9), before, BRIEF)
-    assert not better(report("b", 0.86, loss=0.1), before, BRIEF)
-    assert better(report("b", 0.89, loss=0.48), before, BRIEF)
-    assert not better(report("b", 0.92, loss=0.495), before, BRIEF)  # a fall of 1 %
-    error = attrs.evolve(BRIEF, monitor="rmse", monitor_mode="min")
-    first, second = (tf.Report("r", val={"rmse": value, "loss": 1.0}) for value in (3.0, 2.9))
-    assert better(second, first, error)
-    assert not better(first, second, error)
+    assert is_better(report("b", 0.94, loss=0.9), before, TASK)
+    assert not is_better(report("b", 0.86, loss=0.1), before, TASK)
+    assert is_better(report("b", 0.89, loss=0.48), before, TASK)
+    assert not is_better(report("b", 0.92, loss=0.495), before, TASK)  # a fall of 1 %
+    error = attrs.evolve(TASK, monitor="rmse", monitor_mode="min")
+    first, second = (tf.StrategyStepResult("r", val={"rmse": value, "loss": 1.0}) for value in (3.0, 2.9))
+    assert is_better(second, first, error)
+    assert not is_better(first, second, error)
 
 
 def row(recall, support):
@@ -116,16 +116,16 @@ def row(recall, support):
 
 def test_classes_whose_recall_is_low_beyond_chance_weigh_more():
     per_class = {"x": row(1.0, 100), "y": row(0.95, 100), "z": row(0.45, 100), "few": row(0.5, 4), "none": row(0.0, 0)}
-    weak = weak_classes(report("a", 0.8, per_class=per_class, confusion=()))
+    weak = weigh_weak_classes(report("a", 0.8, per_class=per_class, confusion=()))
     assert weak == {"z": pytest.approx(0.725 / 0.45)}
     per_class["z"] = row(0.0, 100)
-    assert weak_classes(report("a", 0.8, per_class=per_class, confusion=()))["z"] == 3.0
-    assert weak_classes(report("a", 0.8, per_class=per_class)) == {}  # several labels a sample: no weights there
-    assert weak_classes(report("a", 0.8)) == {}
+    assert weigh_weak_classes(report("a", 0.8, per_class=per_class, confusion=()))["z"] == 3.0
+    assert weigh_weak_classes(report("a", 0.8, per_class=per_class)) == {}  # several labels a sample: no weights there
+    assert weigh_weak_classes(report("a", 0.8)) == {}
 
 
 def test_weak_classes_are_weighed_in_the_next_round_and_named():
-    talk = Adaptive().finetune_strategy(brief=BRIEF)
+    talk = Adaptive().finetune_strategy(task=TASK)
     next(talk)
     talk.send(report("before", 0.1))
     per_class = {"x": row(1.0, 50), "y": row(0.5, 50)}
@@ -136,17 +136,17 @@ def test_weak_classes_are_weighed_in_the_next_round_and_named():
 
 def test_reasons_are_printed_and_stored(tune):
     said = []
-    result = tune(Adaptive(epochs=2, rounds=3), say=said.append)
-    lines = [json.loads(line) for line in (result.folder / "steps.jsonl").read_text().splitlines()]
+    result = tune(Adaptive(epochs=2, rounds=3), log=said.append)
+    lines = [json.loads(line) for line in (result.run_dir / "steps.jsonl").read_text().splitlines()]
     reasons = [line["step"]["why"] for line in lines]
     assert len(reasons) >= 4
     assert all(f"  because {reason}" in said for reason in reasons)
 
 
 def test_the_run_ends_on_the_best_round(tune):
-    steps = tune(Adaptive(epochs=2)).steps
+    steps = tune(Adaptive(epochs=2)).strategy_steps
     end = steps[-1][1]
-    rounds = {answer.step: answer.val for step, answer in steps if isinstance(step, (tf.Phase, tf.Fit))}
+    rounds = {answer.step_name: answer.val for step, answer in steps if isinstance(step, (tf.Phase, tf.HeadFit))}
     assert end.val == rounds[steps[-1][0].snapshots[0]]
     assert end.val["loss"] < steps[0][1].val["loss"] / 2
 
@@ -165,7 +165,7 @@ def test_a_run_that_needs_no_tuning_is_left_alone(tune):
     net = tiny_net()
     tune([tf.Phase("all", epochs=30, lr=0.01)], model=net)
     weights = {name: each.clone() for name, each in net.state_dict().items()}
-    model = tf.Model.of(net, head="head", labels=("a", "b", "c"))
+    model = tf.Model.from_module(net, head="head", labels=("a", "b", "c"))
     result = tune(Adaptive(target=0.8), model=model, data=tiny_data())
-    assert [step.name for step, _ in result.steps] == ["before", "end"]
+    assert [step.name for step, _ in result.strategy_steps] == ["before", "end"]
     assert all(torch.equal(each, weights[name]) for name, each in result.model.module.state_dict().items())

@@ -6,10 +6,10 @@ import torch
 from tiny import tiny_data, tiny_net
 
 import tuneforge as tf
-from tuneforge.builtin.strategies.auto import Auto, relabelled, suspects
+from tuneforge.builtin.strategies.auto import Auto, accuracy_after_relabeling, rank_blocks
 
-BRIEF = tf.Brief(
-    groups=[tf.GroupInfo(name, 1, (f"{name}.weight",)) for name in ("first", "second", "head")],
+TASK = tf.TaskInfo(
+    groups=[tf.LayerGroupInfo(name, 1, (f"{name}.weight",)) for name in ("first", "second", "head")],
     classes=("a", "b"),
     num_train=200,
     num_val=100,
@@ -20,16 +20,16 @@ BRIEF = tf.Brief(
     monitor_mode="max",
     old_classes=("a", "b"),
 )
-GRADIENTS = tf.Readings("gradients", {"first": 0.5, "second": 2.0, "head": 1.0})
-STILL = tf.Readings("drift", {"first": 0.1, "second": 0.1, "head": 0.1})
+GRADIENTS = tf.Diagnostics("gradients", {"first": 0.5, "second": 2.0, "head": 1.0})
+STILL = tf.Diagnostics("drift", {"first": 0.1, "second": 0.1, "head": 0.1})
 
 
 def before(confusion):
-    return tf.Report("before", val={"accuracy": 0.5, "loss": 1.0, "confusion": confusion})
+    return tf.StrategyStepResult("before", val={"accuracy": 0.5, "loss": 1.0, "confusion": confusion})
 
 
 def order(confusion=((40, 10), (10, 40)), drift=STILL):
-    return [block for block, _ in suspects(BRIEF, before(confusion), GRADIENTS, drift, 5)]
+    return [block for block, _ in rank_blocks(TASK, before(confusion), GRADIENTS, drift, 5)]
 
 
 def test_without_other_signs_blocks_come_by_relative_gradient_norm():
@@ -37,21 +37,23 @@ def test_without_other_signs_blocks_come_by_relative_gradient_norm():
 
 
 def test_answers_that_renaming_would_mend_point_to_the_head():
-    assert relabelled(before(((5, 45), (48, 2)))) == pytest.approx((0.07, 0.93, (0.93 * 0.07 / 100) ** 0.5))
+    assert accuracy_after_relabeling(before(((5, 45), (48, 2)))) == pytest.approx(
+        (0.07, 0.93, (0.93 * 0.07 / 100) ** 0.5)
+    )
     assert order(((5, 45), (48, 2))) == ["head", "second", "first"]
     assert order(((24, 26), (26, 24))) == ["second", "head", "first"]  # 0.48 or 0.52: by chance
 
 
 def test_the_lowest_block_whose_features_drift_comes_before_those_with_large_gradients():
     chance = (2 / torch.pi * (1 / 100 + 1 / 100)) ** 0.5
-    drifting = tf.Readings("drift", {"first": 3.1 * chance, "second": 9.0, "head": 9.0})
+    drifting = tf.Diagnostics("drift", {"first": 3.1 * chance, "second": 9.0, "head": 9.0})
     assert order(drift=drifting) == ["first", "second", "head"]
-    assert order(drift=tf.Readings("drift", {"first": 2.9 * chance, "second": 0.1, "head": 0.1}))[0] == "second"
+    assert order(drift=tf.Diagnostics("drift", {"first": 2.9 * chance, "second": 0.1, "head": 0.1}))[0] == "second"
     assert order(((5, 45), (48, 2)), drifting) == ["head", "first", "second"]
 
 
 def test_targets_without_confusion_are_diagnosed_by_the_probes_alone():
-    assert relabelled(tf.Report("before", val={"rmse": 1.0})) == (0.0, 0.0, 0.0)
+    assert accuracy_after_relabeling(tf.StrategyStepResult("before", val={"rmse": 1.0})) == (0.0, 0.0, 0.0)
 
 
 class Witness:
@@ -67,7 +69,7 @@ class Witness:
 
 
 def knowing(net):
-    return tf.Model.of(net, head="head", labels=("a", "b", "c"))
+    return tf.Model.from_module(net, head="head", labels=("a", "b", "c"))
 
 
 @pytest.fixture
@@ -84,11 +86,11 @@ def shifted(tune):
 def test_every_block_is_tried_from_the_same_weights_and_only_the_chosen_one_moves(tune, shifted):
     net, data = shifted
     start, witness = {name: each.clone() for name, each in net.state_dict().items()}, Witness()
-    result = tune(Auto(epochs=4, candidates=3, then_all=False), model=knowing(net), data=data, extensions=[witness])
+    result = tune(Auto(epochs=4, candidates=3, then_all=False), model=knowing(net), data=data, callbacks=[witness])
     assert set(witness.starts) == {"head-only", "first-only", "second-only"}
     for found in witness.starts.values():
         assert all(torch.equal(found[name], start[name]) for name in start)
-    block = result.steps[-1][0].snapshots[-1].removesuffix("-only")
+    block = result.strategy_steps[-1][0].snapshots[-1].removesuffix("-only")
     after = result.model.module.state_dict()
     moved = {name.split(".")[0] for name in start if not torch.equal(start[name], after[name])}
     assert moved == {block}
@@ -97,26 +99,27 @@ def test_every_block_is_tried_from_the_same_weights_and_only_the_chosen_one_move
 def test_a_shift_of_the_answers_is_found_and_mended(tune, shifted):
     net, data = shifted
     result = tune(tf.use("auto", candidates=2), model=knowing(net), data=data)
-    first = next(step for step, _ in result.steps if isinstance(step, tf.Phase))
+    first = next(step for step, _ in result.strategy_steps if isinstance(step, tf.Phase))
     assert first.name == "head-only"
     assert "naming answers anew would bring accuracy from" in first.why
-    assert result.steps[0][1].val["accuracy"] < 0.2
+    assert result.strategy_steps[0][1].val["accuracy"] < 0.2
     assert result.report["splits"]["test"]["accuracy"] > 0.8
 
 
 def test_it_tries_no_more_blocks_than_asked_for_and_says_why_of_each_step(tune, shifted):
     net, data = shifted
     steps = [
-        step for step, _ in tune(Auto(epochs=1, candidates=1, then_all=False), model=knowing(net), data=data).steps
+        step
+        for step, _ in tune(Auto(epochs=1, candidates=1, then_all=False), model=knowing(net), data=data).strategy_steps
     ]
     assert [step.name for step in steps] == ["before", "gradients", "drift", "head-only", "chosen"]
     assert all(step.why for step in steps)
 
 
 def test_a_head_with_fresh_rows_is_brought_to_the_data_first(tune):
-    model = tf.Model.of(tiny_net(), head="head", labels=("a", "b", "z"))
-    steps = [step for step, _ in tune(Auto(epochs=1, then_all=False), model=model).steps]
-    assert isinstance(steps[0], tf.Fit)
+    model = tf.Model.from_module(tiny_net(), head="head", labels=("a", "b", "z"))
+    steps = [step for step, _ in tune(Auto(epochs=1, then_all=False), model=model).strategy_steps]
+    assert isinstance(steps[0], tf.HeadFit)
     assert steps[-1].snapshots[0] == "head"
 
 
@@ -124,14 +127,14 @@ def test_where_no_block_gains_the_start_is_kept(tune, shifted):
     net, data = shifted
     start = {name: each.clone() for name, each in net.state_dict().items()}
     result = tune(Auto(epochs=1, lr=1e-9, then_all=False), model=knowing(net), data=data)
-    assert result.steps[-1][0].snapshots == ("before",)
-    assert "no block gains anything" in result.steps[-1][0].why
+    assert result.strategy_steps[-1][0].snapshots == ("before",)
+    assert "no block gains anything" in result.strategy_steps[-1][0].why
     assert all(torch.equal(start[name], each) for name, each in result.model.module.state_dict().items())
 
 
 def conversation(figures):
     """The steps asked for where `head-only`, `chosen` and `all` end on these accuracies; the start is at 0.5."""
-    talk, steps, answer = Auto(candidates=1).finetune_strategy(brief=BRIEF), [], None
+    talk, steps, answer = Auto(candidates=1).finetune_strategy(task=TASK), [], None
     while True:
         try:
             step = talk.send(answer)
@@ -139,8 +142,10 @@ def conversation(figures):
             return steps
         steps.append(step)
         accuracy = figures.get(step.name, 0.5)
-        answer = tf.Report(step.name, val={"accuracy": accuracy, "loss": 1.0, "confusion": ((5, 45), (48, 2))})
-        if isinstance(step, tf.Probe):
+        answer = tf.StrategyStepResult(
+            step.name, val={"accuracy": accuracy, "loss": 1.0, "confusion": ((5, 45), (48, 2))}
+        )
+        if isinstance(step, tf.Diagnosis):
             answer = GRADIENTS if step.measure == "gradients" else STILL
 
 

@@ -12,7 +12,7 @@ from tuneforge.engine.storage import fault_injection as faults
 
 
 def knowing(net, *labels):
-    return tf.Model.of(net, head="head", labels=labels)
+    return tf.Model.from_module(net, head="head", labels=labels)
 
 
 class Judge:
@@ -46,7 +46,7 @@ def start_of(model, tune):
         def phase_started(self, run):
             kept.update({name: each.clone() for name, each in run.model.module.state_dict().items()})
 
-    tune([tf.Phase("one", steps=1)], model=model, extensions=[Notes()])
+    tune([tf.Phase("one", steps=1)], model=model, callbacks=[Notes()])
     return kept
 
 
@@ -54,8 +54,8 @@ def test_lwf_adds_what_the_formula_says(tune):
     start = start_of(knowing(tiny_net(), "b", "a", "z"), tune)
     judge = Judge(start, [0, 1], strength=3.0, temperature=2.5)
     strategy = LwF(head_epochs=1, epochs=2, lr=0.01, strength=3.0, temperature=2.5)
-    result = tune(strategy, model=knowing(tiny_net(), "b", "a", "z"), extensions=[judge])
-    assert [step.name for step, _ in result.steps] == ["head", "all"]
+    result = tune(strategy, model=knowing(tiny_net(), "b", "a", "z"), callbacks=[judge])
+    assert [step.name for step, _ in result.strategy_steps] == ["head", "all"]
     assert judge.found == pytest.approx(judge.expected, rel=1e-5)
     assert max(judge.terms) > min(judge.terms) > 0
 
@@ -64,14 +64,14 @@ def test_the_teacher_leaves_no_trace(tune):
     """Norms, dropout and the generators are as without it: with strength 0 the weights are equal to the bit."""
     strategy = LwF(head_epochs=1, epochs=2, strength=0.0)
     result = tune(strategy, model=knowing(tiny_net(), "a", "b", "z"))
-    alone = tune([step for step, _ in result.steps], model=knowing(tiny_net(), "a", "b", "z"))
+    alone = tune([step for step, _ in result.strategy_steps], model=knowing(tiny_net(), "a", "b", "z"))
     found, expected = (each.model.module.state_dict() for each in (result, alone))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_without_fresh_rows_all_layers_train_at_once(tune):
     result = tune(LwF(epochs=1), model=knowing(tiny_net(), "a", "b", "c"))
-    assert [step.name for step, _ in result.steps] == ["all"]
+    assert [step.name for step, _ in result.strategy_steps] == ["all"]
 
 
 def test_lwf_refuses_a_model_that_knows_none_of_the_classes(tune):
@@ -82,7 +82,7 @@ def test_lwf_refuses_a_model_that_knows_none_of_the_classes(tune):
 def test_lwf_killed_in_the_middle_goes_on_to_the_same_bytes(tune, tmp_path, monkeypatch):
     strategy = LwF(head_epochs=1, epochs=2, lr=0.01)
     net = lambda: knowing(tiny_net(), "a", "b", "z")  # noqa: E731
-    whole = (tune(strategy, model=net()).folder / "model.safetensors").read_bytes()
+    whole = (tune(strategy, model=net()).run_dir / "model.safetensors").read_bytes()
 
     class Killed(BaseException):
         pass
@@ -105,7 +105,7 @@ def test_lwf_killed_in_the_middle_goes_on_to_the_same_bytes(tune, tmp_path, monk
 
 
 def only(split, *classes):
-    return split.take(torch.isin(split.targets, torch.tensor(classes)).nonzero().flatten())
+    return split.subset(torch.isin(split.targets, torch.tensor(classes)).nonzero().flatten())
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def copy_of(net):
 def test_what_is_old_is_forgotten_without_them_and_kept_with_them(tune, learnt):
     data = tiny_data()
     new = attrs.evolve(data, train=only(data.train, 2))
-    mixed = attrs.evolve(data, pools={"old": (data.train.targets < 2).nonzero().flatten()})
+    mixed = attrs.evolve(data, sample_groups={"old": (data.train.targets < 2).nonzero().flatten()})
     rest = {"epochs": 30, "lr": 0.01, "restore_best": False}
     plain = recalls(tune(tf.use("full", **rest), model=copy_of(learnt), data=new))
     distilled = recalls(tune(LwF(strength=10.0, **rest), model=copy_of(learnt), data=new))
@@ -146,20 +146,20 @@ class Drawn:
     """Notes the rows of the training split that each step saw."""
 
     def __init__(self):
-        self.rows = []
+        self.indices = []
 
     @tf.hookimpl(wrapper=True)
     def train_step(self, batch):
-        self.rows += batch.rows.tolist()
+        self.indices += batch.indices.tolist()
         return (yield)
 
 
 def test_replay_draws_its_share_of_old_samples(tune):
     drawn = Drawn()
-    data = attrs.evolve(tiny_data(), train=blobs(100, seed=1), pools={"old": torch.arange(40)})
-    tune(Replay(epochs=1, share=0.25), data=data, extensions=[drawn])
-    assert len(drawn.rows) == 100
-    assert sum(row < 40 for row in drawn.rows) == 25
+    data = attrs.evolve(tiny_data(), train=blobs(100, seed=1), sample_groups={"old": torch.arange(40)})
+    tune(Replay(epochs=1, share=0.25), data=data, callbacks=[drawn])
+    assert len(drawn.indices) == 100
+    assert sum(row < 40 for row in drawn.indices) == 25
 
 
 def test_replay_says_what_is_missing_where_the_data_name_no_old_samples(tune):

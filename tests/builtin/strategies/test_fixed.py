@@ -30,7 +30,7 @@ class Witness:
     @tf.hookimpl
     def phase_started(self, run):
         self.starts.append({name: each.detach().clone() for name, each in run.model.module.state_dict().items()})
-        by_id = {id(each): group["peak_lr"] for group in run.optimization.groups() for each in group["params"]}
+        by_id = {id(each): group["peak_lr"] for group in run.optimization.param_groups() for each in group["params"]}
         named = run.model.parameters()
         self.rates.append({name: by_id[id(each)] for name, each in named.items() if id(each) in by_id})
 
@@ -47,7 +47,7 @@ def start():
 
 
 def knowing(*labels):
-    return tf.Model.of(tiny_net(), head="head", labels=labels)
+    return tf.Model.from_module(tiny_net(), head="head", labels=labels)
 
 
 def test_norm_only_moves_norms_their_statistics_and_the_head_and_nothing_else(tune):
@@ -83,7 +83,7 @@ def test_bias_only_refuses_a_model_whose_only_bias_is_the_heads(tune):
 
 def test_layer_decay_gives_rates_geometric_in_depth(tune):
     witness = Witness()
-    tune(LayerDecay(epochs=1, lr=0.1, decay=0.5), extensions=[witness])
+    tune(LayerDecay(epochs=1, lr=0.1, decay=0.5), callbacks=[witness])
     (rates,) = witness.rates
     for name_of, rate in (("head.", 0.1), ("second.", 0.05), ("first.", 0.025)):
         assert {each for name, each in rates.items() if name.startswith(name_of)} == {rate}
@@ -107,7 +107,7 @@ def logits_of_logistic_regression(module, *, l2):
 
 def test_lp_ft_starts_all_layers_from_the_head_of_a_logistic_regression(tune):
     witness = Witness()
-    tune(LPFT(epochs=1, l2=0.01), extensions=[witness])
+    tune(LPFT(epochs=1, l2=0.01), callbacks=[witness])
     module = tiny_net().eval()
     expected = torch.tensor(logits_of_logistic_regression(module, l2=0.01), dtype=torch.float32)
     assert moved_between(start(), witness.starts[0]) == HEAD
@@ -124,7 +124,7 @@ def moved_between(before, after):
 
 def test_wise_ft_ends_on_the_interpolation_of_solved_head_and_tuned_weights(tune):
     result = tune(WiSEFT(epochs=2, weights=(0.3,)), model=knowing("x", "y", "z"))
-    fit, phase, blend = (step for step, _ in result.steps)
+    fit, phase, blend = (step for step, _ in result.strategy_steps)
     assert blend.snapshots == ("head", "all")
     before, after = (
         tune(steps, model=knowing("x", "y", "z")).model.module.state_dict() for steps in ([fit], [fit, phase])
@@ -140,17 +140,17 @@ def test_wise_ft_ends_on_the_interpolation_of_solved_head_and_tuned_weights(tune
     [("abc", None, "start"), ("abd", None, "head"), ("abc", True, "head"), ("abd", False, "start")],
 )
 def test_wise_ft_solves_a_head_with_fresh_rows_first_unless_told(tune, labels, solve_head, first):
-    steps = [step for step, _ in tune(WiSEFT(epochs=1, solve_head=solve_head), model=knowing(*labels)).steps]
+    steps = [step for step, _ in tune(WiSEFT(epochs=1, solve_head=solve_head), model=knowing(*labels)).strategy_steps]
     assert steps[-1].snapshots == (first, "all")
     assert [step.name for step in steps] == ["head", "all", "mixture"][first == "start" :]
 
 
 def test_wise_ft_chooses_on_validation(tune):
     result = tune(WiSEFT(epochs=2, lr=0.01))
-    answer = result.steps[-1][1]
+    answer = result.strategy_steps[-1][1]
     figures = {entry["weight"]: entry["val"]["f1_macro"] for entry in answer.history}
     assert len(figures) == 11
-    assert figures[answer.chosen["weight"]] == max(figures.values()) == result.report["splits"]["val"]["f1_macro"]
+    assert figures[answer.selection["weight"]] == max(figures.values()) == result.report["splits"]["val"]["f1_macro"]
 
 
 class Judge:
@@ -175,7 +175,7 @@ class Judge:
 
 def test_l2_sp_adds_what_the_formula_says(tune):
     judge = Judge(3.0, 0.5, start())
-    tune(L2SP(epochs=2, lr=0.01, alpha=3.0, beta=0.5), extensions=[judge])
+    tune(L2SP(epochs=2, lr=0.01, alpha=3.0, beta=0.5), callbacks=[judge])
     assert judge.found == pytest.approx(judge.expected, rel=1e-5)
     assert judge.pull[0] == 0 < judge.pull[-1]
 
@@ -185,17 +185,17 @@ def test_l2_sp_leaves_out_what_is_frozen(tune):
     net.head.bias.requires_grad_(False)
     net.first[0].weight.requires_grad_(False)
     judge = Judge(3.0, 0.5, start())
-    tune(L2SP(epochs=1, lr=0.01, alpha=3.0, beta=0.5), model=net, extensions=[judge])
+    tune(L2SP(epochs=1, lr=0.01, alpha=3.0, beta=0.5), model=net, callbacks=[judge])
     assert judge.found == pytest.approx(judge.expected, rel=1e-5)
 
 
 def test_l2_sp_leaves_the_frozen_prefix_to_be_kept(tune, monkeypatch):
-    monkeypatch.setattr(prefix, "LEAST_WORK", 0.0)
+    monkeypatch.setattr(prefix, "MIN_MACS_PER_BYTE", 0.0)
     net = tiny_net()
     net.first.requires_grad_(False)
     judge = Judge(3.0, 0.5, start())
-    result = tune(L2SP(epochs=2, lr=0.01, alpha=3.0, beta=0.5), model=net, extensions=[judge])
-    assert "  cached: what the frozen part gives" in (result.folder / "log.txt").read_text()
+    result = tune(L2SP(epochs=2, lr=0.01, alpha=3.0, beta=0.5), model=net, callbacks=[judge])
+    assert "  cached: what the frozen part gives" in (result.run_dir / "log.txt").read_text()
     assert judge.found == pytest.approx(judge.expected, rel=1e-5)
     assert judge.pull[-1] > 0
 
@@ -219,14 +219,14 @@ def test_l2_sp_decays_nothing_through_the_optimizer(tune):
     class Watches:
         @tf.hookimpl
         def phase_started(self, run):
-            found.extend(group["weight_decay"] for group in run.optimization.groups())
+            found.extend(group["weight_decay"] for group in run.optimization.param_groups())
 
-    tune(L2SP(epochs=1), extensions=[Watches()])
+    tune(L2SP(epochs=1), callbacks=[Watches()])
     assert set(found) == {0.0}
 
 
 def test_l2_sp_killed_in_the_middle_goes_on_to_the_same_bytes(tune, tmp_path, monkeypatch):
-    whole = tune(L2SP(epochs=2, lr=0.01, alpha=1.0)).folder / "model.safetensors"
+    whole = tune(L2SP(epochs=2, lr=0.01, alpha=1.0)).run_dir / "model.safetensors"
 
     class Killed(BaseException):
         pass
@@ -253,14 +253,14 @@ def test_l2_sp_killed_in_the_middle_goes_on_to_the_same_bytes(tune, tmp_path, mo
     for at in (0, 5, 8):
         assert resumed(killed(tmp_path / f"killed{at}", at)) == whole.read_bytes()
 
-    recall = memory.Memory.recall
+    recall = memory.ResumeState.restore
 
     def forgetful(self, state):
         for kept in state["components"].values():
             kept["start"] = {name: tensor + 0.1 for name, tensor in kept.get("start", {}).items()}
         recall(self, state)
 
-    monkeypatch.setattr(memory.Memory, "recall", forgetful)
+    monkeypatch.setattr(memory.ResumeState, "restore", forgetful)
     assert resumed(killed(tmp_path / "forgetful", 5)) != whole.read_bytes()
 
 

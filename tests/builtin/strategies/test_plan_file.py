@@ -8,23 +8,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tuneforge as tf
-from tuneforge.builtin.strategies.plan_file import KINDS, as_entry, plan_text, read_plan
+from tuneforge.builtin.strategies.plan_file import STEP_CLASS_BY_KIND, format_plan, read_plan, step_to_dict
 
 EVERYTHING = [
-    tf.Probe("look", measure="rates", train=["head", "!norms"], batches=2, by="tensor", why="who knows"),
-    tf.Fit("fit", l2=0.1, why="it is cheap"),
+    tf.Diagnosis("look", measure="lrs", train=["head", "!norms"], batches=2, by="tensor", why="who knows"),
+    tf.HeadFit("fit", l2=0.1, why="it is cheap"),
     tf.Phase(
         "all", train=("all", "!re:bias$"), epochs=3, lr=1 / 3, lr_scales={"second": 2.0, "head.*": 0.5, "first": 0.0},
         layer_decay=0.7, schedule=tf.use("step", milestones=(0.25, 0.5), gamma=0.3), optimizer="sgd", weight_decay=0.1,
-        patience=2, monitor="loss", monitor_mode="min", min_gain=1e-4, restore_best=True, norms="moving",
+        patience=2, monitor="loss", monitor_mode="min", min_delta=1e-4, restore_best=True, batchnorm_stats="updating",
         class_weights={"a": 1.5, "a b": 2}, sampling="balanced",
     ),
     tf.Phase(
         "steps", train="head", steps=7, optimizer=tf.use("sgd", momentum=0.9), class_weights="balanced",
-        mix={"old": 0.25, "a b": 0.5}, why="some said so",
+        mixture_weights={"old": 0.25, "a b": 0.5}, why="some said so",
     ),
-    tf.Blend("mix", snapshots=["start", "all", "steps"], weights=[0.5], monitor="loss", monitor_mode="min", why="both"),
-    tf.Blend("back", snapshots=["fit"]),
+    tf.WeightAverage(
+        "mix", snapshots=["start", "all", "steps"], weights=[0.5], monitor="loss", monitor_mode="min", why="both"
+    ),
+    tf.WeightAverage("back", snapshots=["fit"]),
 ]  # fmt: skip
 
 
@@ -33,7 +35,7 @@ def name_of(step):
 
 
 def written(path, steps):
-    path.write_text(plan_text(steps, heading=["a plan"], says=name_of), encoding="utf-8")
+    path.write_text(format_plan(steps, heading=["a plan"], describe=name_of), encoding="utf-8")
     return path
 
 
@@ -44,11 +46,11 @@ def test_a_plan_reads_back_as_it_was_written(tmp_path):
 
 
 def test_every_field_of_every_step_is_covered_here():
-    seen = {kind: set() for kind in KINDS}
+    seen = {kind: set() for kind in STEP_CLASS_BY_KIND}
     for step in EVERYTHING:
-        entry = as_entry(step)
+        entry = step_to_dict(step)
         seen[entry.pop("kind")] |= {key.replace("-", "_") for key in entry}
-    assert seen == {kind: {field.name for field in attrs.fields(cls)} for kind, cls in KINDS.items()}
+    assert seen == {kind: {field.name for field in attrs.fields(cls)} for kind, cls in STEP_CLASS_BY_KIND.items()}
 
 
 @settings(max_examples=200, deadline=None)
@@ -82,15 +84,18 @@ HEAD = '[[step]]\nkind = "phase"\nname = "a"\nepochs = 1\n'
     ("content", "words"),
     [
         ("", ["lists no steps", "[[step]]"]),
-        ('[step]\nkind = "fit"\nname = "a"\n', ["lists no steps", "[[step]]"]),
+        ('[step]\nkind = "head-fit"\nname = "a"\n', ["lists no steps", "[[step]]"]),
         ("[[step]\n", ["is not TOML", "line 1"]),
         ("[[stpe]]\n", ["no key 'stpe'", "did you mean 'step'"]),
         ("seed = 3\n" + HEAD, ["no key 'seed'", "--config"]),
-        ('[[step]]\nname = "a"\n', ["step 1 'a'", "needs the key 'kind'", "phase, fit, probe, blend"]),
+        (
+            '[[step]]\nname = "a"\n',
+            ["step 1 'a'", "needs the key 'kind'", "phase, head-fit, diagnosis, weight-average"],
+        ),
         ('[[step]]\nkind = "phas"\nname = "a"\n', ["step 1 'a'", "'phas'", "did you mean 'phase'"]),
-        ('[[step]]\nkind = ["fit"]\nname = "a"\n', ["step 1 'a'", "['fit']"]),
-        ('[[step]]\nkind = "fit"\n', ["step 1", "needs the key 'name'"]),
-        (HEAD + '[[step]]\nkind = "blend"\nname = "b"\n', ["step 2 'b'", "needs the key 'snapshots'"]),
+        ('[[step]]\nkind = ["head-fit"]\nname = "a"\n', ["step 1 'a'", "['head-fit']"]),
+        ('[[step]]\nkind = "head-fit"\n', ["step 1", "needs the key 'name'"]),
+        (HEAD + '[[step]]\nkind = "weight-average"\nname = "b"\n', ["step 2 'b'", "needs the key 'snapshots'"]),
         (HEAD + "epoch = 2\n", ["step 1 'a'", "no key 'epoch'", "did you mean 'epochs'"]),
         (HEAD + "restore-bets = true\n", ["no key 'restore-bets'", "did you mean 'restore-best'"]),
         (HEAD + "steps = 3\n", ["step 1 'a'", "epochs or steps"]),
@@ -102,17 +107,23 @@ HEAD = '[[step]]\nkind = "phase"\nname = "a"\nepochs = 1\n'
         (HEAD + "schedule = 3\n", ["'schedule'", "a name, or a table with a name"]),
         (HEAD + "schedule = {pct-start = 0.2}\n", ["'schedule'", "a table with a name"]),
         (HEAD + "monitor = 3\n", ["'monitor'", "text"]),
-        (HEAD + 'norms = "stil"\n', ["norms must be 'still' or 'moving'"]),
+        (HEAD + 'batchnorm-stats = "froze"\n', ["batchnorm_stats must be 'frozen' or 'updating'"]),
         (HEAD + 'class-weights = "balance"\n', ["'class-weights'", "balanced"]),
         (HEAD + 'lr-scales = {head = "much"}\n', ["'lr-scales'", "a table of numbers"]),
-        ('[[step]]\nkind = "probe"\nname = "a"\nbatches = 2.5\n', ["'batches'", "whole number"]),
-        ('[[step]]\nkind = "probe"\nname = "a"\nmeasure = "gradient"\n', ["measure must be one of gradients"]),
+        ('[[step]]\nkind = "diagnosis"\nname = "a"\nbatches = 2.5\n', ["'batches'", "whole number"]),
+        ('[[step]]\nkind = "diagnosis"\nname = "a"\nmeasure = "gradient"\n', ["measure must be one of gradients"]),
         (HEAD + HEAD, ["step 2 'a'", "the name 'a' is taken"]),
         (HEAD.replace('"a"', '"start"'), ["the name 'start' is taken"]),
-        (HEAD + '[[step]]\nkind = "blend"\nname = "b"\nsnapshots = ["strat", "a"]\n', ["'strat'", "mean 'start'"]),
-        ('[[step]]\nkind = "blend"\nname = "b"\nsnapshots = ["a"]\n' + HEAD, ["no earlier step 'a'"]),
-        (HEAD + '[[step]]\nkind = "blend"\nname = "b"\nsnapshots = "start"\n', ["'snapshots'", "a list of names"]),
-        (HEAD + '[[step]]\nkind = "blend"\nname = "b"\nsnapshots = ["a"]\nweights = [2.0]\n', ["from 0 to 1"]),
+        (
+            HEAD + '[[step]]\nkind = "weight-average"\nname = "b"\nsnapshots = ["strat", "a"]\n',
+            ["'strat'", "mean 'start'"],
+        ),
+        ('[[step]]\nkind = "weight-average"\nname = "b"\nsnapshots = ["a"]\n' + HEAD, ["no earlier step 'a'"]),
+        (
+            HEAD + '[[step]]\nkind = "weight-average"\nname = "b"\nsnapshots = "start"\n',
+            ["'snapshots'", "a list of names"],
+        ),
+        (HEAD + '[[step]]\nkind = "weight-average"\nname = "b"\nsnapshots = ["a"]\nweights = [2.0]\n', ["from 0 to 1"]),
     ],
 )
 def test_what_is_wrong_is_said_with_file_step_and_key(tmp_path, content, words):
@@ -142,14 +153,14 @@ def test_the_plan_of_a_strategy_runs_as_the_strategy_does(tune, tmp_path, name):
 
     options = {} if name == "gradual-unfreeze" else {"patience": 1}
     strategy = tf.use(name, epochs=2, **({} if name == "wise-ft" else options))
-    plan = tf.Engine(strategy=strategy, data=tiny_data(), model=tiny_net(), out=tmp_path / "never").plan()
-    assert not plan.decides
+    plan = tf.Engine(strategy=strategy, data=tiny_data(), model=tiny_net(), out=tmp_path / "never").dry_run()
+    assert not plan.depends_on_results
     assert not (tmp_path / "never").exists()
-    path = written(tmp_path / "plan.toml", plan.steps)
+    path = written(tmp_path / "plan.toml", plan.strategy_steps)
     one, two = tune(strategy), tune(tf.use("plan-file", path=path))
-    assert [step for step, _ in one.steps] == list(plan.steps)
+    assert [step for step, _ in one.strategy_steps] == list(plan.strategy_steps)
     for name in SAME:
-        assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
+        assert (one.run_dir / name).read_bytes() == (two.run_dir / name).read_bytes()
 
 
 def test_the_docstrings_example_is_a_plan(tmp_path):

@@ -11,7 +11,7 @@ from tiny import tiny_data, tiny_net
 import tuneforge as tf
 from tuneforge.engine.storage import checkpoint
 from tuneforge.engine.storage import fault_injection as faults
-from tuneforge.plugin.config import budget_of
+from tuneforge.plugin.config import parse_budget
 
 
 @pytest.fixture(autouse=True)
@@ -20,14 +20,14 @@ def no_fault_is_left():
     faults.hook = None
 
 
-def two_phases(brief):
+def two_phases(task):
     yield tf.Phase("head", train="head", epochs=1, lr=0.02)
     yield tf.Phase("all", epochs=2000, lr=0.01, schedule="cosine", restore_best=True)
     raise AssertionError("nothing is asked for once the budget is spent")
 
 
 class Slow:
-    """Takes long in evaluation, by the budget: after the `Fit`, where nothing trains, or at the second epoch's end."""
+    """Takes long in evaluation, by the budget: after the `HeadFit`, where nothing trains, or at the end of epoch 2."""
 
     def __init__(self, *, training):
         self.training = training
@@ -35,7 +35,7 @@ class Slow:
     @tf.hookimpl
     def evaluation_started(self, run):
         if (run.phase is not None, run.epoch) == (self.training, 1 + self.training):
-            run.budget.before_s += 1000
+            run.budget.previous_s += 1000
 
 
 class Late:
@@ -43,7 +43,7 @@ class Late:
 
     @tf.hookimpl(wrapper=True)
     def train_step(self, run):
-        run.budget.before_s += 1000 * (run.step == 8)
+        run.budget.previous_s += 1000 * (run.step == 8)
         return (yield)
 
 
@@ -52,17 +52,17 @@ class Watch:
 
     @tf.hookimpl
     def epoch_ended(self, run):
-        self.before_s = run.budget.before_s
+        self.previous_s = run.budget.previous_s
 
 
-def fit_between(brief):
+def fit_between(task):
     yield tf.Phase("head", train="head", epochs=1, lr=0.02)
-    yield tf.Fit("fit")
+    yield tf.HeadFit("fit")
     yield tf.Phase("all", epochs=1, lr=0.01)
 
 
-def engine(path, *, resume=False, strategy=two_phases, extensions=(), **given):
-    objects = {"data": tiny_data(), "model": tiny_net(), "strategy": strategy, "extensions": list(extensions)}
+def engine(path, *, resume=False, strategy=two_phases, callbacks=(), **given):
+    objects = {"data": tiny_data(), "model": tiny_net(), "strategy": strategy, "callbacks": list(callbacks)}
     if resume:
         return tf.Engine.resume(path, **objects)
     chosen = {"batch_size": 16, "page": False, "checkpoint_s": 0.0, "out": path, **given}
@@ -74,11 +74,11 @@ def read(path, name):
 
 
 def last_answer(path):
-    return json.loads((path / "steps.jsonl").read_text().splitlines()[-1])["answer"]
+    return json.loads((path / "steps.jsonl").read_text().splitlines()[-1])["result"]
 
 
 def test_what_a_budget_says():
-    said = {text: budget_of(text) for text in ("60s", "5m", "2h", "0.5h", "20epochs", "1epoch", "500steps")}
+    said = {text: parse_budget(text) for text in ("60s", "5m", "2h", "0.5h", "20epochs", "1epoch", "500steps")}
     assert list(said.values()) == [
         ("seconds", 60), ("seconds", 300), ("seconds", 7200), ("seconds", 1800), ("epochs", 20), ("epochs", 1),
         ("steps", 500),
@@ -94,13 +94,13 @@ def test_what_is_no_budget_is_refused_with_what_is_one(text):
 def test_the_phase_ends_after_the_step_and_the_run_as_usual(tmp_path):
     told = []
 
-    def strategy(brief):
-        told.append(dict(brief.budget))
-        yield from two_phases(brief)
+    def strategy(task):
+        told.append(dict(task.budget))
+        yield from two_phases(task)
 
     result = engine(tmp_path / "r", strategy=strategy, budget="8steps").run()
     assert told == [{"steps": 8}]
-    assert [answer.steps for _, answer in result.steps] == [6, 2]
+    assert [answer.steps for _, answer in result.strategy_steps] == [6, 2]
     assert last_answer(tmp_path / "r")["reason"] == "budget of 8steps spent at step 8"
     assert result.report["stopped_by_budget"] == 8
     assert set(result.report["splits"]) == {"val", "test"}
@@ -110,22 +110,22 @@ def test_the_phase_ends_after_the_step_and_the_run_as_usual(tmp_path):
 
 def test_a_run_within_its_budget_says_nothing_of_it(tmp_path):
     result = engine(tmp_path / "r", strategy=fit_between, budget="13steps").run()
-    assert len(result.steps) == 3
+    assert len(result.strategy_steps) == 3
     assert "stopped_by_budget" not in result.report
 
 
 def test_epochs_are_counted_over_the_run(tmp_path):
     result = engine(tmp_path / "r", budget="3epochs").run()
-    assert [answer.epochs for _, answer in result.steps] == [1, 2]
+    assert [answer.epochs for _, answer in result.strategy_steps] == [1, 2]
     assert result.report["stopped_by_budget"] == 18
 
 
 def test_the_strategy_is_closed(tmp_path):
     closed = []
 
-    def strategy(brief):
+    def strategy(task):
         try:
-            yield from two_phases(brief)
+            yield from two_phases(task)
         finally:
             closed.append(True)
 
@@ -139,7 +139,7 @@ def test_killed_at_any_point_after_the_mark_it_ends_the_same_to_the_bit(tmp_path
     whole = engine(tmp_path / "whole", budget=budget)
     assert killed(whole.run, -1)
     expected = contents(tmp_path / "whole")
-    assert contents(engine(tmp_path / "twice", budget=budget).run().folder) == expected
+    assert contents(engine(tmp_path / "twice", budget=budget).run().run_dir) == expected
     for later in range(0, 40, 3):
         path = tmp_path / f"r{later}"
         marked = 0
@@ -161,7 +161,7 @@ def test_killed_at_any_point_after_the_mark_it_ends_the_same_to_the_bit(tmp_path
 
 
 def test_seconds_end_at_the_step_that_was_written_down(tmp_path):
-    late = {"extensions": [Late()]}
+    late = {"callbacks": [Late()]}
     killed(engine(tmp_path / "r", budget="1000s", **late).run, 1, only="budget-marked")
     step = read(tmp_path / "r", "budget.json")["step"]
     assert step == 9
@@ -173,48 +173,48 @@ def test_seconds_end_at_the_step_that_was_written_down(tmp_path):
     assert read(tmp_path / "r", "report.json")["stopped_by_budget"] == step
     assert last_answer(tmp_path / "r")["reason"] == f"budget of 1000s spent at step {step}"
     never_killed = engine(tmp_path / "steps", budget=f"{step}steps").run()
-    same = ("model.safetensors", "metrics.jsonl", "report.json", "mistakes.json")
-    assert contents(never_killed.folder, same) == contents(tmp_path / "r", same)
+    same = ("model.safetensors", "metrics.jsonl", "report.json", "hardest_samples.json")
+    assert contents(never_killed.run_dir, same) == contents(tmp_path / "r", same)
 
 
 def test_seconds_that_were_spent_are_not_given_back(tmp_path):
     path = tmp_path / "r"
     killed(engine(path, budget="1h").run, 10, only="step-saved")
     status = read(path, "status.json")
-    (path / "status.json").write_text(json.dumps({**status, "state": "failed", "spent_s": 3600.0}))
+    (path / "status.json").write_text(json.dumps({**status, "state": "failed", "elapsed_s": 3600.0}))
     result = engine(path, resume=True).run()
     assert result.report["stopped_by_budget"] == 11
-    assert read(path, "status.json")["spent_s"] >= 3600
+    assert read(path, "status.json")["elapsed_s"] >= 3600
 
 
 def test_a_checkpoint_knows_the_seconds(tmp_path):
     path = tmp_path / "r"
     killed(engine(path, strategy=fit_between).run, 9, only="step-saved")
     (path / "status.json").write_text('{"state": "running"}')
-    known = checkpoint.newest(path, torch.device("cpu"))[1]["spent_s"]
+    known = checkpoint.load_latest(path, torch.device("cpu"))[1]["elapsed_s"]
     watch = Watch()
     objects = {"data": tiny_data(), "model": tiny_net(), "strategy": fit_between}
-    tf.Engine.resume(path, also=[watch], **objects).run()
-    assert watch.before_s == known > 0
-    assert read(path, "status.json")["spent_s"] > known
+    tf.Engine.resume(path, observers=[watch], **objects).run()
+    assert watch.previous_s == known > 0
+    assert read(path, "status.json")["elapsed_s"] > known
 
 
 def test_spent_in_a_step_that_trains_nothing_the_run_ends_after_it_also_when_killed(tmp_path):
-    given = {"strategy": fit_between, "extensions": [Slow(training=False)]}
+    given = {"strategy": fit_between, "callbacks": [Slow(training=False)]}
     killed(engine(tmp_path / "r", budget="1000s", **given).run, 1, only="budget-marked")
-    assert read(tmp_path / "r", "budget.json")["done"] == 2
+    assert read(tmp_path / "r", "budget.json")["completed_steps"] == 2
     shutil.rmtree(tmp_path / "r" / "checkpoints")  # so that even the first phase is done again
     result = engine(tmp_path / "r", resume=True, **given).run()
-    assert [step.name for step, _ in result.steps] == ["head", "fit"]
+    assert [step.name for step, _ in result.strategy_steps] == ["head", "fit"]
     assert result.report["stopped_by_budget"] == 6
 
 
 @pytest.mark.parametrize("checkpoint_s", [0.0, 1e9])
 def test_spent_in_the_evaluation_of_an_epoch_the_run_ends_with_that_epoch_also_when_killed(tmp_path, checkpoint_s):
-    given = {"extensions": [Slow(training=True)]}
+    given = {"callbacks": [Slow(training=True)]}
     killed(engine(tmp_path / "r", budget="1000s", checkpoint_s=checkpoint_s, **given).run, 1, only="budget-marked")
     assert read(tmp_path / "r", "budget.json")["step"] == 12
     engine(tmp_path / "r", resume=True, **given).run()
     never_killed = engine(tmp_path / "steps", budget="12steps").run()
-    same = ("model.safetensors", "metrics.jsonl", "report.json", "mistakes.json")
-    assert contents(never_killed.folder, same) == contents(tmp_path / "r", same)
+    same = ("model.safetensors", "metrics.jsonl", "report.json", "hardest_samples.json")
+    assert contents(never_killed.run_dir, same) == contents(tmp_path / "r", same)

@@ -1,6 +1,6 @@
 """Several processes learn what one would, from the same batches in the same order.
 
-The full set: `TUNEFORGE_RANKS=1 python -m pytest tests/engine/context/test_distributed.py`.
+The full set: `TUNEFORGE_RANKS=1 python -m pytest -m "" tests/engine/context/test_distributed.py`.
 """
 
 import json
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -33,7 +34,7 @@ def ranks(size, folder, out, **plan):
     command = [sys.executable, str(SCRIPT), str(folder), str(out), json.dumps(plan)]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     children = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipe)
+        forked.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipe)
         for rank in range(size)
     ]
     said = [child.communicate(timeout=120)[0] for child in children]
@@ -107,6 +108,7 @@ def test_memory_that_runs_out_on_one_rank_makes_all_passes_smaller(alone, tmp_pa
     close(weights(alone, "all"), weights(tmp_path, "all"))
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2",
@@ -129,7 +131,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from tuneforge.__main__ import main
-from tuneforge.engine.storage import faults
+from tuneforge.engine.storage import fault_injection as faults
 flag = Path(sys.argv[1]) / "killed"
 count = [0]
 def point(name):

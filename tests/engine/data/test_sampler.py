@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuneforge.engine.data.sampler import Noise, Order, Permutation, key_of
+from tuneforge.engine.data.sampler import EpochSampler, Permutation, SampleRNG, derive_seed
 
 
 @given(st.integers(1, 500), st.integers(0, 2**64 - 1))
@@ -20,39 +20,39 @@ def test_a_permutation_can_be_asked_anywhere_at_a_billion():
 
 
 def test_the_order_is_a_pure_function_of_seed_and_epoch():
-    whole = Order(100, 3, 5).rows(0, 100)
-    assert torch.equal(Order(100, 3, 5).rows(40, 60), whole[40:60])
-    assert not torch.equal(Order(100, 3, 6).rows(0, 100), whole)
-    assert not torch.equal(Order(100, 4, 5).rows(0, 100), whole)
+    whole = EpochSampler(100, 3, 5).indices(0, 100)
+    assert torch.equal(EpochSampler(100, 3, 5).indices(40, 60), whole[40:60])
+    assert not torch.equal(EpochSampler(100, 3, 6).indices(0, 100), whole)
+    assert not torch.equal(EpochSampler(100, 4, 5).indices(0, 100), whole)
 
 
 def test_orders_look_random():
-    first = torch.stack([Order(1000, 0, epoch).rows(0, 1)[0] for epoch in range(2000)]).double()
+    first = torch.stack([EpochSampler(1000, 0, epoch).indices(0, 1)[0] for epoch in range(2000)]).double()
     assert abs(first.mean() - 499.5) < 4 * 288.7 / 2000**0.5
-    neighbours = torch.cat([Order(1000, 0, epoch).rows(0, 1000).diff().eq(1) for epoch in range(50)])
+    neighbours = torch.cat([EpochSampler(1000, 0, epoch).indices(0, 1000).diff().eq(1) for epoch in range(50)])
     assert neighbours.sum() < 100  # one in a thousand by chance: 50
 
 
 def test_weighted_sampling_draws_each_pool_as_often_as_asked():
     pools = (torch.arange(2), torch.arange(2, 10))
-    rows = Order(10, 0, 0, (6, 4), pools).rows(0, 10)
+    rows = EpochSampler(10, 0, 0, (6, 4), pools).indices(0, 10)
     counts = torch.bincount(rows, minlength=10)
     assert counts[:2].tolist() == [3, 3]
     assert counts[2:].sum() == 4
     assert counts[2:].max() == 1
-    assert torch.equal(Order(10, 0, 0, (6, 4), pools).rows(3, 7), rows[3:7])
+    assert torch.equal(EpochSampler(10, 0, 0, (6, 4), pools).indices(3, 7), rows[3:7])
 
 
 def test_a_samples_noise_does_not_depend_on_its_batch():
-    alone = Noise(1, 2, torch.tensor([7])).uniform("flip", 3)
-    among = Noise(1, 2, torch.tensor([5, 7, 9])).uniform("flip", 3)
+    alone = SampleRNG(1, 2, torch.tensor([7])).uniform("flip", 3)
+    among = SampleRNG(1, 2, torch.tensor([5, 7, 9])).uniform("flip", 3)
     assert torch.equal(alone[0], among[1])
-    assert not torch.equal(Noise(1, 3, torch.tensor([7])).uniform("flip", 3), alone)
-    assert not torch.equal(Noise(1, 2, torch.tensor([7])).uniform("turn", 3), alone)
+    assert not torch.equal(SampleRNG(1, 3, torch.tensor([7])).uniform("flip", 3), alone)
+    assert not torch.equal(SampleRNG(1, 2, torch.tensor([7])).uniform("turn", 3), alone)
 
 
 def test_noise_is_uniform_and_normal():
-    noise = Noise(0, 0, torch.arange(2000))
+    noise = SampleRNG(0, 0, torch.arange(2000))
     uniform = noise.uniform("u", 50)
     assert uniform.shape == (2000, 50)
     assert uniform.min() >= 0
@@ -66,6 +66,6 @@ def test_noise_is_uniform_and_normal():
 
 
 def test_a_key_depends_on_every_part_and_their_order():
-    keys = {key_of(1, "a"), key_of("a", 1), key_of(1, "b"), key_of(2, "a"), key_of(1, "a", 0)}
+    keys = {derive_seed(1, "a"), derive_seed("a", 1), derive_seed(1, "b"), derive_seed(2, "a"), derive_seed(1, "a", 0)}
     assert len(keys) == 5
-    assert key_of(0) == key_of(0)
+    assert derive_seed(0) == derive_seed(0)

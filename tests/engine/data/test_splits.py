@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tuneforge as tf
-from tuneforge.engine.data.loader import batch_sizes, in_order, in_turn
-from tuneforge.engine.data.sampler import Order
+from tuneforge.engine.data.loader import batch_sizes, iter_sampled, iter_sequential
+from tuneforge.engine.data.sampler import EpochSampler
 
 INPUTS, TARGETS = torch.arange(12.0).reshape(4, 3), torch.tensor([0, 1, 0, 1])
 
@@ -21,8 +21,8 @@ class Elsewhere:
     def __len__(self):
         return 4
 
-    def fetch(self, rows):
-        return INPUTS[rows]
+    def fetch(self, indices):
+        return INPUTS[indices]
 
     def fingerprint(self):
         return self.name
@@ -34,8 +34,8 @@ class Silent:
     def __len__(self):
         return 4
 
-    def fetch(self, rows):
-        return INPUTS[rows]
+    def fetch(self, indices):
+        return INPUTS[indices]
 
 
 def test_the_fingerprint_of_inputs_follows_their_bytes_and_nothing_else():
@@ -70,14 +70,14 @@ def test_a_split_is_identified_by_inputs_targets_and_ids():
 
 def test_what_is_taken_of_a_source_is_identified_by_its_rows():
     whole = tf.Split(Elsewhere("one"), TARGETS)
-    first, again, other = (whole.take(torch.tensor(rows)) for rows in ([0, 2], [0, 2], [2, 0]))
+    first, again, other = (whole.subset(torch.tensor(rows)) for rows in ([0, 2], [0, 2], [2, 0]))
     assert first.inputs_fingerprint() == again.inputs_fingerprint() != other.inputs_fingerprint()
 
 
 def test_a_source_that_cannot_say_has_no_fingerprint():
     split = tf.Split(Silent(), TARGETS)
     assert split.inputs_fingerprint() is None
-    assert split.take(torch.tensor([0])).inputs_fingerprint() is None
+    assert split.subset(torch.tensor([0])).inputs_fingerprint() is None
 
 
 @pytest.mark.parametrize(
@@ -98,15 +98,15 @@ def test_one_sample_left_over_joins_the_batch_before(size, batch_size, sizes):
 
 @given(st.integers(1, 400), st.integers(1, 50), st.data())
 def test_an_epoch_can_be_begun_at_any_batch(size, batch_size, data):
-    order, sizes = Order(size, 1, 2), batch_sizes(size, batch_size)
+    order, sizes = EpochSampler(size, 1, 2), batch_sizes(size, batch_size)
     start = data.draw(st.integers(0, len(sizes)))
-    rows = list(in_order(order, batch_size, start=start))
+    rows = list(iter_sampled(order, batch_size, start=start))
     assert [len(each) for each in rows] == sizes[start:]
-    assert torch.equal(torch.cat([*rows, torch.empty(0, dtype=torch.int64)]), order.rows(sum(sizes[:start]), size))
+    assert torch.equal(torch.cat([*rows, torch.empty(0, dtype=torch.int64)]), order.indices(sum(sizes[:start]), size))
 
 
 def test_a_billion_samples_are_cut_without_a_list():
     sizes = batch_sizes(10**9 + 1, 32)
     assert (len(sizes), sizes[0], sizes[-1]) == (31_250_000, 32, 33)
-    assert next(in_turn(10**9, 4)).tolist() == [0, 1, 2, 3]
-    assert len(next(in_order(Order(10**9, 0, 0), 32, start=31_249_999))) == 32
+    assert next(iter_sequential(10**9, 4)).tolist() == [0, 1, 2, 3]
+    assert len(next(iter_sampled(EpochSampler(10**9, 0, 0), 32, start=31_249_999))) == 32

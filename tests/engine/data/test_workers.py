@@ -1,6 +1,7 @@
 """Processes that decode ahead: the order, what they survive, and that none outlives its run.
 
-The full set: `TUNEFORGE_SIGNALS=40 TUNEFORGE_WORKER_KILLS=100 python -m pytest tests/engine/data/test_workers.py`.
+The full set:
+`TUNEFORGE_SIGNALS=40 TUNEFORGE_WORKER_KILLS=100 python -m pytest -m "" tests/engine/data/test_workers.py`.
 """
 
 import multiprocessing
@@ -13,13 +14,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import tuneforge as tf
-from tuneforge.engine.data.loader import batches, in_turn
+from tuneforge.engine.data.loader import iter_batches, iter_sequential
 from tuneforge.engine.data.workers import Workers
 from tuneforge.engine.storage import fault_injection as faults
 
@@ -80,7 +82,7 @@ def workers():
 
 def seen(workers, source, *, size=4, rows=100):
     """Rows in the order in which they come, and the processes that fetched them."""
-    given = list(workers.fetched(source, in_turn(rows, size)))
+    given = list(workers.fetch_batches(source, iter_sequential(rows, size)))
     assert all(torch.equal(chosen, stored[:, 0]) for chosen, stored in given)
     return torch.cat([chosen for chosen, _ in given]).tolist(), {int(stored[0, 1]) for _, stored in given}
 
@@ -105,9 +107,9 @@ def test_the_same_processes_serve_every_pass_and_every_source(workers):
 def test_a_pass_may_be_left_and_another_begun_in_the_middle_of_one(workers):
     source = Numbers()
     kept = workers(2, source)
-    outer = kept.fetched(source, in_turn(100, 4))
+    outer = kept.fetch_batches(source, iter_sequential(100, 4))
     begun = [next(outer)[0] for _ in range(3)]
-    for chosen, _ in kept.fetched(source, in_turn(100, 4)):
+    for chosen, _ in kept.fetch_batches(source, iter_sequential(100, 4)):
         if 20 in chosen:
             break
     assert seen(kept, source)[0] == list(range(100))
@@ -118,7 +120,7 @@ def test_a_pass_may_be_left_and_another_begun_in_the_middle_of_one(workers):
 def test_a_source_that_they_do_not_know_is_fetched_here(workers):
     known, other = Numbers(), Numbers()
     split = tf.Split(other, torch.zeros(100))
-    given = list(batches(split, in_turn(100, 50), lambda rows, stored: stored, workers=workers(2, known)))
+    given = list(iter_batches(split, iter_sequential(100, 50), lambda rows, stored: stored, workers=workers(2, known)))
     assert {int(stored[0, 1]) for stored in given} == {os.getpid()}
 
 
@@ -126,7 +128,7 @@ def test_what_the_data_lacks_is_said_as_without_processes(workers):
     source = Broken(tf.DataError("no picture", where="row 7", why="it is broken", fix="repair it"))
     with pytest.raises(tf.DataError) as caught:
         seen(workers(2, source), source)
-    assert caught.value.lines() == source.error.lines()
+    assert caught.value.format_lines() == source.error.format_lines()
 
 
 def test_an_error_of_a_plugin_keeps_its_trace(workers):
@@ -148,7 +150,7 @@ def test_a_batch_that_kills_every_process_ends_the_run_and_the_others_go(workers
 def test_killed_processes_are_replaced_and_the_order_stays(count):
     source, said, order = Numbers(), [], []
     kept = Workers(count, [source], said.append)
-    for number, (rows, stored) in enumerate(kept.fetched(source, in_turn(100, 4))):
+    for number, (rows, stored) in enumerate(kept.fetch_batches(source, iter_sequential(100, 4))):
         assert torch.equal(rows, stored[:, 0])
         order += rows.tolist()
         for process in multiprocessing.active_children()[: number % (count + 1)]:
@@ -182,7 +184,7 @@ class Who:
 
 source = Who()
 kept = Workers(2, [source])
-print(*{pid for _, pid in kept.fetched(source, iter(torch.arange(8).split(1)))}, flush=True)
+print(*{pid for _, pid in kept.fetch_batches(source, iter(torch.arange(8).split(1)))}, flush=True)
 """
 
 
@@ -205,7 +207,7 @@ def gone(pids, within_s=5.0):
 @pytest.mark.parametrize(("last", "code"), [("os.kill(os.getpid(), 9)", -9), ("os._exit(3)", 3), ("", 0), ("1 / 0", 1)])
 def test_no_process_outlives_its_run_however_it_ends(last, code):
     command = [sys.executable, "-W", "error", "-c", HOLDER + last]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = forked.run(command, capture_output=True, text=True, timeout=60, check=False)
     pids = [int(each) for each in done.stdout.split()]
     assert len(pids) == 2, done.stderr
     assert gone(pids)
@@ -223,16 +225,16 @@ def test_signals_that_stop_a_run_pass_them_by(workers):
     assert seen(kept, source)[1] == pids
 
 
-TINY = """
+SMALL_NET = """
 import torch
 import tuneforge as tf
 
 @tf.component(api=1)
-class Tiny:
+class SmallNet:
     @tf.hookimpl
     def model_adapt(self, run, model):
         layers = [torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Flatten()]
-        return tf.Model.of(torch.nn.Sequential(*layers, torch.nn.Dropout(), torch.nn.Linear(72, 2)), head="5")
+        return tf.Model.from_module(torch.nn.Sequential(*layers, torch.nn.Dropout(), torch.nn.Linear(72, 2)), head="5")
 """
 
 
@@ -240,7 +242,7 @@ class Tiny:
 def place(tmp_path_factory):
     """A folder of small pictures, and a small model beside it."""
     root = tmp_path_factory.mktemp("signals")
-    (root / "tiny.py").write_text(TINY)
+    (root / "small_net.py").write_text(SMALL_NET)
     chance = np.random.default_rng(0)
     for number in range(160):
         split = "val" if number >= 136 else "test" if number >= 112 else "train"
@@ -253,7 +255,7 @@ def place(tmp_path_factory):
 def command(place, *words):
     """Start the real command as the leader of a process group."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, "-m", "tuneforge", *map(str, words)],
         cwd=place,
         env=environment,
@@ -267,8 +269,8 @@ def command(place, *words):
 def run_words(out, workers):
     return [
         "run", "--data", "image-folder", "--data.path", "photos", "--data.size", "8", "--data.memory-mb", "0",
-        "--model", "tiny:Tiny", "--strategy", "full", "--strategy.epochs", EPOCHS, "--strategy.lr", "0.01",
-        "--augment", "shift", "--batch-size", "8", "--workers", workers, "--out", out, "--no-page",
+        "--model", "small_net:SmallNet", "--strategy", "full", "--strategy.epochs", EPOCHS, "--strategy.lr", "0.01",
+        "--augment", "shift", "--batch-size", "8", "--num-workers", workers, "--out", out, "--no-page",
     ]  # fmt: skip
 
 
@@ -289,8 +291,8 @@ def test_a_run_is_the_same_in_memory_from_disk_and_with_processes(place, tmp_pat
     left = {}
     for name, options in ways.items():
         data = tf.use("image-folder", path=str(photos), size=8, **options)
-        settings = {"augment": ["shift"], "batch_size": 8, "workers": 2 * (name == "two"), "page": False}
-        tf.Engine(data=data, model="tiny:Tiny", strategy=plan, out=tmp_path / name, **settings).run()
+        settings = {"augment": ["shift"], "batch_size": 8, "num_workers": 2 * (name == "two"), "page": False}
+        tf.Engine(data=data, model="small_net:SmallNet", strategy=plan, out=tmp_path / name, **settings).run()
         left[name] = results(tmp_path / name)
     assert left["held"] == left["streamed"] == left["two"]
     assert multiprocess_children() == 0
@@ -309,10 +311,10 @@ def disturbed(place, out, at, num_killed):
 
     data = tf.use("image-folder", path=str(place / "photos"), size=8, memory_mb=0)
     plan = [tf.Phase("head", train="head", epochs=1, lr=0.01), tf.Phase("all", epochs=1, lr=0.01)]
-    settings = {"augment": ["shift"], "batch_size": 8, "workers": 2, "page": False, "out": out, "cache": "off"}
+    settings = {"augment": ["shift"], "batch_size": 8, "num_workers": 2, "page": False, "out": out, "cache": "off"}
     faults.hook = hook
     try:
-        tf.Engine(data=data, model="tiny:Tiny", strategy=plan, **settings).run()
+        tf.Engine(data=data, model="small_net:SmallNet", strategy=plan, **settings).run()
     finally:
         faults.hook = None
     return results(out), passed, killed, (out / "log.txt").read_text().count("another one goes on in its place")

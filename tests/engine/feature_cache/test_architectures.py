@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import tuneforge as tf
-from tuneforge.builtin.datasets.images.image_inputs import Images
-from tuneforge.builtin.targets import Classes
+from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
+from tuneforge.builtin.targets import ClassTargets
 
 FAMILIES = {
     "resnet18": 64, "mobilenet_v3_small": 64, "efficientnet_b0": 64, "convnext_tiny": 64, "swin_t": 64,
@@ -26,7 +26,7 @@ def test_freeze_then_unfreeze_runs_on(arch, tmp_path):
     side = FAMILIES[arch]
     data = tf.Data(
         train=noise(6, side, 0), val=noise(3, side, 1), test=noise(3, side, 2),
-        inputs=Images(ops=(f"resize {side}",)), targets=Classes(names=("a", "b", "c")),
+        inputs=ImageInputs(ops=(f"resize {side}",)), targets=ClassTargets(names=("a", "b", "c")),
     )  # fmt: skip
     kept, said = {}, []
 
@@ -38,13 +38,13 @@ def test_freeze_then_unfreeze_runs_on(arch, tmp_path):
     result = tf.Engine(
         data=data, model=tf.use("torchvision", arch=arch),
         strategy=tf.use("freeze-then-unfreeze", head_epochs=2, epochs=1),
-        batch_size=3, extensions=[Keeps()], page=False, out=tmp_path / "run", say=said.append,
+        batch_size=3, callbacks=[Keeps()], page=False, out=tmp_path / "run", log=said.append,
     ).run()  # fmt: skip
-    (_, head), (_, both) = result.steps
+    (_, head), (_, both) = result.strategy_steps
     moved = [name for name, tensor in kept["all"].items() if not torch.equal(tensor, kept["head"][name])]
     assert moved
     assert [line for line in said if line.strip().startswith("cached")], said
-    assert set(moved) <= set(result.model.group_infos()[-1].tensors)
-    assert head.frozen > 100 * head.trained
-    assert both.frozen == 0
+    assert set(moved) <= set(result.model.group_infos()[-1].parameter_names)
+    assert head.num_frozen > 100 * head.num_trainable
+    assert both.num_frozen == 0
     assert result.model.head_module().weight.shape[0] == 3

@@ -21,13 +21,13 @@ from tuneforge.engine.storage import fault_injection as faults
 @pytest.fixture(autouse=True)
 def cheap_counts(monkeypatch):
     """The small world's layers are cheap; here that does not matter."""
-    monkeypatch.setattr(prefix, "LEAST_WORK", 0.0)
-    monkeypatch.setattr(prefix, "LEAST_WORK_DISK", 0.0)
+    monkeypatch.setattr(prefix, "MIN_MACS_PER_BYTE", 0.0)
+    monkeypatch.setattr(prefix, "MIN_MACS_PER_BYTE_ON_DISK", 0.0)
 
 
 def told(tune, strategy, **given):
     said = []
-    result = tune(strategy, say=said.append, **given)
+    result = tune(strategy, log=said.append, **given)
     return result, [line.strip() for line in said if line.strip().startswith(("cached", "not cached"))]
 
 
@@ -58,9 +58,9 @@ class Counting:
     def __len__(self):
         return len(self.split)
 
-    def fetch(self, rows):
-        self.looks += len(rows)
-        return self.split.fetch(rows)
+    def fetch(self, indices):
+        self.looks += len(indices)
+        return self.split.fetch(indices)
 
 
 def test_each_sample_is_looked_at_once_however_many_epochs(tune):
@@ -186,8 +186,8 @@ def test_a_model_that_can_be_split_is_and_gives_the_same(tune, network):
 
 def test_a_value_that_training_overwrites_is_not_read_stale(tune):
     phase = tf.Phase("x", train=("middle", "head"), epochs=2, lr=0.05)
-    one, said = told(tune, [phase], model=tf.Model.of(InPlace(), head="head"))
-    two, _ = told(tune, [phase], model=tf.Model.of(InPlace(), head="head"), cache="off")
+    one, said = told(tune, [phase], model=tf.Model.from_module(InPlace(), head="head"))
+    two, _ = told(tune, [phase], model=tf.Model.from_module(InPlace(), head="head"), cache="off")
     assert said[0].startswith("cached")
     for name, tensor in weights(one).items():
         assert torch.allclose(tensor, weights(two)[name], atol=1e-6)
@@ -197,7 +197,7 @@ def test_hooks_and_moving_norms_are_not_cached(tune):
     hooked = tiny_net()
     hooked.first.register_forward_hook(lambda module, args, output: None)
     assert "forward hooks" in reason(tune, hooked)
-    moving = tf.Phase("head", train="head", epochs=2, norms="moving")
+    moving = tf.Phase("head", train="head", epochs=2, batchnorm_stats="updating")
     _, said = told(tune, [moving], model=tiny_net())
     assert said[0].startswith("cached")  # of what lies before the first norm that moves
 
@@ -212,13 +212,13 @@ def test_a_component_that_needs_the_inputs_turns_it_off(tune):
             result = yield
             return result
 
-    assert "needs the inputs" in reason(tune, tiny_net(), extensions=[Teacher()])
+    assert "needs the inputs" in reason(tune, tiny_net(), callbacks=[Teacher()])
 
 
 def test_a_cheap_prefix_or_a_large_border_stays_out_of_the_way(tune, monkeypatch):
-    monkeypatch.setattr(prefix, "LEAST_WORK", 1e9)
+    monkeypatch.setattr(prefix, "MIN_MACS_PER_BYTE", 1e9)
     assert "so cheap" in reason(tune, tiny_net())
-    monkeypatch.setattr(prefix, "LEAST_WORK", 0.0)
+    monkeypatch.setattr(prefix, "MIN_MACS_PER_BYTE", 0.0)
     assert "more than --cache-mb 0" in reason(tune, tiny_net(), cache_mb=0, cache="memory")
     assert "more than --cache-mb 0" in reason(tune, tiny_net(), cache_mb=0, cache_disk_mb=0)
 
@@ -232,7 +232,7 @@ def test_weights_and_sampling_reach_cached_batches(tune):
 
 
 def test_a_split_of_odd_size_is_filled_to_the_last_sample(tune):
-    data = attrs.evolve(tiny_data(), train=tiny_data().train.take(torch.arange(67)))
+    data = attrs.evolve(tiny_data(), train=tiny_data().train.subset(torch.arange(67)))
     one, _ = told(tune, PHASES[:1], data=data)
     two, _ = told(tune, PHASES[:1], data=data, cache="off")
     assert torch.allclose(weights(one)["head.weight"], weights(two)["head.weight"], atol=1e-6)
@@ -263,7 +263,7 @@ def test_another_strategy_and_another_seed_find_the_features_and_compute_none(tu
         network = counted(tiny_net())
         looks = {}
 
-        def before(brief, network=network, looks=looks):
+        def before(task, network=network, looks=looks):
             looks["before"] = network.looks
             yield attrs.evolve(HEAD, name="other", epochs=2)
             looks["after"] = network.looks
@@ -298,16 +298,16 @@ A, B, C, D = (letter * 64 for letter in "abcd")
 
 
 def store_of(tmp_path, limit_mb=100):
-    return store.Store(tmp_path / "cache", limit_mb)
+    return store.DiskCache(tmp_path / "cache", limit_mb)
 
 
 def test_what_the_key_does_not_hold_is_found_by_the_guard(tune, tmp_path):
     told(tune, [HEAD], cache_dir=tmp_path)
-    for entry in store.Store(tmp_path, 100).entries():
-        (value,), _ = store.Store(tmp_path, 100).get(entry.path.name, mapped=False)
+    for entry in store.DiskCache(tmp_path, 100).entries():
+        (value,), _ = store.DiskCache(tmp_path, 100).get(entry.path.name, use_mmap=False)
         changed = value * (1 + 1e-6)
         shutil.rmtree(entry.path)
-        store.Store(tmp_path, 100).put(entry.path.name, [(changed,)], entry.about)
+        store.DiskCache(tmp_path, 100).put(entry.path.name, [(changed,)], entry.metadata)
     with pytest.raises(tf.HaltError, match="not what the model gives now"):
         told(tune, [HEAD], cache_dir=tmp_path)
 
@@ -316,7 +316,7 @@ def test_every_broken_entry_is_found_and_made_again(tune, tmp_path):
     expected = weights(told(tune, [HEAD], cache_dir=tmp_path)[0])
     chance = random.Random(0)
     for number in range(40):
-        entries = store.Store(tmp_path, 100).entries()
+        entries = store.DiskCache(tmp_path, 100).entries()
         assert len(entries) == 2
         file = chance.choice(sorted(entries[number % 2].path.iterdir()))
         content = bytearray(file.read_bytes())
@@ -325,8 +325,10 @@ def test_every_broken_entry_is_found_and_made_again(tune, tmp_path):
         else:
             content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
         file.write_bytes(content)
-        assert sum(store.Store(tmp_path, 100).get(each.path.name, mapped=False)[0] is None for each in entries) == 1
-        assert len(store.Store(tmp_path, 100).entries()) == 1
+        assert (
+            sum(store.DiskCache(tmp_path, 100).get(each.path.name, use_mmap=False)[0] is None for each in entries) == 1
+        )
+        assert len(store.DiskCache(tmp_path, 100).entries()) == 1
         result, _ = told(tune, [HEAD], cache_dir=tmp_path)
         for name, tensor in weights(result).items():
             assert torch.equal(tensor, expected[name])
@@ -334,18 +336,18 @@ def test_every_broken_entry_is_found_and_made_again(tune, tmp_path):
 
 def test_the_least_recently_used_entry_goes_first_and_what_dead_processes_left(tmp_path):
     kept = store_of(tmp_path, limit_mb=2)
-    others = [kept.path_of("notes"), kept.folder / "photos", kept.path_of(".x.1.part")]
+    others = [kept.entry_dir("notes"), kept.directory / "photos", kept.entry_dir(".x.1.part")]
     for other in others:
         other.mkdir(parents=True)
     for place, key in enumerate((A, B, C)):
         kept.put(key, [(torch.zeros(200_000),)], {})
-        os.utime(kept.path_of(key), (place, place))
+        os.utime(kept.entry_dir(key), (place, place))
     assert [entry.path.name for entry in kept.entries()] == [B, C]
-    kept.path_of(f".{D}.999999.part").mkdir()
-    kept.get(B, mapped=False)
+    kept.entry_dir(f".{D}.999999.part").mkdir()
+    kept.get(B, use_mmap=False)
     kept.put(D, [(torch.zeros(200_000),)], {})
     assert [entry.path.name for entry in kept.entries()] == [B, D]
-    assert not kept.path_of(f".{D}.999999.part").exists()
+    assert not kept.entry_dir(f".{D}.999999.part").exists()
     kept.clear()
     assert all(other.is_dir() for other in others)  # what is not ours is never touched
 
@@ -355,14 +357,14 @@ def test_an_entry_that_another_process_wrote_first_stays(tmp_path):
     kept.put(A, [(torch.arange(3.0),)], {"by": "first"})
     kept.put(A, [(torch.arange(3.0),)], {"by": "second"})
     (entry,) = kept.entries()
-    assert entry.about == {"by": "first"}
-    assert [path.name for path in kept.path_of("").iterdir()] == [A]
+    assert entry.metadata == {"by": "first"}
+    assert [path.name for path in kept.entry_dir("").iterdir()] == [A]
 
 
 def test_an_entry_in_use_outlives_its_deletion(tmp_path):
     kept = store_of(tmp_path)
     kept.put(A, [(torch.arange(5.0),), (torch.arange(2.0),)], {})
-    (value,), _ = kept.get(A, mapped=True)
+    (value,), _ = kept.get(A, use_mmap=True)
     assert kept.clear() > 0
     assert value.tolist() == [0, 1, 2, 3, 4, 0, 1]
 
@@ -383,7 +385,7 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_is_found(tmp_path,
     with pytest.raises(Killed):
         kept.put(A, [(torch.arange(3.0),)], {})
     faults.hook = None
-    values, trouble = kept.get(A, mapped=False)
+    values, trouble = kept.get(A, use_mmap=False)
     assert (values is None or values[0].tolist() == [0, 1, 2], trouble) == (True, "")
 
 
@@ -395,7 +397,7 @@ def test_a_full_disk_costs_the_sharing_and_not_the_run(tune, tmp_path):
     expected = weights(told(tune, [HEAD], cache="memory")[0])
     said = []
     faults.hook = full
-    result = tune([HEAD], cache_dir=tmp_path, say=said.append)
+    result = tune([HEAD], cache_dir=tmp_path, log=said.append)
     faults.hook = None
     assert any("not shared with other runs: the cache cannot be written (No space left" in line for line in said)
     assert list((tmp_path / "features").iterdir()) == []
@@ -410,20 +412,22 @@ def test_a_cache_that_cannot_be_written_costs_only_the_sharing(tune, tmp_path):
 
 
 def test_augmentation_is_a_bank_of_views_and_exact_where_there_are_enough(tune):
-    ways = {"augment": [tf.use("small:Shaken")], "optimizer": "sgd"}
+    ways = {"augment": [tf.use("tiny:Shaken")], "optimizer": "sgd"}
     six = attrs.evolve(HEAD, epochs=6)
-    banked, said = told(tune, [six], cache_views=3, **ways)
+    banked, said = told(tune, [six], cache_copies=3, **ways)
     assert "3 augmented views each" in said[0]
-    assert banked.steps[0][1].views == 3
-    exact, said = told(tune, [six], cache_views=6, **ways)
+    assert banked.strategy_steps[0][1].num_augmented_copies == 3
+    exact, said = told(tune, [six], cache_copies=6, **ways)
     assert "fresh augmentation cost no more than 6 kept views" in said[0]
-    assert exact.steps[0][1].views == 0
-    again, said = told(tune, [six], cache_views=3, **ways)
+    assert exact.strategy_steps[0][1].num_augmented_copies == 0
+    again, said = told(tune, [six], cache_copies=3, **ways)
     assert said[0].endswith("nothing is computed again")
     first = attrs.evolve(HEAD, epochs=4, schedule="constant")
-    short, _ = told(tune, [first], cache_views=3, **ways)
+    short, _ = told(tune, [first], cache_copies=3, **ways)
     assert torch.equal(weights(banked)["head.weight"], weights(again)["head.weight"])
-    losses = [[entry["train"]["loss"] for entry in each.steps[0][1].history] for each in (banked, exact, short)]
+    losses = [
+        [entry["train"]["loss"] for entry in each.strategy_steps[0][1].history] for each in (banked, exact, short)
+    ]
     assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-5)  # an epoch's view is the epoch's own augmentation
     assert losses[0][3] != pytest.approx(losses[1][3], rel=1e-5)  # the fourth sees the first view again
 
@@ -462,8 +466,8 @@ def test_what_fx_cannot_trace_is_exported_and_gives_the_same(tune, train):
     with pytest.raises(Exception, match=r"symbolically traced|Proxy|proxy|iter"):
         torch.fx.Tracer().trace(Exported())
     phase = [tf.Phase("x", train=train, epochs=2, lr=0.05)]
-    one, said = told(tune, phase, model=tf.Model.of(Exported(), head="head"), optimizer="sgd")
-    two, _ = told(tune, phase, model=tf.Model.of(Exported(), head="head"), optimizer="sgd", cache="off")
+    one, said = told(tune, phase, model=tf.Model.from_module(Exported(), head="head"), optimizer="sgd")
+    two, _ = told(tune, phase, model=tf.Model.from_module(Exported(), head="head"), optimizer="sgd", cache="off")
     assert said[0].startswith("cached")
     for name, tensor in weights(one).items():
         assert torch.allclose(tensor, weights(two)[name], atol=1e-5)
@@ -476,7 +480,7 @@ GRADUAL = [
 
 @pytest.mark.parametrize("cache", ["auto", "memory"])
 def test_one_look_serves_every_phase_of_a_plan_that_moves_the_border(tune, monkeypatch, cache):
-    def one_by_one(brief):
+    def one_by_one(task):
         for phase in GRADUAL:
             _ = yield phase
 
@@ -491,7 +495,7 @@ def test_one_look_serves_every_phase_of_a_plan_that_moves_the_border(tune, monke
 
 
 def test_fit_takes_its_features_from_the_same_look(tune):
-    _, said = told(tune, [HEAD, tf.Fit("fit", l2=0.1)])
+    _, said = told(tune, [HEAD, tf.HeadFit("fit", l2=0.1)])
     assert [line.rpartition(", ")[2] for line in said] == ["one look at the data", "so nothing is computed again"]
 
 
@@ -506,14 +510,14 @@ def test_a_stop_while_features_are_computed_saves_and_the_rest_is_the_same(tune,
     data = {"data": tiny_data(), "batch_size": 16, "page": False, "cache": "memory"}
     whole = tf.Engine(strategy=tf_plan, model=tiny_net(), out=tmp_path / "whole", **data).run()
     asked = tf.Engine(strategy=tf_plan, model=tiny_net(), out=tmp_path / "r", **data)
-    blocks = fill.Filler._values_of
+    blocks = fill.FeatureExtractor._compute_features
 
     def block(*given):
         asked.stop("SIGTERM", exit_code=143)
         return blocks(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fill.Filler, "_values_of", block)
+        patch.setattr(fill.FeatureExtractor, "_compute_features", block)
         with pytest.raises(tf.StoppedError):
             asked.run()
     resumed = tf.Engine.resume(tmp_path / "r", data=tiny_data(), model=tiny_net(), strategy=tf_plan).run()
@@ -521,13 +525,13 @@ def test_a_stop_while_features_are_computed_saves_and_the_rest_is_the_same(tune,
         assert torch.equal(tensor, weights(resumed)[name])
 
 
-def tf_plan(brief):
+def tf_plan(task):
     yield HEAD
 
 
 def test_features_of_a_source_that_changed_while_it_was_read_are_not_shared(tune, tmp_path, monkeypatch):
-    monkeypatch.setattr(prefix, "LEAST_WORK", 0.0)
-    monkeypatch.setattr(prefix, "LEAST_WORK_DISK", 0.0)
+    monkeypatch.setattr(prefix, "MIN_MACS_PER_BYTE", 0.0)
+    monkeypatch.setattr(prefix, "MIN_MACS_PER_BYTE_ON_DISK", 0.0)
 
     class Breaks:
         def __init__(self, split, *, breaks):
@@ -536,9 +540,9 @@ def test_features_of_a_source_that_changed_while_it_was_read_are_not_shared(tune
         def __len__(self):
             return len(self.split)
 
-        def fetch(self, rows):
+        def fetch(self, indices):
             self.reads += 1
-            return self.split.fetch(rows)
+            return self.split.fetch(indices)
 
         def fingerprint(self):
             return None if self.breaks and self.reads > 2 else self.split.source.fingerprint()
@@ -551,5 +555,5 @@ def test_features_of_a_source_that_changed_while_it_was_read_are_not_shared(tune
         settings = {"cache_dir": tmp_path / f"cache-{breaks}"}
         result = tune(phases, data=attrs.evolve(data, train=train), **settings)
         stored[breaks] = len(list((tmp_path / f"cache-{breaks}").glob("features/*")))
-        assert ("has changed meanwhile" in (result.folder / "log.txt").read_text()) is breaks
+        assert ("has changed meanwhile" in (result.run_dir / "log.txt").read_text()) is breaks
     assert stored[True] == stored[False] - 1

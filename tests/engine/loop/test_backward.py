@@ -34,7 +34,7 @@ class Spoils:
             self.seen.append((self.kind, run.step))
         if here and self.kind == "input":
             batch.inputs[3, 2] = self.value
-            self.named = run.data.train.id_of(int(batch.rows[3]))
+            self.named = run.data.train.id_of(int(batch.indices[3]))
         loss, outputs = yield
         if here and self.kind == "loss":
             return loss * self.value, outputs
@@ -98,7 +98,7 @@ def same(one, other):
 def test_a_number_that_is_none_halts_the_run_at_its_step_and_names_samples(tune, kind, step):
     spoils = SpoilsOnce(kind, step)
     with pytest.raises(tf.HaltError, match=f"optimizer step {step}[,; ]") as caught:
-        tune(EPOCHS, extensions=[spoils])
+        tune(EPOCHS, callbacks=[spoils])
     assert caught.value.exit_code == 70
     assert "sample" in str(caught.value)
     if kind == "input":
@@ -109,10 +109,10 @@ def test_a_number_that_is_none_halts_the_run_at_its_step_and_names_samples(tune,
 
 @pytest.mark.parametrize("step", PLANTED)
 def test_a_step_that_is_left_out_changes_nothing_whatever_was_wrong_in_it(tune, step):
-    by_hand = tune(EPOCHS, extensions=[LeavesOut(step)], optimizer="sgd")
+    by_hand = tune(EPOCHS, callbacks=[LeavesOut(step)], optimizer="sgd")
     for kind in ("loss", "gradient", "input"):
-        result = tune(EPOCHS, extensions=[SpoilsOnce(kind, step)], on_nan="skip", optimizer="sgd")
-        assert result.steps[0][1].left_out == (step,)
+        result = tune(EPOCHS, callbacks=[SpoilsOnce(kind, step)], on_nan="skip", optimizer="sgd")
+        assert result.strategy_steps[0][1].skipped_steps == (step,)
         assert same(weights(result), weights(by_hand))
 
 
@@ -127,8 +127,8 @@ def test_going_back_takes_the_weights_of_the_epochs_beginning_and_half_the_rate(
             rates.append(run.history[-1]["lr"])
 
     phase = attrs.evolve(EPOCHS[0], schedule="constant")
-    result = tune([phase], extensions=[SpoilsOnce(kind, step), Watches(), tf.Use("ema")], on_nan="rollback")
-    assert result.steps[0][1].left_out == (step,)
+    result = tune([phase], callbacks=[SpoilsOnce(kind, step), Watches(), tf.ComponentSpec("ema")], on_nan="rollback")
+    assert result.strategy_steps[0][1].skipped_steps == (step,)
     assert rates == [0.01 if (epoch + 1) * 6 <= step else 0.005 for epoch in range(4)]  # of each epoch's last step
     assert all(tensor.isfinite().all() for tensor in weights(result).values())
 
@@ -136,7 +136,7 @@ def test_going_back_takes_the_weights_of_the_epochs_beginning_and_half_the_rate(
 @pytest.mark.parametrize("on_nan", ["skip", "rollback"])
 def test_a_run_that_went_on_and_is_killed_after_that_ends_the_same(tune, tmp_path, monkeypatch, on_nan):
     given = {"on_nan": on_nan, "checkpoint_s": 0.0, "model": tiny_net()}
-    whole = tune(EPOCHS, extensions=[SpoilsOnce("loss", 9)], **given)
+    whole = tune(EPOCHS, callbacks=[SpoilsOnce("loss", 9)], **given)
     seen = []
 
     class KilledError(BaseException):
@@ -150,13 +150,13 @@ def test_a_run_that_went_on_and_is_killed_after_that_ends_the_same(tune, tmp_pat
 
     monkeypatch.setattr(faults, "point", at)
     with pytest.raises(KilledError):
-        tune(EPOCHS, extensions=[SpoilsOnce("loss", 9)], **{**given, "model": tiny_net()}, data=tiny_data())
+        tune(EPOCHS, callbacks=[SpoilsOnce("loss", 9)], **{**given, "model": tiny_net()}, data=tiny_data())
     monkeypatch.undo()
     path = max(tmp_path.glob("run*"))
-    objects = {"data": tiny_data(), "model": tiny_net(), "strategy": EPOCHS, "extensions": [SpoilsOnce("loss", 9)]}
+    objects = {"data": tiny_data(), "model": tiny_net(), "strategy": EPOCHS, "callbacks": [SpoilsOnce("loss", 9)]}
     resumed = tf.Engine.resume(path, **objects).run()
     assert same(weights(resumed), weights(whole))
-    assert resumed.steps[0][1].left_out == (9,)
+    assert resumed.strategy_steps[0][1].skipped_steps == (9,)
 
 
 def test_weights_that_are_no_numbers_halt_a_run_that_leaves_steps_out(tune):
@@ -170,7 +170,7 @@ def test_weights_that_are_no_numbers_halt_a_run_that_leaves_steps_out(tune):
             return result
 
     with pytest.raises(tf.HaltError, match="10 steps in succession"):
-        tune([tf.Phase("all", epochs=9, lr=0.01)], extensions=[Ruins()], on_nan="skip", batch_size=4)
+        tune([tf.Phase("all", epochs=9, lr=0.01)], callbacks=[Ruins()], on_nan="skip", batch_size=4)
 
 
 class Plain(nn.Module):
@@ -193,7 +193,7 @@ class SmallMemory:
 
     @tf.hookimpl(wrapper=True)
     def train_step(self, run, batch):
-        full = run.step + 1 >= self.start and len(batch.rows) > self.most
+        full = run.step + 1 >= self.start and len(batch.indices) > self.most
         if full and self.where == "forward":
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
         loss, outputs = yield
@@ -229,16 +229,16 @@ class Told:
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("start", [1, 7])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_memory_that_runs_out_halves_the_pass_and_the_run_equals_one_told_so(tune, where, start, accumulate):
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_memory_that_runs_out_halves_the_pass_and_the_run_equals_one_told_so(tune, where, start, grad_accum_steps):
     torch.manual_seed(3)
-    given = {"accumulate": accumulate, "optimizer": "adamw"}
+    given = {"grad_accum_steps": grad_accum_steps, "optimizer": "adamw"}
     models = [Plain(), Plain()]
     models[1].load_state_dict(models[0].state_dict())
-    small = tune(EPOCHS, model=models[0], extensions=[SmallMemory(5, start=start, where=where)], **given)
-    told = tune(EPOCHS, model=models[1], extensions=[Told(4, start)], **given)
+    small = tune(EPOCHS, model=models[0], callbacks=[SmallMemory(5, start=start, where=where)], **given)
+    told = tune(EPOCHS, model=models[1], callbacks=[Told(4, start)], **given)
     assert same(weights(small), weights(told))
-    assert "from here on 4 samples a pass" in (small.folder / "log.txt").read_text()
+    assert "from here on 4 samples a pass" in (small.run_dir / "log.txt").read_text()
 
 
 def test_pieces_of_a_batch_add_up_to_the_batch(tune):
@@ -255,10 +255,10 @@ def test_pieces_of_a_batch_add_up_to_the_batch(tune):
 
 def test_memory_for_no_sample_at_all_halts_and_norms_are_told_of(tune):
     with pytest.raises(tf.HaltError, match=r"a training pass over 2 sample.*tried to allocate 2 GiB") as caught:
-        tune(EPOCHS, extensions=[SmallMemory(1)])
+        tune(EPOCHS, callbacks=[SmallMemory(1)])
     assert caught.value.exit_code == 70
-    result = tune(EPOCHS, extensions=[SmallMemory(9)])
-    assert "norms see smaller batches now" in (result.folder / "log.txt").read_text()
+    result = tune(EPOCHS, callbacks=[SmallMemory(9)])
+    assert "norms see smaller batches now" in (result.run_dir / "log.txt").read_text()
 
 
 def test_an_evaluation_that_runs_out_of_memory_is_done_again_in_smaller_passes(tune):
@@ -273,7 +273,7 @@ def test_an_evaluation_that_runs_out_of_memory_is_done_again_in_smaller_passes(t
     plain.load_state_dict(narrow.state_dict())
     small, whole = (tune(EPOCHS, model=model, cache="off") for model in (narrow, plain))
     assert small.report["splits"]["test"]["confusion"] == whole.report["splits"]["test"]["confusion"]
-    assert (small.folder / "mistakes.json").read_text() == (whole.folder / "mistakes.json").read_text()
+    assert (small.run_dir / "hardest_samples.json").read_text() == (whole.run_dir / "hardest_samples.json").read_text()
 
 
 def test_a_probe_and_a_fit_that_run_out_of_memory_go_on_in_smaller_passes(tune):
@@ -286,13 +286,13 @@ def test_a_probe_and_a_fit_that_run_out_of_memory_go_on_in_smaller_passes(tune):
     def measured(model):
         readings = []
 
-        def strategy(brief):
-            for measure in ("gradients", "rates"):
-                readings.append((yield tf.Probe(measure, measure=measure)).values)
-            yield tf.Fit("head")
+        def strategy(task):
+            for measure in ("gradients", "lrs"):
+                readings.append((yield tf.Diagnosis(measure, measure=measure)).values)
+            yield tf.HeadFit("head")
 
         result = tune(strategy, model=model)
-        return readings, weights(result), (result.folder / "log.txt").read_text()
+        return readings, weights(result), (result.run_dir / "log.txt").read_text()
 
     torch.manual_seed(3)
     narrow, plain = Narrow(), Plain()

@@ -29,7 +29,7 @@ def network():
 
 def test_what_a_later_phase_thaws_trains_under_compile_as_without(tune):
     said = []
-    fast = tune(PHASES, model=network(), optimizer="sgd", compile=True, say=said.append)
+    fast = tune(PHASES, model=network(), optimizer="sgd", compile=True, log=said.append)
     slow = tune(PHASES, model=network(), optimizer="sgd")
     start = network().state_dict()
     for name, tensor in fast.model.module.state_dict().items():

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.builtin.datasets.tables.arrays import Tensors
-from tuneforge.builtin.targets import Classes
+from tuneforge.builtin.datasets.tables.arrays import TensorInputs
+from tuneforge.builtin.targets import ClassTargets
 
 TEN = tuple("0123456789")
 ELEVEN = (*TEN, "other")
@@ -29,7 +29,7 @@ def samples(num: int, *, seed: int, width: int = 12) -> torch.Tensor:
 def data_of_classes(names: tuple[str, ...], *, seed: int = 1) -> tf.Data:
     targets = torch.arange(8 * len(names)) % len(names)
     split = tf.Split(samples(len(targets), seed=seed), targets)
-    return tf.Data(split, split, split, inputs=Tensors(), targets=Classes(names=names))
+    return tf.Data(split, split, split, inputs=TensorInputs(), targets=ClassTargets(names=names))
 
 
 def module(num_outputs: int = 10, *, features: int = 32) -> nn.Sequential:
@@ -53,14 +53,14 @@ def start(tmp_path_factory: pytest.TempPathFactory):
 
 
 def before_the_first_step(names: tuple[str, ...], model) -> tf.Run:
-    return tf.Engine(data=data_of_classes(names, seed=2), model=model, page=False).look()
+    return tf.Engine(data=data_of_classes(names, seed=2), model=model, page=False).prepare()
 
 
 def answers(run: tf.Run, inputs: torch.Tensor) -> torch.Tensor:
     """Logits (b, k)."""
     run.model.module.eval()
     with torch.no_grad():
-        return run.forward(run.ready(inputs))
+        return run.forward(run.prepare_inputs(inputs))
 
 
 def places(names: tuple[str, ...]) -> tuple[list[int], list[int]]:
@@ -75,7 +75,7 @@ NEW_SETS = pytest.mark.parametrize("names", [ELEVEN, SHUFFLED, ONE_DROPPED, TEN[
 @pytest.fixture(scope="module")
 def exact(start, tmp_path_factory: pytest.TempPathFactory):
     """Its weights as multiples of 1/64: with inputs that are whole numbers no sum rounds, whatever the kernel."""
-    tensors, metadata = tf.load_tensors(start.folder / "model.safetensors")
+    tensors, metadata = tf.load_tensors(start.run_dir / "model.safetensors")
     path = tmp_path_factory.mktemp("exact") / "weights.safetensors"
     tf.save_tensors({name: (64 * each).round() / 64 for name, each in tensors.items()}, path, metadata=metadata)
     return path
@@ -98,8 +98,8 @@ def test_old_classes_answer_as_before_to_the_bit(exact, names, num):
 def test_the_weights_of_a_finished_run_are_a_start_whose_answers_differ_by_rounding_alone(start, names):
     # Each row's weights are the same bits, but a matrix product rounds a column by where it stands in the matrix.
     inputs = samples(64, seed=3)
-    grown = before_the_first_step(names, tf.use("mlp", hidden=(32,), weights=start.folder / "model.safetensors"))
-    tuned = tf.load(start.folder).run
+    grown = before_the_first_step(names, tf.use("mlp", hidden=(32,), weights=start.run_dir / "model.safetensors"))
+    tuned = tf.load(start.run_dir).run
     new, old = places(names)
     assert torch.equal(grown.model.head_module().weight[new], tuned.model.head_module().weight[old])
     before = answers(tuned, inputs)[:, old]
@@ -118,17 +118,17 @@ class Looks:
 
 
 def grow(model, names, folder, *, strategy=None):
-    told: list[tf.Brief] = []
+    told: list[tf.TaskInfo] = []
 
-    def plain(brief: tf.Brief):
-        told.append(brief)
+    def plain(task: tf.TaskInfo):
+        told.append(task)
         return [tf.Phase("all", epochs=1, lr=0.01)]
 
     result = tf.Engine(
         data=data_of_classes(names, seed=2),
         model=model,
         strategy=strategy or plain,
-        extensions=[Looks()],
+        callbacks=[Looks()],
         page=False,
         out=folder,
     ).run()
@@ -136,9 +136,9 @@ def grow(model, names, folder, *, strategy=None):
 
 
 def test_a_run_starts_from_the_ten_rows_and_tells_the_strategy_which_they_are(start, tmp_path):
-    weights = start.folder / "model.safetensors"
+    weights = start.run_dir / "model.safetensors"
     result, told = grow(tf.use("mlp", hidden=(32,), weights=weights), SHUFFLED, tmp_path / "run")
-    old = tf.load(start.folder).model.head_module()
+    old = tf.load(start.run_dir).model.head_module()
     new, kept = places(SHUFFLED)
     assert torch.equal(Looks.seen["weight"][new], old.weight[kept])
     assert torch.equal(Looks.seen["bias"][new], old.bias[kept])
@@ -150,14 +150,14 @@ def test_a_run_starts_from_the_ten_rows_and_tells_the_strategy_which_they_are(st
 
 def test_the_fresh_row_does_not_speak_first(start):
     inputs = samples(64, seed=3)
-    grown = before_the_first_step(ELEVEN, tf.use("mlp", hidden=(32,), weights=start.folder / "model.safetensors"))
+    grown = before_the_first_step(ELEVEN, tf.use("mlp", hidden=(32,), weights=start.run_dir / "model.safetensors"))
     after = answers(grown, inputs)
     assert after[:, 10].abs().max() < after[:, :10].abs().max() / 4
     assert grown.model.head_module().bias[10] == 0
 
 
 def test_a_module_whose_labels_are_named_keeps_its_rows_and_one_without_names_does_not():
-    named = before_the_first_step(ELEVEN, tf.Model.of(module(), labels=TEN)).model
+    named = before_the_first_step(ELEVEN, tf.Model.from_module(module(), labels=TEN)).model
     nameless = before_the_first_step(ELEVEN, module()).model
     old = module().head.weight
     assert torch.equal(named.head_module().weight[:10], old)
@@ -167,8 +167,8 @@ def test_a_module_whose_labels_are_named_keeps_its_rows_and_one_without_names_do
 
 def test_the_model_of_a_loaded_run_is_a_start_whose_every_row_is_known(tmp_path):
     first, _ = grow(module(), TEN, tmp_path / "first", strategy=[tf.Phase("all", epochs=1)])
-    loaded = tf.load(first.folder, model=module(3)).model
-    assert loaded.kept == TEN
+    loaded = tf.load(first.run_dir, model=module(3)).model
+    assert loaded.pretrained_labels == TEN
     before = loaded.head_module().weight.detach().clone()
     _, told = grow(loaded, ELEVEN, tmp_path / "second")
     assert torch.equal(Looks.seen["weight"][:10], before)
@@ -176,18 +176,18 @@ def test_the_model_of_a_loaded_run_is_a_start_whose_every_row_is_known(tmp_path)
 
 
 def test_a_model_that_began_with_fresh_weights_is_pretrained_once_it_is_loaded(start):
-    assert tf.load(start.folder).model.pretrained
-    assert tf.load(start.folder).model.kept == TEN
+    assert tf.load(start.run_dir).model.pretrained
+    assert tf.load(start.run_dir).model.pretrained_labels == TEN
 
 
 def test_growing_twice_keeps_the_rows_of_both(start, tmp_path):
-    weights = start.folder / "model.safetensors"
+    weights = start.run_dir / "model.safetensors"
     first, _ = grow(tf.use("mlp", hidden=(32,), weights=weights), ELEVEN, tmp_path / "first")
     twelve = ("another", *ELEVEN)
     inputs = samples(16, seed=4)
-    again = tf.use("mlp", hidden=(32,), weights=first.folder / "model.safetensors")
+    again = tf.use("mlp", hidden=(32,), weights=first.run_dir / "model.safetensors")
     after = answers(before_the_first_step(twelve, again), inputs)
-    torch.testing.assert_close(after[:, 1:], answers(tf.load(first.folder).run, inputs), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(after[:, 1:], answers(tf.load(first.run_dir).run, inputs), rtol=1e-5, atol=1e-6)
 
 
 def test_the_digit_network_grows_from_the_weights_of_a_run(tmp_path):
@@ -195,14 +195,14 @@ def test_the_digit_network_grows_from_the_weights_of_a_run(tmp_path):
 
     def data(names):
         split = tf.Split(pictures, torch.arange(22) % len(names))
-        return tf.Data(split, split, split, inputs=Tensors(), targets=Classes(names=names))
+        return tf.Data(split, split, split, inputs=TensorInputs(), targets=ClassTargets(names=names))
 
     common = {"page": False, "cache": "off"}
     steps = [tf.Phase("head", train="head", steps=2, lr=0.01)]
     first = tf.Engine(data=data(TEN), strategy=steps, out=tmp_path / "run", **common).run()
-    start = tf.use("digit-cnn", weights=first.folder / "model.safetensors")
-    grown = tf.Engine(data=data(SHUFFLED), model=start, **common).look()
+    start = tf.use("digit-cnn", weights=first.run_dir / "model.safetensors")
+    grown = tf.Engine(data=data(SHUFFLED), model=start, **common).prepare()
     new, old = places(SHUFFLED)
-    after, before = answers(grown, pictures), answers(tf.load(first.folder).run, pictures)
-    assert torch.equal(grown.model.head_module().weight[new], tf.load(first.folder).model.head_module().weight[old])
+    after, before = answers(grown, pictures), answers(tf.load(first.run_dir).run, pictures)
+    assert torch.equal(grown.model.head_module().weight[new], tf.load(first.run_dir).model.head_module().weight[old])
     torch.testing.assert_close(after[:, new], before[:, old], rtol=1e-5, atol=1e-5)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import tuneforge as tf
-from tuneforge.engine.model.device import choose
+from tuneforge.engine.model.device import resolve_device
 
 
 def test_a_lazy_device_is_told_of_each_step(tune, monkeypatch):
@@ -15,16 +15,16 @@ def test_a_lazy_device_is_told_of_each_step(tune, monkeypatch):
     for name in ("torch_xla", "torch_xla.core"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "torch_xla.core.xla_model", fake)
-    report = tune([tf.Phase("a", epochs=2)], device="xla").steps[0][1]
+    report = tune([tf.Phase("a", epochs=2)], device="xla").strategy_steps[0][1]
     assert len(marked) == report.steps == 12
 
 
 def test_auto_finds_a_device_that_works():
-    device = choose("auto")
+    device = resolve_device("auto")
     assert torch.zeros(2, device=device.torch).device == device.torch
 
 
 @pytest.mark.parametrize("name", ["abacus", "xla", "cpu:x"])
 def test_a_device_that_is_not_there_is_a_usage_error(name):
     with pytest.raises(tf.UsageError, match=f"'{name}' is not available"):
-        choose(name)
+        resolve_device(name)

@@ -31,7 +31,7 @@ def test_momentum_from_an_earlier_phase_moves_nothing_that_is_frozen_later(tune)
     net = tiny_net()
     seen = {}
 
-    def strategy(brief):
+    def strategy(task):
         yield tf.Phase("all", epochs=1, lr=0.1)
         seen.update(state(net))
         yield tf.Phase("head", train="head", epochs=1, lr=0.1)
@@ -51,7 +51,7 @@ def test_a_users_train_call_does_not_wake_frozen_norms(tune):
 
     net = tiny_net()
     with pytest.raises(tf.HaltError, match="frozen tensor"):
-        tune([tf.Phase("head", train="head", epochs=1)], model=net, extensions=[CallsTrain()])
+        tune([tf.Phase("head", train="head", epochs=1)], model=net, callbacks=[CallsTrain()])
 
     class CallsTrainAfterwards:
         @tf.hookimpl(wrapper=True)
@@ -62,14 +62,14 @@ def test_a_users_train_call_does_not_wake_frozen_norms(tune):
 
     net = tiny_net()
     before = state(net)
-    tune([tf.Phase("head", train="head", epochs=1)], model=net, extensions=[CallsTrainAfterwards()])
+    tune([tf.Phase("head", train="head", epochs=1)], model=net, callbacks=[CallsTrainAfterwards()])
     assert torch.equal(before["first.1.running_mean"], net.first[1].running_mean)
 
 
 def test_moving_norms_adapt_their_statistics_and_nothing_else(tune):
     net = tiny_net()
     before = state(net)
-    tune([tf.Phase("head", train="head", epochs=1, norms="moving")], model=net)
+    tune([tf.Phase("head", train="head", epochs=1, batchnorm_stats="updating")], model=net)
     moved = {name for name, tensor in state(net).items() if not torch.equal(before[name], tensor)}
     assert {"first.1.running_mean", "second.1.running_var", "head.weight"} <= moved
     assert not {"first.0.weight", "first.1.weight"} & moved
@@ -83,7 +83,7 @@ def test_code_that_writes_to_a_frozen_weight_is_caught(tune):
                 run.model.module.first[0].weight[0, 0] += 1e-6
 
     with pytest.raises(tf.HaltError, match=r"first\.0\.weight"):
-        tune([tf.Phase("head", train="head", epochs=1)], extensions=[Meddles()])
+        tune([tf.Phase("head", train="head", epochs=1)], callbacks=[Meddles()])
 
 
 def test_code_that_restores_a_trained_weight_is_caught(tune):
@@ -97,7 +97,7 @@ def test_code_that_restores_a_trained_weight_is_caught(tune):
             return result
 
     with pytest.raises(tf.HaltError, match=r"have not moved: head\.weight"):
-        tune([tf.Phase("head", train="head", epochs=1)], extensions=[Restores()])
+        tune([tf.Phase("head", train="head", epochs=1)], callbacks=[Restores()])
 
 
 def test_twin_zero_biases_are_both_trained(tune):
@@ -115,7 +115,7 @@ def test_twin_zero_biases_are_both_trained(tune):
     result = tune([tf.Phase("all", epochs=1, lr=0.1)], model=net)
     assert net.one.bias.abs().min() > 0
     assert net.two.bias.abs().min() > 0
-    assert result.steps[0][1].unmoved == ()
+    assert result.strategy_steps[0][1].never_updated == ()
 
 
 def test_a_tensor_that_never_gets_a_gradient_is_listed_not_refused(tune):
@@ -125,8 +125,8 @@ def test_a_tensor_that_never_gets_a_gradient_is_listed_not_refused(tune):
             self.aux = nn.Linear(16, 3)
 
     net = Auxiliary()
-    result = tune([tf.Phase("all", epochs=1)], model=tf.Model.of(net, head="head"))
-    assert result.steps[0][1].unmoved == ("aux.weight", "aux.bias")
+    result = tune([tf.Phase("all", epochs=1)], model=tf.Model.from_module(net, head="head"))
+    assert result.strategy_steps[0][1].never_updated == ("aux.weight", "aux.bias")
 
 
 def test_a_selector_that_matches_nothing_stops_the_run(tune):
@@ -138,7 +138,7 @@ def test_thawed_and_frozen_again_is_frozen(tune):
     net = tiny_net()
     seen = []
 
-    def strategy(brief):
+    def strategy(task):
         for index, train in enumerate(["head", "all", "head", "groups[-2:]"]):
             yield tf.Phase(f"p{index}", train=train, epochs=1, lr=0.05)
             seen.append(state(net))
@@ -149,8 +149,8 @@ def test_thawed_and_frozen_again_is_frozen(tune):
 
 
 def test_the_report_counts_what_trained_and_what_did_not(tune):
-    report = tune([tf.Phase("head", train="head", epochs=1)]).steps[0][1]
-    assert (report.trained, report.frozen) == (51, sum(p.numel() for p in TinyNet().parameters()) - 51)
+    report = tune([tf.Phase("head", train="head", epochs=1)]).strategy_steps[0][1]
+    assert (report.num_trainable, report.num_frozen) == (51, sum(p.numel() for p in TinyNet().parameters()) - 51)
     assert report.reason == "1 epoch(s) done"
 
 
@@ -160,9 +160,9 @@ def test_the_test_split_is_seen_once(tune):
     class Watches:
         @tf.hookimpl
         def evaluation_started(self, run):
-            seen.append(run.evaluating)
+            seen.append(run.eval_split)
 
-    tune([tf.Phase("a", epochs=2), tf.Phase("b", epochs=1)], extensions=[Watches()])
+    tune([tf.Phase("a", epochs=2), tf.Phase("b", epochs=1)], callbacks=[Watches()])
     assert seen == ["val", "val", "val", "val", "test"]
 
 

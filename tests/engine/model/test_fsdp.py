@@ -1,6 +1,6 @@
 """Ranks that each hold a part of the model learn what one process does that holds it whole, step by step.
 
-The full set, also with three ranks: `TUNEFORGE_RANKS=1 python -m pytest tests/engine/test_shards.py`.
+The full set, also with three ranks: `TUNEFORGE_RANKS=1 python -m pytest tests/engine/model/test_fsdp.py`.
 """
 
 import json
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import one_shard
 import pytest
 import torch
@@ -20,10 +21,10 @@ FULL = "TUNEFORGE_RANKS" in os.environ
 SCRIPT = Path(one_shard.__file__)
 
 SAME = {
-    "plain": {"extensions": ["grad-clip", "ema"]},
+    "plain": {"callbacks": ["grad-clip", "ema"]},
     "steps": {
         "steps": ["features", "gradients", *(["rates"] if FULL else []), "fit", "blend"], "optimizer": "sgd",
-        "spoil": 4, "settings": {"on_nan": "rollback", "micro_batch": 20, "accumulate": 2},
+        "spoil": 4, "settings": {"on_nan": "rollback", "micro_batch": 20, "grad_accum_steps": 2},
     },
 }  # fmt: skip
 """Plans that end, and must give what one process gives."""
@@ -59,7 +60,7 @@ def ranks(size, folder, **plans):
     command = [sys.executable, str(SCRIPT), str(folder), json.dumps(plans)]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     children = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipe)
+        forked.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipe)
         for rank in range(size)
     ]
     said = [child.communicate(timeout=300)[0] for child in children]
@@ -81,7 +82,7 @@ def assert_same_steps(one, other):
 
 
 def answers(folder):
-    return [json.loads(line)["answer"] for line in (folder / "run/steps.jsonl").read_text().splitlines()]
+    return [json.loads(line)["result"] for line in (folder / "run/steps.jsonl").read_text().splitlines()]
 
 
 def log(folder):
@@ -118,8 +119,8 @@ def test_each_step_is_that_of_one_process(alone, sharded, name):
     one, other = (tf.load_tensors(each / name / "run/model.safetensors")[0] for each in (alone, folder))
     for key, tensor in one.items():
         torch.testing.assert_close(other[key], tensor, rtol=1e-4, atol=1e-5)
-    assert [each.get("unmoved") for each in answers(alone / name)] == [
-        each.get("unmoved") for each in answers(folder / name)
+    assert [each.get("never_updated") for each in answers(alone / name)] == [
+        each.get("never_updated") for each in answers(folder / name)
     ]
 
 

@@ -4,12 +4,12 @@ from tiny import TinyNet
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.engine.model.freezing import freeze, modes, select, set_modes
+from tuneforge.engine.model.freezing import compute_modes, freeze, select, set_modes
 
 
 @pytest.fixture
 def model():
-    return tf.Model.of(TinyNet())
+    return tf.Model.from_module(TinyNet())
 
 
 def test_groups_are_found_from_the_structure(model):
@@ -53,13 +53,13 @@ def test_a_near_miss_is_offered(model):
 
 def test_a_parameter_outside_all_groups_is_refused():
     with pytest.raises(tf.PluginError, match="no layer group"):
-        tf.Model(TinyNet(), groups=[tf.Group("head", ["head"])], head="head")
+        tf.Model(TinyNet(), groups=[tf.LayerGroup("head", ["head"])], head="head")
 
 
 def trained_modes(model, trained, **policy):
     freeze(model, select(model, trained))
-    plan = modes(model, torch.randn(4, 8), norms=policy.get("norms", "still"))
-    set_modes(plan)
+    modes = compute_modes(model, torch.randn(4, 8), batchnorm_stats=policy.get("batchnorm_stats", "frozen"))
+    set_modes(modes)
     return {path: module.training for path, module in model.module.named_modules()}
 
 
@@ -84,7 +84,7 @@ def test_a_norm_with_any_frozen_parameter_keeps_its_statistics(model):
 
 
 def test_moving_norms_are_a_policy(model):
-    assert trained_modes(model, ["head"], norms="moving")["first.1"]
+    assert trained_modes(model, ["head"], batchnorm_stats="updating")["first.1"]
 
 
 def test_looking_at_the_dataflow_changes_nothing(model):
@@ -93,7 +93,7 @@ def test_looking_at_the_dataflow_changes_nothing(model):
     expected = torch.rand(1)
     torch.manual_seed(3)
     model.module.train()
-    modes(model, torch.randn(4, 8, generator=torch.Generator()), norms="still")
+    compute_modes(model, torch.randn(4, 8, generator=torch.Generator()), batchnorm_stats="frozen")
     assert torch.equal(torch.rand(1), expected)
     assert model.module.first[3].training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.module.state_dict().items())
@@ -110,7 +110,7 @@ def test_dropout_after_a_trained_embedding_runs_in_training_mode_though_it_comes
         def forward(self, inputs):
             return self.head(self.drop(self.body(inputs)))
 
-    model = tf.Model.of(Reversed())
+    model = tf.Model.from_module(Reversed())
     assert trained_modes(model, ["all"])["drop"]
     assert not trained_modes(model, ["head"])["drop"]
 
@@ -124,7 +124,7 @@ def test_selectors_with_a_mark_in_front_take_away(model):
 
 def test_two_groups_of_one_name_are_refused():
     with pytest.raises(tf.PluginError, match="names must differ"):
-        tf.Model(TinyNet(), groups=[tf.Group("a", ["first", "second"]), tf.Group("a", ["head"])], head="head")
+        tf.Model(TinyNet(), groups=[tf.LayerGroup("a", ["first", "second"]), tf.LayerGroup("a", ["head"])], head="head")
 
 
 def test_a_norm_after_the_head_has_a_group_of_its_own():
@@ -136,8 +136,8 @@ def test_a_norm_after_the_head_has_a_group_of_its_own():
         def forward(self, inputs):
             return self.head(self.norm(self.body(inputs)))
 
-    model = tf.Model.of(Net(), head="head")
+    model = tf.Model.from_module(Net(), head="head")
     assert [group.name for group in model.groups] == ["body", "norm", "head"]
-    assert {name for name in model.parameters() if any(group.holds(name) for group in model.groups)} == set(
+    assert {name for name in model.parameters() if any(group.contains(name) for group in model.groups)} == set(
         model.parameters()
     )

@@ -1,6 +1,6 @@
 """A run that is killed anywhere, by whatever means, goes on and ends as if nothing had happened, to the bit.
 
-The full set: `TUNEFORGE_KILLS=200 TUNEFORGE_CLOCK_KILLS=50 python -m pytest tests/engine/test_kills.py`.
+The full set: `TUNEFORGE_KILLS=200 TUNEFORGE_CLOCK_KILLS=50 python -m pytest -m "" tests/engine/session/test_kills.py`.
 """
 
 import json
@@ -13,6 +13,7 @@ import time
 from functools import partial
 
 import attrs
+import forked
 import pytest
 import torch
 from simulated_kill import Noisy, contents, every_step, killed
@@ -22,7 +23,7 @@ from torch import nn
 import tuneforge as tf
 from tuneforge.engine.context import run as run_module
 from tuneforge.engine.loop import train_phase as phase
-from tuneforge.engine.loop.build import Parts
+from tuneforge.engine.loop.build import PhaseComponents
 from tuneforge.engine.session import resume as memory
 
 KILLS = int(os.environ.get("TUNEFORGE_KILLS", "24"))
@@ -56,8 +57,8 @@ class Decoded:
     def __len__(self):
         return len(self.split)
 
-    def fetch(self, rows):
-        return self.split.fetch(rows)
+    def fetch(self, indices):
+        return self.split.fetch(indices)
 
     def fingerprint(self):
         return self.split.inputs_fingerprint()
@@ -66,7 +67,7 @@ class Decoded:
 def network():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return tf.Model.of(Net(), head="head")
+        return tf.Model.from_module(Net(), head="head")
 
 
 def data():
@@ -74,13 +75,13 @@ def data():
     return attrs.evolve(tiny_data(), train=tf.Split(Decoded(plain), plain.targets))
 
 
-def engine(path, *, resume=False, workers=0):
+def engine(path, *, resume=False, num_workers=0):
     strategy = partial(every_step, epochs=(5, 3))
-    objects = {"data": data(), "model": network(), "strategy": strategy, "extensions": [tf.use("ema"), Noisy()]}
+    objects = {"data": data(), "model": network(), "strategy": strategy, "callbacks": [tf.use("ema"), Noisy()]}
     if resume:
         return tf.Engine.resume(path, **objects)
-    settings = {"batch_size": 8, "accumulate": 2, "seed": 3, "page": False, "checkpoint_s": 0.0, "out": path}
-    bank = {"augment": [tf.use("small:Shaken")], "cache_views": 2, "workers": workers}
+    settings = {"batch_size": 8, "grad_accum_steps": 2, "seed": 3, "page": False, "checkpoint_s": 0.0, "out": path}
+    bank = {"augment": [tf.use("tiny:Shaken")], "cache_copies": 2, "num_workers": num_workers}
     return tf.Engine(**objects, **settings, **bank)
 
 
@@ -123,7 +124,7 @@ def test_the_points_cover_checkpoints_steps_borders_and_the_cache(whole):
 def test_killed_anywhere_and_resumed_it_ends_the_same_to_the_bit(whole, tmp_path, seed):
     expected, points = whole
     path = tmp_path / "r"
-    killed(engine(path, workers=2 if seed % 6 == 0 else 0).run, chosen(points, seed))
+    killed(engine(path, num_workers=2 if seed % 6 == 0 else 0).run, chosen(points, seed))
     chance = random.Random(seed)
     for _ in range(chance.randint(0, 2)):
         if not done(path):
@@ -144,32 +145,34 @@ def test_features_lost_between_kill_and_resume_are_computed_again_to_the_same_bi
 
 def forgetting(patch, name):
     """One thing is left out of what is put back."""
-    recall, modes = memory.Memory.recall, phase.modes
+    restore, modes = memory.ResumeState.restore, phase.compute_modes
 
-    def recalled(self, state):
+    def restore_without(self, state):
         if name == "sampler position":
             state["phase"]["batch"] = max(0, state["phase"]["batch"] - 2)
         if name == "EMA":
             for kept in state["components"].values():
                 if "average" in kept:
                     kept["average"] = {key: tensor * 0 for key, tensor in kept["average"].items()}
-        recall(self, state)
+        restore(self, state)
         if name == "log of steps":
-            self.done.pop()
+            self.completed_steps.pop()
         if name == "random state":
             patch.setattr(run_module.Run, "reseed", lambda self, batch=0: None)
         if name == "accumulation":
-            self.run.config = attrs.evolve(self.run.config, accumulate=1)
+            self.run.config = attrs.evolve(self.run.config, grad_accum_steps=1)
 
-    patch.setattr(memory.Memory, "recall", recalled)
+    patch.setattr(memory.ResumeState, "restore", restore_without)
     if name == "requires_grad":
         patch.setattr(phase, "freeze", lambda model, trained: None)
     if name == "BatchNorm mode":
         patch.setattr(
-            phase, "modes", lambda *a, **k: [(m, on or isinstance(m, nn.BatchNorm1d)) for m, on in modes(*a, **k)]
+            phase,
+            "compute_modes",
+            lambda *a, **k: [(m, on or isinstance(m, nn.BatchNorm1d)) for m, on in modes(*a, **k)],
         )
     if name == "schedule":
-        patch.setattr(Parts, "schedule", lambda self, asked: _Constant())
+        patch.setattr(PhaseComponents, "build_schedule", lambda self, asked: _Constant())
 
 
 class _Constant:
@@ -216,8 +219,8 @@ def test_a_resume_without_any_mutant_in_those_places_is_the_same(whole, tmp_path
 
 COMMAND = [
     sys.executable, "-m", "tuneforge", "run", "--data.per-class", "8", "--data.other-share", "0.2",
-    "--strategy.head-epochs", "3", "--strategy.epochs", "2", "--checkpoint-s", "0", "--no-page", "--with", "ema",
-    "--augment", "shift", "--cache-views", "2", "--accumulate", "2",
+    "--strategy.head-epochs", "3", "--strategy.epochs", "2", "--checkpoint-s", "0", "--no-page", "--callback", "ema",
+    "--augment", "shift", "--cache-copies", "2", "--grad-accum-steps", "2",
 ]  # fmt: skip
 RESUME = [sys.executable, "-m", "tuneforge", "resume", "runs/r"]
 
@@ -226,7 +229,7 @@ def command(arguments, folder, *, kill_after_s=None):
     """Run the command in a process group of its own; kill the group by the clock. Exit code, seconds, output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TUNEFORGE_CACHE": str(folder / "cache")}
     began = time.monotonic()
-    process = subprocess.Popen(
+    process = forked.Popen(
         arguments, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip

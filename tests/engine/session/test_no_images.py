@@ -41,7 +41,7 @@ def read(tmp_path):
         data=(inputs, labels),
         model=network,
         strategy=tf.use("freeze-then-unfreeze", head_epochs=2, epochs=12, lr=0.04, lr_mult=2.0),
-        extensions=["grad-clip"],
+        callbacks=["grad-clip"],
         out=tmp_path / "read",
     ).run()
     return result, network
@@ -49,19 +49,19 @@ def read(tmp_path):
 
 def test_a_mapping_of_tensors_is_tuned_frozen_scheduled_and_evaluated(read):
     result, _ = read
-    (head, first), (_, second) = result.steps
+    (head, first), (_, second) = result.strategy_steps
     assert head.train == ("head",)
-    assert first.trained == 18
-    assert first.frozen == sum(p.numel() for p in Reader().parameters()) - 18
-    assert second.frozen == 0
+    assert first.num_trainable == 18
+    assert first.num_frozen == sum(p.numel() for p in Reader().parameters()) - 18
+    assert second.num_frozen == 0
     assert result.report["splits"]["test"]["accuracy"] > 0.75
     assert "page" not in result.report
-    assert (result.folder / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert (result.run_dir / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
 def test_a_mapping_of_tensors_is_predicted_from_the_folder(read):
     result, network = read
-    tuned = tf.load(result.folder, model=network)
+    tuned = tf.load(result.run_dir, model=network)
     rows = [{"ids": [1, 2, 3, 15, 0, 0], "mask": [1.0, 1, 1, 1, 0, 0]}, {"ids": [12] * 6, "mask": [1.0] * 6}]
     assert [answer["class"] for answer in tuned.predict(rows)] == ["1", "0"]
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import attrs
+import forked
 import pytest
 import torch
 from simulated_kill import Noisy, contents, every_step, killed
@@ -15,7 +16,7 @@ from torch import nn
 
 import tuneforge as tf
 from tuneforge.engine.storage import fault_injection as faults
-from tuneforge.engine.storage.run_dir import RunFolder
+from tuneforge.engine.storage.run_dir import RunDir
 
 
 class Tied(TinyNet):
@@ -33,18 +34,25 @@ class Tied(TinyNet):
 def network():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return tf.Model.of(Tied(), head="head")
+        return tf.Model.from_module(Tied(), head="head")
 
 
 def data():
-    return attrs.evolve(tiny_data(), train=tiny_data().train.take(torch.arange(48)))
+    return attrs.evolve(tiny_data(), train=tiny_data().train.subset(torch.arange(48)))
 
 
 def engine(path, *, resume=False, checkpoint_s=0.0):
-    objects = {"data": data(), "model": network(), "strategy": every_step, "extensions": [tf.use("ema"), Noisy()]}
+    objects = {"data": data(), "model": network(), "strategy": every_step, "callbacks": [tf.use("ema"), Noisy()]}
     if resume:
         return tf.Engine.resume(path, **objects)
-    settings = {"batch_size": 8, "accumulate": 2, "seed": 3, "page": False, "checkpoint_s": checkpoint_s, "out": path}
+    settings = {
+        "batch_size": 8,
+        "grad_accum_steps": 2,
+        "seed": 3,
+        "page": False,
+        "checkpoint_s": checkpoint_s,
+        "out": path,
+    }
     return tf.Engine(**objects, **settings)
 
 
@@ -66,10 +74,10 @@ def test_a_strategy_that_has_changed_is_refused_with_the_difference(whole, tmp_p
     killed(engine(path).run, len(whole[1]) - 20)
     changed = engine(path, resume=True)
 
-    def other(brief):
+    def other(task):
         yield tf.Phase("head", train="head", epochs=2, lr=0.03)
 
-    objects = {"data": data(), "model": network(), "strategy": other, "extensions": [tf.use("ema"), Noisy()]}
+    objects = {"data": data(), "model": network(), "strategy": other, "callbacks": [tf.use("ema"), Noisy()]}
     del changed
     with pytest.raises(tf.UsageError, match=r"lr=0\.03"):
         tf.Engine.resume(path, **objects).run()
@@ -98,20 +106,20 @@ def test_a_finished_run_is_not_resumed(tmp_path):
 def test_a_running_folder_cannot_be_resumed_beside_itself(tmp_path, whole):
     path = tmp_path / "r"
     killed(engine(path).run, len(whole[1]) // 2)
-    with RunFolder(path, resume=True), pytest.raises(tf.FolderError, match="in use"):
+    with RunDir(path, resume=True), pytest.raises(tf.FolderError, match="in use"):
         engine(path, resume=True).run()
 
 
 COMMAND = [
     sys.executable, "-m", "tuneforge", "run", "--data.per-class", "8", "--data.other-share", "0.2",
-    "--strategy.epochs", "2", "--checkpoint-s", "0", "--no-page", "--with", "ema",
+    "--strategy.epochs", "2", "--checkpoint-s", "0", "--no-page", "--callback", "ema",
 ]  # fmt: skip
 
 
-def command(arguments, folder, *, kill_after=None, number=signal.SIGKILL):
+def command(arguments, folder, *, kill_after=None, number=signal.SIGKILL, begin=forked.Popen):
     """Run the command line in a process group of its own, and kill the group when a line of metrics is there."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TUNEFORGE_CACHE": str(folder / "cache")}
+    process = begin(
         arguments, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
@@ -124,18 +132,26 @@ def command(arguments, folder, *, kill_after=None, number=signal.SIGKILL):
     return process.wait(), "".join(out)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, out = command([*COMMAND, "--out", "whole"], folder)
+    assert code == 0, out
+    return folder / "whole"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_command_killed_and_resumed_ends_the_same(tmp_path, number, code):
-    assert command([*COMMAND, "--out", "whole"], tmp_path)[0] == 0
+def test_the_command_killed_and_resumed_ends_the_same(undisturbed, tmp_path, number, code):
+    """What goes on is an interpreter of its own, with another seed of hashes."""
     done, out = command([*COMMAND, "--out", "runs/r"], tmp_path, kill_after="epoch   2", number=number)
     assert done == code, out
     assert ("tuneforge resume" in out) == (number != signal.SIGKILL)
-    done, out = command([sys.executable, "-m", "tuneforge", "resume"], tmp_path)
+    done, out = command([sys.executable, "-m", "tuneforge", "resume"], tmp_path, begin=subprocess.Popen)
     assert done == 0, out
     assert "in step 2 of the strategy" in out
     for name in ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "runs" / "r" / name).read_bytes()
+        assert (undisturbed / name).read_bytes() == (tmp_path / "runs" / "r" / name).read_bytes()
 
 
 class Counting(nn.Module):
@@ -155,7 +171,7 @@ def test_looks_at_the_model_leave_no_trace_in_its_buffers(tmp_path):
     def counting(path, resume=False):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = tf.Model.of(Counting(), head="head")
+            model = tf.Model.from_module(Counting(), head="head")
         phases = [tf.Phase("head", train="head", epochs=2, lr=0.02), tf.Phase("all", epochs=2, lr=0.01)]
         objects = {"data": data(), "model": model, "strategy": phases}
         if resume:

@@ -24,7 +24,7 @@ from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.engine.storage.checkpoint import Checkpoints
 
 HISTORIES = int(os.environ.get("TUNEFORGE_HISTORIES", "100"))
-COMPARED = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json", "mistakes.json")
+COMPARED = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json", "hardest_samples.json")
 CPU = torch.device("cpu")
 ROOT = Path(tf.__file__).parent.parent
 
@@ -53,7 +53,7 @@ def fail_at(number, error, *, only=""):
 
 
 def saver(folder, **given):
-    return Checkpoints(folder, **{"every_s": 0.0, "keep": 2, **given})
+    return Checkpoints(folder, **{"interval_s": 0.0, "keep_last": 2, **given})
 
 
 def names(folder):
@@ -63,18 +63,18 @@ def names(folder):
 # Runs that are killed
 
 
-def steps(brief):
+def steps(task):
     yield tf.Phase("head", train="head", epochs=2, lr=0.02, schedule="cosine")
     yield tf.Phase("all", epochs=4, lr=0.05, schedule="one-cycle", restore_best=True, patience=2)
     yield tf.Phase("few", steps=5, lr=0.001)
 
 
 def engine(path, *, resume=False, say=None, strategy=steps, **given):
-    objects = {"data": tiny_data(), "model": tiny_net(), "strategy": strategy, "extensions": [tf.use("ema")]}
+    objects = {"data": tiny_data(), "model": tiny_net(), "strategy": strategy, "callbacks": [tf.use("ema")]}
     if resume:
-        return tf.Engine.resume(path, say=say, **objects)
-    chosen = {"batch_size": 16, "accumulate": 2, "page": False, "checkpoint_s": 0.0, "out": path, **given}
-    return tf.Engine(**objects, say=say, **chosen)
+        return tf.Engine.resume(path, log=say, **objects)
+    chosen = {"batch_size": 16, "grad_accum_steps": 2, "page": False, "checkpoint_s": 0.0, "out": path, **given}
+    return tf.Engine(**objects, log=say, **chosen)
 
 
 def contents(path):
@@ -101,9 +101,9 @@ def test_a_run_resumed_from_the_end_of_any_epoch_ends_the_same(whole, tmp_path):
     ends = []
     for number in range(1, num_epochs + 1):
         path = killed(tmp_path / f"r{number}", number, only="epoch")
-        _, state, _ = checkpoint.newest(path, CPU)
+        _, state, _ = checkpoint.load_latest(path, CPU)
         assert state["phase"]["batch"] == 0
-        ends.append(bool(state["phase"]["course"]["reason"]))
+        ends.append(bool(state["phase"]["course"]["stop_reason"]))
         engine(path, resume=True).run()
         assert contents(path) == expected, number
     assert ends.count(True) == 3, "each phase's last epoch is one of them"
@@ -111,7 +111,7 @@ def test_a_run_resumed_from_the_end_of_any_epoch_ends_the_same(whole, tmp_path):
 
 def test_a_phase_of_some_steps_resumed_at_its_last_one_takes_no_more(whole, tmp_path):
     expected, _, result = whole
-    last = sum(answer.steps for _, answer in result.steps)
+    last = sum(answer.steps for _, answer in result.strategy_steps)
     path = killed(tmp_path / "r", last, only="step-saved")
     assert len(tiny_data().train) > 5 * 32 - 96 > 0, "samples of that epoch are left"
     said = []
@@ -122,7 +122,7 @@ def test_a_phase_of_some_steps_resumed_at_its_last_one_takes_no_more(whole, tmp_
 
 def test_a_resumed_run_says_where_it_goes_on(tmp_path):
     path = killed(tmp_path / "r", 8, only="step-saved")
-    newest = checkpoint.newest(path, CPU)[0]
+    newest = checkpoint.load_latest(path, CPU)[0]
     (newest / "state.json").write_bytes(b"{}")
     said = []
     engine(path, resume=True, say=said.append).run()
@@ -146,7 +146,7 @@ def test_of_a_run_the_newest_best_epoch_is_kept_however_old(tmp_path):
 
 def test_what_is_pinned_outlives_resume_and_the_end_of_the_run(whole, tmp_path):
     path = killed(tmp_path / "r", 4, only="step-saved")
-    pinned = checkpoint.newest(path, CPU)[0]
+    pinned = checkpoint.load_latest(path, CPU)[0]
     (pinned / "pinned").write_text("the one before the fall")
     engine(path, resume=True).run()
     assert contents(path) == whole[0]
@@ -158,20 +158,20 @@ def test_what_is_pinned_outlives_resume_and_the_end_of_the_run(whole, tmp_path):
 
 
 def test_a_checkpoint_is_due_by_time_or_by_steps_whichever_comes_first(tmp_path):
-    by_steps = saver(tmp_path, every_s=1e9, every_steps=3)
-    assert [by_steps.due(step) for step in (1, 2, 3)] == [False, False, True]
+    by_steps = saver(tmp_path, interval_s=1e9, interval_steps=3)
+    assert [by_steps.is_due(step) for step in (1, 2, 3)] == [False, False, True]
     by_steps.save(3, {})
-    assert [by_steps.due(step) for step in (4, 5, 6)] == [False, False, True]
-    assert saver(tmp_path, every_s=0.0, every_steps=1000).due(1)
-    assert not saver(tmp_path, every_s=1e9).due(10**9)
+    assert [by_steps.is_due(step) for step in (4, 5, 6)] == [False, False, True]
+    assert saver(tmp_path, interval_s=0.0, interval_steps=1000).is_due(1)
+    assert not saver(tmp_path, interval_s=1e9).is_due(10**9)
 
 
 def test_one_that_knows_more_of_the_same_step_takes_the_place_of_the_other(tmp_path):
-    saving = saver(tmp_path, every_s=1e9, every_steps=3)
-    saving.save(3, {}, beside=(0, 0))
-    assert not saving.due(3, beside=(0, 0))
-    assert saving.due(3, beside=(1, 0)), "the epoch has ended"
-    saving.save(3, {}, beside=(1, 0))
+    saving = saver(tmp_path, interval_s=1e9, interval_steps=3)
+    saving.save(3, {}, other_counters=(0, 0))
+    assert not saving.is_due(3, other_counters=(0, 0))
+    assert saving.is_due(3, other_counters=(1, 0)), "the epoch has ended"
+    saving.save(3, {}, other_counters=(1, 0))
     assert names(tmp_path) == ["000002-step-3"]
 
 
@@ -184,8 +184,8 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
     (tmp_path / "checkpoints" / "notes").mkdir(parents=True)
     (tmp_path / "checkpoints" / "readme.txt").write_text("mine")
     for step in range(4):
-        saver(tmp_path, keep=1).save(step, {})
-    checkpoint.clear(tmp_path)
+        saver(tmp_path, keep_last=1).save(step, {})
+    checkpoint.delete_unpinned(tmp_path)
     assert names(tmp_path) == ["notes", "readme.txt"]
 
 
@@ -221,17 +221,17 @@ def test_every_flip_and_every_cut_is_found_before_use_and_named_and_the_one_befo
     for file, content in damaged(newest, flips=500, truncations=100):
         good = file.read_bytes()
         file.write_bytes(content)
-        used, state, passed_over = checkpoint.newest(path, CPU)
+        used, state, passed_over = checkpoint.load_latest(path, CPU)
         found += used == before and state["step"] == 9 and newest.name in passed_over[0] and file.name in passed_over[0]
         file.write_bytes(good)
     assert found == 600
-    assert checkpoint.newest(path, CPU)[0] == newest
+    assert checkpoint.load_latest(path, CPU)[0] == newest
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "tensors.safetensors"])
 def test_a_run_whose_newest_checkpoint_is_damaged_ends_the_same(whole, tmp_path, name):
     path = killed(tmp_path / "r", 10, only="step-saved")
-    file = checkpoint.newest(path, CPU)[0] / name
+    file = checkpoint.load_latest(path, CPU)[0] / name
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     engine(path, resume=True).run()
@@ -247,7 +247,7 @@ def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(tmp_path):
         with pytest.raises(tf.TryAgainError, match="No space"):
             saving.save(1, {"value": torch.ones(4)})
         faults.hook = None
-        path, state, passed_over = checkpoint.newest(tmp_path, CPU)
+        path, state, passed_over = checkpoint.load_latest(tmp_path, CPU)
         assert (path.name, float(state["value"][0]), passed_over) == ("000001-step-0", 0.0, [])
     saving.save(1, {"value": torch.ones(4)})
     assert [name[-6:] for name in names(tmp_path)] == ["step-0", "step-1"]
@@ -279,7 +279,7 @@ class History:
 
     def __init__(self, folder, keep):
         self.folder, self.keep = folder, keep
-        self.saving = saver(folder, keep=keep)
+        self.saving = saver(folder, keep_last=keep)
         self.attempts = 0
         self.step = 0
         self.last = None
@@ -288,9 +288,9 @@ class History:
 
     def restart(self):
         """The process died: another one finds what lies there."""
-        self.saving = saver(self.folder, keep=self.keep)
+        self.saving = saver(self.folder, keep_last=self.keep)
         self.check_newest(self.last)
-        path, state, _ = checkpoint.newest(self.folder, CPU)
+        path, state, _ = checkpoint.load_latest(self.folder, CPU)
         if path is not None:
             self.step, self.last = checkpoint.verify(path).step, int(state["attempt"])
 
@@ -316,7 +316,7 @@ class History:
             if best:  # one that failed may be whole all the same
                 self.best |= set(self.whole()) - set(before)
             self.check_newest(self.last, self.attempts)
-            state = checkpoint.newest(self.folder, CPU)[1]
+            state = checkpoint.load_latest(self.folder, CPU)[1]
             self.last = int(state["attempt"]) if state else None
             if isinstance(error, Killed):
                 self.restart()
@@ -329,7 +329,7 @@ class History:
         assert names(self.folder) == self.promised([*before, path.name])
 
     def check_newest(self, *allowed):
-        path, state, _ = checkpoint.newest(self.folder, CPU)
+        path, state, _ = checkpoint.load_latest(self.folder, CPU)
         assert (int(state["attempt"]) if path is not None else None) in allowed
         for name in self.pinned:
             checkpoint.verify(self.folder / "checkpoints" / name)

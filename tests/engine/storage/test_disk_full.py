@@ -1,8 +1,8 @@
 """A disk that is full at any one write costs nothing that was saved, and after a resume nothing at all.
 
 A sample of the writes; all of them, each failing once and from there on, and a real full disk of every size:
-`TUNEFORGE_DISK=all python -m pytest tests/engine/storage/test_disk_full.py`. The real one mounts a tmpfs in a namespace of its
-own, which needs Linux and the right to make one.
+`TUNEFORGE_DISK=all python -m pytest tests/engine/storage/test_disk_full.py`. The real one mounts a tmpfs in a
+namespace of its own, which needs Linux and the right to make one.
 """
 
 import json
@@ -19,12 +19,12 @@ from full_disk import Disk
 
 from tuneforge.__main__ import main
 from tuneforge.engine.storage import checkpoint
-from tuneforge.engine.storage.run_dir import RunFolder, holds_run
+from tuneforge.engine.storage.run_dir import RunDir, is_run_dir
 
 ALL = os.environ.get("TUNEFORGE_DISK") == "all"
 SAMPLES = 5
 CPU = torch.device("cpu")
-COMPARED = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json", "mistakes.json")
+COMPARED = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json", "hardest_samples.json")
 RUN = [
     "run", "--data", "full_disk:Few", "--model", "full_disk:Net", "--strategy", "full_disk:Two", "--batch-size", "16",
 ]  # fmt: skip
@@ -95,11 +95,11 @@ def hurt(place, number, to_stay, capsys, passed):
     steps = place.whole()
     if renamed_checkpoints(passed[: number - 1]) and code == 75:
         assert steps, at
-        assert checkpoint.newest(place.run, CPU)[2] == [], at
+        assert checkpoint.load_latest(place.run, CPU)[2] == [], at
     if code == 75:
         assert re.search(r"cannot write|there is no room", err), at
         assert all(words in err for words in ("disk", "No space left on device", "free some space")), at
-        again = ["resume", "disk/run"] if holds_run(place.run) else place.command
+        again = ["resume", "disk/run"] if is_run_dir(place.run) else place.command
         assert ("tuneforge resume disk/run" in err) == (again[0] == "resume"), at
         assert main(again) == 0, at
         capsys.readouterr()
@@ -136,8 +136,8 @@ def test_a_disk_full_at_any_write_costs_nothing_after_a_resume(unhurt, tmp_path,
 def logged(path, full_at):
     """What a log holds of three lines; the writes that were passed before the second one."""
     disk = Disk(path)
-    with disk.mounted(full_at=full_at), RunFolder(path / "r") as place:
-        place.status("running")
+    with disk.mounted(full_at=full_at), RunDir(path / "r") as place:
+        place.write_status("running")
         place.append("log.txt", "one")
         passed = len(disk.passed)
         place.append("log.txt", "two")
@@ -156,7 +156,7 @@ def test_what_a_killed_process_left_half_written_is_gone_when_the_run_goes_on(tm
     part, other = tmp_path / ".report.json.4711.part", tmp_path / ".notes.part"
     part.write_text("{")
     other.write_text("mine")
-    with RunFolder(tmp_path, resume=True):
+    with RunDir(tmp_path, resume=True):
         assert not part.exists()
         assert other.exists()
 
@@ -217,7 +217,7 @@ from pathlib import Path
 import torch
 from tuneforge.__main__ import main
 from tuneforge.engine.storage import checkpoint
-from tuneforge.engine.storage.run_dir import holds_run
+from tuneforge.engine.storage.run_dir import is_run_dir
 
 torch.set_num_threads(1)
 command, compared, limits = json.loads(sys.argv[1])
@@ -247,7 +247,7 @@ for limit in ("size=64m", *limits):
     subprocess.run(["mount", "-o", "remount,size=64m,nr_inodes=100000", "disk"], check=True)
     again = 0, "", ""
     if code == 75:
-        again = told(["resume", "disk/run"] if holds_run(Path("disk/run")) else command)
+        again = told(["resume", "disk/run"] if is_run_dir(Path("disk/run")) else command)
     expected = expected or (contents(), left())
     more = sorted(set(left()) - set(expected[1]))
     print(json.dumps([limit, code, out, err, steps, again, contents() == expected[0], more]))

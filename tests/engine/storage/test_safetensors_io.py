@@ -3,12 +3,12 @@ import torch
 from safetensors.torch import save
 
 import tuneforge as tf
-from tuneforge.engine.storage.safetensors_io import _TYPES
+from tuneforge.engine.storage.safetensors_io import _DTYPES
 
 
 def of_every_type():
     values = torch.arange(-3, 12)
-    return {f"tensor of {dtype}": values.to(dtype).reshape(3, 5) for dtype in _TYPES} | {
+    return {f"tensor of {dtype}": values.to(dtype).reshape(3, 5) for dtype in _DTYPES} | {
         "a": torch.randn(4, 3, dtype=torch.float64),
         'ü "quoted"': torch.zeros(0, 2),
         "one number": torch.tensor(3.0),

@@ -33,7 +33,7 @@ def tune_table(folder: Path, *, seed: int) -> Path:
     """A finished run on such rows."""
     data = tf.use("table-csv", path=make_table(folder.parent / f"{folder.name}.csv", seed=7), target="kind")
     strategy = tf.use("full", epochs=3, lr=1e-2)
-    return tf.Engine(data=data, model="mlp", strategy=strategy, seed=seed, page=False, out=folder).run().folder
+    return tf.Engine(data=data, model="mlp", strategy=strategy, seed=seed, page=False, out=folder).run().run_dir
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def table_run(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory) -> Path:
     """A digit network whose head was solved on a few real digits; good enough to read a clear one."""
-    return digits(tmp_path_factory.mktemp("digits") / "digits", tf.Fit("head"), per_class=60).folder
+    return digits(tmp_path_factory.mktemp("digits") / "digits", tf.HeadFit("head"), per_class=60).run_dir
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tuneforge.ship.serve.feedback import feedback
+from tuneforge.ship.serve.feedback import feedback_routes
 
 CASES = int(os.environ.get("TUNEFORGE_CASES", "60"))
 CHECKS = [
@@ -34,7 +34,7 @@ CHECKS = [
 @pytest.fixture
 def keeping(records):
     """What a server is given that keeps its requests."""
-    return {"records": records, "further": [feedback(records)]}
+    return {"request_log": records, "extra_routes": [feedback_routes(records)]}
 
 
 def routes_of(app):
@@ -61,14 +61,14 @@ def test_a_label_is_answered_as_described(serving, table_run, keeping):
             label = schema["/feedback"]["POST"].Case(body=body, media_type="application/json")
             assert label.call_and_validate(base_url=base, checks=CHECKS).status_code == 200
         server.ask("POST", "/predict", row)
-        for path in ("/review/next", "/watch"):
+        for path in ("/review/next", "/monitoring"):
             assert schema[path]["GET"].Case().call_and_validate(base_url=base, checks=CHECKS).status_code == 200
 
 
 @pytest.mark.parametrize("model", ["table", "digits"])
 def test_the_description_holds(model, serving, request, keeping):
     with serving(request.getfixturevalue(f"{model}_run"), **keeping) as server:
-        server.desk.models.unload = lambda name: server.desk.models.current(name)  # else nothing is left to ask
+        server.service.models.unload = lambda name: server.service.models.get(name)  # else nothing is left to ask
         base = f"http://127.0.0.1:{server.port}"
         schema = schemathesis.openapi.from_url(f"{base}/openapi.json")
         operations = [found.ok() for found in schema.get_all_operations()]

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from tuneforge.ship.serve.batches import Batches
-from tuneforge.ship.serve.bounds import Refusal
+from tuneforge.ship.serve.batches import DynamicBatcher
+from tuneforge.ship.serve.bounds import RequestError
 
 
 class Doubling:
@@ -33,7 +33,7 @@ def make():
     made = []
 
     def build(**given):
-        made.append(Batches(**{"batch_rows": 8, "queue_rows": 100, "wait_s": 0.0, **given}))
+        made.append(DynamicBatcher(**{"max_batch_size": 8, "max_queue_size": 100, "max_wait_s": 0.0, **given}))
         return made[-1]
 
     yield build
@@ -56,11 +56,11 @@ def held_up(batches, model):
 
 
 def test_a_batch_is_bounded_in_rows_whatever_the_sizes_of_its_requests(make):
-    batches, model = make(batch_rows=8), Doubling()
+    batches, model = make(max_batch_size=8), Doubling()
     held_up(batches, model)
     sizes = [3, 3, 3, 1, 8, 20, 2]
     futures = [batches.submit(model, rows(size, value)) for value, size in enumerate(sizes)]
-    assert batches.rows == sum(sizes)
+    assert batches.num_queued_rows == sum(sizes)
     model.free.set()
     done = [each.result(10) for each in futures]
     assert max(model.sizes) == 8
@@ -68,52 +68,52 @@ def test_a_batch_is_bounded_in_rows_whatever_the_sizes_of_its_requests(make):
     assert len(model.sizes) < len(sizes)
     for value, (size, each) in enumerate(zip(sizes, done, strict=True)):
         assert torch.equal(each.outputs, rows(size, 2 * value))
-    assert done[0].rows == done[1].rows == 7  # 3 + 3 + 1: the third 3 does not fit, the 1 does
-    assert batches.rows == 0
+    assert done[0].batch_size == done[1].batch_size == 7  # 3 + 3 + 1: the third 3 does not fit, the 1 does
+    assert batches.num_queued_rows == 0
 
 
 def test_a_lone_request_never_waits_for_company(make):
-    batches, model = make(wait_s=5.0), Doubling()
+    batches, model = make(max_wait_s=5.0), Doubling()
     for _ in range(3):
         began = time.perf_counter()
-        with batches.coming() as submit:
+        with batches.expect_request() as submit:
             done = submit(model, rows(1)).result(10)
         assert time.perf_counter() - began < 1
-        assert done.waited_s < 0.5
+        assert done.queue_s < 0.5
 
 
 def test_a_request_waits_for_one_that_is_on_its_way_and_both_are_one_batch(make):
-    batches, model = make(wait_s=5.0), Doubling()
-    with batches.coming():
+    batches, model = make(max_wait_s=5.0), Doubling()
+    with batches.expect_request():
         first = batches.submit(model, rows(1))
         time.sleep(0.05)
         assert not first.done()
         second = batches.submit(model, rows(1))
     done = [first.result(10), second.result(10)]
-    assert [each.rows for each in done] == [2, 2]
-    assert 0.04 < done[0].waited_s < 2
+    assert [each.batch_size for each in done] == [2, 2]
+    assert 0.04 < done[0].queue_s < 2
     assert model.sizes == [2]
 
 
 def test_the_longest_wait_counts_from_the_oldest_request_and_is_not_added_up(make):
-    batches, model = make(wait_s=0.2, batch_rows=1000), Doubling()
-    with batches.coming():  # something is on its way all the time
+    batches, model = make(max_wait_s=0.2, max_batch_size=1000), Doubling()
+    with batches.expect_request():  # something is on its way all the time
         futures = []
         began = time.perf_counter()
         while not (futures and futures[0].done()) and time.perf_counter() - began < 5:
             futures.append(batches.submit(model, rows(1)))
             time.sleep(0.05)
         first = futures[0].result(10)
-    assert 0.19 < first.waited_s < 0.4
-    assert first.rows > 1
-    assert all(each.result(10).waited_s < 0.4 for each in futures)
+    assert 0.19 < first.queue_s < 0.4
+    assert first.batch_size > 1
+    assert all(each.result(10).queue_s < 0.4 for each in futures)
 
 
 def test_a_full_batch_does_not_wait(make):
-    batches, model = make(wait_s=30.0, batch_rows=4), Doubling()
-    with batches.coming():
+    batches, model = make(max_wait_s=30.0, max_batch_size=4), Doubling()
+    with batches.expect_request():
         futures = [batches.submit(model, rows(2)) for _ in range(2)]
-        assert all(each.result(10).waited_s < 5 for each in futures)
+        assert all(each.result(10).queue_s < 5 for each in futures)
 
 
 def test_versions_and_shapes_never_share_a_batch(make):
@@ -141,15 +141,15 @@ def test_a_request_that_breaks_the_model_fails_no_other(make):
 
 
 def test_a_full_queue_says_when_to_come_back_and_what_nobody_waits_for_is_not_computed(make):
-    batches, model = make(queue_rows=4), Doubling()
+    batches, model = make(max_queue_size=4), Doubling()
     held_up(batches, model)
     futures = [batches.submit(model, rows(2)) for _ in range(2)]
-    with pytest.raises(Refusal, match="4 rows wait") as refused:
+    with pytest.raises(RequestError, match="4 rows wait") as refused:
         batches.submit(model, rows(1))
     assert refused.value.status == 503
     assert refused.value.headers == {"Retry-After": "1"}
-    with pytest.raises(Refusal):
-        batches.check_room()
+    with pytest.raises(RequestError):
+        batches.check_capacity()
     assert futures[0].cancel()
     model.free.set()
     futures[1].result(10)
@@ -157,7 +157,7 @@ def test_a_full_queue_says_when_to_come_back_and_what_nobody_waits_for_is_not_co
 
 
 def test_closing_answers_what_waits():
-    batches, model = Batches(batch_rows=1, queue_rows=100, wait_s=0.0), Doubling()
+    batches, model = DynamicBatcher(max_batch_size=1, max_queue_size=100, max_wait_s=0.0), Doubling()
     held_up(batches, model)
     futures = [batches.submit(model, rows(1)) for _ in range(5)]
     model.free.set()
@@ -169,13 +169,13 @@ def test_what_is_done_aside_is_done_in_the_same_thread_before_what_waits(make):
     batches, model = make(), Doubling()
     held_up(batches, model)
     waits = batches.submit(model, rows(2))
-    aside = batches.aside(lambda: (threading.current_thread().name, list(model.sizes)))
-    broken = batches.aside(lambda: 1 / 0)
+    aside = batches.run_task(lambda: (threading.current_thread().name, list(model.sizes)))
+    broken = batches.run_task(lambda: 1 / 0)
     model.free.set()
     assert aside.result(10) == ("forward", [])
     with pytest.raises(ZeroDivisionError):
         broken.result(10)
-    assert waits.result(10).rows == 2
+    assert waits.result(10).batch_size == 2
 
 
 class Squeezed:
@@ -190,15 +190,15 @@ def test_a_model_that_answers_with_other_rows_fails_its_own_requests_only(make):
     for _ in range(3):
         with pytest.raises(ValueError, match=r"outputs \(2,\) for 1 row"):
             batches.submit(Squeezed(), rows(1)).result(10)
-    cancelled = batches.aside(lambda: time.sleep(0.05))
-    second = batches.aside(lambda: None)
+    cancelled = batches.run_task(lambda: time.sleep(0.05))
+    second = batches.run_task(lambda: None)
     second.cancel()
     cancelled.result(10)
-    assert batches.submit(good, rows(1)).result(10).rows == 1
+    assert batches.submit(good, rows(1)).result(10).batch_size == 1
 
 
 def test_nothing_is_taken_aside_once_it_is_closed(make):
     batches = make()
     batches.close()
-    with pytest.raises(Refusal, match="stopping"):
-        batches.aside(lambda: None)
+    with pytest.raises(RequestError, match="stopping"):
+        batches.run_task(lambda: None)

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from tuneforge.ship.serve import LOOPBACK, Limits
-from tuneforge.ship.serve.app import Access
+from tuneforge.ship.serve.app import AccessPolicy
 
 ROW = json.dumps({"size": 1.5, "weight": -0.5, "colour": "red"}).encode()
 TOKEN = "correct horse battery"
-SMALL = Limits(body_bytes=64 * 1024, body_s=0.4, head_s=0.4, connections=40)
+SMALL = Limits(max_body_bytes=64 * 1024, body_timeout_s=0.4, header_timeout_s=0.4, max_connections=40)
 
 
 def raw(server, *parts: bytes, wait_s: float = 0.0, half_close: bool = False, timeout: float = 10) -> tuple[int, bytes]:
@@ -73,7 +73,7 @@ def memory_mb() -> float:
 
 
 BODIES = [
-    ("an oversize body", post(body=b"x" * (SMALL.body_bytes + 1)), 413),
+    ("an oversize body", post(body=b"x" * (SMALL.max_body_bytes + 1)), 413),
     ("an oversize length", post(body=b"", length=10**15), 413),
     (
         "an oversize body in chunks",
@@ -205,7 +205,7 @@ def send_for(connection: socket.socket, *, seconds: float) -> None:
 
 
 def test_connections_above_the_bound_are_told_so(serving, table_run):
-    limits = Limits(connections=3, head_s=5)
+    limits = Limits(max_connections=3, header_timeout_s=5)
     with serving(table_run, limits=limits) as server:
         idle = [socket.create_connection((server.host, server.port)) for _ in range(3)]
         time.sleep(0.1)
@@ -219,12 +219,12 @@ def test_connections_above_the_bound_are_told_so(serving, table_run):
 
 
 def test_a_full_queue_and_a_late_answer_say_when_to_come_back(serving, table_run):
-    limits = Limits(queue_rows=2, batch_rows=1, request_s=0.3)
+    limits = Limits(max_queue_size=2, max_batch_size=1, request_timeout_s=0.3)
     gate = threading.Event()
     with serving(table_run, limits=limits) as server:
-        served = server.desk.models.current(server.desk.models.first)
-        forward = served.servable._forward
-        served.servable._forward = lambda stored: (gate.wait(5), forward(stored))[1]
+        served = server.service.models.get(server.service.models.default_name)
+        forward = served.model._forward
+        served.model._forward = lambda stored: (gate.wait(5), forward(stored))[1]
         answers = []
         threads = [
             threading.Thread(target=lambda: answers.append(server.ask("POST", "/predict", ROW))) for _ in range(6)
@@ -239,12 +239,12 @@ def test_a_full_queue_and_a_late_answer_say_when_to_come_back(serving, table_run
         texts = " ".join(each.json["error"] for each in answers)
         assert "rows wait" in texts
         assert "within 0.3 s" in texts
-        served.servable._forward = forward
+        served.model._forward = forward
         assert server.ask("POST", "/predict", ROW).status == 200
 
 
 def test_all_bodies_together_are_bounded(serving, table_run):
-    limits = Limits(held_bytes=100_000, body_bytes=80_000, body_s=5)
+    limits = Limits(max_total_body_bytes=100_000, max_body_bytes=80_000, body_timeout_s=5)
     with serving(table_run, limits=limits) as server:
         with socket.create_connection((server.host, server.port)) as holding:
             holding.sendall(post(body=b"x" * 70_000, length=75_000))
@@ -272,7 +272,7 @@ def test_without_the_token_nothing_but_health_is_answered(serving, table_run):
         basic("wrong"),
         "Bearer é",
     ]
-    with serving(table_run, access=Access(token=TOKEN, hosts=None)) as server:
+    with serving(table_run, access=AccessPolicy(token=TOKEN, hosts=None)) as server:
         for path in ("/", "/metrics", "/docs", "/openapi.json", "/v2", "/v2/models/fruit", "/nowhere"):
             assert server.ask("GET", path).status == 401
         for given in bad:
@@ -283,7 +283,7 @@ def test_without_the_token_nothing_but_health_is_answered(serving, table_run):
         for good in (f"Bearer {TOKEN}", f"bearer {TOKEN}", basic(TOKEN)):
             assert server.ask("POST", "/predict", ROW, Authorization=good, Host="anything.example").status == 200
         assert server.ask("GET", "/v2/health/ready").status == 200
-    assert TOKEN not in repr(Access(token=TOKEN))
+    assert TOKEN not in repr(AccessPolicy(token=TOKEN))
 
 
 def test_this_machine_is_called_by_its_own_names(serving, table_run):
@@ -296,7 +296,7 @@ def test_this_machine_is_called_by_its_own_names(serving, table_run):
 
 def test_a_defect_is_a_500_that_says_nothing_of_its_cause(serving, table_run, caplog):
     with serving(table_run) as server:
-        server.desk.models.index = lambda: 1 / 0
+        server.service.models.index = lambda: 1 / 0
         answer = server.ask("POST", "/v2/repository/index", b"")
     assert answer.status == 500
     assert "division" not in answer.json["error"]

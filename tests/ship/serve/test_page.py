@@ -17,8 +17,8 @@ from browser import MISSING, Browser, browser, installed
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from tuneforge.ship.circle.records import Records
-from tuneforge.ship.serve.feedback import feedback
+from tuneforge.ship.circle.records import RequestLog
+from tuneforge.ship.serve.feedback import feedback_routes
 
 pytestmark = pytest.mark.skipif(not installed(), reason=MISSING)
 UP, DOWN, TAB, ENTER, ESCAPE = "\ue013", "\ue015", "\ue004", "\ue007", "\ue00c"
@@ -78,7 +78,7 @@ def test_a_drawn_digit_is_named(window, serving, digits_run, tmp_path):
             assert answer(window, after=seen) == digit
             seen = number(window)
         about = window.run(TEXT.format("about"))
-        assert server.desk.models.all_current()[0].version in about
+        assert server.service.models.list_loaded()[0].version in about
         assert re.search(r"in \d+\.\d ms", about)
         shown = window.run("return [...document.querySelectorAll('#bars tr')].map((row) => row.innerText)")
         assert shown[0].startswith("3")
@@ -136,12 +136,12 @@ def test_a_picture_may_be_chosen_or_dropped_and_a_broken_one_is_explained(window
 
 def test_the_page_says_how_the_model_does_at_work(window, serving, table_run, tmp_path):
     row = {"size": 3, "weight": -2, "colour": "red"}
-    records = Records(tmp_path / "records.db")
-    with records, serving(table_run, records=records, further=[feedback(records)]) as server:
+    records = RequestLog(tmp_path / "requests.db")
+    with records, serving(table_run, request_log=records, extra_routes=[feedback_routes(records)]) as server:
         given = server.ask("POST", "/predict", row).json
         assert server.ask("POST", "/feedback", {"id": given["id"], "class": given["class"]}).status == 200
         window.open(f"http://127.0.0.1:{server.port}/")
-        window.wait(f"{TEXT.format('watch')}.includes('1 labelled')")
+        window.wait(f"{TEXT.format('monitoring')}.includes('1 labelled')")
         assert "of 1 labelled answers 100.0 % right" in window.run(TEXT.format("watch"))
         assert window.messages() == []
 

@@ -8,8 +8,8 @@ import pytest
 from bundles import png
 
 import tuneforge as tf
-from tuneforge.ship.circle.records import Records
-from tuneforge.ship.serve.models import digest_of
+from tuneforge.ship.circle.records import RequestLog
+from tuneforge.ship.serve.models import hash_version
 
 ROW = {"size": 1.5, "weight": -0.5, "colour": "red"}
 
@@ -28,7 +28,7 @@ def test_a_picture_is_answered_as_the_run_itself_answers_it(serving, digits_run,
     assert answer.status == 200
     assert answer.json["class"] == offline["class"] == "3"
     assert answer.json["probabilities"] == pytest.approx(offline["probabilities"], abs=1e-6)
-    assert (answer.json["model"], answer.json["version"]) == ("digits", digest_of(digits_run))
+    assert (answer.json["model"], answer.json["version"]) == ("digits", hash_version(digits_run))
     assert answer.json["id"] == answer.headers["x-request-id"]
     assert 0 < answer.json["forward_ms"] <= answer.json["ms"]
 
@@ -41,15 +41,15 @@ def test_rows_go_over_json_alone_and_together(serving, table_run):
         many = server.ask("POST", "/predict", {"inputs": [ROW, {**ROW, "size": -2.0}]}).json
     assert alone["class"] == raw["class"] == offline["class"]
     assert alone["probability"] == pytest.approx(offline["probability"], abs=1e-6)
-    assert many["answers"][0]["probability"] == pytest.approx(offline["probability"], abs=1e-6)
-    assert many["answers"][1]["class"] != offline["class"]
-    assert len({many["id"], *(each["id"] for each in many["answers"])}) == 3
+    assert many["predictions"][0]["probability"] == pytest.approx(offline["probability"], abs=1e-6)
+    assert many["predictions"][1]["class"] != offline["class"]
+    assert len({many["id"], *(each["id"] for each in many["predictions"])}) == 3
 
 
 def test_a_picture_may_come_as_base64(serving, digits_run, digit):
     with serving(digits_run) as server:
         answer = server.ask("POST", "/predict", {"inputs": [base64.b64encode(digit).decode()]}).json
-    assert answer["answers"][0]["class"] == "3"
+    assert answer["predictions"][0]["class"] == "3"
 
 
 def test_errors_name_the_field_and_never_a_path(serving, table_run, digits_run, tmp_path):
@@ -92,20 +92,20 @@ def test_a_row_that_breaks_the_model_fails_alone(serving, table_run):
 
 
 def test_answered_requests_are_kept_as_they_were_sent(serving, table_run, tmp_path):
-    with Records(tmp_path / "records.db") as records:
-        with serving(table_run, records=records) as server:
+    with RequestLog(tmp_path / "requests.db") as records:
+        with serving(table_run, request_log=records) as server:
             first = server.ask("POST", "/predict", ROW).json
             many = server.ask("POST", "/predict", {"inputs": [ROW, {**ROW, "size": 0}]}).json
-            server.desk.keeper.flush()
-            assert records.counts().requests == 3
+            server.service.request_logger.flush()
+            assert records.stats().num_requests == 3
         kept = records.find(first["id"])
         assert json.loads(kept.body) == ROW
-        assert kept.answer["class"] == first["class"]
+        assert kept.prediction["class"] == first["class"]
         assert kept.version == first["version"]
         assert len(kept.features) > 0
-        second = records.find(many["answers"][0]["id"])
-        assert second.content == kept.content
-        assert second.content != records.find(many["answers"][1]["id"]).content
+        second = records.find(many["predictions"][0]["id"])
+        assert second.content_digest == kept.content_digest
+        assert second.content_digest != records.find(many["predictions"][1]["id"]).content_digest
 
 
 def test_pages_load_nothing_from_elsewhere(serving, table_run, digits_run):
@@ -130,7 +130,7 @@ def test_metrics_count_requests_batches_and_versions(serving, table_run):
         server.ask("POST", "/predict", b"")
         server.ask("GET", "/nowhere/at/all")
         text = server.ask("GET", "/metrics").body.decode()
-        version = server.desk.models.all_current()[0].version
+        version = server.service.models.list_loaded()[0].version
     assert 'tuneforge_requests_total{path="/predict",status="200"} 1.0' in text
     assert 'tuneforge_requests_total{path="/predict",status="400"} 1.0' in text
     assert 'tuneforge_requests_total{path="other",status="404"} 1.0' in text

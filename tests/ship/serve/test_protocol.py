@@ -8,12 +8,12 @@ import torch
 import tritonclient.http as tritonclient
 from tritonclient import utils
 
-from tuneforge.exporting.bundle import servable_of
+from tuneforge.exporting.bundle import load_inference_model
 
 
 @pytest.fixture(scope="module")
 def digits(digits_run):
-    servable = servable_of(digits_run)
+    servable = load_inference_model(digits_run)
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (5, 1, 32, 32), dtype=np.uint8)
     return pixels, servable.targets, servable.outputs(torch.from_numpy(pixels))
@@ -66,7 +66,7 @@ def test_infer_gives_the_answers_of_the_run(client, digits, binary):
     response = result.get_response()
     assert response["id"] == "mine"
     assert response["model_name"] == "digits"
-    assert response["model_version"] == server.desk.models.all_current()[0].version
+    assert response["model_version"] == server.service.models.list_loaded()[0].version
 
 
 def test_without_outputs_all_come_and_concurrent_requests_each_get_their_own(client, digits):
@@ -172,10 +172,10 @@ def test_binary_tensors_are_bounded_by_their_header(client):
 
 
 def test_a_table_is_served_by_the_same_code_and_refuses_what_is_no_number(serving, table_run):
-    servable = servable_of(table_run)
+    servable = load_inference_model(table_run)
     stored = servable.inputs.decode({"size": 1.0, "weight": 2.0, "colour": "blue"})[None]
     with serving(table_run) as server:
-        name = server.desk.models.first
+        name = server.service.models.default_name
         triton = tritonclient.InferenceServerClient(f"127.0.0.1:{server.port}")
         given = tritonclient.InferInput("input", list(stored.shape), "FP32")
         given.set_data_from_numpy(stored.numpy())

@@ -33,13 +33,13 @@ def test_the_test_split_over_the_wire_equals_the_offline_report_to_the_sample(se
     result = tf.Engine(
         data=data,
         model=tf.use("torchvision", arch="squeezenet1_1"),
-        strategy=[tf.Fit("head")],
+        strategy=[tf.HeadFit("head")],
         page=False,
         out=tmp_path / "run",
     ).run()
     files = sorted((photos / "test").rglob("*.*"))
-    offline = list(tf.predict(result.folder, files))
-    with serving(result.folder) as server:
+    offline = list(tf.predict(result.run_dir, files))
+    with serving(result.run_dir) as server:
         wire = [server.ask("POST", "/predict", each.read_bytes()).json for each in files]
     assert [each["class"] for each in wire] == [each["class"] for each in offline]
     for ours, theirs in zip(wire, offline, strict=True):

@@ -17,6 +17,7 @@ import threading
 import time
 from contextlib import closing, contextmanager
 
+import forked
 import pytest
 
 from tuneforge.__main__ import main
@@ -29,7 +30,7 @@ ROW = json.dumps({"size": 1.5, "weight": -0.5, "colour": "red"}).encode()
 def started(path, *arguments):
     """The command in a process of its own, once it has printed its address."""
     command = [sys.executable, "-m", "tuneforge", "serve", str(path), "--port", "0", "--json", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
         assert line, process.stderr.read()

@@ -17,11 +17,11 @@ import torch
 
 from tuneforge.engine.storage.safetensors_io import load_tensors, save_tensors
 from tuneforge.exporting import atomic_dir as sealed
-from tuneforge.exporting.bundle import servable_of
+from tuneforge.exporting.bundle import load_inference_model
 from tuneforge.exporting.exporter import export
-from tuneforge.ship.serve.app import application
-from tuneforge.ship.serve.models import Served, sources_of
-from tuneforge.ship.serve.threads import keep_to_one_core
+from tuneforge.ship.serve.app import create_app
+from tuneforge.ship.serve.models import ServedModel, find_model_sources
+from tuneforge.ship.serve.threads import limit_to_one_thread
 
 SWAPS = int(os.environ.get("TUNEFORGE_SWAPS", "4"))
 CLIENTS = int(os.environ.get("TUNEFORGE_CLIENTS", "8"))
@@ -72,12 +72,12 @@ def until(condition, seconds: float = 20) -> None:
 
 def expected(store) -> dict[str, float]:
     """Each version's own probability for the row, offline."""
-    found = [next(servable_of(each).predict([ROW])) for each in store.bundles]
+    found = [next(load_inference_model(each).predict([ROW])) for each in store.bundles]
     return {str(number): found[number % 2]["probabilities"]["plum"] for number in range(1, store.count + 1)}
 
 
 def test_versions_swap_under_traffic_and_no_request_fails(store, serving):
-    with serving(store.path, watch_s=0.02) as server, Traffic(server, CLIENTS) as traffic:
+    with serving(store.path, poll_interval_s=0.02) as server, Traffic(server, CLIENTS) as traffic:
         until(lambda: "1" in traffic.versions())
         for _ in range(SWAPS):
             store.add()
@@ -106,7 +106,7 @@ def disagreeing(folder) -> None:
     path = folder / "model.safetensors"
     tensors, metadata = load_tensors(path)
     save_tensors({name: -tensor for name, tensor in tensors.items()}, path, metadata=metadata)
-    sealed.seal(folder)
+    sealed.write_manifest(folder)
 
 
 def absent(folder) -> None:
@@ -117,7 +117,7 @@ def absent(folder) -> None:
 @pytest.mark.parametrize("breaks", [damaged, disagreeing, absent])
 def test_a_broken_version_is_refused_and_the_old_one_answers_throughout(store, serving, caplog, breaks):
     caplog.set_level(logging.INFO, logger="tuneforge.serve")
-    with serving(store.path, watch_s=0.02) as server, Traffic(server, 3) as traffic:
+    with serving(store.path, poll_interval_s=0.02) as server, Traffic(server, 3) as traffic:
         until(lambda: len(traffic.answers) > 5)
         breaks(store.add())
         store.point()
@@ -142,7 +142,7 @@ def test_a_broken_version_is_refused_and_the_old_one_answers_throughout(store, s
 
 
 def test_a_pointer_that_cannot_be_read_changes_nothing(store, serving):
-    with serving(store.path, watch_s=0.02) as server:
+    with serving(store.path, poll_interval_s=0.02) as server:
         (store.path / "fruit" / "champion.json").write_text("{")
         time.sleep(0.2)
         assert server.ask("POST", "/predict", ROW).json["version"] == "1"
@@ -154,7 +154,7 @@ def test_a_pointer_that_cannot_be_read_changes_nothing(store, serving):
 def test_going_back_is_a_swap_too_and_an_unloaded_model_stays_away(store, serving):
     store.add()
     store.point()
-    with serving(store.path, watch_s=0.02) as server:
+    with serving(store.path, poll_interval_s=0.02) as server:
         assert server.ask("POST", "/predict", ROW).json["version"] == "2"
         store.point(1)
         until(lambda: server.ask("POST", "/predict", ROW).json["version"] == "1")
@@ -167,7 +167,7 @@ def test_going_back_is_a_swap_too_and_an_unloaded_model_stays_away(store, servin
 
 
 def test_a_name_that_is_promoted_first_while_the_server_runs_is_served_too(store, serving):
-    with serving(store.path, watch_s=0.02) as server:
+    with serving(store.path, poll_interval_s=0.02) as server:
         store.add("berries")
         assert server.ask("POST", "/v2/repository/models/berries/load", {}).status == 404  # it has no champion yet
         store.point(name="berries")
@@ -178,7 +178,7 @@ def test_a_name_that_is_promoted_first_while_the_server_runs_is_served_too(store
 
 
 def test_a_new_name_can_be_loaded_at_once(store, serving):
-    with serving(store.path, watch_s=60) as server:
+    with serving(store.path, poll_interval_s=60) as server:
         store.add("berries")
         store.point(name="berries")
         loaded = server.ask("POST", "/v2/repository/models/berries/load", {})
@@ -189,13 +189,13 @@ def test_a_new_name_can_be_loaded_at_once(store, serving):
 def test_a_request_that_has_begun_is_answered_by_the_version_it_met(store, serving):
     """Even where its version was replaced before the forward pass: the batch keeps to it."""
     with serving(store.path) as server:
-        desk = server.desk
-        old = desk.models.current("fruit")
+        service = server.service
+        old = service.models.get("fruit")
         store.add()
         store.point()
-        new = desk.models.load("fruit")
+        new = service.models.load("fruit")
         stored = old.inputs.decode(ROW)[None]
-        results = [desk.batches.submit(each, stored) for each in (old, new, old)]
+        results = [service.batcher.submit(each, stored) for each in (old, new, old)]
         outputs = [each.result(10).outputs for each in results]
         assert outputs[0].equal(outputs[2])
         assert not outputs[0].equal(outputs[1])
@@ -216,7 +216,7 @@ def test_either_backend_answers_alike_and_auto_takes_one_that_was_measured(servi
     answers = {}
     for backend in ("torch", "onnxruntime", "auto"):
         with serving(bundle, backend=backend) as server:
-            about = server.desk.models.current(server.desk.models.first).about
+            about = server.service.models.get(server.service.models.default_name).about
             answers[backend] = server.ask("POST", "/predict", ROW).json
         assert about["backend"] == backend or backend == "auto"
         assert f"by {about['backend']}," in caplog.text
@@ -230,15 +230,15 @@ def test_every_answer_is_computed_in_one_thread_and_the_others_keep_to_one_core(
 
     def outputs(self, stored):
         seen.append((threading.current_thread().name, torch.get_num_threads()))
-        return self.servable.outputs(stored)
+        return self.model.outputs(stored)
 
-    monkeypatch.setattr(Served, "outputs", outputs)
+    monkeypatch.setattr(ServedModel, "outputs", outputs)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        undo = keep_to_one_core()
+        undo = limit_to_one_thread()
         alone = torch.get_num_threads()
-        application(sources_of(digits_run)).state.desk.close()
+        create_app(find_model_sources(digits_run)).state.service.close()
         undo.restore_original_limits()
         after = torch.get_num_threads()
     finally:

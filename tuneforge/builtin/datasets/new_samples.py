@@ -15,11 +15,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge import Data, DataError, Inputable, Model, Source, Split, load, load_tensors, map_inputs, with_data
+from tuneforge import Data, DataError, Model, Source, Split, TensorTree, attach_data, load, load_tensors, map_inputs
 from tuneforge.builtin.datasets.tables.target_arrays import split_rows
-from tuneforge.builtin.targets import Classes
+from tuneforge.builtin.targets import ClassTargets
 
-_STORED = "stored/"
+_INPUTS_PREFIX = "stored/"
 
 
 @attrs.frozen(eq=False)
@@ -27,20 +27,20 @@ class NewSamples:
     """Newly labelled samples, as the inputs contract stores them.
 
     Args:
-        stored: (n, ...), or a mapping of such tensors.
+        inputs: (n, ...), or a mapping of such tensors.
         labels: The class of each.
         ids: A name of each that stays the same.
         held_out: Whether each is for the gate alone.
         path: The file that they were read from.
     """
 
-    stored: Inputable
+    inputs: TensorTree
     labels: tuple[str, ...]
     ids: tuple[str, ...]
     held_out: tuple[bool, ...]
     path: Path
 
-    def rows(self, *, held_out: bool, classes: Sequence[str]) -> Tensor:
+    def select_rows(self, *, held_out: bool, classes: Sequence[str]) -> Tensor:
         """Those of one side whose class is among `classes`, int64."""
         both = zip(self.labels, self.held_out, strict=True)
         return torch.tensor(
@@ -48,14 +48,16 @@ class NewSamples:
         )
 
 
-def read_new(path: Path) -> NewSamples:
+def read_new_samples(path: Path) -> NewSamples:
     """Read newly labelled samples.
 
     Raises:
         DataError: The file does not hold them.
     """
     tensors, about = load_tensors(path)
-    stored = {name.removeprefix(_STORED): each for name, each in tensors.items() if name.startswith(_STORED)}
+    stored = {
+        name.removeprefix(_INPUTS_PREFIX): each for name, each in tensors.items() if name.startswith(_INPUTS_PREFIX)
+    }
     columns = [about.get(name) for name in ("labels", "ids", "held_out")]
     if not stored or any(not isinstance(each, list) for each in columns):
         raise DataError(
@@ -65,45 +67,45 @@ def read_new(path: Path) -> NewSamples:
     return NewSamples(stored[""] if set(stored) == {""} else stored, labels, ids, held_out, path)
 
 
-def joined(run: Path, new: NewSamples, *, val: float, fewest: int, seed: int) -> Data:
+def merge_new_samples(run: Path, new: NewSamples, *, val: float, min_samples_per_class: int, seed: int) -> Data:
     """The old data with the new samples.
 
     Args:
         run: Whose data are continued.
         new: The new samples.
         val: Share of the new samples for validation.
-        fewest: Training samples that a new class must have.
+        min_samples_per_class: Training samples that a new class must have.
         seed: Draws the new samples for validation.
 
     Raises:
         DataError: The old data have no classes, or no new sample is left to train on.
     """
-    old = with_data(load(run)).data
-    if not isinstance(old.targets, Classes):
+    old = attach_data(load(run)).data
+    if not isinstance(old.targets, ClassTargets):
         raise DataError(
             "only data with one class a sample can be continued",
             where="--data.run",
             why=f"the run's targets are {type(old.targets).__name__}",
             fix="join the data yourself and tune on them",
         )
-    names, notes = _class_names(old.targets.names, new, fewest)
+    names, notes = _merge_class_names(old.targets.names, new, min_samples_per_class)
     codes = torch.tensor([names.index(each) if each in names else -1 for each in new.labels], dtype=torch.int64)
-    train, held = _divided(new.rows(held_out=False, classes=names), codes, val=val, seed=seed)
-    longer = _joined(old.train, new, train, codes)
-    test = new.rows(held_out=True, classes=names)
+    train, held = _split_train_val(new.select_rows(held_out=False, classes=names), codes, val=val, seed=seed)
+    longer = _append_samples(old.train, new, train, codes)
+    test = new.select_rows(held_out=True, classes=names)
     size = len(old.train)
     return attrs.evolve(
         old,
         train=longer,
-        val=_joined(old.val, new, held, codes),
+        val=_append_samples(old.val, new, held, codes),
         targets=attrs.evolve(old.targets, names=names),  # type: ignore[misc]  # a component is an attrs class
-        further={**old.further, **({"new": _taken(new, test, codes)} if len(test) else {})},
-        pools={"old": torch.arange(size), "new": torch.arange(size, len(longer))},
+        extra_test_splits={**old.extra_test_splits, **({"new": _to_split(new, test, codes)} if len(test) else {})},
+        sample_groups={"old": torch.arange(size), "new": torch.arange(size, len(longer))},
         notes=(*old.notes, f"new samples: {len(train)} train, {len(held)} val, {len(test)} held out", *notes),
     )
 
 
-def warmed(model: Model, run: Path) -> Model:
+def load_warm_start(model: Model, run: Path) -> Model:
     """The model with the weights of a finished run; rows of classes that the run did not know stay as they are.
 
     Raises:
@@ -130,11 +132,11 @@ def warmed(model: Model, run: Path) -> Model:
                 )
     fresh = [name for name in model.labels if name not in kept]
     added = f", and fresh rows for {', '.join(fresh)}" if fresh else ""
-    return model.changed(f"warm start: weights of a run{added}", kept=tuple(kept), pretrained=True)
+    return model.with_change(f"warm start: weights of a run{added}", pretrained_labels=tuple(kept), pretrained=True)
 
 
 @attrs.frozen(eq=False)
-class Chain:
+class ConcatSource:
     """Two sources as one, the second after the first."""
 
     first: Source
@@ -143,17 +145,17 @@ class Chain:
     def __len__(self) -> int:
         return len(self.first) + len(self.second)
 
-    def fetch(self, rows: Tensor) -> Inputable:
-        """The stored form of `rows` (b,), each from where it lies."""
+    def fetch(self, indices: Tensor) -> TensorTree:
+        """The stored form of `indices` (b,), each from where it lies."""
         size = len(self.first)
-        early = rows < size
+        early = indices < size
         found = [
             source.fetch(own)
-            for source, own in ((self.first, rows[early]), (self.second, rows[~early] - size))
+            for source, own in ((self.first, indices[early]), (self.second, indices[~early] - size))
             if len(own)
         ]
         places = torch.cat([early.nonzero().flatten(), (~early).nonzero().flatten()]).argsort()
-        return map_inputs(_together(found), lambda tensor: tensor.index_select(0, places))
+        return map_inputs(_concatenate(found), lambda tensor: tensor.index_select(0, places))
 
     def fingerprint(self) -> str | None:
         """SHA-256 over both; None where one cannot say."""
@@ -161,7 +163,7 @@ class Chain:
         return None if None in asked else hashlib.sha256(" ".join(map(str, asked)).encode()).hexdigest()
 
 
-def _class_names(old: tuple[str, ...], new: NewSamples, fewest: int) -> tuple[tuple[str, ...], list[str]]:
+def _merge_class_names(old: tuple[str, ...], new: NewSamples, fewest: int) -> tuple[tuple[str, ...], list[str]]:
     """The old names, then those of new classes with enough samples to learn from; and a sentence on the others."""
     counts = Counter(label for label, side in zip(new.labels, new.held_out, strict=True) if not side)
     grown = sorted(name for name, count in counts.items() if name not in old and count >= fewest)
@@ -170,7 +172,7 @@ def _class_names(old: tuple[str, ...], new: NewSamples, fewest: int) -> tuple[tu
     return (*old, *grown), ([f"new classes: {', '.join(grown)}"] if grown else []) + left
 
 
-def _divided(rows: Tensor, codes: Tensor, *, val: float, seed: int) -> tuple[Tensor, Tensor]:
+def _split_train_val(rows: Tensor, codes: Tensor, *, val: float, seed: int) -> tuple[Tensor, Tensor]:
     """Rows for training and for validation, of each class its share."""
     pools = [rows[codes[rows] == code] for code in sorted(set(codes[rows].tolist()))]
     if not pools:
@@ -187,25 +189,25 @@ def _divided(rows: Tensor, codes: Tensor, *, val: float, seed: int) -> tuple[Ten
     return torch.cat([train, *alone]).sort().values, held
 
 
-def _joined(old: Split, new: NewSamples, rows: Tensor, codes: Tensor) -> Split:
+def _append_samples(old: Split, new: NewSamples, rows: Tensor, codes: Tensor) -> Split:
     """A split with the new samples of `rows` behind its own."""
-    added = _taken(new, rows, codes) if len(rows) else None
+    added = _to_split(new, rows, codes) if len(rows) else None
     if added is None:
         return old
     ids = [*(old.id_of(row) for row in range(len(old))), *(added.id_of(row) for row in range(len(added)))]
     targets = torch.cat([old.targets, added.targets])
     if not old.in_memory:
-        return Split(Chain(old.source, added.source), targets, ids=ids)
+        return Split(ConcatSource(old.source, added.source), targets, ids=ids)
     parts = [split.fetch(torch.arange(len(split))) for split in (old, added)]
-    return Split(_together(parts), targets, ids=ids)
+    return Split(_concatenate(parts), targets, ids=ids)
 
 
-def _taken(new: NewSamples, rows: Tensor, codes: Tensor) -> Split:
-    stored = map_inputs(new.stored, lambda tensor: tensor.index_select(0, rows))
+def _to_split(new: NewSamples, rows: Tensor, codes: Tensor) -> Split:
+    stored = map_inputs(new.inputs, lambda tensor: tensor.index_select(0, rows))
     return Split(stored, codes[rows], ids=[f"new/{new.ids[row]}" for row in rows.tolist()])
 
 
-def _together(parts: Sequence[Inputable]) -> Any:
+def _concatenate(parts: Sequence[TensorTree]) -> Any:
     """Stored samples one after the other."""
     first = parts[0]
     if isinstance(first, Mapping):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @component(api=1)
-class Continued:
+class ContinualData:
     """A run's own data, joined by newly labelled samples: the parts `old` and `new` of the training split.
 
     Validation gets a share of the new samples. The old test split stays what it was; new samples that are held out are
@@ -33,9 +33,11 @@ class Continued:
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
         """Prepare the old data again, read the new samples, and join them."""
-        from tuneforge.builtin.datasets.new_samples import joined, read_new
+        from tuneforge.builtin.datasets.new_samples import merge_new_samples, read_new_samples
 
-        return joined(self.run, read_new(self.new), val=self.val, fewest=self.fewest, seed=run.data_seed)
+        return merge_new_samples(
+            self.run, read_new_samples(self.new), val=self.val, min_samples_per_class=self.fewest, seed=run.data_seed
+        )
 
 
 @component(api=1)
@@ -54,6 +56,6 @@ class WarmStart:
         model = yield
         if run.restoring:
             return model
-        from tuneforge.builtin.datasets.new_samples import warmed
+        from tuneforge.builtin.datasets.new_samples import load_warm_start
 
-        return warmed(model, self.run)
+        return load_warm_start(model, self.run)

@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tuneforge import ExportFormat, MissingDependencyError, PluginError, answers_of, component
+from tuneforge import ExportFormat, MissingDependencyError, PluginError, component, compute_predictions
 
 if TYPE_CHECKING:
-    from tuneforge import Forward, Inputable, Tuned
+    from tuneforge import Forward, Predictor, TensorTree
 
-FILE = "model.onnx"
-INPUT, OUTPUTS, ANSWERS = "input", "outputs", "answers"
+ONNX_FILE = "model.onnx"
+INPUT, OUTPUTS, PREDICTIONS = "input", "outputs", "predictions"
 """Names in the graph: of a single stored input, of what targets describe, and of probabilities or numbers."""
 
 
 @component(api=1)
-class Onnx(ExportFormat):
+class OnnxFormat(ExportFormat):
     """A graph from stored inputs (uint8 pixels, say) to probabilities or numbers; needs onnxruntime alone."""
 
     backend = "onnxruntime"
 
-    def write(self, tuned: Tuned, folder: Path) -> None:
+    def write(self, predictor: Predictor, directory: Path) -> None:
         """Trace with a batch of two, whose axis is dynamic.
 
         Raises:
@@ -38,27 +38,27 @@ class Onnx(ExportFormat):
             PluginError: The network cannot be written as a graph for any batch.
         """
         for package in ("onnx", "onnxscript", "onnxruntime"):
-            _imported(package)
-        stored = tuned.run.data.train.fetch(torch.tensor([0, 0]))
-        name = type(tuned.model.module).__name__
+            _import_package(package)
+        stored = predictor.run.data.train.fetch(torch.tensor([0, 0]))
+        name = type(predictor.model.module).__name__
         try:
-            program = _traced(tuned, dict(stored) if isinstance(stored, Mapping) else {"": stored})
+            program = _trace(predictor, dict(stored) if isinstance(stored, Mapping) else {"": stored})
         except Exception as error:
-            raise _refused(name, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+            raise _export_error(name, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
         fixed = [given.shape[0] for given in program.model.graph.inputs if isinstance(given.shape[0], int)]
         if fixed:
-            raise _refused(name, f"its graph takes a batch of {fixed[0]} and no other")
-        program.save(folder / FILE)
+            raise _export_error(name, f"its graph takes a batch of {fixed[0]} and no other")
+        program.save(directory / ONNX_FILE)
 
-    def opened(self, folder: Path, *, device_name: str) -> Forward:
+    def load(self, directory: Path, *, device_name: str) -> Forward:
         """Open the graph in onnxruntime, on the CPU."""
         del device_name  # onnxruntime's CPU package is what the extra installs
-        runtime = _imported("onnxruntime")
+        runtime = _import_package("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        session = runtime.InferenceSession(folder / FILE, options, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(directory / ONNX_FILE, options, providers=["CPUExecutionProvider"])
 
-        def forward(stored: Inputable) -> Tensor:
+        def forward(stored: TensorTree) -> Tensor:
             named = stored if isinstance(stored, Mapping) else {INPUT: stored}
             (outputs,) = session.run([OUTPUTS], {name: tensor.numpy() for name, tensor in named.items()})
             return torch.from_numpy(outputs)
@@ -66,47 +66,47 @@ class Onnx(ExportFormat):
         return forward
 
 
-class Graph(nn.Module):
+class ExportModule(nn.Module):
     """From stored inputs to outputs and answers, both (b, k).
 
     Args:
-        tuned: On the CPU, in float32.
+        predictor: On the CPU, in float32.
         names: Of the stored inputs; "" where there is one.
     """
 
-    def __init__(self, tuned: Tuned, names: tuple[str, ...]) -> None:
+    def __init__(self, predictor: Predictor, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.network = tuned.model.module
-        self._tuned, self._names = tuned, names
+        self.network = predictor.model.module
+        self._predictor, self._names = predictor, names
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs and answers."""
-        stored: Inputable = tensors[0] if self._names == ("",) else dict(zip(self._names, tensors, strict=True))
-        outputs: Tensor = self._tuned.run.forward(self._tuned.inputs.ready(stored)).float()
-        return outputs, answers_of(self._tuned.targets, outputs)
+        stored: TensorTree = tensors[0] if self._names == ("",) else dict(zip(self._names, tensors, strict=True))
+        outputs: Tensor = self._predictor.run.forward(self._predictor.inputs.preprocess(stored)).float()
+        return outputs, compute_predictions(self._predictor.targets, outputs)
 
 
-def _traced(tuned: Tuned, stored: dict[str, Tensor]) -> Any:
+def _trace(tuned: Predictor, stored: dict[str, Tensor]) -> Any:
     """The graph of a batch of stored inputs, for any batch."""
     batch = {0: torch.export.Dim("batch")}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "# The axis name: batch will not be used", UserWarning)  # of several inputs
         return torch.onnx.export(
-            Graph(tuned, tuple(stored)).eval(),
+            ExportModule(tuned, tuple(stored)).eval(),
             tuple(stored.values()),
             dynamo=True,
             input_names=[name or INPUT for name in stored],
-            output_names=[OUTPUTS, ANSWERS],
+            output_names=[OUTPUTS, PREDICTIONS],
             dynamic_shapes=(tuple(batch for _ in stored),),
             verbose=False,
         )
 
 
-def _refused(name: str, why: str) -> PluginError:
+def _export_error(name: str, why: str) -> PluginError:
     return PluginError(f"{name} cannot be written as ONNX", why=why, fix="export it as safetensors")
 
 
-def _imported(package: str) -> Any:
+def _import_package(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:

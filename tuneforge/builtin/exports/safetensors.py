@@ -6,27 +6,27 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuneforge import ExportFormat, component, forward_of, load
+from tuneforge import ExportFormat, component, load, make_forward
 
 if TYPE_CHECKING:
-    from tuneforge import Forward, Tuned
+    from tuneforge import Forward, Predictor
 
-FILES = ("run.json", "status.json", "model.json", "model.safetensors")
+COPIED_FILES = ("run.json", "status.json", "model.json", "model.safetensors")
 """What of a run folder builds the model again."""
 
 
 @component(api=1)
-class Safetensors(ExportFormat):
+class SafetensorsFormat(ExportFormat):
     """Weights as safetensors, and in JSON what builds the network; needs torch and tuneforge."""
 
     backend = "torch"
     float32 = False
 
-    def write(self, tuned: Tuned, folder: Path) -> None:
+    def write(self, predictor: Predictor, directory: Path) -> None:
         """Copy what the run left."""
-        for name in FILES:
-            shutil.copyfile(tuned.path / name, folder / name)
+        for name in COPIED_FILES:
+            shutil.copyfile(predictor.run_dir / name, directory / name)
 
-    def opened(self, folder: Path, *, device_name: str) -> Forward:
+    def load(self, directory: Path, *, device_name: str) -> Forward:
         """Build the network and load the weights."""
-        return forward_of(load(folder, device_name=device_name))
+        return make_forward(load(directory, device_name=device_name))

@@ -12,14 +12,14 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tuneforge import Model, Noise, PluginError, between, component, gt, hookimpl, option
+from tuneforge import Model, PluginError, SampleRNG, between, component, gt, hookimpl, option
 
 if TYPE_CHECKING:
     from tuneforge import Run
 
-Answering: TypeAlias = nn.Linear | nn.Conv2d
+HeadLayer: TypeAlias = nn.Linear | nn.Conv2d
 
-_FRESH_STD = 0.01  # of new rows: small beside trained ones, so that they do not speak first
+_INIT_STD = 0.01  # of new rows: small beside trained ones, so that they do not speak first
 
 
 @component(api=1)
@@ -35,17 +35,19 @@ class Head:
         Raises:
             PluginError: There is no model, or its head is neither linear nor a 1x1 convolution.
         """
-        model = _present(model, "head")
-        head = answering(model)
-        labels, size = run.data.targets.labels, run.data.targets.size
+        model = _require_model(model, "head")
+        head = get_head_layer(model)
+        labels, size = run.data.targets.labels, run.data.targets.num_outputs
         if _num_outputs(head) == size and model.labels in ((), labels):
-            known = model.kept if model.labels else labels  # whose names are not known is taken at its word
-            return attrs.evolve(model, labels=labels, kept=known)
+            known = (
+                model.pretrained_labels if model.labels else labels
+            )  # whose names are not known is taken at its word
+            return attrs.evolve(model, labels=labels, pretrained_labels=known)
         kept = [name for name in labels if self.keep and name in model.labels]
         rows = {labels.index(name): model.labels.index(name) for name in kept}
-        module = resized(head, size, rows, seed=run.config.seed)
-        changed = model.with_head(module, labels=labels, kept=tuple(kept))
-        return changed.changed(_sentence(_num_outputs(head), size, kept, labels))
+        module = resize_head(head, size, rows, seed=run.config.seed)
+        changed = model.with_head(module, labels=labels, pretrained_labels=tuple(kept))
+        return changed.with_change(_describe_resize(_num_outputs(head), size, kept, labels))
 
 
 @component(api=1)
@@ -65,7 +67,7 @@ class InputChannels:
             PluginError: There is no model, no plain convolution, or one that mixes its input by itself.
         """
         del run
-        model = _present(model, "input-channels")
+        model = _require_model(model, "input-channels")
         name, conv = _first_conv(model)
         if conv.in_channels == self.channels:
             return model
@@ -76,8 +78,10 @@ class InputChannels:
                 fix="leave input-channels out and use --data.channels 3",
             )
         old = conv.in_channels
-        _set(model.module, name, _with_channels(conv, _spread(conv.weight.detach(), self.channels)))
-        return model.changed(f"input: {old} -> {self.channels} channels ('{name}')")
+        _set_submodule(
+            model.module, name, _replace_conv_weight(conv, _change_weight_channels(conv.weight.detach(), self.channels))
+        )
+        return model.with_change(f"input: {old} -> {self.channels} channels ('{name}')")
 
 
 @component(api=1)
@@ -94,13 +98,13 @@ class Dropout:
             PluginError: There is no model.
         """
         del run
-        model = _present(model, "dropout")
+        model = _require_model(model, "dropout")
         changed = model.with_head(nn.Sequential(nn.Dropout(self.p), model.head_module()))
         sentence = f"dropout: {self.p:g} of the features before '{model.head}'"
-        return changed.changed(sentence, head=f"{model.head}.1")
+        return changed.with_change(sentence, head=f"{model.head}.1")
 
 
-def _present(model: Model | None, name: str) -> Model:
+def _require_model(model: Model | None, name: str) -> Model:
     if model is None:
         raise PluginError(
             f"adapter '{name}' was given no model", where="--model", fix=f"name a model first, and then --adapt {name}"
@@ -108,7 +112,7 @@ def _present(model: Model | None, name: str) -> Model:
     return model
 
 
-def answering(model: Model) -> Answering:
+def get_head_layer(model: Model) -> HeadLayer:
     """The layer that gives the answer.
 
     Raises:
@@ -125,47 +129,47 @@ def answering(model: Model) -> Answering:
     )
 
 
-def _num_outputs(head: Answering) -> int:
+def _num_outputs(head: HeadLayer) -> int:
     return head.out_features if isinstance(head, nn.Linear) else head.out_channels
 
 
-def resized(head: Answering, size: int, rows: dict[int, int], *, seed: int) -> Answering:
-    """A layer of the same kind with `size` outputs.
+def resize_head(head: HeadLayer, num_outputs: int, rows: dict[int, int], *, seed: int) -> HeadLayer:
+    """A layer of the same kind with `num_outputs` outputs.
 
     Args:
         head: The old layer.
-        size: k.
+        num_outputs: k.
         rows: Old row by new row; the others start fresh, from the seed.
         seed: The run's.
     """
     old = head.weight.detach()
-    fresh_kf = Noise(seed, 0, torch.arange(size)).normal("head", old[0].numel()) * _FRESH_STD
-    weight = fresh_kf.reshape(size, *old.shape[1:]).to(old)
-    bias = old.new_zeros(size)
+    fresh_kf = SampleRNG(seed, 0, torch.arange(num_outputs)).normal("head", old[0].numel()) * _INIT_STD
+    weight = fresh_kf.reshape(num_outputs, *old.shape[1:]).to(old)
+    bias = old.new_zeros(num_outputs)
     for new, kept in rows.items():
         weight[new] = old[kept]
         if head.bias is not None:
             bias[new] = head.bias.detach()[kept]
-    made: Answering
+    made: HeadLayer
     if isinstance(head, nn.Linear):
-        made = nn.Linear(head.in_features, size, bias=head.bias is not None, device="meta")
+        made = nn.Linear(head.in_features, num_outputs, bias=head.bias is not None, device="meta")
     else:
-        made = nn.Conv2d(head.in_channels, size, 1, bias=head.bias is not None, device="meta")
+        made = nn.Conv2d(head.in_channels, num_outputs, 1, bias=head.bias is not None, device="meta")
     made.weight = nn.Parameter(weight)
     if head.bias is not None:
         made.bias = nn.Parameter(bias)
     return made
 
 
-def _sentence(old: int, new: int, kept: Sequence[str], labels: Sequence[str]) -> str:
+def _describe_resize(old: int, new: int, kept: Sequence[str], labels: Sequence[str]) -> str:
     fresh = [name for name in labels if name not in set(kept)]
     sentence = f"head: {old} -> {new} outputs"
     if not kept:
         return f"{sentence}, all fresh"
-    return f"{sentence}, kept the rows of {_abridged(kept)}" + (f"; fresh: {_abridged(fresh)}" if fresh else "")
+    return f"{sentence}, kept the rows of {_abbreviate(kept)}" + (f"; fresh: {_abbreviate(fresh)}" if fresh else "")
 
 
-def _abridged(names: Sequence[str]) -> str:
+def _abbreviate(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, ..., {names[-1]}"
 
 
@@ -179,7 +183,7 @@ def _first_conv(model: Model) -> tuple[str, nn.Conv2d]:
     )
 
 
-def _spread(weight_kchw: Tensor, channels: int) -> Tensor:
+def _change_weight_channels(weight_kchw: Tensor, channels: int) -> Tensor:
     """The weight for another number of input channels, the sum over them unchanged."""
     old = weight_kchw.shape[1]
     if channels <= old:
@@ -188,7 +192,7 @@ def _spread(weight_kchw: Tensor, channels: int) -> Tensor:
     return torch.cat([weight_kchw, extra], dim=1) * (old / channels)
 
 
-def _with_channels(conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:
+def _replace_conv_weight(conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:
     made = nn.Conv2d(
         weight.shape[1],
         conv.out_channels,
@@ -205,6 +209,6 @@ def _with_channels(conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:
     return made
 
 
-def _set(module: nn.Module, path: str, new: nn.Module) -> None:
+def _set_submodule(module: nn.Module, path: str, new: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(module.get_submodule(parent), name, new)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tuneforge import DataError, Group, Model, PluginError, UsageError, component, hookimpl, load_tensors, option
-from tuneforge.builtin.seeding import seeded
+from tuneforge import DataError, LayerGroup, Model, PluginError, UsageError, component, hookimpl, load_tensors, option
+from tuneforge.builtin.seeding import seeded_rng
 
 if TYPE_CHECKING:
     from tuneforge import Run
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 WIDTHS = (3, 32, 64, 128, 256, 512)
 """Channels of the input and after each convolution."""
 
-SIDE = 32
+IMAGE_SIZE = 32
 """Height and width of the input, in pixels: five poolings leave one."""
 
 LABELS = tuple(string.digits + string.ascii_uppercase + string.ascii_lowercase)
 """What the pretrained head tells apart."""
 
-SHIPPED = Path(__file__).parent / "weights" / "digit_cnn.safetensors"
+PRETRAINED_WEIGHTS = Path(__file__).parent / "weights" / "digit_cnn.safetensors"
 """The pretrained weights, float16, made by `tuneforge run --data glyphs --model digit-cnn`."""
 
 
@@ -78,9 +78,9 @@ class DigitCNN:
                 where="--model",
                 fix="name it with --model, and adapters such as head with --adapt",
             )
-        _require_size(run)
+        _require_image_size(run)
         if run.restoring or not self.pretrained:
-            return _fresh(run)
+            return _build_untrained(run)
         if self.weights is not None and not self.weights.is_file():
             raise UsageError(
                 f"there is no file '{self.weights}'",
@@ -88,21 +88,21 @@ class DigitCNN:
                 why="it should hold weights of digit-cnn",
                 fix="check the path, or leave it out for the weights that ship",
             )
-        return _loaded(self.weights or SHIPPED)
+        return _load_pretrained(self.weights or PRETRAINED_WEIGHTS)
 
 
-def _fresh(run: Run) -> Model:
+def _build_untrained(run: Run) -> Model:
     """From scratch, for the classes of the data: PyTorch's own initialisation, from the run's seed."""
-    with seeded(run.config.seed):
-        module = DigitNet(run.data.targets.size)
-    return attrs.evolve(_model(module, run.data.targets.labels, kept=()), pretrained=False)
+    with seeded_rng(run.config.seed):
+        module = DigitNet(run.data.targets.num_outputs)
+    return attrs.evolve(_build_model(module, run.data.targets.labels, kept=()), pretrained=False)
 
 
-def _loaded(path: Path) -> Model:
+def _load_pretrained(path: Path) -> Model:
     """From weights, with the classes that they know."""
     tensors, metadata = load_tensors(path)
     num_outputs = len(tensors.get("head.bias", LABELS))
-    with seeded(0):
+    with seeded_rng(0):
         module = DigitNet(num_outputs)
     expected = module.state_dict()
     wrong = sorted(expected.keys() ^ tensors.keys())
@@ -116,21 +116,21 @@ def _loaded(path: Path) -> Model:
         )
     module.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
     labels = tuple(metadata.get("labels", LABELS if num_outputs == len(LABELS) else ()))
-    return _model(module, labels, kept=labels)
+    return _build_model(module, labels, kept=labels)
 
 
-def _model(module: DigitNet, labels: tuple[str, ...], *, kept: tuple[str, ...]) -> Model:
-    groups = [Group(name, (name,)) for name, _ in module.named_children()]
-    return Model(module, groups=groups, head="head", labels=labels, kept=kept)
+def _build_model(module: DigitNet, labels: tuple[str, ...], *, kept: tuple[str, ...]) -> Model:
+    groups = [LayerGroup(name, (name,)) for name, _ in module.named_children()]
+    return Model(module, groups=groups, head="head", labels=labels, pretrained_labels=kept)
 
 
-def _require_size(run: Run) -> None:
+def _require_image_size(run: Run) -> None:
     example = run.example
-    if isinstance(example, Tensor) and example.ndim == 4 and tuple(example.shape[2:]) == (SIDE, SIDE):
+    if isinstance(example, Tensor) and example.ndim == 4 and tuple(example.shape[2:]) == (IMAGE_SIZE, IMAGE_SIZE):
         return
     found = "x".join(map(str, example.shape[1:])) if isinstance(example, Tensor) else "a mapping of tensors"
     raise DataError(
-        f"digit-cnn takes pictures of {SIDE}x{SIDE} pixels, and the data gives {found}",
+        f"digit-cnn takes pictures of {IMAGE_SIZE}x{IMAGE_SIZE} pixels, and the data gives {found}",
         where="--model digit-cnn",
-        fix=f"use --data.size {SIDE}, or another --model",
+        fix=f"use --data.size {IMAGE_SIZE}, or another --model",
     )

@@ -15,7 +15,7 @@ from torchvision import models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from tuneforge import (
-    Group,
+    LayerGroup,
     Model,
     PluginError,
     TryAgainError,
@@ -27,15 +27,15 @@ from tuneforge import (
     load_tensors,
     option,
 )
-from tuneforge.builtin.models.adapters import answering, resized
-from tuneforge.builtin.seeding import seeded
+from tuneforge.builtin.models.adapters import get_head_layer, resize_head
+from tuneforge.builtin.seeding import seeded_rng
 
 if TYPE_CHECKING:
     from tuneforge import Run
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 
-FAMILIES: Mapping[str, tuple[str, ...]] = {
+LAYER_GROUPS_BY_CLASS: Mapping[str, tuple[str, ...]] = {
     "AlexNet": ("features/", "classifier.*"),
     "ConvNeXt": ("features.*", "head=classifier.0"),
     "DenseNet": (
@@ -78,13 +78,13 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 between two poolings; `name=path,path` puts several into one; `head=` adds to the head's, where a last norm belongs.
 """
 
-_PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".pth.tar")
-_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
-_OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
+_PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".pth.tar")
+_AUXILIARY_PREFIXES = ("aux1.", "aux2.", "AuxLogits.")
+_OLD_DENSENET_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
 
 
 @component(api=1)
-class Torchvision:
+class TorchvisionModel:
     """A classification model of torchvision, from scratch or with weights."""
 
     arch: str = option(default="resnet18", help="The architecture, as torchvision.models names it.")
@@ -109,24 +109,24 @@ class Torchvision:
                 where="--model",
                 fix="name it with --model, and adapters such as head with --adapt",
             )
-        _require_known(self.arch)
-        side = _side(run)
-        state, labels = (None, ()) if run.restoring or self.weights == "none" else self._weights()
-        with seeded(run.config.seed):
-            module = _built(self.arch, run.data.targets.size, side, pretrained=self.weights != "none")
+        _require_known_arch(self.arch)
+        side = _get_image_size(run)
+        state, labels = (None, ()) if run.restoring or self.weights == "none" else self._read_weights()
+        with seeded_rng(run.config.seed):
+            module = _build_network(self.arch, run.data.targets.num_outputs, side, pretrained=self.weights != "none")
         if not run.restoring:
-            _require_fit(module, self.arch, side)
-        head = head_path(module)
+            _require_fitting_size(module, self.arch, side)
+        head = find_head_path(module)
         if state is not None:
-            return _filled(module, head, state, labels, run)
-        return Model(module, groups=groups_of(module, head), head=head, labels=run.data.targets.labels)
+            return _load_weights(module, head, state, labels, run)
+        return Model(module, groups=find_layer_groups(module, head), head=head, labels=run.data.targets.labels)
 
-    def _weights(self) -> tuple[State, tuple[str, ...]]:
+    def _read_weights(self) -> tuple[StateDict, tuple[str, ...]]:
         """The weights by name, and the names of their classes, where they are known."""
         if self.weights in ("download", "default"):
-            return _downloaded(self.arch)
+            return _download_weights(self.arch)
         path = Path(self.weights)
-        if path.name.lower().endswith(_PICKLED):
+        if path.name.lower().endswith(_PICKLE_SUFFIXES):
             raise UnsafeFileError(
                 f"'{path.name}' is not read",
                 where="--model.weights",
@@ -137,7 +137,7 @@ class Torchvision:
         return tensors, tuple(metadata.get("labels", ()))
 
 
-def head_path(module: nn.Module) -> str:
+def find_head_path(module: nn.Module) -> str:
     """Path of the answering layer: the last linear one; in SqueezeNet, which has none, the last 1x1 convolution."""
     named = list(module.named_modules())
     linear = [name for name, child in named if isinstance(child, nn.Linear)]
@@ -146,27 +146,27 @@ def head_path(module: nn.Module) -> str:
     return path
 
 
-def groups_of(module: nn.Module, head: str) -> tuple[Group, ...]:
+def find_layer_groups(module: nn.Module, head: str) -> tuple[LayerGroup, ...]:
     """Layer groups from the input to the answer; of an unknown network, those that its structure suggests."""
-    patterns = FAMILIES.get(type(module).__name__)
+    patterns = LAYER_GROUPS_BY_CLASS.get(type(module).__name__)
     if patterns is None:
-        return tuple(Model.of(module, head=head).groups)
-    groups: list[Group] = []
+        return tuple(Model.from_module(module, head=head).groups)
+    groups: list[LayerGroup] = []
     of_head = [head]
     for pattern in patterns:
         name, _, paths = pattern.rpartition("=")
         if name == "head":
             of_head = [*paths.split(","), head]
         elif name:
-            groups.append(Group(name, paths.split(",")))
+            groups.append(LayerGroup(name, paths.split(",")))
         elif pattern.endswith("/"):
-            groups += _stages(module, pattern.removesuffix("/"))
+            groups += _split_into_stages(module, pattern.removesuffix("/"))
         else:
-            groups += [Group(path, (path,)) for path in _matching(module, pattern) if path != head]
-    return (*groups, Group("head", of_head))
+            groups += [LayerGroup(path, (path,)) for path in _match_children(module, pattern) if path != head]
+    return (*groups, LayerGroup("head", of_head))
 
 
-def _matching(module: nn.Module, pattern: str) -> list[str]:
+def _match_children(module: nn.Module, pattern: str) -> list[str]:
     """Paths of the children that a glob matches and that hold parameters, in order."""
     parent, _, glob = pattern.rpartition(".")
     return [
@@ -176,7 +176,7 @@ def _matching(module: nn.Module, pattern: str) -> list[str]:
     ]
 
 
-def _stages(module: nn.Module, parent: str) -> list[Group]:
+def _split_into_stages(module: nn.Module, parent: str) -> list[LayerGroup]:
     """A group for each run of layers up to a pooling."""
     stages: list[list[str]] = [[]]
     for name, child in module.get_submodule(parent).named_children():
@@ -184,10 +184,10 @@ def _stages(module: nn.Module, parent: str) -> list[Group]:
             stages.append([])
         elif next(child.parameters(), None) is not None:
             stages[-1].append(f"{parent}.{name}")
-    return [Group(f"stage{number}", paths) for number, paths in enumerate(filter(None, stages), start=1)]
+    return [LayerGroup(f"stage{number}", paths) for number, paths in enumerate(filter(None, stages), start=1)]
 
 
-def _built(arch: str, num_outputs: int, side: tuple[int, int], *, pretrained: bool) -> nn.Module:
+def _build_network(arch: str, num_outputs: int, side: tuple[int, int], *, pretrained: bool) -> nn.Module:
     """The network; `pretrained` ones rescale their input where torchvision's weights expect it."""
     arguments: dict[str, Any] = {"num_classes": num_outputs}
     if arch in ("googlenet", "inception_v3"):
@@ -199,24 +199,26 @@ def _built(arch: str, num_outputs: int, side: tuple[int, int], *, pretrained: bo
     try:
         module: nn.Module = models.get_model(arch, **arguments)
     except (ValueError, AssertionError) as error:
-        raise _unfit(arch, side, error) from None
+        raise _image_size_error(arch, side, error) from None
     return module
 
 
-def _filled(module: nn.Module, head: str, state: State, labels: tuple[str, ...], run: Run) -> Model:
+def _load_weights(module: nn.Module, head: str, state: StateDict, labels: tuple[str, ...], run: Run) -> Model:
     """The model with weights; without a head in them, it gets a fresh one for the data.
 
     Raises:
         UsageError: Other names or shapes than the head's differ.
     """
-    state = {_present_name(name): tensor for name, tensor in state.items() if not name.startswith(_AUXILIARY)}
+    state = {
+        _rename_densenet_key(name): tensor for name, tensor in state.items() if not name.startswith(_AUXILIARY_PREFIXES)
+    }
     known = f"{head}.weight" in state
-    model = Model(module, groups=groups_of(module, head), head=head, labels=run.data.targets.labels)
+    model = Model(module, groups=find_layer_groups(module, head), head=head, labels=run.data.targets.labels)
     if known:
         rows = len(state[f"{head}.weight"])
         labels = labels if len(labels) == rows else ()
-        sized = resized(answering(model), rows, {}, seed=run.config.seed)
-        model = model.with_head(sized, labels=labels, kept=labels)
+        sized = resize_head(get_head_layer(model), rows, {}, seed=run.config.seed)
+        model = model.with_head(sized, labels=labels, pretrained_labels=labels)
     if isinstance(module, models.VisionTransformer) and "encoder.pos_embedding" in state:
         state = interpolate_embeddings(module.image_size, module.patch_size, state)
     own = module.state_dict()
@@ -224,18 +226,18 @@ def _filled(module: nn.Module, head: str, state: State, labels: tuple[str, ...],
     missing = [name for name in sorted(needed - state.keys()) if not name.endswith("num_batches_tracked")]
     wrong = [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
     if missing or wrong or state.keys() - own.keys():
-        raise _mismatch(type(module).__name__, missing, sorted(state.keys() - own.keys()), wrong)
+        raise _mismatch_error(type(module).__name__, missing, sorted(state.keys() - own.keys()), wrong)
     module.load_state_dict(state, strict=False)
     return model
 
 
-def _present_name(name: str) -> str:
+def _rename_densenet_key(name: str) -> str:
     """DenseNet's published weights have names that PyTorch no longer allows."""
-    found = _OLD_DENSENET.match(name)
+    found = _OLD_DENSENET_KEY.match(name)
     return found[1] + found[2] if found else name
 
 
-def _mismatch(kind: str, missing: list[str], foreign: list[str], wrong: list[str]) -> UsageError:
+def _mismatch_error(kind: str, missing: list[str], foreign: list[str], wrong: list[str]) -> UsageError:
     told = {"missing": missing, "not in the network": foreign, "of another shape": wrong}
     return UsageError(
         f"the weights are not those of this {kind}",
@@ -245,11 +247,11 @@ def _mismatch(kind: str, missing: list[str], foreign: list[str], wrong: list[str
     )
 
 
-def _downloaded(arch: str) -> tuple[State, tuple[str, ...]]:
+def _download_weights(arch: str) -> tuple[StateDict, tuple[str, ...]]:
     """torchvision's best weights of the architecture, and ImageNet's names of classes."""
     weights = models.get_model_weights(arch).DEFAULT
     try:
-        state: State = models.get_model(arch, weights=weights, progress=False).state_dict()
+        state: StateDict = models.get_model(arch, weights=weights, progress=False).state_dict()
     except (OSError, RuntimeError) as error:
         raise TryAgainError(
             f"cannot download the weights of {arch}",
@@ -260,7 +262,7 @@ def _downloaded(arch: str) -> tuple[State, tuple[str, ...]]:
     return state, tuple(weights.meta["categories"])
 
 
-def _require_known(arch: str) -> None:
+def _require_known_arch(arch: str) -> None:
     known = models.list_models(module=models)
     if arch not in known:
         near = difflib.get_close_matches(arch, known, n=1)
@@ -271,7 +273,7 @@ def _require_known(arch: str) -> None:
         )
 
 
-def _side(run: Run) -> tuple[int, int]:
+def _get_image_size(run: Run) -> tuple[int, int]:
     """Height and width of the data's pictures."""
     example = run.example
     if isinstance(example, Tensor) and example.ndim == 4:
@@ -284,32 +286,32 @@ def _side(run: Run) -> tuple[int, int]:
     )
 
 
-def _native_side(arch: str) -> int:
+def _get_native_image_size(arch: str) -> int:
     return int(models.get_model_weights(arch).DEFAULT.transforms.keywords["crop_size"])
 
 
-def _require_fit(module: nn.Module, arch: str, side: tuple[int, int]) -> None:
+def _require_fitting_size(module: nn.Module, arch: str, side: tuple[int, int]) -> None:
     """Try one black picture, where pictures are smaller than the network was designed for.
 
     Raises:
         UsageError: They are too small.
     """
-    if min(side) >= _native_side(arch):
+    if min(side) >= _get_native_image_size(arch):
         return
     training = module.training
     try:
         with torch.no_grad():
             module.eval()(torch.zeros(1, 3, *side))
     except (RuntimeError, AssertionError) as error:
-        raise _unfit(arch, side, error) from None
+        raise _image_size_error(arch, side, error) from None
     finally:
         module.train(training)
 
 
-def _unfit(arch: str, side: tuple[int, int], error: Exception) -> UsageError:
+def _image_size_error(arch: str, side: tuple[int, int], error: Exception) -> UsageError:
     return UsageError(
         f"{arch} cannot take pictures of {side[1]}x{side[0]} pixels",
         where="--model torchvision",
         why=str(error).partition("\n")[0],
-        fix=f"use --data.size {_native_side(arch)}",
+        fix=f"use --data.size {_get_native_image_size(arch)}",
     )

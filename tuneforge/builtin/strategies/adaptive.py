@@ -7,9 +7,23 @@ from __future__ import annotations
 
 import math
 
-from tuneforge import Blend, Brief, Fit, Phase, Report, Step, Steps, component, ge, gt, hookimpl, option, use
+from tuneforge import (
+    HeadFit,
+    Phase,
+    StrategyStep,
+    StrategyStepResult,
+    StrategySteps,
+    TaskInfo,
+    WeightAverage,
+    component,
+    ge,
+    gt,
+    hookimpl,
+    option,
+    use,
+)
 
-LEAST_FALL = 0.02
+MIN_LOSS_DECREASE = 0.02
 """Share by which validation's loss must fall to count as a gain, where the monitored figure cannot tell."""
 
 
@@ -37,28 +51,28 @@ class Adaptive:
     lr: float = option(default=3e-3, help="Peak learning rate of the first round; reports lower it.", check=gt(0))
 
     @hookimpl
-    def finetune_strategy(self, brief: Brief) -> Steps:
+    def finetune_strategy(self, task: TaskInfo) -> StrategySteps:
         """The head, then rounds until the target is met or nothing is gained."""
         why = "gains count from what the model answers untuned"
-        best = yield Blend("before", snapshots=("start",), why=why)
-        widths = sorted({1, math.ceil(len(brief.groups) / 2), len(brief.groups)})
+        best = yield WeightAverage("before", snapshots=("start",), why=why)
+        widths = sorted({1, math.ceil(len(task.groups) / 2), len(task.groups)})
         lr, missed, number = self.lr, 0, 0
-        while not (end := self._end(brief, best, missed, number)):
+        while not (end := self._explain_stop(task, best, missed, number)):
             thawed = widths[min(number, len(widths) - 1)]
-            head = first(brief, epochs=self.epochs, lr=lr)
-            report = yield self._round(brief, number, thawed, lr, best) if number else head
-            if better(report, best, brief):
+            head = make_head_step(task, epochs=self.epochs, lr=lr)
+            report = yield self._make_round(task, number, thawed, lr, best) if number else head
+            if is_better(report, best, task):
                 best, missed = report, 0
             else:
-                why = f"'{report.step}' gained nothing: {compared(report, best, brief)}"
-                yield Blend(f"back-{number}", snapshots=(best.step,), why=why)
-                lr, missed = (lr / 3, missed + 1) if thawed == len(brief.groups) else (lr, 0)
+                why = f"'{report.step_name}' gained nothing: {format_comparison(report, best, task)}"
+                yield WeightAverage(f"back-{number}", snapshots=(best.step_name,), why=why)
+                lr, missed = (lr / 3, missed + 1) if thawed == len(task.groups) else (lr, 0)
             number += 1
-        yield Blend("end", snapshots=(best.step,), why=end)
+        yield WeightAverage("end", snapshots=(best.step_name,), why=end)
 
-    def _round(self, brief: Brief, number: int, thawed: int, lr: float, best: Report) -> Phase:
-        weak = weak_classes(best)
-        all_thawed = thawed == len(brief.groups)
+    def _make_round(self, task: TaskInfo, number: int, thawed: int, lr: float, best: StrategyStepResult) -> Phase:
+        weak = weigh_weak_classes(best)
+        all_thawed = thawed == len(task.groups)
         weighed = f"; low recall, so they weigh more: {', '.join(weak)}" if weak else ""
         return Phase(
             f"round-{number}",
@@ -68,53 +82,53 @@ class Adaptive:
             schedule=use("cosine", warmup=0.1),
             restore_best=True,
             class_weights=weak or None,
-            why=f"{brief.monitor} is {best.val[brief.monitor]:.4f}, and more may be gained with "
+            why=f"{task.monitor} is {best.val[task.monitor]:.4f}, and more may be gained with "
             f"{'all' if all_thawed else f'the upper {thawed}'} layer groups at rate {lr:.2g}{weighed}",
         )
 
-    def _end(self, brief: Brief, best: Report, missed: int, number: int) -> str:
+    def _explain_stop(self, task: TaskInfo, best: StrategyStepResult, missed: int, number: int) -> str:
         """Why no further round is taken; empty where one is."""
-        found = best.val[brief.monitor]
-        if self.target is not None and (found >= self.target if brief.monitor_mode == "max" else found <= self.target):
-            return f"the target is met: {brief.monitor} is {found:.4f}"
+        found = best.val[task.monitor]
+        if self.target is not None and (found >= self.target if task.monitor_mode == "max" else found <= self.target):
+            return f"the target is met: {task.monitor} is {found:.4f}"
         if missed == 2:
-            return f"two rounds in a row gained nothing, so '{best.step}' is as good as it gets"
+            return f"two rounds in a row gained nothing, so '{best.step_name}' is as good as it gets"
         return f"all {number} rounds are spent" if number == self.rounds else ""
 
 
-def first(brief: Brief, *, epochs: int, lr: float) -> Step:
+def make_head_step(task: TaskInfo, *, epochs: int, lr: float) -> StrategyStep:
     """What brings the head to the data: a solution where it is one linear layer with a bias, else a phase."""
     why = "a head that fits spares the features below it"
-    kinds = sorted(name.rpartition(".")[2] for name in brief.head.tensors)
-    if brief.classes and kinds == ["bias", "weight"]:
-        return Fit("head", why=why)
+    kinds = sorted(name.rpartition(".")[2] for name in task.head.parameter_names)
+    if task.classes and kinds == ["bias", "weight"]:
+        return HeadFit("head", why=why)
     return Phase(
         "head", train="head", epochs=epochs, lr=lr, schedule=use("cosine", warmup=0.1), restore_best=True, why=why
     )
 
 
-def better(after: Report, before: Report, brief: Brief) -> bool:
+def is_better(after: StrategyStepResult, before: StrategyStepResult, task: TaskInfo) -> bool:
     """True where a report is better by more than validation's standard error, or by its loss where it lies nearer."""
-    if level(after, before, brief) and "loss" in after.val:
-        return bool(after.val["loss"] < (1 - LEAST_FALL) * before.val["loss"])
-    gain = after.val[brief.monitor] - before.val[brief.monitor]
-    return bool(gain > 0 if brief.monitor_mode == "max" else gain < 0)
+    if is_within_error(after, before, task) and "loss" in after.val:
+        return bool(after.val["loss"] < (1 - MIN_LOSS_DECREASE) * before.val["loss"])
+    gain = after.val[task.monitor] - before.val[task.monitor]
+    return bool(gain > 0 if task.monitor_mode == "max" else gain < 0)
 
 
-def level(after: Report, before: Report, brief: Brief) -> bool:
+def is_within_error(after: StrategyStepResult, before: StrategyStepResult, task: TaskInfo) -> bool:
     """True where the monitored figures lie within validation's standard error of one another, or are equal."""
-    old, new = before.val[brief.monitor], after.val[brief.monitor]
-    error = min(1.0, max(0.0, 1 - old)) if brief.monitor_mode == "max" else 0.0
-    return bool(abs(new - old) <= math.sqrt(error * (1 - error) / brief.num_val))
+    old, new = before.val[task.monitor], after.val[task.monitor]
+    error = min(1.0, max(0.0, 1 - old)) if task.monitor_mode == "max" else 0.0
+    return bool(abs(new - old) <= math.sqrt(error * (1 - error) / task.num_val))
 
 
-def compared(after: Report, before: Report, brief: Brief) -> str:
-    """The figures that `better` compares, as text."""
-    names = dict.fromkeys(name for name in (brief.monitor, "loss") if name in after.val)
+def format_comparison(after: StrategyStepResult, before: StrategyStepResult, task: TaskInfo) -> str:
+    """The figures that `is_better` compares, as text."""
+    names = dict.fromkeys(name for name in (task.monitor, "loss") if name in after.val)
     return ", ".join(f"{name} {after.val[name]:.4f} after {before.val[name]:.4f}" for name in names)
 
 
-def weak_classes(report: Report) -> dict[str, float]:
+def weigh_weak_classes(report: StrategyStepResult) -> dict[str, float]:
     """Factors on the loss by class, for those whose recall lies two standard errors below the mean of all."""
     if "confusion" not in report.val:  # no classes, or several a sample
         return {}

@@ -8,9 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tuneforge import Blend, Brief, Phase, Probe, Readings, Report, Steps, component, ge, gt, hookimpl, option, use
-from tuneforge.builtin.strategies.adaptive import better, compared, first
-from tuneforge.builtin.strategies.fixed import has_fresh_rows
+from tuneforge import (
+    Diagnosis,
+    Diagnostics,
+    Phase,
+    StrategyStepResult,
+    StrategySteps,
+    TaskInfo,
+    WeightAverage,
+    component,
+    ge,
+    gt,
+    hookimpl,
+    option,
+    use,
+)
+from tuneforge.builtin.strategies.adaptive import format_comparison, is_better, make_head_step
+from tuneforge.builtin.strategies.fixed import has_random_head_rows
 
 
 @component(api=1)
@@ -38,47 +52,51 @@ class Auto:
     batches: int = option(default=5, help="Training batches that a measurement looks at.", check=ge(1))
 
     @hookimpl
-    def finetune_strategy(self, brief: Brief) -> Steps:
+    def finetune_strategy(self, task: TaskInfo) -> StrategySteps:
         """The measurements, a phase for each candidate, and the way back to the best."""
-        if has_fresh_rows(brief):
-            start = yield first(brief, epochs=self.epochs, lr=self.lr)
+        if has_random_head_rows(task):
+            start = yield make_head_step(task, epochs=self.epochs, lr=self.lr)
         else:
-            start = yield Blend("before", snapshots=("start",), why="what goes wrong untuned tells what has shifted")
-        gradients = yield Probe("gradients", batches=self.batches, why="which block do the samples pull at?")
-        drift = yield Probe("drift", measure="features", batches=self.batches, why="do validation and training differ?")
+            start = yield WeightAverage(
+                "before", snapshots=("start",), why="what goes wrong untuned tells what has shifted"
+            )
+        gradients = yield Diagnosis("gradients", batches=self.batches, why="which block do the samples pull at?")
+        drift = yield Diagnosis(
+            "drift", measure="features", batches=self.batches, why="do validation and training differ?"
+        )
         ranked = [start]
-        for block, why in suspects(brief, start, gradients, drift, self.batches)[: self.candidates]:
+        for block, why in rank_blocks(task, start, gradients, drift, self.batches)[: self.candidates]:
             if len(ranked) > 1:
                 again = "every block is tried from the same weights"
-                yield Blend(f"before-{block}", snapshots=(start.step,), why=again)
-            index = [group.name for group in brief.groups].index(block)
-            report = yield self._phase(f"{block}-only", train=f"groups[{index}]", lr=self.lr, why=why)
-            place = next((place for place, each in enumerate(ranked) if better(report, each, brief)), len(ranked))
+                yield WeightAverage(f"before-{block}", snapshots=(start.step_name,), why=again)
+            index = [group.name for group in task.groups].index(block)
+            report = yield self._make_phase(f"{block}-only", train=f"groups[{index}]", lr=self.lr, why=why)
+            place = next((place for place, each in enumerate(ranked) if is_better(report, each, task)), len(ranked))
             ranked.insert(place, report)
-        found = yield chosen(brief, start, ranked)
+        found = yield select_best(task, start, ranked)
         if self.then_all:
             why = "is the block all that has shifted?"
-            report = yield self._phase("all", train="all", lr=self.lr / 10, why=why)
-            if not better(report, found, brief):
-                why = f"it is: {compared(report, found, brief)}"
-                yield Blend("end", snapshots=(found.step,), why=why)
+            report = yield self._make_phase("all", train="all", lr=self.lr / 10, why=why)
+            if not is_better(report, found, task):
+                why = f"it is: {format_comparison(report, found, task)}"
+                yield WeightAverage("end", snapshots=(found.step_name,), why=why)
 
-    def _phase(self, name: str, *, train: str, lr: float, why: str) -> Phase:
+    def _make_phase(self, name: str, *, train: str, lr: float, why: str) -> Phase:
         schedule = use("cosine", warmup=0.1)
         return Phase(name, train=train, epochs=self.epochs, lr=lr, schedule=schedule, restore_best=True, why=why)
 
 
-def suspects(
-    brief: Brief, before: Report, gradients: Readings, drift: Readings, batches: int
+def rank_blocks(
+    task: TaskInfo, before: StrategyStepResult, gradients: Diagnostics, feature_drift: Diagnostics, batches: int
 ) -> Sequence[tuple[str, str]]:
     """Blocks in the order in which they deserve a trial, each with the reason."""
     found: dict[str, str] = {}
-    right, renamed, error = relabelled(before)
+    right, renamed, error = accuracy_after_relabeling(before)
     if renamed - right > 2 * error:
-        found[brief.head.name] = f"naming answers anew would bring accuracy from {right:.2f} to {renamed:.2f}"
-    seen = [min(batches * brief.batch_size, count) for count in (brief.num_train, brief.num_val)]
+        found[task.head.name] = f"naming answers anew would bring accuracy from {right:.2f} to {renamed:.2f}"
+    seen = [min(batches * task.batch_size, count) for count in (task.num_train, task.num_val)]
     chance = math.sqrt(2 / math.pi * (1 / seen[0] + 1 / seen[1]))
-    for block, value in drift.values.items():
+    for block, value in feature_drift.values.items():
         if block in gradients.values and value > 3 * chance:
             found.setdefault(block, f"the lowest whose features drift: {value:.2f} deviations, {chance:.2f} by chance")
             break
@@ -87,7 +105,7 @@ def suspects(
     return list(found.items())
 
 
-def relabelled(report: Report) -> tuple[float, float, float]:
+def accuracy_after_relabeling(report: StrategyStepResult) -> tuple[float, float, float]:
     """Accuracy as it is, after the best renaming of each answer, and the latter's standard error; 0 without classes."""
     confusion = report.val.get("confusion", ())
     count = sum(map(sum, confusion))
@@ -98,12 +116,12 @@ def relabelled(report: Report) -> tuple[float, float, float]:
     return right, renamed, math.sqrt(renamed * (1 - renamed) / count)
 
 
-def chosen(brief: Brief, start: Report, ranked: Sequence[Report]) -> Blend:
+def select_best(task: TaskInfo, start: StrategyStepResult, ranked: Sequence[StrategyStepResult]) -> WeightAverage:
     """The way to the best of some reports, which come best first, mixed with the start in the share that pays."""
     best, second = ranked[:2]
-    why = f"'{best.step}' is best on validation, {compared(best, second, brief)} of '{second.step}'"
+    why = f"'{best.step_name}' is best on validation, {format_comparison(best, second, task)} of '{second.step_name}'"
     if best is start:
-        return Blend("chosen", snapshots=(start.step,), why=f"no block gains anything: {why}")
+        return WeightAverage("chosen", snapshots=(start.step_name,), why=f"no block gains anything: {why}")
     shares = (0.0, 0.25, 0.5, 0.75, 1.0)
     monitor = {"monitor": "loss", "monitor_mode": "min"} if "loss" in best.val else {}
-    return Blend("chosen", snapshots=(start.step, best.step), weights=shares, why=why, **monitor)
+    return WeightAverage("chosen", snapshots=(start.step_name, best.step_name), weights=shares, why=why, **monitor)

@@ -9,15 +9,15 @@ import contextlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from tuneforge import Brief, Check, Phase, SelectorError, Step, component, ge, gt, hookimpl, option, use
-from tuneforge.builtin.strategies.fixed import has_fresh_rows
+from tuneforge import Check, Phase, SelectorError, StrategyStep, TaskInfo, component, ge, gt, hookimpl, option, use
+from tuneforge.builtin.strategies.fixed import has_random_head_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tuneforge import Batch, Run
 
-_SHARE = Check("greater than 0 and less than 1", lambda value: bool(0 < value < 1))
+_FRACTION = Check("greater than 0 and less than 1", lambda value: bool(0 < value < 1))
 
 
 @component(api=1)
@@ -38,13 +38,13 @@ class LwF:
     restore_best: bool = option(default=True, help="End each phase on the weights of its best epoch.")
 
     @hookimpl
-    def finetune_strategy(self, brief: Brief) -> Iterable[Step]:
+    def finetune_strategy(self, task: TaskInfo) -> Iterable[StrategyStep]:
         """One phase over the head where it has fresh rows, one over all layers."""
-        require_old_classes(brief)
+        require_old_classes(task)
         best, why = self.restore_best, "fresh rows of the head say nothing yet"
         head = Phase("head", train="head", epochs=self.head_epochs, lr=self.lr, restore_best=best, why=why)
         both = Phase("all", epochs=self.epochs, lr=self.lr, schedule=use("cosine", warmup=0.1), restore_best=best)
-        return [head, both] if has_fresh_rows(brief) else [both]
+        return [head, both] if has_random_head_rows(task) else [both]
 
     @hookimpl
     def phase_started(self, run: Run) -> None:
@@ -56,8 +56,12 @@ class LwF:
         """Add the old classes' term to the step's loss."""
         loss, outputs = yield
         start = run.state(self).get("start", run.model.module.state_dict())  # a probe may come before any phase
-        old = [run.data.targets.labels.index(name) for name in run.model.kept if name in run.data.targets.labels]
-        taught = answers_of(start, run, batch.inputs)[:, old] / self.temperature
+        old = [
+            run.data.targets.labels.index(name)
+            for name in run.model.pretrained_labels
+            if name in run.data.targets.labels
+        ]
+        taught = forward_with_weights(start, run, batch.inputs)[:, old] / self.temperature
         said = (outputs[:, old] / self.temperature).log_softmax(1)
         return loss - self.strength * (taught.softmax(1) * said).sum(1).mean(), outputs
 
@@ -73,32 +77,39 @@ class Replay:
 
     epochs: int = option(default=8, help="Epochs with every layer trained.", check=ge(1))
     lr: float = option(default=1e-3, help="Peak learning rate.", check=gt(0))
-    share: float = option(default=0.5, help="Share of old samples in each epoch.", check=_SHARE)
+    share: float = option(default=0.5, help="Share of old samples in each epoch.", check=_FRACTION)
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
-    def finetune_strategy(self) -> Iterable[Step]:
+    def finetune_strategy(self) -> Iterable[StrategyStep]:
         """One phase over all layers."""
         mix, schedule = {"old": self.share}, use("cosine", warmup=0.1)
         return [
-            Phase("all", epochs=self.epochs, lr=self.lr, mix=mix, schedule=schedule, restore_best=self.restore_best)
+            Phase(
+                "all",
+                epochs=self.epochs,
+                lr=self.lr,
+                mixture_weights=mix,
+                schedule=schedule,
+                restore_best=self.restore_best,
+            )
         ]
 
 
-def answers_of(weights: Mapping[str, Tensor], run: Run, inputs: Any) -> Tensor:
+def forward_with_weights(weights: Mapping[str, Tensor], run: Run, inputs: Any) -> Tensor:
     """What the model would answer with other weights, in eval mode (b, k); nothing of the run changes."""
     import torch
 
     module = run.model.module
     args, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
-    with _in_eval_mode(module), torch.no_grad(), run.autocast():
+    with _eval_mode(module), torch.no_grad(), run.autocast():
         answers = torch.func.functional_call(module, dict(weights), args, named, tie_weights=False)
     found: Tensor = answers[0] if isinstance(answers, (tuple, list)) else answers
     return found.float()
 
 
 @contextlib.contextmanager
-def _in_eval_mode(module: Any) -> Iterator[None]:
+def _eval_mode(module: Any) -> Iterator[None]:
     modes = [(each, each.training) for each in module.modules()]
     module.eval()
     try:
@@ -108,16 +119,16 @@ def _in_eval_mode(module: Any) -> Iterator[None]:
             each.training = training
 
 
-def require_old_classes(brief: Brief) -> None:
+def require_old_classes(task: TaskInfo) -> None:
     """See that there is something to keep.
 
     Raises:
         SelectorError: The model came with the rows of no class of the data.
     """
-    if not brief.old_classes:
+    if not task.old_classes:
         raise SelectorError(
             "the model knows none of the classes, so there is nothing to keep",
-            where=f"classes: {', '.join(brief.classes[:12]) or 'none'}",
+            where=f"classes: {', '.join(task.classes[:12]) or 'none'}",
             why="old classes are those whose rows of the head came with the model, found by name",
             fix="start from a model that was tuned on some of them, or use --strategy full",
         )

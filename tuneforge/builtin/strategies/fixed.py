@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tuneforge import (
-    Blend,
-    Brief,
     Check,
-    Fit,
+    HeadFit,
     Phase,
     SelectorError,
-    Step,
+    StrategyStep,
+    TaskInfo,
+    WeightAverage,
     between,
     component,
     ge,
@@ -49,7 +49,7 @@ class Full:
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
-    def finetune_strategy(self) -> Iterable[Step]:
+    def finetune_strategy(self) -> Iterable[StrategyStep]:
         """One phase over all layers."""
         return [
             Phase(
@@ -79,7 +79,7 @@ class HeadOnly:
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
-    def finetune_strategy(self) -> Iterable[Step]:
+    def finetune_strategy(self) -> Iterable[StrategyStep]:
         """One phase over the head."""
         return [
             Phase(
@@ -110,7 +110,7 @@ class FreezeThenUnfreeze:
     restore_best: bool = option(default=True, help="End each phase on the weights of its best epoch.")
 
     @hookimpl
-    def finetune_strategy(self, brief: Brief) -> Iterable[Step]:
+    def finetune_strategy(self, task: TaskInfo) -> Iterable[StrategyStep]:
         """Two phases."""
         return [
             Phase(
@@ -127,7 +127,7 @@ class FreezeThenUnfreeze:
                 "all",
                 epochs=self.epochs,
                 lr=self.lr / 2,
-                layer_decay=self.lr_mult ** (-1 / max(1, len(brief.groups) - 1)),
+                layer_decay=self.lr_mult ** (-1 / max(1, len(task.groups) - 1)),
                 schedule=use("one-cycle", pct_start=0.3, div=5.0),
                 weight_decay=0.01,
                 patience=self.patience,
@@ -151,9 +151,9 @@ class GradualUnfreeze:
     restore_best: bool = option(default=True, help="End each phase on the weights of its best epoch.")
 
     @hookimpl
-    def finetune_strategy(self, brief: Brief) -> Iterable[Step]:
+    def finetune_strategy(self, task: TaskInfo) -> Iterable[StrategyStep]:
         """One phase for each number of thawed groups."""
-        most = len(brief.groups)
+        most = len(task.groups)
         return [
             Phase(
                 "all" if thawed == most else f"top-{thawed}",
@@ -185,7 +185,7 @@ class LayerDecay:
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
-    def finetune_strategy(self) -> Iterable[Step]:
+    def finetune_strategy(self) -> Iterable[StrategyStep]:
         """One phase over all layers."""
         return [
             Phase(
@@ -218,10 +218,10 @@ class LPFT:
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
-    def finetune_strategy(self) -> Iterable[Step]:
+    def finetune_strategy(self) -> Iterable[StrategyStep]:
         """The head solved, then one phase over all layers."""
         return [
-            Fit("head", l2=self.l2),
+            HeadFit("head", l2=self.l2),
             Phase(
                 "all",
                 train="all",
@@ -254,14 +254,14 @@ class WiSEFT:
     restore_best: bool = option(default=True, help="Mix the best epoch's weights rather than the last one's.")
 
     @hookimpl
-    def finetune_strategy(self, brief: Brief) -> Iterable[Step]:
+    def finetune_strategy(self, task: TaskInfo) -> Iterable[StrategyStep]:
         """The head solved where that is due, one phase over all layers, the mixture."""
-        solve = has_fresh_rows(brief) if self.solve_head is None else self.solve_head
+        solve = has_random_head_rows(task) if self.solve_head is None else self.solve_head
         schedule = use("cosine", warmup=0.1)
         return [
-            *([Fit("head", l2=self.l2)] if solve else []),
+            *([HeadFit("head", l2=self.l2)] if solve else []),
             Phase("all", epochs=self.epochs, lr=self.lr, schedule=schedule, restore_best=self.restore_best),
-            Blend("mixture", snapshots=("head" if solve else "start", "all"), weights=self.weights),
+            WeightAverage("mixture", snapshots=("head" if solve else "start", "all"), weights=self.weights),
         ]
 
 
@@ -281,7 +281,7 @@ class NormOnly:
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
-    def finetune_strategy(self) -> Iterable[Step]:
+    def finetune_strategy(self) -> Iterable[StrategyStep]:
         """One phase over norms and head."""
         return [
             Phase(
@@ -311,14 +311,14 @@ class BiasOnly:
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
-    def finetune_strategy(self, brief: Brief) -> Iterable[Step]:
+    def finetune_strategy(self, task: TaskInfo) -> Iterable[StrategyStep]:
         """One phase over biases and head.
 
         Raises:
             SelectorError: No tensor below the head is a bias.
         """
-        if not any(name.rpartition(".")[2] == "bias" for group in brief.backbone for name in group.tensors):
-            raise _no_biases(brief)
+        if not any(name.rpartition(".")[2] == "bias" for group in task.backbone for name in group.parameter_names):
+            raise _no_biases_error(task)
         return [
             Phase(
                 "biases",
@@ -332,15 +332,15 @@ class BiasOnly:
         ]
 
 
-def has_fresh_rows(brief: Brief) -> bool:
+def has_random_head_rows(task: TaskInfo) -> bool:
     """True where the head has a row that did not come with the model: that of a class new to it, or any at all."""
-    return not brief.old_classes or set(brief.old_classes) != set(brief.classes)
+    return not task.old_classes or set(task.old_classes) != set(task.classes)
 
 
-def _no_biases(brief: Brief) -> SelectorError:
+def _no_biases_error(task: TaskInfo) -> SelectorError:
     return SelectorError(
         "the model has no bias below its head",
-        where=f"layer groups: {', '.join(group.name for group in brief.backbone) or 'none but the head'}",
+        where=f"layer groups: {', '.join(group.name for group in task.backbone) or 'none but the head'}",
         why="with nothing but the head to train this would be head-only under another name",
         fix="use --strategy head-only, or norm-only where the model has norms",
     )

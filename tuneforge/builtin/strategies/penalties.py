@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
-from tuneforge import Phase, Step, component, ge, gt, hookimpl, option, use
+from tuneforge import Phase, StrategyStep, component, ge, gt, hookimpl, option, use
 
 if TYPE_CHECKING:
     from tuneforge import Run
@@ -29,7 +29,7 @@ class L2SP:
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
-    def finetune_strategy(self) -> Iterable[Step]:
+    def finetune_strategy(self) -> Iterable[StrategyStep]:
         """One phase over all layers."""
         schedule, best = use("cosine", warmup=0.1), self.restore_best
         return [Phase("all", epochs=self.epochs, lr=self.lr, schedule=schedule, weight_decay=0.0, restore_best=best)]

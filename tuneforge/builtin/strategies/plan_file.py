@@ -1,8 +1,8 @@
 """`plan-file`: steps written in TOML, read and written.
 
-A file holds one `[[step]]` table a step, in order. `kind` is phase, fit, probe or blend, and the other keys are the
-fields of that step, with dashes; what is left out has the step's default. A schedule or an optimizer is a name, or a
-table of its name and options.
+A file holds one `[[step]]` table a step, in order. `kind` is phase, head-fit, diagnosis or weight-average,
+and the other keys are the fields of that step, with dashes; what is left out has the step's default. A schedule or an
+optimizer is a name, or a table of its name and options.
 """
 
 from __future__ import annotations
@@ -15,22 +15,27 @@ from typing import Any
 import attrs
 
 from tuneforge import (
-    Blend,
-    Fit,
+    ComponentSpec,
+    Diagnosis,
+    HeadFit,
     OptionError,
     Phase,
-    Probe,
-    Step,
+    StrategyStep,
     UnknownNameError,
     UsageError,
-    Use,
-    close_match,
+    WeightAverage,
     component,
     hookimpl,
     option,
+    suggest_name,
 )
 
-KINDS: dict[str, type[Step]] = {"phase": Phase, "fit": Fit, "probe": Probe, "blend": Blend}
+STEP_CLASS_BY_KIND: dict[str, type[StrategyStep]] = {
+    "phase": Phase,
+    "head-fit": HeadFit,
+    "diagnosis": Diagnosis,
+    "weight-average": WeightAverage,
+}
 """Steps by what a file calls them."""
 
 
@@ -41,7 +46,7 @@ class PlanFile:
     A file has a `[[step]]` table for each step, in order:
 
         [[step]]
-        kind = "fit"                # or phase, probe, blend
+        kind = "head-fit"           # or phase, diagnosis, weight-average
         name = "head"
 
         [[step]]
@@ -62,7 +67,7 @@ class PlanFile:
     path: Path = option(help="The plan, a TOML file.")
 
     @hookimpl
-    def finetune_strategy(self) -> Iterable[Step]:
+    def finetune_strategy(self) -> Iterable[StrategyStep]:
         """The file's steps.
 
         Raises:
@@ -71,7 +76,7 @@ class PlanFile:
         return read_plan(self.path)
 
 
-def read_plan(path: Path) -> list[Step]:
+def read_plan(path: Path) -> list[StrategyStep]:
     """The steps of a plan file.
 
     Raises:
@@ -79,44 +84,46 @@ def read_plan(path: Path) -> list[Step]:
         UnknownNameError: A key, or a kind of step, does not exist.
         OptionError: A value does not fit.
     """
-    steps: list[Step] = []
-    for number, entry in enumerate(_entries(path), start=1):
-        step = _step(entry, f"{path}, step {number}" + (f" '{entry['name']}'" if "name" in entry else ""))
+    steps: list[StrategyStep] = []
+    for number, entry in enumerate(_read_entries(path), start=1):
+        step = _parse_step(entry, f"{path}, step {number}" + (f" '{entry['name']}'" if "name" in entry else ""))
         _check_references(step, ["start", *(each.name for each in steps)], f"{path}, step {number} '{step.name}'")
         steps.append(step)
     return steps
 
 
-def plan_text(steps: Iterable[Step], *, heading: Iterable[str] = (), says: Callable[[Step], str]) -> str:
+def format_plan(
+    steps: Iterable[StrategyStep], *, heading: Iterable[str] = (), describe: Callable[[StrategyStep], str]
+) -> str:
     """A plan file that `read_plan` turns into equal steps; fields that have their default are left out.
 
     Args:
         steps: In order.
         heading: Lines of a comment at the top.
-        says: A step in a sentence, for the comment above it.
+        describe: A step in a sentence, for the comment above it.
     """
     import tomli_w
 
-    parts = ["".join(f"# {_in_a_comment(line)}\n" for line in heading)]
+    parts = ["".join(f"# {_strip_for_comment(line)}\n" for line in heading)]
     for number, step in enumerate(steps, start=1):
-        table = tomli_w.dumps({"step": as_entry(step)}).removeprefix("[step]")
-        parts.append(f"# {number}. {_in_a_comment(says(step))}\n[[step]]{table}")
+        table = tomli_w.dumps({"step": step_to_dict(step)}).removeprefix("[step]")
+        parts.append(f"# {number}. {_strip_for_comment(describe(step))}\n[[step]]{table}")
     return "\n".join(part for part in parts if part)
 
 
-def as_entry(step: Step) -> dict[str, Any]:
+def step_to_dict(step: StrategyStep) -> dict[str, Any]:
     """A step as the table that a plan file has for it."""
-    entry: dict[str, Any] = {"kind": next(kind for kind, cls in KINDS.items() if type(step) is cls)}
+    entry: dict[str, Any] = {"kind": next(kind for kind, cls in STEP_CLASS_BY_KIND.items() if type(step) is cls)}
     for field in attrs.fields(type(step)):
         value = getattr(step, field.name)
-        if field.name in ("name", "train", "lr") or value != _default_of(field):
-            entry[_dashed(field.name)] = _writable(value)
+        if field.name in ("name", "train", "lr") or value != _get_default(field):
+            entry[_to_key(field.name)] = _to_toml_value(value)
     if isinstance(step, Phase) and len(step.train) == 1:
         entry["train"] = step.train[0]
     return entry
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
+def _read_entries(path: Path) -> list[dict[str, Any]]:
     """The tables of the steps, before anything in them is looked at."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -131,7 +138,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
         if key != "step":
             raise UnknownNameError(
                 f"a plan has no key '{key}'", where=str(path), why="it holds [[step]] tables and nothing else",
-                fix=f"{close_match(key, ['step'])} settings of the run go into a --config file",
+                fix=f"{suggest_name(key, ['step'])} settings of the run go into a --config file",
             )  # fmt: skip
     entries = table.get("step", [])
     if not entries or not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -139,23 +146,25 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _step(entry: Mapping[str, Any], where: str) -> Step:
+def _parse_step(entry: Mapping[str, Any], where: str) -> StrategyStep:
     """The step that a table describes."""
     fields = {key.replace("-", "_"): value for key, value in entry.items()}
     kind = fields.pop("kind", None)
     if kind is None:
-        raise OptionError("a step needs the key 'kind'", where=where, fix=f"say which: {', '.join(KINDS)}")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise UnknownNameError(f"there is no step of kind {kind!r}", where=where, fix=close_match(str(kind), KINDS))
-    cls = KINDS[kind]
-    known = {_dashed(field.name): field for field in attrs.fields(cls)}
-    for key in (_dashed(name) for name in fields):
+        raise OptionError("a step needs the key 'kind'", where=where, fix=f"say which: {', '.join(STEP_CLASS_BY_KIND)}")
+    if not isinstance(kind, str) or kind not in STEP_CLASS_BY_KIND:
+        raise UnknownNameError(
+            f"there is no step of kind {kind!r}", where=where, fix=suggest_name(str(kind), STEP_CLASS_BY_KIND)
+        )
+    cls = STEP_CLASS_BY_KIND[kind]
+    known = {_to_key(field.name): field for field in attrs.fields(cls)}
+    for key in (_to_key(name) for name in fields):
         if key not in known:
-            raise UnknownNameError(f"a {kind} has no key '{key}'", where=where, fix=close_match(key, known))
+            raise UnknownNameError(f"a {kind} has no key '{key}'", where=where, fix=suggest_name(key, known))
     for key, field in known.items():
         if field.default is attrs.NOTHING and field.name not in fields:
             raise OptionError(f"a {kind} needs the key '{key}'", where=where, fix=f"add a line: {key} = ...")
-    values = {name: _value(name, value, where) for name, value in fields.items()}
+    values = {name: _parse_value(name, value, where) for name, value in fields.items()}
     try:
         return cls(**values)
     except UsageError as error:
@@ -164,35 +173,35 @@ def _step(entry: Mapping[str, Any], where: str) -> Step:
         raise OptionError(f"a value of this {kind} does not fit", where=where, why=str(error)) from None
 
 
-def _value(name: str, value: Any, where: str) -> Any:
+def _parse_value(name: str, value: Any, where: str) -> Any:
     """What a field takes, from what TOML has.
 
     Raises:
         OptionError: It is of another type.
     """
-    words, fits = _SHAPES.get(name, ("anything", lambda value: True))
+    words, fits = _FIELD_RULES.get(name, ("anything", lambda value: True))
     if not fits(value):
         raise OptionError(
-            f"{value!r} is not a valid value for '{_dashed(name)}'", where=where, why=f"it must be {words}",
+            f"{value!r} is not a valid value for '{_to_key(name)}'", where=where, why=f"it must be {words}",
             fix="change it, or leave the line out for the default",
         )  # fmt: skip
     if name in ("schedule", "optimizer") and isinstance(value, Mapping):
         options = {key.replace("-", "_"): item for key, item in value.items() if key != "name"}
-        return Use(value["name"], options)
+        return ComponentSpec(value["name"], options)
     return value
 
 
-def _check_references(step: Step, known: list[str], where: str) -> None:
+def _check_references(step: StrategyStep, known: list[str], where: str) -> None:
     if step.name in known:
         raise UsageError(
             f"the name '{step.name}' is taken", where=where,
             why="a step's name is how Blend and the report refer to it, and 'start' is the weights before the first",
             fix="give each step its own name",
         )  # fmt: skip
-    for name in step.snapshots if isinstance(step, Blend) else ():
+    for name in step.snapshots if isinstance(step, WeightAverage) else ():
         if name not in known:
             what = f"there is no earlier step '{name}' to blend"
-            raise UnknownNameError(what, where=where, fix=close_match(name, known))
+            raise UnknownNameError(what, where=where, fix=suggest_name(name, known))
 
 
 def _is_text(value: Any) -> bool:
@@ -212,42 +221,45 @@ def _is_factors(value: Any) -> bool:
 
 
 _TEXT = ("text", _is_text)
-_PART = ("a name, or a table with a name", lambda v: _is_text(v) or (isinstance(v, dict) and _is_text(v.get("name"))))
+_COMPONENT = (
+    "a name, or a table with a name",
+    lambda v: _is_text(v) or (isinstance(v, dict) and _is_text(v.get("name"))),
+)
 _BY_CLASS = ('"balanced", or a table of numbers by class', lambda value: value == "balanced" or _is_factors(value))
-_SHAPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("name", "monitor", "monitor_mode", "norms", "measure", "by", "why"), _TEXT),
-    **dict.fromkeys(("schedule", "optimizer"), _PART),
+_FIELD_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("name", "monitor", "monitor_mode", "batchnorm_stats", "measure", "by", "why"), _TEXT),
+    **dict.fromkeys(("schedule", "optimizer"), _COMPONENT),
     **dict.fromkeys(("class_weights", "sampling"), _BY_CLASS),
     "train": ("a selector, or a list of selectors", lambda value: _is_text(value) or _is_texts(value)),
     "snapshots": ("a list of names", _is_texts),
     "weights": ("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value))),
     "lr_scales": ("a table of numbers by selector", _is_factors),
-    "mix": ("a table of shares by part of the training data", _is_factors),
+    "mixture_weights": ("a table of shares by part of the training data", _is_factors),
     "batches": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
 }
 """What a value must be, by field, where the step itself does not say so."""
 
 
-def _in_a_comment(text: str) -> str:
+def _strip_for_comment(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-def _dashed(name: str) -> str:
+def _to_key(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _default_of(field: attrs.Attribute[Any]) -> Any:
+def _get_default(field: attrs.Attribute[Any]) -> Any:
     default = field.default
     return getattr(default, "factory", lambda: default)()
 
 
-def _writable(value: Any) -> Any:
+def _to_toml_value(value: Any) -> Any:
     """A field's value as TOML has it; an option that is None is written as the word, which options read so."""
-    if isinstance(value, Use):
-        options = {_dashed(name): _writable(item) for name, item in value.options.items()}
+    if isinstance(value, ComponentSpec):
+        options = {_to_key(name): _to_toml_value(item) for name, item in value.options.items()}
         return {"name": value.name, **options} if options else value.name
     if isinstance(value, Mapping):
-        return {key: _writable(item) for key, item in value.items()}
+        return {key: _to_toml_value(item) for key, item in value.items()}
     if isinstance(value, tuple):
-        return [_writable(item) for item in value]
+        return [_to_toml_value(item) for item in value]
     return "none" if value is None else value

@@ -10,12 +10,12 @@ import attrs
 
 from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.engine.storage.run_dir import STATUS, read_json, write_json
-from tuneforge.plugin.config import budget_of
+from tuneforge.plugin.config import parse_budget
 
 if TYPE_CHECKING:
     from tuneforge.engine.context.run import Run
 
-MARK = "budget.json"
+BUDGET_FILE = "budget.json"
 
 
 @attrs.define(eq=False)
@@ -24,38 +24,38 @@ class Budget:
 
     Args:
         text: Such as `60s`, `20epochs` or `500steps`; None: no limit.
-        folder: The run's, where the mark is written; None where nothing is.
-        before_s: Seconds that earlier processes of this run have spent.
-        done: Steps of the strategy that are done.
-        mark: Optimizer step, and steps of the strategy done, at which it was spent; None while some is left.
+        run_dir: The run's, where the mark is written; None where nothing is.
+        previous_s: Seconds that earlier processes of this run have spent.
+        completed_steps: Steps of the strategy that are done.
+        exhausted_at: Optimizer step, and steps of the strategy done, at which it was spent; None while some is left.
     """
 
     text: str | None = None
-    folder: Path | None = None
-    before_s: float = 0.0
-    done: int = 0
-    mark: tuple[int, int] | None = None
-    _began_s: float | None = None
+    run_dir: Path | None = None
+    previous_s: float = 0.0
+    completed_steps: int = 0
+    exhausted_at: tuple[int, int] | None = None
+    _started_s: float | None = None
 
     @classmethod
-    def found(cls, text: str | None, folder: Path) -> Budget:
+    def load(cls, text: str | None, run_dir: Path) -> Budget:
         """The budget of a run, with what an earlier process spent of it and the mark that it left, if it did."""
         mark = None
-        if text is not None and (folder / MARK).exists():
-            read = read_json(folder / MARK)
-            mark = (int(read["step"]), int(read["done"]))
-        before_s = read_json(folder / STATUS).get("spent_s", 0.0) if (folder / STATUS).exists() else 0.0
-        return cls(text, folder, before_s=before_s, mark=mark)
+        if text is not None and (run_dir / BUDGET_FILE).exists():
+            read = read_json(run_dir / BUDGET_FILE)
+            mark = (int(read["step"]), int(read["completed_steps"]))
+        previous_s = read_json(run_dir / STATUS).get("elapsed_s", 0.0) if (run_dir / STATUS).exists() else 0.0
+        return cls(text, run_dir, previous_s=previous_s, exhausted_at=mark)
 
     def start(self) -> None:
         """Start the clock."""
-        self._began_s = time.monotonic()
+        self._started_s = time.monotonic()
 
-    def seconds(self) -> float:
+    def elapsed_s(self) -> float:
         """Seconds spent so far, by this process and by those before it."""
-        return self.before_s + (0.0 if self._began_s is None else time.monotonic() - self._began_s)
+        return self.previous_s + (0.0 if self._started_s is None else time.monotonic() - self._started_s)
 
-    def spent(self, run: Run) -> str:
+    def check_exhausted(self, run: Run) -> str:
         """Look whether it is spent; the first time that it is, write it down.
 
         Returns:
@@ -63,23 +63,28 @@ class Budget:
         """
         if self.text is None:
             return ""
-        if self.mark is None:
-            kind, amount = budget_of(self.text)
-            over = {"seconds": self.seconds(), "epochs": run.epoch, "steps": run.step}[kind] >= amount
-            if run.ranks.decided(over):
-                self._write(run)
-        return self.reached(run)
+        if self.exhausted_at is None:
+            kind, amount = parse_budget(self.text)
+            over = {"seconds": self.elapsed_s(), "epochs": run.epoch, "steps": run.step}[kind] >= amount
+            if run.process_group.broadcast_flag(over):
+                self._mark_exhausted(run)
+        return self.exhausted_reason(run)
 
-    def reached(self, run: Run) -> str:
+    def exhausted_reason(self, run: Run) -> str:
         """The same without a look at the clock: has the run come to the mark?"""
-        if self.mark is None or run.step < self.mark[0] or self.done < self.mark[1]:
+        if self.exhausted_at is None or run.step < self.exhausted_at[0] or self.completed_steps < self.exhausted_at[1]:
             return ""
-        return f"budget of {self.text} spent at step {self.mark[0]}"
+        return f"budget of {self.text} spent at step {self.exhausted_at[0]}"
 
-    def _write(self, run: Run) -> None:
-        assert self.folder is not None
-        self.mark = (run.step, self.done)
-        mark = {"budget": self.text, "step": run.step, "done": self.done, "spent_s": round(self.seconds(), 3)}
-        if run.ranks.leads:
-            write_json(self.folder / MARK, mark)
+    def _mark_exhausted(self, run: Run) -> None:
+        assert self.run_dir is not None
+        self.exhausted_at = (run.step, self.completed_steps)
+        mark = {
+            "budget": self.text,
+            "step": run.step,
+            "completed_steps": self.completed_steps,
+            "elapsed_s": round(self.elapsed_s(), 3),
+        }
+        if run.process_group.is_main:
+            write_json(self.run_dir / BUDGET_FILE, mark)
         faults.point("budget-marked")

@@ -20,29 +20,29 @@ import attrs
 import torch
 from torch import Tensor, distributed, nn
 
-from tuneforge.engine.model.freeze_check import same_bits
+from tuneforge.engine.model.freeze_check import bitwise_equal
 from tuneforge.engine.model.fsdp import is_sharded
-from tuneforge.engine.storage.run_dir import RunFolder
+from tuneforge.engine.storage.run_dir import RunDir
 from tuneforge.errors import FolderError, HaltError, TuneforgeError
 
-_BUCKET = 25 << 20  # bytes of gradients that travel together, as torch's DistributedDataParallel has it
-_PATIENCE = timedelta(minutes=30)
+_BUCKET_BYTES = 25 << 20  # bytes of gradients that travel together, as torch's DistributedDataParallel has it
+_TIMEOUT = timedelta(minutes=30)
 
 
 @attrs.frozen
-class Ranks:
+class ProcessGroup:
     """The processes of a run; alone, where there is one.
 
     Args:
         rank: Of this process, from 0.
-        size: How many there are.
+        world_size: How many there are.
     """
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
 
     @classmethod
-    def joined(cls) -> Ranks:
+    def from_env(cls) -> ProcessGroup:
         """Those that torchrun started beside this one, once they have met; or this process alone.
 
         They meet through gloo for tensors on the CPU, and NCCL for those on CUDA.
@@ -52,104 +52,104 @@ class Ranks:
         if not distributed.is_initialized():
             if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
                 return cls()
-            store, rank, size = next(distributed.rendezvous("env://", timeout=_PATIENCE))  # type: ignore[attr-defined]
+            store, rank, size = next(distributed.rendezvous("env://", timeout=_TIMEOUT))  # type: ignore[attr-defined]
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store, with dead addresses
             store = distributed.PrefixStore(f"tuneforge/{attempt}", store)  # type: ignore[attr-defined]
-            distributed.init_process_group(store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+            distributed.init_process_group(store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
             atexit.register(distributed.destroy_process_group)
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
         """True where there is nobody to ask."""
-        return self.size == 1
+        return self.world_size == 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """True for the one that writes and speaks."""
         return self.rank == 0
 
-    def count(self, total: int) -> int:
+    def num_local(self, total: int) -> int:
         """Of so many samples, how many are this rank's; shares differ by one at most.
 
         Where there are too few for all, some have none, so that no share is a single sample: a norm needs two.
         """
-        busy = min(self.size, max(1, total // 2))
+        busy = min(self.world_size, max(1, total // 2))
         return total // busy + (self.rank < total % busy) if self.rank < busy else 0
 
-    def span(self, total: int) -> tuple[int, int]:
+    def local_range(self, total: int) -> tuple[int, int]:
         """This rank's part of a global batch, from and to; where there are too few for all, one to keep in step."""
-        before = sum(Ranks(rank, self.size).count(total) for rank in range(self.rank))
-        count = self.count(total)
+        before = sum(ProcessGroup(rank, self.world_size).num_local(total) for rank in range(self.rank))
+        count = self.num_local(total)
         return (before, before + count) if count else (0, min(2, total))
 
-    def share(self, rows: Tensor) -> Tensor:
+    def local_indices(self, indices: Tensor) -> Tensor:
         """This rank's part of the rows of a global batch."""
-        start, stop = self.span(len(rows))
-        return rows[start:stop]
+        start, stop = self.local_range(len(indices))
+        return indices[start:stop]
 
-    def agree(self, *flags: bool) -> tuple[bool, ...]:
+    def all_reduce_any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether it is raised on any rank."""
-        if self.alone:
+        if self.is_single:
             return flags
         raised = torch.tensor(flags, dtype=torch.int32)
         distributed.all_reduce(raised, op=distributed.ReduceOp.MAX)
         return tuple(map(bool, raised.tolist()))
 
-    def decided(self, flag: bool) -> bool:
+    def broadcast_flag(self, flag: bool) -> bool:
         """What rank 0 says, for whatever depends on a clock or a disk."""
-        return self.agree(flag and self.leads)[0]
+        return self.all_reduce_any(flag and self.is_main)[0]
 
-    def heard(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """What each rank says, plain JSON data, by rank."""
-        if self.alone:
+        if self.is_single:
             return [value]
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = self.gathered(torch.tensor([len(own)]), [1] * self.size).tolist()
-        text = bytes(self.gathered(own, sizes).tolist())
-        ends = [sum(sizes[: place + 1]) for place in range(self.size)]
+        sizes = self.all_gather(torch.tensor([len(own)]), [1] * self.world_size).tolist()
+        text = bytes(self.all_gather(own, sizes).tolist())
+        ends = [sum(sizes[: place + 1]) for place in range(self.world_size)]
         return [json.loads(text[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
 
-    def total(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def all_reduce(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The sum over all ranks, of each."""
-        if self.alone:
+        if self.is_single:
             return tensors
         sums = tuple(each.contiguous().clone() for each in tensors)
         for each in sums:
             distributed.all_reduce(each)
         return sums
 
-    def gathered(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
+    def all_gather(self, local: Tensor, sizes: Sequence[int]) -> Tensor:
         """The rows of all ranks, one rank after the other.
 
         Args:
-            own: This rank's rows (m, ...); what exceeds its size is left out.
+            local: This rank's rows (m, ...); what exceeds its size is left out.
             sizes: Rows of each rank.
         """
-        if self.alone:
-            return own
+        if self.is_single:
+            return local
         most = max(sizes)
-        padded = own.new_zeros((most, *own.shape[1:]))
-        padded[: sizes[self.rank]] = own[: sizes[self.rank]]
+        padded = local.new_zeros((most, *local.shape[1:]))
+        padded[: sizes[self.rank]] = local[: sizes[self.rank]]
         sent = padded.reshape(-1).view(torch.uint8)  # as bytes, so that any type will do
         parts = [torch.empty_like(sent) for _ in sizes]
         distributed.all_gather(parts, sent)
-        whole = (part.view(own.dtype).reshape(padded.shape) for part in parts)
+        whole = (part.view(local.dtype).reshape(padded.shape) for part in parts)
         return torch.cat([part[:size] for part, size in zip(whole, sizes, strict=True)])
 
-    def whole(self, own: Tensor, total: int) -> Tensor:
+    def all_gather_batch(self, local: Tensor, total: int) -> Tensor:
         """Results (b, ...) for a global batch, from those of each rank's share."""
-        sizes = [Ranks(rank, self.size).count(total) for rank in range(self.size)]
-        return self.gathered(own, sizes)
+        sizes = [ProcessGroup(rank, self.world_size).num_local(total) for rank in range(self.world_size)]
+        return self.all_gather(local, sizes)
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+    def all_reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add up the gradients of all ranks, in place; a rank that has none of a tensor adds nothing.
 
         A tensor that no rank has a gradient of keeps none, so that an optimizer leaves it alone. Those of sharded
         tensors are summed in the backward pass.
         """
         parameters = [each for each in parameters if not is_sharded(each)]
-        if self.alone or not parameters:
+        if self.is_single or not parameters:
             return
         held = torch.tensor([each.grad is not None for each in parameters], dtype=torch.int32)
         distributed.all_reduce(held, op=distributed.ReduceOp.MAX)
@@ -168,41 +168,41 @@ class Ranks:
             for gradient, part in zip(bucket, torch.split(flat, [each.numel() for each in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    def average(self, statistics: Sequence[Tensor]) -> None:
+    def average_buffers(self, statistics: Sequence[Tensor]) -> None:
         """Give every rank the mean of its statistics and those of the others, in place; whole numbers follow rank 0."""
-        if self.alone:
+        if self.is_single:
             return
         for each in statistics:
             if each.is_floating_point():
-                (mean,) = self.total(each / self.size)
+                (mean,) = self.all_reduce(each / self.world_size)
                 each.copy_(mean)
             else:
-                self.follow([each])
+                self.broadcast([each])
 
-    def follow(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Take rank 0's values, in place; of a sharded tensor each rank keeps its part."""
-        if not self.alone:
+        if not self.is_single:
             for tensor in (each for each in tensors if not is_sharded(each)):
-                tensor.copy_(self._of_the_first(tensor))
+                tensor.copy_(self._broadcast_tensor(tensor))
 
-    def _of_the_first(self, tensor: Tensor) -> Tensor:
+    def _broadcast_tensor(self, tensor: Tensor) -> Tensor:
         """Rank 0's values, sent as bytes, so that any type and any layout will do."""
         plain = tensor.detach().contiguous().clone()
         distributed.broadcast(plain.reshape(-1).view(torch.uint8), 0)
         return plain
 
-    def prove_equal(self, tensors: dict[str, Tensor]) -> None:
+    def check_equal(self, tensors: dict[str, Tensor]) -> None:
         """See that all ranks hold the same bits of what each holds whole.
 
         Raises:
             HaltError: They have drifted apart; the message names tensors.
         """
-        if self.alone:
+        if self.is_single:
             return
         apart = []
         for name, tensor in ((name, each) for name, each in tensors.items() if not is_sharded(each)):
-            apart += [] if same_bits(self._of_the_first(tensor), tensor) else [name]
-        apart = sorted({name for names in self.heard(apart) for name in names})
+            apart += [] if bitwise_equal(self._broadcast_tensor(tensor), tensor) else [name]
+        apart = sorted({name for names in self.all_gather_object(apart) for name in names})
         if apart:
             raise HaltError(
                 f"the ranks have drifted apart: {', '.join(apart[:5])}",
@@ -210,28 +210,28 @@ class Ranks:
                 fix="look for code that draws at random, or reads something that differs between the processes",
             )
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Go on when all are here."""
-        if not self.alone:
+        if not self.is_single:
             distributed.barrier()
 
 
 @contextlib.contextmanager
-def opened(ranks: Ranks, path: Path | None, *, resume: bool) -> Iterator[RunFolder]:
+def open_run_dir(process_group: ProcessGroup, path: Path | None, *, resume: bool) -> Iterator[RunDir]:
     """The run's folder, which rank 0 opens; the others are told where it is, and write nothing."""
-    if not ranks.leads:
-        told = ranks.heard(None)[0]
+    if not process_group.is_main:
+        told = process_group.all_gather_object(None)[0]
         if told is None:
             raise FolderError("rank 0 could not open the run's folder", fix="see what rank 0 says")
-        yield RunFolder(Path(told), writes=False)
+        yield RunDir(Path(told), writable=False)
         return
     with contextlib.ExitStack() as stack:
         try:
-            place = stack.enter_context(RunFolder(path, resume=resume))
+            place = stack.enter_context(RunDir(path, resume=resume))
         except TuneforgeError:
-            ranks.heard(None)
+            process_group.all_gather_object(None)
             raise
-        ranks.heard(str(place.path))
+        process_group.all_gather_object(str(place.path))
         yield place
 
 
@@ -246,7 +246,7 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         for gradient in alike:
             bucket.append(gradient)
             size += gradient.numel() * gradient.element_size()
-            if size >= _BUCKET:
+            if size >= _BUCKET_BYTES:
                 yield bucket
                 bucket, size = [], 0
         if bucket:

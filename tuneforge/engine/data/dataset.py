@@ -14,21 +14,21 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.data.sampler import Noise
+from tuneforge.engine.data.sampler import SampleRNG
 from tuneforge.errors import DataError
 
-Inputable = Tensor | Mapping[str, Tensor]
+TensorTree = Tensor | Mapping[str, Tensor]
 """A batch of inputs: one tensor, or a mapping of tensors; the first axis is the sample."""
 
 
-def map_inputs(inputs: Inputable, change: Callable[[Tensor], Tensor]) -> Inputable:
-    """Apply `change` to the tensor, or to each tensor of the mapping."""
+def map_inputs(inputs: TensorTree, fn: Callable[[Tensor], Tensor]) -> TensorTree:
+    """Apply `fn` to the tensor, or to each tensor of the mapping."""
     if isinstance(inputs, Tensor):
-        return change(inputs)
-    return {name: change(tensor) for name, tensor in inputs.items()}
+        return fn(inputs)
+    return {name: fn(tensor) for name, tensor in inputs.items()}
 
 
-def tensors_of(inputs: Inputable) -> dict[str, Tensor]:
+def named_tensors(inputs: TensorTree) -> dict[str, Tensor]:
     """The tensors by name; a single one has the name `""`."""
     return {"": inputs} if isinstance(inputs, Tensor) else dict(inputs)
 
@@ -45,8 +45,8 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Number of samples."""
 
-    def fetch(self, rows: Tensor) -> Inputable:
-        """The stored form of the samples at `rows`, int64 (b,), on the CPU."""
+    def fetch(self, indices: Tensor) -> TensorTree:
+        """The stored form of the samples at `indices`, int64 (b,), on the CPU."""
 
 
 @attrs.frozen(eq=False)
@@ -56,16 +56,16 @@ class Batch:
     Args:
         inputs: What the model takes, on the run's device; in a frozen phase the engine may put features here.
         targets: What the loss takes, on the run's device.
-        rows: Rows of the split, int64 (b,), on the CPU.
+        indices: Rows of the split, int64 (b,), on the CPU.
         weights: Factor on each sample's loss (b,), mean 1 over the split; None where all are 1.
-        noise: Each sample's random numbers in this epoch.
+        rng: Each sample's random numbers in this epoch.
     """
 
     inputs: Any
     targets: Any
-    rows: Tensor
+    indices: Tensor
     weights: Tensor | None
-    noise: Noise
+    rng: SampleRNG
 
 
 class Split:
@@ -80,9 +80,9 @@ class Split:
         DataError: Numbers of inputs, targets and ids differ, or there are none.
     """
 
-    def __init__(self, inputs: Inputable | Source, targets: Tensor, *, ids: Sequence[str] | None = None) -> None:
+    def __init__(self, inputs: TensorTree | Source, targets: Tensor, *, ids: Sequence[str] | None = None) -> None:
         self.targets = targets
-        self.source: Source = inputs if isinstance(inputs, Source) else Stored(inputs)
+        self.source: Source = inputs if isinstance(inputs, Source) else InMemorySource(inputs)
         self.ids = ids
         self._inputs_digest: str | None = None
         if not len(targets):
@@ -99,21 +99,21 @@ class Split:
     @property
     def in_memory(self) -> bool:
         """True where fetching costs no decoding."""
-        return isinstance(self.source, Stored)
+        return isinstance(self.source, InMemorySource)
 
     def id_of(self, row: int) -> str:
         """The sample's stable name."""
         return self.ids[row] if self.ids is not None else str(row)
 
-    def fetch(self, rows: Tensor) -> Inputable:
-        """Stored inputs of `rows`, int64 (b,)."""
-        return self.source.fetch(rows)
+    def fetch(self, indices: Tensor) -> TensorTree:
+        """Stored inputs of `indices`, int64 (b,)."""
+        return self.source.fetch(indices)
 
-    def take(self, rows: Tensor) -> Split:
-        """The split of `rows` only, in that order."""
-        ids = [self.id_of(int(row)) for row in rows]
-        taken = self.fetch(rows) if self.in_memory else Taken(self.source, rows)
-        return Split(taken, self.targets[rows], ids=ids)
+    def subset(self, indices: Tensor) -> Split:
+        """The split of `indices` only, in that order."""
+        ids = [self.id_of(int(row)) for row in indices]
+        taken = self.fetch(indices) if self.in_memory else Subset(self.source, indices)
+        return Split(taken, self.targets[indices], ids=ids)
 
     def fingerprint(self) -> str:
         """SHA-256 over ids, targets and what is known of the inputs."""
@@ -126,61 +126,61 @@ class Split:
     def inputs_fingerprint(self) -> str | None:
         """SHA-256 that changes when the stored inputs do, computed once; None where the source cannot say."""
         if self._inputs_digest is None:
-            self._inputs_digest = _fingerprint_of(self.source)
+            self._inputs_digest = _source_fingerprint(self.source)
         return self._inputs_digest
 
     def inputs_changed(self) -> bool:
         """True where a source that decodes no longer gives what it gave when its fingerprint was taken."""
-        return not self.in_memory and _fingerprint_of(self.source) != self._inputs_digest
+        return not self.in_memory and _source_fingerprint(self.source) != self._inputs_digest
 
 
 @attrs.frozen(eq=False)
-class Stored:
+class InMemorySource:
     """A source that is in memory already."""
 
-    inputs: Inputable
+    inputs: TensorTree
 
     def __len__(self) -> int:
-        return len(next(iter(tensors_of(self.inputs).values())))
+        return len(next(iter(named_tensors(self.inputs).values())))
 
-    def fetch(self, rows: Tensor) -> Inputable:
-        """Gather `rows` (b,)."""
-        return map_inputs(self.inputs, lambda tensor: tensor.index_select(0, rows))
+    def fetch(self, indices: Tensor) -> TensorTree:
+        """Gather `indices` (b,)."""
+        return map_inputs(self.inputs, lambda tensor: tensor.index_select(0, indices))
 
     def fingerprint(self) -> str:
         """SHA-256 over the names, types, shapes and bytes of all inputs."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(tensors_of(self.inputs).items()):
+        for name, tensor in sorted(named_tensors(self.inputs).items()):
             digest.update(name.encode() + b"\0")
             _hash(digest, tensor)
         return digest.hexdigest()
 
 
 @attrs.frozen(eq=False)
-class Taken:
+class Subset:
     """Some rows of another source."""
 
     source: Source
-    rows: Tensor
+    indices: Tensor
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.indices)
 
-    def fetch(self, rows: Tensor) -> Inputable:
-        """Gather `rows` (b,) of those taken."""
-        return self.source.fetch(self.rows[rows])
+    def fetch(self, indices: Tensor) -> TensorTree:
+        """Gather `indices` (b,) of those taken."""
+        return self.source.fetch(self.indices[indices])
 
     def fingerprint(self) -> str | None:
         """SHA-256 over the other source's and the rows; None where the other cannot say."""
-        whole = _fingerprint_of(self.source)
+        whole = _source_fingerprint(self.source)
         if whole is None:
             return None
         digest = hashlib.sha256(whole.encode())
-        _hash(digest, self.rows)
+        _hash(digest, self.indices)
         return digest.hexdigest()
 
 
-def _fingerprint_of(source: Source) -> str | None:
+def _source_fingerprint(source: Source) -> str | None:
     ask: Callable[[], str | None] = getattr(source, "fingerprint", lambda: None)
     return ask()
 
@@ -197,11 +197,11 @@ class Inputs(ABC):
     Its options are all it holds, so that a run folder alone can decode what production sends.
     """
 
-    rows = False
+    tabular = False
     """True where a raw thing is a row of named values, so that a CSV is a list of them."""
 
     @abstractmethod
-    def decode(self, raw: Any) -> Inputable:
+    def decode(self, raw: Any) -> TensorTree:
         """The stored form of one raw thing: bytes of a file, a path, or a row of JSON values; no sample axis.
 
         Raises:
@@ -209,23 +209,23 @@ class Inputs(ABC):
         """
 
     @abstractmethod
-    def ready(self, stored: Inputable) -> Any:
+    def preprocess(self, samples: TensorTree) -> Any:
         """What the model takes, from stored inputs of a batch, on whatever device they are on. Deterministic."""
 
-    def picture(self, stored: Inputable) -> bytes | None:
+    def render_image(self, sample: TensorTree) -> bytes | None:
         """A PNG that shows one stored sample to a person, or None where it is no picture."""
-        del stored
+        del sample
         return None
 
-    def text(self, stored: Inputable) -> str:
+    def render_text(self, sample: TensorTree) -> str:
         """One line that shows a stored sample to a person."""
-        return ", ".join(f"{name} {tensor.tolist()}".strip() for name, tensor in tensors_of(stored).items())[:200]
+        return ", ".join(f"{name} {tensor.tolist()}".strip() for name, tensor in named_tensors(sample).items())[:200]
 
 
 class Targets(ABC):
     """How answers are read: the second contract of `Data`. A part of group `tuneforge.targets`."""
 
-    step: str
+    loss: str
     """Name of the step that fits these targets."""
     metrics: tuple[str, ...]
     """Names of the metrics that fit these targets."""
@@ -233,12 +233,12 @@ class Targets(ABC):
     """The validation figure that decides which epoch is best."""
     monitor_mode: str
     """`"max"` where more of `monitor` is better, else `"min"`."""
-    headline: tuple[str, ...]
+    primary_metrics: tuple[str, ...]
     """Figures worth a column on the terminal, most important first."""
 
     @property
     @abstractmethod
-    def size(self) -> int:
+    def num_outputs(self) -> int:
         """Number of outputs a model needs, k."""
 
     @property
@@ -259,14 +259,14 @@ class Targets(ABC):
         """One output (k,) as plain JSON data for a person: class and probability, or a number and its unit."""
 
     @abstractmethod
-    def truth(self, target: Tensor) -> str:
+    def describe_label(self, target: Tensor) -> str:
         """One target, as text."""
 
     @abstractmethod
-    def wrongness(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def per_sample_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """How wrong each answer is (b,): 0 where it is right, more the worse. Outputs are (b, k)."""
 
-    def pools(self, targets: Tensor) -> dict[str, Tensor]:
+    def group_by_class(self, targets: Tensor) -> dict[str, Tensor]:
         """Rows by class name, for weights and sampling; empty where targets have no classes."""
         del targets
         return {}
@@ -278,7 +278,7 @@ class Targets(ABC):
             DataError: These targets have no closed recipe.
         """
         del features, targets, l2
-        raise DataError(f"{type(self).__name__} cannot solve a head", fix="use a strategy without Fit")
+        raise DataError(f"{type(self).__name__} cannot solve a head", fix="use a strategy without HeadFit")
 
 
 @attrs.frozen(eq=False)
@@ -291,9 +291,10 @@ class Data:
         test: Looked at once, at the end.
         inputs: How raw things become tensors.
         targets: How answers are read.
-        further: Further test splits, each with its own row in the report.
+        extra_test_splits: Further test splits, each with its own row in the report.
         notes: Sentences about the data that the run prints and stores.
-        pools: Named parts of the training split, the rows of each, int64 (m,): what `Phase(mix=...)` draws from.
+        sample_groups: Named parts of the training split, the rows of each, int64 (m,): what
+            `Phase(mixture_weights=...)` draws from.
 
     Raises:
         DataError: A part of the training split is empty, or names rows that it does not have.
@@ -304,31 +305,31 @@ class Data:
     test: Split
     inputs: Inputs
     targets: Targets
-    further: Mapping[str, Split] = attrs.field(factory=dict)
+    extra_test_splits: Mapping[str, Split] = attrs.field(factory=dict)
     notes: tuple[str, ...] = ()
-    pools: Mapping[str, Tensor] = attrs.field(factory=dict)
+    sample_groups: Mapping[str, Tensor] = attrs.field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
-        for name, rows in self.pools.items():
+        for name, rows in self.sample_groups.items():
             if not name or not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1:
                 raise DataError(
                     f"the part '{name}' of the training split is no list of rows with a name",
-                    where="Data.pools",
+                    where="Data.sample_groups",
                     why="it must be an int64 tensor (m,)",
                     fix="of a mask take mask.nonzero().flatten()",
                 )
             if not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= len(self.train):
                 raise DataError(
                     f"the part '{name}' of the training split has no rows, or rows that do not exist",
-                    where="Data.pools",
+                    where="Data.sample_groups",
                     why=f"{len(rows)} rows are named, and the split has {len(self.train)}",
                     fix="name rows from 0 to the number of training samples less one",
                 )
 
     def splits(self) -> dict[str, Split]:
         """All splits by name, the tests last."""
-        return {"train": self.train, "val": self.val, "test": self.test, **self.further}
+        return {"train": self.train, "val": self.val, "test": self.test, **self.extra_test_splits}
 
     def example(self) -> Any:
         """Ready inputs of two training samples (the first one twice, where there is one)."""
-        return self.inputs.ready(self.train.fetch(torch.tensor([0, min(1, len(self.train) - 1)])))
+        return self.inputs.preprocess(self.train.fetch(torch.tensor([0, min(1, len(self.train) - 1)])))

@@ -1,9 +1,9 @@
 """The frozen prefix: whatever depends only on the input and on frozen parameters is computed once, and kept.
 
-The model is cut by dataflow (`dataflow.py` beside this), and before anything is trusted, both parts composed are
+The model is cut by dataflow (`graph_split.py` beside this), and before anything is trusted, both parts composed are
 compared with the model to the bit. Values at the border are computed in one fixed geometry, because bits differ with
 the batch size; they are kept in memory or, past a budget, mapped from disk, where another run finds them by a key that
-holds all they depend on (`store.py`).
+holds all they depend on (`disk.py`).
 """
 
 from __future__ import annotations
@@ -18,182 +18,195 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import map_inputs
-from tuneforge.engine.feature_cache.extract import Filler, Prefix, Values, num_megabytes
+from tuneforge.engine.feature_cache.extract import FeatureCache, FeatureExtractor, Values, num_megabytes
 from tuneforge.engine.feature_cache.graph_split import (
     Modes,
-    NoPrefixError,
-    Parts,
+    NotCacheableError,
+    SplitModel,
     UntraceableError,
-    by_export,
-    by_fx,
-    parts_of,
+    split_model,
+    trace_with_export,
+    trace_with_fx,
 )
-from tuneforge.engine.model.freeze_check import same_bits
-from tuneforge.engine.model.freezing import select, set_modes, untouched
-from tuneforge.engine.model.model import answer_of, call
+from tuneforge.engine.model.freeze_check import bitwise_equal
+from tuneforge.engine.model.freezing import preserve_modes_and_buffers, select, set_modes
+from tuneforge.engine.model.model import call_module, extract_logits
 
-LEAST_WORK = 32.0
+MIN_MACS_PER_BYTE = 32.0
 """Multiplications of the prefix for each byte kept, under which recomputing is no dearer than fetching from memory."""
 
-LEAST_WORK_DISK = 64.0
+MIN_MACS_PER_BYTE_ON_DISK = 64.0
 """The same for fetching from disk."""
 
 
-def kept_prefix(run: Run, plan: Modes, *, epochs: int, pause: Callable[[], None] = lambda: None) -> Prefix | None:
-    """What a phase keeps of its frozen part; None, with the reason said, where it keeps nothing. See `prefix_of`."""
+def try_build_feature_cache(
+    run: Run, modes: Modes, *, epochs: int, save_if_due: Callable[[], None] = lambda: None
+) -> FeatureCache | None:
+    """What a phase keeps of its frozen part (see `build_feature_cache`); None, with the reason said, where nothing."""
     try:
-        prefix = prefix_of(run, plan, epochs=epochs, pause=pause)
-    except NoPrefixError as why:
-        run.note(f"  not cached: {why}")
+        cache = build_feature_cache(run, modes, epochs=epochs, save_if_due=save_if_due)
+    except NotCacheableError as why:
+        run.log(f"  not cached: {why}")
         return None
-    views = f", {prefix.views} augmented views each" if prefix.views else ""
-    origin = "one look at the data" if prefix.computed else "found in the cache, so nothing is computed again"
-    size = f"{num_megabytes(run, prefix):.1f} MB"
-    run.note(f"  cached: what the frozen part gives for each sample{views}, {size}, {origin}")
-    return prefix
+    copies = f", {cache.num_augmented_copies} augmented views each" if cache.num_augmented_copies else ""
+    origin = (
+        "one look at the data" if cache.num_computed_batches else "found in the cache, so nothing is computed again"
+    )
+    size = f"{num_megabytes(run, cache):.1f} MB"
+    run.log(f"  cached: what the frozen part gives for each sample{copies}, {size}, {origin}")
+    return cache
 
 
-def prefix_of(run: Run, plan: Modes, *, epochs: int, pause: Callable[[], None] = lambda: None) -> Prefix:
+def build_feature_cache(
+    run: Run, modes: Modes, *, epochs: int, save_if_due: Callable[[], None] = lambda: None
+) -> FeatureCache:
     """Split the model for a phase, and fill what is kept from the training and the validation split.
 
     Args:
         run: With the model frozen as the phase asks.
-        plan: The modes of the phase.
+        modes: The modes of the phase.
         epochs: Epochs that the phase may take.
-        pause: Is called between batches, and may save and stop the run.
+        save_if_due: Is called between batches, and may save and stop the run.
 
     Raises:
-        NoPrefixError: There is none, or it would not pay; nothing is changed.
+        NotCacheableError: There is none, or it would not pay; nothing is changed.
         HaltError: What was found in the store is not what the model gives.
     """
-    views = run.config.cache_views if run.augments else 0
-    _refuse_without_looking(run, epochs, views)
-    with untouched(run.model.module):
-        prefix = Prefix(_checked_parts(run, plan), views=views)
-    with untouched(run.model.module):
+    num_augmented_copies = run.config.cache_copies if run.augmentations else 0
+    _check_supported(run, epochs, num_augmented_copies)
+    with preserve_modes_and_buffers(run.model.module):
+        cache = FeatureCache(_split_and_verify(run, modes), num_augmented_copies=num_augmented_copies)
+    with preserve_modes_and_buffers(run.model.module):
         run.model.module.eval()
-        work = _measure(run, prefix)
-        _refuse_what_does_not_pay(run, prefix, work, epochs)
-        filler = Filler(run, prefix, pause, shared=work >= LEAST_WORK_DISK)
-        filler.look_ahead(_later(run, prefix))
-        val = filler.values("val", run.data.val, None)
-        for view in range(max(1, views)):  # validation is not augmented, whatever the epoch
-            prefix.kept[id(run.data.train), view] = filler.values("train", run.data.train, view)
-            prefix.kept[id(run.data.val), view] = val
-    return prefix
+        work = _measure_cost(run, cache)
+        _check_worthwhile(run, cache, work, epochs)
+        extractor = FeatureExtractor(run, cache, save_if_due, use_disk=work >= MIN_MACS_PER_BYTE_ON_DISK)
+        extractor.add_later_phases(_plan_later_phases(run, cache))
+        val = extractor.load_or_extract("val", run.data.val, None)
+        for copy_index in range(max(1, num_augmented_copies)):  # validation is not augmented, whatever the epoch
+            cache.features[id(run.data.train), copy_index] = extractor.load_or_extract(
+                "train", run.data.train, copy_index
+            )
+            cache.features[id(run.data.val), copy_index] = val
+    return cache
 
 
-def _refuse_without_looking(run: Run, epochs: int, views: int) -> None:
+def _check_supported(run: Run, epochs: int, num_augmented_copies: int) -> None:
     if run.config.cache == "off":
-        raise NoPrefixError("--cache off")
+        raise NotCacheableError("--cache off")
     if run.sharded:
-        raise NoPrefixError("--shard leaves each rank a part of the model")
-    for use, part in zip(run.config.augment, run.augments, strict=True):
-        if not getattr(part, "per_sample", False):
-            raise NoPrefixError(f"augmentation '{use.name}' may look at more than one sample")
-    if run.augments and epochs <= views:
-        raise NoPrefixError(f"{epochs} epoch(s) of fresh augmentation cost no more than {views} kept views")
-    for member in run.hooks.members:
+        raise NotCacheableError("--shard leaves each rank a part of the model")
+    for spec, augmentation in zip(run.config.augment, run.augmentations, strict=True):
+        if not getattr(augmentation, "per_sample", False):
+            raise NotCacheableError(f"augmentation '{spec.name}' may look at more than one sample")
+    if run.augmentations and epochs <= num_augmented_copies:
+        raise NotCacheableError(
+            f"{epochs} epoch(s) of fresh augmentation cost no more than {num_augmented_copies} kept views"
+        )
+    for member in run.hooks.components:
         if getattr(member.component, "needs_inputs", False):
-            raise NoPrefixError(f"{member.label} needs the inputs themselves")
+            raise NotCacheableError(f"{member.label} needs the inputs themselves")
     if any(each._forward_hooks or each._forward_pre_hooks for each in run.model.module.modules()):
-        raise NoPrefixError("the model has forward hooks, which a traced part would not call")
+        raise NotCacheableError("the model has forward hooks, which a traced part would not call")
 
 
-def _checked_parts(run: Run, plan: Modes) -> Parts:
+def _split_and_verify(run: Run, modes: Modes) -> SplitModel:
     """The model in two parts that agree with the whole to the bit and keep samples apart; fx first, then export."""
-    reason: NoPrefixError | None = None
-    for by in (by_fx, by_export):
+    reason: NotCacheableError | None = None
+    for tracer in (trace_with_fx, trace_with_export):
         try:
-            parts = parts_of(run.model.module, run.example, plan, by=by)
-            _check(run, parts, plan)
-            return parts
+            split = split_model(run.model.module, run.example, modes, tracer=tracer)
+            _verify_split(run, split, modes)
+            return split
         except UntraceableError as error:
             reason = reason or error
-        except NoPrefixError:
+        except NotCacheableError:
             raise
         except Exception as error:  # noqa: BLE001 - it runs the model's own code in parts, which may raise anything
-            reason = reason or NoPrefixError(f"the model cannot be run in parts ({type(error).__name__})")
+            reason = reason or NotCacheableError(f"the model cannot be run in parts ({type(error).__name__})")
     assert reason is not None
     raise reason
 
 
-def _check(run: Run, parts: Parts, plan: Modes) -> None:
+def _verify_split(run: Run, split: SplitModel, modes: Modes) -> None:
     """See that both parts composed give what the whole gives, and that a sample's values are its own."""
-    eval_plan = [(each, False) for each in run.model.module.modules()]
-    first, second = (_rows_of(run.example, [place] * 3) for place in (0, 1))
+    eval_modes = [(each, False) for each in run.model.module.modules()]
+    first, second = (_select_samples(run.example, [place] * 3) for place in (0, 1))
     with torch.no_grad(), run.autocast():
-        together = _same_in_parts(run, run.example, parts.head, parts.training, plan)
-        alone = _same_in_parts(run, first, parts.head, parts.evaluating, eval_plan)  # of another batch size
-        for place, values in enumerate((alone, call(parts.head, second))):
-            if not all(_close(one[place], other[place]) for one, other in zip(together, values, strict=True)):
-                raise NoPrefixError("the frozen part mixes samples")
+        together = _verify_composition(run, run.example, split.backbone, split.train_tail, modes)
+        alone = _verify_composition(run, first, split.backbone, split.eval_tail, eval_modes)  # of another batch size
+        for place, values in enumerate((alone, call_module(split.backbone, second))):
+            if not all(_is_close(one[place], other[place]) for one, other in zip(together, values, strict=True)):
+                raise NotCacheableError("the frozen part mixes samples")
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
+def _is_close(one: Tensor, other: Tensor) -> bool:
     """Equal but for what another batch size does to the last bits, measured by the largest of them."""
     largest = float(one.abs().nan_to_num(0, 0, 0).max()) if one.is_floating_point() else 0.0
     return torch.allclose(one, other, rtol=1e-4, atol=1e-4 * largest, equal_nan=True)
 
 
-def _same_in_parts(run: Run, inputs: Any, head: nn.Module, rest: nn.Module, modes: Modes) -> Values:
+def _verify_composition(run: Run, inputs: Any, backbone: nn.Module, tail: nn.Module, modes: Modes) -> Values:
     set_modes(modes)
     run.reseed()
-    whole = answer_of(call(run.model.module, inputs))
+    whole = extract_logits(call_module(run.model.module, inputs))
     run.reseed()
-    values: Values = call(head, inputs)
-    if not same_bits(whole, answer_of(rest(*values))):
+    values: Values = call_module(backbone, inputs)
+    if not bitwise_equal(whole, extract_logits(tail(*values))):
         raise UntraceableError("the parts of the model do not give what the whole gives")
     return values
 
 
-def _rows_of(example: Any, rows: list[int]) -> Any:
-    return map_inputs(example, lambda tensor: tensor[rows])
+def _select_samples(example: Any, indices: list[int]) -> Any:
+    return map_inputs(example, lambda tensor: tensor[indices])
 
 
-def _measure(run: Run, prefix: Prefix) -> float:
+def _measure_cost(run: Run, cache: FeatureCache) -> float:
     """Set the size of a sample's values, and give the multiplications that the prefix takes for each byte of them."""
-    prefix.bytes_each, work = _cost(run, prefix.parts.head)
+    cache.bytes_per_sample, work = _cost_per_sample(run, cache.split_model.backbone)
     return work
 
 
-def _cost(run: Run, head: nn.Module) -> tuple[int, float]:
+def _cost_per_sample(run: Run, backbone: nn.Module) -> tuple[int, float]:
     """Bytes of a sample's values, and multiplications for each."""
     with torch.no_grad(), run.autocast(), FlopCounterMode(display=False) as counter:
-        values = call(head, run.example)
+        values = call_module(backbone, run.example)
     bytes_each = sum(value[0].numel() * value.element_size() for value in values)
     return bytes_each, float(counter.get_total_flops()) / 4 / bytes_each  # of two samples; a product and a sum are two
 
 
-def _refuse_what_does_not_pay(run: Run, prefix: Prefix, work: float, epochs: int) -> None:
-    if work < LEAST_WORK:
-        raise NoPrefixError("the frozen part is so cheap that computing it again costs no more")
-    on_disk = run.config.cache == "auto" and work >= LEAST_WORK_DISK and run.ranks.alone
+def _check_worthwhile(run: Run, cache: FeatureCache, macs_per_byte: float, epochs: int) -> None:
+    if macs_per_byte < MIN_MACS_PER_BYTE:
+        raise NotCacheableError("the frozen part is so cheap that computing it again costs no more")
+    on_disk = run.config.cache == "auto" and macs_per_byte >= MIN_MACS_PER_BYTE_ON_DISK and run.process_group.is_single
     if epochs == 1 and not on_disk:
-        raise NoPrefixError("each sample is looked at once anyway")
+        raise NotCacheableError("each sample is looked at once anyway")
     limits = {"--cache-mb": run.config.cache_mb} | ({"--cache-disk-mb": run.config.cache_disk_mb} if on_disk else {})
     flag, most = max(limits.items(), key=lambda limit: limit[1])
-    if (megabytes := num_megabytes(run, prefix)) > most:
-        raise NoPrefixError(f"its values take {megabytes:,.0f} MB, more than {flag} {most}")
+    if (megabytes := num_megabytes(run, cache)) > most:
+        raise NotCacheableError(f"its values take {megabytes:,.0f} MB, more than {flag} {most}")
 
 
-def _later(run: Run, prefix: Prefix) -> list[Prefix]:
+def _plan_later_phases(run: Run, cache: FeatureCache) -> list[FeatureCache]:
     """The prefixes of later phases of the plan, which the same look at the data can fill, while memory lasts.
 
     Only those that their own phase would keep anyway: so whether they are at hand changes no bit.
     """
-    found: list[Prefix] = []
-    trained: set[str] = set()
-    left = run.config.cache_mb - num_megabytes(run, prefix)
-    for phase in run.planned:
-        trained |= set(select(run.model, phase.train))
-        parts = prefix.parts
+    found: list[FeatureCache] = []
+    trainable: set[str] = set()
+    left = run.config.cache_mb - num_megabytes(run, cache)
+    for phase in run.next_phases:
+        trainable |= set(select(run.model, phase.train))
+        split = cache.split_model
         try:
-            border = parts.border_if([run.model.parameters()[name] for name in sorted(trained)], run.example)
-            later = Prefix(attrs.evolve(parts, head=parts.trace.before(border), border=border), views=prefix.views)
-            _refuse_without_looking(run, phase.epochs or 2, prefix.views)
-            _refuse_what_does_not_pay(run, later, _measure(run, later), phase.epochs or 2)
-        except NoPrefixError:
+            cut = split.find_cut_if_trainable([run.model.parameters()[name] for name in sorted(trainable)], run.example)
+            later = FeatureCache(
+                attrs.evolve(split, backbone=split.trace.extract_backbone(cut), cut=cut),
+                num_augmented_copies=cache.num_augmented_copies,
+            )
+            _check_supported(run, phase.epochs or 2, cache.num_augmented_copies)
+            _check_worthwhile(run, later, _measure_cost(run, later), phase.epochs or 2)
+        except NotCacheableError:
             break
         left -= num_megabytes(run, later)
         if left < 0:

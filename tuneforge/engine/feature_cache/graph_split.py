@@ -25,43 +25,43 @@ _RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 
 
-class NoPrefixError(Exception):
+class NotCacheableError(Exception):
     """There is no prefix worth keeping; the message completes `not cached: ...`."""
 
 
-class UntraceableError(NoPrefixError):
+class UntraceableError(NotCacheableError):
     """This way of tracing does not serve; another one may."""
 
 
 @attrs.frozen(eq=False)
-class Parts:
+class SplitModel:
     """A model in two parts.
 
     Args:
-        head: Ready inputs to the values at the border, each (b, ...).
-        training: The values to the answer, in the modes of the phase.
-        evaluating: The same in eval mode.
+        backbone: Ready inputs to the values at the border, each (b, ...).
+        train_tail: The values to the answer, in the modes of the phase.
+        eval_tail: The same in eval mode.
         trace: The whole model in the modes of the phase.
-        border: Names of the nodes whose values cross.
+        cut: Names of the nodes whose values cross.
     """
 
-    head: fx.GraphModule
-    training: fx.GraphModule
-    evaluating: fx.GraphModule
+    backbone: fx.GraphModule
+    train_tail: fx.GraphModule
+    eval_tail: fx.GraphModule
     trace: Trace
-    border: list[str]
+    cut: list[str]
 
-    def border_if(self, trained: Iterable[nn.Parameter], example: Any) -> list[str]:
+    def find_cut_if_trainable(self, trainable: Iterable[nn.Parameter], example: Any) -> list[str]:
         """Where the border would be if these parameters trained too.
 
         Raises:
-            NoPrefixError: Nothing would lie before it.
+            NotCacheableError: Nothing would lie before it.
         """
-        thawed = [parameter for parameter in trained if not parameter.requires_grad]
+        thawed = [parameter for parameter in trainable if not parameter.requires_grad]
         for parameter in thawed:
             parameter.requires_grad_(True)
         try:
-            return _border(self.trace, example)
+            return _find_cut(self.trace, example)
         finally:
             for parameter in thawed:
                 parameter.requires_grad_(False)
@@ -74,73 +74,75 @@ class Trace:
     graph: fx.Graph
     root: nn.Module
 
-    def before(self, border: Iterable[str]) -> fx.GraphModule:
+    def extract_backbone(self, cut: Iterable[str]) -> fx.GraphModule:
         """The part that computes the values at a border."""
         by_name = {node.name: node for node in self.graph.nodes}
-        crossing = [by_name[name] for name in border]
-        needed = _sources(crossing, stop=set())
-        part = fx.Graph()
+        crossing = [by_name[name] for name in cut]
+        needed = _find_ancestors(crossing, stop=set())
+        subgraph = fx.Graph()
         seen: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
             if node.op == "placeholder" or node in needed:
-                seen[node] = part.node_copy(node, seen.__getitem__)
-        part.output(tuple(seen[node] for node in crossing))
-        return fx.GraphModule(self.root, part)
+                seen[node] = subgraph.node_copy(node, seen.__getitem__)
+        subgraph.output(tuple(seen[node] for node in crossing))
+        return fx.GraphModule(self.root, subgraph)
 
-    def after(self, border: Iterable[str]) -> fx.GraphModule:
+    def extract_tail(self, cut: Iterable[str]) -> fx.GraphModule:
         """The part that goes on from the values at a border.
 
         Raises:
-            NoPrefixError: It would need the input as well, or this trace has no such border.
+            NotCacheableError: It would need the input as well, or this trace has no such border.
         """
         by_name = {node.name: node for node in self.graph.nodes}
-        if not set(border) <= set(by_name):
-            raise NoPrefixError("the model takes another way in evaluation")
-        crossing = [by_name[name] for name in border]
-        (answer,) = (node for node in self.graph.nodes if node.op == "output")
-        needed = _sources([answer], stop={*crossing, *filter(_is_batch_size, self.graph.nodes)})
-        part = fx.Graph()
-        placed = {node: part.placeholder(f"value_{place}") for place, node in enumerate(crossing)}
+        if not set(cut) <= set(by_name):
+            raise NotCacheableError("the model takes another way in evaluation")
+        crossing = [by_name[name] for name in cut]
+        (output,) = (node for node in self.graph.nodes if node.op == "output")
+        needed = _find_ancestors([output], stop={*crossing, *filter(_is_batch_size, self.graph.nodes)})
+        subgraph = fx.Graph()
+        copied = {node: subgraph.placeholder(f"value_{place}") for place, node in enumerate(crossing)}
         for node in self.graph.nodes:
-            if node in needed and node not in placed and node is not answer:
+            if node in needed and node not in copied and node is not output:
                 if node.op == "placeholder":
-                    raise NoPrefixError("what trains takes the input itself")
+                    raise NotCacheableError("what trains takes the input itself")
                 if _is_batch_size(node):  # every value at the border has it
-                    placed[node] = part.call_function(node.target, (placed[crossing[0]], 0))
+                    copied[node] = subgraph.call_function(node.target, (copied[crossing[0]], 0))
                 else:
-                    placed[node] = part.node_copy(node, placed.__getitem__)
-        part.output(fx.map_arg(answer.args[0], placed.__getitem__))
-        return fx.GraphModule(self.root, part)
+                    copied[node] = subgraph.node_copy(node, copied.__getitem__)
+        subgraph.output(fx.map_arg(output.args[0], copied.__getitem__))
+        return fx.GraphModule(self.root, subgraph)
 
 
-def parts_of(module: nn.Module, example: Any, plan: Modes, *, by: Callable[[nn.Module, Any], Any]) -> Parts:
+def split_model(
+    module: nn.Module, example: Any, modes: Modes, *, tracer: Callable[[nn.Module, Any], Any]
+) -> SplitModel:
     """Cut a model in the modes of a phase, and once more in eval mode at the same border.
 
     Args:
         module: Frozen as the phase asks.
         example: Ready inputs of two samples.
-        plan: The modes of the phase.
-        by: `by_fx` or `by_export`.
+        modes: The modes of the phase.
+        tracer: `trace_with_fx` or `trace_with_export`.
 
     Raises:
-        NoPrefixError: There is nothing to keep.
+        NotCacheableError: There is nothing to keep.
         UntraceableError: The model cannot be traced this way.
     """
-    set_modes(plan)
-    trace = _traced(module, example, by)
-    border = _border(trace, example)
-    head, training = trace.before(border), trace.after(border)
+    set_modes(modes)
+    trace = _trace(module, example, tracer)
+    cut = _find_cut(trace, example)
+    backbone, train_tail = trace.extract_backbone(cut), trace.extract_tail(cut)
     module.eval()
-    return Parts(head, training, _traced(module, example, by).after(border), trace, border)
+    return SplitModel(backbone, train_tail, _trace(module, example, tracer).extract_tail(cut), trace, cut)
 
 
-def by_fx(module: nn.Module, example: Any) -> Trace:
+def trace_with_fx(module: nn.Module, example: Any) -> Trace:
     """A trace of the module's own code on stand-ins."""
     del example
     return Trace(fx.Tracer().trace(module), module)
 
 
-def by_export(module: nn.Module, example: Any) -> Trace:
+def trace_with_export(module: nn.Module, example: Any) -> Trace:
     """A trace of the operations on an example of any batch size; parameters are the module's own."""
     free = {0: torch.export.Dim.AUTO}
     given = dict(example) if isinstance(example, Mapping) else {}
@@ -153,60 +155,64 @@ def by_export(module: nn.Module, example: Any) -> Trace:
     return Trace(root.graph, root)
 
 
-def _traced(module: nn.Module, example: Any, by: Callable[[nn.Module, Any], Trace]) -> Trace:
-    before = _generators()
+def _trace(module: nn.Module, example: Any, tracer: Callable[[nn.Module, Any], Trace]) -> Trace:
+    before = _rng_states()
     try:
-        trace = by(module, example)
+        trace = tracer(module, example)
     except Exception as error:  # noqa: BLE001 - tracing runs the model's own code on stand-ins, which may raise anything
         raise UntraceableError(f"the model cannot be traced ({type(error).__name__})") from None
-    if _generators() != before:  # what was drawn while tracing would be the same number for ever
-        raise NoPrefixError("the model draws random numbers that a trace would freeze")
+    if _rng_states() != before:  # what was drawn while tracing would be the same number for ever
+        raise NotCacheableError("the model draws random numbers that a trace would freeze")
     return trace
 
 
-def _generators() -> tuple[Any, ...]:
+def _rng_states() -> tuple[Any, ...]:
     state: Any = np.random.get_state(legacy=True)
     return random.getstate(), state[1].tobytes(), state[2], torch.get_rng_state().numpy().tobytes()
 
 
-def _border(trace: Trace, example: Any) -> list[str]:
+def _find_cut(trace: Trace, example: Any) -> list[str]:
     """Names of the nodes whose values cross from the prefix to what lives."""
-    graph, live = trace.graph, _live(trace)
-    given = _dependent(graph)
-    values = _Values(trace.root, graph).of(example)
+    graph, live = trace.graph, _find_live_nodes(trace)
+    input_dependents = _find_input_dependents(graph)
+    values = _ValuePropagation(trace.root, graph).propagate(example)
     while True:
-        border = [node for node in graph.nodes if _crosses(node, live, given)]
-        loose = [node for node in border if not _kept_by_sample(values.get(node.name))]
+        cut = [node for node in graph.nodes if _crosses_cut(node, live, input_dependents)]
+        loose = [node for node in cut if not _has_batch_axis(values.get(node.name))]
         if not loose:
             break
         live |= set(loose)  # a shape, say: computed again from what it is the shape of
-    names = [node.name for node in border]
-    if not names or all(node.op == "placeholder" for node in border):
-        raise NoPrefixError("nothing frozen lies before what trains")
+    names = [node.name for node in cut]
+    if not names or all(node.op == "placeholder" for node in cut):
+        raise NotCacheableError("nothing frozen lies before what trains")
     return names
 
 
-def _crosses(node: fx.Node, live: set[fx.Node], given: set[fx.Node]) -> bool:
-    return node not in live and node in given and any(user in live for user in node.users)
+def _crosses_cut(node: fx.Node, live: set[fx.Node], input_dependents: set[fx.Node]) -> bool:
+    return node not in live and node in input_dependents and any(user in live for user in node.users)
 
 
-def _kept_by_sample(value: Any) -> bool:
+def _has_batch_axis(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == 2
 
 
-def _live(trace: Trace) -> set[fx.Node]:
+def _find_live_nodes(trace: Trace) -> set[fx.Node]:
     """Nodes that training changes, and all that depends on them; the answer is always one."""
     live: set[fx.Node] = set()
     order = {node: place for place, node in enumerate(trace.graph.nodes)}
     for node in trace.graph.nodes:
-        if node.op == "output" or _changes(node, trace.root) or any(each in live for each in node.all_input_nodes):
+        if (
+            node.op == "output"
+            or _is_trainable_or_random(node, trace.root)
+            or any(each in live for each in node.all_input_nodes)
+        ):
             live.add(node)
-            for written in _written(node, trace.root):  # whoever reads it afterwards reads what was written
+            for written in _find_overwritten(node, trace.root):  # whoever reads it afterwards reads what was written
                 live |= {user for user in written.users if order[user] > order[node]}
     return live
 
 
-def _changes(node: fx.Node, module: nn.Module) -> bool:
+def _is_trainable_or_random(node: fx.Node, module: nn.Module) -> bool:
     if node.op == "get_attr":
         found: Any = operator.attrgetter(str(node.target))(module)
         return isinstance(found, nn.Parameter) and found.requires_grad
@@ -233,7 +239,7 @@ def _name_of(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
 
 
-def _written(node: fx.Node, module: nn.Module) -> list[fx.Node]:
+def _find_overwritten(node: fx.Node, module: nn.Module) -> list[fx.Node]:
     """Nodes whose value this one overwrites in place."""
     target = _name_of(node)
     inplace = node.kwargs.get("inplace") is True
@@ -244,7 +250,7 @@ def _written(node: fx.Node, module: nn.Module) -> list[fx.Node]:
     return node.all_input_nodes[:1] if inplace else []
 
 
-def _dependent(graph: fx.Graph) -> set[fx.Node]:
+def _find_input_dependents(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that depend on the input."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
@@ -260,7 +266,7 @@ def _is_batch_size(node: fx.Node) -> bool:
     return isinstance(source, fx.Node) and source.op == "placeholder" and bool(axis == 0)
 
 
-def _sources(targets: list[fx.Node], *, stop: set[fx.Node]) -> set[fx.Node]:
+def _find_ancestors(targets: list[fx.Node], *, stop: set[fx.Node]) -> set[fx.Node]:
     """What the targets are computed from, not looking beyond `stop`."""
     found: set[fx.Node] = set()
     waiting = list(targets)
@@ -272,13 +278,13 @@ def _sources(targets: list[fx.Node], *, stop: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-class _Values(fx.Interpreter):
+class _ValuePropagation(fx.Interpreter):
     """The value of every node for an example."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
 
-    def of(self, example: Any) -> dict[str, Any]:
+    def propagate(self, example: Any) -> dict[str, Any]:
         """Values by the node's name, computed without a trace in the model's state."""
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
         given = (

@@ -7,14 +7,14 @@ from typing import Any
 import attrs
 
 from tuneforge.plugin import registry
-from tuneforge.plugin.component import build
+from tuneforge.plugin.component import build_component
 from tuneforge.plugin.config import RunConfig
-from tuneforge.plugin.steps import Phase, Use
+from tuneforge.plugin.steps import ComponentSpec, Phase
 
-_DEFAULT_OPTIMIZER, _DEFAULT_SCHEDULE = Use("adamw"), Use("constant")
+_DEFAULT_OPTIMIZER, _DEFAULT_SCHEDULE = ComponentSpec("adamw"), ComponentSpec("constant")
 
 
-def part(group: str, use: Use) -> Any:
+def create_component(group: str, spec: ComponentSpec) -> Any:
     """Find, load and build a part.
 
     Raises:
@@ -22,31 +22,31 @@ def part(group: str, use: Use) -> Any:
         PluginLoadError: It could not be loaded.
         OptionError: An option is wrong.
     """
-    entry = registry.find(group, use.name)
-    return build(registry.load(entry), use.options, where=registry.FLAGS.get(group, group))
+    entry = registry.find_component(group, spec.name)
+    return build_component(registry.load_component(entry), spec.options, where=registry.FLAG_BY_GROUP.get(group, group))
 
 
 @attrs.define(eq=False)
-class Parts:
+class PhaseComponents:
     """Which schedule and optimizer a phase gets: what the user says beats the strategy, which beats the default."""
 
     config: RunConfig
-    present: Use | None = None
+    current_optimizer: ComponentSpec | None = None
 
-    def schedule(self, phase: Phase) -> Any:
+    def build_schedule(self, phase: Phase) -> Any:
         """The phase's schedule: an object with `factor(progress)`."""
-        return part("lr_schedule", self.config.schedule or phase.schedule or _DEFAULT_SCHEDULE)
+        return create_component("lr_schedule", self.config.schedule or phase.schedule or _DEFAULT_SCHEDULE)
 
-    def optimizer(self, phase: Phase) -> tuple[Any, bool]:
+    def build_optimizer(self, phase: Phase) -> tuple[Any, bool]:
         """The phase's optimizer component, and whether it is the one the phase before used."""
-        asked = self._asked(phase)
-        same = asked == self.present
-        self.present = asked
-        return part("optimizer", asked), same
+        spec = self._optimizer_spec(phase)
+        same = spec == self.current_optimizer
+        self.current_optimizer = spec
+        return create_component("optimizer", spec), same
 
-    def part_of(self, phase: Phase) -> Any:
+    def peek_optimizer(self, phase: Phase) -> Any:
         """The optimizer component that a phase would get; nothing is remembered."""
-        return part("optimizer", self._asked(phase))
+        return create_component("optimizer", self._optimizer_spec(phase))
 
-    def _asked(self, phase: Phase) -> Use:
-        return self.config.optimizer or phase.optimizer or self.present or _DEFAULT_OPTIMIZER
+    def _optimizer_spec(self, phase: Phase) -> ComponentSpec:
+        return self.config.optimizer or phase.optimizer or self.current_optimizer or _DEFAULT_OPTIMIZER

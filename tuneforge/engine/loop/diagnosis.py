@@ -1,4 +1,4 @@
-"""`Probe` steps: measure, and leave weights, buffers, gradients, modes and random generators as they were."""
+"""`Diagnosis` steps: measure, and leave weights, buffers, gradients, modes and random generators as they were."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ from torch import Tensor, nn
 
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Batch
-from tuneforge.engine.data.sampler import Order
-from tuneforge.engine.loop.backward import outcome_of
-from tuneforge.engine.loop.build import Parts
-from tuneforge.engine.model.device import is_out_of_memory, root_of
-from tuneforge.engine.model.freezing import freeze, put_back, select, set_modes, whole_state
-from tuneforge.engine.model.fsdp import no_room
+from tuneforge.engine.data.sampler import EpochSampler
+from tuneforge.engine.loop.backward import compute_loss
+from tuneforge.engine.loop.build import PhaseComponents
+from tuneforge.engine.model.device import is_out_of_memory, root_cause
+from tuneforge.engine.model.freezing import freeze, full_state, restore_state, select, set_modes
+from tuneforge.engine.model.fsdp import out_of_memory_error
 from tuneforge.engine.model.optimizer import Optimization
 from tuneforge.errors import PluginError
-from tuneforge.plugin.results import Readings
-from tuneforge.plugin.steps import Phase, Probe
+from tuneforge.plugin.results import Diagnostics
+from tuneforge.plugin.steps import Diagnosis, Phase
 
-RATES = tuple(10 ** (exponent / 4) for exponent in range(-24, 1))
-"""Rates of a `"rates"` probe: 1e-6 to 1, four a decade."""
+CANDIDATE_LRS = tuple(10 ** (exponent / 4) for exponent in range(-24, 1))
+"""Rates of an `"lrs"` diagnosis: 1e-6 to 1, four a decade."""
 
 
-def probe(run: Run, step: Probe, parts: Parts) -> Readings:
-    """Do a `Probe` step."""
-    with _untouched(run):
+def diagnose(run: Run, step: Diagnosis, components: PhaseComponents) -> Diagnostics:
+    """Do a `Diagnosis` step."""
+    with _preserve_state(run):
         run.phase = Phase(step.name, train=step.train, steps=1)  # what a step that asks for its phase finds
-        measures = {"gradients": _gradients, "features": _features, "rates": _rates}
-        return Readings(step=step.name, values=measures[step.measure](run, step, parts))
+        measures = {"gradients": _gradient_norms, "features": _feature_drift, "lrs": _losses_by_lr}
+        return Diagnostics(step_name=step.name, values=measures[step.measure](run, step, components))
 
 
-def _gradients(run: Run, step: Probe, parts: Parts) -> dict[Any, float]:
+def _gradient_norms(run: Run, step: Diagnosis, components: PhaseComponents) -> dict[Any, float]:
     """Gradient norm over weight norm, mean over batches (the relative gradient norm of Lee et al. 2023)."""
-    del parts
+    del components
     names = select(run.model, step.train)
     freeze(run.model, names)
     named = run.model.parameters()
     members: dict[Any, list[nn.Parameter]] = {}
     for name in names:
-        members.setdefault(_group_of(run, name) if step.by == "group" else name, []).append(named[name])
+        members.setdefault(_group_name(run, name) if step.by == "group" else name, []).append(named[name])
     total = dict.fromkeys(members, 0.0)
     count = 0
-    for batch in _some_batches(run, step.batches):
+    for batch in _first_batches(run, step.batches):
         count += 1
         run.model.module.zero_grad(set_to_none=True)
         _backward(run, batch)
         for key, parameters in members.items():
-            total[key] += _relative(parameters)
+            total[key] += _relative_gradient_norm(parameters)
     return {key: value / count for key, value in total.items()}
 
 
-def _relative(parameters: list[nn.Parameter]) -> float:
+def _relative_gradient_norm(parameters: list[nn.Parameter]) -> float:
     """Joint norm of the gradients over the joint norm of the weights; infinite where all weights are 0."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     gradient = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
@@ -64,13 +64,13 @@ def _relative(parameters: list[nn.Parameter]) -> float:
     return gradient / weight if weight else math.inf if gradient else 0.0
 
 
-def _features(run: Run, step: Probe, parts: Parts) -> dict[Any, float]:
+def _feature_drift(run: Run, step: Diagnosis, components: PhaseComponents) -> dict[Any, float]:
     """How far each group's output on validation lies from that on training, in standard deviations a channel."""
-    del parts
+    del components
     modules = {
         group.name: run.model.module.get_submodule(_last_module(run, group.prefixes)) for group in run.model.groups
     }
-    train = _moments(run, modules, _some_batches(run, step.batches))
+    train = _moments(run, modules, _first_batches(run, step.batches))
     val = _moments(run, modules, islice(run.evaluation_batches(run.data.val), step.batches))
     drift = {}
     for name in train:
@@ -85,7 +85,7 @@ def _moments(run: Run, modules: dict[str, nn.Module], batches: Iterator[Batch]) 
     seen: dict[str, list[Tensor]] = {name: [] for name in modules}
 
     def catcher(name: str) -> Any:
-        return lambda module, args, output: seen[name].append(_channels(output))
+        return lambda module, args, output: seen[name].append(_channel_means(output))
 
     handles = [module.register_forward_hook(catcher(name)) for name, module in modules.items()]
     try:
@@ -99,7 +99,7 @@ def _moments(run: Run, modules: dict[str, nn.Module], batches: Iterator[Batch]) 
     return {name: (rows.mean(0), rows.var(0, correction=0)) for name, rows in stacked.items()}
 
 
-def _channels(output: Any) -> Tensor:
+def _channel_means(output: Any) -> Tensor:
     """One number a channel and sample, (b, channels): maps are averaged over space, sequences over positions."""
     tensor: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     if tensor.ndim == 3:
@@ -107,66 +107,71 @@ def _channels(output: Any) -> Tensor:
     return tensor.flatten(2).mean(2) if tensor.ndim > 3 else tensor
 
 
-def _rates(run: Run, step: Probe, parts: Parts) -> dict[Any, float]:
-    """The loss on a batch after one optimizer step at each of `RATES`, always from the same weights."""
+def _losses_by_lr(run: Run, step: Diagnosis, components: PhaseComponents) -> dict[Any, float]:
+    """The loss on a batch after one optimizer step at each of `CANDIDATE_LRS`, always from the same weights."""
     names = select(run.model, step.train)
     freeze(run.model, names)
-    start = {name: tensor.clone() for name, tensor in whole_state(run.model.module).items()}
-    batches = list(_some_batches(run, step.batches))
+    start = {name: tensor.clone() for name, tensor in full_state(run.model.module).items()}
+    batches = list(_first_batches(run, step.batches))
     losses: dict[Any, float] = {}
-    for rate in RATES:
+    for lr in CANDIDATE_LRS:
         total = 0.0
         for batch in batches:
-            put_back(run.model.module, start)
+            restore_state(run.model.module, start)
             optimization = Optimization()
-            phase = Phase(step.name, train=step.train, steps=1, lr=rate)
-            optimization.arrange(run.model, phase, names, parts.part_of(phase), same=False)
+            phase = Phase(step.name, train=step.train, steps=1, lr=lr)
+            optimization.set_param_groups(run.model, phase, names, components.peek_optimizer(phase), same=False)
             run.model.module.zero_grad(set_to_none=True)
             _backward(run, batch)
             optimization.step()
             with torch.no_grad():
-                total += sum(float(outcome_of(run, piece)[0]) * share for piece, share in _pieces(run, batch))
-        losses[rate] = total / len(batches)
+                total += sum(
+                    float(compute_loss(run, micro_batch)[0]) * share
+                    for micro_batch, share in _micro_batches(run, batch)
+                )
+        losses[lr] = total / len(batches)
     return losses
 
 
 def _backward(run: Run, batch: Batch) -> None:
     """Add the gradient of a batch's loss; in smaller passes where memory does not suffice."""
-    summed = run.ranks.size if run.sharded else 1  # gradients of so many ranks, each of this same batch
+    summed = run.process_group.world_size if run.sharded else 1  # gradients of so many ranks, each of this same batch
     while True:
-        size = min(run.micro_batch or len(batch.rows), len(batch.rows))
+        size = min(run.micro_batch or len(batch.indices), len(batch.indices))
         full = False
         try:
-            for piece, share in _pieces(run, batch):
-                torch.autograd.backward(outcome_of(run, piece)[0] * (share / summed))
+            for micro_batch, share in _micro_batches(run, batch):
+                torch.autograd.backward(compute_loss(run, micro_batch)[0] * (share / summed))
         except (RuntimeError, MemoryError, PluginError) as error:
             full = is_out_of_memory(error) and size > 1
             if not full:
                 raise
             if run.sharded:
-                raise no_room(root_of(error), where="probe", flag="--micro-batch") from None
+                raise out_of_memory_error(root_cause(error), where="diagnosis", flag="--micro-batch") from None
         if run.sharded:
-            run.ranks.sum_gradients([each for each in run.model.parameters().values() if each.requires_grad])
-        if not run.ranks.agree(full)[0]:
+            run.process_group.all_reduce_gradients(
+                [each for each in run.model.parameters().values() if each.requires_grad]
+            )
+        if not run.process_group.all_reduce_any(full)[0]:
             return
         run.model.module.zero_grad(set_to_none=True)
         run.micro_batch = -(-size // 2)
-        run.device.release()
-        run.note(f"  out of memory while gradients are measured: {run.micro_batch} samples a pass here")
+        run.device.empty_cache()
+        run.log(f"  out of memory while gradients are measured: {run.micro_batch} samples a pass here")
 
 
-def _pieces(run: Run, batch: Batch) -> Iterator[tuple[Batch, float]]:
+def _micro_batches(run: Run, batch: Batch) -> Iterator[tuple[Batch, float]]:
     """The passes of a batch, each with its share of the samples."""
-    return ((piece, len(piece.rows) / len(batch.rows)) for piece in run.pieces(batch))
+    return ((piece, len(piece.indices) / len(batch.indices)) for piece in run.micro_batches(batch))
 
 
-def _some_batches(run: Run, count: int) -> Iterator[Batch]:
-    order = Order(len(run.data.train), run.config.seed, run.epoch)
-    return islice(run.training_batches(order, None, shared=False), count)
+def _first_batches(run: Run, count: int) -> Iterator[Batch]:
+    sampler = EpochSampler(len(run.data.train), run.config.seed, run.epoch)
+    return islice(run.training_batches(sampler, None, per_rank=False), count)
 
 
-def _group_of(run: Run, parameter: str) -> str:
-    return next(group.name for group in run.model.groups if group.holds(parameter))
+def _group_name(run: Run, parameter: str) -> str:
+    return next(group.name for group in run.model.groups if group.contains(parameter))
 
 
 def _last_module(run: Run, prefixes: tuple[str, ...]) -> str:
@@ -175,23 +180,25 @@ def _last_module(run: Run, prefixes: tuple[str, ...]) -> str:
 
 
 @contextlib.contextmanager
-def _untouched(run: Run) -> Iterator[None]:
+def _preserve_state(run: Run) -> Iterator[None]:
     """Put weights, buffers, gradients' requirement, modes and random generators back, to the bit."""
     module = run.model.module
-    state = {name: tensor.clone() for name, tensor in whole_state(module).items()}
-    wanted = {name: parameter.requires_grad for name, parameter in run.model.parameters().items()}
-    plan = [(child, child.training) for child in module.modules()]
-    micro_batch = run.micro_batch  # a probe is in eval mode, where a pass over one sample will do
-    with torch.random.fork_rng(device_type=run.device.torch.type) if run.device.torch.type == "cuda" else _cpu_rng():
+    state = {name: tensor.clone() for name, tensor in full_state(module).items()}
+    requires_grad = {name: parameter.requires_grad for name, parameter in run.model.parameters().items()}
+    modes = [(child, child.training) for child in module.modules()]
+    micro_batch = run.micro_batch  # a diagnosis is in eval mode, where a pass over one sample will do
+    with (
+        torch.random.fork_rng(device_type=run.device.torch.type) if run.device.torch.type == "cuda" else _fork_cpu_rng()
+    ):
         module.eval()
         try:
             yield
         finally:
             run.phase, run.micro_batch = None, micro_batch
-            put_back(module, state)
-            set_modes(plan)
-            freeze(run.model, [name for name, wants in wanted.items() if wants])
+            restore_state(module, state)
+            set_modes(modes)
+            freeze(run.model, [name for name, requires in requires_grad.items() if requires])
 
 
-def _cpu_rng() -> contextlib.AbstractContextManager[None]:
+def _fork_cpu_rng() -> contextlib.AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[])

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Batch, Split
-from tuneforge.engine.data.loader import in_turn
-from tuneforge.engine.loop.metric_set import Worst
-from tuneforge.engine.model.device import is_out_of_memory, root_of
-from tuneforge.engine.model.fsdp import no_room
+from tuneforge.engine.data.loader import iter_sequential
+from tuneforge.engine.loop.metric_set import HardestSamples
+from tuneforge.engine.model.device import is_out_of_memory, root_cause
+from tuneforge.engine.model.fsdp import out_of_memory_error
 from tuneforge.errors import DataError
 
 T = TypeVar("T")
@@ -24,75 +24,77 @@ def evaluate(
     split: Split,
     name: str,
     *,
-    worst: Worst | None = None,
-    then: Callable[[dict[str, Any]], None] = lambda figures: None,
+    hardest: HardestSamples | None = None,
+    on_metrics: Callable[[dict[str, Any]], None] = lambda metrics: None,
 ) -> dict[str, Any]:
     """Every figure of a split, one pass.
 
     Args:
         run: With data and model.
         split: What is evaluated.
-        name: Of the split; hooks find it in `run.evaluating`.
-        worst: Collects the worst mistakes on the way, if given.
-        then: Is given the figures while the evaluated weights (perhaps averaged ones) are still in the model.
+        name: Of the split; hooks find it in `run.eval_split`.
+        hardest: Collects the worst mistakes on the way, if given.
+        on_metrics: Is given the figures while the evaluated weights (perhaps averaged ones) are still in the model.
     """
-    run.evaluating = name
+    run.eval_split = name
     run.hooks.call.evaluation_started(run=run)
-    figures = _with_room(run, lambda: _one_pass(run, split, worst), f"'{name}' is evaluated")
-    then(figures)
+    metrics = _retry_on_oom(run, lambda: _evaluate_once(run, split, hardest), f"'{name}' is evaluated")
+    on_metrics(metrics)
     run.hooks.call.evaluation_ended(run=run)
-    run.evaluating = None
-    return figures
+    run.eval_split = None
+    return metrics
 
 
-def _with_room(run: Run, one_pass: Callable[[], T], doing: str) -> T:
+def _retry_on_oom(run: Run, one_pass: Callable[[], T], doing: str) -> T:
     """What a pass over a split gives; it begins again with smaller batches where memory does not suffice."""
     while True:
         given: list[T] = []
         try:
             given.append(one_pass())
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or run.eval_batch == 1:
+            if not is_out_of_memory(error) or run.eval_batch_size == 1:
                 raise
             if run.sharded:
-                raise no_room(root_of(error), where=doing, flag="--eval-batch-size") from None
-        if not run.ranks.agree(not given)[0]:
+                raise out_of_memory_error(root_cause(error), where=doing, flag="--eval-batch-size") from None
+        if not run.process_group.all_reduce_any(not given)[0]:
             return given[0]
-        run.eval_batch = -(-run.eval_batch // 2)
-        run.device.release()
-        run.note(f"  out of memory while {doing}: from here on {run.eval_batch} samples a pass")
+        run.eval_batch_size = -(-run.eval_batch_size // 2)
+        run.device.empty_cache()
+        run.log(f"  out of memory while {doing}: from here on {run.eval_batch_size} samples a pass")
 
 
-def _one_pass(run: Run, split: Split, worst: Worst | None) -> dict[str, Any]:
+def _evaluate_once(run: Run, split: Split, hardest: HardestSamples | None) -> dict[str, Any]:
     metrics = run.hooks.call.evaluate(run=run)
     run.model.module.eval()
     run.reseed()
-    if worst is not None:
-        worst.forget()
+    if hardest is not None:
+        hardest.reset()
     with torch.no_grad():  # not inference_mode: what a model caches in forward must be usable in training
-        for outputs, targets, rows in _outputs(run, split):
+        for outputs, targets, rows in _iter_outputs(run, split):
             metrics.update(outputs, targets)
-            if worst is not None:
-                worst.update(run.data.targets.wrongness(outputs, targets), rows, outputs)
+            if hardest is not None:
+                hardest.update(run.data.targets.per_sample_loss(outputs, targets), rows, outputs)
         figures: dict[str, Any] = metrics.compute()
     return figures
 
 
-def _outputs(run: Run, split: Split) -> Iterator[tuple[Any, Tensor, Tensor]]:
+def _iter_outputs(run: Run, split: Split) -> Iterator[tuple[Any, Tensor, Tensor]]:
     """Outputs, targets and rows of each batch of a split; what several ranks compute, each of them is given."""
-    totals = map(len, in_turn(len(split), run.eval_batch))
-    batches = run.evaluation_batches(split, shared=True)
+    totals = map(len, iter_sequential(len(split), run.eval_batch_size))
+    batches = run.evaluation_batches(split, per_rank=True)
     for total in totals:
-        if run.ranks.alone:
+        if run.process_group.is_single:
             batch = next(batches)
-            yield run.forward(batch.inputs), batch.targets, batch.rows
+            yield run.forward(batch.inputs), batch.targets, batch.indices
         else:
-            outputs, batch = _on_all(run, batches)
-            outputs, targets, rows = (run.ranks.whole(each, total) for each in (outputs, batch.targets, batch.rows))
-            yield outputs, targets, rows
+            outputs, batch = _forward_on_all_ranks(run, batches)
+            outputs, targets, indices = (
+                run.process_group.all_gather_batch(each, total) for each in (outputs, batch.targets, batch.indices)
+            )
+            yield outputs, targets, indices
 
 
-def _on_all(run: Run, batches: Iterator[Batch]) -> tuple[Tensor, Batch]:
+def _forward_on_all_ranks(run: Run, batches: Iterator[Batch]) -> tuple[Tensor, Batch]:
     """This rank's outputs of the next batch; memory that runs out on one rank is told to all: they all begin again."""
     outputs, batch, error = None, None, None
     try:
@@ -102,27 +104,27 @@ def _on_all(run: Run, batches: Iterator[Batch]) -> tuple[Tensor, Batch]:
         if not is_out_of_memory(caught) or run.sharded:
             raise
         error = caught
-    if run.ranks.agree(error is not None)[0]:
+    if run.process_group.all_reduce_any(error is not None)[0]:
         raise torch.OutOfMemoryError("on another rank") from error
     assert isinstance(outputs, Tensor)
     assert batch is not None
     return outputs, batch
 
 
-def head_features(run: Run, split: Split) -> tuple[Tensor, Tensor]:
+def compute_head_features(run: Run, split: Split) -> tuple[Tensor, Tensor]:
     """What the head is given for each sample of a split, (n, f) on the CPU, and the targets (n, ...)."""
     run.model.module.eval()
-    features = _with_room(run, lambda: _caught(run, split), "features for the head are computed")
+    features = _retry_on_oom(run, lambda: _capture_head_inputs(run, split), "features for the head are computed")
     if len(features) != len(split):
         raise DataError(
             f"the head took {len(features)} inputs for {len(split)} samples",
             why="it is not called once a sample, so it cannot be solved on its features",
-            fix="use a strategy without Fit",
+            fix="use a strategy without HeadFit",
         )
     return features, split.targets
 
 
-def _caught(run: Run, split: Split) -> Tensor:
+def _capture_head_inputs(run: Run, split: Split) -> Tensor:
     caught: list[Tensor] = []
 
     def catch(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tuneforge.engine.data.dataset import Targets
 from tuneforge.errors import PluginError, UsageError
-from tuneforge.plugin.names import kebab
+from tuneforge.plugin.names import to_kebab_case
 
 
 class Metrics(Protocol):
@@ -57,49 +57,49 @@ class MergedMetrics:
         figures: dict[str, Any] = {}
         owners: dict[str, str] = {}
         for owner, metrics in self._owned:
-            for name, value in _named_figures(metrics).items():
+            for name, value in _named_metrics(metrics).items():
                 if name in figures:
                     raise PluginError(
                         f"the figure '{name}' comes from two components",
                         where=f"{owners[name]} and {owner}",
                         why="a report can hold it only once",
-                        fix="name one of the two with --evaluate",
+                        fix="name one of the two with --metrics",
                     )
-                figures[name], owners[name] = number(value), owner
+                figures[name], owners[name] = to_plain(value), owner
         return figures
 
 
-def number(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Tensors and numpy values as plain numbers and lists; everything else as it is."""
     if isinstance(value, Mapping):
-        return {key: number(item) for key, item in value.items()}
+        return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [number(item) for item in value]
+        return [to_plain(item) for item in value]
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def single_numbers(figures: Mapping[str, Any]) -> dict[str, float]:
+def scalar_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Only those figures that are one number."""
     return {
         name: value
-        for name, value in figures.items()
+        for name, value in metrics.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
 
 
-def watched(targets: Targets, figure: str | None, mode: str | None) -> tuple[str, float]:
+def resolve_monitor(targets: Targets, metric: str | None, mode: str | None) -> tuple[str, float]:
     """The figure that decides, and a sign that makes more of it better.
 
     Args:
         targets: Whose own figure is taken where none is named.
-        figure: As a step names it.
+        metric: As a step names it.
         mode: As a step declares it, `"max"` or `"min"`.
 
     Raises:
         UsageError: Nobody has said whether more of it is better.
     """
-    name = figure or targets.monitor
-    known = targets.monitor_mode if name == targets.monitor else _KNOWN.get(name.removesuffix("_macro"))
+    name = metric or targets.monitor
+    known = targets.monitor_mode if name == targets.monitor else _METRIC_MODES.get(name.removesuffix("_macro"))
     if mode is None and known is None:
         raise UsageError(
             f"is more of '{name}' better, or less?",
@@ -110,43 +110,45 @@ def watched(targets: Targets, figure: str | None, mode: str | None) -> tuple[str
     return name, 1.0 if (mode or known) == "max" else -1.0
 
 
-_KNOWN = {
+_METRIC_MODES = {
     **dict.fromkeys(("accuracy", "precision", "recall", "f1", "recall_min", "exact_match", "r2"), "max"),
     **dict.fromkeys(("precision_weighted", "recall_weighted", "f1_weighted", "f1_micro"), "max"),
-    **dict.fromkeys(("loss", "mae", "mse", "rmse", "ece", "hamming"), "min"),
+    **dict.fromkeys(("loss", "mae", "mse", "rmse", "ece", "hamming_loss"), "min"),
 }
 
 
 @attrs.define(eq=False)
-class Worst:
+class HardestSamples:
     """The most wrong answers of a pass, kept while it streams.
 
     Args:
-        keep: How many.
+        max_samples: How many.
     """
 
-    keep: int
-    wrongness: Tensor = attrs.field(factory=lambda: torch.empty(0))
-    rows: Tensor = attrs.field(factory=lambda: torch.empty(0, dtype=torch.int64))
+    max_samples: int
+    losses: Tensor = attrs.field(factory=lambda: torch.empty(0))
+    indices: Tensor = attrs.field(factory=lambda: torch.empty(0, dtype=torch.int64))
     outputs: Tensor | None = None
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Begin again."""
-        self.wrongness, self.rows, self.outputs = torch.empty(0), torch.empty(0, dtype=torch.int64), None
+        self.losses, self.indices, self.outputs = torch.empty(0), torch.empty(0, dtype=torch.int64), None
 
-    def update(self, wrongness: Tensor, rows: Tensor, outputs: Tensor) -> None:
-        """Take in one batch: wrongness (b,), rows (b,), outputs (b, k)."""
+    def update(self, losses: Tensor, indices: Tensor, outputs: Tensor) -> None:
+        """Take in one batch: losses (b,), indices (b,), outputs (b, k)."""
         outputs = outputs.detach().float().cpu()
         all_outputs = outputs if self.outputs is None else torch.cat([self.outputs, outputs])
-        all_wrong = torch.cat([self.wrongness, wrongness.detach().float().cpu()])
-        all_rows = torch.cat([self.rows, rows])
-        order = torch.argsort(all_wrong, descending=True, stable=True)[: self.keep]
-        order = order[all_wrong[order] > 0]
-        self.wrongness, self.rows, self.outputs = all_wrong[order], all_rows[order], all_outputs[order]
+        all_losses = torch.cat([self.losses, losses.detach().float().cpu()])
+        all_indices = torch.cat([self.indices, indices])
+        order = torch.argsort(all_losses, descending=True, stable=True)[: self.max_samples]
+        order = order[all_losses[order] > 0]
+        self.losses, self.indices, self.outputs = all_losses[order], all_indices[order], all_outputs[order]
 
 
-def _named_figures(metrics: Any) -> dict[str, Any]:
+def _named_metrics(metrics: Any) -> dict[str, Any]:
     computed = metrics.compute()
     return (
-        dict(computed) if isinstance(computed, Mapping) else {kebab(type(metrics).__name__).replace("-", "_"): computed}
+        dict(computed)
+        if isinstance(computed, Mapping)
+        else {to_kebab_case(type(metrics).__name__).replace("-", "_"): computed}
     )

@@ -15,139 +15,143 @@ from torch import Tensor
 
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.loader import batch_sizes
-from tuneforge.engine.feature_cache.cache import kept_prefix
-from tuneforge.engine.loop.backward import Gradients
-from tuneforge.engine.loop.build import Parts
-from tuneforge.engine.loop.compile import compiled
+from tuneforge.engine.feature_cache.cache import try_build_feature_cache
+from tuneforge.engine.loop.backward import BackwardPass
+from tuneforge.engine.loop.build import PhaseComponents
+from tuneforge.engine.loop.compile import compile_forward
 from tuneforge.engine.loop.evaluation import evaluate
-from tuneforge.engine.loop.metric_set import single_numbers, watched
-from tuneforge.engine.loop.sampling import Draws
-from tuneforge.engine.model.freeze_check import Proof
-from tuneforge.engine.model.freezing import freeze, modes, put_back, select, whole_state
-from tuneforge.engine.storage import fault_injection as faults
+from tuneforge.engine.loop.metric_set import resolve_monitor, scalar_metrics
+from tuneforge.engine.loop.sampling import SamplingWeights
+from tuneforge.engine.model.freeze_check import FreezeCheck
+from tuneforge.engine.model.freezing import compute_modes, freeze, full_state, restore_state, select
+from tuneforge.engine.storage import fault_injection
 from tuneforge.errors import HaltError, UsageError
-from tuneforge.plugin.results import Report
+from tuneforge.plugin.results import StrategyStepResult
 from tuneforge.plugin.steps import Phase
 
 
-def train(run: Run, phase: Phase, parts: Parts, resumed: dict[str, Any] | None = None) -> Report:
+def train_phase(
+    run: Run, phase: Phase, components: PhaseComponents, phase_state: dict[str, Any] | None = None
+) -> StrategyStepResult:
     """Do a `Phase` step, from its beginning or from where a checkpoint left it.
 
     Args:
         run: With data and model.
         phase: What to do.
-        parts: Gives optimizer and schedule.
-        resumed: What `Progress.state` gave, in a run that goes on.
+        components: Gives optimizer and schedule.
+        phase_state: What `PhaseProgress.state` gave, in a run that goes on.
 
     Raises:
         SelectorError: The phase names parameters that do not exist.
         HaltError: The loss is no number, or the proof of freezing failed.
     """
-    trained = select(run.model, phase.train)
-    freeze(run.model, trained)
-    plan = modes(run.model, run.example, norms=phase.norms)
-    optimizer, same = parts.optimizer(phase)
-    schedule = parts.schedule(phase)
-    run.optimization.arrange(run.model, phase, trained, optimizer, same=same)
-    draws = Draws.of(run, phase)
-    gradients = Gradients.of(run, plan, resumed["gradients"] if resumed is not None else None)
-    freezes = len(trained) < len(run.model.parameters())
+    trainable = select(run.model, phase.train)
+    freeze(run.model, trainable)
+    modes = compute_modes(run.model, run.example, batchnorm_stats=phase.batchnorm_stats)
+    optimizer, same = components.build_optimizer(phase)
+    schedule = components.build_schedule(phase)
+    run.optimization.set_param_groups(run.model, phase, trainable, optimizer, same=same)
+    sampling = SamplingWeights.from_phase(run, phase)
+    backward_pass = BackwardPass.from_run(run, modes, phase_state["gradients"] if phase_state is not None else None)
+    freezes = len(trainable) < len(run.model.parameters())
     if freezes and not run.model.pretrained:
-        run.note("  note: every weight is fresh, so freezing keeps nothing; --strategy full trains all from the start")
-    course = _Course(phase, *watched(run.data.targets, phase.monitor, phase.monitor_mode))
+        run.log("  note: every weight is fresh, so freezing keeps nothing; --strategy full trains all from the start")
+    tracker = _MetricTracker(phase, *resolve_monitor(run.data.targets, phase.monitor, phase.monitor_mode))
     run.phase, run.steps_done, run.progress = phase, 0, 0.0
     run.total_steps = phase.steps or _steps_per_epoch(run) * (phase.epochs or 0)
-    if resumed is None:
-        run.proof = Proof.begin(run.model, trained, plan)
-        progress = Progress(course, gradients, run.device.sum())
+    if phase_state is None:
+        run.freeze_check = FreezeCheck.begin(run.model, trainable, modes)
+        progress = PhaseProgress(tracker, backward_pass, run.device.loss_accumulator())
         run.hooks.call.phase_started(run=run)
     else:
-        run.proof = Proof.restored(resumed["proof"])
-        progress = Progress.restored(resumed, course, gradients, run)
-        _say_what_comes_next(run, draws, progress, schedule)
-    proof = run.proof
+        run.freeze_check = FreezeCheck.from_state(phase_state["proof"])
+        progress = PhaseProgress.from_state(phase_state, tracker, backward_pass, run)
+        _log_resume_point(run, sampling, progress, schedule)
+    freeze_check = run.freeze_check
     if freezes:
-        pause = functools.partial(run.save, progress)
-        run.prefix = kept_prefix(run, plan, epochs=_num_epochs(run, phase), pause=pause)
-    if run.config.compile and not course.reason:
-        if run.ranks.alone and run.micro_batch is None:
-            run.compiled = compiled(run, plan)
+        save_if_due = functools.partial(run.save, progress)
+        run.feature_cache = try_build_feature_cache(run, modes, epochs=_num_epochs(run, phase), save_if_due=save_if_due)
+    if run.config.compile and not tracker.stop_reason:
+        if run.process_group.is_single and run.micro_batch is None:
+            run.compiled_module = compile_forward(run, modes)
         else:
-            run.note("  not compiled: passes are smaller than a batch")
+            run.log("  not compiled: passes are smaller than a batch")
 
-    while not course.reason:
+    while not tracker.stop_reason:
         began = time.perf_counter()
-        loss = _train_epoch(run, draws, progress, schedule)
-        proof.narrow(run.model)
+        loss = _train_epoch(run, sampling, progress, schedule)
+        freeze_check.update(run.model)
         run.epoch += 1
-        take = functools.partial(course.take, run, loss, trained)
-        figures = evaluate(run, run.data.val, "val", then=take)
-        _record(run, course, loss, figures, seconds=time.perf_counter() - began)
-        course.reason = course.reason or run.budget.spent(run)
+        on_metrics = functools.partial(tracker.update, run, loss, trainable)
+        metrics = evaluate(run, run.data.val, "val", on_metrics=on_metrics)
+        _record_epoch(run, tracker, loss, metrics, seconds=time.perf_counter() - began)
+        tracker.stop_reason = tracker.stop_reason or run.budget.check_exhausted(run)
         run.save(progress)
-        faults.point("epoch")
+        fault_injection.point("epoch")
 
-    return _concluded(run, phase, trained, course, gradients)
+    return _finish_phase(run, phase, trainable, tracker, backward_pass)
 
 
-def _concluded(run: Run, phase: Phase, trained: list[str], course: _Course, gradients: Gradients) -> Report:
+def _finish_phase(
+    run: Run, phase: Phase, trainable: list[str], tracker: _MetricTracker, backward_pass: BackwardPass
+) -> StrategyStepResult:
     """End a phase: prove what froze and what moved, go back to the best weights where asked, and report.
 
     Raises:
         HaltError: What was frozen moved, what trained did not, or the ranks have drifted apart.
     """
-    run.ranks.prove_equal(whole_state(run.model.module))
+    run.process_group.check_equal(full_state(run.model.module))
     run.hooks.call.phase_ended(run=run)
-    assert run.proof is not None
-    unmoved = run.proof.conclude(run.model)
-    views = run.prefix.views if run.prefix is not None else 0
-    if phase.restore_best and course.best_epoch != len(course.history):
-        put_back(run.model.module, course.best_state)
-        run.optimization.forget()
-    run.phase = run.proof = run.prefix = run.compiled = None
+    assert run.freeze_check is not None
+    never_updated = run.freeze_check.finish(run.model)
+    num_augmented_copies = run.feature_cache.num_augmented_copies if run.feature_cache is not None else 0
+    if phase.restore_best and tracker.best_epoch != len(tracker.history):
+        restore_state(run.model.module, tracker.best_state)
+        run.optimization.reset_state()
+    run.phase = run.freeze_check = run.feature_cache = run.compiled_module = None
     sizes = {name: parameter.numel() for name, parameter in run.model.parameters().items()}
-    return Report(
-        step=phase.name,
-        reason=course.reason,
-        epochs=len(course.history),
+    return StrategyStepResult(
+        step_name=phase.name,
+        reason=tracker.stop_reason,
+        epochs=len(tracker.history),
         steps=run.steps_done,
-        best_epoch=course.best_epoch,
-        train={"loss": course.history[-1]["train"]["loss"]},
-        val=course.best_figures if phase.restore_best else course.figures,
-        history=course.history,
-        trained=sum(sizes[name] for name in trained),
-        frozen=sum(sizes.values()) - sum(sizes[name] for name in trained),
-        unmoved=unmoved,
-        left_out=gradients.left_out,
-        views=views,
+        best_epoch=tracker.best_epoch,
+        train={"loss": tracker.history[-1]["train"]["loss"]},
+        val=tracker.best_metrics if phase.restore_best else tracker.metrics,
+        history=tracker.history,
+        num_trainable=sum(sizes[name] for name in trainable),
+        num_frozen=sum(sizes.values()) - sum(sizes[name] for name in trainable),
+        never_updated=never_updated,
+        skipped_steps=backward_pass.skipped_steps,
+        num_augmented_copies=num_augmented_copies,
     )
 
 
-def _say_what_comes_next(run: Run, draws: Draws, progress: Progress, schedule: Any) -> None:
+def _log_resume_point(run: Run, sampling: SamplingWeights, progress: PhaseProgress, schedule: Any) -> None:
     """Say where a resumed phase goes on; leaves the rate as the last step had it."""
-    order = draws.order(run)
-    start = progress.batch * run.config.batch_size
-    if progress.course.reason:
-        run.note(f"  goes on at the end of the phase, after optimizer step {run.step}")
-    elif _epoch_over(run) or start >= order.size:
-        run.note(f"  goes on at the evaluation after optimizer step {run.step}, epoch {run.epoch + 1}")
+    sampler = sampling.make_sampler(run)
+    start = progress.next_batch * run.config.batch_size
+    if progress.tracker.stop_reason:
+        run.log(f"  goes on at the end of the phase, after optimizer step {run.step}")
+    elif _is_epoch_over(run) or start >= sampler.size:
+        run.log(f"  goes on at the evaluation after optimizer step {run.step}, epoch {run.epoch + 1}")
     else:
-        _set_rate(run, progress, schedule, run.steps_done)
-        samples = ", ".join(map(run.data.train.id_of, order.rows(start, min(start + 4, order.size)).tolist()))
-        place = f"optimizer step {run.step + 1}, epoch {run.epoch + 1}, batch {progress.batch + 1}"
-        run.note(f"  goes on at {place}, lr {run.optimization.rates()[0]:.3g}, next samples {samples}")
+        _set_lr(run, progress, schedule, run.steps_done)
+        samples = ", ".join(map(run.data.train.id_of, sampler.indices(start, min(start + 4, sampler.size)).tolist()))
+        place = f"optimizer step {run.step + 1}, epoch {run.epoch + 1}, batch {progress.next_batch + 1}"
+        run.log(f"  goes on at {place}, lr {run.optimization.lrs()[0]:.3g}, next samples {samples}")
     if run.steps_done:
-        _set_rate(run, progress, schedule, run.steps_done - 1)
+        _set_lr(run, progress, schedule, run.steps_done - 1)
 
 
-def _set_rate(run: Run, progress: Progress, schedule: Any, step: int) -> None:
+def _set_lr(run: Run, progress: PhaseProgress, schedule: Any, step: int) -> None:
     """The rate of a step of the phase: that of its middle, lowered where the run went back."""
-    run.optimization.set_factor(progress.gradients.rate * schedule.factor((step + 0.5) / run.total_steps))
+    run.optimization.set_lr_factor(progress.backward_pass.lr_factor * schedule.factor((step + 0.5) / run.total_steps))
 
 
-def _epoch_over(run: Run) -> bool:
+def _is_epoch_over(run: Run) -> bool:
     """True where no further step may be taken, though samples of the epoch may be left."""
-    return run.steps_done >= run.total_steps or bool(run.budget.reached(run))
+    return run.steps_done >= run.total_steps or bool(run.budget.exhausted_reason(run))
 
 
 def _num_epochs(run: Run, phase: Phase) -> int:
@@ -155,126 +159,132 @@ def _num_epochs(run: Run, phase: Phase) -> int:
 
 
 def _steps_per_epoch(run: Run) -> int:
-    return math.ceil(len(batch_sizes(len(run.data.train), run.config.batch_size)) / run.config.accumulate)
+    return math.ceil(len(batch_sizes(len(run.data.train), run.config.batch_size)) / run.config.grad_accum_steps)
 
 
-def _train_epoch(run: Run, draws: Draws, progress: Progress, schedule: Any) -> float:
+def _train_epoch(run: Run, sampling: SamplingWeights, progress: PhaseProgress, schedule: Any) -> float:
     """One pass over the training split, or what is left of it. Returns the mean loss."""
-    order = draws.order(run)
-    gradients, proof = progress.gradients, run.proof
-    assert proof is not None
+    sampler = sampling.make_sampler(run)
+    backward_pass, freeze_check = progress.backward_pass, run.freeze_check
+    assert freeze_check is not None
     run.model.module.train()  # so that a module's own train() is told; the modes of the phase follow
-    if progress.batch == 0:
-        gradients.begin_epoch(run)
-    sizes = batch_sizes(order.size, run.config.batch_size)
-    left = iter(() if _epoch_over(run) else run.training_batches(order, draws.weights, start=progress.batch))
-    while batches := list(itertools.islice(left, run.config.accumulate)):
-        _set_rate(run, progress, schedule, run.steps_done)
-        if run.ranks.alone:
-            losses = gradients.compute(run, batches, [len(batch.rows) for batch in batches])
+    if progress.next_batch == 0:
+        backward_pass.begin_epoch(run)
+    sizes = batch_sizes(sampler.size, run.config.batch_size)
+    left = iter(
+        () if _is_epoch_over(run) else run.training_batches(sampler, sampling.loss_weights, start=progress.next_batch)
+    )
+    while batches := list(itertools.islice(left, run.config.grad_accum_steps)):
+        _set_lr(run, progress, schedule, run.steps_done)
+        if run.process_group.is_single:
+            losses = backward_pass.compute(run, batches, [len(batch.indices) for batch in batches])
         else:
-            losses = gradients.compute(run, batches, sizes[progress.batch : progress.batch + len(batches)])
+            losses = backward_pass.compute(
+                run, batches, sizes[progress.next_batch : progress.next_batch + len(batches)]
+            )
         if losses is not None:
             for loss, count in losses:
-                progress.loss.add_(loss, alpha=count)
-                progress.count += count
+                progress.loss_sum.add_(loss, alpha=count)
+                progress.num_samples += count
             run.hooks.call.optimizer_step(run=run)
         run.device.mark_step()
         run.step += 1
         run.steps_done += 1
         run.progress = run.steps_done / run.total_steps
-        progress.batch += len(batches)
-        if proof.watched and run.steps_done.bit_count() == 1:  # after steps 1, 2, 4, 8, ...
-            proof.narrow(run.model)
-        faults.point("step")
-        spent = run.budget.spent(run)
+        progress.next_batch += len(batches)
+        if freeze_check.unmoved and run.steps_done.bit_count() == 1:  # after steps 1, 2, 4, 8, ...
+            freeze_check.update(run.model)
+        fault_injection.point("step")
+        spent = run.budget.check_exhausted(run)
         run.save(progress)
-        faults.point("step-saved")
+        fault_injection.point("step-saved")
         if spent or run.steps_done == run.total_steps:
             break
-    gradients.share_statistics(run)
-    return progress.next_epoch(run, whole=progress.batch == len(sizes))
+    backward_pass.sync_buffers(run)
+    return progress.next_epoch(run, complete=progress.next_batch == len(sizes))
 
 
 @attrs.define(eq=False)
-class Progress:
+class PhaseProgress:
     """Where a phase is: what a checkpoint must hold, beside weights and optimizer, to go on to the bit.
 
     Args:
-        course: The figures so far.
-        gradients: What the steps are made of.
-        loss: Sum of the losses of this epoch's samples, on the device.
-        count: Samples of this epoch so far.
-        batch: The batch that comes next.
+        tracker: The figures so far.
+        backward_pass: What the steps are made of.
+        loss_sum: Sum of the losses of this epoch's samples, on the device.
+        num_samples: Samples of this epoch so far.
+        next_batch: The batch that comes next.
     """
 
-    course: _Course
-    gradients: Gradients
-    loss: Tensor
-    count: int = 0
-    batch: int = 0
+    tracker: _MetricTracker
+    backward_pass: BackwardPass
+    loss_sum: Tensor
+    num_samples: int = 0
+    next_batch: int = 0
 
     @property
-    def best(self) -> bool:
+    def is_best(self) -> bool:
         """True at the end of an epoch that is the best of the phase so far."""
-        return self.batch == 0 and 0 < self.course.best_epoch == len(self.course.history)
+        return self.next_batch == 0 and 0 < self.tracker.best_epoch == len(self.tracker.history)
 
-    def next_epoch(self, run: Run, *, whole: bool) -> float:
+    def next_epoch(self, run: Run, *, complete: bool) -> float:
         """Begin the next epoch, and give the mean loss of the one that ended.
 
         Raises:
             HaltError: It is no number, or no step of a whole epoch could be applied.
         """
-        self.loss, self.count = self._of_all(run)
-        if not self.count and whole:
+        self.loss_sum, self.num_samples = self._all_reduce(run)
+        if not self.num_samples and complete:
             raise HaltError(
                 "no step of a whole epoch could be applied",
                 where=f"epoch {run.epoch + 1}",
                 why="a loss or a gradient was no number in every one of them, so it is the weights that are at fault",
-                fix="start again with a lower learning rate, or with --with grad-clip",
+                fix="start again with a lower learning rate, or with --callback grad-clip",
             )
         earlier = [entry["train"]["loss"] for entry in run.history[-1:]]
-        mean = float(self.loss) / self.count if self.count else next(iter(earlier), 0.0)
-        self.loss, self.count, self.batch = torch.zeros_like(self.loss), 0, 0
-        return _finite(run, mean)
+        mean = float(self.loss_sum) / self.num_samples if self.num_samples else next(iter(earlier), 0.0)
+        self.loss_sum, self.num_samples, self.next_batch = torch.zeros_like(self.loss_sum), 0, 0
+        return _check_finite(run, mean)
 
     def state(self, run: Run) -> dict[str, Any]:
         """All of it as tensors and plain data."""
-        assert run.proof is not None
-        loss, count = self._of_all(run)
+        assert run.freeze_check is not None
+        loss, count = self._all_reduce(run)
         return {
             "loss": loss,
             "count": count,
-            "batch": self.batch,
+            "batch": self.next_batch,
             "steps_done": run.steps_done,
-            "gradients": self.gradients.state(),
-            "course": {name: getattr(self.course, name) for name in _COURSE_STATE},
-            "proof": run.proof.state(),
+            "gradients": self.backward_pass.state(),
+            "course": {name: getattr(self.tracker, name) for name in _TRACKER_FIELDS},
+            "proof": run.freeze_check.state(),
         }
 
     @classmethod
-    def restored(cls, state: dict[str, Any], course: _Course, gradients: Gradients, run: Run) -> Progress:
+    def from_state(
+        cls, state: dict[str, Any], tracker: _MetricTracker, backward_pass: BackwardPass, run: Run
+    ) -> PhaseProgress:
         """What `state` gave, with the run's counters of the phase."""
-        for name in _COURSE_STATE:
-            setattr(course, name, state["course"][name])
+        for name in _TRACKER_FIELDS:
+            setattr(tracker, name, state["course"][name])
         run.steps_done = state["steps_done"]
         run.progress = run.steps_done / run.total_steps
-        if not run.ranks.leads:  # the sum is of all ranks, and rank 0 goes on with it
-            return cls(course, gradients, torch.zeros_like(state["loss"]), 0, state["batch"])
-        return cls(course, gradients, state["loss"], state["count"], state["batch"])
+        if not run.process_group.is_main:  # the sum is of all ranks, and rank 0 goes on with it
+            return cls(tracker, backward_pass, torch.zeros_like(state["loss"]), 0, state["batch"])
+        return cls(tracker, backward_pass, state["loss"], state["count"], state["batch"])
 
-    def _of_all(self, run: Run) -> tuple[Tensor, int]:
+    def _all_reduce(self, run: Run) -> tuple[Tensor, int]:
         """Sum and count over all ranks."""
-        if run.ranks.alone:
-            return self.loss, self.count
-        loss, count = run.ranks.total(self.loss, torch.tensor(self.count))
+        if run.process_group.is_single:
+            return self.loss_sum, self.num_samples
+        loss, count = run.process_group.all_reduce(self.loss_sum, torch.tensor(self.num_samples))
         return loss, int(count)
 
 
-_COURSE_STATE = ("reason", "best", "best_epoch", "best_figures", "best_state", "figures", "history")
+_TRACKER_FIELDS = ("stop_reason", "best_value", "best_epoch", "best_metrics", "best_state", "metrics", "history")
 
 
-def _finite(run: Run, loss: float) -> float:
+def _check_finite(run: Run, loss: float) -> float:
     if math.isfinite(loss):
         return loss
     assert run.phase is not None
@@ -282,21 +292,23 @@ def _finite(run: Run, loss: float) -> float:
         f"the training loss is {loss}",
         where=f"phase '{run.phase.name}', epoch {run.epoch + 1}",
         why="a step in this epoch produced a value that is no number; the weights are lost from there on",
-        fix="lower the learning rate, add --with grad-clip, or look for bad values in the data",
+        fix="lower the learning rate, add --callback grad-clip, or look for bad values in the data",
     )
 
 
-def _record(run: Run, course: _Course, loss: float, figures: Mapping[str, Any], *, seconds: float) -> None:
+def _record_epoch(
+    run: Run, tracker: _MetricTracker, loss: float, metrics: Mapping[str, Any], *, seconds: float
+) -> None:
     assert run.phase is not None
     run.history.append(
         {
             "step": run.step,
             "epoch": run.epoch,
             "phase": run.phase.name,
-            "lr": run.optimization.rates()[0],
+            "lr": run.optimization.lrs()[0],
             "train": {"loss": loss},
-            "val": single_numbers(figures),
-            "best": course.best_epoch == len(course.history),
+            "val": scalar_metrics(metrics),
+            "best": tracker.best_epoch == len(tracker.history),
             "seconds": seconds,
         }
     )
@@ -304,26 +316,26 @@ def _record(run: Run, course: _Course, loss: float, figures: Mapping[str, Any], 
 
 
 @attrs.define(eq=False)
-class _Course:
+class _MetricTracker:
     """How a phase goes: its figures so far, the best of them, and why it ended."""
 
     phase: Phase
     monitor: str
     sign: float
-    reason: str = ""
-    best: float = math.nan
+    stop_reason: str = ""
+    best_value: float = math.nan
     best_epoch: int = 0
-    best_figures: Mapping[str, Any] = attrs.field(factory=dict)
+    best_metrics: Mapping[str, Any] = attrs.field(factory=dict)
     best_state: dict[str, Tensor] = attrs.field(factory=dict)
-    figures: Mapping[str, Any] = attrs.field(factory=dict)
+    metrics: Mapping[str, Any] = attrs.field(factory=dict)
     history: list[dict[str, Any]] = attrs.field(factory=list)
 
-    def take(self, run: Run, loss: float, trained: list[str], figures: Mapping[str, Any]) -> None:
+    def update(self, run: Run, loss: float, trainable: list[str], metrics: Mapping[str, Any]) -> None:
         """Take in an epoch's figures: is it the best so far, and does the phase go on?
 
         Where the phase asks for best weights, those of the best epoch are kept: what trained, and every buffer.
         """
-        numbers = single_numbers(figures)
+        numbers = scalar_metrics(metrics)
         decides = self.phase.patience is not None or self.phase.restore_best or self.phase.monitor is not None
         if decides and self.monitor not in numbers:
             raise UsageError(
@@ -332,22 +344,26 @@ class _Course:
                 why="early stopping and best weights watch it",
                 fix=f"watch one of {', '.join(sorted(numbers))}",
             )
-        self.figures = figures
+        self.metrics = metrics
         self.history.append({"epoch": len(self.history) + 1, "train": {"loss": loss}, "val": numbers})
         value = numbers.get(self.monitor, math.nan)
-        gain = self.sign * (value - self.best)
-        if self.best_epoch == 0 or gain > self.phase.min_gain or (math.isnan(self.best) and not math.isnan(value)):
-            self.best, self.best_epoch, self.best_figures = value, len(self.history), figures
+        gain = self.sign * (value - self.best_value)
+        if (
+            self.best_epoch == 0
+            or gain > self.phase.min_delta
+            or (math.isnan(self.best_value) and not math.isnan(value))
+        ):
+            self.best_value, self.best_epoch, self.best_metrics = value, len(self.history), metrics
             if self.phase.restore_best:
-                frozen = set(run.model.parameters()) - set(trained)
-                state = whole_state(run.model.module)
+                frozen = set(run.model.parameters()) - set(trainable)
+                state = full_state(run.model.module)
                 self.best_state = {name: tensor.clone() for name, tensor in state.items() if name not in frozen}
-        self.reason = self._reason(run.steps_done >= run.total_steps)
+        self.stop_reason = self._find_stop_reason(run.steps_done >= run.total_steps)
 
-    def _reason(self, done: bool) -> str:
+    def _find_stop_reason(self, done: bool) -> str:
         since = len(self.history) - self.best_epoch
         if self.phase.patience is not None and since >= self.phase.patience:
-            return f"early stop: {self.monitor} has not gained for {since} epoch(s), best {self.best:.4f}"
+            return f"early stop: {self.monitor} has not gained for {since} epoch(s), best {self.best_value:.4f}"
         if done:
             return f"{self.phase.epochs} epoch(s) done" if self.phase.epochs else f"{self.phase.steps} step(s) done"
         return ""

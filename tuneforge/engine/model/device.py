@@ -33,12 +33,12 @@ class Device:
         if self.lazy:
             importlib.import_module("torch_xla.core.xla_model").mark_step()
 
-    def sum(self) -> Tensor:
+    def loss_accumulator(self) -> Tensor:
         """A zero to add losses to, wide enough for many."""
         wide = torch.float32 if self.torch.type == "mps" else torch.float64
         return torch.zeros((), dtype=wide, device=self.torch)
 
-    def release(self) -> None:
+    def empty_cache(self) -> None:
         """Give back memory that is held and not used."""
         if self.torch.type == "cuda":
             torch.cuda.empty_cache()
@@ -49,7 +49,7 @@ class Device:
             getattr(torch, self.torch.type).manual_seed(seed)
 
 
-def choose(name: str) -> Device:
+def resolve_device(name: str) -> Device:
     """The device of that name; `auto` takes an accelerator where there is one.
 
     Raises:
@@ -57,11 +57,11 @@ def choose(name: str) -> Device:
     """
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
-        return Device(_exact(_own(found)) if found is not None else torch.device("cpu"))
+        return Device(_with_index(_local_device(found)) if found is not None else torch.device("cpu"))
     try:
         if name.partition(":")[0] == "xla":
             return Device(importlib.import_module("torch_xla.core.xla_model").xla_device(), lazy=True)
-        return Device(_exact(_own(torch.device(name))))
+        return Device(_with_index(_local_device(torch.device(name))))
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UsageError(
             f"device '{name}' is not available",
@@ -71,28 +71,30 @@ def choose(name: str) -> Device:
         ) from None
 
 
-def _own(device: torch.device) -> torch.device:
+def _local_device(device: torch.device) -> torch.device:
     """Of several devices of one kind, the one that torchrun means this process to have."""
     if str(device) == device.type != "cpu" and "LOCAL_RANK" in os.environ:
         return torch.device(device.type, int(os.environ["LOCAL_RANK"]))
     return device
 
 
-def _exact(device: torch.device) -> torch.device:
+def _with_index(device: torch.device) -> torch.device:
     """The device with its index, as tensors report it: `cuda` is `cuda:0`."""
     return torch.empty(0, device=device).device
 
 
-_FULL = ("can't allocate memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """How the CPU, Apple's GPUs and CUDA's libraries say in a plain RuntimeError that memory has run out."""
 
 
-def root_of(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     """What an error was made from, at the bottom of its causes."""
-    return error if error.__cause__ is None else root_of(error.__cause__)
+    return error if error.__cause__ is None else root_cause(error.__cause__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True where memory ran out, on whatever device and however the error has been wrapped."""
-    root = root_of(error)
-    return isinstance(root, (torch.OutOfMemoryError, MemoryError)) or any(words in str(root) for words in _FULL)
+    root = root_cause(error)
+    return isinstance(root, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(root) for words in _OUT_OF_MEMORY_MESSAGES
+    )

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuneforge.engine.model.fsdp import like
-from tuneforge.engine.model.model import NORMS, Group, Model, call
-from tuneforge.errors import SelectorError, close_match
+from tuneforge.engine.model.fsdp import shard_like
+from tuneforge.engine.model.model import NORMS, LayerGroup, Model, call_module
+from tuneforge.errors import SelectorError, suggest_name
 
 
 def select(model: Model, selectors: Iterable[str]) -> list[str]:
@@ -30,48 +30,48 @@ def select(model: Model, selectors: Iterable[str]) -> list[str]:
     listed = list(selectors)
     chosen: set[str] = set(model.parameters()) if listed and listed[0].startswith("!") else set()
     for selector in listed:
-        names = _matches(model, selector.removeprefix("!"))
+        names = _match_selector(model, selector.removeprefix("!"))
         if not names:
-            raise _nothing(model, selector)
+            raise _no_match_error(model, selector)
         chosen = chosen - set(names) if selector.startswith("!") else chosen | set(names)
-    chosen -= set(model.fixed)
+    chosen -= set(model.user_frozen)
     if not chosen:
-        raise _nothing(model, " and ".join(listed))
+        raise _no_match_error(model, " and ".join(listed))
     return [name for name in model.parameters() if name in chosen]
 
 
-def freeze(model: Model, trained: Iterable[str]) -> None:
-    """Let exactly the parameters named in `trained` require a gradient; drop the gradients of all."""
-    wanted = set(trained)
+def freeze(model: Model, trainable: Iterable[str]) -> None:
+    """Let exactly the parameters named in `trainable` require a gradient; drop the gradients of all."""
+    wanted = set(trainable)
     for name, parameter in model.parameters().items():
         parameter.requires_grad_(name in wanted)
         parameter.grad = None
 
 
-def modes(model: Model, example: Any, *, norms: str) -> list[tuple[nn.Module, bool]]:
+def compute_modes(model: Model, example: Any, *, batchnorm_stats: str) -> list[tuple[nn.Module, bool]]:
     """The mode each module must be in while the phase trains: (module, training).
 
     A module whose parameters are all frozen is in eval mode. A module without parameters follows the dataflow: eval
-    where nothing trainable lies before it. A norm with a frozen parameter keeps its statistics still, unless `norms`
-    is `"moving"`.
+    where nothing trainable lies before it. A norm with a frozen parameter keeps its statistics still, unless
+    `batchnorm_stats` is `"updating"`.
 
     Args:
         model: After `freeze`.
         example: Ready inputs, to see the dataflow with; state and random generators are left as they were.
-        norms: The phase's policy, `"still"` or `"moving"`.
+        batchnorm_stats: The phase's policy, `"frozen"` or `"updating"`.
     """
-    reached = _reached(model, example)
+    reached = _find_trainable_inputs(model, example)
     parents = {child: parent for parent in model.module.modules() for child in parent.children()}
-    return [(module, _trains(module, reached, parents, norms)) for module in model.module.modules()]
+    return [(module, _should_train(module, reached, parents, batchnorm_stats)) for module in model.module.modules()]
 
 
-def set_modes(plan: list[tuple[nn.Module, bool]]) -> None:
+def set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
     """Put each module into its mode; a module already there costs one comparison.
 
     A module with a `train` of its own (one that merges weights for evaluation, say) is told through it; its children
     come later in the plan.
     """
-    for module, training in plan:
+    for module, training in modes:
         if module.training is not training:
             if type(module).train is nn.Module.train:
                 module.training = training
@@ -79,22 +79,22 @@ def set_modes(plan: list[tuple[nn.Module, bool]]) -> None:
                 module.train(training)
 
 
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
+def full_state(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by name, those that are never saved included; a shared one once."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def put_back(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy tensors of a `whole_state` back, in place."""
-    own = whole_state(module)
+def restore_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy tensors of a `full_state` back, in place."""
+    own = full_state(module)
     with torch.no_grad():
         for name, tensor in state.items():
-            own[name].copy_(like(own[name], tensor))
+            own[name].copy_(shard_like(own[name], tensor))
 
 
 @contextlib.contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
+def preserve_modes_and_buffers(module: nn.Module) -> Iterator[None]:
     """Put modes and buffers back: looking at a model in training mode moves the statistics of its norms."""
     before = [(child, child.training) for child in module.modules()]
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -102,28 +102,28 @@ def untouched(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         set_modes(before)
-        put_back(module, buffers)
+        restore_state(module, buffers)
 
 
-def _matches(model: Model, selector: str) -> list[str]:
+def _match_selector(model: Model, selector: str) -> list[str]:
     names = list(model.parameters())
-    groups = _groups_named(model, selector)
+    groups = _match_groups(model, selector)
     if groups is not None:
-        return [name for name in names if any(group.holds(name) for group in groups)]
+        return [name for name in names if any(group.contains(name) for group in groups)]
     if selector == "norms":
         inside = [path for path, module in model.module.named_modules() if isinstance(module, NORMS)]
         return [name for name in names if name.rpartition(".")[0] in inside]
     if selector == "biases":
         return [name for name in names if name.rpartition(".")[2] == "bias"]
     if selector.startswith("re:"):
-        return [name for name in names if re.search(_pattern(selector), name)]
+        return [name for name in names if re.search(_compile_pattern(selector), name)]
     below = [name for name in names if name.startswith(selector + ".")]
     if below:
         return below
     return [name for name in names if fnmatch.fnmatchcase(name, selector)]
 
 
-def _groups_named(model: Model, selector: str) -> list[Group] | None:
+def _match_groups(model: Model, selector: str) -> list[LayerGroup] | None:
     """The groups a selector names, or None where it names something else."""
     if selector == "all":
         return list(model.groups)
@@ -140,14 +140,14 @@ def _groups_named(model: Model, selector: str) -> list[Group] | None:
     return named or None
 
 
-def _pattern(selector: str) -> re.Pattern[str]:
+def _compile_pattern(selector: str) -> re.Pattern[str]:
     try:
         return re.compile(selector.removeprefix("re:"))
     except re.error as error:
         raise SelectorError(f"selector {selector!r} is no regular expression", why=str(error)) from None
 
 
-def _nothing(model: Model, selector: str) -> SelectorError:
+def _no_match_error(model: Model, selector: str) -> SelectorError:
     if selector.removeprefix("!") in ("norms", "biases"):
         what = "norm with parameters" if "norms" in selector else "bias"
         return SelectorError(
@@ -161,17 +161,17 @@ def _nothing(model: Model, selector: str) -> SelectorError:
         f"selector {selector!r} matches no parameter",
         where=f"layer groups: {groups}",
         why="a pattern that matches nothing would silently train nothing",
-        fix=close_match(selector, known)
-        if len(known) < 12 or _near(selector, known)
+        fix=suggest_name(selector, known)
+        if len(known) < 12 or _has_close_match(selector, known)
         else "use a group, a slice or a glob",
     )
 
 
-def _near(selector: str, known: list[str]) -> bool:
-    return close_match(selector, known).startswith("did you mean")
+def _has_close_match(selector: str, known: list[str]) -> bool:
+    return suggest_name(selector, known).startswith("did you mean")
 
 
-def _reached(model: Model, example: Any) -> dict[nn.Module, bool]:
+def _find_trainable_inputs(model: Model, example: Any) -> dict[nn.Module, bool]:
     """For each module without parameters that runs: does something trainable lie before it?
 
     Autograd itself is asked: in a forward pass with gradients on, a value requires a gradient exactly where a
@@ -181,18 +181,18 @@ def _reached(model: Model, example: Any) -> dict[nn.Module, bool]:
     handles = []
     for module in model.module.modules():
         if next(module.parameters(), None) is None:
-            handles.append(module.register_forward_pre_hook(_watcher(found), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(_build_hook(found), with_kwargs=True))
     try:
-        with untouched(model.module), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with preserve_modes_and_buffers(model.module), torch.random.fork_rng(devices=[]), torch.enable_grad():
             model.module.eval()
-            call(model.module, example)
+            call_module(model.module, example)
     finally:
         for handle in handles:
             handle.remove()
     return found
 
 
-def _watcher(found: dict[nn.Module, bool]) -> Any:
+def _build_hook(found: dict[nn.Module, bool]) -> Any:
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():  # else autograd cannot tell
             found[module] = found.get(module, False) or any(map(_requires_grad, (*args, *kwargs.values())))
@@ -208,9 +208,11 @@ def _requires_grad(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and any(map(_requires_grad, value))
 
 
-def _trains(module: nn.Module, reached: dict[nn.Module, bool], parents: dict[nn.Module, nn.Module], norms: str) -> bool:
+def _should_train(
+    module: nn.Module, reached: dict[nn.Module, bool], parents: dict[nn.Module, nn.Module], batchnorm_stats: str
+) -> bool:
     own = list(module.parameters(recurse=False))
-    if isinstance(module, NORMS) and norms == "moving":
+    if isinstance(module, NORMS) and batchnorm_stats == "updating":
         return True
     if isinstance(module, NORMS) and own:
         return all(parameter.requires_grad for parameter in own)

@@ -19,14 +19,14 @@ from tuneforge.engine.model.model import Model
 from tuneforge.errors import HaltError, PluginError, UsageError
 from tuneforge.plugin.config import RunConfig
 
-_ELEMENTWISE = (
+_ELEMENTWISE_OPTIMIZERS = (
     torch.optim.SGD, torch.optim.AdamW, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop,
     torch.optim.Adagrad,
 )  # fmt: skip
 """Optimizers to which the rows of a tensor are independent of one another, each held against one process in a test."""
 
 
-def check(config: RunConfig) -> None:
+def check_config(config: RunConfig) -> None:
     """Refuse what a sharded model cannot do.
 
     Raises:
@@ -70,31 +70,35 @@ def shard(model: Model, device: torch.device) -> str:
         unit.set_gradient_divide_factor(1.0)
     for each in numbers:
         each.data = each.data.to(device)
-    _guard(units)
-    own = sum(part.numel() * part.element_size() for each in model.module.parameters() for part in [own_part(each)])
+    _register_weight_checks(units)
+    own = sum(part.numel() * part.element_size() for each in model.module.parameters() for part in [local_shard(each)])
     return f"sharded: {own / 1e6:,.1f} MB of {total / 1e6:,.1f} MB of weights on each rank, in {len(units)} units"
 
 
 def _units(model: Model) -> Iterator[nn.Module]:
     """What is gathered at once: the layers of each group; weights that are tied between layers stay with the root."""
-    uses = _uses(model.module)
+    uses = _count_uses(model.module)
     for prefix in (prefix for group in model.groups for prefix in group.prefixes):
         try:
             module = model.module.get_submodule(prefix)
         except AttributeError:  # a parameter by itself
             continue
-        yield from (unit for unit in _opened(module) if all(uses[key] == count for key, count in _uses(unit).items()))
+        yield from (
+            unit
+            for unit in _flatten_containers(module)
+            if all(uses[key] == count for key, count in _count_uses(unit).items())
+        )
 
 
-def _opened(module: nn.Module) -> Iterator[nn.Module]:
+def _flatten_containers(module: nn.Module) -> Iterator[nn.Module]:
     if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
         for child in module.children():
-            yield from _opened(child)
+            yield from _flatten_containers(child)
     elif next(module.parameters(), None) is not None:
         yield module
 
 
-def _guard(units: list[nn.Module]) -> None:
+def _register_weight_checks(units: list[nn.Module]) -> None:
     """See at each pass that a unit computes with its own weights.
 
     FSDP2 gathers those it knows, so weights put in their place for a call would be passed over without a word.
@@ -108,10 +112,10 @@ def _guard(units: list[nn.Module]) -> None:
             if each is not None and is_sharded(each) and id(each) not in known
         ]
         known |= {id(each) for _, _, each in slots}
-        unit.register_forward_pre_hook(functools.partial(_refuse_others, slots), prepend=True)
+        unit.register_forward_pre_hook(functools.partial(_check_own_weights, slots), prepend=True)
 
 
-def _refuse_others(slots: Sequence[tuple[Mapping[str, Any], str, Tensor]], module: nn.Module, args: Any) -> None:
+def _check_own_weights(slots: Sequence[tuple[Mapping[str, Any], str, Tensor]], module: nn.Module, args: Any) -> None:
     del args
     if any(holder[name] is not own and is_sharded(holder[name]) for holder, name, own in slots):
         raise UsageError(
@@ -122,7 +126,7 @@ def _refuse_others(slots: Sequence[tuple[Mapping[str, Any], str, Tensor]], modul
         )
 
 
-def _uses(module: nn.Module) -> Counter[int]:
+def _count_uses(module: nn.Module) -> Counter[int]:
     return Counter(id(each) for child in module.modules() for each in child.parameters(recurse=False))
 
 
@@ -131,19 +135,19 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """The rows (m, ...) that this rank holds, perhaps none; any other tensor as it is."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return part
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All rows (n, ...), gathered from all ranks; any other tensor as it is."""
     full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return full
 
 
-def like(target: Tensor, tensor: Tensor) -> Tensor:
+def shard_like(target: Tensor, tensor: Tensor) -> Tensor:
     """The tensor, sharded where `target` is: each rank takes its rows of what all of them hold whole."""
     if not is_sharded(target) or is_sharded(tensor):
         return tensor
@@ -153,14 +157,14 @@ def like(target: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(target.device), mesh, placements, src_data_rank=None)
 
 
-def anywhere(flag: bool, tensor: Tensor) -> bool:
+def any_rank(flag: bool, tensor: Tensor) -> bool:
     """Whether the flag is raised on any rank that holds a part of the tensor."""
     raised = torch.tensor([flag], dtype=torch.int32, device=tensor.device)
     distributed.all_reduce(raised, op=distributed.ReduceOp.MAX, group=tensor.device_mesh.get_group())  # type: ignore[attr-defined]
     return bool(raised)
 
 
-def gathered(state: Any, *, keep: bool) -> Any:
+def gather_state(state: Any, *, keep: bool) -> Any:
     """Nested plain data and tensors with every sharded tensor whole, on the CPU; one met twice stays one.
 
     Args:
@@ -172,7 +176,7 @@ def gathered(state: Any, *, keep: bool) -> Any:
     def gather(value: Any) -> Any:
         if isinstance(value, Tensor) and is_sharded(value):
             if id(value) not in found:
-                full = whole(value.detach())
+                full = full_tensor(value.detach())
                 found[id(value)] = full.cpu() if keep else torch.empty(0)
             return found[id(value)]
         if isinstance(value, Mapping):
@@ -182,8 +186,8 @@ def gathered(state: Any, *, keep: bool) -> Any:
     return gather(state)
 
 
-def scattered(state: Any, parameters: Mapping[str, Tensor], device: torch.device) -> Any:
-    """What `gathered` was given: a tensor under a parameter's name, of its shape, is sharded as the parameter is.
+def scatter_state(state: Any, parameters: Mapping[str, Tensor], device: torch.device) -> Any:
+    """What `gather_state` was given: a tensor under a parameter's name, of its shape, is sharded as the parameter is.
 
     Args:
         state: Nested plain data and whole tensors.
@@ -196,7 +200,7 @@ def scattered(state: Any, parameters: Mapping[str, Tensor], device: torch.device
         if isinstance(value, Tensor):
             if id(value) not in found:
                 fits = name in parameters and value.shape == parameters[name].shape
-                found[id(value)] = like(parameters[name], value) if fits else value.to(device)
+                found[id(value)] = shard_like(parameters[name], value) if fits else value.to(device)
             return found[id(value)]
         if isinstance(value, Mapping):
             return {key: scatter(item, key if key in parameters else name) for key, item in value.items()}
@@ -205,26 +209,26 @@ def scattered(state: Any, parameters: Mapping[str, Tensor], device: torch.device
     return scatter(state, "")
 
 
-def optimizer_of(part: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def make_optimizer(component: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimizer that a component makes, fused where torch can.
 
     Raises:
         UsageError: It looks at more than one element of a tensor at a time, and a rank has only some of the rows.
     """
     if not any(is_sharded(each) for group in groups for each in group["params"]):
-        made: torch.optim.Optimizer = part.make(groups, fused=True)
+        made: torch.optim.Optimizer = component.make(groups, fused=True)
         return made
-    plain: torch.optim.Optimizer = part.make(groups, fused=False)
-    if type(plain) not in _ELEMENTWISE:
+    plain: torch.optim.Optimizer = component.make(groups, fused=False)
+    if type(plain) not in _ELEMENTWISE_OPTIMIZERS:
         raise UsageError(
             f"{type(plain).__name__} does not go with --shard",
             where="--optimizer",
             why="each rank has some rows of a tensor, and only optimizers that treat each element by itself are known "
             "to give what they give on the whole",
-            fix=f"use one of {', '.join(kind.__name__ for kind in _ELEMENTWISE)}",
+            fix=f"use one of {', '.join(kind.__name__ for kind in _ELEMENTWISE_OPTIMIZERS)}",
         )
     fused = isinstance(plain, (torch.optim.AdamW, torch.optim.Adam))  # torch has no fused SGD for sharded tensors
-    return part.make(groups, fused=True) if fused else plain
+    return component.make(groups, fused=True) if fused else plain
 
 
 def check_loss(loss: Tensor) -> Tensor:
@@ -243,7 +247,7 @@ def check_loss(loss: Tensor) -> Tensor:
     return loss
 
 
-def unfit(error: PluginError) -> UsageError:
+def incompatible_error(error: PluginError) -> UsageError:
     """Why a sharded model does not take the data; mostly one that uses a layer's weights without calling the layer."""
     return UsageError(
         f"{error.what}, sharded as it is",
@@ -253,7 +257,7 @@ def unfit(error: PluginError) -> UsageError:
     )
 
 
-def no_room(error: BaseException, *, where: str, flag: str) -> HaltError:
+def out_of_memory_error(error: BaseException, *, where: str, flag: str) -> HaltError:
     """The end of a run whose memory ran out: the other ranks are in the midst of a pass, so none can begin again."""
     return HaltError(
         "memory ran out while the model was sharded",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge.errors import PluginError
-from tuneforge.plugin.results import GroupInfo
+from tuneforge.plugin.results import LayerGroupInfo
 
 NORMS = (
     nn.modules.batchnorm._NormBase,  # the only common base of batch and instance norms
@@ -26,7 +26,7 @@ def _names(values: Iterable[str]) -> tuple[str, ...]:
 
 
 @attrs.frozen
-class Group:
+class LayerGroup:
     """A layer group: modules that freeze and thaw together.
 
     Args:
@@ -37,12 +37,12 @@ class Group:
     name: str
     prefixes: tuple[str, ...] = attrs.field(converter=_names)
 
-    def holds(self, parameter: str) -> bool:
+    def contains(self, parameter: str) -> bool:
         """True where the parameter of that name lies under one of the prefixes."""
         return any(parameter == prefix or parameter.startswith(prefix + ".") for prefix in self.prefixes)
 
 
-def _groups(values: Iterable[Group]) -> tuple[Group, ...]:
+def _groups(values: Iterable[LayerGroup]) -> tuple[LayerGroup, ...]:
     return tuple(values)
 
 
@@ -56,9 +56,9 @@ class Model:
             head.
         head: Path of the module that gives the answer, such as `"fc"`; a linear layer or a 1x1 convolution.
         labels: Names of the outputs as the weights know them; empty where they have none.
-        kept: Those of `labels` whose head rows came with the weights; the others start fresh.
+        pretrained_labels: Those of `labels` whose head rows came with the weights; the others start fresh.
         changes: What each adapter changed, a sentence each; printed and stored.
-        fixed: Parameters that never train, whatever a selector says.
+        user_frozen: Parameters that never train, whatever a selector says.
         pretrained: False where every weight is fresh, so that there is nothing to keep by freezing.
 
     Raises:
@@ -66,12 +66,12 @@ class Model:
     """
 
     module: nn.Module
-    groups: tuple[Group, ...] = attrs.field(converter=_groups)
+    groups: tuple[LayerGroup, ...] = attrs.field(converter=_groups)
     head: str
     labels: tuple[str, ...] = attrs.field(default=(), converter=_names)
-    kept: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    pretrained_labels: tuple[str, ...] = attrs.field(default=(), converter=_names)
     changes: tuple[str, ...] = attrs.field(default=(), converter=_names)
-    fixed: tuple[str, ...] = attrs.field(default=(), converter=_names)
+    user_frozen: tuple[str, ...] = attrs.field(default=(), converter=_names)
     pretrained: bool = True
 
     def __attrs_post_init__(self) -> None:
@@ -83,7 +83,7 @@ class Model:
                 fix="rename the groups",
             )
         for name, _ in self.module.named_parameters():
-            holders = [group.name for group in self.groups if group.holds(name)]
+            holders = [group.name for group in self.groups if group.contains(name)]
             if len(holders) != 1:
                 raise PluginError(
                     f"parameter '{name}' lies in {'no layer group' if not holders else ' and '.join(holders)}",
@@ -94,7 +94,7 @@ class Model:
         self.head_module()
 
     @classmethod
-    def of(cls, module: nn.Module, *, head: str | None = None, labels: Iterable[str] = ()) -> Model:
+    def from_module(cls, module: nn.Module, *, head: str | None = None, labels: Iterable[str] = ()) -> Model:
         """A model from any module: groups are found from its structure.
 
         Args:
@@ -105,9 +105,9 @@ class Model:
         Raises:
             PluginError: It has no linear layer, and `head` was not given.
         """
-        head = head or _last_linear(module)
+        head = head or _find_last_linear(module)
         names = tuple(labels)
-        return cls(module, groups=found_groups(module, head), head=head, labels=names, kept=names)
+        return cls(module, groups=infer_layer_groups(module, head), head=head, labels=names, pretrained_labels=names)
 
     def head_module(self) -> nn.Module:
         """The module that gives the answer."""
@@ -116,13 +116,13 @@ class Model:
         except AttributeError:
             raise PluginError(f"the model has no module '{self.head}'", why="it was named as the head") from None
 
-    def with_head(self, module: nn.Module, **changed: Any) -> Model:
+    def with_head(self, module: nn.Module, **fields: Any) -> Model:
         """The same model with another module at its head (the network is changed in place)."""
         parent, _, name = self.head.rpartition(".")
         setattr(self.module.get_submodule(parent), name, module)
-        return attrs.evolve(self, **changed)
+        return attrs.evolve(self, **fields)
 
-    def changed(self, sentence: str, **fields: Any) -> Model:
+    def with_change(self, sentence: str, **fields: Any) -> Model:
         """The same model with one more sentence on what an adapter did."""
         return attrs.evolve(self, changes=(*self.changes, sentence), **fields)
 
@@ -130,28 +130,30 @@ class Model:
         """Every parameter by name; a tied one once, under its first name."""
         return dict(self.module.named_parameters())
 
-    def group_infos(self) -> tuple[GroupInfo, ...]:
+    def group_infos(self) -> tuple[LayerGroupInfo, ...]:
         """The groups as strategies see them."""
         named = self.parameters()
-        members = {group.name: [name for name in named if group.holds(name)] for group in self.groups}
+        members = {group.name: [name for name in named if group.contains(name)] for group in self.groups}
         return tuple(
-            GroupInfo(name=name, num_parameters=sum(named[each].numel() for each in names), tensors=tuple(names))
+            LayerGroupInfo(
+                name=name, num_parameters=sum(named[each].numel() for each in names), parameter_names=tuple(names)
+            )
             for name, names in members.items()
         )
 
     def depth_of(self, parameter: str) -> int:
         """Groups between a parameter's and the answer: 0 for the head."""
-        index = next(index for index, group in enumerate(self.groups) if group.holds(parameter))
+        index = next(index for index, group in enumerate(self.groups) if group.contains(parameter))
         return len(self.groups) - 1 - index
 
 
-def call(module: nn.Module, inputs: Any) -> Any:
+def call_module(module: nn.Module, inputs: Any) -> Any:
     """The module's output for ready inputs: a mapping goes in by keyword."""
     plain = isinstance(inputs, Tensor) or not isinstance(inputs, Mapping)  # the first is the quicker question
     return module(inputs) if plain else module(**inputs)
 
 
-def answer_of(output: Any) -> Any:
+def extract_logits(output: Any) -> Any:
     """The tensor that answers, where a module returns more: its `logits`, or the first of a tuple."""
     if isinstance(output, Tensor):
         return output
@@ -161,16 +163,16 @@ def answer_of(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-def works(model: Model, example: Any) -> bool:
+def accepts_inputs(model: Model, example: Any) -> bool:
     """True where the module takes ready inputs without an error; only a buffer that its forward pass writes moves."""
     try:
-        _look(model, example)
-    except Exception:  # noqa: BLE001 - whatever a module raises, the answer is no; `check_answer` shows it
+        _try_forward(model, example)
+    except Exception:  # noqa: BLE001 - whatever a module raises, the answer is no; `check_output` shows it
         return False
     return True
 
 
-def check_answer(model: Model, example: Any) -> None:
+def check_output(model: Model, example: Any) -> None:
     """See that the module takes the data and that its head gives the answer.
 
     Raises:
@@ -178,11 +180,11 @@ def check_answer(model: Model, example: Any) -> None:
     """
     name = type(model.module).__name__
     try:
-        output, heads = _look(model, example)
+        output, heads = _try_forward(model, example)
     except Exception as error:
         raise PluginError(
             f"{name} cannot take the data",
-            where=f"inputs {shape_text(example)}",
+            where=f"inputs {format_shapes(example)}",
             why=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
             fix="choose a model, adapters or data options that fit one another",
         ) from error
@@ -196,18 +198,18 @@ def check_answer(model: Model, example: Any) -> None:
         raise PluginError(
             f"the head '{model.head}' does not give the answer of {name}",
             why="it gives " + (", ".join(str(tuple(head.shape)) for head in heads) or "nothing, it is not called"),
-            fix="name the module that answers: Model.of(module, head='path.of.it')",
+            fix="name the module that answers: Model.from_module(module, head='path.of.it')",
         )
 
 
-def shape_text(inputs: Any) -> str:
+def format_shapes(inputs: Any) -> str:
     """Shapes of a batch of inputs, by name where there are several."""
     if isinstance(inputs, Mapping):
         return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
     return str(tuple(inputs.shape)) if isinstance(inputs, Tensor) else type(inputs).__name__
 
 
-def _look(model: Model, example: Any) -> tuple[Any, list[Tensor]]:
+def _try_forward(model: Model, example: Any) -> tuple[Any, list[Tensor]]:
     """The answer for the example and what the head gave on the way, in eval mode, without a trace."""
     heads: list[Tensor] = []
     handle = model.head_module().register_forward_hook(lambda module, args, output: heads.append(output))
@@ -215,51 +217,53 @@ def _look(model: Model, example: Any) -> tuple[Any, list[Tensor]]:
     try:
         model.module.eval()
         with torch.no_grad():
-            return answer_of(call(model.module, example)), [head for head in heads if isinstance(head, Tensor)]
+            return extract_logits(call_module(model.module, example)), [
+                head for head in heads if isinstance(head, Tensor)
+            ]
     finally:
         for module, training in before:
             module.training = training
         handle.remove()
 
 
-def found_groups(module: nn.Module, head: str) -> tuple[Group, ...]:
+def infer_layer_groups(module: nn.Module, head: str) -> tuple[LayerGroup, ...]:
     """Layer groups of any module, from its structure.
 
     The children are the groups. A sequence that holds more than half of all parameters is opened into its members, as
     is whatever contains the head; a norm stays with the layer before it. What lies under `head` is the last group.
     """
-    found = [group for group in _opened(module, "", head, _count(module)) if group.name != head]
-    below = [Group("not-the-head" if group.name == "head" else group.name, group.prefixes) for group in found]
-    return (*below, Group("head", (head,)))
+    found = [group for group in _expand_groups(module, "", head, _count_parameters(module)) if group.name != head]
+    below = [LayerGroup("not-the-head" if group.name == "head" else group.name, group.prefixes) for group in found]
+    return (*below, LayerGroup("head", (head,)))
 
 
-def _opened(module: nn.Module, path: str, head: str, total: int) -> list[Group]:
+def _expand_groups(module: nn.Module, path: str, head: str, total: int) -> list[LayerGroup]:
     """Groups below `path`, opened where one is too large or contains the head."""
     own = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
-    groups = [Group(name, (name,)) for name in own]
+    groups = [LayerGroup(name, (name,)) for name in own]
     for name, child in module.named_children():
         below = f"{path}.{name}".lstrip(".")
-        if _count(child) == 0:
+        if _count_parameters(child) == 0:
             continue
         if isinstance(child, NORMS) and groups and head not in (below, groups[-1].name):
-            groups[-1] = Group(groups[-1].name, (*groups[-1].prefixes, below))
+            groups[-1] = LayerGroup(groups[-1].name, (*groups[-1].prefixes, below))
             continue
-        large = _count(child) > total / 2 and isinstance(child, (nn.Sequential, nn.ModuleList))
-        inside = _opened(child, below, head, total) if large or head.startswith(below + ".") else []
-        groups += inside if len(inside) > 1 or head.startswith(below + ".") else [Group(below, (below,))]
+        large = _count_parameters(child) > total / 2 and isinstance(child, (nn.Sequential, nn.ModuleList))
+        inside = _expand_groups(child, below, head, total) if large or head.startswith(below + ".") else []
+        groups += inside if len(inside) > 1 or head.startswith(below + ".") else [LayerGroup(below, (below,))]
     return groups
 
 
-def _count(module: nn.Module) -> int:
+def _count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _last_linear(module: nn.Module) -> str:
+def _find_last_linear(module: nn.Module) -> str:
     linear = [name for name, child in module.named_modules() if isinstance(child, nn.Linear) and name]
     if not linear:
         raise PluginError(
             f"no linear layer in {type(module).__name__}",
             why="the last linear layer is taken for the head",
-            fix="name the head: Model.of(module, head='path.of.it')",
+            fix="name the head: Model.from_module(module, head='path.of.it')",
         )
     return str(linear[-1])

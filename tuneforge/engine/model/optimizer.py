@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge.engine.model.freezing import select
-from tuneforge.engine.model.fsdp import optimizer_of
+from tuneforge.engine.model.fsdp import make_optimizer
 from tuneforge.engine.model.model import NORMS, Model
 from tuneforge.errors import SelectorError
 from tuneforge.plugin.steps import Phase
 
-PEAK = "peak_lr"
+PEAK_LR = "peak_lr"
 
 
 @attrs.define(eq=False)
@@ -25,23 +25,23 @@ class Optimization:
     state. A phase that asks for another optimizer, or for other options of it, gets a new one.
     """
 
-    part: Any = None
+    component: Any = None
     optimizer: torch.optim.Optimizer | None = None
-    pending: dict[str, dict[str, Any]] = attrs.field(factory=dict)
+    pending_state: dict[str, dict[str, Any]] = attrs.field(factory=dict)
 
-    def arrange(self, model: Model, phase: Phase, trained: list[str], part: Any, *, same: bool) -> None:
+    def set_param_groups(self, model: Model, phase: Phase, trainable: list[str], component: Any, *, same: bool) -> None:
         """Partition what trains into groups, and drop the state of what no longer does.
 
         Args:
             model: After `freeze`.
             phase: Gives rates and decay.
-            trained: Names of the parameters that train.
-            part: The optimizer component to use.
-            same: True where `part` is what the phase before used: then the state of tensors goes on.
+            trainable: Names of the parameters that train.
+            component: The optimizer component to use.
+            same: True where `component` is what the phase before used: then the state of tensors goes on.
         """
-        groups = parameter_groups(model, phase, trained, weight_decay=part.weight_decay)
+        groups = parameter_groups(model, phase, trainable, weight_decay=component.weight_decay)
         if self.optimizer is None or not same:
-            self.part, self.optimizer = part, optimizer_of(part, groups)
+            self.component, self.optimizer = component, make_optimizer(component, groups)
         else:
             kept = {id(parameter) for group in groups for parameter in group["params"]}
             for parameter in [each for each in self.optimizer.state if id(each) not in kept]:
@@ -51,77 +51,77 @@ class Optimization:
                 self.optimizer.add_param_group(group)
         if same:
             named = model.parameters()
-            for name in (name for name in trained if name in self.pending):
+            for name in (name for name in trainable if name in self.pending_state):
                 self.optimizer.state[named[name]] = {
-                    key: _laid_out_as(named[name], value) for key, value in self.pending[name].items()
+                    key: _match_layout(named[name], value) for key, value in self.pending_state[name].items()
                 }
-        self.pending = {}
+        self.pending_state = {}
 
-    def set_factor(self, factor: float) -> None:
+    def set_lr_factor(self, factor: float) -> None:
         """Set every group's rate to `factor` times its peak."""
-        for group in self._made().param_groups:
-            group["lr"] = group[PEAK] * factor
+        for group in self._require_optimizer().param_groups:
+            group["lr"] = group[PEAK_LR] * factor
 
     def step(self) -> None:
         """Apply the gradients and drop them."""
-        optimizer = self._made()
+        optimizer = self._require_optimizer()
         optimizer.step()
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
 
-    def forget(self) -> None:
+    def reset_state(self) -> None:
         """Drop the moments of every tensor, because its weights were replaced."""
-        self.pending = {}
+        self.pending_state = {}
         if self.optimizer is not None:
             self.optimizer.state.clear()
 
     def state(self, model: Model) -> dict[str, dict[str, Any]]:
-        """What the optimizer remembers, by parameter name; `pending` takes it back at the next `arrange`."""
+        """What the optimizer remembers, by parameter name; `set_param_groups` takes it back from `pending_state`."""
         if self.optimizer is None:
-            return self.pending
+            return self.pending_state
         return {
             name: dict(self.optimizer.state[parameter])
             for name, parameter in model.parameters().items()
             if parameter in self.optimizer.state
         }
 
-    def put_back(self, model: Model, state: dict[str, dict[str, Any]]) -> None:
+    def load_state(self, model: Model, state: dict[str, dict[str, Any]]) -> None:
         """Go back to what `state` gave, of the tensors that train now."""
-        optimizer = self._made()
+        optimizer = self._require_optimizer()
         optimizer.state.clear()
         for name, parameter in model.parameters().items():
             for key, value in state.get(name, {}).items():
                 kept = value.clone() if isinstance(value, Tensor) else value
-                optimizer.state[parameter][key] = _laid_out_as(parameter, kept)
+                optimizer.state[parameter][key] = _match_layout(parameter, kept)
 
-    def groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups with their present rates."""
-        return self._made().param_groups
+        return self._require_optimizer().param_groups
 
-    def rates(self) -> list[float]:
+    def lrs(self) -> list[float]:
         """The groups' present rates, highest first."""
-        return sorted({group["lr"] for group in self._made().param_groups}, reverse=True)
+        return sorted({group["lr"] for group in self._require_optimizer().param_groups}, reverse=True)
 
-    def _made(self) -> torch.optim.Optimizer:
-        assert self.optimizer is not None, "arrange() comes before a step"
+    def _require_optimizer(self) -> torch.optim.Optimizer:
+        assert self.optimizer is not None, "set_param_groups() comes before a step"
         return self.optimizer
 
 
-def _laid_out_as(parameter: nn.Parameter, value: Any) -> Any:
+def _match_layout(parameter: nn.Parameter, value: Any) -> Any:
     """A moment in the memory layout of its parameter, which fused kernels take for granted."""
     if isinstance(value, Tensor) and value.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     return value
 
 
-def parameter_groups(model: Model, phase: Phase, trained: list[str], *, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: Model, phase: Phase, trainable: list[str], *, weight_decay: float) -> list[dict[str, Any]]:
     """Partition the trained parameters by rate and decay, in as few groups as that allows.
 
     Args:
         model: Whose parameters.
         phase: Gives the peak rate, its decay by layer group and its factors by selector.
-        trained: Names of the parameters that train.
+        trainable: Names of the parameters that train.
         weight_decay: The optimizer's default for matrices; `phase.weight_decay` beats it.
 
     Returns:
@@ -131,20 +131,20 @@ def parameter_groups(model: Model, phase: Phase, trained: list[str], *, weight_d
         SelectorError: A selector of `phase.lr_scales` matches nothing that trains.
     """
     decay = weight_decay if phase.weight_decay is None else phase.weight_decay
-    scales = _scales(model, phase, trained)
-    plain = undecayed(model.module)
+    scales = _lr_scales(model, phase, trainable)
+    plain = no_weight_decay(model.module)
     named = model.parameters()
     partition: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name in trained:
+    for name in trainable:
         rate = phase.lr * phase.layer_decay ** model.depth_of(name) * scales.get(name, 1.0)
         partition.setdefault((rate, 0.0 if name in plain else decay), []).append(named[name])
     return [
-        {"params": parameters, "lr": rate, PEAK: rate, "weight_decay": decayed}
+        {"params": parameters, "lr": rate, PEAK_LR: rate, "weight_decay": decayed}
         for (rate, decayed), parameters in partition.items()
     ]
 
 
-def _scales(model: Model, phase: Phase, trained: list[str]) -> dict[str, float]:
+def _lr_scales(model: Model, phase: Phase, trained: list[str]) -> dict[str, float]:
     scales: dict[str, float] = {}
     for selector, scale in phase.lr_scales.items():
         names = [name for name in select(model, [selector]) if name in set(trained)]
@@ -159,7 +159,7 @@ def _scales(model: Model, phase: Phase, trained: list[str]) -> dict[str, float]:
     return scales
 
 
-def undecayed(module: nn.Module) -> set[str]:
+def no_weight_decay(module: nn.Module) -> set[str]:
     """Names of the parameters that weight decay leaves alone: of norms, biases, and all that have one axis."""
     norms = [path for path, child in module.named_modules() if isinstance(child, NORMS)]
     return {

@@ -11,78 +11,81 @@ import attrs
 import torch
 
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.loop.build import Parts
-from tuneforge.engine.loop.sampling import Draws
+from tuneforge.engine.loop.build import PhaseComponents
+from tuneforge.engine.loop.sampling import SamplingWeights
 from tuneforge.engine.model import device
 from tuneforge.engine.model.freezing import select
 from tuneforge.engine.model.optimizer import parameter_groups
-from tuneforge.engine.session import from_objects as given
-from tuneforge.engine.session import messages as story
-from tuneforge.engine.session.run_log import brief_of
+from tuneforge.engine.session import from_objects, messages
+from tuneforge.engine.session.run_log import build_task_info
 from tuneforge.plugin.config import RunConfig
-from tuneforge.plugin.hooks import Hooks, Member, guarded_steps
-from tuneforge.plugin.steps import Phase, Probe, Step
+from tuneforge.plugin.hooks import Hooks, RegisteredComponent, iterate_strategy
+from tuneforge.plugin.steps import Diagnosis, Phase, StrategyStep
 
 
 @attrs.frozen
-class Plan:
+class DryRun:
     """What a strategy asks for before it has heard an answer.
 
     Args:
-        steps: In order.
-        decides: True where what comes after them is decided from the last one's answer.
+        strategy_steps: In order.
+        depends_on_results: True where what comes after them is decided from the last one's answer.
     """
 
-    steps: tuple[Step, ...]
-    decides: bool
+    strategy_steps: tuple[StrategyStep, ...]
+    depends_on_results: bool
 
 
-def looked_at(config: RunConfig, members: Iterable[Member], fill_in: Callable[[Run], None]) -> Run:
+def prepare_run(config: RunConfig, members: Iterable[RegisteredComponent], add_defaults: Callable[[Run], None]) -> Run:
     """A run with data and model that writes nothing and trains nothing.
 
     Args:
         config: The run's.
         members: The components that take part.
-        fill_in: Adds those that the data asks for.
+        add_defaults: Adds those that the data asks for.
     """
-    run = Run(config=config, folder=None, device=device.choose(config.device), hooks=Hooks())
+    run = Run(config=config, run_dir=None, device=device.resolve_device(config.device), hooks=Hooks())
     for each in members:
         run.hooks.add(each)
     with torch.random.fork_rng(devices=[]):
-        run.hooks.provider("data_prepare")
-        run.take_data(run.hooks.call.data_prepare(run=run))
-        fill_in(run)
+        run.hooks.get_provider("data_prepare")
+        run.set_data(run.hooks.call.data_prepare(run=run))
+        add_defaults(run)
         run.reseed()
-        run.take_model(given.with_fixed(run.hooks.call.model_adapt(run=run, model=None)))
+        run.set_model(from_objects.mark_user_frozen(run.hooks.call.model_adapt(run=run, model=None)))
     return run
 
 
-def planned(run: Run, checked: Callable[[Any, Member], Step], say: Callable[[str], None]) -> Plan:
+def collect_known_steps(
+    run: Run, check_step_type: Callable[[Any, RegisteredComponent], StrategyStep], log: Callable[[str], None]
+) -> DryRun:
     """Ask the run's strategy for its steps: all of a list, of a generator those up to its first `yield`.
 
     Args:
         run: With data and model.
-        checked: Refuses what is no step.
-        say: Is told what data and model are.
+        check_step_type: Refuses what is no step.
+        log: Is told what data and model are.
 
     Raises:
         SelectorError: A step names parameters that do not exist.
         UnknownNameError: A step names a schedule or an optimizer that is not installed.
     """
-    for line in (*story.of_data(run.data), *story.of_model(run.model)):
-        say(line)
-    member = run.hooks.provider("finetune_strategy")
-    asked = run.hooks.call.finetune_strategy(brief=brief_of(run))
-    steps = guarded_steps(member, asked)
-    listens = hasattr(asked, "send") or inspect.isgeneratorfunction(getattr(type(asked), "__iter__", None))
-    known = tuple(checked(step, member) for step in (islice(steps, 1) if listens else steps))
+    for line in (*messages.format_data(run.data), *messages.format_model(run.model)):
+        log(line)
+    member = run.hooks.get_provider("finetune_strategy")
+    steps_or_generator = run.hooks.call.finetune_strategy(task=build_task_info(run))
+    steps = iterate_strategy(member, steps_or_generator)
+    listens = hasattr(steps_or_generator, "send") or inspect.isgeneratorfunction(
+        getattr(type(steps_or_generator), "__iter__", None)
+    )
+    known = tuple(check_step_type(step, member) for step in (islice(steps, 1) if listens else steps))
     steps.close()
     for step in known:
-        check_ahead(run, step)
-    return Plan(known, decides=listens and bool(known))
+        validate_step(run, step)
+    return DryRun(known, depends_on_results=listens and bool(known))
 
 
-def check_ahead(run: Run, step: Step) -> None:
+def validate_step(run: Run, step: StrategyStep) -> None:
     """See that what a step names is there, before an earlier step has cost anything.
 
     Raises:
@@ -91,10 +94,10 @@ def check_ahead(run: Run, step: Step) -> None:
         OptionError: An option of one of them is wrong.
         DataError: It draws or weighs what the data does not have.
     """
-    if isinstance(step, (Phase, Probe)):
-        trained = select(run.model, step.train)
+    if isinstance(step, (Phase, Diagnosis)):
+        trainable = select(run.model, step.train)
     if isinstance(step, Phase):
-        Draws.of(run, step)
-        parts = Parts(run.config)
-        parts.schedule(step)
-        parameter_groups(run.model, step, trained, weight_decay=parts.part_of(step).weight_decay)
+        SamplingWeights.from_phase(run, step)
+        components = PhaseComponents(run.config)
+        components.build_schedule(step)
+        parameter_groups(run.model, step, trainable, weight_decay=components.peek_optimizer(step).weight_decay)

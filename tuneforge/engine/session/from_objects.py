@@ -10,19 +10,19 @@ from torch import nn
 
 from tuneforge.engine.data.dataset import Data
 from tuneforge.engine.model.model import Model
-from tuneforge.engine.session import messages as story
+from tuneforge.engine.session import messages
 from tuneforge.errors import FolderError, UsageError
 from tuneforge.plugin import registry
-from tuneforge.plugin.component import build, values_of
-from tuneforge.plugin.hooks import Member, check_hooks
+from tuneforge.plugin.component import build_component, get_option_values
+from tuneforge.plugin.hooks import RegisteredComponent, find_hook_methods
 from tuneforge.plugin.hookspecs import hookimpl
-from tuneforge.plugin.names import prefix_of
-from tuneforge.plugin.results import Brief
-from tuneforge.plugin.serialization import plain
-from tuneforge.plugin.steps import Blend, Fit, Phase, Probe, Step, Use
+from tuneforge.plugin.names import option_prefix
+from tuneforge.plugin.results import TaskInfo
+from tuneforge.plugin.serialization import to_plain_data
+from tuneforge.plugin.steps import ComponentSpec, Diagnosis, HeadFit, Phase, StrategyStep, WeightAverage
 
 
-class GivenData:
+class DataFromObject:
     """Data prepared by the caller."""
 
     def __init__(self, data: Data) -> None:
@@ -34,11 +34,11 @@ class GivenData:
         return self._data
 
 
-class GivenModel:
+class ModelFromObject:
     """A module or a `Model` built by the caller."""
 
     def __init__(self, model: nn.Module | Model) -> None:
-        self._model = model if isinstance(model, Model) else Model.of(model)
+        self._model = model if isinstance(model, Model) else Model.from_module(model)
 
     @hookimpl
     def model_adapt(self) -> Model:
@@ -46,25 +46,27 @@ class GivenModel:
         return self._model
 
 
-class GivenSteps:
-    """A list of steps, or a function of the brief that gives them."""
+class StrategyFromSteps:
+    """A list of steps, or a function of the task that gives them."""
 
-    def __init__(self, steps: Iterable[Step] | Callable[[Brief], Iterable[Step]]) -> None:
+    def __init__(self, steps: Iterable[StrategyStep] | Callable[[TaskInfo], Iterable[StrategyStep]]) -> None:
         self._steps = steps
         self.name = getattr(steps, "__name__", "a list of steps")
 
     @hookimpl
-    def finetune_strategy(self, brief: Brief) -> Iterable[Step]:
+    def finetune_strategy(self, task: TaskInfo) -> Iterable[StrategyStep]:
         """Give the steps, or ask the function for them."""
-        return self._steps(brief) if callable(self._steps) else self._steps
+        return self._steps(task) if callable(self._steps) else self._steps
 
 
-def member(group: str, asked: Any, *, where: str, repeatable: bool = False) -> tuple[Member, Use]:
-    """The member that a name, a `Use` or an object stands for, and how the configuration records it.
+def resolve_member(
+    group: str, spec: Any, *, where: str, repeatable: bool = False
+) -> tuple[RegisteredComponent, ComponentSpec]:
+    """The member that a name, a `ComponentSpec` or an object stands for, and how the configuration records it.
 
     Args:
         group: The hook point.
-        asked: A reference, a `Use`, a component instance, or one of the objects above.
+        spec: A reference, a `ComponentSpec`, a component instance, or one of the objects above.
         where: What messages name.
         repeatable: Several may be named, so that options are keyed by the component's name.
 
@@ -73,36 +75,36 @@ def member(group: str, asked: Any, *, where: str, repeatable: bool = False) -> t
         OptionError: An option is wrong.
         UsageError: The object is nothing that this hook can take.
     """
-    if isinstance(asked, str):
-        asked = Use(asked)
-    if isinstance(asked, Use):
-        entry = registry.find(group, asked.name, where=where)
-        _refuse_given(entry.target)
-        component = build(
-            registry.load(entry), asked.options, where=f"--{prefix_of(asked.name)}" if repeatable else where
+    if isinstance(spec, str):
+        spec = ComponentSpec(spec)
+    if isinstance(spec, ComponentSpec):
+        entry = registry.find_component(group, spec.name, where=where)
+        _check_rebuildable(entry.target)
+        component = build_component(
+            registry.load_component(entry), spec.options, where=f"--{option_prefix(spec.name)}" if repeatable else where
         )
-        options = plain(values_of(component))
-        found = Member(component, entry.name, registry.describe(entry))
-        _require_hook(found, group, where)
-        return found, Use(entry.name, options)
-    found, use = _instance(group, _wrapped(group, asked, where))
-    _require_hook(found, group, where)
-    return found, use
+        options = to_plain_data(get_option_values(component))
+        member = RegisteredComponent(component, entry.name, registry.describe_component(entry))
+        _check_implements(member, group, where)
+        return member, ComponentSpec(entry.name, options)
+    member, component_spec = _member_from_instance(group, _wrap_object(group, spec, where))
+    _check_implements(member, group, where)
+    return member, component_spec
 
 
-def _require_hook(found: Member, group: str, where: str) -> None:
-    """What is chosen for a hook must answer it; an extension may implement anything."""
-    hooks = {hook for _, hook, _ in check_hooks(type(found.component), found.label)}
-    if group != "extension" and group not in hooks:
+def _check_implements(member: RegisteredComponent, group: str, where: str) -> None:
+    """What is chosen for a hook must answer it; a callback may implement anything."""
+    hooks = {hook for _, hook, _ in find_hook_methods(type(member.component), member.label)}
+    if group != "callback" and group not in hooks:
         raise UsageError(
-            f"{found.label} does not implement {group}",
+            f"{member.label} does not implement {group}",
             where=where,
             why=f"it implements {', '.join(sorted(hooks)) or 'no hook'}",
-            fix="name it with --with, or name another component here",
+            fix="name it with --callback, or name another component here",
         )
 
 
-def _refuse_given(target: str) -> None:
+def _check_rebuildable(target: str) -> None:
     """A run that was given objects cannot be built from its folder alone."""
     if target.startswith(f"{__name__}:"):
         raise FolderError(
@@ -113,80 +115,80 @@ def _refuse_given(target: str) -> None:
         )
 
 
-def listed(asked: Any) -> Sequence[Any]:
+def as_list(value: Any) -> Sequence[Any]:
     """A list of what was asked: one thing may stand for a list of it, and None for none."""
-    return asked if isinstance(asked, (list, tuple)) else [] if asked is None else [asked]
+    return value if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
-def refuse_twice(extensions: list[Member]) -> None:
-    """Refuse an extension that is named twice.
+def check_no_duplicates(callbacks: list[RegisteredComponent]) -> None:
+    """Refuse a callback that is named twice.
 
     Raises:
         UsageError: The message names it.
     """
-    kinds = [type(member.component) for member in extensions]
-    for member in extensions:
+    kinds = [type(member.component) for member in callbacks]
+    for member in callbacks:
         if kinds.count(type(member.component)) > 1:
             raise UsageError(
                 f"{member.label} is named twice",
-                where="--with",
+                where="--callback",
                 why="the two would undo or double one another's work",
                 fix="name it once",
             )
 
 
-def named(asked: str | Use) -> Use:
-    """A part by name, as a `Use`."""
-    return Use(asked) if isinstance(asked, str) else asked
+def as_spec(spec: str | ComponentSpec) -> ComponentSpec:
+    """A part by name, as a `ComponentSpec`."""
+    return ComponentSpec(spec) if isinstance(spec, str) else spec
 
 
-def with_fixed(model: Model) -> Model:
+def mark_user_frozen(model: Model) -> Model:
     """The model, with what came frozen marked as never training."""
-    fixed = [name for name, parameter in model.parameters().items() if not parameter.requires_grad]
-    if not fixed:
+    user_frozen = [name for name, parameter in model.parameters().items() if not parameter.requires_grad]
+    if not user_frozen:
         return model
-    sentence = f"{len(fixed)} parameter tensor(s) came frozen and stay so: {story.shortened(fixed, 4)}"
-    return model.changed(sentence, fixed=fixed)
+    sentence = f"{len(user_frozen)} parameter tensor(s) came frozen and stay so: {messages.join_names(user_frozen, 4)}"
+    return model.with_change(sentence, user_frozen=user_frozen)
 
 
-def recorded(each: Member, group: str) -> dict[str, Any]:
+def describe_member(member: RegisteredComponent, group: str) -> dict[str, Any]:
     """How `run.json` names a member: enough to find the very same code again."""
-    entry = registry.entry_for(group, type(each.component))
+    entry = registry.find_entry_of_class(group, type(member.component))
     return {
         "hook": group,
-        "name": each.name,
+        "name": member.name,
         "target": entry.target,
         "distribution": entry.distribution,
         "version": entry.version,
     }
 
 
-def _instance(group: str, component: Any) -> tuple[Member, Use]:
-    entry = registry.entry_for(group, type(component))
-    options = plain(values_of(component)) if hasattr(type(component), "__tuneforge_api__") else {}
-    label = f"{registry.NOUNS[group]} {getattr(component, 'name', type(component).__name__)}"
-    return Member(component, entry.name, label), Use(entry.name, options)
+def _member_from_instance(group: str, component: Any) -> tuple[RegisteredComponent, ComponentSpec]:
+    entry = registry.find_entry_of_class(group, type(component))
+    options = to_plain_data(get_option_values(component)) if hasattr(type(component), "__tuneforge_api__") else {}
+    label = f"{registry.NOUN_BY_GROUP[group]} {getattr(component, 'name', type(component).__name__)}"
+    return RegisteredComponent(component, entry.name, label), ComponentSpec(entry.name, options)
 
 
-def _wrapped(group: str, asked: Any, where: str) -> Any:
+def _wrap_object(group: str, value: Any, where: str) -> Any:
     """An object as something with hook implementations."""
-    if not isinstance(asked, type) and any(_is_implementation(type(asked), name) for name in dir(type(asked))):
-        return asked
-    if isinstance(asked, Data):
-        return GivenData(asked)
-    if isinstance(asked, (nn.Module, Model)) and group == "model_adapt":
-        return GivenModel(asked)
-    if isinstance(asked, (Phase, Fit, Probe, Blend)):
-        asked = [asked]
-    if group == "finetune_strategy" and not isinstance(asked, type) and (callable(asked) or _are_steps(asked)):
-        return GivenSteps(asked)
+    if not isinstance(value, type) and any(_is_implementation(type(value), name) for name in dir(type(value))):
+        return value
+    if isinstance(value, Data):
+        return DataFromObject(value)
+    if isinstance(value, (nn.Module, Model)) and group == "model_adapt":
+        return ModelFromObject(value)
+    if isinstance(value, (Phase, HeadFit, Diagnosis, WeightAverage)):
+        value = [value]
+    if group == "finetune_strategy" and not isinstance(value, type) and (callable(value) or _are_steps(value)):
+        return StrategyFromSteps(value)
     if group == "data_prepare":
-        return _arrays(asked)
+        return _data_from_arrays(value)
     raise UsageError(
-        f"{asked!r:.80} is no {registry.NOUNS[group]}",
+        f"{value!r:.80} is no {registry.NOUN_BY_GROUP[group]}",
         where=where,
         why="a name, use(...), or an instance with hook implementations is expected",
-        fix="give an instance of the class" if isinstance(asked, type) else "decorate its methods with @hookimpl",
+        fix="give an instance of the class" if isinstance(value, type) else "decorate its methods with @hookimpl",
     )
 
 
@@ -194,16 +196,16 @@ def _is_implementation(cls: type, name: str) -> bool:
     return hasattr(inspect.getattr_static(cls, name), "tuneforge_impl")
 
 
-def _arrays(asked: Any) -> Any:
+def _data_from_arrays(value: Any) -> Any:
     """Arrays, tensors, a torch `Dataset` or `DataLoader`, through the component that knows them."""
-    return registry.load(registry.find("data_prepare", "arrays")).of(asked)  # type: ignore[attr-defined]  # by contract
+    return registry.load_component(registry.find_component("data_prepare", "arrays")).from_object(value)  # type: ignore[attr-defined]  # by contract
 
 
-def _are_steps(asked: Any) -> bool:
-    if isinstance(asked, (str, Mapping)) or not isinstance(asked, Iterable):
+def _are_steps(value: Any) -> bool:
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
         return False
     return (
-        all(isinstance(step, (Phase, Fit, Probe, Blend)) for step in asked)
-        if isinstance(asked, (list, tuple))
+        all(isinstance(step, (Phase, HeadFit, Diagnosis, WeightAverage)) for step in value)
+        if isinstance(value, (list, tuple))
         else True
     )

@@ -6,50 +6,52 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tuneforge.engine.data.dataset import Data
-from tuneforge.engine.loop.metric_set import single_numbers
+from tuneforge.engine.loop.metric_set import scalar_metrics
 from tuneforge.engine.model.model import Model
-from tuneforge.plugin.results import Answer, Readings, Report
-from tuneforge.plugin.steps import Blend, Fit, Phase, Probe, Step
+from tuneforge.plugin.results import AnyStrategyStepResult, Diagnostics, StrategyStepResult
+from tuneforge.plugin.steps import Diagnosis, HeadFit, Phase, StrategyStep, WeightAverage
 
 
-def of_data(data: Data) -> Iterable[str]:
+def format_data(data: Data) -> Iterable[str]:
     """What the data is: sizes, kinds, and its own notes."""
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in data.splits().items())
     yield f"data: {sizes}"
     labels = data.targets.labels
     if labels:
-        yield f"classes ({len(labels)}): {shortened(labels)}"
+        yield f"classes ({len(labels)}): {join_names(labels)}"
     yield from (f"note: {note}" for note in data.notes)
 
 
-def of_model(model: Model) -> Iterable[str]:
+def format_model(model: Model) -> Iterable[str]:
     """What the model is: size, layer groups, and what adapters changed."""
     infos = model.group_infos()
     total = sum(info.num_parameters for info in infos)
     groups = ", ".join(f"{info.name} {info.num_parameters:,}" for info in infos)
     name = type(model.module).__name__
-    yield f"model: {name}, {total:,} parameters in {len(infos)} layer groups ({shortened_text(groups)})"
+    yield f"model: {name}, {total:,} parameters in {len(infos)} layer groups ({truncate_text(groups)})"
     yield from (f"adapted: {change}" for change in model.changes)
 
 
-def of_step(step: Step) -> str:
+def format_step(step: StrategyStep) -> str:
     """One line that says what a step will do."""
     if isinstance(step, Phase):
-        return f"phase '{step.name}': {', '.join(_phase_words(step))}"
-    if isinstance(step, Fit):
-        return f"fit '{step.name}': solve the head on frozen features, l2 {step.l2:g}"
-    if isinstance(step, Probe):
-        return f"probe '{step.name}': measure {step.measure} on {step.batches} batches, train nothing"
-    assert isinstance(step, Blend)
+        return f"phase '{step.name}': {', '.join(_phase_details(step))}"
+    if isinstance(step, HeadFit):
+        return f"head-fit '{step.name}': solve the head on frozen features, l2 {step.l2:g}"
+    if isinstance(step, Diagnosis):
+        return f"diagnosis '{step.name}': measure {step.measure} on {step.batches} batches, train nothing"
+    assert isinstance(step, WeightAverage)
     if len(step.snapshots) == 1:
-        return f"blend '{step.name}': go back to '{step.snapshots[0]}'"
-    return f"blend '{step.name}': mix {' and '.join(step.snapshots)}, best of {len(step.weights)} on validation"
+        return f"weight-average '{step.name}': go back to '{step.snapshots[0]}'"
+    return (
+        f"weight-average '{step.name}': mix {' and '.join(step.snapshots)}, best of {len(step.weights)} on validation"
+    )
 
 
-def of_epoch(entry: Mapping[str, Any], headline: Iterable[str]) -> str:
+def format_epoch(entry: Mapping[str, Any], primary_metrics: Iterable[str]) -> str:
     """One epoch's numbers on a line."""
     val = entry["val"]
-    figures = "  ".join(f"{name} {val[name]:.4f}" for name in headline if name in val)
+    figures = "  ".join(f"{name} {val[name]:.4f}" for name in primary_metrics if name in val)
     best = "  best" if entry["best"] else ""
     return (
         f"  epoch {entry['epoch']:>3}  {entry['seconds']:6.1f} s  lr {entry['lr']:.1e}  "
@@ -57,70 +59,71 @@ def of_epoch(entry: Mapping[str, Any], headline: Iterable[str]) -> str:
     )
 
 
-def of_answer(answer: Answer) -> Iterable[str]:
+def format_step_result(result: AnyStrategyStepResult) -> Iterable[str]:
     """How a step ended and why."""
-    if isinstance(answer, Readings):
-        values = ", ".join(f"{key} {value:.4g}" for key, value in answer.values.items())
-        yield f"  measured: {shortened_text(values)}"
+    if isinstance(result, Diagnostics):
+        values = ", ".join(f"{key} {value:.4g}" for key, value in result.values.items())
+        yield f"  measured: {truncate_text(values)}"
         return
-    assert isinstance(answer, Report)
-    yield f"  ended: {answer.reason}"
-    if answer.frozen and answer.trained:
-        yield f"  proved: {answer.frozen:,} frozen parameters unchanged to the bit, {answer.trained:,} trained"
-    if answer.left_out:
-        steps = shortened(map(str, answer.left_out))
+    assert isinstance(result, StrategyStepResult)
+    yield f"  ended: {result.reason}"
+    if result.num_frozen and result.num_trainable:
+        unchanged = f"{result.num_frozen:,} frozen parameters unchanged to the bit"
+        yield f"  proved: {unchanged}, {result.num_trainable:,} trained"
+    if result.skipped_steps:
+        steps = join_names(map(str, result.skipped_steps))
         yield f"  warning: steps that were left out, because a loss or a gradient was no number: {steps}"
-    if answer.unmoved:
-        yield f"  warning: never received a gradient worth a move: {shortened(answer.unmoved)}"
+    if result.never_updated:
+        yield f"  warning: never received a gradient worth a move: {join_names(result.never_updated)}"
 
 
-def of_result(splits: Mapping[str, Mapping[str, Any]], headline: Iterable[str]) -> Iterable[str]:
+def format_metrics(splits: Mapping[str, Mapping[str, Any]], primary_metrics: Iterable[str]) -> Iterable[str]:
     """The figures of every split on a line each, then the test split by class with the worst class named."""
-    names = list(headline)
+    names = list(primary_metrics)
     width = max(len(name) for name in splits)
     for split, figures in splits.items():
-        numbers = single_numbers(figures)
+        numbers = scalar_metrics(figures)
         shown = [name for name in names if name in numbers] or list(numbers)[:4]
         yield f"{split:<{width}}  " + "  ".join(f"{name} {numbers[name]:.4f}" for name in shown)
-    yield from _by_class(splits.get("test", {}))
+    yield from _format_per_class(splits.get("test", {}))
 
 
-def shortened(names: Iterable[str], most: int = 12) -> str:
+def join_names(names: Iterable[str], max_names: int = 12) -> str:
     """Names joined by commas; of many only the first and how many more."""
     listed = list(names)
-    more = f", and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
+    more = f", and {len(listed) - max_names} more" if len(listed) > max_names else ""
+    return ", ".join(listed[:max_names]) + more
 
 
-def shortened_text(text: str, most: int = 240) -> str:
-    """Text cut at `most` characters."""
-    return text if len(text) <= most else text[: most - 4] + " ..."
+def truncate_text(text: str, max_chars: int = 240) -> str:
+    """Text cut at `max_chars` characters."""
+    return text if len(text) <= max_chars else text[: max_chars - 4] + " ..."
 
 
-def _phase_words(phase: Phase) -> Iterable[str]:
+def _phase_details(phase: Phase) -> Iterable[str]:
     yield f"train {' and '.join(phase.train)}"
     yield f"{phase.epochs} epoch(s)" if phase.epochs else f"{phase.steps} step(s)"
     yield f"lr {phase.lr:g}"
     if phase.layer_decay != 1:
         yield f"layer decay {phase.layer_decay:.3g}"
     if phase.lr_scales:
-        yield f"{len(phase.lr_scales)} rate factor(s)"
+        yield f"{len(phase.lr_scales)} lr factor(s)"
     if phase.schedule:
         yield f"schedule {phase.schedule.name}"
     if phase.class_weights is not None:
         yield "classes weighed"
     if phase.sampling is not None:
         yield "classes drawn as asked"
-    if phase.mix:
-        yield "mix " + ", ".join(f"{share:.0%} {name}" for name, share in phase.mix.items())
+    if phase.mixture_weights:
+        yield "mix " + ", ".join(f"{share:.0%} {name}" for name, share in phase.mixture_weights.items())
     if phase.patience is not None:
         yield f"patience {phase.patience}"
     if phase.restore_best:
         yield "restore best"
 
 
-def _by_class(figures: Mapping[str, Any]) -> Iterable[str]:
-    per_class = figures.get("per_class")
+def _format_per_class(metrics: Mapping[str, Any]) -> Iterable[str]:
+    per_class = metrics.get("per_class")
     if not per_class:
         return
     width = max(5, *(len(name) for name in per_class))
@@ -131,5 +134,5 @@ def _by_class(figures: Mapping[str, Any]) -> Iterable[str]:
         yield f"{name:<{width}}  {rates}  {row['support']:>7}"
     if len(per_class) > len(shown):
         yield f"... and {len(per_class) - len(shown)} more in report.json"
-    if "worst_class" in figures:
-        yield f"weakest class: {figures['worst_class']} (recall {figures['recall_min']:.4f})"
+    if "hardest_class" in metrics:
+        yield f"weakest class: {metrics['hardest_class']} (recall {metrics['recall_min']:.4f})"

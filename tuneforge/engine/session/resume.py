@@ -12,99 +12,108 @@ import attrs
 import torch
 
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.loop.build import Parts
-from tuneforge.engine.loop.head_fit import Snapshot, snapshot
-from tuneforge.engine.loop.train_phase import Progress
-from tuneforge.engine.model import fsdp as shards
-from tuneforge.engine.model.freezing import put_back, whole_state
-from tuneforge.engine.session.run_log import SAME_BITS, describe_environment
-from tuneforge.engine.storage import checkpoint
-from tuneforge.engine.storage import fault_injection as faults
-from tuneforge.engine.storage import run_dir as folder
+from tuneforge.engine.loop.build import PhaseComponents
+from tuneforge.engine.loop.head_fit import Snapshot, take_snapshot
+from tuneforge.engine.loop.train_phase import PhaseProgress
+from tuneforge.engine.model import fsdp
+from tuneforge.engine.model.freezing import full_state, restore_state
+from tuneforge.engine.session.run_log import DETERMINISM_KEYS, describe_environment
+from tuneforge.engine.storage import checkpoint, fault_injection
 from tuneforge.engine.storage.checkpoint import Checkpoints
-from tuneforge.engine.storage.run_dir import RunFolder
+from tuneforge.engine.storage.run_dir import (
+    METRICS,
+    RUN,
+    STATUS,
+    STRATEGY_STEPS,
+    TIMINGS,
+    RunDir,
+    read_json,
+    read_jsonl,
+)
 from tuneforge.errors import FolderError, StoppedError, UsageError
-from tuneforge.plugin.results import Answer, Brief
+from tuneforge.plugin.results import AnyStrategyStepResult, TaskInfo
 from tuneforge.plugin.serialization import from_json, to_json
-from tuneforge.plugin.steps import Step
+from tuneforge.plugin.steps import StrategyStep
 
-BRIEF = "brief.json"
-_GROWING = (folder.STEPS, folder.METRICS, folder.TIMINGS)
+TASK = "task.json"
+_APPENDED_FILES = (STRATEGY_STEPS, METRICS, TIMINGS)
 """Files that a run adds lines to: cut back to where the checkpoint was, so that each line is there once."""
 
 
 @attrs.define(eq=False)
-class Memory:
+class ResumeState:
     """The conversation so far, beside the run itself.
 
     Args:
         run: Whose weights, counters and components are remembered with it.
-        place: The run's folder.
+        run_dir: The run's folder.
         checkpoints: Where it is saved.
-        stopping: Gives the error to stop with once the run has been asked to stop, else None.
-        parts: Knows the optimizer in use.
-        brief: What the strategy was told; told again when it is replayed.
-        snapshots: Weights at the start and after each step, for `Blend`.
-        done: Steps with their answers.
-        phase: What the checkpoint knew of the phase in which it was taken, until that phase goes on.
+        stop_request: Gives the error to stop with once the run has been asked to stop, else None.
+        components: Knows the optimizer in use.
+        task: What the strategy was told; told again when it is replayed.
+        snapshots: Weights at the start and after each step, for `WeightAverage`.
+        completed_steps: Steps with their answers.
+        phase_state: What the checkpoint knew of the phase in which it was taken, until that phase goes on.
     """
 
     run: Run
-    place: RunFolder
+    run_dir: RunDir
     checkpoints: Checkpoints
-    stopping: Callable[[], StoppedError | None]
-    parts: Parts
-    brief: Brief | None = None
+    stop_request: Callable[[], StoppedError | None]
+    components: PhaseComponents
+    task: TaskInfo | None = None
     snapshots: dict[str, Snapshot] = attrs.field(factory=dict)
-    done: list[tuple[Step, Answer]] = attrs.field(factory=list)
-    phase: dict[str, Any] | None = None
+    completed_steps: list[tuple[StrategyStep, AnyStrategyStepResult]] = attrs.field(factory=list)
+    phase_state: dict[str, Any] | None = None
 
-    def begin(self, brief: Brief) -> None:
+    def begin(self, task: TaskInfo) -> None:
         """Start a conversation from its first word."""
-        self.brief = brief
-        self.snapshots = {"start": snapshot(self.run, None)}
-        self.place.write_text(BRIEF, to_json(brief))
+        self.task = task
+        self.snapshots = {"start": take_snapshot(self.run, None)}
+        self.run_dir.write_text(TASK, to_json(task))
 
-    def finish(self, step: Step, answer: Answer) -> None:
+    def add_step_result(self, step: StrategyStep, result: AnyStrategyStepResult) -> None:
         """Take in a step that is done."""
-        self.snapshots[step.name] = snapshot(self.run, list(self.snapshots.values())[-1])
-        self.done.append((step, answer))
-        faults.point("phase-trained")
-        self.place.append(folder.STEPS, f'{{"step": {to_json(step)}, "answer": {to_json(answer)}}}')
-        faults.point("phase-logged")
+        self.snapshots[step.name] = take_snapshot(self.run, list(self.snapshots.values())[-1])
+        self.completed_steps.append((step, result))
+        fault_injection.point("phase-trained")
+        self.run_dir.append(STRATEGY_STEPS, f'{{"step": {to_json(step)}, "result": {to_json(result)}}}')
+        fault_injection.point("phase-logged")
         self.save(None)
-        faults.point("phase-saved")
+        fault_injection.point("phase-saved")
 
-    def save(self, progress: Progress | None) -> None:
+    def save(self, progress: PhaseProgress | None) -> None:
         """Save a checkpoint where one is due or the run has been asked to stop; then stop.
 
         Raises:
             StoppedError: The run has been asked to stop.
         """
-        ranks = self.run.ranks
-        asked = self.stopping()
-        step, beside = self.run.step, (self.run.epoch, len(self.done))
-        stopped, due = ranks.agree(asked is not None, ranks.leads and self.checkpoints.due(step, beside=beside))
+        process_group = self.run.process_group
+        stop_error = self.stop_request()
+        step, beside = self.run.step, (self.run.epoch, len(self.completed_steps))
+        stopped, due = process_group.all_reduce_any(
+            stop_error is not None, process_group.is_main and self.checkpoints.is_due(step, other_counters=beside)
+        )
         if stopped or due:
             state = self._state(progress)
             if self.run.sharded:
-                state = shards.gathered(state, keep=ranks.leads)
-            if ranks.leads:
-                best = progress is not None and progress.best
-                self.checkpoints.save(step, state, beside=beside, best=best)
+                state = fsdp.gather_state(state, keep=process_group.is_main)
+            if process_group.is_main:
+                best = progress is not None and progress.is_best
+                self.checkpoints.save(step, state, other_counters=beside, best=best)
         if stopped:
-            ranks.wait()
-            how = f"go on with: tuneforge resume {shlex.quote(str(self.place.path))}"
-            asked = asked or StoppedError("stopped with another rank", exit_code=143)
-            raise StoppedError(asked.what, exit_code=asked.exit_code, fix=how)
+            process_group.barrier()
+            how = f"go on with: tuneforge resume {shlex.quote(str(self.run_dir.path))}"
+            stop_error = stop_error or StoppedError("stopped with another rank", exit_code=143)
+            raise StoppedError(stop_error.what, exit_code=stop_error.exit_code, fix=how)
 
-    def replayed(self, number: int, step: Step) -> Answer:
+    def replay_step(self, number: int, step: StrategyStep) -> AnyStrategyStepResult:
         """The answer that step `number` got before.
 
         Raises:
             UsageError: The strategy asks for something else than it did: its code or options have changed.
         """
-        before, answer = self.done[number]
+        before, result = self.completed_steps[number]
         if to_json(attrs.evolve(before, why="")) != to_json(attrs.evolve(step, why="")):  # a reason may be reworded
             raise UsageError(
                 f"step {number + 1} of the strategy is not what it was",
@@ -112,84 +121,88 @@ class Memory:
                 why=f"now: {step}",
                 fix="restore the strategy's code, or start a new run",
             )
-        return answer
+        return result
 
-    def recall(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Put a checkpoint's state back into the run, and cut the growing files to where they were."""
         run = self.run
-        self.place.cut(state["offsets"])
-        run.ranks.wait()  # for the files to be cut, before the others read them
+        self.run_dir.truncate(state["offsets"])
+        run.process_group.barrier()  # for the files to be cut, before the others read them
         if run.sharded:
-            state = shards.scattered(state, run.model.parameters(), run.device.torch)
-        put_back(run.model.module, state["model"])
-        run.optimization.pending = state["optimizer"]
-        self.parts.present = state["optimizer_part"]
-        run.states, run.history = state["components"], state["history"]
+            state = fsdp.scatter_state(state, run.model.parameters(), run.device.torch)
+        restore_state(run.model.module, state["model"])
+        run.optimization.pending_state = state["optimizer"]
+        self.components.current_optimizer = state["optimizer_part"]
+        run.component_states, run.history = state["components"], state["history"]
         run.step, run.epoch, run.micro_batch = state["step"], state["epoch"], state["micro_batch"]
-        run.eval_batch = state["eval_batch"]
-        run.budget.before_s = max(run.budget.before_s, state["spent_s"])
+        run.eval_batch_size = state["eval_batch"]
+        run.budget.previous_s = max(run.budget.previous_s, state["elapsed_s"])
         torch.set_rng_state(state["random"].cpu())
-        self.snapshots, self.phase = state["snapshots"], state["phase"]
-        self.brief = from_json((self.place.path / BRIEF).read_text(encoding="utf-8"))
-        for line in folder.read_lines(self.place.path / folder.STEPS):
-            pair = [from_json(json.dumps(line[key])) for key in ("step", "answer")]
-            self.done.append((pair[0], pair[1]))
-        self.checkpoints.last = (run.step, run.epoch, len(self.done))
+        self.snapshots, self.phase_state = state["snapshots"], state["phase"]
+        self.task = from_json((self.run_dir.path / TASK).read_text(encoding="utf-8"))
+        for line in read_jsonl(self.run_dir.path / STRATEGY_STEPS):
+            pair = [from_json(json.dumps(line[key])) for key in ("step", "result")]
+            self.completed_steps.append((pair[0], pair[1]))
+        self.checkpoints.last_counters = (run.step, run.epoch, len(self.completed_steps))
 
-    def story(self, name: str) -> str:
+    def describe(self, name: str) -> str:
         """Where the run goes on from checkpoint `name`; a phase under way says the rest itself."""
-        where = f"in step {len(self.done) + 1}" if self.phase else f"after {len(self.done)} step(s)"
+        where = (
+            f"in step {len(self.completed_steps) + 1}"
+            if self.phase_state
+            else f"after {len(self.completed_steps)} step(s)"
+        )
         return f"resumed from checkpoint '{name}': {where} of the strategy, {self.run.step} optimizer step(s) taken"
 
-    def _state(self, progress: Progress | None) -> dict[str, Any]:
+    def _state(self, progress: PhaseProgress | None) -> dict[str, Any]:
         run = self.run
         return {
-            "model": whole_state(run.model.module),
+            "model": full_state(run.model.module),
             "optimizer": run.optimization.state(run.model),
-            "optimizer_part": self.parts.present,
-            "components": run.states,
+            "optimizer_part": self.components.current_optimizer,
+            "components": run.component_states,
             "history": run.history,
             "step": run.step,
             "micro_batch": run.micro_batch,
-            "eval_batch": run.eval_batch,
+            "eval_batch": run.eval_batch_size,
             "epoch": run.epoch,
-            "spent_s": run.budget.seconds(),
+            "elapsed_s": run.budget.elapsed_s(),
             "random": torch.get_rng_state(),
             "snapshots": self.snapshots,
             "phase": None if progress is None else progress.state(run),
-            "offsets": self.place.offsets(_GROWING),
+            "offsets": self.run_dir.offsets(_APPENDED_FILES),
         }
 
 
-def found(run: Run, path: Path) -> tuple[str, dict[str, Any] | None]:
+def find_checkpoint(run: Run, path: Path) -> tuple[str, dict[str, Any] | None]:
     """The newest checkpoint in a run's folder that is whole: its name and state, or None where the run begins again.
 
     What was skipped, and what could change the bits, is said.
     """
-    newest, state, passed_over = checkpoint.newest(path, torch.device("cpu") if run.sharded else run.device.torch)
-    run.ranks.wait()  # for all to have read it, before rank 0 saves another and deletes it
-    for why in passed_over:
-        run.note(f"skipped {why}")
+    newest, state, skipped = checkpoint.load_latest(path, torch.device("cpu") if run.sharded else run.device.torch)
+    run.process_group.barrier()  # for all to have read it, before rank 0 saves another and deletes it
+    for why in skipped:
+        run.log(f"skipped {why}")
     if newest is None:
-        run.note("there is no whole checkpoint, so the run begins again")
-    before, now = folder.read_json(path / folder.RUN)["environment"], describe_environment(run)
-    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in SAME_BITS if before.get(key) != now[key]]
+        run.log("there is no whole checkpoint, so the run begins again")
+    before, now = read_json(path / RUN)["environment"], describe_environment(run)
+    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in DETERMINISM_KEYS if before.get(key) != now[key]]
     if changed:
-        run.note(f"note: not to the bit, because the machine has changed: {', '.join(changed)}")
+        run.log(f"note: not to the bit, because the machine has changed: {', '.join(changed)}")
     return ("", None) if newest is None else (newest.name, state)
 
 
-def resumable(runs: Path) -> list[Path]:
+def find_resumable(runs: Path) -> list[Path]:
     """Folders under `runs` of runs that are neither done nor running now, the newest last."""
-    paths = [path for path in runs.glob("*") if (path / folder.RUN).exists() and _waits(path)]
-    return sorted(paths, key=lambda path: (path / folder.STATUS).stat().st_mtime)
+    paths = [path for path in runs.glob("*") if (path / RUN).exists() and _is_resumable(path)]
+    return sorted(paths, key=lambda path: (path / STATUS).stat().st_mtime)
 
 
-def _waits(path: Path) -> bool:
+def _is_resumable(path: Path) -> bool:
     try:
-        if folder.read_json(path / folder.STATUS)["state"] == "done":
+        if read_json(path / STATUS)["state"] == "done":
             return False
-        with RunFolder(path, resume=True):
+        with RunDir(path, resume=True):
             return True
     except FolderError:  # in use, or half a folder
         return False

@@ -12,46 +12,44 @@ import torch
 
 import tuneforge
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.data.dataset import Inputs, Split, Targets, tensors_of
-from tuneforge.engine.loop.metric_set import Worst
-from tuneforge.engine.session import from_objects as given
-from tuneforge.engine.session import messages as story
-from tuneforge.engine.storage import run_dir as folder
-from tuneforge.engine.storage.run_dir import RunFolder
+from tuneforge.engine.data.dataset import Inputs, Split, Targets, named_tensors
+from tuneforge.engine.loop.metric_set import HardestSamples
+from tuneforge.engine.session import from_objects, messages
+from tuneforge.engine.storage.run_dir import METRICS, TIMINGS, RunDir
 from tuneforge.plugin import registry
-from tuneforge.plugin.component import values_of
-from tuneforge.plugin.config import as_table, budget_of
-from tuneforge.plugin.hooks import Member
+from tuneforge.plugin.component import get_option_values
+from tuneforge.plugin.config import config_to_dict, parse_budget
+from tuneforge.plugin.hooks import RegisteredComponent
 from tuneforge.plugin.hookspecs import hookimpl
-from tuneforge.plugin.results import Brief
+from tuneforge.plugin.results import TaskInfo
 from tuneforge.plugin.serialization import to_json
 
-MISTAKES_KEPT = 24
-SAME_BITS = ("torch", "threads", "machine", "cpu", "device")
+NUM_HARDEST_SAMPLES = 24
+DETERMINISM_KEYS = ("torch", "threads", "machine", "cpu", "device")
 
 
-class Keeper:
+class RunLogger:
     """Writes each epoch's figures, once; times go into a file of their own, so that figures compare to the bit."""
 
-    def __init__(self, place: RunFolder) -> None:
-        self._place = place
+    def __init__(self, run_dir: RunDir) -> None:
+        self._run_dir = run_dir
 
     @hookimpl
     def epoch_ended(self, run: Run) -> None:
         """Write and say the epoch's numbers."""
         entry = dict(run.history[-1])
-        run.note(story.of_epoch(entry, run.data.targets.headline))
+        run.log(messages.format_epoch(entry, run.data.targets.primary_metrics))
         seconds = entry.pop("seconds")
-        self._place.append(folder.METRICS, to_json(entry))
-        self._place.append(folder.TIMINGS, to_json({"epoch": entry["epoch"], "seconds": seconds}))
+        self._run_dir.append(METRICS, to_json(entry))
+        self._run_dir.append(TIMINGS, to_json({"epoch": entry["epoch"], "seconds": seconds}))
 
 
-def describe_run(run: Run, members: list[tuple[str, Member]]) -> dict[str, Any]:
+def describe_run(run: Run, members: list[tuple[str, RegisteredComponent]]) -> dict[str, Any]:
     """The content of `run.json`: never changed after it is written."""
     return {
         "tuneforge": tuneforge.__version__,
-        "config": as_table(run.config),
-        "components": [given.recorded(member, group) for group, member in members],
+        "config": config_to_dict(run.config),
+        "components": [from_objects.describe_member(member, group) for group, member in members],
         "environment": {**describe_environment(run), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]},
     }
 
@@ -68,21 +66,21 @@ def describe_environment(run: Run) -> dict[str, Any]:
     }
 
 
-def brief_of(run: Run) -> Brief:
+def build_task_info(run: Run) -> TaskInfo:
     """What the strategy is told."""
-    return Brief(
+    return TaskInfo(
         groups=run.model.group_infos(),
         classes=run.data.targets.labels,
         num_train=len(run.data.train),
         num_val=len(run.data.val),
-        batch_size=run.config.batch_size * run.config.accumulate,
+        batch_size=run.config.batch_size * run.config.grad_accum_steps,
         device=run.device.torch.type,
         seed=run.config.seed,
         monitor=run.data.targets.monitor,
         monitor_mode=run.data.targets.monitor_mode,
-        old_classes=run.model.kept,
-        pools={name: len(rows) for name, rows in run.data.pools.items()},
-        budget=dict([budget_of(run.config.budget)]) if run.config.budget is not None else {},
+        old_classes=run.model.pretrained_labels,
+        sample_groups={name: len(rows) for name, rows in run.data.sample_groups.items()},
+        budget=dict([parse_budget(run.config.budget)]) if run.config.budget is not None else {},
     )
 
 
@@ -94,36 +92,38 @@ def describe_model(run: Run) -> dict[str, Any]:
         "labels": list(run.model.labels),
         "groups": [{"name": info.name, "parameters": info.num_parameters} for info in run.model.group_infos()],
         "changes": list(run.model.changes),
-        "inputs": _part_record("inputs", run.data.inputs),
-        "targets": _part_record("targets", run.data.targets),
-        "stored": {name: [list(tensor.shape[1:]), str(tensor.dtype)] for name, tensor in tensors_of(example).items()},
+        "inputs": _describe_component("inputs", run.data.inputs),
+        "targets": _describe_component("targets", run.data.targets),
+        "input_specs": {
+            name: [list(tensor.shape[1:]), str(tensor.dtype)] for name, tensor in named_tensors(example).items()
+        },
         "fingerprints": {name: split.fingerprint() for name, split in run.data.splits().items()},
         "notes": list(run.data.notes),
     }
 
 
-def mistakes(run: Run, split: Split, worst: Worst) -> list[dict[str, Any]]:
+def describe_hardest_samples(run: Run, split: Split, hardest: HardestSamples) -> list[dict[str, Any]]:
     """The worst mistakes for people: what it was, what the model said, and the input as a picture or a line."""
-    if worst.outputs is None:
+    if hardest.outputs is None:
         return []
     out = []
-    for row, output, wrongness in zip(worst.rows.tolist(), worst.outputs, worst.wrongness.tolist(), strict=True):
+    for row, output, loss in zip(hardest.indices.tolist(), hardest.outputs, hardest.losses.tolist(), strict=True):
         stored = split.fetch(torch.tensor([row]))
-        sample = {name: tensor[0] for name, tensor in tensors_of(stored).items()}
+        sample = {name: tensor[0] for name, tensor in named_tensors(stored).items()}
         shown = sample.get("", sample)
-        picture = run.data.inputs.picture(shown)
+        image = run.data.inputs.render_image(shown)
         out.append(
             {
                 "id": split.id_of(row),
-                "truth": run.data.targets.truth(split.targets[row]),
-                "answer": run.data.targets.describe(output),
-                "wrongness": wrongness,
-                "picture": base64.b64encode(picture).decode() if picture else None,
-                "text": None if picture else run.data.inputs.text(shown),
+                "label": run.data.targets.describe_label(split.targets[row]),
+                "prediction": run.data.targets.describe(output),
+                "loss": loss,
+                "image": base64.b64encode(image).decode() if image else None,
+                "text": None if image else run.data.inputs.render_text(shown),
             }
         )
     return out
 
 
-def _part_record(group: str, instance: Inputs | Targets) -> dict[str, Any]:
-    return {"name": registry.entry_for(group, type(instance)).name, "options": values_of(instance)}
+def _describe_component(group: str, instance: Inputs | Targets) -> dict[str, Any]:
+    return {"name": registry.find_entry_of_class(group, type(instance)).name, "options": get_option_values(instance)}

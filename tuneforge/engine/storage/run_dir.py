@@ -18,14 +18,14 @@ from typing import IO, Any
 
 from tuneforge.errors import FolderError, TryAgainError, TuneforgeError, UsageError
 
-RUN, STATUS, STEPS, METRICS, REPORT = "run.json", "status.json", "steps.jsonl", "metrics.jsonl", "report.json"
-MODEL, WEIGHTS, MISTAKES, TIMINGS, LOG, PAGE = (
-    "model.json", "model.safetensors", "mistakes.json", "timings.jsonl", "log.txt", "report.html",
+RUN, STATUS, STRATEGY_STEPS, METRICS, REPORT = "run.json", "status.json", "steps.jsonl", "metrics.jsonl", "report.json"
+MODEL, WEIGHTS, HARDEST_SAMPLES, TIMINGS, LOG, REPORT_HTML = (
+    "model.json", "model.safetensors", "hardest_samples.json", "timings.jsonl", "log.txt", "report.html",
 )  # fmt: skip
-_LOCK, _PART = ".lock", ".part"
+_LOCK, _TEMPORARY_SUFFIX = ".lock", ".part"
 
 
-def write_whole(path: Path, content: bytes | str | Iterable[bytes | memoryview]) -> None:
+def atomic_write(path: Path, content: bytes | str | Iterable[bytes | memoryview]) -> None:
     """Write a file, at once or in parts, so that a reader sees the old one or the new one, never half of it.
 
     Raises:
@@ -33,7 +33,7 @@ def write_whole(path: Path, content: bytes | str | Iterable[bytes | memoryview])
         FolderError: The place cannot be written.
     """
     whole = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_PART}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY_SUFFIX}")
     try:
         with temporary.open("wb") as file:
             file.writelines([whole] if isinstance(whole, bytes) else whole)
@@ -43,13 +43,13 @@ def write_whole(path: Path, content: bytes | str | Iterable[bytes | memoryview])
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise unwritten(path, error) from error
+            raise write_error(path, error) from error
         raise
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write plain data as JSON for people and programs; a number that is none becomes null."""
-    write_whole(path, json.dumps(finite(value), indent=1, sort_keys=False, allow_nan=False) + "\n")
+    atomic_write(path, json.dumps(nonfinite_to_none(value), indent=1, sort_keys=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, *keys: str) -> Any:
@@ -65,70 +65,70 @@ def read_json(path: Path, *keys: str) -> Any:
             raise ValueError(f"it lacks {', '.join(keys)}")
         return content
     except FileNotFoundError:
-        raise _no_run(path) from None
+        raise _missing_run_error(path) from None
     except (ValueError, OSError) as error:
         raise FolderError(
             f"cannot read '{path.name}'", where=str(path.parent), why=str(error), fix="restore the file, or run again"
         ) from None
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file with one JSON object a line; nothing where there is no file."""
     if path.exists():
         with path.open(encoding="utf-8") as file:
             yield from (json.loads(line) for line in file if line.strip())
 
 
-def finite(value: Any) -> Any:
+def nonfinite_to_none(value: Any) -> Any:
     """Plain data in which a number that is none has become None, as JSON needs it."""
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
     if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
+        return {str(key): nonfinite_to_none(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
+        return [nonfinite_to_none(item) for item in value]
     return value
 
 
-class RunFolder:
-    """The folder of one run, locked while it is open: `with RunFolder(path) as folder: ...`.
+class RunDir:
+    """The folder of one run, locked while it is open: `with RunDir(path) as folder: ...`.
 
     Where a full disk keeps a run from beginning, what it has written is taken away again.
 
     Args:
         path: A new or empty folder, or None for a new one under `runs/`.
         resume: The folder of a run that goes on.
-        writes: False for a process that only follows the one which holds the folder: nothing is locked or written.
+        writable: False for a process that only follows the one which holds the folder: nothing is locked or written.
 
     Raises:
         TryAgainError: The disk is full.
         FolderError: Another process holds it, it already holds a run, or it is not writable.
     """
 
-    def __init__(self, path: Path | None, *, resume: bool = False, writes: bool = True) -> None:
-        self.path = path if path is not None else _fresh_path()
-        self.writes = writes
+    def __init__(self, path: Path | None, *, resume: bool = False, writable: bool = True) -> None:
+        self.path = path if path is not None else _new_run_path()
+        self.writable = writable
         self._resume = resume
-        self._made = path is None
+        self._created = path is None
         self._files: dict[str, IO[bytes]] = {}
         self._lock: IO[bytes] | None = None
         self._unflushed: set[str] = set()
-        self._missed = 0
-        self._begun = resume
+        self._num_lost_lines = 0
+        self._has_started = resume
         self.state = ""
 
-    def __enter__(self) -> RunFolder:
-        if not self.writes:
+    def __enter__(self) -> RunDir:
+        if not self.writable:
             return self
         try:
-            self._made = self._made or not self.path.exists()
+            self._created = self._created or not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / _LOCK).open("a+b", buffering=0)
         except OSError as error:
-            self._remove_made()
-            raise unwritten(self.path, error) from error
-        self._take_lock(self._lock)
-        if holds_run(self.path) and not self._resume:
+            self._remove_created_dir()
+            raise write_error(self.path, error) from error
+        self._acquire_lock(self._lock)
+        if is_run_dir(self.path) and not self._resume:
             self.__exit__(None, None, None)
             raise FolderError(
                 f"'{self.path}' already holds a run",
@@ -136,7 +136,7 @@ class RunFolder:
                 why="a run never writes over another",
                 fix="name another folder, or remove this one",
             )
-        for path in self.path.glob(f".*.[0-9]*{_PART}"):
+        for path in self.path.glob(f".*.[0-9]*{_TEMPORARY_SUFFIX}"):
             if path.is_file():
                 path.unlink()  # of a process that was killed while it wrote
         return self
@@ -146,20 +146,20 @@ class RunFolder:
     ) -> None:
         for file in self._files.values():
             file.close()
-        if isinstance(error, TryAgainError) and not self._begun:
-            self._take_away()
+        if isinstance(error, TryAgainError) and not self._has_started:
+            self._remove_unstarted()
         if self._lock is not None:
             self._lock.close()  # which releases the lock; the kernel does so for a process that died
 
     def write(self, name: str, value: Any) -> None:
         """Write one JSON file, all or nothing."""
-        if self.writes:
+        if self.writable:
             write_json(self.path / name, value)
 
     def write_text(self, name: str, text: str) -> None:
         """Write one file, all or nothing."""
-        if self.writes:
-            write_whole(self.path / name, text)
+        if self.writable:
+            atomic_write(self.path / name, text)
 
     def append(self, name: str, line: str) -> None:
         """Add a line to a file, all of it or nothing. The log loses it where the disk is full, and says so later.
@@ -167,9 +167,9 @@ class RunFolder:
         Raises:
             TryAgainError: The disk is full.
         """
-        if not self.writes:
+        if not self.writable:
             return
-        missed = self._missed if name == LOG else 0
+        missed = self._num_lost_lines if name == LOG else 0
         text = (f"({missed} line(s) are missing here: the disk was full)\n" if missed else "") + f"{line}\n"
         try:
             if name not in self._files:
@@ -177,11 +177,11 @@ class RunFolder:
             _append(self._files[name], text.encode())
             self._unflushed.add(name)
         except OSError as error:
-            if name != LOG or not _is_full(error):
-                raise unwritten(self.path / name, error) from error
-            self._missed += 1
+            if name != LOG or not _is_disk_full(error):
+                raise write_error(self.path / name, error) from error
+            self._num_lost_lines += 1
             return
-        self._missed -= missed
+        self._num_lost_lines -= missed
 
     def offsets(self, names: Iterable[str]) -> dict[str, int]:
         """Bytes of each file so far, which are on the disk for good when this returns."""
@@ -190,16 +190,16 @@ class RunFolder:
                 os.fsync(self._files[name].fileno())
                 self._unflushed.remove(name)
         except OSError as error:
-            raise unwritten(self.path, error) from error
+            raise write_error(self.path, error) from error
         return {name: (self.path / name).stat().st_size if (self.path / name).exists() else 0 for name in names}
 
-    def cut(self, offsets: Mapping[str, int]) -> None:
+    def truncate(self, offsets: Mapping[str, int]) -> None:
         """Cut files back to what they held at a checkpoint."""
-        for name, size in offsets.items() if self.writes else ():
+        for name, size in offsets.items() if self.writable else ():
             if (self.path / name).exists():
                 os.truncate(self.path / name, size)
 
-    def status(self, state: str, **details: Any) -> None:
+    def write_status(self, state: str, **details: Any) -> None:
         """Say how the run stands: `running`, `done`, `stopped` or `failed`, with the reason.
 
         Where the disk is too full to say that it failed or stopped, what made it do so is what the user is told.
@@ -211,9 +211,9 @@ class RunFolder:
             if state in ("running", "done"):
                 raise
         self.state = state
-        self._begun = self._begun or state == "running"
+        self._has_started = self._has_started or state == "running"
 
-    def _take_lock(self, file: IO[bytes]) -> None:
+    def _acquire_lock(self, file: IO[bytes]) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -231,29 +231,29 @@ class RunFolder:
             file.truncate(0)
             file.write(f"process {os.getpid()}, started {datetime.now(UTC).isoformat(timespec='seconds')}".encode())
 
-    def _take_away(self) -> None:
+    def _remove_unstarted(self) -> None:
         """Delete what was written of a run that has not begun; and the folder, where it was made for it."""
-        for name in (RUN, STATUS, _LOCK, *([LOG] if self._made else [])):
+        for name in (RUN, STATUS, _LOCK, *([LOG] if self._created else [])):
             (self.path / name).unlink(missing_ok=True)
-        self._remove_made()
+        self._remove_created_dir()
 
-    def _remove_made(self) -> None:
-        if self._made:
+    def _remove_created_dir(self) -> None:
+        if self._created:
             with contextlib.suppress(OSError):  # it is not there, or something else lies in it
                 self.path.rmdir()
 
 
-def holds_run(path: Path) -> bool:
+def is_run_dir(path: Path) -> bool:
     """True for the folder of a run that has begun; one that died before it said how it stands has not."""
     return (path / RUN).exists() and (path / STATUS).exists()
 
 
-def unwritten(path: Path, error: OSError) -> TuneforgeError:
+def write_error(path: Path, error: OSError) -> TuneforgeError:
     """What to raise where something could not be written: `TryAgainError` for a full disk, else `FolderError`."""
     why = error.strerror or str(error)
-    if not _is_full(error):
+    if not _is_disk_full(error):
         return FolderError(f"cannot write '{path}'", where="--out", why=why, fix="name a folder that you may write to")
-    run = next((each for each in (path, *path.parents) if holds_run(each)), None)
+    run = next((each for each in (path, *path.parents) if is_run_dir(each)), None)
     then = "try again" if run is None else f"go on with: tuneforge resume {shlex.quote(str(run))}"
     return TryAgainError(
         f"cannot write '{path}'",
@@ -263,7 +263,7 @@ def unwritten(path: Path, error: OSError) -> TuneforgeError:
     )
 
 
-def _is_full(error: OSError) -> bool:
+def _is_disk_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -278,7 +278,7 @@ def _append(file: IO[bytes], data: bytes) -> None:
         raise
 
 
-def _fresh_path() -> Path:
+def _new_run_path() -> Path:
     """A folder under runs/ named by the time; a number is added where two start in one second."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for number in range(1, 10_000):
@@ -288,12 +288,12 @@ def _fresh_path() -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise unwritten(path, error) from error
+            raise write_error(path, error) from error
         return path
     raise FolderError("no free name under runs/", fix="give --out FOLDER")
 
 
-def _no_run(file: Path) -> TuneforgeError:
+def _missing_run_error(file: Path) -> TuneforgeError:
     """What to raise where a file of a run is missing."""
     if file.parent.is_dir():
         what = f"'{file.parent}' holds no run" if file.name == RUN else f"'{file.parent}' is not a finished run"

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuneforge.engine.storage.run_dir import write_whole
+from tuneforge.engine.storage.run_dir import atomic_write
 from tuneforge.errors import FolderError, UnsafeFileError, UsageError
 
-_METADATA = "tuneforge"  # the format has no order for several metadata keys, so all of it is one key
-_TYPES = {
+_METADATA_KEY = "tuneforge"  # the format has no order for several metadata keys, so all of it is one key
+_DTYPES = {
     torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32",
     torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16",
     torch.int16: "I16", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8",
@@ -36,25 +36,25 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping
         TryAgainError: The disk is full.
     """
     for name, tensor in tensors.items():
-        if tensor.dtype not in _TYPES or tensor.layout is not torch.strided:
+        if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
             raise UsageError(
                 f"'{name}' cannot be stored as safetensors",
                 where=str(path),
                 why=f"it is of type {tensor.dtype} and layout {tensor.layout}",
                 fix="store it as another type",
             )
-    places = list(_TYPES)
+    places = list(_DTYPES)
     ordered = dict(sorted(tensors.items(), key=lambda each: (places.index(each[1].dtype), each[0])))
-    write_whole(path, _parts(ordered, json.dumps(metadata or {}, sort_keys=True)))
+    atomic_write(path, _serialize(ordered, json.dumps(metadata or {}, sort_keys=True)))
 
 
-def _parts(tensors: Mapping[str, Tensor], metadata: str) -> Iterator[bytes | memoryview]:
+def _serialize(tensors: Mapping[str, Tensor], metadata: str) -> Iterator[bytes | memoryview]:
     """What the file consists of: the length of the header, the header, and each tensor's bytes."""
-    header: dict[str, Any] = {"__metadata__": {_METADATA: metadata}}
+    header: dict[str, Any] = {"__metadata__": {_METADATA_KEY: metadata}}
     start = 0
     for name, tensor in tensors.items():
         end = start + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -79,7 +79,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+            metadata = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
     except (SafetensorError, ValueError) as error:
         raise UnsafeFileError(
             f"'{path.name}' is no valid safetensors file",
@@ -90,7 +90,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
-def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
+def get_state_dict(module: torch.nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, a tied tensor once under its first name."""
     seen: dict[int, str] = {}
     state = {}
@@ -101,13 +101,13 @@ def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def load_state(module: torch.nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
+def load_state_dict(module: torch.nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
     """Copy a whole state into a module, in place.
 
     Raises:
         FolderError: Names or shapes differ; the message lists them.
     """
-    own = state_of(module)
+    own = get_state_dict(module)
     wrong = sorted(set(own) ^ set(state)) + sorted(
         name for name in set(own) & set(state) if own[name].shape != state[name].shape
     )

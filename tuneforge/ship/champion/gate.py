@@ -13,102 +13,105 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.data.dataset import Inputable, Split, Targets
-from tuneforge.engine.data.loader import fetched, in_turn
-from tuneforge.exporting.bundle import Servable
-from tuneforge.exporting.formats import answers_of
-from tuneforge.exporting.reference_outputs import digests
-from tuneforge.plugin.component import values_of
-from tuneforge.ship.champion.statistics import at_most_lost, better, more_error
+from tuneforge.engine.data.dataset import Split, Targets, TensorTree
+from tuneforge.engine.data.loader import fetch_batches, iter_sequential
+from tuneforge.exporting.bundle import InferenceModel
+from tuneforge.exporting.formats import compute_predictions
+from tuneforge.exporting.reference_outputs import hash_samples
+from tuneforge.plugin.component import get_option_values
+from tuneforge.ship.champion.statistics import accuracy_loss_bound, error_increase_bound, superiority_test
 
 _BATCH = 64
-_TRAINED_ON = 0.1  # share of a test split that may have been trained on, beyond what chance repeats
-_LONE_S = 1e-3  # a lone answer that is slower by less than this is no reason to refuse
-_TIMED, _WARM = 30, 5
-_SMALL, _HUGE = 1e-12, 1e12
-_LACKING = -1e4  # the output for a name that a model does not know; finite, so that losses stay numbers
+_MAX_TRAINED_FRACTION = 0.1  # share of a test split that may have been trained on, beyond what chance repeats
+_MAX_EXTRA_LATENCY_S = 1e-3  # a lone answer that is slower by less than this is no reason to refuse
+_NUM_TIMED, _NUM_WARMUP = 30, 5
+_MIN_STD, _MAX_LOSS = 1e-12, 1e12
+_MISSING_CLASS_LOGIT = -1e4  # the output for a name that a model does not know; finite, so that losses stay numbers
 
 
 @attrs.frozen
-class Rules:
+class GateRules:
     """What a challenger must keep to.
 
     Args:
-        margin: The share of right answers that may be lost on the old test split; for numbers, of the error added to
-            it. The upper end of a one-sided 95 % interval must stay within.
-        floor: The least recall of each class on the old test split.
+        non_inferiority_margin: The share of right answers that may be lost on the old test split; for numbers, of the
+            error added to it. The upper end of a one-sided 95 % interval must stay within.
+        min_recall: The least recall of each class on the old test split.
         alpha: Level of the test that shows a difference.
         latency_ratio: How many times as long a lone answer may take.
         accept_equal: Promote also where no significant difference is found.
     """
 
-    margin: float = 0.02
-    floor: float = 0.5
+    non_inferiority_margin: float = 0.02
+    min_recall: float = 0.5
     alpha: float = 0.05
     latency_ratio: float = 2.0
     accept_equal: bool = False
 
 
 @attrs.frozen
-class Row:
-    """One line of a verdict.
+class GateCheck:
+    """One line of a decision.
 
     Args:
-        what: The question.
+        name: The question.
         champion: Its figure.
         challenger: Its figure.
         rule: What must hold.
-        holds: Whether it does.
-        sentence: Why not, or what it shows.
+        passed: Whether it does.
+        reason: Why not, or what it shows.
     """
 
-    what: str
+    name: str
     champion: str
     challenger: str
     rule: str
-    holds: bool
-    sentence: str
+    passed: bool
+    reason: str
 
 
 @attrs.frozen
-class Verdict:
+class GateDecision:
     """What the gate says.
 
     Args:
         promoted: True where the challenger takes over.
         reason: Why, in one sentence.
-        rows: Every question with its answer.
-        tests: Each test split that was used: fingerprint, samples, those left out, and how often it had already been
-            used to decide.
+        checks: Every question with its answer.
+        test_sets: Each test split that was used: fingerprint, samples, those left out, and how often it had already
+            been used to decide.
     """
 
     promoted: bool
     reason: str
-    rows: tuple[Row, ...]
-    tests: Mapping[str, Mapping[str, Any]]
+    checks: tuple[GateCheck, ...]
+    test_sets: Mapping[str, Mapping[str, Any]]
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON data."""
-        return {**attrs.asdict(self), "rows": [attrs.asdict(row) for row in self.rows], "tests": dict(self.tests)}
+        return {**attrs.asdict(self), "test_sets": dict(self.test_sets)}
 
-    def table(self) -> str:
+    def format_table(self) -> str:
         """As text: the rows, the test splits, the reason."""
         header = ("", "champion", "challenger", "rule", "holds")
-        cells = [(row.what, row.champion, row.challenger, row.rule, "yes" if row.holds else "NO") for row in self.rows]
-        widths = [max(len(row[column]) for row in (header, *cells)) for column in range(5)]
+        rows = [
+            (check.name, check.champion, check.challenger, check.rule, "yes" if check.passed else "NO")
+            for check in self.checks
+        ]
+        widths = [max(len(row[column]) for row in (header, *rows)) for column in range(5)]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (header, *cells)
+            for row in (header, *rows)
         ]
-        for name, test in self.tests.items():
-            left = f", {test['left_out']} left out because a model trained on them" if test["left_out"] else ""
-            times = "never" if not test["used"] else f"{test['used']} time(s)"
-            lines.append(f"{name} test set: {test['samples']} samples{left}; used to decide {times} before")
+        for name, test in self.test_sets.items():
+            left = f", {test['num_skipped']} left out because a model trained on them" if test["num_skipped"] else ""
+            times = "never" if not test["num_uses"] else f"{test['num_uses']} time(s)"
+            lines.append(f"{name} test set: {test['num_samples']} samples{left}; used to decide {times} before")
         return "\n".join([*lines, f"{'promoted' if self.promoted else 'not promoted'}: {self.reason}"])
 
 
 @attrs.frozen(eq=False)
-class Both:
+class PairedSplit:
     """A test split in two forms, where champion and challenger store inputs otherwise: the same samples in one order.
 
     Args:
@@ -120,259 +123,304 @@ class Both:
     challenger: Split
 
 
-def judge(
-    champion: Servable | None,
-    challenger: Servable,
-    old: Split | Both,
-    new: Split | Both | None = None,
+def run_gate(
+    champion: InferenceModel | None,
+    challenger: InferenceModel,
+    old_test_set: Split | PairedSplit,
+    new_test_set: Split | PairedSplit | None = None,
     *,
-    rules: Rules | None = None,
+    rules: GateRules | None = None,
     old_targets: Targets | None = None,
     new_targets: Targets | None = None,
-    used: Callable[[str], int] = lambda fingerprint: 0,
-) -> Verdict:
+    count_uses: Callable[[str], int] = lambda fingerprint: 0,
+) -> GateDecision:
     """Decide between the champion and a challenger.
 
     Args:
         champion: Who answers now; None for the first of a name, which needs to keep the floors only.
         challenger: Who may take over.
-        old: The old world's test split, as both models store inputs, or in both forms.
-        new: The new world's held-out split; None: superiority on the old one decides.
+        old_test_set: The old world's test split, as both models store inputs, or in both forms.
+        new_test_set: The new world's held-out split; None: superiority on the old one decides.
         rules: What must hold.
         old_targets: How the old split's targets are read; by default as the champion reads them.
         new_targets: Of the new split; by default as the challenger reads them.
-        used: How often the test set of a fingerprint has been used to decide.
+        count_uses: How often the test set of a fingerprint has been used to decide.
     """
-    rules = rules or Rules()
+    rules = rules or GateRules()
     known = challenger.targets if champion is None else champion.targets
-    given = {"old": (old, old_targets or known)}
-    if new is not None and champion is not None:
-        given["new"] = (new, new_targets or challenger.targets)
-    if (misfit := _misfit(champion, challenger, [each for each, _ in given.values()])) is not None:
-        return misfit
-    sets = {
-        name: _Exam.of(name, each if isinstance(each, Both) else Both(each, each), targets, champion, challenger)
-        for name, (each, targets) in given.items()
+    requested = {"old": (old_test_set, old_targets or known)}
+    if new_test_set is not None and champion is not None:
+        requested["new"] = (new_test_set, new_targets or challenger.targets)
+    if (refusal := _find_incompatibility(champion, challenger, [each for each, _ in requested.values()])) is not None:
+        return refusal
+    test_sets = {
+        name: _TestSet.build(
+            name, each if isinstance(each, PairedSplit) else PairedSplit(each, each), targets, champion, challenger
+        )
+        for name, (each, targets) in requested.items()
     }
-    tests = {name: {**exam.about, "used": used(exam.about["fingerprint"])} for name, exam in sets.items()}
-    if trained := [row for exam in sets.values() if (row := exam.trained_on()) is not None]:
-        return Verdict(False, trained[0].sentence, tuple(trained), tests)
-    exams = {name: exam.sat(champion, challenger) for name, exam in sets.items()}
-    rows = _floors(exams["old"], rules)
+    infos = {
+        name: {**test_set.info, "num_uses": count_uses(test_set.info["fingerprint"])}
+        for name, test_set in test_sets.items()
+    }
+    if contaminated := [
+        check for test_set in test_sets.values() if (check := test_set.check_contamination()) is not None
+    ]:
+        return GateDecision(False, contaminated[0].reason, tuple(contaminated), infos)
+    losses = {name: test_set.evaluate(champion, challenger) for name, test_set in test_sets.items()}
+    checks = _check_min_recall(losses["old"], rules)
     if champion is None:
-        return _verdict(rows, tests, "it is the first of its name, and every floor holds")
-    superior = _superior(exams.get("new", exams["old"]), rules)
-    fast = _fast_enough(champion, challenger, sets["old"].forms, rules)
-    return _verdict([*rows, superior, _not_worse(exams["old"], rules), fast], tests, superior.sentence)
+        return _build_decision(checks, infos, "it is the first of its name, and every floor holds")
+    superior = _check_superiority(losses.get("new", losses["old"]), rules)
+    fast = _check_latency(champion, challenger, test_sets["old"].forms, rules)
+    return _build_decision(
+        [*checks, superior, _check_non_inferiority(losses["old"], rules), fast], infos, superior.reason
+    )
 
 
-def refused(what: str, sentence: str, *, champion: str = "", challenger: str = "", rule: str = "") -> Verdict:
-    """A verdict without an examination: the challenger cannot be judged, or may not go to work."""
-    return Verdict(False, sentence, (Row(what, champion, challenger, rule, False, sentence),), {})
+def make_refusal(name: str, reason: str, *, champion: str = "", challenger: str = "", rule: str = "") -> GateDecision:
+    """A decision without an evaluation: the challenger cannot be judged, or may not go to work."""
+    return GateDecision(False, reason, (GateCheck(name, champion, challenger, rule, False, reason),), {})
 
 
-def _verdict(rows: Sequence[Row], tests: Mapping[str, Mapping[str, Any]], shown: str) -> Verdict:
-    broken = [row.sentence for row in rows if not row.holds]
-    return Verdict(not broken, broken[0] if broken else shown, tuple(rows), tests)
+def _build_decision(
+    checks: Sequence[GateCheck], test_sets: Mapping[str, Mapping[str, Any]], default_reason: str
+) -> GateDecision:
+    broken = [check.reason for check in checks if not check.passed]
+    return GateDecision(not broken, broken[0] if broken else default_reason, tuple(checks), test_sets)
 
 
-def _misfit(champion: Servable | None, challenger: Servable, sets: Sequence[Split | Both]) -> Verdict | None:
+def _find_incompatibility(
+    champion: InferenceModel | None, challenger: InferenceModel, sets: Sequence[Split | PairedSplit]
+) -> GateDecision | None:
     """Why the two cannot be compared at all, or the challenger may not go to work."""
     failed = [name for name, form in challenger.record.get("formats", {}).items() if not form["parity"]["passed"]]
     if failed:
-        return refused("parity", f"the {failed[0]} export does not answer as the tuned model")
+        return make_refusal("parity", f"the {failed[0]} export does not answer as the tuned model")
     if champion is None:
         return None
     missing = [f"'{name}'" for name in champion.targets.labels if name not in challenger.targets.labels]
     if missing:
         before, now = (str(len(each.targets.labels)) for each in (champion, challenger))
-        sentence = f"the challenger does not know {', '.join(missing)}, which the champion does"
-        return refused("class names", sentence, champion=before, challenger=now, rule="all of the champion's")
-    for_both = all(isinstance(each, Both) for each in sets) or same_contract(champion.inputs, challenger.inputs)
-    if type(champion.targets) is not type(challenger.targets) or not for_both:
-        return refused("contracts", "the challenger reads inputs or answers otherwise, so no test set fits both")
+        reason = f"the challenger does not know {', '.join(missing)}, which the champion does"
+        return make_refusal("class names", reason, champion=before, challenger=now, rule="all of the champion's")
+    fits_both = all(isinstance(each, PairedSplit) for each in sets) or same_contract(champion.inputs, challenger.inputs)
+    if type(champion.targets) is not type(challenger.targets) or not fits_both:
+        return make_refusal("contracts", "the challenger reads inputs or answers otherwise, so no test set fits both")
     return None
 
 
 def same_contract(one: Any, other: Any) -> bool:
     """True where two contracts are of one kind and have the same options."""
-    return type(one) is type(other) and values_of(one) == values_of(other)
+    return type(one) is type(other) and get_option_values(one) == get_option_values(other)
 
 
 @attrs.frozen(eq=False)
-class _Exam:
+class _TestSet:
     """A test split, less what one of the models trained on.
 
     Args:
         name: Of the split.
         forms: What is left of it.
         targets: How its targets are read.
-        about: What the verdict says of it.
-        shares: What champion and challenger trained on of it.
-        allowed: What the challenger may have.
+        info: What the decision says of it.
+        trained_fractions: What champion and challenger trained on of it.
+        max_trained_fraction: What the challenger may have.
     """
 
     name: str
-    forms: Both
+    forms: PairedSplit
     targets: Targets
-    about: dict[str, Any]
-    shares: tuple[float, float]
-    allowed: float
+    info: dict[str, Any]
+    trained_fractions: tuple[float, float]
+    max_trained_fraction: float
 
     @classmethod
-    def of(cls, name: str, forms: Both, targets: Targets, champion: Servable | None, challenger: Servable) -> _Exam:
-        kept = [None if each is None else each.evidence for each in (champion, challenger)]
-        seen = [
-            torch.zeros(len(split), dtype=torch.bool) if each is None else torch.isin(digests(split), each.seen)
-            for each, split in zip(kept, (forms.champion, forms.challenger), strict=True)
+    def build(
+        cls,
+        name: str,
+        forms: PairedSplit,
+        targets: Targets,
+        champion: InferenceModel | None,
+        challenger: InferenceModel,
+    ) -> _TestSet:
+        reference_data = [None if each is None else each.reference_data for each in (champion, challenger)]
+        trained_on = [
+            torch.zeros(len(split), dtype=torch.bool)
+            if each is None
+            else torch.isin(hash_samples(split), each.train_digests)
+            for each, split in zip(reference_data, (forms.champion, forms.challenger), strict=True)
         ]
-        chance = [0.0 if each is None else float(each.repeated) for each in kept]
-        dirty = [where for where, repeated in zip(seen, chance, strict=True) if repeated <= _TRAINED_ON]
-        clean = (~torch.stack([*dirty, torch.zeros_like(seen[0])]).any(0)).nonzero().flatten()
-        whole = len(seen[0])
-        about = {"fingerprint": forms.champion.fingerprint(), "samples": len(clean), "left_out": whole - len(clean)}
-        if len(clean) not in (0, whole):
-            forms = Both(forms.champion.take(clean), forms.challenger.take(clean))
-        before, now = (float(each.double().mean()) for each in seen)
-        return cls(name, forms, targets, about, (before, now), chance[1] + _TRAINED_ON)
+        duplicate_fractions = [0.0 if each is None else float(each.duplicate_fraction) for each in reference_data]
+        excluded = [
+            where
+            for where, duplicate_fraction in zip(trained_on, duplicate_fractions, strict=True)
+            if duplicate_fraction <= _MAX_TRAINED_FRACTION
+        ]
+        clean = (~torch.stack([*excluded, torch.zeros_like(trained_on[0])]).any(0)).nonzero().flatten()
+        num_samples = len(trained_on[0])
+        info = {
+            "fingerprint": forms.champion.fingerprint(),
+            "num_samples": len(clean),
+            "num_skipped": num_samples - len(clean),
+        }
+        if len(clean) not in (0, num_samples):
+            forms = PairedSplit(forms.champion.subset(clean), forms.challenger.subset(clean))
+        before, now = (float(each.double().mean()) for each in trained_on)
+        return cls(name, forms, targets, info, (before, now), duplicate_fractions[1] + _MAX_TRAINED_FRACTION)
 
-    def trained_on(self) -> Row | None:
+    def check_contamination(self) -> GateCheck | None:
         """Refuses a test split that the challenger trained on, or of which nothing is left."""
-        if self.shares[1] <= self.allowed and self.about["samples"]:
+        if self.trained_fractions[1] <= self.max_trained_fraction and self.info["num_samples"]:
             return None
-        before, now = (f"{100 * share:.1f} %" for share in self.shares)
-        sentence = f"the challenger trained on {now} of the {self.name} test set, so it cannot be judged by it"
-        if self.shares[1] <= self.allowed:
-            sentence = f"the champion trained on {before} of the {self.name} test set, so they cannot be judged by it"
-        return Row("trained on the test set", before, now, f"at most {100 * self.allowed:.1f} %", False, sentence)
+        before, now = (f"{100 * share:.1f} %" for share in self.trained_fractions)
+        reason = f"the challenger trained on {now} of the {self.name} test set, so it cannot be judged by it"
+        if self.trained_fractions[1] <= self.max_trained_fraction:
+            reason = f"the champion trained on {before} of the {self.name} test set, so they cannot be judged by it"
+        return GateCheck(
+            "trained on the test set", before, now, f"at most {100 * self.max_trained_fraction:.1f} %", False, reason
+        )
 
-    def sat(self, champion: Servable | None, challenger: Servable) -> _Sat:
+    def evaluate(self, champion: InferenceModel | None, challenger: InferenceModel) -> _PairedLosses:
         """Both models' answers."""
-        truths = self.forms.champion.targets
-        before = None if champion is None else _wrongness(champion, self.forms.champion, truths, self.targets)
-        now = _wrongness(challenger, self.forms.challenger, truths, self.targets)
-        return _Sat(self.name, before, now, self.targets, truths)
+        labels = self.forms.champion.targets
+        before = None if champion is None else _per_sample_loss(champion, self.forms.champion, labels, self.targets)
+        now = _per_sample_loss(challenger, self.forms.challenger, labels, self.targets)
+        return _PairedLosses(self.name, before, now, self.targets, labels)
 
 
 @attrs.frozen(eq=False)
-class _Sat:
+class _PairedLosses:
     """How wrong each answer of both models is (n,): 0 is right."""
 
     name: str
     champion: Tensor | None
     challenger: Tensor
     targets: Targets
-    truths: Tensor
+    labels: Tensor
 
     @property
-    def named(self) -> bool:
+    def is_classification(self) -> bool:
         """True where answers are right or wrong, and not only near or far."""
         return bool(self.targets.labels)
 
 
-def _wrongness(model: Servable, split: Split, truths: Tensor, targets: Targets) -> Tensor:
+def _per_sample_loss(model: InferenceModel, split: Split, labels: Tensor, targets: Targets) -> Tensor:
     """How wrong each answer is (n,): by the test set's own names, or for numbers in deviations of the truth."""
-    batches = fetched(split, in_turn(len(split), _BATCH), workers=0)
+    batches = fetch_batches(split, iter_sequential(len(split), _BATCH), workers=0)
     outputs = torch.cat([model.outputs(stored) for _, stored in batches])
     if targets.labels:
-        named = _by_name(outputs, model.targets.labels, targets.labels, more=truths.ndim == 1)
-        return targets.wrongness(named, truths).double()
-    wanted = answers_of(targets, truths.reshape(len(truths), -1)).double()
-    off = (answers_of(model.targets, outputs).reshape(wanted.shape).double() - wanted).abs()
-    return (off / wanted.std(0).clamp_min(_SMALL)).mean(1).nan_to_num(nan=_HUGE, posinf=_HUGE)
+        named = _reorder_outputs(outputs, model.targets.labels, targets.labels, append_others=labels.ndim == 1)
+        return targets.per_sample_loss(named, labels).double()
+    expected = compute_predictions(targets, labels.reshape(len(labels), -1)).double()
+    error = (compute_predictions(model.targets, outputs).reshape(expected.shape).double() - expected).abs()
+    return (error / expected.std(0).clamp_min(_MIN_STD)).mean(1).nan_to_num(nan=_MAX_LOSS, posinf=_MAX_LOSS)
 
 
-def _by_name(outputs: Tensor, own: Sequence[str], wanted: Sequence[str], *, more: bool) -> Tensor:
-    """Outputs (b, k) in the order of other names; hopeless where the model lacks one; with `more`, its others last."""
-    if tuple(own) == tuple(wanted):
+def _reorder_outputs(
+    outputs: Tensor, model_labels: Sequence[str], labels: Sequence[str], *, append_others: bool
+) -> Tensor:
+    """Outputs (b, k) in the order of other names; hopeless where the model lacks one; with `append_others`, its others
+    last.
+    """
+    if tuple(model_labels) == tuple(labels):
         return outputs
-    order = [*wanted, *(name for name in own if more and name not in wanted)]
-    lacking = torch.full((len(outputs), 1), _LACKING)
-    return torch.cat([outputs, lacking], 1)[:, [own.index(name) if name in own else len(own) for name in order]]
+    order = [*labels, *(name for name in model_labels if append_others and name not in labels)]
+    lacking = torch.full((len(outputs), 1), _MISSING_CLASS_LOGIT)
+    return torch.cat([outputs, lacking], 1)[
+        :, [model_labels.index(name) if name in model_labels else len(model_labels) for name in order]
+    ]
 
 
-def _not_worse(sat: _Sat, rules: Rules) -> Row:
+def _check_non_inferiority(losses: _PairedLosses, rules: GateRules) -> GateCheck:
     """Non-inferiority on the old world."""
-    assert sat.champion is not None
-    if sat.named:
-        lost, most = at_most_lost(sat.champion == 0, sat.challenger == 0)
+    assert losses.champion is not None
+    if losses.is_classification:
+        lost, most = accuracy_loss_bound(losses.champion == 0, losses.challenger == 0)
     else:
-        lost, most = more_error(sat.champion, sat.challenger)
-    figures = _figures(sat)
-    unit = "points" if sat.named else "% of the error"
-    holds = most <= rules.margin
-    ruled_out = f"more than {100 * most:.2f} can be ruled out, and {100 * rules.margin:g} are allowed"
-    sentence = f"on the {sat.name} test set it loses {100 * lost:.2f} {unit}; only {ruled_out}"
-    rule = f"loses at most {100 * rules.margin:g} {unit}: {100 * lost:+.2f}, at most {100 * most:+.2f}"
-    return Row(f"{sat.name} test set", *figures, rule, holds, sentence)
+        lost, most = error_increase_bound(losses.champion, losses.challenger)
+    metrics = _format_metrics(losses)
+    unit = "points" if losses.is_classification else "% of the error"
+    passed = most <= rules.non_inferiority_margin
+    ruled_out = f"more than {100 * most:.2f} can be ruled out, and {100 * rules.non_inferiority_margin:g} are allowed"
+    reason = f"on the {losses.name} test set it loses {100 * lost:.2f} {unit}; only {ruled_out}"
+    rule = f"loses at most {100 * rules.non_inferiority_margin:g} {unit}: {100 * lost:+.2f}, at most {100 * most:+.2f}"
+    return GateCheck(f"{losses.name} test set", *metrics, rule, passed, reason)
 
 
-def _floors(sat: _Sat, rules: Rules) -> list[Row]:
+def _check_min_recall(losses: _PairedLosses, rules: GateRules) -> list[GateCheck]:
     """The weakest class's recall on the old world; nothing where there are no classes."""
-    classes = {name: rows for name, rows in sat.targets.pools(sat.truths).items() if len(rows)}
+    classes = {name: rows for name, rows in losses.targets.group_by_class(losses.labels).items() if len(rows)}
     if not classes:
         return []
-    weakest = min(classes, key=lambda name: _share_right(sat.challenger[classes[name]]))
-    now = _share_right(sat.challenger[classes[weakest]])
-    before = "" if sat.champion is None else f"{_share_right(sat.champion[classes[weakest]]):.4f}"
-    sentence = f"its recall of class '{weakest}' is {now:.4f}, under the floor of {rules.floor:g}"
-    rule = f"at least {rules.floor:g}"
-    return [Row(f"recall of '{weakest}'", before, f"{now:.4f}", rule, now >= rules.floor, sentence)]
+    weakest = min(classes, key=lambda name: _accuracy(losses.challenger[classes[name]]))
+    now = _accuracy(losses.challenger[classes[weakest]])
+    before = "" if losses.champion is None else f"{_accuracy(losses.champion[classes[weakest]]):.4f}"
+    reason = f"its recall of class '{weakest}' is {now:.4f}, under the floor of {rules.min_recall:g}"
+    rule = f"at least {rules.min_recall:g}"
+    return [GateCheck(f"recall of '{weakest}'", before, f"{now:.4f}", rule, now >= rules.min_recall, reason)]
 
 
-def _superior(sat: _Sat, rules: Rules) -> Row:
+def _check_superiority(losses: _PairedLosses, rules: GateRules) -> GateCheck:
     """Superiority on the new world, or on the old one where there is no new one."""
-    assert sat.champion is not None
-    ahead, p = better(sat.champion, sat.challenger, named=sat.named)
-    figures = _figures(sat)
-    shown = f"{figures[1]} against {figures[0]}, p = {p:.2g}"
+    assert losses.champion is not None
+    ahead, p = superiority_test(losses.champion, losses.challenger, is_classification=losses.is_classification)
+    metrics = _format_metrics(losses)
+    shown = f"{metrics[1]} against {metrics[0]}, p = {p:.2g}"
     if p <= rules.alpha:
         what = "better" if ahead else "worse"
-        holds, sentence = ahead, f"it is significantly {what} on the {sat.name} test set ({shown})"
+        passed, reason = ahead, f"it is significantly {what} on the {losses.name} test set ({shown})"
     else:
-        holds, sentence = rules.accept_equal, f"there is no significant difference on the {sat.name} test set ({shown})"
-        sentence += ", and --accept-equal lets it pass" if holds else ""
-    test = "McNemar's exact test" if sat.named else "paired t test"
+        passed, reason = (
+            rules.accept_equal,
+            f"there is no significant difference on the {losses.name} test set ({shown})",
+        )
+        reason += ", and --accept-equal lets it pass" if passed else ""
+    test = "McNemar's exact test" if losses.is_classification else "paired t test"
     rule = f"{test}: p {p:.2g}, at most {rules.alpha:g}" + (", or equal" if rules.accept_equal else "")
-    return Row(f"better, {sat.name} test set", *figures, rule, holds, sentence)
+    return GateCheck(f"better, {losses.name} test set", *metrics, rule, passed, reason)
 
 
-def _figures(sat: _Sat) -> tuple[str, str]:
+def _format_metrics(losses: _PairedLosses) -> tuple[str, str]:
     """Shares right, or mean errors, of champion and challenger."""
-    assert sat.champion is not None
-    if sat.named:
-        return f"{_share_right(sat.champion):.4f}", f"{_share_right(sat.challenger):.4f}"
-    return f"error {float(sat.champion.mean()):.4g}", f"error {float(sat.challenger.mean()):.4g}"
+    assert losses.champion is not None
+    if losses.is_classification:
+        return f"{_accuracy(losses.champion):.4f}", f"{_accuracy(losses.challenger):.4f}"
+    return f"error {float(losses.champion.mean()):.4g}", f"error {float(losses.challenger.mean()):.4g}"
 
 
-def _share_right(wrongness: Tensor) -> float:
-    return float((wrongness == 0).double().mean())
+def _accuracy(losses: Tensor) -> float:
+    return float((losses == 0).double().mean())
 
 
-def _fast_enough(champion: Servable, challenger: Servable, forms: Both, rules: Rules) -> Row:
+def _check_latency(
+    champion: InferenceModel, challenger: InferenceModel, forms: PairedSplit, rules: GateRules
+) -> GateCheck:
     """The time of a lone answer, the two measured in turn."""
     first = torch.tensor([0])
-    before, now = lone_times(((champion, forms.champion.fetch(first)), (challenger, forms.challenger.fetch(first))))
+    before, now = measure_latencies(
+        ((champion, forms.champion.fetch(first)), (challenger, forms.challenger.fetch(first)))
+    )
     ratio = now / before
-    holds = ratio <= rules.latency_ratio or now - before <= _LONE_S
-    sentence = f"a lone answer takes {ratio:.1f} times as long, and {rules.latency_ratio:g} are allowed"
+    passed = ratio <= rules.latency_ratio or now - before <= _MAX_EXTRA_LATENCY_S
+    reason = f"a lone answer takes {ratio:.1f} times as long, and {rules.latency_ratio:g} are allowed"
     shown = (f"{1000 * before:.2f} ms", f"{1000 * now:.2f} ms")
-    rule = f"at most {rules.latency_ratio:g} times, or {1000 * _LONE_S:g} ms more: {ratio:.2f}"
-    return Row("a lone answer", *shown, rule, holds, sentence)
+    rule = f"at most {rules.latency_ratio:g} times, or {1000 * _MAX_EXTRA_LATENCY_S:g} ms more: {ratio:.2f}"
+    return GateCheck("a lone answer", *shown, rule, passed, reason)
 
 
-def lone_times(asked: Sequence[tuple[Servable, Inputable]]) -> list[float]:
+def measure_latencies(requests: Sequence[tuple[InferenceModel, TensorTree]]) -> list[float]:
     """The time of one answer of each model in seconds, as the quickest tenth have it.
 
     They are asked in turn, there and back, and the quickest count, so that other work on the machine slows all alike:
     by medians one of two equal networks seemed to take five times as long where fifteen processes shared two cores.
     """
-    taken: list[list[float]] = [[] for _ in asked]
-    both = list(zip(asked, taken, strict=True))
-    for turn in range(_TIMED + _WARM):
-        for (model, stored), own in both if turn % 2 else both[::-1]:
+    seconds: list[list[float]] = [[] for _ in requests]
+    both = list(zip(requests, seconds, strict=True))
+    for trial in range(_NUM_TIMED + _NUM_WARMUP):
+        for (model, stored), own in both if trial % 2 else both[::-1]:
             began = time.perf_counter()
             model.outputs(stored)
-            if turn >= _WARM:
+            if trial >= _NUM_WARMUP:
                 own.append(time.perf_counter() - began)
-    return [sorted(own)[len(own) // 10] for own in taken]
+    return [sorted(own)[len(own) // 10] for own in seconds]

@@ -20,12 +20,12 @@ from typing import Any
 
 from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.engine.storage.run_dir import RUN, STATUS, read_json, write_json
-from tuneforge.errors import FolderError, TryAgainError, UsageError, close_match
-from tuneforge.exporting import atomic_dir as sealed
-from tuneforge.exporting.bundle import BUNDLE, CHAMPION, Servable, load_bundle
+from tuneforge.errors import FolderError, TryAgainError, UsageError, suggest_name
+from tuneforge.exporting.atomic_dir import fsync_path, publish
+from tuneforge.exporting.bundle import BUNDLE, CHAMPION, InferenceModel, load_bundle
 
 LOG = "log.jsonl"
-INCOMING = ".challenger"
+CHALLENGER_DIR = ".challenger"
 """Where a challenger is written, in the folder of its name, before it has a number."""
 
 _LOCK = ".lock"
@@ -33,7 +33,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _NUMBER = re.compile(r"[1-9]\d*")
 
 
-class Store:
+class ModelRegistry:
     """The versions of one name in a store.
 
     Args:
@@ -69,7 +69,7 @@ class Store:
             return []
         return sorted(int(each.name) for each in self.path.iterdir() if _NUMBER.fullmatch(each.name) and each.is_dir())
 
-    def folder(self, number: int | None = None) -> Path:
+    def version_dir(self, number: int | None = None) -> Path:
         """The folder of a version, or of the champion.
 
         Raises:
@@ -85,63 +85,64 @@ class Store:
             )
         return self.path / str(number)
 
-    def servable(self, number: int | None = None, *, backend: str = "auto", device_name: str = "auto") -> Servable:
+    def load(self, number: int | None = None, *, backend: str = "auto", device_name: str = "auto") -> InferenceModel:
         """A version, or the champion, ready to answer.
 
         Raises:
             FolderError: There is none, or it is broken.
         """
-        folder = self.folder(number)
+        folder = self.version_dir(number)
         return load_bundle(folder, backend=backend, device_name=device_name, name=self.name, version=folder.name)
 
-    def log(self) -> list[dict[str, Any]]:
+    def read_events(self) -> list[dict[str, Any]]:
         """Every line of the log; one that a kill cut off is passed over."""
         if not (self.path / LOG).exists():
             return []
-        lines = []
+        events = []
         for line in (self.path / LOG).read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
-        return lines
+                events.append(json.loads(line))
+        return events
 
-    def times_used(self, fingerprint: str) -> int:
+    def count_uses(self, fingerprint: str) -> int:
         """How often the test set of that fingerprint has been used to decide."""
-        tests = [test for line in self.log() for test in line.get("verdict", {}).get("tests", {}).values()]
-        return sum(test["fingerprint"] == fingerprint for test in tests)
+        decisions = [event["decision"] for event in self.read_events() if "decision" in event]
+        test_sets = [test_set for decision in decisions for test_set in decision["test_sets"].values()]
+        return sum(test_set["fingerprint"] == fingerprint for test_set in test_sets)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Hold the store for one promotion; what a killed one left is cleared away.
 
         Raises:
             FolderError: Another process holds it, or the place cannot be written, or it lies in the folder of a run or
                 of a bundle.
         """
-        self._require_own_place()
+        self._require_separate_dir()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / _LOCK).open("a+")
         except OSError as error:
             raise FolderError(f"cannot write '{self.path}'", where="--store", why=error.strerror or "") from error
         with lock:  # closing it releases it; the kernel does so for a process that died
-            self._take(lock.fileno())
-            self._tidy()
+            self._acquire_lock(lock.fileno())
+            self._clean_up()
             yield
 
-    def admit(self, incoming: Path, about: Mapping[str, Any]) -> int:
+    def register(self, bundle_dir: Path, about: Mapping[str, Any]) -> int:
         """Make a sealed bundle the next version and the champion; the store is locked.
 
         Args:
-            incoming: The bundle, on the store's file system; it is moved.
-            about: What the log keeps of it: the run, the verdict.
+            bundle_dir: The bundle, on the store's file system; it is moved.
+            about: What the log keeps of it: the run, the decision.
         """
-        known = [*self.versions(), *(line["version"] for line in self.log() if "version" in line)]
+        known = [*self.versions(), *(event["version"] for event in self.read_events() if "version" in event)]
         number = 1 + max(known, default=0)
-        self.note("reserved", version=number)
+        self.log_event("reserved", version=number)
         faults.point("store.reserved")
-        sealed.place(incoming, self.path / str(number))
+        publish(bundle_dir, self.path / str(number))
         faults.point("store.placed")
-        self._point(number, "promoted", about)
+        self._set_champion(number, "promoted", about)
         return number
 
     def rollback(self, to: int | None = None) -> int:
@@ -151,15 +152,15 @@ class Store:
             FolderError: There is no such version, or it is broken.
             HaltError: It no longer answers as it did.
         """
-        with self.locked():
-            number = self._before() if to is None else to
+        with self.lock():
+            number = self._previous_champion() if to is None else to
             if number == self.champion:
                 raise UsageError(f"version {number} of '{self.name}' is the champion already", where="--to")
-            self.servable(number).check()
-            self._point(number, "rolled back", {})
+            self.load(number).verify()
+            self._set_champion(number, "rolled back", {})
         return number
 
-    def note(self, event: str, **about: Any) -> None:
+    def log_event(self, event: str, **about: Any) -> None:
         """Add a line to the log, and see it on the disk.
 
         Raises:
@@ -168,18 +169,18 @@ class Store:
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **about})
         try:
             with (self.path / LOG).open("ab+") as file:
-                if file.tell() and not _ends_a_line(file.fileno(), file.tell()):
+                if file.tell() and not _ends_with_newline(file.fileno(), file.tell()):
                     line = "\n" + line
                 file.write(line.encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-            sealed.flush(self.path)
+            fsync_path(self.path)
         except OSError as error:
             raise TryAgainError(
                 f"cannot write '{self.path / LOG}'", why=error.strerror or str(error), fix="free some space"
             ) from error
 
-    def _require_own_place(self) -> None:
+    def _require_separate_dir(self) -> None:
         """See that a new store is not made where a run's or a bundle's own files are."""
         place = self.root.absolute()
         for each in () if self.path.is_dir() else (place, *place.parents):
@@ -193,32 +194,34 @@ class Store:
                     fix="name a folder of its own, such as models",
                 )
 
-    def _point(self, number: int, event: str, about: Mapping[str, Any]) -> None:
+    def _set_champion(self, number: int, event: str, about: Mapping[str, Any]) -> None:
         """Log it, then switch the pointer."""
-        self.note(event, version=number, against=self.champion, **about)
+        self.log_event(event, version=number, previous_champion=self.champion, **about)
         faults.point("store.logged")
-        write_json(self.path / CHAMPION, {"version": number, "before": self.champion})
-        sealed.flush(self.path)
+        write_json(self.path / CHAMPION, {"version": number, "previous": self.champion})
+        fsync_path(self.path)
         faults.point("store.pointed")
 
-    def _before(self) -> int:
-        before: int | None = read_json(self.path / CHAMPION)["before"] if self.champion is not None else None
-        if before is None:
+    def _previous_champion(self) -> int:
+        previous: int | None = read_json(self.path / CHAMPION)["previous"] if self.champion is not None else None
+        if previous is None:
             raise UsageError(
                 f"'{self.name}' has no champion before the present one", where=str(self.path), fix="name one with --to"
             )
-        return before
+        return previous
 
-    def _tidy(self) -> None:
+    def _clean_up(self) -> None:
         """Clear away what a killed promotion left, and say in the log that it did not take effect."""
         for each in self.path.glob(".*"):
             if each.is_dir():
                 shutil.rmtree(each)
-        switched = [line for line in self.log() if line["event"] in ("promoted", "rolled back", "interrupted")]
+        switched = [
+            event for event in self.read_events() if event["event"] in ("promoted", "rolled back", "interrupted")
+        ]
         if switched and switched[-1]["event"] != "interrupted" and switched[-1]["version"] != self.champion:
-            self.note("interrupted", version=switched[-1]["version"])
+            self.log_event("interrupted", version=switched[-1]["version"])
 
-    def _take(self, descriptor: int) -> None:
+    def _acquire_lock(self, descriptor: int) -> None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -230,7 +233,7 @@ class Store:
         os.write(descriptor, f"process {os.getpid()}".encode())
 
 
-def stores_in(root: str | Path) -> list[Store]:
+def list_models(root: str | Path) -> list[ModelRegistry]:
     """The models of a store, sorted by name.
 
     Raises:
@@ -239,20 +242,20 @@ def stores_in(root: str | Path) -> list[Store]:
     root = Path(root)
     if not root.is_dir():
         raise FolderError(f"there is no store '{root}'", where="--store", fix="tuneforge promote RUN makes one")
-    return [Store(root, each.name) for each in sorted(root.iterdir()) if (each / LOG).is_file()]
+    return [ModelRegistry(root, each.name) for each in sorted(root.iterdir()) if (each / LOG).is_file()]
 
 
-def store_of(root: str | Path, name: str) -> Store:
+def find_model(root: str | Path, name: str) -> ModelRegistry:
     """The versions of a name that a store has.
 
     Raises:
         FolderError: The store has no such name.
     """
-    known = [store.name for store in stores_in(root)]
+    known = [store.name for store in list_models(root)]
     if name not in known:
-        raise FolderError(f"the store has no model '{name}'", where=str(root), fix=close_match(name, known))
-    return Store(root, name)
+        raise FolderError(f"the store has no model '{name}'", where=str(root), fix=suggest_name(name, known))
+    return ModelRegistry(root, name)
 
 
-def _ends_a_line(descriptor: int, size: int) -> bool:
+def _ends_with_newline(descriptor: int, size: int) -> bool:
     return os.pread(descriptor, 1, size - 1) == b"\n"

@@ -9,61 +9,64 @@ from typing import Any
 import torch
 
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.data.dataset import Data, Inputs, Split, Targets, tensors_of
-from tuneforge.engine.loop.build import part
+from tuneforge.engine.data.dataset import Data, Inputs, Split, Targets, named_tensors
+from tuneforge.engine.loop.build import create_component
 from tuneforge.engine.model import device
-from tuneforge.engine.session import from_objects as given
+from tuneforge.engine.session.from_objects import resolve_member
 from tuneforge.errors import DataError
 from tuneforge.exporting.bundle import BUNDLE
-from tuneforge.plugin.config import resolve
+from tuneforge.plugin.config import resolve_config
 from tuneforge.plugin.hooks import Hooks
-from tuneforge.plugin.steps import Use
+from tuneforge.plugin.steps import ComponentSpec
 
 
-def data_of_bundle(record: Mapping[str, Any], data: Any = None, *, stored_by: Mapping[str, Any] | None = None) -> Data:
+def load_bundle_data(
+    record: Mapping[str, Any], data: Any = None, *, storage_record: Mapping[str, Any] | None = None
+) -> Data:
     """The splits, as they were.
 
     Args:
         record: The content of `bundle.json`.
         data: A data source, or data, in place of the one that the bundle names.
-        stored_by: Of another bundle, whose data source is asked to divide and to store as that one does, by the seed
-            of this one; what comes need not be what this one was tested on.
+        storage_record: Of another bundle, whose data source is asked to divide and to store as that one does, by the
+            seed of this one; what comes need not be what this one was tested on.
 
     Raises:
         DataError: They are no longer what they were.
     """
-    storing = stored_by or record
+    stored_as = storage_record or record
     table = {key: value for key, value in record["run"]["config"].items() if key != "out"}
-    config = resolve({**table, "data": storing["run"]["config"]["data"], "device": "cpu"}, where=BUNDLE)
+    config = resolve_config({**table, "data": stored_as["run"]["config"]["data"], "device": "cpu"}, where=BUNDLE)
     hooks = Hooks()
-    hooks.add(given.member("data_prepare", config.data if data is None else data, where="--data")[0])
-    hooks.provider("data_prepare")
-    run = Run(config=config, folder=None, device=device.choose("cpu"), hooks=hooks, restoring=True)
-    run.take_data(_shapes(storing))
-    found: Data = hooks.call.data_prepare(run=run)
-    if stored_by is None and found.test.fingerprint() != record["fingerprints"]["test"]:
+    hooks.add(resolve_member("data_prepare", config.data if data is None else data, where="--data")[0])
+    hooks.get_provider("data_prepare")
+    run = Run(config=config, run_dir=None, device=device.resolve_device("cpu"), hooks=hooks, restoring=True)
+    run.set_data(_placeholder_data(stored_as))
+    prepared: Data = hooks.call.data_prepare(run=run)
+    if storage_record is None and prepared.test.fingerprint() != record["fingerprints"]["test"]:
         raise DataError(
             f"the test split of '{record['name']}' is not what it was tested on",
             why="its fingerprint is another one than in its bundle",
-            fix="bring the data back as it was, or give the old test split from Python: tuneforge.promote(old=...)",
+            fix="bring the data back as it was, or give the old test split from Python: "
+            "tuneforge.promote(old_test_set=...)",
         )
-    return found
+    return prepared
 
 
-def split_of_files(folder: Path, inputs: Inputs, targets: Targets) -> Split:
+def load_labeled_files(folder: Path, inputs: Inputs, targets: Targets) -> Split:
     """Labelled files, one folder a class, as a model stores its inputs.
 
     Raises:
         DataError: There are none, a file cannot be decoded, or a folder is named like no class.
     """
-    files = labelled_files(folder)
-    stored = [tensors_of(inputs.decode(path)) for path in files]
+    files = list_labeled_files(folder)
+    stored = [named_tensors(inputs.decode(path)) for path in files]
     together = {name: torch.stack([each[name] for each in stored]) for name in stored[0]}
     answers = torch.tensor([targets.encode(path.parent.name) for path in files])
     return Split(together.get("", together), answers, ids=[str(path.relative_to(folder)) for path in files])
 
 
-def labelled_files(folder: Path) -> list[Path]:
+def list_labeled_files(folder: Path) -> list[Path]:
     """The files in the folders of a folder, each folder a class.
 
     Raises:
@@ -79,12 +82,12 @@ def labelled_files(folder: Path) -> list[Path]:
     return files
 
 
-def _shapes(record: Mapping[str, Any]) -> Data:
+def _placeholder_data(record: Mapping[str, Any]) -> Data:
     """Data of the right shapes and contracts, and nothing in it."""
     tensors = {
         name: torch.zeros(2, *shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
-        for name, (shape, dtype) in record["stored"].items()
+        for name, (shape, dtype) in record["input_specs"].items()
     }
     split = Split(tensors.get("", tensors), torch.zeros(2, dtype=torch.int64))
-    inputs, targets = (part(group, Use(**record[group])) for group in ("inputs", "targets"))
+    inputs, targets = (create_component(group, ComponentSpec(**record[group])) for group in ("inputs", "targets"))
     return Data(train=split, val=split, test=split, inputs=inputs, targets=targets)

@@ -10,7 +10,7 @@ import attrs
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from tuneforge.engine.data.dataset import Inputable, Inputs, tensors_of
+from tuneforge.engine.data.dataset import Inputs, TensorTree, named_tensors
 from tuneforge.errors import DataError
 
 TENSORS = "application/x-safetensors"
@@ -20,7 +20,7 @@ _STORED = "stored/"
 
 
 @attrs.frozen
-class Exchange:
+class LoggedRequest:
     """One thing that was asked and what was answered.
 
     Args:
@@ -28,23 +28,23 @@ class Exchange:
         version: The model that answered.
         body: The input as it was sent.
         content_type: What the body is, such as `image/png`; `TENSORS` for what came in its stored form.
-        answer: Plain data; `class` and `probability`, where it has them, are what it is ranked and judged by.
+        prediction: Plain data; `class` and `probability`, where it has them, are what it is ranked and judged by.
         time: Seconds since 1970.
         features: What drift is measured on, float32 bytes; None where nobody asked.
-        content: A digest of what the model saw, so that one picture sent in two ways counts as one; by default the
-            SHA-256 of the body.
+        content_digest: A digest of what the model saw, so that one picture sent in two ways counts as one; by default
+            the SHA-256 of the body.
     """
 
     id: str
     version: str
     body: bytes
     content_type: str
-    answer: dict[str, Any]
+    prediction: dict[str, Any]
     time: float = attrs.field(factory=time.time)
     features: bytes | None = None
-    content: str = ""
+    content_digest: str = ""
 
-    def stored(self, inputs: Inputs) -> Inputable:
+    def decode(self, inputs: Inputs) -> TensorTree:
         """The stored form of the input, without a sample axis.
 
         Raises:
@@ -59,61 +59,61 @@ class Exchange:
         return found.get("", found)
 
 
-def as_body(stored: Inputable, row: int) -> bytes:
+def encode_row(stored: TensorTree, row: int) -> bytes:
     """One row of stored inputs (b, ...) as the body of an exchange of type `TENSORS`."""
-    return save({_STORED + name: tensor[row].contiguous() for name, tensor in tensors_of(stored).items()})
+    return save({_STORED + name: tensor[row].contiguous() for name, tensor in named_tensors(stored).items()})
 
 
 @attrs.frozen
-class Label:
+class LabelRecord:
     """A label as it stands in the file.
 
     Args:
         id: The request's.
-        name: The class that is right.
-        previous: The label before it; None where it is the first.
+        class_name: The class that is right.
+        previous_class: The label before it; None where it is the first.
         held_out: True where the sample is for the gate alone.
         agrees: Whether the answer had been this class; None where the answer named none.
     """
 
     id: str
-    name: str
-    previous: str | None
+    class_name: str
+    previous_class: str | None
     held_out: bool
     agrees: bool | None
 
 
 @attrs.frozen
-class Labelled:
+class LabeledRequest:
     """A labelled sample, for training or for the gate.
 
     Args:
-        exchange: The request and its answer.
+        request: The request and its answer.
         label: The class that is right.
         held_out: True where it is for the gate alone.
-        number: How many labels had been given when this one was, itself counted.
+        label_number: How many labels had been given when this one was, itself counted.
     """
 
-    exchange: Exchange
+    request: LoggedRequest
     label: str
     held_out: bool
-    number: int = 0
+    label_number: int = 0
 
 
 @attrs.frozen
-class Counts:
+class RequestLogStats:
     """What the file holds.
 
     Args:
-        requests: Requests kept.
-        labelled: Requests with a label.
-        held_out: Labelled requests that are set aside.
-        labels: Labels ever given, relabelling included.
-        bytes: Size of the file in use.
+        num_requests: Requests kept.
+        num_labeled: Requests with a label.
+        num_held_out: Labelled requests that are set aside.
+        num_labels: Labels ever given, relabelling included.
+        used_bytes: Size of the file in use.
     """
 
-    requests: int
-    labelled: int
-    held_out: int
-    labels: int
-    bytes: int
+    num_requests: int
+    num_labeled: int
+    num_held_out: int
+    num_labels: int
+    used_bytes: int

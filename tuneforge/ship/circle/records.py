@@ -18,74 +18,76 @@ from types import TracebackType
 from typing import Any, Literal
 
 from tuneforge.errors import DataError, FolderError, TryAgainError, UnknownNameError, UsageError
-from tuneforge.ship.circle.exchanges import Counts as Counts
-from tuneforge.ship.circle.exchanges import Exchange as Exchange
-from tuneforge.ship.circle.exchanges import Label as Label
-from tuneforge.ship.circle.exchanges import Labelled as Labelled
+from tuneforge.ship.circle.exchanges import LabeledRequest as LabeledRequest
+from tuneforge.ship.circle.exchanges import LabelRecord as LabelRecord
+from tuneforge.ship.circle.exchanges import LoggedRequest as LoggedRequest
+from tuneforge.ship.circle.exchanges import RequestLogStats as RequestLogStats
 
 Side = Literal["train", "held-out"]
 
-HELD_OUT = 0.2
+HELD_OUT_FRACTION = 0.2
 """Share of the contents that is set aside for the gate, unless told otherwise when the file is made."""
 
-MOST_NAME = 100
+MAX_CLASS_NAME_LENGTH = 100
 """Characters that a class may have."""
 
 _VERSION = 1
-_EVICTED_AT_ONCE = 32
-_LARGEST_SHARE = 0.1  # of the cap, for one request
+_EVICTION_BATCH_SIZE = 32
+_MAX_BODY_FRACTION = 0.1  # of the cap, for one request
 _WAL_BYTES = 4 * 2**20
 _SCHEMA = """
 CREATE TABLE settings (held_out REAL NOT NULL);
 CREATE TABLE requests (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, time REAL NOT NULL, version TEXT NOT NULL,
-    answer TEXT NOT NULL, named TEXT, confidence REAL, features BLOB, content TEXT NOT NULL, held_out INTEGER NOT NULL,
-    label TEXT, label_number INTEGER
+    prediction TEXT NOT NULL, predicted_class TEXT, confidence REAL, features BLOB, content TEXT NOT NULL,
+    held_out INTEGER NOT NULL, label TEXT, label_number INTEGER
 );
 CREATE TABLE bodies (number INTEGER PRIMARY KEY, content_type TEXT NOT NULL, body BLOB NOT NULL);
 CREATE TABLE labels (
     number INTEGER PRIMARY KEY AUTOINCREMENT, request INTEGER NOT NULL, name TEXT NOT NULL, time REAL NOT NULL
 );
-CREATE INDEX unlabelled ON requests (number) WHERE label IS NULL;
+CREATE INDEX unlabeled ON requests (number) WHERE label IS NULL;
 CREATE INDEX uncertain ON requests (confidence) WHERE label IS NULL;
-CREATE INDEX labelled ON requests (label_number) WHERE label IS NOT NULL;
+CREATE INDEX labeled ON requests (label_number) WHERE label IS NOT NULL;
 CREATE INDEX contents ON requests (content) WHERE label IS NOT NULL;
 """
 
 
-class Records:
-    """The file of requests and labels: `with Records(path) as records: ...`. Threads may share it.
+class RequestLog:
+    """The file of requests and labels: `with RequestLog(path) as request_log: ...`. Threads may share it.
 
     Args:
         path: The file; made where there is none.
-        cap_mb: Most megabytes in use. Past it the oldest requests without a label go; a labelled one never does.
-        held_out: Share of the contents that is set aside; counts when the file is made, and stays for its life, so
-            that what was held out once is never trained on.
+        max_mb: Most megabytes in use. Past it the oldest requests without a label go; a labelled one never does.
+        held_out_fraction: Share of the contents that is set aside; counts when the file is made, and stays for its
+            life, so that what was held out once is never trained on.
 
     Raises:
         FolderError: The file cannot be opened, or is none of ours.
     """
 
-    def __init__(self, path: str | Path, *, cap_mb: float = 256, held_out: float = HELD_OUT) -> None:
-        if not 0 <= held_out < 1:
+    def __init__(self, path: str | Path, *, max_mb: float = 256, held_out_fraction: float = HELD_OUT_FRACTION) -> None:
+        if not 0 <= held_out_fraction < 1:
             raise UsageError(
-                f"a share of {held_out} cannot be held out", where="held_out", fix="give at least 0, less than 1"
+                f"a share of {held_out_fraction} cannot be held out",
+                where="held_out_fraction",
+                fix="give at least 0, less than 1",
             )
         self.path = Path(path)
-        self.cap_bytes = int(cap_mb * 2**20)
-        self.evicted, self.refused = 0, 0
+        self.max_bytes = int(max_mb * 2**20)
+        self.num_evicted, self.num_rejected = 0, 0
         self._lock = threading.RLock()
         try:
             self._db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
             raise FolderError(f"cannot open '{self.path}'", why=str(error), fix="check the path") from None
         try:
-            self._prepare(held_out)
+            self._open_schema(held_out_fraction)
         except BaseException:
             self._db.close()
             raise
 
-    def __enter__(self) -> Records:
+    def __enter__(self) -> RequestLog:
         return self
 
     def __exit__(
@@ -99,26 +101,29 @@ class Records:
             self._db.close()
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         """True where the cap is reached and only labelled requests are left, so that no new one is kept."""
-        return self._used() > self.cap_bytes and self._one("SELECT 1 FROM requests WHERE label IS NULL") is None
+        return (
+            self._used_bytes() > self.max_bytes
+            and self._fetch_one("SELECT 1 FROM requests WHERE label IS NULL") is None
+        )
 
-    def keep(self, exchanges: Sequence[Exchange]) -> int:
+    def append(self, requests: Sequence[LoggedRequest]) -> int:
         """Keep requests with their answers, all in one commit; make room where the cap is reached.
 
         Returns:
-            How many were kept. The others are counted in `refused`: an id that is there already, a body of more than
-            a tenth of the cap, or no room beside what is labelled.
+            How many were kept. The others are counted in `num_rejected`: an id that is there already, a body of more
+            than a tenth of the cap, or no room beside what is labelled.
         """
-        kept = 0
+        num_appended = 0
         with self._commit():
-            for each in exchanges:
-                room = len(each.body) <= _LARGEST_SHARE * self.cap_bytes and self._make_room()
-                kept += self._insert(each) if room else 0
-        self.refused += len(exchanges) - kept
-        return kept
+            for each in requests:
+                room = len(each.body) <= _MAX_BODY_FRACTION * self.max_bytes and self._make_room()
+                num_appended += self._insert(each) if room else 0
+        self.num_rejected += len(requests) - num_appended
+        return num_appended
 
-    def label(self, request_id: str, name: str) -> Label:
+    def label(self, request_id: str, class_name: str) -> LabelRecord:
         """Say which class is right for a request; on return it is on the disk. The last label counts, all are kept.
 
         Raises:
@@ -126,107 +131,122 @@ class Records:
             DataError: The name is empty, too long or not printable.
             TryAgainError: The disk is full, or another process holds the file.
         """
-        name = _checked_name(name)
+        class_name = _validate_class_name(class_name)
         with self._commit():
-            row = self._one("SELECT number, label, held_out, named FROM requests WHERE id = ?", request_id)
+            row = self._fetch_one(
+                "SELECT number, label, held_out, predicted_class FROM requests WHERE id = ?", request_id
+            )
             if row is None:
                 raise UnknownNameError(
                     f"no request '{request_id[:80]}' is kept",
                     why="only a share of the requests is kept, and the oldest ones go when the file is full",
                     fix="give the id of a request that the server has answered lately",
                 )
-            number, previous, held_out, named = row
+            number, previous, held_out, predicted_class = row
             added = self._db.execute(
-                "INSERT INTO labels (request, name, time) VALUES (?, ?, ?)", (number, name, time.time())
+                "INSERT INTO labels (request, name, time) VALUES (?, ?, ?)", (number, class_name, time.time())
             )
             self._db.execute(
-                "UPDATE requests SET label = ?, label_number = ? WHERE number = ?", (name, added.lastrowid, number)
+                "UPDATE requests SET label = ?, label_number = ? WHERE number = ?",
+                (class_name, added.lastrowid, number),
             )
-        return Label(request_id, name, previous, bool(held_out), None if named is None else named == name)
+        return LabelRecord(
+            request_id,
+            class_name,
+            previous,
+            bool(held_out),
+            None if predicted_class is None else predicted_class == class_name,
+        )
 
-    def labelled(self, side: Side | None = None) -> Iterator[Labelled]:
+    def labeled_requests(self, side: Side | None = None) -> Iterator[LabeledRequest]:
         """Labelled samples in the order of their labels, each content once, with the newest label it was given.
 
         Args:
             side: `"train"`, or `"held-out"` for the gate; None gives both. A content is always on the same side.
         """
-        newest = self._all(
+        newest = self._fetch_all(
             "SELECT label_number FROM requests AS r WHERE label IS NOT NULL AND (? IS NULL OR held_out = ?) "
             "AND NOT EXISTS (SELECT 1 FROM requests WHERE content = r.content AND label IS NOT NULL "
             "AND label_number > r.label_number) ORDER BY label_number",
             side, side == "held-out",
         )  # fmt: skip
         for (number,) in newest:
-            row = self._one(f"{_EXCHANGE} WHERE label_number = ?", number)
+            row = self._fetch_one(f"{_SELECT_REQUEST} WHERE label_number = ?", number)
             if row is not None:  # else it was labelled anew meanwhile
-                yield Labelled(_exchange(row[:-2]), row[-2], bool(row[-1]), number)
+                yield LabeledRequest(_to_logged_request(row[:-2]), row[-2], bool(row[-1]), number)
 
     def history(self, request_id: str) -> list[str]:
         """Every label that a request was given, oldest first."""
         query = "SELECT name FROM labels JOIN requests ON request = requests.number WHERE id = ? ORDER BY labels.number"
-        return [name for (name,) in self._all(query, request_id)]
+        return [name for (name,) in self._fetch_all(query, request_id)]
 
-    def judged(self, *, last: int | None = None, version: str | None = None) -> list[tuple[str, str]]:
+    def labeled_predictions(self, *, limit: int | None = None, version: str | None = None) -> list[tuple[str, str]]:
         """Answered class and right class of labelled requests whose answer named a class, newest request first.
 
         Args:
-            last: At most so many.
+            limit: At most so many.
             version: Of one model only.
         """
-        return self._all(
-            "SELECT named, label FROM requests WHERE label IS NOT NULL AND named IS NOT NULL "
+        return self._fetch_all(
+            "SELECT predicted_class, label FROM requests WHERE label IS NOT NULL AND predicted_class IS NOT NULL "
             "AND (? IS NULL OR version = ?) ORDER BY number DESC LIMIT ?",
-            version, version, -1 if last is None else last,
+            version, version, -1 if limit is None else limit,
         )  # fmt: skip
 
-    def recent(self, last: int, *, version: str | None = None) -> list[tuple[float | None, bytes | None]]:
+    def recent_features(self, limit: int, *, version: str | None = None) -> list[tuple[float | None, bytes | None]]:
         """Confidence and features of the newest requests."""
-        return self._all(
+        return self._fetch_all(
             "SELECT confidence, features FROM requests WHERE ? IS NULL OR version = ? ORDER BY number DESC LIMIT ?",
-            version, version, last,
+            version, version, limit,
         )  # fmt: skip
 
-    def over_time(self) -> list[tuple[float, bool, str]]:
+    def accuracy_history(self) -> list[tuple[float, bool, str]]:
         """Time, whether the answer was right, and version, of labelled requests that named a class, oldest first."""
-        rows = self._all(
-            "SELECT time, named = label, version FROM requests WHERE label IS NOT NULL AND named IS NOT NULL ORDER BY 1"
+        rows = self._fetch_all(
+            "SELECT time, predicted_class = label, version FROM requests "
+            "WHERE label IS NOT NULL AND predicted_class IS NOT NULL ORDER BY 1"
         )
-        return [(at, bool(right), version) for at, right, version in rows]
+        return [(at, bool(is_correct), version) for at, is_correct, version in rows]
 
-    def least_certain(self, *, skip: Sequence[str] = ()) -> Exchange | None:
+    def least_certain(self, *, skip: Sequence[str] = ()) -> LoggedRequest | None:
         """The unlabelled request whose answer was least certain; None where there is none.
 
         Args:
             skip: Ids that are passed over.
         """
         marks = ", ".join("?" * len(skip))
-        found = self._one(
+        found = self._fetch_one(
             f"SELECT id FROM requests WHERE label IS NULL AND id NOT IN ({marks}) "  # noqa: S608 - question marks only
             "ORDER BY confidence IS NULL, confidence, number DESC LIMIT 1",
             *skip,
         )
         return None if found is None else self.find(found[0])
 
-    def find(self, request_id: str) -> Exchange | None:
+    def find(self, request_id: str) -> LoggedRequest | None:
         """The request of that id; None where it is not kept."""
-        row = self._one(f"{_EXCHANGE} WHERE id = ?", request_id)
-        return None if row is None else _exchange(row[:-2])
+        row = self._fetch_one(f"{_SELECT_REQUEST} WHERE id = ?", request_id)
+        return None if row is None else _to_logged_request(row[:-2])
 
     def classes(self) -> list[str]:
         """Classes that labels name, sorted."""
-        return [name for (name,) in self._all("SELECT DISTINCT label FROM requests WHERE label IS NOT NULL ORDER BY 1")]
+        return [
+            name
+            for (name,) in self._fetch_all("SELECT DISTINCT label FROM requests WHERE label IS NOT NULL ORDER BY 1")
+        ]
 
     def num_labels(self) -> int:
         """Labels ever given: what a trigger counts."""
-        return int(self._one("SELECT COUNT(*) FROM labels")[0])
+        return int(self._fetch_one("SELECT COUNT(*) FROM labels")[0])
 
-    def counts(self) -> Counts:
+    def stats(self) -> RequestLogStats:
         """What the file holds."""
-        requests = self._one("SELECT COUNT(*) FROM requests")[0]
-        labelled, held_out = self._one("SELECT COUNT(*), TOTAL(held_out) FROM requests WHERE label IS NOT NULL")
-        return Counts(requests, labelled, int(held_out), self.num_labels(), self._used())
+        num_requests = self._fetch_one("SELECT COUNT(*) FROM requests")[0]
+        num_labeled, num_held_out = self._fetch_one(
+            "SELECT COUNT(*), TOTAL(held_out) FROM requests WHERE label IS NOT NULL"
+        )
+        return RequestLogStats(num_requests, num_labeled, int(num_held_out), self.num_labels(), self._used_bytes())
 
-    def _prepare(self, held_out: float) -> None:
+    def _open_schema(self, held_out_fraction: float) -> None:
         try:
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             foreign = version == 0 and self._db.execute("SELECT 1 FROM sqlite_master").fetchone() is not None
@@ -241,7 +261,7 @@ class Records:
             if version == 0:
                 for statement in _SCHEMA.split(";"):
                     self._db.execute(statement)
-                self._db.execute("INSERT INTO settings VALUES (?)", (held_out,))
+                self._db.execute("INSERT INTO settings VALUES (?)", (held_out_fraction,))
                 self._db.execute(f"PRAGMA user_version={_VERSION}")
             self._db.execute("COMMIT")
         except sqlite3.DatabaseError as error:
@@ -252,17 +272,18 @@ class Records:
                 why=f"this version of tuneforge reads kind {_VERSION}",
                 fix="use the version of tuneforge that wrote them, or name another file",
             )
-        self.held_out = float(self._one("SELECT held_out FROM settings")[0])
+        self.held_out_fraction = float(self._fetch_one("SELECT held_out FROM settings")[0])
 
-    def _insert(self, each: Exchange) -> bool:
-        content = each.content or hashlib.sha256(each.body).hexdigest()
-        named, confidence = each.answer.get("class"), each.answer.get("probability")
+    def _insert(self, each: LoggedRequest) -> bool:
+        content = each.content_digest or hashlib.sha256(each.body).hexdigest()
+        predicted_class, confidence = each.prediction.get("class"), each.prediction.get("probability")
         added = self._db.execute(
-            "INSERT OR IGNORE INTO requests (id, time, version, answer, named, confidence, features, content, held_out)"
+            "INSERT OR IGNORE INTO requests "
+            "(id, time, version, prediction, predicted_class, confidence, features, content, held_out)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                each.id, each.time, each.version, json.dumps(each.answer), named, confidence, each.features, content,
-                in_share(content, self.held_out, salt="held out"),
+                each.id, each.time, each.version, json.dumps(each.prediction), predicted_class, confidence,
+                each.features, content, is_sampled(content, self.held_out_fraction, salt="held out"),
             ),
         )  # fmt: skip
         if added.rowcount:
@@ -272,25 +293,27 @@ class Records:
 
     def _make_room(self) -> bool:
         """Remove the oldest requests without a label until the file is below its cap; False where it cannot be."""
-        while self._used() > self.cap_bytes:
+        while self._used_bytes() > self.max_bytes:
             query = "SELECT number FROM requests WHERE label IS NULL ORDER BY number LIMIT ?"
-            oldest = self._db.execute(query, (_EVICTED_AT_ONCE,)).fetchall()
+            oldest = self._db.execute(query, (_EVICTION_BATCH_SIZE,)).fetchall()
             if not oldest:
                 return False
             self._db.executemany("DELETE FROM bodies WHERE number = ?", oldest)
             self._db.executemany("DELETE FROM requests WHERE number = ?", oldest)
-            self.evicted += len(oldest)
+            self.num_evicted += len(oldest)
         return True
 
-    def _used(self) -> int:
+    def _used_bytes(self) -> int:
         """Bytes of the pages in use."""
-        pages, free, size = (self._one(f"PRAGMA {name}")[0] for name in ("page_count", "freelist_count", "page_size"))
+        pages, free, size = (
+            self._fetch_one(f"PRAGMA {name}")[0] for name in ("page_count", "freelist_count", "page_size")
+        )
         return int((pages - free) * size)
 
     @contextlib.contextmanager
     def _commit(self) -> Iterator[None]:
         """All or nothing, on the disk at the end."""
-        with self._lock, _explained(self.path):
+        with self._lock, _translate_errors(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -300,46 +323,46 @@ class Records:
                     self._db.execute("ROLLBACK")
                 raise
 
-    def _one(self, query: str, *values: Any) -> Any:
-        with self._lock, _explained(self.path):
+    def _fetch_one(self, query: str, *values: Any) -> Any:
+        with self._lock, _translate_errors(self.path):
             return self._db.execute(query, values).fetchone()
 
-    def _all(self, query: str, *values: Any) -> list[Any]:
-        with self._lock, _explained(self.path):
+    def _fetch_all(self, query: str, *values: Any) -> list[Any]:
+        with self._lock, _translate_errors(self.path):
             return self._db.execute(query, values).fetchall()
 
 
-_EXCHANGE = (
-    "SELECT id, version, body, content_type, answer, time, features, content, label, held_out "
+_SELECT_REQUEST = (
+    "SELECT id, version, body, content_type, prediction, time, features, content, label, held_out "
     "FROM requests JOIN bodies USING (number)"
 )
 
 
-def in_share(key: str, share: float, *, salt: str) -> bool:
+def is_sampled(key: str, fraction: float, *, salt: str) -> bool:
     """True for a fixed share of all keys; the same key always falls on the same side."""
     digest = hashlib.sha256(f"{salt}\0{key}".encode()).digest()
-    return int.from_bytes(digest[:8]) < share * 2**64
+    return int.from_bytes(digest[:8]) < fraction * 2**64
 
 
-def _exchange(row: tuple[Any, ...]) -> Exchange:
-    request_id, version, body, content_type, answer, at, features, content = row
-    return Exchange(request_id, version, body, content_type, json.loads(answer), at, features, content)
+def _to_logged_request(row: tuple[Any, ...]) -> LoggedRequest:
+    request_id, version, body, content_type, prediction, at, features, content = row
+    return LoggedRequest(request_id, version, body, content_type, json.loads(prediction), at, features, content)
 
 
-def _checked_name(name: str) -> str:
+def _validate_class_name(name: str) -> str:
     name = name.strip()
-    if not name or len(name) > MOST_NAME or not name.isprintable():
+    if not name or len(name) > MAX_CLASS_NAME_LENGTH or not name.isprintable():
         raise DataError(
-            f"{name[:MOST_NAME]!r} cannot name a class",
+            f"{name[:MAX_CLASS_NAME_LENGTH]!r} cannot name a class",
             where="class",
-            why=f"1 to {MOST_NAME} printable characters are needed",
+            why=f"1 to {MAX_CLASS_NAME_LENGTH} printable characters are needed",
             fix="give the class's name",
         )
     return name
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _translate_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:

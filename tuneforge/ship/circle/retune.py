@@ -1,6 +1,6 @@
 """One turn of the circle: the champion, old data and what production taught make a challenger, and the gate judges.
 
-A turn has a folder in the store, `STORE/NAME/turns/N/`: the new samples as they were at its beginning, the labels that
+A turn has a folder in the store, `STORE/NAME/rounds/N/`: the new samples as they were at its beginning, the labels that
 did not fit, the run. So a turn can be looked at, and its run resumed, whatever is labelled meanwhile.
 """
 
@@ -17,196 +17,222 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.data.dataset import Data, Inputs, Split, tensors_of
-from tuneforge.engine.session import predictor as tuned
+from tuneforge.engine.data.dataset import Data, Inputs, Split, named_tensors
 from tuneforge.engine.session.engine import Engine
+from tuneforge.engine.session.predictor import Predictor, attach_data, load
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.engine.storage.safetensors_io import save_tensors
 from tuneforge.errors import DataError, FolderError, UsageError
 from tuneforge.exporting.bundle import BUNDLE
-from tuneforge.plugin.steps import Use
-from tuneforge.ship.champion.gate import Rules, Verdict, refused
+from tuneforge.plugin.steps import ComponentSpec
+from tuneforge.ship.champion.gate import GateDecision, GateRules, make_refusal
 from tuneforge.ship.champion.promote import promote
-from tuneforge.ship.champion.statistics import fewest_pairs
-from tuneforge.ship.champion.store import Store, store_of, stores_in
-from tuneforge.ship.circle.records import Labelled, Records
-from tuneforge.ship.circle.suspects import Suspect, sentence, suspects
-from tuneforge.ship.circle.watch import FEWEST
+from tuneforge.ship.champion.statistics import min_num_pairs
+from tuneforge.ship.champion.store import ModelRegistry, find_model, list_models
+from tuneforge.ship.circle.records import LabeledRequest, RequestLog
+from tuneforge.ship.circle.suspects import FeedbackLabelIssue, describe_label_issues, find_label_issues
+from tuneforge.ship.circle.watch import MIN_REQUESTS
 
-TURN = "turn"
+ROUND = "retraining-round"
 """The event that the store's log has for each turn."""
 
-MOST_MISFITS = 0.1
+MAX_LABEL_ISSUES = 0.1
 """Share of labels that may not fit their samples. Of 300 real digits of a changed world, all labelled right, at most
 4 % do not seem to; where a fifth are labelled wrong at random, about a fifth do not.
 """
 
-TURNS, NEW, SUSPECTS, RUN = "turns", "new.safetensors", "suspects.json", "run"
-_CONTINUED, _WARM = "continued", "warm-start"
+ROUNDS, NEW, LABEL_ISSUES, RUN = "rounds", "new.safetensors", "label_issues.json", "run"
+_CONTINUED, _WARM_START = "continued", "warm-start"
 
 
 @attrs.frozen
-class Turn:
+class RetrainingRound:
     """How a turn ended.
 
     Args:
         number: Of the turn.
-        labelled: Labelled samples, each content once.
-        held_out: Those of them that only the gate saw.
-        suspects: Labels that do not fit their samples.
-        version: The new champion's number; None where the gate refused.
-        against: The champion at the beginning.
-        verdict: What the gate said.
-        folder: Of the turn.
+        num_labeled: Labelled samples, each content once.
+        num_held_out: Those of them that only the gate saw.
+        label_issues: Labels that do not fit their samples.
+        new_version: The new champion's number; None where the gate refused.
+        previous_champion: The champion at the beginning.
+        decision: What the gate said.
+        round_dir: Of the turn.
         seconds: It took.
     """
 
     number: int
-    labelled: int
-    held_out: int
-    suspects: tuple[Suspect, ...]
-    version: int | None
-    against: int
-    verdict: Verdict
-    folder: Path
+    num_labeled: int
+    num_held_out: int
+    label_issues: tuple[FeedbackLabelIssue, ...]
+    new_version: int | None
+    previous_champion: int
+    decision: GateDecision
+    round_dir: Path
     seconds: float
 
 
-def retune(
-    store: str | Path,
-    records: Records,
+def retrain(
+    registry: str | Path,
+    request_log: RequestLog,
     *,
     name: str | None = None,
     strategy: Any = "replay",
-    rules: Rules | None = None,
-    trust: bool = False,
-    most_misfits: float = MOST_MISFITS,
+    rules: GateRules | None = None,
+    trust_labels: bool = False,
+    max_label_issues: float = MAX_LABEL_ISSUES,
     to: Sequence[str] | None = None,
-    settings: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> Turn:
+    run_settings: Mapping[str, Any] | None = None,
+    log: Callable[[str], None] = lambda text: None,
+) -> RetrainingRound:
     """Tune the champion on the old data and on what got labelled, and promote the result if the gate lets it pass.
 
     Args:
-        store: The store's folder.
-        records: Of the server that the champion answers in.
+        registry: The store's folder.
+        request_log: Of the server that the champion answers in.
         name: Of the model; None: the only one that the store has.
         strategy: By name, `use(...)`, or what else `Engine` takes.
         rules: Of the gate.
-        trust: Train also on labels that do not fit their samples, judge by them, and have as many as there are.
-        most_misfits: Share of the labels that may not fit their samples; with more, nothing is trained.
+        trust_labels: Train also on labels that do not fit their samples, judge by them, and have as many as there are.
+        max_label_issues: Share of the labels that may not fit their samples; with more, nothing is trained.
         to: The forms of the new version; None: those of the champion.
-        settings: Of the run, over the champion's, such as `seed` and `device`.
-        say: Where sentences for the user go.
+        run_settings: Of the run, over the champion's, such as `seed` and `device`.
+        log: Where sentences for the user go.
 
     Raises:
         FolderError: The store has no such champion, or its version does not hold what can be tuned.
         DataError: Too little is labelled, or what is cannot be decoded any more.
     """
-    place = named(store, name)
-    rules = rules or Rules()
-    turning = _Turning(place, records, strategy, rules, trust, most_misfits, to, settings or {}, say)
-    return turning.turn()
+    model_registry = select_model(registry, name)
+    rules = rules or GateRules()
+    job = _RetrainingJob(
+        model_registry, request_log, strategy, rules, trust_labels, max_label_issues, to, run_settings or {}, log
+    )
+    return job.run()
 
 
 @attrs.frozen(eq=False)
-class _Turning:
-    """A turn while it goes on; the fields are what `retune` is given."""
+class _RetrainingJob:
+    """A turn while it goes on; the fields are what `retrain` is given."""
 
-    place: Store
-    records: Records
+    registry: ModelRegistry
+    request_log: RequestLog
     strategy: Any
-    rules: Rules
-    trust: bool
-    most_misfits: float
+    rules: GateRules
+    trust_labels: bool
+    max_label_issues: float
     to: Sequence[str] | None
-    settings: Mapping[str, Any]
-    say: Callable[[str], None]
+    run_settings: Mapping[str, Any]
+    log: Callable[[str], None]
 
-    def turn(self) -> Turn:
-        """From the labels to the verdict."""
-        began, place = time.monotonic(), self.place
-        against = place.champion
-        if against is None:
-            raise FolderError(f"'{place.name}' has no champion", where=str(place.path), fix="tuneforge promote RUN")
-        champion = _tunable(place.folder(against))
-        labels = self.records.num_labels()  # those given while the turn goes on are for the next one
-        samples = Samples.of(list(self.records.labelled()), champion.inputs)
-        self._require_enough(samples)
-        number, folder = _next_folder(place)
-        self.say(f"turn {number}: {len(samples)} labelled samples, {sum(samples.held_out)} of them for the gate alone")
-        misfits = [] if self.trust else self._misfits(champion, samples, folder)
-        if len(misfits) > self.most_misfits * len(samples):
-            verdict, version = self._poisoned(misfits, len(samples), against), None
+    def run(self) -> RetrainingRound:
+        """From the labels to the decision."""
+        began, registry = time.monotonic(), self.registry
+        previous_champion = registry.champion
+        if previous_champion is None:
+            raise FolderError(
+                f"'{registry.name}' has no champion", where=str(registry.path), fix="tuneforge promote RUN"
+            )
+        champion = _load_trainable(registry.version_dir(previous_champion))
+        labels = self.request_log.num_labels()  # those given while the turn goes on are for the next one
+        samples = LabeledSamples.decode(list(self.request_log.labeled_requests()), champion.inputs)
+        self._require_enough_labels(samples)
+        number, round_dir = _create_round_dir(registry)
+        self.log(f"turn {number}: {len(samples)} labelled samples, {sum(samples.held_out)} of them for the gate alone")
+        label_issues = [] if self.trust_labels else self._find_label_issues(champion, samples, round_dir)
+        if len(label_issues) > self.max_label_issues * len(samples):
+            decision, new_version = self._refuse_labels(label_issues, len(samples), previous_champion), None
         else:
-            verdict, version = self._challenged(champion, samples.without({each.place for each in misfits}), folder)
-        turn = Turn(
+            decision, new_version = self._train_and_promote(
+                champion, samples.without({each.row for each in label_issues}), round_dir
+            )
+        retraining_round = RetrainingRound(
             number=number,
-            labelled=len(samples),
-            held_out=sum(samples.held_out),
-            suspects=tuple(misfits),
-            version=version,
-            against=against,
-            verdict=verdict,
-            folder=folder,
+            num_labeled=len(samples),
+            num_held_out=sum(samples.held_out),
+            label_issues=tuple(label_issues),
+            new_version=new_version,
+            previous_champion=previous_champion,
+            decision=decision,
+            round_dir=round_dir,
             seconds=time.monotonic() - began,
         )
-        place.note(TURN, **_logged(turn, labels))
-        return turn
+        registry.log_event(ROUND, **_build_event(retraining_round, labels))
+        return retraining_round
 
-    def _require_enough(self, samples: Samples) -> None:
+    def _require_enough_labels(self, samples: LabeledSamples) -> None:
         """See that a turn can end well, before anything is made."""
-        held, least = sum(samples.held_out), 0 if self.rules.accept_equal else fewest_pairs(self.rules.alpha)
-        if held < len(samples) and held >= least:
+        num_held_out, min_held_out = (
+            sum(samples.held_out),
+            0 if self.rules.accept_equal else min_num_pairs(self.rules.alpha),
+        )
+        if num_held_out < len(samples) and num_held_out >= min_held_out:
             return
-        more = max(1, math.ceil((least - held) / self.records.held_out)) if self.records.held_out else 1
+        more = (
+            max(1, math.ceil((min_held_out - num_held_out) / self.request_log.held_out_fraction))
+            if self.request_log.held_out_fraction
+            else 1
+        )
         raise DataError(
             f"{len(samples)} labelled sample(s) are too few for a turn",
-            where=str(self.records.path),
-            why=f"{held} of them are held out for the gate, which needs {least} to see any difference, and the others "
-            "are to train on",
+            where=str(self.request_log.path),
+            why=f"{num_held_out} of them are held out for the gate, which needs {min_held_out} to see any difference, "
+            "and the others are to train on",
             fix=f"label about {more} more (POST /feedback, or the page /review)",
         )
 
-    def _misfits(self, champion: tuned.Tuned, samples: Samples, folder: Path) -> list[Suspect]:
+    def _find_label_issues(
+        self, champion: Predictor, samples: LabeledSamples, round_dir: Path
+    ) -> list[FeedbackLabelIssue]:
         """Labels that do not fit, by the champion's features and the old samples, which are trusted."""
-        old = tuned.with_data(tuned.load(_base(champion))).data
-        known = old.targets.labels
-        classes = [*known, *sorted(set(samples.labels) - set(known))]
-        found = suspects(champion.run, old.train, samples.split(classes), classes)
-        names.write_json(folder / SUSPECTS, [{"id": samples.ids[each.place], **attrs.asdict(each)} for each in found])
-        self.say(sentence(found, len(samples)))
-        return found
-
-    def _poisoned(self, misfits: Sequence[Suspect], total: int, against: int) -> Verdict:
-        """Refuse labels of which too many do not fit."""
-        share, most = (f"{100 * each:.0f} %" for each in (len(misfits) / total, self.most_misfits))
-        rule = f"at most {most} of the labels do not fit"
-        verdict = refused("labels", f"{sentence(misfits, total)}, and {most} are allowed", challenger=share, rule=rule)
-        self.place.note("refused", against=against, verdict=names.finite(verdict.plain()))
-        return verdict
-
-    def _challenged(self, champion: tuned.Tuned, samples: Samples, folder: Path) -> tuple[Verdict, int | None]:
-        """Tune, and let the gate judge; the number of the new version, if there is one."""
-        samples.save(folder / NEW)
-        run = _engine(champion, folder, self.strategy, self.settings, self.say).run().folder
-        data = tuned.with_data(tuned.load(run)).data
-        ended = promote(
-            run,
-            store=self.place.root,
-            name=self.place.name,
-            to=self.to or _forms(champion.path),
-            new=data.further.get("new"),
-            new_targets=data.targets,
-            worlds=_worlds(self.place, samples, data),
-            rules=self.rules,
-            say=self.say,
+        data = attach_data(load(_base_run(champion))).data
+        labels = data.targets.labels
+        classes = [*labels, *sorted(set(samples.labels) - set(labels))]
+        issues = find_label_issues(champion.run, data.train, samples.to_split(classes), classes)
+        names.write_json(
+            round_dir / LABEL_ISSUES, [{"id": samples.ids[each.row], **attrs.asdict(each)} for each in issues]
         )
-        return ended.verdict, ended.version
+        self.log(describe_label_issues(issues, len(samples)))
+        return issues
+
+    def _refuse_labels(self, issues: Sequence[FeedbackLabelIssue], total: int, previous_champion: int) -> GateDecision:
+        """Refuse labels of which too many do not fit."""
+        fraction, max_fraction = (f"{100 * each:.0f} %" for each in (len(issues) / total, self.max_label_issues))
+        rule = f"at most {max_fraction} of the labels do not fit"
+        decision = make_refusal(
+            "labels",
+            f"{describe_label_issues(issues, total)}, and {max_fraction} are allowed",
+            challenger=fraction,
+            rule=rule,
+        )
+        self.registry.log_event(
+            "refused", previous_champion=previous_champion, decision=names.nonfinite_to_none(decision.to_dict())
+        )
+        return decision
+
+    def _train_and_promote(
+        self, champion: Predictor, samples: LabeledSamples, round_dir: Path
+    ) -> tuple[GateDecision, int | None]:
+        """Tune, and let the gate judge; the number of the new version, if there is one."""
+        samples.save(round_dir / NEW)
+        run_dir = _build_engine(champion, round_dir, self.strategy, self.run_settings, self.log).run().run_dir
+        data = attach_data(load(run_dir)).data
+        result = promote(
+            run_dir,
+            registry=self.registry.root,
+            name=self.registry.name,
+            to=self.to or _list_formats(champion.run_dir),
+            new_test_set=data.extra_test_splits.get("new"),
+            new_targets=data.targets,
+            reference_splits=_build_reference_splits(self.registry, samples, data),
+            rules=self.rules,
+            log=self.log,
+        )
+        return result.decision, result.version
 
 
 @attrs.frozen(eq=False)
-class Samples:
+class LabeledSamples:
     """Labelled samples as the inputs contract stores them; what the data source `continued` reads.
 
     Args:
@@ -214,64 +240,64 @@ class Samples:
         labels: The class of each.
         ids: The request of each.
         held_out: Whether each is for the gate alone.
-        numbers: How many labels had been given when each was, itself counted.
+        label_numbers: How many labels had been given when each was, itself counted.
     """
 
     tensors: dict[str, Tensor]
     labels: list[str]
     ids: list[str]
     held_out: list[bool]
-    numbers: list[int]
+    label_numbers: list[int]
 
     @classmethod
-    def of(cls, found: Sequence[Labelled], inputs: Inputs) -> Samples:
+    def decode(cls, requests: Sequence[LabeledRequest], inputs: Inputs) -> LabeledSamples:
         """Decode labelled requests.
 
         Raises:
             DataError: There are none, or one cannot be decoded, or they come out in different shapes.
         """
-        if not found:
+        if not requests:
             raise DataError("nothing is labelled", fix="label some requests (POST /feedback, or the page /review)")
-        stored = [tensors_of(each.exchange.stored(inputs)) for each in found]
+        stored = [named_tensors(each.request.decode(inputs)) for each in requests]
         if any(stored[0][name].shape != each[name].shape for each in stored for name in stored[0]):
             raise DataError("labelled samples have different shapes", fix="let the inputs' operations give one size")
         return cls(
             {name: torch.stack([each[name] for each in stored]) for name in stored[0]},
-            [each.label for each in found],
-            [each.exchange.id for each in found],
-            [each.held_out for each in found],
-            [each.number for each in found],
+            [each.label for each in requests],
+            [each.request.id for each in requests],
+            [each.held_out for each in requests],
+            [each.label_number for each in requests],
         )
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def without(self, places: Collection[int]) -> Samples:
+    def without(self, rows: Collection[int]) -> LabeledSamples:
         """All but some."""
-        return self.take([place for place in range(len(self)) if place not in places])
+        return self.take([place for place in range(len(self)) if place not in rows])
 
-    def take(self, places: Sequence[int]) -> Samples:
+    def take(self, rows: Sequence[int]) -> LabeledSamples:
         """Some of them."""
-        return Samples(
-            {name: tensor[list(places)] for name, tensor in self.tensors.items()},
-            [self.labels[place] for place in places],
-            [self.ids[place] for place in places],
-            [self.held_out[place] for place in places],
-            [self.numbers[place] for place in places],
+        return LabeledSamples(
+            {name: tensor[list(rows)] for name, tensor in self.tensors.items()},
+            [self.labels[place] for place in rows],
+            [self.ids[place] for place in rows],
+            [self.held_out[place] for place in rows],
+            [self.label_numbers[place] for place in rows],
         )
 
-    def split(self, classes: Sequence[str]) -> Split:
+    def to_split(self, classes: Sequence[str]) -> Split:
         """As a split; targets are places in `classes`."""
         codes = torch.tensor([classes.index(each) for each in self.labels])
         return Split(self.tensors.get("", self.tensors), codes, ids=self.ids)
 
     def save(self, path: Path) -> None:
         """Write them into a file, whole or not at all."""
-        about = {"labels": self.labels, "ids": self.ids, "held_out": self.held_out}
-        save_tensors({f"stored/{name}": each for name, each in self.tensors.items()}, path, metadata=about)
+        metadata = {"labels": self.labels, "ids": self.ids, "held_out": self.held_out}
+        save_tensors({f"stored/{name}": each for name, each in self.tensors.items()}, path, metadata=metadata)
 
 
-def named(root: str | Path, name: str | None) -> Store:
+def select_model(registry: str | Path, name: str | None) -> ModelRegistry:
     """The model of that name in a store, or the only one there is.
 
     Raises:
@@ -279,17 +305,17 @@ def named(root: str | Path, name: str | None) -> Store:
         UsageError: It has several, and none is named.
     """
     if name is not None:
-        return store_of(root, name)
-    known = stores_in(root)
+        return find_model(registry, name)
+    known = list_models(registry)
     if not known:
-        raise FolderError(f"there is no model in the store '{root}'", where="--store", fix="tuneforge promote RUN")
+        raise FolderError(f"there is no model in the store '{registry}'", where="--store", fix="tuneforge promote RUN")
     if len(known) > 1:
         listed = ", ".join(each.name for each in known)
         raise UsageError(f"the store has the models {listed}", where="--name", fix="name one of them")
     return known[0]
 
 
-def _tunable(folder: Path) -> tuned.Tuned:
+def _load_trainable(folder: Path) -> Predictor:
     """The champion as a run that answers with a class."""
     if not (folder / names.WEIGHTS).is_file():
         raise FolderError(
@@ -298,83 +324,89 @@ def _tunable(folder: Path) -> tuned.Tuned:
             why="its safetensors form is missing",
             fix="promote the run again with --to onnx --to safetensors",
         )
-    found = tuned.load(folder)
-    if "class" not in found.targets.describe(torch.zeros(found.targets.size)):
+    predictor = load(folder)
+    if "class" not in predictor.targets.describe(torch.zeros(predictor.targets.num_outputs)):
         raise DataError(
             f"'{folder.parent.name}' does not answer with a class",
             why="labels name classes, so there is nothing to learn from them",
             fix="tune again on data of your own: tuneforge run",
         )
-    return found
+    return predictor
 
 
-def _forms(folder: Path) -> tuple[str, ...]:
+def _list_formats(folder: Path) -> tuple[str, ...]:
     """The export formats that a version holds."""
     return tuple(names.read_json(folder / BUNDLE)["formats"])
 
 
-def _base(champion: tuned.Tuned) -> Path:
+def _base_run(champion: Predictor) -> Path:
     """The run or version whose data are the old world: the first of the line."""
     data = champion.run.config.data
-    return Path(data.options["run"]) if data.name == _CONTINUED else champion.path.absolute()
+    return Path(data.options["run"]) if data.name == _CONTINUED else champion.run_dir.absolute()
 
 
-def _next_folder(place: Store) -> tuple[int, Path]:
-    turns = place.path / TURNS
-    turns.mkdir(exist_ok=True)
-    number = 1 + max((int(each.name) for each in turns.iterdir() if each.name.isdigit()), default=0)
-    (turns / str(number)).mkdir()
-    return number, turns / str(number)
+def _create_round_dir(registry: ModelRegistry) -> tuple[int, Path]:
+    rounds_dir = registry.path / ROUNDS
+    rounds_dir.mkdir(exist_ok=True)
+    number = 1 + max((int(each.name) for each in rounds_dir.iterdir() if each.name.isdigit()), default=0)
+    (rounds_dir / str(number)).mkdir()
+    return number, rounds_dir / str(number)
 
 
-def _worlds(place: Store, samples: Samples, data: Data) -> list[Split]:
+def _build_reference_splits(registry: ModelRegistry, samples: LabeledSamples, data: Data) -> list[Split]:
     """Labelled samples that were validated or judged on and not trained on, one split for each turn that was promoted
     and one for this one: what drift is measured from. Those too few to be a reference go with an older turn's.
     """
-    looked = (each for each in (data.val, data.further.get("new")) if each is not None)
+    looked = (each for each in (data.val, data.extra_test_splits.get("new")) if each is not None)
     known = {split.id_of(row) for split in looked for row in range(len(split))}
-    ends = [line["labels"] for line in place.log() if line["event"] == TURN and line["promoted"] is not None]
-    by_turn: dict[int, list[int]] = {}
-    for row, (each, number) in enumerate(zip(samples.ids, samples.numbers, strict=True)):
+    ends = [
+        line["labels"] for line in registry.read_events() if line["event"] == ROUND and line["promoted"] is not None
+    ]
+    by_round: dict[int, list[int]] = {}
+    for row, (each, number) in enumerate(zip(samples.ids, samples.label_numbers, strict=True)):
         if f"new/{each}" in known:
-            by_turn.setdefault(bisect_left(ends, number), []).append(row)
-    worlds: list[list[int]] = []
+            by_round.setdefault(bisect_left(ends, number), []).append(row)
+    reference_rows: list[list[int]] = []
     rows: list[int] = []
-    for turn in sorted(by_turn, reverse=True):
-        rows += by_turn[turn]
-        if len(rows) >= FEWEST:
-            worlds.append(rows)
+    for round_index in sorted(by_round, reverse=True):
+        rows += by_round[round_index]
+        if len(rows) >= MIN_REQUESTS:
+            reference_rows.append(rows)
             rows = []
-    return [samples.take(each).split(data.targets.labels) for each in worlds]
+    return [samples.take(each).to_split(data.targets.labels) for each in reference_rows]
 
 
-def _engine(
-    champion: tuned.Tuned, folder: Path, strategy: Any, settings: Mapping[str, Any], say: Callable[[str], None]
+def _build_engine(
+    champion: Predictor,
+    round_dir: Path,
+    strategy: Any,
+    run_settings: Mapping[str, Any],
+    log: Callable[[str], None],
 ) -> Engine:
     """A run as the champion's, but for its data, its start and its strategy."""
     config = champion.run.config
-    others = [each for each in config.extensions if each.name != _WARM]
+    others = [each for each in config.callbacks if each.name != _WARM_START]
     return Engine(
-        data=Use(_CONTINUED, {"run": str(_base(champion)), "new": str((folder / NEW).absolute())}),
+        data=ComponentSpec(_CONTINUED, {"run": str(_base_run(champion)), "new": str((round_dir / NEW).absolute())}),
         strategy=strategy,
-        extensions=[*others, Use(_WARM, {"run": str(champion.path.absolute())})],
-        **{name: getattr(config, name) for name in ("model", "adapt", "step", "evaluate", "augment")},
+        callbacks=[*others, ComponentSpec(_WARM_START, {"run": str(champion.run_dir.absolute())})],
+        **{name: getattr(config, name) for name in ("model", "adapt", "loss", "metrics", "augment")},
         **{name: getattr(config, name) for name in ("schedule", "optimizer")},
-        **{**config.settings(), "out": folder / RUN, **settings},
-        say=say,
+        **{**config.settings(), "out": round_dir / RUN, **run_settings},
+        log=log,
     )
 
 
-def _logged(turn: Turn, labels: int) -> dict[str, Any]:
-    """What the store's log keeps of a turn; `labels` had been given when it began."""
+def _build_event(retraining_round: RetrainingRound, num_labels: int) -> dict[str, Any]:
+    """What the store's log keeps of a turn; `num_labels` had been given when it began."""
     return {
-        "turn": turn.number,
-        "labels": labels,
-        "labelled": turn.labelled,
-        "held_out": turn.held_out,
-        "suspects": len(turn.suspects),
-        "against": turn.against,
-        "promoted": turn.version,
-        "reason": turn.verdict.reason,
-        "seconds": round(turn.seconds, 1),
+        "round": retraining_round.number,
+        "labels": num_labels,
+        "num_labeled": retraining_round.num_labeled,
+        "held_out": retraining_round.num_held_out,
+        "num_label_issues": len(retraining_round.label_issues),
+        "previous_champion": retraining_round.previous_champion,
+        "promoted": retraining_round.new_version,
+        "reason": retraining_round.decision.reason,
+        "seconds": round(retraining_round.seconds, 1),
     }

@@ -24,127 +24,140 @@ from torch.nn import functional as F
 
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Split
-from tuneforge.engine.loop.evaluation import head_features
+from tuneforge.engine.loop.evaluation import compute_head_features
 
-_NEAREST = 10
-_TRUST = (
+_NUM_NEIGHBORS = 10
+_REFERENCE_WEIGHT = (
     3.0  # of an old sample, beside 1 of a new one; found on digits, where 1 missed more and shifted worlds saw no harm
 )
-_SURE, _RIGHT, _LEFT, _FEWEST = 0.9, 0.7, 0.1, 10  # see `vanished`: shares, and samples
-_MOST_OLD = 4000
+_MIN_CONFIDENCE, _MIN_ACCURACY, _MAX_REMAINING, _MIN_SAMPLES = (
+    0.9,
+    0.7,
+    0.1,
+    10,
+)  # see `flag_vanished_classes`: shares, and samples
+_MAX_REFERENCE_SAMPLES = 4000
 _AT_ONCE = 512
 
 
 @attrs.frozen
-class Suspect:
+class FeedbackLabelIssue:
     """A label that does not fit.
 
     Args:
-        place: Of the sample, among the new ones.
+        row: Of the sample, among the new ones.
         label: As given.
-        likely: The class that fits better.
-        probability: Of that class, among the sample's neighbours.
-        own: Probability of the label, likewise.
+        suggested_label: The class that fits better.
+        suggested_probability: Of that class, among the sample's neighbours.
+        label_probability: Probability of the label, likewise.
     """
 
-    place: int
+    row: int
     label: str
-    likely: str
-    probability: float
-    own: float
+    suggested_label: str
+    suggested_probability: float
+    label_probability: float
 
 
-def suspects(run: Run, old: Split, new: Split, names: Sequence[str]) -> list[Suspect]:
+def find_label_issues(run: Run, reference: Split, new: Split, classes: Sequence[str]) -> list[FeedbackLabelIssue]:
     """Find labels of new samples that do not fit them.
 
     Args:
         run: With the model whose features are used.
-        old: Old training samples; at most 4,000 of them, evenly spread, are looked at.
-        new: New samples. Targets of both are places in `names`.
-        names: Of the classes.
+        reference: Old training samples; at most 4,000 of them, evenly spread, are looked at.
+        new: New samples. Targets of both are places in `classes`.
+        classes: Names of the classes.
     """
-    rows = torch.linspace(0, len(old) - 1, min(len(old), _MOST_OLD)).round().long()
-    trusted, codes = head_features(run, old.take(rows))
-    features, given = head_features(run, new)
-    likely = by_neighbours(trusted, codes, features, given, k=len(names))
-    said = _answers(run, new, names)
-    better = torch.maximum(misfits(likely, given), vanished(said, given))
-    both = enumerate(zip(given.tolist(), better.tolist(), strict=True))
+    rows = torch.linspace(0, len(reference) - 1, min(len(reference), _MAX_REFERENCE_SAMPLES)).round().long()
+    reference_features, reference_labels = compute_head_features(run, reference.subset(rows))
+    features, labels = compute_head_features(run, new)
+    probabilities = knn_probabilities(reference_features, reference_labels, features, labels, num_classes=len(classes))
+    predicted = _predict_probabilities(run, new, classes)
+    better = torch.maximum(flag_unlikely_labels(probabilities, labels), flag_vanished_classes(predicted, labels))
+    both = enumerate(zip(labels.tolist(), better.tolist(), strict=True))
     return [
-        Suspect(place, names[own], names[best], float(likely[place, best]), float(likely[place, own]))
-        for place, (own, best) in both
+        FeedbackLabelIssue(
+            row, classes[own], classes[best], float(probabilities[row, best]), float(probabilities[row, own])
+        )
+        for row, (own, best) in both
         if best >= 0
     ]
 
 
-def by_neighbours(trusted: Tensor, codes: Tensor, features: Tensor, given: Tensor, *, k: int) -> Tensor:
+def knn_probabilities(
+    reference_features: Tensor, reference_labels: Tensor, features: Tensor, labels: Tensor, *, num_classes: int
+) -> Tensor:
     """Probabilities (n, k) of the new samples by their nearest ones, cosine of the features, itself left out.
 
     Args:
-        trusted: Features of the old samples (m, f).
-        codes: Their classes (m,).
+        reference_features: Features of the old samples (m, f).
+        reference_labels: Their classes (m,).
         features: Of the new samples (n, f).
-        given: Their labels (n,).
-        k: Number of classes.
+        labels: Their labels (n,).
+        num_classes: Number of classes.
     """
-    places = F.normalize(torch.cat([trusted, features]), dim=1)
-    size = len(trusted)
-    votes = F.one_hot(torch.cat([codes, given]), k).float()
-    votes[:size] *= _TRUST
-    found = torch.empty(len(features), k)
+    normalized = F.normalize(torch.cat([reference_features, features]), dim=1)
+    size = len(reference_features)
+    votes = F.one_hot(torch.cat([reference_labels, labels]), num_classes).float()
+    votes[:size] *= _REFERENCE_WEIGHT
+    probabilities = torch.empty(len(features), num_classes)
     for rows in torch.split(torch.arange(len(features)), _AT_ONCE):
-        near = places[size + rows] @ places.T
-        near[torch.arange(len(rows)), size + rows] = -torch.inf
-        nearest = near.topk(min(_NEAREST, near.shape[1] - 1), dim=1).indices
-        found[rows] = votes[nearest].sum(1)
-    return found / found.sum(1, keepdim=True)
+        similarity = normalized[size + rows] @ normalized.T
+        similarity[torch.arange(len(rows)), size + rows] = -torch.inf
+        nearest = similarity.topk(min(_NUM_NEIGHBORS, similarity.shape[1] - 1), dim=1).indices
+        probabilities[rows] = votes[nearest].sum(1)
+    return probabilities / probabilities.sum(1, keepdim=True)
 
 
-def misfits(likely: Tensor, given: Tensor) -> Tensor:
+def flag_unlikely_labels(probabilities: Tensor, labels: Tensor) -> Tensor:
     """For each sample the class that fits better than its label, int64 (n,); -1 where the label fits."""
-    usual = torch.full((likely.shape[1],), 0.5)  # of a class that no new label names
-    for code in sorted(set(given.tolist())):
-        usual[code] = likely[given == code, code].mean()
-    most, best = likely.max(1)
-    return torch.where((best != given) & (most >= usual[best]), best, -1)
+    usual = torch.full((probabilities.shape[1],), 0.5)  # of a class that no new label names
+    for code in sorted(set(labels.tolist())):
+        usual[code] = probabilities[labels == code, code].mean()
+    most, best = probabilities.max(1)
+    return torch.where((best != labels) & (most >= usual[best]), best, -1)
 
 
-def vanished(said: Tensor, given: Tensor) -> Tensor:
+def flag_vanished_classes(probabilities: Tensor, targets: Tensor) -> Tensor:
     """For each sample the class that the champion sees and that labels have taken away altogether, int64 (n,); else -1.
 
     Args:
-        said: The champion's probabilities (n, k).
-        given: Labels (n,).
+        probabilities: The champion's probabilities (n, k).
+        targets: Labels (n,).
     """
-    most, best = said.max(1)
-    sure = most >= _SURE
-    found = torch.full_like(given, -1)
+    most, best = probabilities.max(1)
+    sure = most >= _MIN_CONFIDENCE
+    found = torch.full_like(targets, -1)
     for code in sorted(set(best[sure].tolist())):
         here, elsewhere = sure & (best == code), sure & (best != code)
-        if min(here.sum(), elsewhere.sum()) < _FEWEST or (given[elsewhere] == best[elsewhere]).double().mean() < _RIGHT:
+        if (
+            min(here.sum(), elsewhere.sum()) < _MIN_SAMPLES
+            or (targets[elsewhere] == best[elsewhere]).double().mean() < _MIN_ACCURACY
+        ):
             continue
-        labels = given[here]
+        labels = targets[here]
         usual = int(labels.mode().values)
-        if (labels == code).double().mean() <= _LEFT and (labels == usual).double().mean() >= 1 - 2 * _LEFT:
-            found[(best == code) & (given == usual)] = code
+        if (labels == code).double().mean() <= _MAX_REMAINING and (
+            labels == usual
+        ).double().mean() >= 1 - 2 * _MAX_REMAINING:
+            found[(best == code) & (targets == usual)] = code
     return found
 
 
-def _answers(run: Run, new: Split, names: Sequence[str]) -> Tensor:
-    """The champion's probabilities of each class in `names` (n, k); 0 for one that it does not know."""
+def _predict_probabilities(run: Run, new: Split, classes: Sequence[str]) -> Tensor:
+    """The champion's probabilities of each class in `classes` (n, k); 0 for one that it does not know."""
     run.model.module.eval()
     with torch.no_grad():
         outputs = torch.cat([run.forward(batch.inputs).float().cpu() for batch in run.evaluation_batches(new)])
-    said = torch.zeros(len(new), len(names))
-    said[:, [names.index(name) for name in run.model.labels]] = outputs.softmax(1)
-    return said
+    probabilities = torch.zeros(len(new), len(classes))
+    probabilities[:, [classes.index(name) for name in run.model.labels]] = outputs.softmax(1)
+    return probabilities
 
 
-def sentence(found: Sequence[Suspect], total: int) -> str:
+def describe_label_issues(issues: Sequence[FeedbackLabelIssue], total: int) -> str:
     """How many labels do not fit, and which confusion is the most frequent."""
-    if not found:
+    if not issues:
         return f"all {total} labels fit their samples"
-    (label, likely), count = Counter((each.label, each.likely) for each in found).most_common(1)[0]
-    return (
-        f"{len(found)} of {total} labels do not fit their samples; most often '{label}' where '{likely}' fits ({count})"
-    )
+    (label, suggested), count = Counter((each.label, each.suggested_label) for each in issues).most_common(1)[0]
+    most_frequent = f"most often '{label}' where '{suggested}' fits ({count})"
+    return f"{len(issues)} of {total} labels do not fit their samples; {most_frequent}"

@@ -18,174 +18,180 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tuneforge.engine.data.dataset import Inputable
-from tuneforge.exporting.reference_outputs import Evidence, summary
-from tuneforge.ship.circle.records import Records
+from tuneforge.engine.data.dataset import TensorTree
+from tuneforge.exporting.reference_outputs import ReferenceData, summarize
+from tuneforge.ship.circle.records import RequestLog
 
 Doubles = NDArray[np.float64]
 
-LEVEL = 1e-3
+DRIFT_ALPHA = 1e-3
 """A corrected p below this is called drift; it is small because a server is watched all the time."""
 
-LAST = 500
+NUM_RECENT = 500
 """Requests and labels that are looked at."""
 
-FEWEST = 30
+MIN_REQUESTS = 30
 """Requests below which nothing is said of drift."""
 
 
 @attrs.frozen
-class Interval:
+class ProportionInterval:
     """A share with its interval of 95 %.
 
     Args:
-        right: How many of them.
+        num_correct: How many of them.
         total: Of how many.
         low: Lower end.
         high: Upper end.
     """
 
-    right: int
+    num_correct: int
     total: int
     low: float
     high: float
 
     @property
-    def share(self) -> float:
+    def proportion(self) -> float:
         """The share itself; NaN of nothing."""
-        return self.right / self.total if self.total else math.nan
+        return self.num_correct / self.total if self.total else math.nan
 
 
 @attrs.frozen
-class Drift:
+class DriftTest:
     """A two-sample test against the reference.
 
     Args:
         statistic: The largest distance of two distribution functions, 0 to 1.
-        p: Corrected for the number of tests, at most 1.
-        place: Which number differs most.
-        size: Recent requests, n.
+        p_value: Corrected for the number of tests, at most 1.
+        feature_index: Which number differs most.
+        num_requests: Recent requests, n.
     """
 
     statistic: float
-    p: float
-    place: int
-    size: int
+    p_value: float
+    feature_index: int
+    num_requests: int
 
     @property
-    def found(self) -> bool:
+    def is_drift(self) -> bool:
         """True where the recent requests differ from the reference."""
-        return self.p < LEVEL
+        return self.p_value < DRIFT_ALPHA
 
 
 @attrs.frozen
-class Watched:
+class MonitoringReport:
     """How a model does at work.
 
     Args:
         version: The model.
         accuracy: On what got labelled. Where people label the least certain answers, it is lower than over all.
-        confidence: Drift of the largest probability; None without a reference or with few requests.
-        inputs: Drift of the inputs' summaries, likewise.
+        confidence_drift: Drift of the largest probability; None without a reference or with few requests.
+        input_drift: Drift of the inputs' summaries, likewise.
         mean_confidence: Of recent requests; None where there are none.
     """
 
     version: str
-    accuracy: Interval
-    confidence: Drift | None
-    inputs: Drift | None
+    accuracy: ProportionInterval
+    confidence_drift: DriftTest | None
+    input_drift: DriftTest | None
     mean_confidence: float | None
 
     @property
-    def drifted(self) -> bool:
+    def has_drift(self) -> bool:
         """True where confidence or inputs differ from the reference."""
-        return any(each is not None and each.found for each in (self.confidence, self.inputs))
+        return any(each is not None and each.is_drift for each in (self.confidence_drift, self.input_drift))
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All of it as JSON takes it."""
-        accuracy = None if not self.accuracy.total else self.accuracy.share
+        proportion = None if not self.accuracy.total else self.accuracy.proportion
         return {
             **attrs.asdict(self),
-            "accuracy": {**attrs.asdict(self.accuracy), "share": accuracy},
-            "drifted": self.drifted,
+            "accuracy": {**attrs.asdict(self.accuracy), "proportion": proportion},
+            "has_drift": self.has_drift,
         }
 
 
-def watched(records: Records, evidence: Evidence | None, *, version: str, last: int = LAST) -> Watched:
+def monitor_version(
+    request_log: RequestLog, reference: ReferenceData | None, *, version: str, num_recent: int = NUM_RECENT
+) -> MonitoringReport:
     """How a version does at work, by its newest requests.
 
     Args:
-        records: What production asked and people said.
-        evidence: The reference that the version's bundle carries; without it nothing is said of drift.
+        request_log: What production asked and people said.
+        reference: The reference that the version's bundle carries; without it nothing is said of drift.
         version: As answers name it.
-        last: Requests, and labels, that are looked at.
+        num_recent: Requests, and labels, that are looked at.
     """
-    judged = records.judged(last=last, version=version)
-    recent = records.recent(last, version=version)
+    labeled = request_log.labeled_predictions(limit=num_recent, version=version)
+    recent = request_log.recent_features(num_recent, version=version)
     confidences = np.array([each for each, _ in recent if each is not None], dtype=np.float64)
     features = [np.frombuffer(each, dtype=np.float32) for _, each in recent if each is not None]
-    by_confidence = by_input = None
-    if evidence is not None and len(confidences):
-        by_confidence = nearest(evidence.answers.max(1).values[:, None], evidence.worlds, confidences[:, None])
-    if evidence is not None and features and len(features[0]) == evidence.summaries.shape[1]:
-        by_input = nearest(evidence.summaries, evidence.worlds, np.stack(features).astype(np.float64))
-    return Watched(
+    confidence_drift = input_drift = None
+    if reference is not None and len(confidences):
+        confidence_drift = find_closest_drift(
+            reference.predictions.max(1).values[:, None], reference.reference_ids, confidences[:, None]
+        )
+    if reference is not None and features and len(features[0]) == reference.summaries.shape[1]:
+        input_drift = find_closest_drift(
+            reference.summaries, reference.reference_ids, np.stack(features).astype(np.float64)
+        )
+    return MonitoringReport(
         version=version,
-        accuracy=wilson(sum(named == label for named, label in judged), len(judged)),
-        confidence=by_confidence,
-        inputs=by_input,
+        accuracy=wilson_interval(sum(named == label for named, label in labeled), len(labeled)),
+        confidence_drift=confidence_drift,
+        input_drift=input_drift,
         mean_confidence=float(confidences.mean()) if len(confidences) else None,
     )
 
 
-def features_of(stored: Inputable) -> list[bytes]:
+def compute_features(stored: TensorTree) -> list[bytes]:
     """What drift is measured on, for each stored input of a batch: its summary as float32 bytes."""
-    summaries: Tensor = summary(stored)
+    summaries: Tensor = summarize(stored)
     return [row.astype(np.float32).tobytes() for row in summaries.numpy()]
 
 
-def nearest(reference: Tensor, worlds: Tensor, recent: Doubles) -> Drift | None:
+def find_closest_drift(reference: Tensor, reference_ids: Tensor, recent: Doubles) -> DriftTest | None:
     """The test against the world that recent rows (n, d) are most like; None where each is too small, or they are few.
 
     Args:
         reference: Rows of all worlds (m, d).
-        worlds: The world of each (m,).
+        reference_ids: The world of each (m,).
         recent: Recent rows (n, d).
     """
-    known = (reference[worlds == each].double().numpy() for each in torch.unique(worlds))
-    found = [each for each in (drift(rows, recent) for rows in known) if each is not None]
-    return max(found, key=lambda each: (each.p, -each.statistic), default=None)
+    references = (reference[reference_ids == each].double().numpy() for each in torch.unique(reference_ids))
+    tests = [each for each in (run_drift_test(rows, recent) for rows in references) if each is not None]
+    return max(tests, key=lambda each: (each.p_value, -each.statistic), default=None)
 
 
-def drift(reference: Doubles, recent: Doubles) -> Drift | None:
-    """Test whether recent rows (n, d) come from where the reference (m, d) does; None for fewer than `FEWEST`.
+def run_drift_test(reference: Doubles, recent: Doubles) -> DriftTest | None:
+    """Test whether recent rows (n, d) come from where the reference (m, d) does; None for fewer than `MIN_REQUESTS`.
 
     Each column has a Kolmogorov-Smirnov test with the asymptotic p; ties make it careful. The smallest p counts,
     times d.
     """
     from scipy import stats
 
-    if min(len(reference), len(recent)) < FEWEST:
+    if min(len(reference), len(recent)) < MIN_REQUESTS:
         return None
-    statistics = np.array([_distance(*columns) for columns in zip(reference.T, recent.T, strict=True)])
+    statistics = np.array([_ks_distance(*columns) for columns in zip(reference.T, recent.T, strict=True)])
     size = round(len(reference) * len(recent) / (len(reference) + len(recent)))
-    place = int(statistics.argmax())
-    p = min(1.0, float(stats.kstwo.sf(statistics[place], size)) * len(statistics))
-    return Drift(float(statistics[place]), p, place, len(recent))
+    feature_index = int(statistics.argmax())
+    p_value = min(1.0, float(stats.kstwo.sf(statistics[feature_index], size)) * len(statistics))
+    return DriftTest(float(statistics[feature_index]), p_value, feature_index, len(recent))
 
 
-def wilson(right: int, total: int) -> Interval:
+def wilson_interval(num_correct: int, total: int) -> ProportionInterval:
     """The interval of 95 % of a share (Wilson 1927), which holds for few and for extreme ones."""
     if not total:
-        return Interval(0, 0, 0.0, 1.0)
+        return ProportionInterval(0, 0, 0.0, 1.0)
     z = 1.959963984540054
-    share, spread = right / total, z * z / total
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return Interval(right, total, max(0.0, middle - half), min(1.0, middle + half))
+    proportion, spread = num_correct / total, z * z / total
+    middle = (proportion + spread / 2) / (1 + spread)
+    half = z * math.sqrt(proportion * (1 - proportion) / total + spread / (4 * total)) / (1 + spread)
+    return ProportionInterval(num_correct, total, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def _distance(first: Doubles, second: Doubles) -> float:
+def _ks_distance(first: Doubles, second: Doubles) -> float:
     """The largest distance of the distribution functions of two samples."""
     first, second = np.sort(first), np.sort(second)
     places = np.concatenate([first, second])

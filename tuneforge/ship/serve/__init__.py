@@ -21,22 +21,22 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """What this machine calls itself."""
 
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client")
-_LEAST_TOKEN = 8
+_MIN_TOKEN_LENGTH = 8
 
 
 @attrs.frozen
-class Keeping:
+class RequestLogConfig:
     """What is kept of requests and answers.
 
     Args:
         path: The file of records.
-        sample: Share of the requests, 0 to 1.
-        cap_mb: Most megabytes of the file.
+        sample_rate: Share of the requests, 0 to 1.
+        max_mb: Most megabytes of the file.
     """
 
     path: Path
-    sample: float = 1.0
-    cap_mb: float = 256.0
+    sample_rate: float = 1.0
+    max_mb: float = 256.0
 
 
 def serve(
@@ -49,9 +49,9 @@ def serve(
     insecure: bool = False,
     backend: str = "auto",
     device_name: str = "auto",
-    watch_s: float = 0.5,
-    keeping: Keeping | None = None,
-    started: Callable[[str, list[dict[str, Any]]], None] = lambda url, models: None,
+    poll_interval_s: float = 0.5,
+    request_log: RequestLogConfig | None = None,
+    on_started: Callable[[str, list[dict[str, Any]]], None] = lambda url, models: None,
 ) -> None:
     """Serve models until SIGINT or SIGTERM comes; everything that was accepted is answered on return.
 
@@ -64,9 +64,9 @@ def serve(
         insecure: Listen where others can reach it without a token.
         backend: `torch`, `onnxruntime` or another; `auto` measures which is faster.
         device_name: Where torch computes.
-        watch_s: Seconds between two looks at a store's champion.
-        keeping: Keep answered requests, and take labels for them.
-        started: Is called once connections are accepted, with the address and with each model's name, version and
+        poll_interval_s: Seconds between two looks at a store's champion.
+        request_log: Keep answered requests, and take labels for them.
+        on_started: Is called once connections are accepted, with the address and with each model's name, version and
             backend.
 
     Raises:
@@ -77,8 +77,8 @@ def serve(
     """
     require_packages()
     _require_token(host, token, insecure=insecure)
-    choice = {"backend": backend, "device_name": device_name, "watch_s": watch_s}
-    _run(Path(path), host, port, limits or Limits(), token, keeping, started, choice)
+    app_options = {"backend": backend, "device_name": device_name, "poll_interval_s": poll_interval_s}
+    _run(Path(path), host, port, limits or Limits(), token, request_log, on_started, app_options)
 
 
 def _run(
@@ -87,37 +87,37 @@ def _run(
     port: int,
     limits: Limits,
     token: str | None,
-    keeping: Keeping | None,
-    started: Callable[[str, list[dict[str, Any]]], None],
-    choice: dict[str, Any],
+    request_log: RequestLogConfig | None,
+    on_started: Callable[[str, list[dict[str, Any]]], None],
+    app_options: dict[str, Any],
 ) -> None:
-    """Serve until a signal comes; `choice` is what `application` takes as it is."""
-    from tuneforge.ship.circle.records import Records
-    from tuneforge.ship.serve.app import Access, application
-    from tuneforge.ship.serve.feedback import Sampled, feedback
-    from tuneforge.ship.serve.models import sources_of
-    from tuneforge.ship.serve.server import listening, server_of
-    from tuneforge.ship.serve.threads import keep_to_one_core
+    """Serve until a signal comes; `app_options` is what `create_app` takes as it is."""
+    from tuneforge.ship.circle.records import RequestLog
+    from tuneforge.ship.serve.app import AccessPolicy, create_app
+    from tuneforge.ship.serve.feedback import SampledRequestLog, feedback_routes
+    from tuneforge.ship.serve.models import find_model_sources
+    from tuneforge.ship.serve.server import create_server, open_socket
+    from tuneforge.ship.serve.threads import limit_to_one_thread
 
     with contextlib.ExitStack() as opened:
-        opened.callback(keep_to_one_core().restore_original_limits)
-        listener = opened.enter_context(listening(host, port))
-        records = opened.enter_context(Records(keeping.path, cap_mb=keeping.cap_mb)) if keeping else None
-        app = application(
-            sources_of(path),
+        opened.callback(limit_to_one_thread().restore_original_limits)
+        listener = opened.enter_context(open_socket(host, port))
+        log = opened.enter_context(RequestLog(request_log.path, max_mb=request_log.max_mb)) if request_log else None
+        app = create_app(
+            find_model_sources(path),
             limits=limits,
-            access=Access(token=token, hosts=(*LOOPBACK, host) if is_local(host) else None),
-            records=Sampled(records, keeping.sample) if keeping and records else None,
-            further=[feedback(records)] if records else [],
-            look=lambda: sources_of(path),
-            **choice,
+            access=AccessPolicy(token=token, hosts=(*LOOPBACK, host) if is_local(host) else None),
+            request_log=SampledRequestLog(log, request_log.sample_rate) if request_log and log else None,
+            extra_routes=[feedback_routes(log)] if log else [],
+            discover=lambda: find_model_sources(path),
+            **app_options,
         )
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
         def announce() -> None:
-            started(url, [served.about for served in app.state.desk.models.all_current()])
+            on_started(url, [model.about for model in app.state.service.models.list_loaded()])
 
-        server_of(app, limits, started=announce).run(sockets=[listener])
+        create_server(app, limits, on_started=announce).run(sockets=[listener])
 
 
 def require_packages() -> None:
@@ -139,8 +139,8 @@ def is_local(host: str) -> bool:
 
 
 def _require_token(host: str, token: str | None, *, insecure: bool) -> None:
-    if token is not None and len(token) < _LEAST_TOKEN:
-        raise UsageError(f"the token is shorter than {_LEAST_TOKEN} characters", fix="use a long random one")
+    if token is not None and len(token) < _MIN_TOKEN_LENGTH:
+        raise UsageError(f"the token is shorter than {_MIN_TOKEN_LENGTH} characters", fix="use a long random one")
     if not is_local(host) and token is None and not insecure:
         raise UsageError(
             f"'{host}' can be reached by others",

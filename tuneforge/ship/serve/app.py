@@ -24,63 +24,67 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tuneforge.ship.serve import LOOPBACK
-from tuneforge.ship.serve.batches import Batches, Computed
-from tuneforge.ship.serve.bounds import Limits, Refusal
-from tuneforge.ship.serve.desk import Desk
-from tuneforge.ship.serve.kept import Keeper, Keeps
-from tuneforge.ship.serve.models import Models, Source
-from tuneforge.ship.serve.people import People
-from tuneforge.ship.serve.protocol import Protocol
+from tuneforge.ship.serve.batches import DynamicBatcher, InferenceResult
+from tuneforge.ship.serve.bounds import Limits, RequestError
+from tuneforge.ship.serve.desk import InferenceService
+from tuneforge.ship.serve.kept import RequestLogger, RequestSink
+from tuneforge.ship.serve.models import ModelManager, ModelSource
+from tuneforge.ship.serve.people import PredictRoutes
+from tuneforge.ship.serve.protocol import V2Routes
 
 LOG = logging.getLogger("tuneforge.serve")
-_OPEN = ("/v2/health/live", "/v2/health/ready")  # what probes ask without a token
-_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_PUBLIC_PATHS = ("/v2/health/live", "/v2/health/ready")  # what probes ask without a token
+_LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-Routes = Callable[[Desk], Sequence[BaseRoute]]
+RouteFactory = Callable[[InferenceService], Sequence[BaseRoute]]
 """What adds routes to the application, such as those for feedback."""
 
 
-class Counts:
+class ServerMetrics:
     """What is counted, for `/metrics`; a registry of its own, so that several servers fit into one process."""
 
     def __init__(self) -> None:
         own = self.registry = CollectorRegistry()
         self.requests = Counter("tuneforge_requests", "Answers.", ["path", "status"], registry=own)
-        self.seconds = _histogram("request_seconds", "From the head of a request to its answer.", _SECONDS, own)
-        self.waited = _histogram("wait_seconds", "From a decoded request to its forward pass.", _SECONDS, own)
-        self.forward = _histogram("forward_seconds", "A forward pass.", _SECONDS, own)
-        self.batch_rows = _histogram("batch_rows", "Rows of a forward pass.", _ROWS, own)
-        self.queue_rows = Gauge("tuneforge_queue_rows", "Rows that wait.", registry=own)
-        self.dropped = Gauge("tuneforge_dropped", "Requests that should have been kept and were not.", registry=own)
+        self.seconds = _histogram("request_seconds", "From the head of a request to its answer.", _LATENCY_BUCKETS, own)
+        self.queue_seconds = _histogram(
+            "wait_seconds", "From a decoded request to its forward pass.", _LATENCY_BUCKETS, own
+        )
+        self.forward_seconds = _histogram("forward_seconds", "A forward pass.", _LATENCY_BUCKETS, own)
+        self.batch_size = _histogram("batch_rows", "Rows of a forward pass.", _BATCH_SIZE_BUCKETS, own)
+        self.queue_size = Gauge("tuneforge_queue_rows", "Rows that wait.", registry=own)
+        self.dropped_requests = Gauge(
+            "tuneforge_dropped", "Requests that should have been kept and were not.", registry=own
+        )
         self.loads = Counter("tuneforge_loads", "Attempts to load a version.", ["model", "result"], registry=own)
         labels = ["model", "version", "backend"]
-        self.served = Gauge("tuneforge_model", "1 for the version that answers.", labels, registry=own)
-        self.answered = 0
+        self.served_models = Gauge("tuneforge_model", "1 for the version that answers.", labels, registry=own)
+        self.num_responses = 0
 
-    def batch(self, done: Sequence[Computed]) -> None:
+    def observe_batch(self, results: Sequence[InferenceResult]) -> None:
         """Count the results of a forward pass."""
-        self.batch_rows.observe(done[0].rows)
-        self.forward.observe(done[0].forward_s)
-        for each in done:
-            self.waited.observe(each.waited_s)
+        self.batch_size.observe(results[0].batch_size)
+        self.forward_seconds.observe(results[0].forward_s)
+        for each in results:
+            self.queue_seconds.observe(each.queue_s)
 
-    def load(self, model: str, done: bool) -> None:
+    def count_load(self, model: str, succeeded: bool) -> None:
         """Count an attempt to load."""
-        self.loads.labels(model, "taken over" if done else "refused").inc()
+        self.loads.labels(model, "taken over" if succeeded else "refused").inc()
 
-    def text(self, desk: Desk) -> bytes:
+    def render(self, service: InferenceService) -> bytes:
         """Everything, as Prometheus reads it."""
-        self.queue_rows.set(desk.batches.rows)
-        self.dropped.set(desk.keeper.dropped)
-        self.served.clear()
-        for each in desk.models.all_current():
-            self.served.labels(each.name, each.version, each.servable.backend).set(1)
-        return b"".join([generate_latest(self.registry), *(more() for more in desk.metrics)])
+        self.queue_size.set(service.batcher.num_queued_rows)
+        self.dropped_requests.set(service.request_logger.num_dropped)
+        self.served_models.clear()
+        for each in service.models.list_loaded():
+            self.served_models.labels(each.name, each.version, each.model.backend).set(1)
+        return b"".join([generate_latest(self.registry), *(more() for more in service.extra_metrics)])
 
 
 @attrs.frozen
-class Access:
+class AccessPolicy:
     """Who may ask.
 
     Args:
@@ -96,20 +100,24 @@ class Access:
         """See that a request may be answered.
 
         Raises:
-            Refusal: It comes from another site's page, or does not name the token.
+            RequestError: It comes from another site's page, or does not name the token.
         """
         if self.hosts is not None and _hostname(headers.get("host", "")) not in self.hosts:
-            raise Refusal(403, "Host: this server answers to " + ", ".join(self.hosts))
+            raise RequestError(403, "Host: this server answers to " + ", ".join(self.hosts))
         origin = headers.get("origin")
         if method not in ("GET", "HEAD") and origin is not None and _netloc(origin) != headers.get("host"):
-            raise Refusal(403, "Origin: pages of other sites may not ask")
-        if self.token is not None and path not in _OPEN and not self._knows(headers.get("authorization", "")):
+            raise RequestError(403, "Origin: pages of other sites may not ask")
+        if (
+            self.token is not None
+            and path not in _PUBLIC_PATHS
+            and not self._has_token(headers.get("authorization", ""))
+        ):
             scheme = 'Basic realm="tuneforge", charset="UTF-8"'
-            raise Refusal(
+            raise RequestError(
                 401, "Authorization: the token is needed (Bearer, or as a password)", {"WWW-Authenticate": scheme}
             )
 
-    def _knows(self, authorization: str) -> bool:
+    def _has_token(self, authorization: str) -> bool:
         """Compare in constant time."""
         assert self.token is not None
         scheme, _, given = authorization.partition(" ")
@@ -123,63 +131,63 @@ class Access:
         return hmac.compare_digest(content, self.token.encode()) and known
 
 
-class Door:
+class RequestMiddleware:
     """What every request passes: it gets a number, is checked, timed and counted, and its errors become JSON.
 
     Args:
         app: What answers.
         access: Who may ask.
-        counts: What is counted.
-        head_bytes: Largest head of a request.
+        metrics: What is counted.
+        max_header_bytes: Largest head of a request.
     """
 
-    def __init__(self, app: ASGIApp, access: Access, counts: Counts, head_bytes: int) -> None:
-        self._app, self._access, self._counts, self._head_bytes = app, access, counts, head_bytes
+    def __init__(self, app: ASGIApp, access: AccessPolicy, metrics: ServerMetrics, max_header_bytes: int) -> None:
+        self._app, self._access, self._metrics, self._max_header_bytes = app, access, metrics, max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, identity, status = time.perf_counter(), uuid.uuid4().hex, 500
-        scope.setdefault("state", {})["id"] = identity
+        start, request_id, status = time.perf_counter(), uuid.uuid4().hex, 500
+        scope.setdefault("state", {})["id"] = request_id
 
         async def numbered(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = identity
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
         try:
-            if sum(len(name) + len(value) for name, value in scope["headers"]) > self._head_bytes:
-                raise Refusal(431, "the head of the request is too large")
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > self._max_header_bytes:
+                raise RequestError(431, "the head of the request is too large")
             self._access.check(scope["path"], scope["method"], Headers(scope=scope))
             await self._app(scope, receive, numbered)
-        except Refusal as refusal:
-            await _refused(refusal)(scope, receive, numbered)
+        except RequestError as error:
+            await _error_response(error)(scope, receive, numbered)
         except Exception:
-            LOG.exception("request %s failed: a defect of tuneforge or of a plugin", identity)
-            defect = Refusal(500, f"a defect of the server; its log has more under {identity}")
-            await _refused(defect)(scope, receive, numbered)
+            LOG.exception("request %s failed: a defect of tuneforge or of a plugin", request_id)
+            defect = RequestError(500, f"a defect of the server; its log has more under {request_id}")
+            await _error_response(defect)(scope, receive, numbered)
         finally:
-            path = _template(scope)
-            self._counts.answered += 1
-            self._counts.requests.labels(path, str(status)).inc()
-            self._counts.seconds.observe(time.perf_counter() - began)
+            path = _route_template(scope)
+            self._metrics.num_responses += 1
+            self._metrics.requests.labels(path, str(status)).inc()
+            self._metrics.seconds.observe(time.perf_counter() - start)
 
 
-def application(
-    sources: Sequence[Source],
+def create_app(
+    sources: Sequence[ModelSource],
     *,
     limits: Limits | None = None,
-    access: Access | None = None,
+    access: AccessPolicy | None = None,
     backend: str = "auto",
     device_name: str = "auto",
-    watch_s: float = 0.5,
-    records: Keeps | None = None,
-    further: Sequence[Routes] = (),
-    look: Callable[[], Sequence[Source]] = lambda: (),
+    poll_interval_s: float = 0.5,
+    request_log: RequestSink | None = None,
+    extra_routes: Sequence[RouteFactory] = (),
+    discover: Callable[[], Sequence[ModelSource]] = lambda: (),
 ) -> Starlette:
     """The ASGI application that serves models; every model is loaded and checked when this returns.
 
@@ -189,68 +197,79 @@ def application(
         access: Who may ask; by default who calls it by a name of this machine.
         backend: `auto`, or one that every model has a form for.
         device_name: Where torch computes.
-        watch_s: Seconds between two looks at the champions' pointers.
-        records: Where answered requests are kept.
-        further: What adds routes, given the desk; its `keeper.flush()` waits until answered requests are kept.
-        look: Gives the sources that there are now; one with a name that is new is served too.
+        poll_interval_s: Seconds between two looks at the champions' pointers.
+        request_log: Where answered requests are kept.
+        extra_routes: What adds routes, given the service; its `request_logger.flush()` waits until answered requests
+            are kept.
+        discover: Gives the sources that there are now; one with a name that is new is served too.
 
     Raises:
         TuneforgeError: A model cannot be loaded, or disagrees with its recorded answers.
     """
-    limits, access, counts = limits or Limits(), access or Access(), Counts()
-    batches = _batches(limits, counts)
-    models = Models(
+    limits, access, metrics = limits or Limits(), access or AccessPolicy(), ServerMetrics()
+    batcher = _create_batcher(limits, metrics)
+    models = ModelManager(
         list(sources),
         backend=backend,
         device_name=device_name,
-        batch_rows=limits.batch_rows,
-        swapped=counts.load,
-        look=look,
-        compute=lambda work: batches.aside(work).result(),
+        max_batch_size=limits.max_batch_size,
+        on_load=metrics.count_load,
+        discover=discover,
+        compute=lambda work: batcher.run_task(work).result(),
     )
     try:
         for source in sources:
             models.load(source.name)
     except BaseException:
-        batches.close()
+        batcher.close()
         raise
-    desk = Desk(models, limits, batches, Keeper(records))
+    service = InferenceService(models, limits, batcher, RequestLogger(request_log))
     app = Starlette(
-        routes=_routes(desk, counts, further),
-        middleware=[Middleware(Door, access=access, counts=counts, head_bytes=limits.head_bytes)],
-        exception_handlers={Refusal: _on_refusal, HTTPException: _on_http},
-        lifespan=_lifespan(desk, counts, watch_s),
+        routes=_create_routes(service, metrics, extra_routes),
+        middleware=[
+            Middleware(RequestMiddleware, access=access, metrics=metrics, max_header_bytes=limits.max_header_bytes)
+        ],
+        exception_handlers={RequestError: _on_refusal, HTTPException: _on_http},
+        lifespan=_lifespan(service, metrics, poll_interval_s),
     )
     app.router.redirect_slashes = False
-    app.state.desk = desk
+    app.state.service = service
     return app
 
 
-def _batches(limits: Limits, counts: Counts) -> Batches:
-    bounds = {"batch_rows": limits.batch_rows, "queue_rows": limits.queue_rows}
-    return Batches(**bounds, wait_s=limits.wait_s, seen=counts.batch)
+def _create_batcher(limits: Limits, metrics: ServerMetrics) -> DynamicBatcher:
+    return DynamicBatcher(
+        max_batch_size=limits.max_batch_size,
+        max_queue_size=limits.max_queue_size,
+        max_wait_s=limits.max_wait_s,
+        on_batch=metrics.observe_batch,
+    )
 
 
-def _routes(desk: Desk, counts: Counts, further: Sequence[Routes]) -> list[BaseRoute]:
+def _create_routes(
+    service: InferenceService, server_metrics: ServerMetrics, extra_routes: Sequence[RouteFactory]
+) -> list[BaseRoute]:
     async def metrics(request: Request) -> Response:
-        return Response(counts.text(desk), media_type="text/plain; version=0.0.4")
+        return Response(server_metrics.render(service), media_type="text/plain; version=0.0.4")
 
-    own = [*Protocol(desk).routes(), *People(desk).routes(), Route("/metrics", metrics)]
-    return [*own, *(route for add in further for route in add(desk))]
+    own = [*V2Routes(service).routes(), *PredictRoutes(service).routes(), Route("/metrics", metrics)]
+    return [*own, *(route for add in extra_routes for route in add(service))]
 
 
-def _lifespan(desk: Desk, counts: Counts, watch_s: float) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+def _lifespan(
+    service: InferenceService, metrics: ServerMetrics, poll_interval_s: float
+) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        desk.models.watch(watch_s)
+        service.models.start_polling(poll_interval_s)
         yield
-        desk.close()
-        LOG.info("stopped: %d request(s) answered", counts.answered)
+        service.close()
+        LOG.info("stopped: %d request(s) answered", metrics.num_responses)
 
     return lifespan
 
 
-def _template(scope: Scope) -> str:
+def _route_template(scope: Scope) -> str:
     """The path with the names of its parameters, so that there are few of them; `other` where nothing answers it."""
     if "endpoint" not in scope:
         return "other"
@@ -262,13 +281,13 @@ def _histogram(name: str, about: str, buckets: Sequence[float], registry: Collec
     return Histogram(f"tuneforge_{name}", about, buckets=buckets, registry=registry)
 
 
-def _refused(refusal: Refusal) -> Response:
-    return JSONResponse({"error": refusal.message}, refusal.status, refusal.headers)
+def _error_response(error: RequestError) -> Response:
+    return JSONResponse({"error": error.message}, error.status, error.headers)
 
 
 async def _on_refusal(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    return _refused(error)
+    assert isinstance(error, RequestError)
+    return _error_response(error)
 
 
 async def _on_http(request: Request, error: Exception) -> Response:

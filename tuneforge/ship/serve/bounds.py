@@ -13,7 +13,7 @@ from tuneforge.errors import TuneforgeError
 from tuneforge.ship.serve.limits import Limits as Limits
 
 
-class Refusal(Exception):  # noqa: N818 - it is an answer, not a fault
+class RequestError(Exception):
     """A request that is answered with an error.
 
     Args:
@@ -27,18 +27,18 @@ class Refusal(Exception):  # noqa: N818 - it is an answer, not a fault
         self.status, self.message, self.headers = status, message, dict(headers or {})
 
 
-def busy(what: str) -> Refusal:
+def busy_error(reason: str) -> RequestError:
     """The answer of a server that has too much to do."""
-    return Refusal(503, f"{what}; try again in a second", {"Retry-After": "1"})
+    return RequestError(503, f"{reason}; try again in a second", {"Retry-After": "1"})
 
 
-def in_words(error: TuneforgeError, *, field: str = "") -> str:
+def format_error(error: TuneforgeError, *, field: str = "") -> str:
     """An error about what a client sent, as one line; errors of the contracts name columns, never paths."""
     where = ", ".join(each for each in (field, error.where) if each)
     return "; ".join(each for each in (f"{where}: {error.what}" if where else error.what, error.why, error.fix) if each)
 
 
-class Bodies:
+class BodyReader:
     """Reads bodies, and counts what all of them hold.
 
     Args:
@@ -46,63 +46,63 @@ class Bodies:
     """
 
     def __init__(self, limits: Limits) -> None:
-        self._limits, self._held = limits, 0
+        self._limits, self._reserved_bytes = limits, 0
 
     @contextmanager
-    def held(self) -> Iterator[Holding]:
+    def reserve(self) -> Iterator[BodyReservation]:
         """Room for one body; given back at the end, however that comes."""
-        holding = Holding(self)
+        reservation = BodyReservation(self)
         try:
-            yield holding
+            yield reservation
         finally:
-            self._held -= holding.count
+            self._reserved_bytes -= reservation.num_bytes
 
-    def take(self, count: int) -> None:
+    def add_bytes(self, num_bytes: int) -> None:
         """Count bytes that arrived.
 
         Raises:
-            Refusal: All bodies together are too large.
+            RequestError: All bodies together are too large.
         """
-        if self._held + count > self._limits.held_bytes:
-            raise busy("the server holds as much as it may")
-        self._held += count
+        if self._reserved_bytes + num_bytes > self._limits.max_total_body_bytes:
+            raise busy_error("the server holds as much as it may")
+        self._reserved_bytes += num_bytes
 
-    async def read(self, request: Request, holding: Holding) -> bytes:
+    async def read(self, request: Request, reservation: BodyReservation) -> bytes:
         """The body of a request.
 
         Raises:
-            Refusal: It is too large, too slow, or breaks off.
+            RequestError: It is too large, too slow, or breaks off.
         """
-        most = self._limits.body_bytes
-        too_large = Refusal(413, f"the body is larger than {most:,} bytes")
-        if int(request.headers.get("content-length", "0")) > most:  # the HTTP parser has seen that it is a number
+        max_bytes = self._limits.max_body_bytes
+        too_large = RequestError(413, f"the body is larger than {max_bytes:,} bytes")
+        if int(request.headers.get("content-length", "0")) > max_bytes:  # the HTTP parser has seen that it is a number
             raise too_large
         if "content-encoding" in request.headers:
-            raise Refusal(415, "Content-Encoding: compressed bodies are not read; send the body as it is")
+            raise RequestError(415, "Content-Encoding: compressed bodies are not read; send the body as it is")
         parts: list[bytes] = []
         try:
-            async with asyncio.timeout(self._limits.body_s):
+            async with asyncio.timeout(self._limits.body_timeout_s):
                 async for part in request.stream():
-                    holding.add(len(part))
+                    reservation.add(len(part))
                     parts.append(part)
-                    if holding.count > most:
+                    if reservation.num_bytes > max_bytes:
                         raise too_large
         except TimeoutError:
-            message = f"the body did not arrive within {self._limits.body_s:g} s"
-            raise Refusal(408, message, {"Connection": "close"}) from None
+            message = f"the body did not arrive within {self._limits.body_timeout_s:g} s"
+            raise RequestError(408, message, {"Connection": "close"}) from None
         except ClientDisconnect:
-            raise Refusal(400, "the body broke off") from None
+            raise RequestError(400, "the body broke off") from None
         return b"".join(parts)
 
 
 @attrs.define(eq=False)
-class Holding:
+class BodyReservation:
     """Bytes that one request holds."""
 
-    _bodies: Bodies
-    count: int = 0
+    _reader: BodyReader
+    num_bytes: int = 0
 
     def add(self, count: int) -> None:
         """Count more of them."""
-        self._bodies.take(count)
-        self.count += count
+        self._reader.add_bytes(count)
+        self.num_bytes += count

@@ -12,124 +12,124 @@ from typing import Any, Protocol
 import torch
 from starlette.requests import Request
 
-from tuneforge.engine.data.dataset import Inputable, tensors_of
-from tuneforge.ship.circle.exchanges import Exchange
-from tuneforge.ship.circle.watch import features_of
-from tuneforge.ship.serve.models import Served
+from tuneforge.engine.data.dataset import TensorTree, named_tensors
+from tuneforge.ship.circle.exchanges import LoggedRequest
+from tuneforge.ship.circle.watch import compute_features
+from tuneforge.ship.serve.models import ServedModel
 
 LOG = logging.getLogger("tuneforge.serve")
-_KEPT_WAITING = 1024
+_MAX_QUEUED = 1024
 
 
-class Keeps(Protocol):
-    """What a server puts requests and answers into, such as `tuneforge.ship.circle.records.Records`."""
+class RequestSink(Protocol):
+    """What a server puts requests and answers into, such as `tuneforge.ship.circle.records.RequestLog`."""
 
-    def keep(self, exchanges: Sequence[Exchange]) -> int:
+    def append(self, requests: Sequence[LoggedRequest]) -> int:
         """Keep them in one commit; how many were kept."""
 
 
-class Keeper:
+class RequestLogger:
     """Puts requests into the records from a thread, many in one commit, so that no answer waits for the disk.
 
     Args:
-        records: Where they go; None keeps nothing.
+        sink: Where they go; None keeps nothing.
     """
 
-    def __init__(self, records: Keeps | None) -> None:
-        self.records, self.dropped = records, 0
-        self._waiting: queue.Queue[Exchange | threading.Event | None] = queue.Queue(_KEPT_WAITING)
-        self._thread = threading.Thread(target=self._work, name="keeper", daemon=True)
+    def __init__(self, sink: RequestSink | None) -> None:
+        self.sink, self.num_dropped = sink, 0
+        self._queue: queue.Queue[LoggedRequest | threading.Event | None] = queue.Queue(_MAX_QUEUED)
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
         self._thread.start()
 
-    def keep(self, exchanges: Sequence[Exchange]) -> None:
+    def log(self, requests: Sequence[LoggedRequest]) -> None:
         """Keep inputs with their answers soon; they are dropped and counted where the disk cannot follow."""
-        if self.records is None:
+        if self.sink is None:
             return
-        for each in exchanges:
+        for each in requests:
             try:
-                self._waiting.put_nowait(each)
+                self._queue.put_nowait(each)
             except queue.Full:
-                self.dropped += 1
+                self.num_dropped += 1
 
     def flush(self) -> None:
         """Wait until everything given so far is on the disk."""
         done = threading.Event()
-        self._waiting.put(done)
+        self._queue.put(done)
         done.wait()
 
     def close(self) -> None:
         """Keep what waits, then end the thread."""
-        self._waiting.put(None)
+        self._queue.put(None)
         self._thread.join()
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         while True:
-            taken = [self._waiting.get()]
-            while not self._waiting.empty():
-                taken.append(self._waiting.get())
-            self._write([each for each in taken if isinstance(each, Exchange)])
+            taken = [self._queue.get()]
+            while not self._queue.empty():
+                taken.append(self._queue.get())
+            self._write([each for each in taken if isinstance(each, LoggedRequest)])
             for each in taken:
                 if isinstance(each, threading.Event):
                     each.set()
             if None in taken:
                 return
 
-    def _write(self, exchanges: list[Exchange]) -> None:
-        if not exchanges or self.records is None:
+    def _write(self, requests: list[LoggedRequest]) -> None:
+        if not requests or self.sink is None:
             return
         try:
-            self.records.keep(exchanges)
+            self.sink.append(requests)
         except Exception:
-            self.dropped += len(exchanges)
-            LOG.exception("%d request(s) were not kept", len(exchanges))
+            self.num_dropped += len(requests)
+            LOG.exception("%d request(s) were not kept", len(requests))
 
 
-def may_be_kept(request: Request) -> bool:
+def allows_logging(request: Request) -> bool:
     """False where the client asks that nothing of it is stored: `Cache-Control: no-store` (RFC 9111, 5.2.1.5)."""
     asked = ",".join(request.headers.getlist("cache-control")).lower().split(",")
     return "no-store" not in (each.strip() for each in asked)
 
 
-def ids_of(identity: str, count: int, *, several: bool) -> list[str]:
+def make_ids(request_id: str, count: int, *, several: bool) -> list[str]:
     """The number of each input of a request: the request's own, or where it has several, that and its place."""
-    return [f"{identity}-{place}" for place in range(count)] if several else [identity]
+    return [f"{request_id}-{index}" for index in range(count)] if several else [request_id]
 
 
-def exchanges(
-    served: Served,
+def build_logged_requests(
+    model: ServedModel,
     ids: Sequence[str],
     sent: Sequence[tuple[bytes, str]],
-    stored: Inputable,
-    answers: Sequence[dict[str, Any]],
-) -> list[Exchange]:
+    stored: TensorTree,
+    predictions: Sequence[dict[str, Any]],
+) -> list[LoggedRequest]:
     """What is kept of a request.
 
     Args:
-        served: What answered.
+        model: What answered.
         ids: Of each input.
         sent: Body and content type of each.
         stored: What the model saw (b, ...).
-        answers: Of each.
+        predictions: Of each.
     """
     return [
-        Exchange(
-            id=own,
-            version=served.version,
+        LoggedRequest(
+            id=row_id,
+            version=model.version,
             body=body,
             content_type=content_type,
-            answer=answer,
+            prediction=prediction,
             features=features,
-            content=_digest(stored, place),
+            content_digest=_hash_row(stored, row),
         )
-        for place, (own, (body, content_type), features, answer) in enumerate(
-            zip(ids, sent, features_of(stored), answers, strict=True)
+        for row, (row_id, (body, content_type), features, prediction) in enumerate(
+            zip(ids, sent, compute_features(stored), predictions, strict=True)
         )
     ]
 
 
-def _digest(stored: Inputable, row: int) -> str:
+def _hash_row(stored: TensorTree, row: int) -> str:
     """Of what the model saw, so that one picture sent in two ways is one content."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors_of(stored).items()):
+    for name, tensor in sorted(named_tensors(stored).items()):
         digest.update(name.encode() + b"\0" + tensor[row].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import tuneforge
-from tuneforge.ship.circle.records import MOST_NAME
+from tuneforge.ship.circle.records import MAX_CLASS_NAME_LENGTH
 from tuneforge.ship.serve.bounds import Limits
-from tuneforge.ship.serve.models import Served
-from tuneforge.ship.serve.tensors import Spec, inputs_of, outputs_of
+from tuneforge.ship.serve.models import ServedModel
+from tuneforge.ship.serve.tensors import TensorSpec, list_input_specs, list_output_specs
 
 _ERRORS = {
     400: "The request is malformed; the message names the field.",
@@ -24,7 +24,7 @@ _ERRORS = {
     503: "Too much waits already; Retry-After says when to come back.",
 }
 _BODY = (400, 408, 413, 415, 503)  # what any body may meet
-_TOLD = (*_BODY, 404, 422)
+_PREDICT_ERRORS = (*_BODY, 404, 422)
 _TEXT = {"type": "string"}
 _ERROR = {"$ref": "#/components/schemas/Error"}
 _NUMBER, _NUMBER_OR_NONE = {"type": "number"}, {"type": ["number", "null"]}
@@ -34,24 +34,24 @@ _COUNT = {"type": "integer", "minimum": 0}
 _ID = {"X-Request-Id": {"description": "The number of the request.", "schema": _TEXT}}
 
 
-def described(served: Sequence[Served], limits: Limits, *, feedback: bool = False) -> dict[str, Any]:
+def build_document(models: Sequence[ServedModel], limits: Limits, *, feedback: bool = False) -> dict[str, Any]:
     """The OpenAPI document.
 
     Args:
-        served: The models that answer; the first one is the example.
+        models: The models that answer; the first one is the example.
         limits: Bounds of the server.
         feedback: Whether the server keeps requests and takes labels for them.
     """
-    names = [each.name for each in served]
-    inputs = list(inputs_of(served[0]).values()) if served else []
-    outputs = outputs_of(served[0]) if served else []
+    names = [each.name for each in models]
+    inputs = list(list_input_specs(models[0]).values()) if models else []
+    outputs = list_output_specs(models[0]) if models else []
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "tuneforge",
             "version": tuneforge.__version__,
             "description": f"Serves {', '.join(names) or 'no model at the moment'}. A body has at most "
-            f"{limits.body_bytes:,} bytes; an answer takes at most {limits.request_s:g} s.",
+            f"{limits.max_body_bytes:,} bytes; an answer takes at most {limits.request_timeout_s:g} s.",
         },
         "paths": {
             **_people(names),
@@ -61,7 +61,11 @@ def described(served: Sequence[Served], limits: Limits, *, feedback: bool = Fals
             **(_feedback() if feedback else {}),
         },
         "components": {
-            "schemas": {"Error": _object({"error": _TEXT}), "Answer": _answer(), "Inference": _inference(outputs)},
+            "schemas": {
+                "Error": _object({"error": _TEXT}),
+                "Answer": _prediction_schema(),
+                "Inference": _inference(outputs),
+            },
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{}, {"token": []}],
@@ -72,8 +76,8 @@ def _people(names: list[str]) -> dict[str, Any]:
     model = {"name": "model", "in": "query", "required": False, "schema": _name(names)}
     picture = {"schema": {"type": "string", "contentMediaType": "application/octet-stream"}}
     several = _object({"inputs": {"type": "array", "minItems": 1, "items": {}}})
-    answer = {"anyOf": [{"$ref": "#/components/schemas/Answer"}, _object({"answers": {"type": "array"}})]}
-    predict = _operation("predict", "The answer for an input.", answer, errors=_TOLD, params=[model])
+    answer = {"anyOf": [{"$ref": "#/components/schemas/Answer"}, _object({"predictions": {"type": "array"}})]}
+    predict = _operation("predict", "The answer for an input.", answer, errors=_PREDICT_ERRORS, params=[model])
     predict["requestBody"] = {
         "required": True,
         "description": "One input: the bytes of a picture, or a row as JSON. Several: an object with inputs, a list, "
@@ -103,7 +107,7 @@ def _health() -> dict[str, Any]:
     }
 
 
-def _models(names: list[str], inputs: list[Spec], outputs: list[Spec]) -> dict[str, Any]:
+def _models(names: list[str], inputs: list[TensorSpec], outputs: list[TensorSpec]) -> dict[str, Any]:
     tensor = _object({"name": _TEXT, "datatype": _TEXT, "shape": {"type": "array", "items": {"type": "integer"}}})
     tensors = {"type": "array", "items": tensor}
     about = _object({"name": _TEXT, "versions": {"type": "array"}, "inputs": tensors, "outputs": tensors})
@@ -112,7 +116,9 @@ def _models(names: list[str], inputs: list[Spec], outputs: list[Spec]) -> dict[s
     paths: dict[str, Any] = {}
     for path, word in (("/v2/models/{name}", ""), ("/v2/models/{name}/versions/{version}", "_version")):
         params = [_path("name", _name(names)), *([_path("version", _TEXT)] if word else [])]
-        infer = _operation(f"infer{word}", "Answers for stored tensors.", inference, errors=_TOLD, params=params)
+        infer = _operation(
+            f"infer{word}", "Answers for stored tensors.", inference, errors=_PREDICT_ERRORS, params=params
+        )
         infer["requestBody"] = {"required": True, **_content(_request(inputs, outputs))}
         show = _operation(f"model{word}", "What a model takes and gives.", about, errors=(404,), params=params)
         asked = _operation(f"model_ready{word}", "Whether it answers.", ready, errors=(404,), params=params)
@@ -142,38 +148,51 @@ def _repository(names: list[str]) -> dict[str, Any]:
 
 
 def _feedback() -> dict[str, Any]:
-    given = _object({"id": {**_TEXT, "minLength": 1}, "class": {**_TEXT, "minLength": 1, "maxLength": MOST_NAME}})
+    given = _object(
+        {"id": {**_TEXT, "minLength": 1}, "class": {**_TEXT, "minLength": 1, "maxLength": MAX_CLASS_NAME_LENGTH}}
+    )
     taken = _object(
         {"id": _TEXT, "class": _TEXT, "previous": _TEXT_OR_NONE, "held_out": _FLAG, "agrees": _FLAG_OR_NONE}
     )
     label = _operation(
-        "label", "Say which class is right; the answer comes once it is on the disk.", taken, errors=_TOLD
+        "label", "Say which class is right; the answer comes once it is on the disk.", taken, errors=_PREDICT_ERRORS
     )
     label["requestBody"] = {"required": True, **_content({**given, "additionalProperties": False})}
     skip = {"name": "skip", "in": "query", "schema": {"type": "array", "items": _TEXT}}
     likely = {"type": "array", "items": {"type": "array", "items": {"type": ["string", "number", "null"]}}}
-    shown = _object({"id": _TEXT_OR_NONE, "left": _COUNT, "labelled": _COUNT})
-    shown["properties"] |= {"class": _TEXT_OR_NONE, "probability": _NUMBER_OR_NONE, "likely": likely, "version": _TEXT}
+    shown = _object({"id": _TEXT_OR_NONE, "left": _COUNT, "num_labeled": _COUNT})
+    shown["properties"] |= {
+        "class": _TEXT_OR_NONE,
+        "probability": _NUMBER_OR_NONE,
+        "likely_classes": likely,
+        "version": _TEXT,
+    }
     shown["properties"] |= {"classes": {"type": "array", "items": _TEXT}, "time": {"type": "number"}}
-    shown["properties"] |= {"picture": _TEXT_OR_NONE, "text": _TEXT_OR_NONE}
+    shown["properties"] |= {"image": _TEXT_OR_NONE, "text": _TEXT_OR_NONE}
     next_ = _operation("next", "The least certain answer without a label.", shown, errors=(503,), params=[skip])
     return {
         "/feedback": {"post": label},
         "/review": {"get": _operation("review", "See uncertain answers and label them.", _TEXT, "text/html")},
         "/review/next": {"get": next_},
-        "/watch": {"get": _operation("watch", "How each model does at work.", _watched(), errors=(503,))},
+        "/monitoring": {
+            "get": _operation("monitoring", "How each model does at work.", _monitoring_schema(), errors=(503,))
+        },
     }
 
 
-def _watched() -> dict[str, Any]:
+def _monitoring_schema() -> dict[str, Any]:
     """Accuracy on what got labelled, and drift from the reference; null where too little is known."""
-    share = _object({"right": _COUNT, "total": _COUNT, "low": _NUMBER, "high": _NUMBER, "share": _NUMBER_OR_NONE})
-    drift = _object({"statistic": _NUMBER, "p": _NUMBER, "place": _COUNT, "size": _COUNT})
-    moved = {"anyOf": [drift, {"type": "null"}]}
-    model = _object({"model": _TEXT, "version": _TEXT, "accuracy": share, "confidence": moved, "inputs": moved})
-    model["properties"] |= {"mean_confidence": _NUMBER_OR_NONE, "drifted": _FLAG}
-    kept = _object({"requests": _COUNT, "labelled": _COUNT, "held_out": _COUNT, "bytes": _COUNT, "full": _FLAG})
-    return _object({"models": {"type": "array", "items": model}, "kept": kept})
+    interval = {"num_correct": _COUNT, "total": _COUNT, "low": _NUMBER, "high": _NUMBER, "proportion": _NUMBER_OR_NONE}
+    drift = _object({"statistic": _NUMBER, "p_value": _NUMBER, "feature_index": _COUNT, "num_requests": _COUNT})
+    maybe_drift = {"anyOf": [drift, {"type": "null"}]}
+    model = _object({"model": _TEXT, "version": _TEXT, "accuracy": _object(interval)})
+    drifts = {"confidence_drift": maybe_drift, "input_drift": maybe_drift}
+    model["required"] += list(drifts)
+    model["properties"] |= {**drifts, "mean_confidence": _NUMBER_OR_NONE, "has_drift": _FLAG}
+    request_log = _object(
+        {"requests": _COUNT, "num_labeled": _COUNT, "held_out": _COUNT, "bytes": _COUNT, "full": _FLAG}
+    )
+    return _object({"models": {"type": "array", "items": model}, "request_log": request_log})
 
 
 def _operation(
@@ -207,7 +226,7 @@ def _name(names: list[str]) -> dict[str, Any]:
     return {"type": "string", "enum": names} if names else _TEXT
 
 
-def _answer() -> dict[str, Any]:
+def _prediction_schema() -> dict[str, Any]:
     """One answer of `/predict`: what the targets say, which model said it, and times in milliseconds."""
     answer = _object({"id": _TEXT, "model": _TEXT, "version": _TEXT, "ms": {"type": "number"}})
     by_name = {"type": "object", "additionalProperties": _NUMBER_OR_NONE}
@@ -216,7 +235,7 @@ def _answer() -> dict[str, Any]:
     return answer
 
 
-def _request(inputs: list[Spec], outputs: list[Spec]) -> dict[str, Any]:
+def _request(inputs: list[TensorSpec], outputs: list[TensorSpec]) -> dict[str, Any]:
     """An inference request with tensors as JSON."""
     tensors = {
         "type": "array",
@@ -233,7 +252,7 @@ def _request(inputs: list[Spec], outputs: list[Spec]) -> dict[str, Any]:
     return request
 
 
-def _tensor(spec: Spec) -> dict[str, Any]:
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
     """A tensor of one row; more rows have as many times the elements."""
     count = math.prod(spec.shape)
     whole = spec.datatype.startswith(("INT", "UINT"))
@@ -252,7 +271,7 @@ def _tensor(spec: Spec) -> dict[str, Any]:
     )
 
 
-def _inference(outputs: list[Spec]) -> dict[str, Any]:
+def _inference(outputs: list[TensorSpec]) -> dict[str, Any]:
     tensor = _object(
         {
             "name": {"enum": [spec.name for spec in outputs]},

@@ -13,27 +13,35 @@ from starlette.routing import Route
 from torch import Tensor
 
 import tuneforge
-from tuneforge.engine.data.dataset import Inputable
-from tuneforge.exporting.formats import answers_of
-from tuneforge.ship.circle.exchanges import TENSORS, Exchange, as_body
-from tuneforge.ship.serve.bounds import Refusal
-from tuneforge.ship.serve.desk import Desk
-from tuneforge.ship.serve.kept import exchanges, ids_of, may_be_kept
-from tuneforge.ship.serve.models import Served
-from tuneforge.ship.serve.tensors import Spec, inputs_of, outputs_of, parsed, read_inputs, split_body, written
+from tuneforge.engine.data.dataset import TensorTree
+from tuneforge.exporting.formats import compute_predictions
+from tuneforge.ship.circle.exchanges import TENSORS, LoggedRequest, encode_row
+from tuneforge.ship.serve.bounds import RequestError
+from tuneforge.ship.serve.desk import InferenceService
+from tuneforge.ship.serve.kept import allows_logging, build_logged_requests, make_ids
+from tuneforge.ship.serve.models import ServedModel
+from tuneforge.ship.serve.tensors import (
+    TensorSpec,
+    encode_output,
+    list_input_specs,
+    list_output_specs,
+    parse_json,
+    read_inputs,
+    split_body,
+)
 
 EXTENSIONS = ["binary_tensor_data", "model_repository"]
 
 
-class Protocol:
+class V2Routes:
     """The routes under `/v2`.
 
     Args:
-        desk: Takes requests in and brings answers.
+        service: Takes requests in and brings answers.
     """
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, service: InferenceService) -> None:
+        self._service = service
 
     def routes(self) -> list[Route]:
         """Paths and what answers them."""
@@ -60,89 +68,97 @@ class Protocol:
 
     async def ready(self, request: Request) -> Response:
         """Whether requests are welcome: some model answers, and the server is not about to stop."""
-        ready = bool(self._desk.models.all_current()) and not self._desk.stopping
+        ready = bool(self._service.models.list_loaded()) and not self._service.stopping
         return JSONResponse({"ready": ready}, 200 if ready else 400)
 
     async def metadata(self, request: Request) -> Response:
         """What a model takes and gives."""
-        served = self._served(request)
+        model = self._requested_model(request)
         about = {
-            "name": served.name,
-            "versions": [served.version],
-            "platform": f"tuneforge_{served.servable.backend}",
-            "inputs": [spec.described() for spec in inputs_of(served).values()],
-            "outputs": [spec.described() for spec in outputs_of(served)],
+            "name": model.name,
+            "versions": [model.version],
+            "platform": f"tuneforge_{model.model.backend}",
+            "inputs": [spec.to_metadata() for spec in list_input_specs(model).values()],
+            "outputs": [spec.to_metadata() for spec in list_output_specs(model)],
         }
-        labels = list(served.targets.labels)
+        labels = list(model.targets.labels)
         return JSONResponse({**about, "parameters": {"labels": labels}} if labels else about)
 
     async def model_ready(self, request: Request) -> Response:
         """Whether a model answers, in that version where one is named."""
-        return JSONResponse({"name": self._served(request).name, "ready": True})
+        return JSONResponse({"name": self._requested_model(request).name, "ready": True})
 
     async def infer(self, request: Request) -> Response:
         """Answers for tensors in their stored form."""
-        served, desk = self._served(request), self._desk
-        with desk.bodies.held() as holding:
-            body = await desk.bodies.read(request, holding)
+        model, service = self._requested_model(request), self._service
+        with service.body_reader.reserve() as reservation:
+            body = await service.body_reader.read(request, reservation)
             length = request.headers.get("inference-header-content-length")
-            (asked, stored), computed = await desk.ask(served, lambda: _asked(body, length, served))
-            keeping = desk.keeper.records is not None and may_be_kept(request)
+            (infer_request, stored), result = await service.infer(
+                model, lambda: _parse_infer_request(body, length, model)
+            )
+            is_logged = service.request_logger.sink is not None and allows_logging(request)
 
             def answer() -> Response:
-                described = [served.targets.describe(row) for row in computed.outputs] if asked.told or keeping else []
-                if keeping:
-                    desk.keeper.keep(_kept(request.state.id, served, stored, described))
-                return _answer(asked, request.state.id, served, computed.outputs, described)
+                described = (
+                    [model.targets.describe(row) for row in result.outputs]
+                    if infer_request.wants_text or is_logged
+                    else []
+                )
+                if is_logged:
+                    service.request_logger.log(_build_logged_requests(request.state.id, model, stored, described))
+                return _build_response(infer_request, request.state.id, model, result.outputs, described)
 
-            return await (desk.aside(answer) if keeping else desk.by_size(answer, computed.outputs.numel()))
+            return await (
+                service.run_in_pool(answer) if is_logged else service.run_by_size(answer, result.outputs.numel())
+            )
 
     async def index(self, request: Request) -> Response:
         """The models, and whether each answers."""
-        asked = await self._options(request)
-        ready = asked.get("ready", False)
+        content = await self._read_json_object(request)
+        ready = content.get("ready", False)
         if not isinstance(ready, bool):
-            raise Refusal(400, "ready: true or false is needed")
-        rows = self._desk.models.index()
+            raise RequestError(400, "ready: true or false is needed")
+        rows = self._service.models.index()
         return JSONResponse([row for row in rows if row["state"] == "READY" or not ready])
 
     async def load(self, request: Request) -> Response:
         """Load a model's newest version; where that fails, the old one goes on."""
-        parameters = (await self._options(request)).get("parameters", {})
+        parameters = (await self._read_json_object(request)).get("parameters", {})
         if not isinstance(parameters, Mapping) or parameters:
-            raise Refusal(400, "parameters: a model is loaded as it was promoted, no other content is taken")
+            raise RequestError(400, "parameters: a model is loaded as it was promoted, no other content is taken")
         name = request.path_params["name"]
         try:
-            served = await self._desk.slowly(lambda: self._desk.models.load(name))
-        except Refusal:
+            model = await self._service.run_in_own_thread(lambda: self._service.models.load(name))
+        except RequestError:
             raise
         except Exception:  # noqa: BLE001 - logged where the version was refused, with what a client need not know
-            reason = self._desk.models.reason(name) or "its pointer cannot be read"
-            raise Refusal(400, f"model '{name}' was not loaded: {reason}") from None
-        return JSONResponse({"name": served.name, "version": served.version})
+            reason = self._service.models.reason(name) or "its pointer cannot be read"
+            raise RequestError(400, f"model '{name}' was not loaded: {reason}") from None
+        return JSONResponse({"name": model.name, "version": model.version})
 
     async def unload(self, request: Request) -> Response:
         """Let a model answer no more; what waits for it is answered."""
-        await self._options(request)
+        await self._read_json_object(request)
         name = request.path_params["name"]
-        await self._desk.slowly(lambda: self._desk.models.unload(name))
+        await self._service.run_in_own_thread(lambda: self._service.models.unload(name))
         return JSONResponse({"name": name})
 
-    def _served(self, request: Request) -> Served:
-        return self._desk.models.current(request.path_params["name"], request.path_params.get("version"))
+    def _requested_model(self, request: Request) -> ServedModel:
+        return self._service.models.get(request.path_params["name"], request.path_params.get("version"))
 
-    async def _options(self, request: Request) -> Mapping[str, Any]:
+    async def _read_json_object(self, request: Request) -> Mapping[str, Any]:
         """The JSON object of a request of the repository, which may be empty."""
-        with self._desk.bodies.held() as holding:
-            body = await self._desk.bodies.read(request, holding)
-        asked = parsed(body, "the request") if body.strip() else {}
-        if not isinstance(asked, Mapping):
-            raise Refusal(400, "the request is no JSON object")
-        return asked
+        with self._service.body_reader.reserve() as reservation:
+            body = await self._service.body_reader.read(request, reservation)
+        content = parse_json(body, "the request") if body.strip() else {}
+        if not isinstance(content, Mapping):
+            raise RequestError(400, "the request is no JSON object")
+        return content
 
 
 @attrs.frozen
-class _Asked:
+class _InferRequest:
     """What a request wants.
 
     Args:
@@ -151,84 +167,94 @@ class _Asked:
     """
 
     id: str
-    outputs: list[tuple[Spec, bool]]
+    outputs: list[tuple[TensorSpec, bool]]
 
     @property
-    def told(self) -> bool:
+    def wants_text(self) -> bool:
         """True where the answer for people is wanted."""
         return any(spec.dtype == "bytes" for spec, _ in self.outputs)
 
 
-def _asked(body: bytes, header_length: str | None, served: Served) -> tuple[tuple[_Asked, Inputable], Inputable]:
+def _parse_infer_request(
+    body: bytes, header_length: str | None, model: ServedModel
+) -> tuple[tuple[_InferRequest, TensorTree], TensorTree]:
     """The checked request, and its stored tensors (b, ...)."""
     request, binary = split_body(body, header_length)
-    identity = request.get("id", "")
-    if not isinstance(identity, str) or len(identity) > 256:
-        raise Refusal(400, "id: a text of at most 256 characters is needed")
-    wanted = _wanted(request, outputs_of(served))
-    specs = inputs_of(served)
+    request_id = request.get("id", "")
+    if not isinstance(request_id, str) or len(request_id) > 256:
+        raise RequestError(400, "id: a text of at most 256 characters is needed")
+    wanted = _parse_outputs(request, list_output_specs(model))
+    specs = list_input_specs(model)
     found = read_inputs(request, binary, list(specs.values()))
     named = {name: found[spec.name] for name, spec in specs.items()}
     stored = named[""] if set(named) == {""} else named
-    return (_Asked(identity, wanted), stored), stored
+    return (_InferRequest(request_id, wanted), stored), stored
 
 
-def _kept(identity: str, served: Served, stored: Inputable, answers: list[dict[str, Any]]) -> list[Exchange]:
+def _build_logged_requests(
+    request_id: str, model: ServedModel, stored: TensorTree, predictions: list[dict[str, Any]]
+) -> list[LoggedRequest]:
     """What the records keep of a request; each row is an input of its own."""
-    ids = ids_of(identity, len(answers), several=len(answers) > 1)
-    sent = [(as_body(stored, row), TENSORS) for row in range(len(answers))]
-    return exchanges(served, ids, sent, stored, answers)
+    ids = make_ids(request_id, len(predictions), several=len(predictions) > 1)
+    sent = [(encode_row(stored, row), TENSORS) for row in range(len(predictions))]
+    return build_logged_requests(model, ids, sent, stored, predictions)
 
 
-def _wanted(request: Mapping[str, Any], specs: list[Spec]) -> list[tuple[Spec, bool]]:
+def _parse_outputs(request: Mapping[str, Any], specs: list[TensorSpec]) -> list[tuple[TensorSpec, bool]]:
     parameters = _parameters(request, "the request")
     everywhere = _flag(parameters, "binary_data_output", "the request")
-    given = request.get("outputs", [])
-    if not isinstance(given, list):
-        raise Refusal(400, "outputs: a list is needed")
-    if not given:
+    requested = request.get("outputs", [])
+    if not isinstance(requested, list):
+        raise RequestError(400, "outputs: a list is needed")
+    if not requested:
         return [(spec, everywhere) for spec in specs]
     known = {spec.name: spec for spec in specs}
-    wanted: list[tuple[Spec, bool]] = []
-    for place, each in enumerate(given):
+    wanted: list[tuple[TensorSpec, bool]] = []
+    for index, each in enumerate(requested):
         name = each.get("name") if isinstance(each, Mapping) else None
         if not isinstance(name, str) or name not in known or any(spec.name == name for spec, _ in wanted):
-            raise Refusal(400, f"outputs[{place}].name: some of {', '.join(known)} is needed, each once")
+            raise RequestError(400, f"outputs[{index}].name: some of {', '.join(known)} is needed, each once")
         own = _parameters(each, f"output '{name}'")
         if unknown := [key for key in own if key.startswith(("shared_memory", "classification"))]:
-            raise Refusal(400, f"output '{name}': {unknown[0][:40]} is not supported")
+            raise RequestError(400, f"output '{name}': {unknown[0][:40]} is not supported")
         binary = _flag(own, "binary_data", f"output '{name}'") if "binary_data" in own else everywhere
         wanted.append((known[name], binary))
     return wanted
 
 
-def _parameters(given: Mapping[str, Any], field: str) -> Mapping[str, Any]:
-    parameters = given.get("parameters", {})
+def _parameters(entry: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    parameters = entry.get("parameters", {})
     if not isinstance(parameters, Mapping):
-        raise Refusal(400, f"{field}: parameters is no object")
+        raise RequestError(400, f"{field}: parameters is no object")
     return parameters
 
 
 def _flag(parameters: Mapping[str, Any], name: str, field: str) -> bool:
     value = parameters.get(name, False)
     if not isinstance(value, bool):
-        raise Refusal(400, f"{field}: {name} is neither true nor false")
+        raise RequestError(400, f"{field}: {name} is neither true nor false")
     return value
 
 
-def _answer(asked: _Asked, identity: str, served: Served, outputs: Tensor, described: list[dict[str, Any]]) -> Response:
-    def values(spec: Spec) -> Any:
+def _build_response(
+    infer_request: _InferRequest, request_id: str, model: ServedModel, outputs: Tensor, described: list[dict[str, Any]]
+) -> Response:
+    def values(spec: TensorSpec) -> Any:
         if spec.dtype == "bytes":
             return [json.dumps(each) for each in described]
-        return answers_of(served.targets, outputs).float().numpy()
+        return compute_predictions(model.targets, outputs).float().numpy()
 
-    parts = [written(spec, values(spec), binary=binary) for spec, binary in asked.outputs]
-    answer: dict[str, Any] = {"model_name": served.name, "model_version": served.version, "id": asked.id or identity}
-    if asked.id:  # clients use their ids again and again, so feedback goes by ours
-        answer["parameters"] = {"feedback_id": identity}
+    parts = [encode_output(spec, values(spec), binary=binary) for spec, binary in infer_request.outputs]
+    answer: dict[str, Any] = {
+        "model_name": model.name,
+        "model_version": model.version,
+        "id": infer_request.id or request_id,
+    }
+    if infer_request.id:  # clients use their ids again and again, so feedback goes by ours
+        answer["parameters"] = {"feedback_id": request_id}
     answer["outputs"] = [head for head, _ in parts]
     content = json.dumps(answer, allow_nan=False).encode()
-    if not any(binary for _, binary in asked.outputs):
+    if not any(binary for _, binary in infer_request.outputs):
         return Response(content, media_type="application/json")
     headers = {"Inference-Header-Content-Length": str(len(content))}
     binaries = b"".join(data for _, data in parts)

@@ -26,10 +26,10 @@ from tuneforge.ship.serve.bounds import Limits
 
 LOG = logging.getLogger("tuneforge.serve")
 _BACKLOG = 1024
-_SURPLUS = 64  # connections above the bound that are told so; further ones are cut
+_MAX_EXCESS_CONNECTIONS = 64  # connections above the bound that are told so; further ones are cut
 
 
-class Connection(H11Protocol):
+class BoundedConnection(H11Protocol):
     """A connection of uvicorn's that is bounded in number and in time, and that answers a client who closed one side.
 
     uvicorn waits for ever for the head of a request, and drops a request whose sender has no more to say.
@@ -41,11 +41,11 @@ class Connection(H11Protocol):
         """Count it, and begin to wait for a request."""
         super().connection_made(transport)
         self._late: asyncio.TimerHandle | None = None
-        surplus = len(self.connections) - self.limits.connections
-        if surplus > _SURPLUS:
+        surplus = len(self.connections) - self.limits.max_connections
+        if surplus > _MAX_EXCESS_CONNECTIONS:
             transport.abort()
         elif surplus > 0:
-            self.app = _too_many
+            self.app = _reject_connection
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -96,7 +96,7 @@ class Connection(H11Protocol):
         if not due:
             self._unwatch()
         elif self._late is None:
-            self._late = self.loop.call_later(self.limits.head_s, self._too_late)
+            self._late = self.loop.call_later(self.limits.header_timeout_s, self._too_late)
 
     def _unwatch(self) -> None:
         if self._late is not None:
@@ -106,7 +106,7 @@ class Connection(H11Protocol):
     def _too_late(self) -> None:
         self._late = None
         if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
-            self._refuse(408, f"the head of the request did not arrive within {self.limits.head_s:g} s")
+            self._refuse(408, f"the head of the request did not arrive within {self.limits.header_timeout_s:g} s")
         else:
             self.transport.close()
 
@@ -129,14 +129,16 @@ class Connection(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn, with signals that drain: the first stops accepting and answers what was accepted, the second leaves."""
 
-    def __init__(self, config: uvicorn.Config, *, started: Callable[[], None], stopping: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, *, on_started: Callable[[], None], on_stopping: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._announce, self._stopping = started, stopping
+        self._on_started, self._on_stopping = on_started, on_stopping
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, and say so."""
         await super().startup(sockets=sockets)
-        self._announce()
+        self._on_started()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -156,11 +158,11 @@ class Server(uvicorn.Server):
         if self.should_exit:
             os._exit(128 + sig)
         self.should_exit = True
-        self._stopping()
+        self._on_stopping()
         LOG.info("stopping: %d connection(s); a second signal leaves at once", len(self.server_state.connections))
 
 
-def listening(host: str, port: int) -> socket.socket:
+def open_socket(host: str, port: int) -> socket.socket:
     """A socket that listens.
 
     Raises:
@@ -183,15 +185,15 @@ def listening(host: str, port: int) -> socket.socket:
     return found
 
 
-def server_of(app: Starlette, limits: Limits, *, started: Callable[[], None] = lambda: None) -> Server:
+def create_server(app: Starlette, limits: Limits, *, on_started: Callable[[], None] = lambda: None) -> Server:
     """What serves an application: `run(sockets=[...])` returns once a signal came and everything accepted is answered.
 
     Args:
-        app: As `application` gives it.
+        app: As `create_app` gives it.
         limits: Bounds on connections.
-        started: Is called once connections are accepted.
+        on_started: Is called once connections are accepted.
     """
-    protocol = type("Bounded", (Connection,), {"limits": limits})
+    protocol = type("Bounded", (BoundedConnection,), {"limits": limits})
     config = uvicorn.Config(
         app,
         http=protocol,
@@ -202,17 +204,17 @@ def server_of(app: Starlette, limits: Limits, *, started: Callable[[], None] = l
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        h11_max_incomplete_event_size=limits.head_bytes,
+        h11_max_incomplete_event_size=limits.max_header_bytes,
         timeout_keep_alive=10,
     )
 
-    def stopping() -> None:
-        app.state.desk.stopping = True
+    def on_stopping() -> None:
+        app.state.service.stopping = True
 
-    return Server(config, started=started, stopping=stopping)
+    return Server(config, on_started=on_started, on_stopping=on_stopping)
 
 
-async def _too_many(scope: Scope, receive: Receive, send: Send) -> None:
+async def _reject_connection(scope: Scope, receive: Receive, send: Send) -> None:
     """Tell a connection above the bound to come back."""
     body = b'{"error": "too many connections; try again in a second"}'
     names = {b"content-type": b"application/json", b"retry-after": b"1", b"connection": b"close"}

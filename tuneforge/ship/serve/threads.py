@@ -13,18 +13,18 @@ from typing import Any
 import torch
 
 
-def keep_to_one_core() -> Any:
+def limit_to_one_thread() -> Any:
     """Let torch compute with one thread in the calling thread; others go on as they are.
 
     Returns:
         What undoes it: `.restore_original_limits()`, in the same thread.
     """
     torch.get_num_threads()  # torch sets a thread up when it first computes there, and would undo this then
-    return _pools().limit(limits=1, user_api="openmp")
+    return _thread_pools().limit(limits=1, user_api="openmp")
 
 
 @cache
-def _pools() -> Any:
+def _thread_pools() -> Any:
     from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]  # comes with scikit-learn
 
     return ThreadpoolController()

@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 
 from tuneforge.errors import DataError, TryAgainError, UsageError
 
-_PATIENCE_S = 30.0
+_MAX_RETRY_S = 30.0
 
 
-class Server:
+class ServerClient:
     """A server under test.
 
     Args:
@@ -40,29 +40,29 @@ class Server:
         self._kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self.headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._lock = Lock()
-        self.retried = 0
+        self.num_retries = 0
 
-    def connect(self) -> Connection:
+    def connect(self) -> ClientConnection:
         """A connection that is kept open; each thread has its own."""
-        return Connection(self, self._kind(self._host, self._port, timeout=self.timeout_s))
+        return ClientConnection(self, self._kind(self._host, self._port, timeout=self.timeout_s))
 
     def count_retry(self) -> None:
         """One request was sent again."""
         with self._lock:
-            self.retried += 1
+            self.num_retries += 1
 
 
-class Connection:
-    """One kept connection to a server. Made by `Server.connect`."""
+class ClientConnection:
+    """One kept connection to a server. Made by `ServerClient.connect`."""
 
-    def __init__(self, server: Server, http: HTTPConnection) -> None:
+    def __init__(self, server: ServerClient, http: HTTPConnection) -> None:
         self._server, self._http = server, http
 
     def close(self) -> None:
         """Close it."""
         self._http.close()
 
-    def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[Any, float]:
+    def request(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[Any, float]:
         """The JSON that the server answers, and how long the answer took in seconds.
 
         A busy server (503) is asked again after the time that it names.
@@ -71,7 +71,7 @@ class Connection:
             TryAgainError: It cannot be reached, does not answer, or stays busy.
             DataError: It refuses the request; the message holds its reason.
         """
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + _MAX_RETRY_S
         while True:
             began = time.perf_counter()
             status, content, wait_s = self._exchange(method, path, body, headers)
@@ -107,7 +107,7 @@ class Connection:
                 fix="start it (tuneforge serve), or check the address",
             ) from None
         try:
-            wait_s = min(_PATIENCE_S, float(response.getheader("Retry-After", "1")))
+            wait_s = min(_MAX_RETRY_S, float(response.getheader("Retry-After", "1")))
         except ValueError:
             wait_s = 1.0
         return response.status, content, wait_s

@@ -22,8 +22,8 @@ from tuneforge.builtin.datasets.demo.digit_images import (
     real_digits,
 )
 from tuneforge.builtin.datasets.demo.glyphs import glyph_images
-from tuneforge.builtin.datasets.images.image_inputs import Images
-from tuneforge.builtin.targets import Classes
+from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
+from tuneforge.builtin.targets import ClassTargets
 
 if TYPE_CHECKING:
     from tuneforge import Run
@@ -65,8 +65,8 @@ class Digits:
             val=splits["val"],
             test=splits["test"],
             inputs=inputs,
-            targets=Classes(names=parts["train"].class_names),
-            further=self._further(parts["test"], splits["test"], inputs, seed),
+            targets=ClassTargets(names=parts["train"].class_names),
+            extra_test_splits=self._further(parts["test"], splits["test"], inputs, seed),
             notes=tuple(self._notes(parts)),
         )
 
@@ -80,11 +80,11 @@ class Digits:
         )
         return {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}
 
-    def _further(self, part: DigitImages, test: Split, inputs: Images, seed: int) -> dict[str, Split]:
+    def _further(self, part: DigitImages, test: Split, inputs: ImageInputs, seed: int) -> dict[str, Split]:
         if not self.other_share:
             return {}
         real = torch.from_numpy(np.flatnonzero(part.origins == "real"))
-        return {"real digits": test.take(real), "control": _split(control_digits(seed=seed), inputs)}
+        return {"real digits": test.subset(real), "control": _split(control_digits(seed=seed), inputs)}
 
     def _notes(self, parts: dict[str, DigitImages]) -> list[str]:
         origins = np.concatenate([part.origins for part in parts.values()])
@@ -119,23 +119,23 @@ class Glyphs:
             val=val,
             test=test,
             inputs=inputs,
-            targets=Classes(names=made.class_names),
+            targets=ClassTargets(names=made.class_names),
             notes=(f"font families: {', '.join(families)}",),
         )
 
 
-def _inputs() -> Images:
+def _inputs() -> ImageInputs:
     """From any picture to the 8x8 blocks of optdigits, and up to the 32x32 that the network takes."""
-    return Images(ops=("grey", "ink", "resize 8", "resize 32"), channels=3, mean=(MEAN,), std=(STD,))
+    return ImageInputs(ops=("grayscale", "ink", "resize 8", "resize 32"), channels=3, mean=(MEAN,), std=(STD,))
 
 
-def _stored(images_nyx: Any, inputs: Images) -> Tensor:
+def _stored(images_nyx: Any, inputs: ImageInputs) -> Tensor:
     """Ink counts (n, 8, 8), 0 to 16, as the inputs store them: uint8 (n, 1, 32, 32)."""
     grey = ((images_nyx.astype(np.uint16) * 255 + 8) // 16).astype(np.uint8)
-    return inputs.prepared(torch.from_numpy(grey)[:, None], name="the digits")
+    return inputs.apply_ops(torch.from_numpy(grey)[:, None], name="the digits")
 
 
-def _split(part: DigitImages, inputs: Images) -> Split:
+def _split(part: DigitImages, inputs: ImageInputs) -> Split:
     return Split(_stored(part.images, inputs), torch.from_numpy(part.labels), ids=part.ids.tolist())
 
 

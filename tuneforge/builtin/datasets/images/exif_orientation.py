@@ -15,7 +15,7 @@ MAX_PIXELS = 89_478_485
 """Largest picture that is decoded; above it PIL warns of a decompression bomb."""
 
 _EXIF_ORIENTATION = 0x0112
-_TURNS = {
+_TRANSPOSE_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -26,18 +26,18 @@ _TURNS = {
 }
 
 
-def upright(image: Image.Image) -> Image.Image:
+def convert_to_upright(image: Image.Image) -> Image.Image:
     """The picture that a decoded file shows: turned as its EXIF block says, over white, 8 bits a channel.
 
     Raises:
         ValueError: Its numbers have no agreed range.
     """
-    turn = _TURNS.get(_orientation(image))
-    plain = _opaque(_eight_bits(image))
+    turn = _TRANSPOSE_BY_ORIENTATION.get(_get_exif_orientation(image))
+    plain = _flatten_alpha(_convert_to_8_bits(image))
     return plain if turn is None else plain.transpose(turn)
 
 
-def check_range(image: Image.Image) -> None:
+def check_bit_depth(image: Image.Image) -> None:
     """Refuse numbers that are neither 8 nor 16 bits a channel, without a copy of the picture.
 
     Raises:
@@ -51,7 +51,7 @@ def check_range(image: Image.Image) -> None:
             raise ValueError("only 8 and 16 bits a channel are read")
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def _flatten_alpha(image: Image.Image) -> Image.Image:
     """The picture over white, where it has transparent parts."""
     if not image.has_transparency_data:
         return image
@@ -60,16 +60,16 @@ def _opaque(image: Image.Image) -> Image.Image:
     return over.convert("L" if image.mode in ("L", "LA", "La", "1") else "RGB")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _convert_to_8_bits(image: Image.Image) -> Image.Image:
     """The picture with 8 bits a channel; 16 bits are scaled, where PIL would cut them off."""
-    check_range(image)
+    check_bit_depth(image)
     if not image.mode.startswith("I"):
         return image
     wide = np.asarray(image).astype(np.int64)
     return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
 
 
-def _orientation(image: Image.Image) -> int:
+def _get_exif_orientation(image: Image.Image) -> int:
     """EXIF's number, 1 to 8; a broken EXIF block has none."""
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))

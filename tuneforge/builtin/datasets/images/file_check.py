@@ -15,41 +15,43 @@ import numpy as np
 import torch
 
 from tuneforge import Data, DataError, FolderError, Split
-from tuneforge.builtin.datasets.images.image_files import Found, Listing
-from tuneforge.builtin.datasets.images.image_inputs import Images
-from tuneforge.builtin.datasets.images.sample_names import shown
-from tuneforge.builtin.datasets.images.scan import Verdict, scan
+from tuneforge.builtin.datasets.images.image_files import ImageIndex, ImageList
+from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
+from tuneforge.builtin.datasets.images.sample_names import escape_name
+from tuneforge.builtin.datasets.images.scan import ScanResult, scan
 
 if TYPE_CHECKING:
     from tuneforge import Run
 
-Policy = Literal["stop", "skip", "quarantine"]
+OnError = Literal["raise", "skip", "quarantine"]
 
-VETTED = "vetted.json"
+FILE_CHECK_FILE = "file_check.json"
 """In a run's folder: what was left out, and which files are the same; a run that is resumed reads it again."""
 
-QUARANTINE, MOVED = ".quarantine", "moved.jsonl"
+QUARANTINE_DIR, QUARANTINE_LOG = ".quarantine", "quarantined.jsonl"
 """Below the data: the folder of files that were set aside, and where each came from."""
 
-_WITHOUT = "test without copies"
+_DEDUPLICATED_TEST = "test without copies"
 
 
 @attrs.frozen
-class Vetted:
+class FileCheck:
     """What the scan of all files gave.
 
     Args:
-        left_out: By the name of a file that cannot be used, why.
-        same: Names of files with the same bytes, a list for each such set.
-        folder: The run's, also on ranks that do not write into it; None where nothing is written.
+        unusable: By the name of a file that cannot be used, why.
+        duplicate_sets: Names of files with the same bytes, a list for each such set.
+        run_dir: The run's, also on ranks that do not write into it; None where nothing is written.
     """
 
-    left_out: dict[str, str] = attrs.field(factory=dict)
-    same: list[list[str]] = attrs.field(factory=list)
-    folder: Path | None = None
+    unusable: dict[str, str] = attrs.field(factory=dict)
+    duplicate_sets: list[list[str]] = attrs.field(factory=list)
+    run_dir: Path | None = None
 
 
-def vetted(found: Found, inputs: Images, run: Run, *, policy: Policy, memory_mb: int) -> tuple[Found, Vetted]:
+def check_files(
+    found: ImageIndex, inputs: ImageInputs, run: Run, *, on_error: OnError, memory_mb: int
+) -> tuple[ImageIndex, FileCheck]:
     """What is left of the pictures that were found, once each file has been looked at in a process with limits.
 
     Of several ranks the first one looks, and all take its word. What was found is kept in the run's folder, so that a
@@ -59,48 +61,50 @@ def vetted(found: Found, inputs: Images, run: Run, *, policy: Policy, memory_mb:
         found: As folders or a CSV file list them.
         inputs: How they will be decoded; what its operations make too large is left out too.
         run: That asks.
-        policy: What is done about files that cannot be used: end here, leave them out, or move them away too.
+        on_error: What is done about files that cannot be used: end here, leave them out, or move them away too.
         memory_mb: Memory for looking at a file.
 
     Raises:
-        DataError: Some cannot be used, and the policy is `stop`; or none is left of a split.
+        DataError: Some cannot be used, and `on_error` is `raise`; or none is left of a split.
     """
     told: dict[str, Any] = {}
-    if run.ranks.leads:
+    if run.process_group.is_main:
         try:
-            result = _vetted_here(found, inputs, policy, memory_mb, run.folder)
-            told = {"left_out": result.left_out, "same": result.same}
-            told["folder"] = None if run.folder is None else os.path.abspath(run.folder)
+            result = _check_files_locally(found, inputs, on_error, memory_mb, run.run_dir)
+            told = {"unusable": result.unusable, "duplicate_sets": result.duplicate_sets}
+            told["folder"] = None if run.run_dir is None else os.path.abspath(run.run_dir)
         finally:
             if not told:
-                run.ranks.heard(None)
-    told = run.ranks.heard(told)[0]
+                run.process_group.all_gather_object(None)
+    told = run.process_group.all_gather_object(told)[0]
     if told is None:
         raise DataError("rank 0 could not use the data", fix="see what rank 0 says")
     folder = told.pop("folder")
-    result = Vetted(**told, folder=None if folder is None else Path(folder))
-    return _without(found, result.left_out, moved=policy == "quarantine"), result
+    result = FileCheck(**told, run_dir=None if folder is None else Path(folder))
+    return _drop_unusable(found, result.unusable, moved=on_error == "quarantine"), result
 
 
-def _vetted_here(found: Found, inputs: Images, policy: Policy, memory_mb: int, folder: Path | None) -> Vetted:
-    kept = None if folder is None else folder / VETTED
+def _check_files_locally(
+    found: ImageIndex, inputs: ImageInputs, on_error: OnError, memory_mb: int, folder: Path | None
+) -> FileCheck:
+    kept = None if folder is None else folder / FILE_CHECK_FILE
     if kept is not None and kept.exists():
-        return Vetted(**json.loads(kept.read_text(encoding="utf-8")))
-    result = _looked_at(found, inputs, memory_mb)
-    if result.left_out and policy == "stop":
-        raise _unusable(found, result.left_out)
+        return FileCheck(**json.loads(kept.read_text(encoding="utf-8")))
+    result = _scan_files(found, inputs, memory_mb)
+    if result.unusable and on_error == "raise":
+        raise _unusable_files_error(found, result.unusable)
     if kept is not None:
-        content = {"left_out": result.left_out, "same": result.same}
+        content = {"unusable": result.unusable, "duplicate_sets": result.duplicate_sets}
         part = kept.with_suffix(".part")
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         part.replace(kept)
-    if policy == "quarantine":
-        quarantine(found.root, result.left_out)
+    if on_error == "quarantine":
+        quarantine_files(found.root, result.unusable)
     return result
 
 
-def quarantine(root: Path, unusable: dict[str, str]) -> None:
-    """Move files into the hidden folder `.quarantine` below the data; `release` moves them back.
+def quarantine_files(root: Path, unusable: dict[str, str]) -> None:
+    """Move files into the hidden folder `.quarantine` below the data; `restore_quarantined_files` moves them back.
 
     Args:
         root: What names start from.
@@ -109,7 +113,7 @@ def quarantine(root: Path, unusable: dict[str, str]) -> None:
     Raises:
         FolderError: They cannot be moved.
     """
-    place = root / QUARANTINE
+    place = root / QUARANTINE_DIR
     for name, why in unusable.items():
         path = root / name
         if not os.path.lexists(path):
@@ -118,27 +122,29 @@ def quarantine(root: Path, unusable: dict[str, str]) -> None:
         line = json.dumps({"from": name, "to": key + os.path.splitext(name)[1], "why": why})
         try:
             place.mkdir(exist_ok=True)
-            with (place / MOVED).open("a", encoding="utf-8") as file:  # before the move, so that each can be undone
+            with (place / QUARANTINE_LOG).open(
+                "a", encoding="utf-8"
+            ) as file:  # before the move, so that each can be undone
                 file.write(line + "\n")
             path.rename(place / (key + os.path.splitext(name)[1]))
         except OSError as error:
             raise FolderError(
-                f"cannot move '{shown(name)}' away",
-                where=shown(place),
+                f"cannot move '{escape_name(name)}' away",
+                where=escape_name(place),
                 why=error.strerror or "",
-                fix="use --data.broken skip, which moves nothing",
+                fix="use --data.on-error skip, which moves nothing",
             ) from None
 
 
-def release(root: Path) -> list[str]:
+def restore_quarantined_files(root: Path) -> list[str]:
     """Move what was set aside below `root` back to where it was; the names of what came back.
 
     A file that is in the way stays, and what would replace it stays set aside.
     """
-    place, back, left = root / QUARANTINE, [], []
-    if not (place / MOVED).exists():
+    place, back, left = root / QUARANTINE_DIR, [], []
+    if not (place / QUARANTINE_LOG).exists():
         return []
-    for line in (place / MOVED).read_text(encoding="utf-8").splitlines():
+    for line in (place / QUARANTINE_LOG).read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         source, target = place / Path(entry["to"]).name, root / entry["from"]
         if not os.path.lexists(source):
@@ -148,26 +154,26 @@ def release(root: Path) -> list[str]:
             continue
         source.rename(target)
         back.append(entry["from"])
-    (place / MOVED).write_text("".join(line + "\n" for line in left), encoding="utf-8")
+    (place / QUARANTINE_LOG).write_text("".join(line + "\n" for line in left), encoding="utf-8")
     if not left:
-        (place / MOVED).unlink()
+        (place / QUARANTINE_LOG).unlink()
         with contextlib.suppress(OSError):  # what else lies there stays
             place.rmdir()
     return back
 
 
-def with_copies_marked(data: Data, same: Sequence[Iterable[str]], *, by: str) -> Data:
+def mark_duplicates(data: Data, duplicate_sets: Sequence[Iterable[str]], *, by: str) -> Data:
     """The data with a note, and a row of its own in the report, where test pictures have copies that were learnt from.
 
     Args:
         data: With the names of files as ids.
-        same: Sets of ids whose pictures are the same, or nearly so.
+        duplicate_sets: Sets of ids whose pictures are the same, or nearly so.
         by: Who found them, for the note.
     """
-    group = {each: number for number, members in enumerate(same) for each in members}
+    group = {each: number for number, members in enumerate(duplicate_sets) for each in members}
     if not group:
         return data
-    train, val, test = (_groups(split, group) for split in (data.train, data.val, data.test))
+    train, val, test = (_assign_duplicate_sets(split, group) for split in (data.train, data.val, data.test))
     known = np.unique(np.concatenate([train, val]))
     notes = []
     if leaked := int(np.isin(val[val >= 0], train).sum()):
@@ -176,16 +182,16 @@ def with_copies_marked(data: Data, same: Sequence[Iterable[str]], *, by: str) ->
     further = {}
     if count := int(copies.sum()):
         rest = np.flatnonzero(~copies)
-        also = f"; the row '{_WITHOUT}' leaves them out" if len(rest) else ""
+        also = f"; the row '{_DEDUPLICATED_TEST}' leaves them out" if len(rest) else ""
         notes.append(
             f"test: {count} of {len(test)} pictures have a copy in train or val ({by}), "
             f"so its figures are too good{also}"
         )
-        further = {_WITHOUT: data.test.take(torch.from_numpy(rest))} if len(rest) else {}
-    return attrs.evolve(data, further={**data.further, **further}, notes=(*data.notes, *notes))
+        further = {_DEDUPLICATED_TEST: data.test.subset(torch.from_numpy(rest))} if len(rest) else {}
+    return attrs.evolve(data, extra_test_splits={**data.extra_test_splits, **further}, notes=(*data.notes, *notes))
 
 
-def copies_in(path: Path, data: Data) -> list[list[str]]:
+def read_duplicate_sets(path: Path, data: Data) -> list[list[str]]:
     """Sets of ids that `tuneforge data check` has found to be copies, exact or near.
 
     Raises:
@@ -194,10 +200,10 @@ def copies_in(path: Path, data: Data) -> list[list[str]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         root = str(content["root"])
-        sets = [[str(each) for each in members] for members in content["copies"]]
+        sets = [[str(each) for each in members] for members in content["duplicates"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"cannot read '{shown(path)}'",
+            f"cannot read '{escape_name(path)}'",
             where="--data.checked",
             why=str(error),
             fix="name the issues.json that tuneforge data check has written",
@@ -207,7 +213,7 @@ def copies_in(path: Path, data: Data) -> list[list[str]]:
     known = {id_ for split in data.splits().values() for id_ in (split.ids or ())}
     if sets and not any(each in known for members in sets for each in members):
         raise DataError(
-            f"'{shown(path)}' is about other data",
+            f"'{escape_name(path)}' is about other data",
             where="--data.checked",
             why="none of the pictures that it names is here",
             fix="run tuneforge data check on this data",
@@ -215,65 +221,69 @@ def copies_in(path: Path, data: Data) -> list[list[str]]:
     return sets
 
 
-def _groups(split: Split, group: dict[str, int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _assign_duplicate_sets(split: Split, group: dict[str, int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """The set that each sample belongs to, int64 (n,); -1 where it has no copy."""
     return np.array([group.get(split.id_of(row), -1) for row in range(len(split))], dtype=np.int64)
 
 
-def _looked_at(found: Found, inputs: Images, memory_mb: int) -> Vetted:
-    result = Vetted()
+def _scan_files(found: ImageIndex, inputs: ImageInputs, memory_mb: int) -> FileCheck:
+    result = FileCheck()
     first: dict[bytes, str] = {}
     more: dict[bytes, list[str]] = {}
-    for listing in found.parts.values():
+    for listing in found.by_split.values():
         for name, verdict in zip(listing.names, scan(listing.paths, memory_mb=memory_mb), strict=True):
-            why = verdict.why or _too_large(inputs, verdict)
+            why = verdict.why or _explain_if_too_large(inputs, verdict)
             if why:
-                result.left_out[name] = why
+                result.unusable[name] = why
                 continue
             digest = bytes.fromhex(verdict.digest)
             if digest in first:
                 more.setdefault(digest, [first[digest]]).append(name)
             first.setdefault(digest, name)
-    result.same.extend([shown(name) for name in names] for names in more.values())
+    result.duplicate_sets.extend([escape_name(name) for name in names] for names in more.values())
     return result
 
 
-def _too_large(inputs: Images, verdict: Verdict) -> str:
+def _explain_if_too_large(inputs: ImageInputs, verdict: ScanResult) -> str:
     try:
-        inputs.bound(verdict.size[1], verdict.size[0], "it")
+        inputs.check_size(verdict.size[1], verdict.size[0], "it")
     except DataError as error:
         return error.what
     return ""
 
 
-def _unusable(found: Found, left_out: dict[str, str]) -> DataError:
-    name, why = next(iter(left_out.items()))
-    others = f", and {len(left_out) - 1:,} more" if len(left_out) > 1 else ""
+def _unusable_files_error(found: ImageIndex, unusable: dict[str, str]) -> DataError:
+    name, why = next(iter(unusable.items()))
+    others = f", and {len(unusable) - 1:,} more" if len(unusable) > 1 else ""
     return DataError(
-        f"cannot use '{shown(name)}'{others}",
-        where=shown(found.root),
+        f"cannot use '{escape_name(name)}'{others}",
+        where=escape_name(found.root),
         why=why,
-        fix="repair or remove what tuneforge data check lists, or leave it out: --data.broken skip",
+        fix="repair or remove what tuneforge data check lists, or leave it out: --data.on-error skip",
     )
 
 
-def _without(found: Found, left_out: dict[str, str], *, moved: bool) -> Found:
-    if not left_out:
+def _drop_unusable(found: ImageIndex, unusable: dict[str, str], *, moved: bool) -> ImageIndex:
+    if not unusable:
         return found
-    parts = {split: _kept(listing, left_out) for split, listing in found.parts.items()}
+    parts = {split: _filter_list(listing, unusable) for split, listing in found.by_split.items()}
     for split, listing in parts.items():
         if not len(listing):
-            raise DataError(f"no picture of {split} can be used", why=next(iter(left_out.values())))
-    name, why = next(iter(left_out.items()))
-    done = f"moved to {QUARANTINE}" if moved else "left out"
-    note = f"{done}, because it cannot be used: {len(left_out):,} of {sum(map(len, found.parts.values())):,} pictures"
-    return Found(parts, (*found.notes, f"{note}, the first '{shown(name)}' ({why}); all are in {VETTED}"))
+            raise DataError(f"no picture of {split} can be used", why=next(iter(unusable.values())))
+    name, why = next(iter(unusable.items()))
+    done = f"moved to {QUARANTINE_DIR}" if moved else "left out"
+    note = (
+        f"{done}, because it cannot be used: {len(unusable):,} of {sum(map(len, found.by_split.values())):,} pictures"
+    )
+    return ImageIndex(
+        parts, (*found.notes, f"{note}, the first '{escape_name(name)}' ({why}); all are in {FILE_CHECK_FILE}")
+    )
 
 
-def _kept(listing: Listing, left_out: dict[str, str]) -> Listing:
+def _filter_list(listing: ImageList, unusable: dict[str, str]) -> ImageList:
     names = list(listing.classes)
-    kept = Listing(listing.root)
-    for name, code in zip(listing.names, listing.codes, strict=True):
-        if name not in left_out:
+    kept = ImageList(listing.root)
+    for name, code in zip(listing.names, listing.class_indices, strict=True):
+        if name not in unusable:
             kept.append(name, names[code])
     return kept

@@ -13,36 +13,36 @@ from tuneforge import Check, between, component, ge, gt, hookimpl, option
 
 if TYPE_CHECKING:
     from tuneforge import Data, Run
-    from tuneforge.builtin.datasets.images.image_files import Found
-    from tuneforge.builtin.datasets.images.image_inputs import Images
+    from tuneforge.builtin.datasets.images.image_files import ImageIndex
+    from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
 
-_GREY_SETS = ("MNIST", "EMNIST", "FashionMNIST", "KMNIST", "QMNIST", "USPS", "SEMEION")
-_SHARE = Check(
+_GRAYSCALE_DATASETS = ("MNIST", "EMNIST", "FashionMNIST", "KMNIST", "QMNIST", "USPS", "SEMEION")
+_FRACTION = Check(
     "greater than 0 and at most 0.8", lambda share: 0 < share <= 0.8, {"exclusiveMinimum": 0, "maximum": 0.8}
 )
-STAND_INS = "stand_ins.jsonl"
+REPLACEMENTS_FILE = "replacements.jsonl"
 """In a run's folder: which picture stood in for one that could no longer be read."""
 
 _STDS = Check("numbers greater than 0", lambda std: bool(std) and min(std) > 0)
 
 
-class StandInCount:
+class ReplacementCount:
     """How many pictures of a split others stood in for, as a figure of the report; no figure where none did."""
 
     def __init__(self, run: Run) -> None:
-        self._run, self._split = run, run.evaluating
+        self._run, self._split = run, run.eval_split
 
     def update(self, outputs: Any, targets: Any) -> None:
         """Count nothing here: the pictures were read before."""
 
     def compute(self) -> dict[str, int]:
         """The figure."""
-        count = sum(line["split"] == self._split for line in _stand_ins(self._run))
-        return {"stand_ins": count} if count else {}
+        count = sum(line["split"] == self._split for line in _read_replacements(self._run))
+        return {"replacements": count} if count else {}
 
 
 @component(api=1)
-class PictureOptions:
+class ImageOptions:
     """What all picture data lets the user say: size and looks, shares of the splits, bounds."""
 
     size: int = option(default=32, help="Height and width that the model sees, in pixels.", check=between(1, 4096))
@@ -50,19 +50,19 @@ class PictureOptions:
         default="crop",
         help="How a picture becomes square: cut at the middle, filled up with its border's colour, or stretched.",
     )
-    grey: bool = option(default=False, help="Drop the colours.")
+    grayscale: bool = option(default=False, help="Drop the colours.")
     invert: bool = option(default=False, help="Swap dark and light, as for ink on white paper.")
     channels: Literal[1, 3] = option(default=3, help="Channels that the model sees; grey is repeated.")
-    normalise: Literal["data", "imagenet", "none"] = option(
+    normalize: Literal["data", "imagenet", "none"] = option(
         default="data", help="Whose mean and deviation is taken out: the training pictures', ImageNet's, or none."
     )
     mean: tuple[float, ...] | None = option(default=None, help="Mean to take out instead, one number or one a channel.")
     std: tuple[float, ...] | None = option(default=None, help="Deviation to divide by instead, like mean.", check=_STDS)
     val: float = option(
-        default=0.15, help="Share of each class for validation, where the data has no such split.", check=_SHARE
+        default=0.15, help="Share of each class for validation, where the data has no such split.", check=_FRACTION
     )
     test: float = option(
-        default=0.15, help="Share of each class for the test, where the data has no such split.", check=_SHARE
+        default=0.15, help="Share of each class for the test, where the data has no such split.", check=_FRACTION
     )
     jpeg_margin: int = option(
         default=2,
@@ -79,53 +79,53 @@ class PictureOptions:
         check=ge(0),
     )
 
-    def images(self) -> Images:
+    def build_inputs(self) -> ImageInputs:
         """The inputs, without a mean yet."""
-        return self._images(grey=self.grey)
+        return self._build_inputs(grayscale=self.grayscale)
 
     @hookimpl
     def epoch_ended(self, run: Run) -> None:
         """Say which pictures could no longer be read, and what stood in for them."""
-        self._tell(run)
+        self._log_replacements(run)
 
     @hookimpl
     def run_ended(self, run: Run) -> None:
         """The same for what the last evaluation met."""
-        self._tell(run)
+        self._log_replacements(run)
 
     @hookimpl
-    def evaluate(self, run: Run) -> StandInCount:
-        """Give the figure `stand_ins` of a split in which there are some."""
-        return StandInCount(run)
+    def evaluate(self, run: Run) -> ReplacementCount:
+        """Give the figure `replacements` of a split in which there are some."""
+        return ReplacementCount(run)
 
-    def _tell(self, run: Run) -> None:
+    def _log_replacements(self, run: Run) -> None:
         state = run.state(self)
-        lines = _stand_ins(run)
+        lines = _read_replacements(run)
         for line in lines[state.get("told", 0) :]:
-            run.note(
+            run.log(
                 f"note: {line['split']}: '{line['id']}' can no longer be read ({line['why']}); "
-                f"{line['stand_in']} stands in for it"
+                f"{line['replacement']} stands in for it"
             )
         state["told"] = len(lines)
 
-    def _images(self, *, grey: bool) -> Images:
-        from tuneforge.builtin.datasets.images.image_inputs import Images
+    def _build_inputs(self, *, grayscale: bool) -> ImageInputs:
+        from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
 
         shapes = {
-            "crop": (f"resize {self.size}", f"centre-crop {self.size}"),
+            "crop": (f"resize {self.size}", f"center-crop {self.size}"),
             "pad": ("square", f"resize {self.size}"),
             "stretch": (f"resize {self.size}x{self.size}",),
         }
-        looks = (("grey",) if grey else ()) + (("invert",) if self.invert else ())
-        return Images(ops=(*looks, *shapes[self.fit]), channels=self.channels, jpeg_margin=self.jpeg_margin)
+        looks = (("grayscale",) if grayscale else ()) + (("invert",) if self.invert else ())
+        return ImageInputs(ops=(*looks, *shapes[self.fit]), channels=self.channels, jpeg_margin=self.jpeg_margin)
 
 
 @component(api=1)
-class FileOptions(PictureOptions):
+class ImageFileOptions(ImageOptions):
     """What all pictures in files of the user's own let the user say: what is done about those that cannot be used."""
 
-    broken: Literal["stop", "skip", "quarantine"] = option(
-        default="stop",
+    on_error: Literal["raise", "skip", "quarantine"] = option(
+        default="raise",
         help="About files that cannot be used: end before training, leave them out, or move them to .quarantine too.",
     )
     scan_mb: int = option(default=300, help="Most memory for looking at a file before training, in MB.", check=ge(64))
@@ -136,7 +136,7 @@ class FileOptions(PictureOptions):
 
 
 @component(api=1)
-class ImageFolder(FileOptions):
+class ImageFolder(ImageFileOptions):
     """Pictures in folders: one folder a class, or folders train, val and test of them."""
 
     path: Path = option(help="The folder.")
@@ -144,13 +144,13 @@ class ImageFolder(FileOptions):
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
         """Find, look at, divide and decode the pictures."""
-        from tuneforge.builtin.datasets.images.image_files import find_folder
+        from tuneforge.builtin.datasets.images.image_files import find_images_in_folder
 
-        return _data_of(self, find_folder(self.path, where="--data.path"), run)
+        return _build_data(self, find_images_in_folder(self.path, where="--data.path"), run)
 
 
 @component(api=1)
-class ImageCsv(FileOptions):
+class ImageCsv(ImageFileOptions):
     """Pictures that a CSV file names, with a path and a label a row."""
 
     path: Path = option(help="The CSV file; its first row names the columns.")
@@ -162,22 +162,22 @@ class ImageCsv(FileOptions):
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
         """Read the file, look at the pictures, divide and decode them."""
-        from tuneforge.builtin.datasets.images.image_files import find_csv
+        from tuneforge.builtin.datasets.images.image_files import find_images_in_csv
 
-        found = find_csv(
+        found = find_images_in_csv(
             self.path,
             image=self.image,
             label=self.label,
             split=self.split,
             root=self.root or self.path.parent,
             where="--data.path",
-            keep_missing=self.broken != "stop",
+            keep_missing=self.on_error != "raise",
         )
-        return _data_of(self, found, run)
+        return _build_data(self, found, run)
 
 
 @component(api=1)
-class Torchvision(PictureOptions):
+class TorchvisionDataset(ImageOptions):
     """A set that torchvision knows by name, such as MNIST, EMNIST or CIFAR10; downloaded only when asked."""
 
     dataset: str = option(default="MNIST", help="The set, as torchvision writes it.")
@@ -192,69 +192,78 @@ class Torchvision(PictureOptions):
         check=Check("greater than 0 and less than 1", lambda share: 0 < share < 1),
     )
 
-    def images(self) -> Images:
+    def build_inputs(self) -> ImageInputs:
         """The inputs, without a mean yet; a set without colours makes the pictures of others grey too."""
-        return self._images(grey=self.grey or self.dataset in _GREY_SETS)
+        return self._build_inputs(grayscale=self.grayscale or self.dataset in _GRAYSCALE_DATASETS)
 
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
         """Load the set, take validation from its training part, and resize it."""
         from tuneforge.builtin.datasets.images.image_splits import make_data
-        from tuneforge.builtin.datasets.images.torchvision_data import load_set, with_others
+        from tuneforge.builtin.datasets.images.torchvision_data import load_dataset, merge_other_classes
 
-        parts = load_set(self.dataset, self.root, images=self.images(), download=self.download, subset=self.subset)
+        parts = load_dataset(
+            self.dataset, self.root, images=self.build_inputs(), download=self.download, subset=self.subset
+        )
         notes: tuple[str, ...] = ()
         if self.other_share is not None:
-            parts, notes = with_others(parts, share=self.other_share, seed=run.data_seed)
-        return make_data(self, parts, seed=run.data_seed, notes=notes, known=_known(run), stand_ins=_record(run))
+            parts, notes = merge_other_classes(parts, fraction=self.other_share, seed=run.data_seed)
+        return make_data(
+            self,
+            parts,
+            seed=run.data_seed,
+            notes=notes,
+            restored_inputs=_get_restored_inputs(run),
+            replacements_path=_replacements_path(run),
+        )
 
 
-def _data_of(options: FileOptions, found: Found, run: Run) -> Data:
+def _build_data(options: ImageFileOptions, found: ImageIndex, run: Run) -> Data:
     """The data of the files that were found."""
     import numpy as np
 
-    from tuneforge.builtin.datasets.images.file_check import copies_in, vetted, with_copies_marked
-    from tuneforge.builtin.datasets.images.image_sources import PictureFiles
-    from tuneforge.builtin.datasets.images.image_splits import Part, Parts, make_data
+    from tuneforge.builtin.datasets.images.file_check import check_files, mark_duplicates, read_duplicate_sets
+    from tuneforge.builtin.datasets.images.image_sources import ImageFileSource
+    from tuneforge.builtin.datasets.images.image_splits import ImageSplit, ImageSplits, make_data
 
-    images = options.images()
-    found, scanned = vetted(found, images, run, policy=options.broken, memory_mb=options.scan_mb)
-    names = tuple(sorted({label for listing in found.parts.values() for label in listing.classes}))
+    images = options.build_inputs()
+    found, scanned = check_files(found, images, run, on_error=options.on_error, memory_mb=options.scan_mb)
+    names = tuple(sorted({label for listing in found.by_split.values() for label in listing.classes}))
     codes = {name: code for code, name in enumerate(names)}
     parts = {}
-    for split, listing in found.parts.items():
+    for split, listing in found.by_split.items():
         place = np.array([codes[label] for label in listing.classes], dtype=np.int64)
-        parts[split] = Part(
-            pictures=PictureFiles(images, listing.paths),
-            codes=place[np.frombuffer(listing.codes, dtype=np.int64)],
+        parts[split] = ImageSplit(
+            source=ImageFileSource(images, listing.paths),
+            class_indices=place[np.frombuffer(listing.class_indices, dtype=np.int64)],
             ids=listing.ids,
         )
     data = make_data(
         options,
-        Parts(names, parts),
+        ImageSplits(names, parts),
         seed=run.data_seed,
         notes=found.notes,
-        known=_known(run),
-        vetted=True,
-        stand_ins=None if scanned.folder is None else scanned.folder / STAND_INS,
+        restored_inputs=_get_restored_inputs(run),
+        files_checked=True,
+        replacements_path=None if scanned.run_dir is None else scanned.run_dir / REPLACEMENTS_FILE,
     )
     if options.checked is not None:
-        return with_copies_marked(data, copies_in(options.checked, data), by="as data check found")
-    return with_copies_marked(data, scanned.same, by="the same bytes")
+        return mark_duplicates(data, read_duplicate_sets(options.checked, data), by="as data check found")
+    return mark_duplicates(data, scanned.duplicate_sets, by="the same bytes")
 
 
-def _record(run: Run) -> Path | None:
+def _replacements_path(run: Run) -> Path | None:
     """Where a run writes down what stands in for what; None for one that only looks."""
-    return None if run.folder is None else run.folder / STAND_INS
+    return None if run.run_dir is None else run.run_dir / REPLACEMENTS_FILE
 
 
-def _stand_ins(run: Run) -> list[dict[str, str]]:
-    from tuneforge.builtin.datasets.images.image_sources import stand_ins
+def _read_replacements(run: Run) -> list[dict[str, str]]:
+    from tuneforge.builtin.datasets.images.image_sources import read_replacements
 
-    record = _record(run)
-    return [] if record is None else stand_ins(record)
+    record = _replacements_path(run)
+    return [] if record is None else read_replacements(record)
 
 
-def _known(run: Run) -> Any:
+def _get_restored_inputs(run: Run) -> Any:
     """The inputs of the run that is restored, whose normalisation holds for other data too."""
     return run.data.inputs if run.restoring else None

@@ -15,7 +15,7 @@ from pathlib import Path
 import attrs
 
 from tuneforge import DataError
-from tuneforge.builtin.datasets.images.sample_names import Packed, Paths, Shown, shown
+from tuneforge.builtin.datasets.images.sample_names import EscapedNames, LazyPaths, PackedStrings, escape_name
 
 EXTENSIONS = frozenset(
     (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -27,24 +27,29 @@ SPLITS = {
 }  # fmt: skip
 """Names of folders and values of a column, and the split that each means."""
 
-_FOLDER, _PICTURE = "folder", "picture"
-_HIDDEN, _FOREIGN, _BROKEN, _SEEN = "hidden", "no picture by name", "a broken link or no file", "a folder linked twice"
+_FOLDER, _IMAGE = "folder", "picture"
+_HIDDEN, _NOT_AN_IMAGE, _BROKEN, _ALREADY_SEEN = (
+    "hidden",
+    "no picture by name",
+    "a broken link or no file",
+    "a folder linked twice",
+)
 
 
 @attrs.frozen(eq=False)
-class Listing:
+class ImageList:
     """Pictures of one split, or of all of them where they are not divided yet; millions fit in memory.
 
     Args:
         root: What names start from.
         names: The path of each picture below `root`, as it is.
-        codes: The class of each, its place among `classes`.
+        class_indices: The class of each, its place among `classes`.
         classes: Names of classes, in the order in which they came.
     """
 
     root: Path
-    names: Packed = attrs.field(factory=Packed)
-    codes: array[int] = attrs.field(factory=lambda: array("q"))
+    names: PackedStrings = attrs.field(factory=PackedStrings)
+    class_indices: array[int] = attrs.field(factory=lambda: array("q"))
     classes: dict[str, int] = attrs.field(factory=dict)
 
     def __len__(self) -> int:
@@ -53,38 +58,38 @@ class Listing:
     def append(self, name: str, label: str) -> None:
         """Add a picture."""
         self.names.append(name)
-        self.codes.append(self.classes.setdefault(label, len(self.classes)))
+        self.class_indices.append(self.classes.setdefault(label, len(self.classes)))
 
     @property
-    def paths(self) -> Paths:
+    def paths(self) -> LazyPaths:
         """Where each picture lies."""
-        return Paths(self.root, self.names)
+        return LazyPaths(self.root, self.names)
 
     @property
-    def ids(self) -> Shown:
+    def ids(self) -> EscapedNames:
         """A stable name of each, as text."""
-        return Shown(self.names)
+        return EscapedNames(self.names)
 
 
 @attrs.frozen
-class Found:
+class ImageIndex:
     """What a folder or a file lists.
 
     Args:
-        parts: By split; the one split `train` where they are not divided yet.
+        by_split: By split; the one split `train` where they are not divided yet.
         notes: Sentences on what was left out.
     """
 
-    parts: dict[str, Listing]
+    by_split: dict[str, ImageList]
     notes: tuple[str, ...] = ()
 
     @property
     def root(self) -> Path:
         """What names start from."""
-        return next(iter(self.parts.values())).root
+        return next(iter(self.by_split.values())).root
 
 
-def find_folder(root: Path, *, where: str) -> Found:
+def find_images_in_folder(root: Path, *, where: str) -> ImageIndex:
     """Pictures under a folder: one folder a class, or folders train, val and test of them.
 
     Args:
@@ -96,24 +101,24 @@ def find_folder(root: Path, *, where: str) -> Found:
     """
     if not root.is_dir():
         raise DataError(
-            f"there is no folder '{shown(root)}'",
+            f"there is no folder '{escape_name(root)}'",
             where=where,
             why="it is a file" if root.exists() else "nothing exists at that path",
             fix="name a folder that holds one folder of pictures a class",
         )
     skipped: Counter[str] = Counter()
     notes: list[str] = []
-    parts: dict[str, Listing] = {}
-    for split, name in split_folders(root, skipped, notes, where=where).items():
-        listing = _listed(root, name, split, skipped, notes, where=where)
+    parts: dict[str, ImageList] = {}
+    for split, name in find_split_folders(root, skipped, notes, where=where).items():
+        listing = _list_class_folders(root, name, split, skipped, notes, where=where)
         if listing is not None:
             parts[split] = listing
-    return Found(parts, (*notes, *_skip_notes(skipped)))
+    return ImageIndex(parts, (*notes, *_make_skip_notes(skipped)))
 
 
-def find_csv(
+def find_images_in_csv(
     path: Path, *, image: str, label: str, split: str, root: Path, where: str, keep_missing: bool = False
-) -> Found:
+) -> ImageIndex:
     """Pictures that a CSV file names, a row each.
 
     Args:
@@ -137,16 +142,16 @@ def find_csv(
             for needed in (image, label):
                 _require_column(needed, columns, path, where)
             rows = ((reader.line_num, row[image], row[label], row.get(split)) for row in reader)
-            parts = _by_split(rows, root, path, divided=split in columns, keep_missing=keep_missing)
+            parts = _group_by_split(rows, root, path, divided=split in columns, keep_missing=keep_missing)
     except (OSError, csv.Error) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"cannot read '{shown(path)}'", where=where, why=why, fix="name a CSV file") from None
+        raise DataError(f"cannot read '{escape_name(path)}'", where=where, why=why, fix="name a CSV file") from None
     if not parts:
-        raise DataError(f"'{shown(path)}' has no rows", where=where, fix="add a row a picture below the first")
-    return Found(parts)
+        raise DataError(f"'{escape_name(path)}' has no rows", where=where, fix="add a row a picture below the first")
+    return ImageIndex(parts)
 
 
-def split_folders(root: Path, skipped: Counter[str], notes: list[str], *, where: str) -> dict[str, str]:
+def find_split_folders(root: Path, skipped: Counter[str], notes: list[str], *, where: str) -> dict[str, str]:
     """The name of each split's folder; that of the root, which is empty, where pictures are not divided.
 
     A folder called train is a split where it holds folders and no picture; else it is the class of that name.
@@ -161,68 +166,70 @@ def split_folders(root: Path, skipped: Counter[str], notes: list[str], *, where:
         DataError: Two folders mean the same split, or the root cannot be read.
     """
     found: Counter[str] = Counter()
-    names = [name for name, kind in _entries(root, found) if kind == _FOLDER]
-    trains = [name for name in names if _split_of(name) == "train"]
+    names = [name for name, kind in _scan_directory(root, found) if kind == _FOLDER]
+    trains = [name for name in names if _parse_split_name(name) == "train"]
     if len(trains) != 1 or not _holds_only_folders(root / trains[0]):
         return {"train": ""}
     skipped[_HIDDEN] += found[_HIDDEN]
-    skipped[_FOREIGN] += sum(kind != _FOLDER for _, kind in _entries(root, Counter()))
-    strange = [shown(name) for name in names if _split_of(name) is None]
+    skipped[_NOT_AN_IMAGE] += sum(kind != _FOLDER for _, kind in _scan_directory(root, Counter()))
+    strange = [escape_name(name) for name in names if _parse_split_name(name) is None]
     if strange:
         notes.append(f"left out beside train, val and test: {', '.join(strange)}")
-    splits = [(split, name) for name in names if (split := _split_of(name)) is not None]
+    splits = [(split, name) for name in names if (split := _parse_split_name(name)) is not None]
     twice = [split for split, count in Counter(split for split, _ in splits).items() if count > 1]
     if twice:
-        both = " and ".join(f"'{shown(name)}'" for split, name in splits if split == twice[0])
+        both = " and ".join(f"'{escape_name(name)}'" for split, name in splits if split == twice[0])
         raise DataError(f"{both} both mean the split {twice[0]}", where=where, fix="keep one of the folders")
     return dict(splits)
 
 
-def _split_of(name: str) -> str | None:
+def _parse_split_name(name: str) -> str | None:
     return SPLITS.get(name.lower())
 
 
 def _holds_only_folders(folder: Path) -> bool:
-    kinds = {kind for _, kind in _entries(folder, Counter())}
-    return _FOLDER in kinds and _PICTURE not in kinds
+    kinds = {kind for _, kind in _scan_directory(folder, Counter())}
+    return _FOLDER in kinds and _IMAGE not in kinds
 
 
-def _listed(
+def _list_class_folders(
     root: Path, below: str, split: str, skipped: Counter[str], notes: list[str], *, where: str
-) -> Listing | None:
+) -> ImageList | None:
     """Pictures of the folder of class folders at `below`; None where a folder other than that of training has none."""
-    listing, folder = Listing(root), root / below
+    listing, folder = ImageList(root), root / below
     counts: dict[str, int] = {}
     loose = 0
-    for name, kind in _entries(folder, skipped):
+    for name, kind in _scan_directory(folder, skipped):
         if kind == _FOLDER:
-            before, label = len(listing), shown(name)
-            for picture in _below(root, os.path.join(below, name), skipped, set()):
+            before, label = len(listing), escape_name(name)
+            for picture in _find_images_below(root, os.path.join(below, name), skipped, set()):
                 listing.append(picture, label)
             counts[label] = len(listing) - before
-        elif kind == _PICTURE:
+        elif kind == _IMAGE:
             loose += 1
         else:
-            skipped[_FOREIGN] += 1
+            skipped[_NOT_AN_IMAGE] += 1
     if not len(listing):
         if split != "train":
-            notes.append(f"left out '{shown(folder)}', because it holds no class of pictures")
+            notes.append(f"left out '{escape_name(folder)}', because it holds no class of pictures")
             return None
-        raise _no_classes(folder, loose, counts, where=where)
+        raise _no_classes_error(folder, loose, counts, where=where)
     if loose:
-        notes.append(f"left out, because in no class's folder: {_counted(loose, 'picture')} in '{shown(folder)}'")
+        notes.append(
+            f"left out, because in no class's folder: {_pluralize(loose, 'picture')} in '{escape_name(folder)}'"
+        )
     empty = [name for name, count in counts.items() if not count]
     if empty and split == "train":
         raise DataError(
             f"class '{empty[0]}' has no pictures" + (f", nor have {len(empty) - 1} more" if len(empty) > 1 else ""),
-            where=shown(folder / empty[0]),
+            where=escape_name(folder / empty[0]),
             why=f"no file in it ends in {', '.join(sorted(EXTENSIONS))}",
             fix="add pictures to the folder or remove it",
         )
     return listing
 
 
-def _no_classes(folder: Path, loose: int, classes: Iterable[str], *, where: str) -> DataError:
+def _no_classes_error(folder: Path, loose: int, classes: Iterable[str], *, where: str) -> DataError:
     if loose:
         why = f"pictures lie directly in it ({loose:,}), so their class is unknown"
     elif classes:
@@ -230,11 +237,14 @@ def _no_classes(folder: Path, loose: int, classes: Iterable[str], *, where: str)
     else:
         why = "the folder is empty"
     return DataError(
-        f"'{shown(folder)}' holds no class of pictures", where=where, why=why, fix="make one folder of pictures a class"
+        f"'{escape_name(folder)}' holds no class of pictures",
+        where=where,
+        why=why,
+        fix="make one folder of pictures a class",
     )
 
 
-def _entries(folder: Path, skipped: Counter[str]) -> Iterator[tuple[str, str]]:
+def _scan_directory(folder: Path, skipped: Counter[str]) -> Iterator[tuple[str, str]]:
     """Name and kind of what a folder holds, hidden things left out, in the order of the names' bytes everywhere."""
     names: dict[str, list[bytes]] = {}
     try:
@@ -243,16 +253,16 @@ def _entries(folder: Path, skipped: Counter[str]) -> Iterator[tuple[str, str]]:
                 if entry.name.startswith("."):
                     skipped[_HIDDEN] += 1
                 else:  # bytes alone, because a million entries of a folder would fill memory
-                    names.setdefault(_kind(entry), []).append(os.fsencode(entry.name))
+                    names.setdefault(_classify_entry(entry), []).append(os.fsencode(entry.name))
     except OSError as error:
         raise DataError(
-            f"cannot read the folder '{shown(folder)}'", why=error.strerror or "", fix="check its permissions"
+            f"cannot read the folder '{escape_name(folder)}'", why=error.strerror or "", fix="check its permissions"
         ) from None
     in_order = [zip(sorted(each), itertools.repeat(kind), strict=False) for kind, each in names.items()]
     return ((os.fsdecode(name), kind) for name, kind in heapq.merge(*in_order))
 
 
-def _kind(entry: os.DirEntry[str]) -> str:
+def _classify_entry(entry: os.DirEntry[str]) -> str:
     try:
         if entry.is_dir():
             return _FOLDER
@@ -260,31 +270,31 @@ def _kind(entry: os.DirEntry[str]) -> str:
             return _BROKEN
     except OSError:  # a loop of links
         return _BROKEN
-    return _PICTURE if os.path.splitext(entry.name)[1].lower() in EXTENSIONS else _FOREIGN
+    return _IMAGE if os.path.splitext(entry.name)[1].lower() in EXTENSIONS else _NOT_AN_IMAGE
 
 
-def _below(root: Path, below: str, skipped: Counter[str], seen: set[tuple[int, int]]) -> Iterator[str]:
+def _find_images_below(root: Path, below: str, skipped: Counter[str], seen: set[tuple[int, int]]) -> Iterator[str]:
     """Names, from `root` on, of pictures below a folder at any depth; links are followed, each folder entered once."""
     status = (root / below).stat()
     key = (status.st_dev, status.st_ino)
     if key in seen:
-        skipped[_SEEN] += 1
+        skipped[_ALREADY_SEEN] += 1
         return
     seen.add(key)
-    for name, kind in _entries(root / below, skipped):
+    for name, kind in _scan_directory(root / below, skipped):
         if kind == _FOLDER:
-            yield from _below(root, os.path.join(below, name), skipped, seen)
-        elif kind == _PICTURE:
+            yield from _find_images_below(root, os.path.join(below, name), skipped, seen)
+        elif kind == _IMAGE:
             yield os.path.join(below, name)
         else:
             skipped[kind] += 1
 
 
-def _skip_notes(skipped: Counter[str]) -> list[str]:
-    return [f"left out, because {reason}: {_counted(count, 'entry')}" for reason, count in sorted(skipped.items())]
+def _make_skip_notes(skipped: Counter[str]) -> list[str]:
+    return [f"left out, because {reason}: {_pluralize(count, 'entry')}" for reason, count in sorted(skipped.items())]
 
 
-def _counted(count: int, noun: str) -> str:
+def _pluralize(count: int, noun: str) -> str:
     plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
     return f"{count:,} {noun if count == 1 else plural}"
 
@@ -294,23 +304,23 @@ def _require_column(name: str, columns: list[str], path: Path, where: str) -> No
         return
     near = difflib.get_close_matches(name, columns, n=1)
     raise DataError(
-        f"'{shown(path)}' has no column '{name}'",
+        f"'{escape_name(path)}' has no column '{name}'",
         where=where,
-        why=f"its first row names {', '.join(map(shown, columns)) or 'nothing'}",
+        why=f"its first row names {', '.join(map(escape_name, columns)) or 'nothing'}",
         fix=f"did you mean '{near[0]}'?" if near else "name the column with --data.image or --data.label",
     )
 
 
-def _by_split(
+def _group_by_split(
     rows: Iterable[tuple[int, str | None, str | None, str | None]],
     root: Path,
     path: Path,
     *,
     divided: bool,
     keep_missing: bool,
-) -> dict[str, Listing]:
+) -> dict[str, ImageList]:
     """The rows as listings."""
-    grouped: dict[str, Listing] = {}
+    grouped: dict[str, ImageList] = {}
     first_missing: tuple[int, str] | None = None
     missing = count = 0
     for line, image, label, split in rows:
@@ -318,25 +328,25 @@ def _by_split(
         if not image or not label or not image.strip() or not label.strip():
             raise DataError(
                 f"row at line {line} has no {'path' if not image else 'label'}",
-                where=shown(path),
+                where=escape_name(path),
                 fix="give every row a path and a label, or remove it",
             )
-        name = _split_of((split or "").strip()) if divided else "train"
+        name = _parse_split_name((split or "").strip()) if divided else "train"
         if name is None:
             raise DataError(
-                f"row at line {line} has the split '{shown(split or '')}'",
-                where=shown(path),
+                f"row at line {line} has the split '{escape_name(split or '')}'",
+                where=escape_name(path),
                 fix="write train, val or test",
             )
         if not keep_missing and not (root / image).is_file():
             missing += 1
             first_missing = first_missing or (line, image)
-        grouped.setdefault(name, Listing(root)).append(image, shown(label.strip()))
+        grouped.setdefault(name, ImageList(root)).append(image, escape_name(label.strip()))
     if first_missing is not None:
         raise DataError(
-            f"{_counted(missing, 'picture')} of {count:,} do not exist, the first: '{shown(first_missing[1])}'",
-            where=f"{shown(path)}, line {first_missing[0]}",
-            why=f"relative paths start from '{shown(root)}'",
+            f"{_pluralize(missing, 'picture')} of {count:,} do not exist, the first: '{escape_name(first_missing[1])}'",
+            where=f"{escape_name(path)}, line {first_missing[0]}",
+            why=f"relative paths start from '{escape_name(root)}'",
             fix="correct the paths, or name another start with --data.root",
         )
     return grouped

@@ -22,18 +22,27 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from tuneforge import Check, DataError, Inputs, between, component, gt, option
-from tuneforge.builtin.datasets.images.exif_orientation import FORMATS, MAX_BYTES, MAX_PIXELS, upright
-from tuneforge.builtin.datasets.images.preprocess import KNOWN, OPS, final_size, largest, parsed, reduction
-from tuneforge.builtin.datasets.images.sample_names import shown
+from tuneforge.builtin.datasets.images.exif_orientation import FORMATS, MAX_BYTES, MAX_PIXELS, convert_to_upright
+from tuneforge.builtin.datasets.images.preprocess import (
+    OPS_CHECK,
+    OPS_HELP,
+    choose_jpeg_scale,
+    compute_output_size,
+    count_max_pixels,
+    parse_ops,
+)
+from tuneforge.builtin.datasets.images.sample_names import escape_name
 
-_SHOWN_SIDE = 96  # pixels; smaller pictures are enlarged for people
+_MIN_PREVIEW_SIZE = 96  # pixels; smaller pictures are enlarged for people
 
 
 @component(api=1)
-class Images(Inputs):
+class ImageInputs(Inputs):
     """Pictures, stored as uint8 after fixed operations and normalised when a model takes them."""
 
-    ops: tuple[str, ...] = option(default=(), help=f"Operations on a decoded picture, in order: {OPS}.", check=KNOWN)
+    ops: tuple[str, ...] = option(
+        default=(), help=f"Operations on a decoded picture, in order: {OPS_HELP}.", check=OPS_CHECK
+    )
     channels: Literal[1, 3] = option(
         default=3, help="Channels that the model takes; grey is repeated, colours are averaged."
     )
@@ -57,14 +66,14 @@ class Images(Inputs):
     @property
     def size(self) -> tuple[int, int] | None:
         """Height and width as stored; None where the operations leave them to the picture."""
-        return final_size(parsed(self.ops))
+        return compute_output_size(parse_ops(self.ops))
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
         """Shape of one decoded picture (c, h, w); None where the operations leave it to the picture."""
-        return None if self.size is None else (1 if "grey" in self.ops else 3, *self.size)
+        return None if self.size is None else (1 if "grayscale" in self.ops else 3, *self.size)
 
-    def normalised(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Images:
+    def with_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageInputs:
         """The same inputs with another mean and deviation."""
         return attrs.evolve(self, mean=mean, std=std)  # type: ignore[misc]  # a component is an attrs class
 
@@ -77,61 +86,63 @@ class Images(Inputs):
         Raises:
             DataError: It is broken, too large, or no picture of an allowed format.
         """
-        name = name_of(raw)
-        pixels_chw = self._from_array(raw, name) if isinstance(raw, np.ndarray) else self._from_image(raw, name)
-        return self.prepared(pixels_chw[None], name=name)[0]
+        name = describe_raw(raw)
+        pixels_chw = (
+            self._pixels_from_array(raw, name) if isinstance(raw, np.ndarray) else self._pixels_from_image(raw, name)
+        )
+        return self.apply_ops(pixels_chw[None], name=name)[0]
 
-    def prepared(self, pictures_nchw: Tensor, *, name: str = "the pictures") -> Tensor:
+    def apply_ops(self, images_nchw: Tensor, *, name: str = "the pictures") -> Tensor:
         """The stored form of pictures that are uint8 tensors already: (n, c, h, w) after the operations.
 
         Raises:
             DataError: An operation would make too large a picture.
         """
-        ops = parsed(self.ops)
-        self.bound(pictures_nchw.shape[-2], pictures_nchw.shape[-1], name)
+        ops = parse_ops(self.ops)
+        self.check_size(images_nchw.shape[-2], images_nchw.shape[-1], name)
         for op in ops:
-            pictures_nchw = op(pictures_nchw)
-        return pictures_nchw.contiguous()
+            images_nchw = op(images_nchw)
+        return images_nchw.contiguous()
 
-    def ready(self, stored: Any) -> Tensor:
+    def preprocess(self, samples: Any) -> Tensor:
         """Normalised float32 (b, channels, h, w), from stored uint8 (b, c, h, w), on whatever device it is on."""
-        if stored.shape[1] > self.channels:
-            stored = stored.float().mean(dim=1, keepdim=True)
-        scale = 1.0 / (255.0 * torch.tensor(self._each(self.std), dtype=torch.float64))
-        shift = -torch.tensor(self._each(self.mean), dtype=torch.float64) * 255.0 * scale
-        scale, shift = (each.float()[:, None, None].to(stored.device) for each in (scale, shift))
-        return torch.mul(stored, scale).add_(shift)
+        if samples.shape[1] > self.channels:
+            samples = samples.float().mean(dim=1, keepdim=True)
+        scale = 1.0 / (255.0 * torch.tensor(self._per_channel(self.std), dtype=torch.float64))
+        shift = -torch.tensor(self._per_channel(self.mean), dtype=torch.float64) * 255.0 * scale
+        scale, shift = (each.float()[:, None, None].to(samples.device) for each in (scale, shift))
+        return torch.mul(samples, scale).add_(shift)
 
-    def picture(self, stored: Any) -> bytes:
+    def render_image(self, sample: Any) -> bytes:
         """A PNG of one stored picture, enlarged to at least 96 pixels without smoothing."""
-        image = Image.fromarray(np.ascontiguousarray(stored.permute(1, 2, 0).squeeze(2).numpy()))
-        factor = -(-_SHOWN_SIDE // max(image.size))
+        image = Image.fromarray(np.ascontiguousarray(sample.permute(1, 2, 0).squeeze(2).numpy()))
+        factor = -(-_MIN_PREVIEW_SIZE // max(image.size))
         enlarged = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
         file = io.BytesIO()
         enlarged.save(file, format="PNG")
         return file.getvalue()
 
-    def text(self, stored: Any) -> str:
+    def render_text(self, sample: Any) -> str:
         """One line on a stored picture: its size and kind."""
-        channels, height, width = stored.shape
+        channels, height, width = sample.shape
         return f"{'grey' if channels == 1 else 'colour'} picture, {width}x{height}"
 
-    def check(self, path: str | Path) -> None:
+    def check_file(self, path: str | Path) -> None:
         """Look at a file's header only.
 
         Raises:
             DataError: It is too large, or no picture of an allowed format.
         """
-        name = name_of(path)
-        with self._file(path, name) as file:
-            self._opened(file, name)
+        name = describe_raw(path)
+        with self._open_file(path, name) as file:
+            self._open_image(file, name)
 
     @property
-    def recipe(self) -> str:
+    def decoding_fingerprint(self) -> str:
         """All that the stored form of a file follows from, beside the file."""
         return f"{self.ops} {self.jpeg_margin} Pillow {PIL.__version__} torchvision {torchvision.__version__}"
 
-    def _each(self, values: tuple[float, ...]) -> tuple[float, ...]:
+    def _per_channel(self, values: tuple[float, ...]) -> tuple[float, ...]:
         if len(values) not in (1, self.channels):
             raise DataError(
                 f"{len(values)} numbers of mean or std for {self.channels} channel(s)",
@@ -140,20 +151,20 @@ class Images(Inputs):
             )
         return values * (self.channels // len(values))
 
-    def bound(self, height: int, width: int, name: str) -> None:
+    def check_size(self, height: int, width: int, name: str) -> None:
         """Refuse a picture that is too large, or that an operation would make so.
 
         Raises:
             DataError: The message calls it `name`.
         """
-        if largest(parsed(self.ops), height, width) > self.max_pixels:
+        if count_max_pixels(parse_ops(self.ops), height, width) > self.max_pixels:
             raise DataError(
                 f"{name} is too large or too long: {width}x{height} pixels",
                 why=f"at most {self.max_pixels:,} pixels are decoded or made",
                 fix="make the picture smaller",
             )
 
-    def _from_array(self, array: np.ndarray[Any, Any], name: str) -> Tensor:
+    def _pixels_from_array(self, array: np.ndarray[Any, Any], name: str) -> Tensor:
         """Pixels (c, h, w) of an array (h, w) or (h, w, c)."""
         if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
             raise DataError(
@@ -163,58 +174,58 @@ class Images(Inputs):
             )
         if array.ndim == 3 and array.shape[2] not in (1, 3, 4):
             raise DataError(f"a picture with {array.shape[2]} channels", fix="give 1, 3 or 4 channels")
-        return self._from_image(Image.fromarray(array.squeeze(2) if array.shape[2:] == (1,) else array), name)
+        return self._pixels_from_image(Image.fromarray(array.squeeze(2) if array.shape[2:] == (1,) else array), name)
 
-    def _from_image(self, raw: Any, name: str) -> Tensor:
+    def _pixels_from_image(self, raw: Any, name: str) -> Tensor:
         """Pixels (c, h, w) of a file or a PIL image, upright; 1 channel where both sides are grey, else 3."""
-        image = raw if isinstance(raw, Image.Image) else self._opened(self._read(raw, name), name)
-        self.bound(image.height, image.width, name)
-        grey = "grey" in self.ops
+        image = raw if isinstance(raw, Image.Image) else self._open_image(self._read_bytes(raw, name), name)
+        self.check_size(image.height, image.width, name)
+        grayscale = "grayscale" in self.ops
         try:
             if image is not raw:
-                scale = reduction(parsed(self.ops), image.height, image.width, margin=self.jpeg_margin)
-                image.draft("L" if grey else "RGB", (max(1, image.width // scale), max(1, image.height // scale)))
-            return _pixels(image, grey=grey)
+                scale = choose_jpeg_scale(parse_ops(self.ops), image.height, image.width, margin=self.jpeg_margin)
+                image.draft("L" if grayscale else "RGB", (max(1, image.width // scale), max(1, image.height // scale)))
+            return _to_pixels(image, grayscale=grayscale)
         except Exception as error:  # noqa: BLE001 - PIL raises whatever a hostile file makes it raise
-            raise _broken(name, error) from None
+            raise _decode_error(name, error) from None
 
-    def _opened(self, file: IO[bytes], name: str) -> Image.Image:
+    def _open_image(self, file: IO[bytes], name: str) -> Image.Image:
         try:
             image = Image.open(file, formats=FORMATS)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise _broken(name, error) from None
+            raise _decode_error(name, error) from None
         except Exception as error:  # noqa: BLE001 - PIL raises whatever a hostile file makes it raise
-            raise _broken(name, error) from None
-        self.bound(image.height, image.width, name)
+            raise _decode_error(name, error) from None
+        self.check_size(image.height, image.width, name)
         return image
 
-    def _read(self, raw: Any, name: str) -> io.BytesIO:
+    def _read_bytes(self, raw: Any, name: str) -> io.BytesIO:
         """The bytes, bounded before they are read."""
         if isinstance(raw, (str, Path)):
-            with self._file(raw, name) as file:
+            with self._open_file(raw, name) as file:
                 return io.BytesIO(file.read())
         if not isinstance(raw, (bytes, bytearray, memoryview)):
             raise DataError(
                 f"a {type(raw).__name__} is no picture",
                 fix="give the bytes of a file, a path, a PIL image or a uint8 array",
             )
-        self._bound_bytes(len(raw), name)
+        self._check_num_bytes(len(raw), name)
         return io.BytesIO(raw)
 
     @contextlib.contextmanager
-    def _file(self, path: str | Path, name: str) -> Iterator[IO[bytes]]:
+    def _open_file(self, path: str | Path, name: str) -> Iterator[IO[bytes]]:
         try:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):
                 raise DataError(f"{name} is no file", fix="name a picture")
-            self._bound_bytes(status.st_size, name)
+            self._check_num_bytes(status.st_size, name)
             with open(path, "rb") as file:
                 yield file
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
             why = getattr(error, "strerror", None) or str(error)
             raise DataError(f"cannot read {name}", why=why, fix="check the path and its permissions") from None
 
-    def _bound_bytes(self, count: int, name: str) -> None:
+    def _check_num_bytes(self, count: int, name: str) -> None:
         if count > self.max_bytes:
             raise DataError(
                 f"{name} is too large: {count:,} bytes",
@@ -223,12 +234,12 @@ class Images(Inputs):
             )
 
 
-def name_of(raw: Any) -> str:
+def describe_raw(raw: Any) -> str:
     """What messages call a raw picture."""
-    return f"'{shown(raw)}'" if isinstance(raw, (str, Path)) else "the picture"
+    return f"'{escape_name(raw)}'" if isinstance(raw, (str, Path)) else "the picture"
 
 
-def _broken(name: str, error: BaseException) -> DataError:
+def _decode_error(name: str, error: BaseException) -> DataError:
     kind = "no picture of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
     return DataError(
         f"cannot decode {name}",
@@ -237,10 +248,10 @@ def _broken(name: str, error: BaseException) -> DataError:
     )
 
 
-def _pixels(image: Image.Image, *, grey: bool) -> Tensor:
-    """Decode: upright, alpha over white, 8 bits; (1, h, w) if `grey` and the picture has no colours, else (3, h, w)."""
+def _to_pixels(image: Image.Image, *, grayscale: bool) -> Tensor:
+    """Decode: upright, alpha over white, 8 bits; (1, h, w) if `grayscale` and without colours, else (3, h, w)."""
     image.load()
-    plain = upright(image)
-    mode = "L" if grey and plain.mode in ("L", "1") else "RGB"
+    plain = convert_to_upright(image)
+    mode = "L" if grayscale and plain.mode in ("L", "1") else "RGB"
     pixels = torch.from_numpy(np.array(plain.convert(mode)))
     return pixels[None] if mode == "L" else pixels.permute(2, 0, 1)

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 T = TypeVar("T")
 
 
-def shown(name: str | bytes | Path) -> str:
+def escape_name(name: str | bytes | Path) -> str:
     """A name with its odd bytes and controls escaped, so that it can be printed and written anywhere."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-class Computed(Sequence[T]):
+class LazySequence(Sequence[T]):
     """A sequence whose members are made when they are asked for; a slice is one too."""
 
     @abstractmethod
@@ -36,12 +36,12 @@ class Computed(Sequence[T]):
     def __getitem__(self, place: int | slice) -> T | Sequence[T]:
         """One member, or a sequence of those of a slice."""
         if isinstance(place, slice):
-            return Chosen(self, np.arange(*place.indices(len(self))))
+            return SequenceSubset(self, np.arange(*place.indices(len(self))))
         return self.at(range(len(self))[place])
 
 
 @attrs.frozen(eq=False)
-class Chosen(Computed[T]):
+class SequenceSubset(LazySequence[T]):
     """Some members of another sequence.
 
     Args:
@@ -61,21 +61,21 @@ class Chosen(Computed[T]):
 
 
 @attrs.frozen(eq=False)
-class Packed(Computed[str]):
+class PackedStrings(LazySequence[str]):
     """Names in one piece of memory: a list of 100,000 paths takes 40 MB, their letters 2 MB.
 
     Args:
-        letters: All names, one after the other, in UTF-8.
+        buffer: All names, one after the other, in UTF-8.
         ends: Where each ends.
     """
 
-    letters: bytearray = attrs.field(factory=bytearray)
+    buffer: bytearray = attrs.field(factory=bytearray)
     ends: array[int] = attrs.field(factory=lambda: array("q"))
 
     def append(self, name: str) -> None:
         """Add a name."""
-        self.letters.extend(name.encode(errors="surrogateescape"))
-        self.ends.append(len(self.letters))
+        self.buffer.extend(name.encode(errors="surrogateescape"))
+        self.ends.append(len(self.buffer))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -83,11 +83,11 @@ class Packed(Computed[str]):
     def at(self, place: int) -> str:
         """The name at a place."""
         start = self.ends[place - 1] if place else 0
-        return self.letters[start : self.ends[place]].decode(errors="surrogateescape")
+        return self.buffer[start : self.ends[place]].decode(errors="surrogateescape")
 
 
 @attrs.frozen(eq=False)
-class Paths(Computed[str]):
+class LazyPaths(LazySequence[str]):
     """The files that names below a folder mean; as text, because `Path` keeps the parts of every path in a table."""
 
     root: Path
@@ -102,7 +102,7 @@ class Paths(Computed[str]):
 
 
 @attrs.frozen(eq=False)
-class Shown(Computed[str]):
+class EscapedNames(LazySequence[str]):
     """Names as text that can be printed."""
 
     names: Sequence[str]
@@ -112,9 +112,13 @@ class Shown(Computed[str]):
 
     def at(self, place: int) -> str:
         """The text at a place."""
-        return shown(self.names[place])
+        return escape_name(self.names[place])
 
 
-def chosen(members: Sequence[T], rows: NDArray[np.int64]) -> Chosen[T]:
+def select_items(members: Sequence[T], rows: NDArray[np.int64]) -> SequenceSubset[T]:
     """The members at `rows` (n,), in that order; chosen ones are not chosen from twice."""
-    return Chosen(members.members, members.rows[rows]) if isinstance(members, Chosen) else Chosen(members, rows)
+    return (
+        SequenceSubset(members.members, members.rows[rows])
+        if isinstance(members, SequenceSubset)
+        else SequenceSubset(members, rows)
+    )

@@ -20,19 +20,25 @@ import attrs
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tuneforge import DataError, Limited
-from tuneforge.builtin.datasets.images.exif_orientation import FORMATS, MAX_BYTES, MAX_PIXELS, check_range, upright
-from tuneforge.builtin.datasets.images.sample_names import shown
+from tuneforge import DataError, Sandbox
+from tuneforge.builtin.datasets.images.exif_orientation import (
+    FORMATS,
+    MAX_BYTES,
+    MAX_PIXELS,
+    check_bit_depth,
+    convert_to_upright,
+)
+from tuneforge.builtin.datasets.images.sample_names import escape_name
 
 MEMORY_MB = 300
-SECONDS = 4.0
-GREY_SIDE, COLOUR_SIDE = 48, 24
+TIMEOUT_S = 4.0
+GRAY_THUMBNAIL_SIZE, COLOR_THUMBNAIL_SIZE = 48, 24
 """Sides of the two small pictures that are made of each file on request, in pixels."""
 
-_PICTURE_SIDE = 128
-_AT_ONCE = 256
-_FEW = 64  # files, for which a second process would not pay
-_FALSE_NAMES = {
+_PREVIEW_SIZE = 128
+_CHUNK_SIZE = 256
+_MAX_FILES_FOR_ONE_PROCESS = 64  # files, for which a second process would not pay
+_FILE_TYPE_BY_MAGIC = {
     b"%PDF": "a PDF", b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "a gzip archive", b"\x7fELF": "a program",
     b"MZ": "a program", b"<svg": "an SVG", b"<?xml": "XML", b"<!DOCTYPE": "HTML", b"<html": "HTML", b"#!": "a script",
     b"8BPS": "a Photoshop file", b"%!PS": "PostScript", b"SQLite": "a database", b"\x80\x02": "a pickle",
@@ -41,78 +47,83 @@ _FALSE_NAMES = {
 
 
 @attrs.frozen
-class Verdict:
+class ScanResult:
     """What looking at a file gave.
 
     Args:
         why: Why it cannot be used; empty where it can.
         size: Width and height, in pixels; (0, 0) where it cannot be used.
-        kind: Format and mode, such as `JPEG CMYK`.
+        format: Format and mode, such as `JPEG CMYK`.
         digest: SHA-256 of its bytes.
-        grey_yx: The picture in small, uint8 (48, 48); None unless asked for.
-        colour_yxc: The same in colours, uint8 (24, 24, 3).
+        gray_hw: The picture in small, uint8 (48, 48); None unless asked for.
+        color_hwc: The same in colours, uint8 (24, 24, 3).
     """
 
     why: str = ""
     size: tuple[int, int] = (0, 0)
-    kind: str = ""
+    format: str = ""
     digest: str = ""
-    grey_yx: np.ndarray[Any, Any] | None = None
-    colour_yxc: np.ndarray[Any, Any] | None = None
+    gray_hw: np.ndarray[Any, Any] | None = None
+    color_hwc: np.ndarray[Any, Any] | None = None
 
 
 def scan(
-    paths: Sequence[str], *, small: bool = False, memory_mb: int = MEMORY_MB, seconds: float = SECONDS
-) -> Iterator[Verdict]:
+    paths: Sequence[str], *, thumbnails: bool = False, memory_mb: int = MEMORY_MB, timeout_s: float = TIMEOUT_S
+) -> Iterator[ScanResult]:
     """A verdict on each file, in order, whatever the files are: none ends or holds up the process that asks.
 
     Args:
         paths: Of the files.
-        small: Make the two small pictures of each, too.
+        thumbnails: Make the two small pictures of each, too.
         memory_mb: Memory of each process that looks, in MB.
-        seconds: Time for a file.
+        timeout_s: Time for a file.
     """
-    count = min(4, os.cpu_count() or 1) if len(paths) > _FEW else 1
-    idle: queue.SimpleQueue[Limited] = queue.SimpleQueue()
-    processes = [Limited(f"{__name__}:look_at", memory_mb=memory_mb, seconds=seconds) for _ in range(count)]
+    count = min(4, os.cpu_count() or 1) if len(paths) > _MAX_FILES_FOR_ONE_PROCESS else 1
+    idle: queue.SimpleQueue[Sandbox] = queue.SimpleQueue()
+    processes = [Sandbox(f"{__name__}:inspect_image", memory_mb=memory_mb, timeout_s=timeout_s) for _ in range(count)]
     for each in processes:
         idle.put(each)
 
-    def look(path: str) -> Verdict:
+    def look(path: str) -> ScanResult:
         process = idle.get()
         try:
-            return _verdict(process.ask(path=path, small=small))
+            return _to_scan_result(process.call(path=path, thumbnails=thumbnails))
         except DataError as error:
-            return Verdict(why=shown(error.what))
+            return ScanResult(why=escape_name(error.what))
         finally:
             idle.put(process)
 
     waiting = iter(paths)
     try:
         with ThreadPoolExecutor(count) as pool:
-            while block := list(islice(waiting, _AT_ONCE)):
+            while block := list(islice(waiting, _CHUNK_SIZE)):
                 yield from pool.map(look, block)
     finally:
         for each in processes:
             each.close()
 
 
-def look_at(
-    path: str, *, small: bool = False, picture: bool = False, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
+def inspect_image(
+    path: str,
+    *,
+    thumbnails: bool = False,
+    preview: bool = False,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Any]:
     """Read and decode one file; runs in the process with limits.
 
     Args:
         path: Of the file.
-        small: Make the two small pictures.
-        picture: Make a PNG of it for people, at most 128 pixels wide and high.
+        thumbnails: Make the two small pictures.
+        preview: Make a PNG of it for people, at most 128 pixels wide and high.
         max_bytes: Largest file that is read.
         max_pixels: Largest picture that is decoded.
 
     Raises:
         DataError: It cannot be used, in words that complete "because ...".
     """
-    content = _content(path, max_bytes)
+    content = _read_content(path, max_bytes)
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         if image.width * image.height > max_pixels:
@@ -120,49 +131,49 @@ def look_at(
                 f"it is {image.width}x{image.height} pixels large; at most {max_pixels:,} pixels are decoded"
             )
         size, kind = image.size, f"{image.format} {image.mode}"
-        image.draft("RGB", (2 * _PICTURE_SIDE, 2 * _PICTURE_SIDE))
+        image.draft("RGB", (2 * _PREVIEW_SIZE, 2 * _PREVIEW_SIZE))
         image.load()
-        check_range(image)
-        made = _made(image, small=small, picture=picture)
+        check_bit_depth(image)
+        made = _make_previews(image, thumbnails=thumbnails, preview=preview)
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise DataError(_what_else(content)) from None
+        raise DataError(_guess_file_type(content)) from None
     except Exception as error:  # noqa: BLE001 - PIL raises whatever a hostile file makes it raise
         raise DataError(f"it is broken: {str(error).strip() or type(error).__name__}") from None
     return {"size": size, "kind": kind, "digest": hashlib.sha256(content).hexdigest(), **made}
 
 
-def picture_of(process: Limited, path: str) -> str | None:
-    """A PNG of a file for people, in base64, made by a process of `look_at`; None where it cannot be read."""
+def render_preview(process: Sandbox, path: str) -> str | None:
+    """A PNG of a file for people, in base64, made by a process of `inspect_image`; None where it cannot be read."""
     try:
-        return str(process.ask(path=path, picture=True)["picture"])
+        return str(process.call(path=path, preview=True)["preview"])
     except DataError:
         return None
 
 
-def _verdict(answer: dict[str, Any]) -> Verdict:
-    grey, colour = (_array(answer.get(key)) for key in ("grey", "colour"))
-    return Verdict(
+def _to_scan_result(answer: dict[str, Any]) -> ScanResult:
+    gray, color = (_decode_array(answer.get(key)) for key in ("gray", "color"))
+    return ScanResult(
         size=(answer["size"][0], answer["size"][1]),
-        kind=answer["kind"],
+        format=answer["kind"],
         digest=answer["digest"],
-        grey_yx=None if grey is None else grey.reshape(GREY_SIDE, GREY_SIDE),
-        colour_yxc=None if colour is None else colour.reshape(COLOUR_SIDE, COLOUR_SIDE, 3),
+        gray_hw=None if gray is None else gray.reshape(GRAY_THUMBNAIL_SIZE, GRAY_THUMBNAIL_SIZE),
+        color_hwc=None if color is None else color.reshape(COLOR_THUMBNAIL_SIZE, COLOR_THUMBNAIL_SIZE, 3),
     )
 
 
-def _array(text: str | None) -> np.ndarray[Any, Any] | None:
+def _decode_array(text: str | None) -> np.ndarray[Any, Any] | None:
     return None if text is None else np.frombuffer(base64.b64decode(text), dtype=np.uint8)
 
 
-def _content(path: str, max_bytes: int) -> bytes:
+def _read_content(path: str, max_bytes: int) -> bytes:
     """All bytes of a file, bounded before they are read; a FIFO is never waited for."""
     try:
-        _require_file(os.stat(path))
+        _require_regular_file(os.stat(path))
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             status = os.fstat(file.fileno())  # the very file that was opened
-            _require_file(status)
+            _require_regular_file(status)
             if status.st_size > max_bytes:
                 raise DataError(f"it is {status.st_size:,} bytes large; at most {max_bytes:,} bytes are read")
             content = file.read(max_bytes + 1)
@@ -173,7 +184,7 @@ def _content(path: str, max_bytes: int) -> bytes:
     return content
 
 
-def _require_file(status: os.stat_result) -> None:
+def _require_regular_file(status: os.stat_result) -> None:
     kinds = {"a folder": stat.S_ISDIR, "a FIFO": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
     kinds |= {"a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode)}
     for name, test in kinds.items():
@@ -181,9 +192,9 @@ def _require_file(status: os.stat_result) -> None:
             raise DataError(f"it is {name}, not a file")
 
 
-def _what_else(content: bytes) -> str:
+def _guess_file_type(content: bytes) -> str:
     start = content[:64].lstrip()
-    for magic, name in _FALSE_NAMES.items():
+    for magic, name in _FILE_TYPE_BY_MAGIC.items():
         if start.startswith(magic):
             return f"it is {name}"
     if content[4:8] == b"ftyp":
@@ -193,22 +204,24 @@ def _what_else(content: bytes) -> str:
     return f"it is no picture of a format that is read ({', '.join(FORMATS)})"
 
 
-def _made(image: Image.Image, *, small: bool, picture: bool) -> dict[str, str]:
+def _make_previews(image: Image.Image, *, thumbnails: bool, preview: bool) -> dict[str, str]:
     made: dict[str, str] = {}
-    plain = upright(_reduced(image, _PICTURE_SIDE)).convert("RGB")  # always: not every mode that is decoded converts
-    if small:
-        grey = plain.convert("L").resize((GREY_SIDE, GREY_SIDE), Image.Resampling.BOX)
-        colour = plain.resize((COLOUR_SIDE, COLOUR_SIDE), Image.Resampling.BOX)
-        made |= {"grey": _base64(grey.tobytes()), "colour": _base64(colour.tobytes())}
-    if picture:
-        plain.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    plain = convert_to_upright(_downscale(image, _PREVIEW_SIZE)).convert(
+        "RGB"
+    )  # always: not every mode that is decoded converts
+    if thumbnails:
+        gray = plain.convert("L").resize((GRAY_THUMBNAIL_SIZE, GRAY_THUMBNAIL_SIZE), Image.Resampling.BOX)
+        color = plain.resize((COLOR_THUMBNAIL_SIZE, COLOR_THUMBNAIL_SIZE), Image.Resampling.BOX)
+        made |= {"gray": _base64(gray.tobytes()), "color": _base64(color.tobytes())}
+    if preview:
+        plain.thumbnail((_PREVIEW_SIZE, _PREVIEW_SIZE))
         file = io.BytesIO()
         plain.save(file, format="PNG")
-        made["picture"] = _base64(file.getvalue())
+        made["preview"] = _base64(file.getvalue())
     return made
 
 
-def _reduced(image: Image.Image, least: int) -> Image.Image:
+def _downscale(image: Image.Image, least: int) -> Image.Image:
     """The picture at a whole fraction of its size, no side under `least` pixels by that; takes little memory."""
     factor = min(image.width, image.height) // least
     if factor < 2:

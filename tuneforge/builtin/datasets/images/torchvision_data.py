@@ -18,9 +18,9 @@ from torch import Tensor
 from torchvision import datasets
 
 from tuneforge import DataError, UnknownNameError
-from tuneforge.builtin.datasets.images.image_inputs import Images
-from tuneforge.builtin.datasets.images.image_sources import PictureArrays, PictureFiles
-from tuneforge.builtin.datasets.images.image_splits import Part, Parts, Pictures
+from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
+from tuneforge.builtin.datasets.images.image_sources import ImageArraySource, ImageFileSource
+from tuneforge.builtin.datasets.images.image_splits import ImageSource, ImageSplit, ImageSplits
 
 _Arguments = Mapping[str, Mapping[str, Any]]
 
@@ -28,7 +28,7 @@ _BY_TRAIN: _Arguments = {"train": {"train": True}, "test": {"train": False}}
 _BY_SPLIT: _Arguments = {"train": {"split": "train"}, "test": {"split": "test"}}
 _THREE: _Arguments = {split: {"split": split} for split in ("train", "val", "test")}
 _WHOLE: _Arguments = {"train": {}}
-SETS: Mapping[str, _Arguments] = {
+DATASETS: Mapping[str, _Arguments] = {
     **dict.fromkeys(("MNIST", "EMNIST", "FashionMNIST", "KMNIST", "QMNIST", "CIFAR10", "CIFAR100", "USPS"), _BY_TRAIN),
     **dict.fromkeys(("SVHN", "STL10", "GTSRB", "Food101"), _BY_SPLIT),
     **dict.fromkeys(("Flowers102", "DTD", "FGVCAircraft"), _THREE),
@@ -40,12 +40,12 @@ SETS: Mapping[str, _Arguments] = {
 
 OTHER = "other"
 
-_OF_DIGITS = ("MNIST", "QMNIST", "SVHN", "USPS", "SEMEION")
+_DIGIT_DATASETS = ("MNIST", "QMNIST", "SVHN", "USPS", "SEMEION")
 _LISTS_OF_FILES = (("_image_files", "_labels"), ("_images", "_labels"))
 _LISTS_OF_PAIRS = ("_samples", "samples")
 
 
-def load_set(name: str, root: Path, *, images: Images, download: bool, subset: str) -> Parts:
+def load_dataset(name: str, root: Path, *, images: ImageInputs, download: bool, subset: str) -> ImageSplits:
     """All splits of a set.
 
     Args:
@@ -59,30 +59,30 @@ def load_set(name: str, root: Path, *, images: Images, download: bool, subset: s
         UnknownNameError: There is no set of that name.
         DataError: It is not under `root`, is broken, or could not be downloaded.
     """
-    if name not in SETS:
-        near = difflib.get_close_matches(name.lower(), {known.lower(): known for known in SETS}, n=1)
-        match = next((known for known in SETS if near and known.lower() == near[0]), None)
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name.lower(), {known.lower(): known for known in DATASETS}, n=1)
+        match = next((known for known in DATASETS if near and known.lower() == near[0]), None)
         raise UnknownNameError(
             f"torchvision's set '{name}' is not one that tuneforge reads",
             where="--data.dataset",
-            fix=f"did you mean '{match}'?" if match else f"known: {', '.join(sorted(SETS))}",
+            fix=f"did you mean '{match}'?" if match else f"known: {', '.join(sorted(DATASETS))}",
         )
     loaded = {
-        split: _loaded(
+        split: _load_split(
             name, root, {**arguments, "download": download, **({"split": subset} if name == "EMNIST" else {})}
         )
-        for split, arguments in SETS[name].items()
+        for split, arguments in DATASETS[name].items()
     }
-    names = _class_names(name, loaded["train"])
-    return Parts(names, {split: _part(dataset, images, split) for split, dataset in loaded.items()})
+    names = _get_class_names(name, loaded["train"])
+    return ImageSplits(names, {split: _to_image_split(dataset, images, split) for split, dataset in loaded.items()})
 
 
-def with_others(parts: Parts, *, share: float, seed: int) -> tuple[Parts, tuple[str, ...]]:
+def merge_other_classes(parts: ImageSplits, *, fraction: float, seed: int) -> tuple[ImageSplits, tuple[str, ...]]:
     """Eleven classes: the digits, and all other characters as `other`.
 
     Args:
         parts: Of a set whose classes are characters.
-        share: Of `other` in each split; digits are all kept, others are drawn from the seed.
+        fraction: Of `other` in each split; digits are all kept, others are drawn from the seed.
         seed: The run's.
 
     Returns:
@@ -92,28 +92,28 @@ def with_others(parts: Parts, *, share: float, seed: int) -> tuple[Parts, tuple[
         DataError: The set lacks a digit, or has nothing else.
     """
     digits = tuple(string.digits)
-    if not set(digits) < set(parts.names):
+    if not set(digits) < set(parts.class_names):
         raise DataError(
             "the set has no digits and other characters",
             where="--data.other-share",
-            why=f"its classes are {', '.join(parts.names[:12])}",
+            why=f"its classes are {', '.join(parts.class_names[:12])}",
             fix="use --data.dataset EMNIST --data.subset byclass",
         )
-    place = np.array([digits.index(name) if name in digits else len(digits) for name in parts.names])
+    place = np.array([digits.index(name) if name in digits else len(digits) for name in parts.class_names])
     notes, by_split = [], {}
     for split, part in parts.by_split.items():
-        codes = place[part.codes]
+        codes = place[part.class_indices]
         others = np.flatnonzero(codes == len(digits))
-        wanted = round((len(codes) - len(others)) * share / (1 - share))
+        wanted = round((len(codes) - len(others)) * fraction / (1 - fraction))
         if wanted > len(others):
             notes.append(f"{split} has {len(others):,} others, fewer than the {wanted:,} that were asked for")
         drawn = np.random.RandomState(seed % 2**32).permutation(others)[:wanted]
         rows = np.sort(np.concatenate([np.flatnonzero(codes < len(digits)), drawn]))
-        by_split[split] = Part(part.pictures, codes, part.ids).chosen(rows)
-    return Parts((*digits, OTHER), by_split), tuple(notes)
+        by_split[split] = ImageSplit(part.source, codes, part.ids).select(rows)
+    return ImageSplits((*digits, OTHER), by_split), tuple(notes)
 
 
-def _loaded(name: str, root: Path, arguments: Mapping[str, Any]) -> Any:
+def _load_split(name: str, root: Path, arguments: Mapping[str, Any]) -> Any:
     try:
         return getattr(datasets, name)(root, **arguments)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, AssertionError) as error:
@@ -121,35 +121,36 @@ def _loaded(name: str, root: Path, arguments: Mapping[str, Any]) -> Any:
             f"cannot load {name}",
             where=f"--data.root {root}",
             why=str(error).split(".")[0] or type(error).__name__,
-            fix=f"place its files there as torchvision lays them out, or pass --data.download true{_details(error)}",
+            fix="place its files there as torchvision lays them out, or pass --data.download true"
+            + _suggest_network(error),
         ) from error
 
 
-def _details(error: Exception) -> str:
+def _suggest_network(error: Exception) -> str:
     return " with a network" if "urlopen" in str(error) or "download" in type(error).__name__.lower() else ""
 
 
-def _class_names(name: str, dataset: Any) -> tuple[str, ...]:
+def _get_class_names(name: str, dataset: Any) -> tuple[str, ...]:
     """Names of the classes: a digit is called by its sign, so that heads find it again."""
-    if name in _OF_DIGITS:
+    if name in _DIGIT_DATASETS:
         return tuple(string.digits)
     known = getattr(dataset, "classes", None)
-    return tuple(map(str, known)) if known else tuple(map(str, range(int(_codes(dataset).max()) + 1)))
+    return tuple(map(str, known)) if known else tuple(map(str, range(int(_get_class_indices(dataset).max()) + 1)))
 
 
-def _part(dataset: Any, images: Images, split: str) -> Part:
-    codes = _codes(dataset)
-    return Part(_pictures(dataset, images), codes, [f"{split}/{row}" for row in range(len(codes))])
+def _to_image_split(dataset: Any, images: ImageInputs, split: str) -> ImageSplit:
+    codes = _get_class_indices(dataset)
+    return ImageSplit(_to_image_source(dataset, images), codes, [f"{split}/{row}" for row in range(len(codes))])
 
 
-def _pictures(dataset: Any, images: Images) -> Pictures:
+def _to_image_source(dataset: Any, images: ImageInputs) -> ImageSource:
     if hasattr(dataset, "data"):
         pictures_nchw = _channels_first(dataset.data)
         if isinstance(dataset, datasets.EMNIST):
             pictures_nchw = pictures_nchw.transpose(2, 3)  # its files hold every picture transposed
-        return PictureArrays(images, pictures_nchw)
-    paths, _ = _files(dataset)
-    return PictureFiles(images, paths)
+        return ImageArraySource(images, pictures_nchw)
+    paths, _ = _get_paths_and_labels(dataset)
+    return ImageFileSource(images, paths)
 
 
 def _channels_first(data: Any) -> Tensor:
@@ -160,16 +161,16 @@ def _channels_first(data: Any) -> Tensor:
     return pictures if pictures.shape[1] == 3 else pictures.permute(0, 3, 1, 2)
 
 
-def _codes(dataset: Any) -> NDArray[np.int64]:
+def _get_class_indices(dataset: Any) -> NDArray[np.int64]:
     """The class of each picture (n,)."""
     for attribute in ("targets", "labels"):
         if hasattr(dataset, attribute) and hasattr(dataset, "data"):
             codes = np.asarray(getattr(dataset, attribute), dtype=np.int64)
             return codes if codes.ndim == 1 else codes[:, 0]  # QMNIST adds the writer and more
-    return np.asarray(_files(dataset)[1], dtype=np.int64)
+    return np.asarray(_get_paths_and_labels(dataset)[1], dtype=np.int64)
 
 
-def _files(dataset: Any) -> tuple[list[Path], list[int]]:
+def _get_paths_and_labels(dataset: Any) -> tuple[list[Path], list[int]]:
     """Paths and classes, of a set that is not in memory."""
     for paths, labels in _LISTS_OF_FILES:
         if hasattr(dataset, paths):

@@ -1,6 +1,6 @@
 """Data that is already in Python: numpy arrays, tensors, mappings of them, a torch Dataset or a DataLoader.
 
-`data_of(x, y)` gives a component for `Engine(data=...)`. What the answers are follows from their type:
+`data_from_arrays(x, y)` gives a component for `Engine(data=...)`. What the answers are follows from their type:
 
 =============================================  ===========  ==========================================
 answers                                        targets      note
@@ -31,41 +31,47 @@ from tuneforge import (
     Check,
     Data,
     DataError,
-    Inputable,
     Inputs,
     OptionError,
     Source,
     Split,
     Targets,
+    TensorTree,
     UsageError,
     component,
     hookimpl,
     map_inputs,
     option,
 )
-from tuneforge.builtin.datasets.tables.sample_arrays import Samples, answers_of, as_tensor, described, samples_of
-from tuneforge.builtin.datasets.tables.target_arrays import (
-    Kind,
-    class_codes,
-    class_names,
-    class_pools,
-    kind_of,
-    numbers_of,
-    split_rows,
-    standardised,
+from tuneforge.builtin.datasets.tables.sample_arrays import (
+    ArraySamples,
+    describe_tensors,
+    read_samples,
+    targets_argument_name,
+    to_tensor,
 )
-from tuneforge.builtin.targets import Classes, LabelSets, Numbers, near
+from tuneforge.builtin.datasets.tables.target_arrays import (
+    TargetKind,
+    encode_classes,
+    fit_number_targets,
+    group_rows_by_class,
+    infer_class_names,
+    infer_target_kind,
+    split_rows,
+    standardize,
+)
+from tuneforge.builtin.targets import ClassTargets, MultilabelTargets, RegressionTargets, suggest_label
 
 if TYPE_CHECKING:
     from tuneforge import Run
 
-_WORDS = {"U": "text", "b": "truth values", "i": "integers", "u": "integers", "f": "floats"}
+_WORD_BY_DTYPE_KIND = {"U": "text", "b": "truth values", "i": "integers", "u": "integers", "f": "floats"}
 _POSITIVE = Check("numbers greater than 0", lambda values: all(value > 0 for value in values))
 _SHARE = Check("at least 0 and less than 1", lambda value: bool(0 <= value < 1), {"minimum": 0, "exclusiveMaximum": 1})
 
 
 @component(api=1)
-class Tensors(Inputs):
+class TensorInputs(Inputs):
     """Numbers as they are: one tensor a sample, or several by name.
 
     Floats and integers pass unchanged (integers are ids); uint8 becomes float32, because no layer takes it.
@@ -80,7 +86,7 @@ class Tensors(Inputs):
         default=(), help="Of a single tensor: what it is then divided by.", check=_POSITIVE
     )
 
-    def decode(self, raw: Any) -> Inputable:
+    def decode(self, raw: Any) -> TensorTree:
         """The tensor of a list of numbers, or the tensors of a mapping of lists.
 
         Args:
@@ -90,19 +96,19 @@ class Tensors(Inputs):
             DataError: It is none of these, or names, shapes or numbers do not fit.
         """
         if isinstance(raw, (bytes, Path)):
-            raw = _parsed(raw)
+            raw = _load_json_or_npy(raw)
         if not isinstance(raw, Mapping):
             if self.shapes and set(self.shapes) != {""}:
                 raise DataError("this is no mapping", fix=f"give a mapping of {', '.join(self.shapes)}")
-            return self._one("", raw)
+            return self._decode_tensor("", raw)
         self._check_names(raw)
-        return {name: self._one(name, raw[name]) for name in self.shapes or raw}
+        return {name: self._decode_tensor(name, raw[name]) for name in self.shapes or raw}
 
-    def ready(self, stored: Inputable) -> Any:
+    def preprocess(self, samples: TensorTree) -> Any:
         """Stored tensors of a batch as the model takes them."""
-        return map_inputs(stored, self._ready)
+        return map_inputs(samples, self._preprocess_tensor)
 
-    def _ready(self, tensor: Tensor) -> Tensor:
+    def _preprocess_tensor(self, tensor: Tensor) -> Tensor:
         tensor = tensor.float() if tensor.dtype == torch.uint8 else tensor
         if not self.means:
             return tensor
@@ -120,14 +126,14 @@ class Tensors(Inputs):
                 if strange
                 else f"'{min(set(self.shapes) - set(raw))}' is missing",
                 why=f"the model takes {', '.join(self.shapes)}",
-                fix=near(str(strange[0]), self.shapes) if strange else "give every input",
+                fix=suggest_label(str(strange[0]), self.shapes) if strange else "give every input",
             )
 
-    def _one(self, name: str, value: Any) -> Tensor:
+    def _decode_tensor(self, name: str, value: Any) -> Tensor:
         where = f"input '{name}'" if name else ""
-        tensor = as_tensor(value, where=where)
+        tensor = to_tensor(value, where=where)
         if name in self.dtypes:
-            tensor = _cast(tensor, getattr(torch, self.dtypes[name]), where)
+            tensor = _cast_tensor(tensor, getattr(torch, self.dtypes[name]), where)
         if name in self.shapes and tuple(tensor.shape) != self.shapes[name]:
             raise DataError(
                 f"a sample of shape {tuple(tensor.shape)}", where=where, fix=f"give shape {self.shapes[name]}"
@@ -136,14 +142,14 @@ class Tensors(Inputs):
 
 
 @component(api=1)
-class Arrays:
-    """Live arrays or datasets as a run's data. Made by `data_of`: the objects themselves are no options."""
+class ArrayData:
+    """Live arrays or datasets as a run's data. Made by `data_from_arrays`: the objects themselves are no options."""
 
     val: float = option(default=0.2, help="Share of the samples for validation, where none are given.", check=_SHARE)
     test: float = option(default=0.2, help="Share of the samples for the test, where none are given.", check=_SHARE)
     names: tuple[str, ...] = option(default=(), help="Of the classes by index, of the labels or of the numbers.")
     units: tuple[str, ...] = option(default=("",), help="Of the numbers; one for all of them will do.")
-    standardise: bool = option(
+    standardize: bool = option(
         default=False, help="Bring each feature to mean 0 and deviation 1 over the training split."
     )
 
@@ -152,18 +158,18 @@ class Arrays:
             raise OptionError(f"val {self.val} and test {self.test} leave nothing to train on", fix="lower them")
 
     @classmethod
-    def of(cls, given: Any) -> Arrays:
-        """The component for a pair (x, y), a torch Dataset or a DataLoader, with the defaults of `data_of`.
+    def from_object(cls, source: Any) -> ArrayData:
+        """The component for a pair (x, y), a torch Dataset or a DataLoader, with the defaults of `data_from_arrays`.
 
         Raises:
             UsageError: It is none of these.
         """
-        if isinstance(given, tuple) and len(given) == 2:
-            return data_of(*given)
-        if isinstance(given, (Dataset, DataLoader)):
-            return data_of(given)
+        if isinstance(source, tuple) and len(source) == 2:
+            return data_from_arrays(*source)
+        if isinstance(source, (Dataset, DataLoader)):
+            return data_from_arrays(source)
         raise UsageError(
-            f"{type(given).__name__} is no data source",
+            f"{type(source).__name__} is no data source",
             where="--data",
             fix="give a name, a pair (x, y), a torch Dataset, a DataLoader, or data_of(x, y, ...)",
         )
@@ -182,13 +188,13 @@ class Arrays:
             raise DataError(
                 "the arrays are not here", why="a run folder does not hold them", fix="give them again: data_of(x, y)"
             )
-        parts = {split: samples_of(x, y, split) for split, (x, y) in given.items()}
+        parts = {split: read_samples(x, y, split) for split, (x, y) in given.items()}
         shares = {split: 0.0 if split in parts else share for split, share in (("val", self.val), ("test", self.test))}
         known = run.data if run.restoring else None
-        return _Reading(self, parts, known).data(shares, run.data_seed)
+        return _DataBuilder(self, parts, known).build(shares, run.data_seed)
 
 
-def data_of(
+def data_from_arrays(
     x: Any,
     y: Any = None,
     *,
@@ -200,8 +206,8 @@ def data_of(
     y_test: Any = None,
     names: Sequence[str] = (),
     units: Sequence[str] = ("",),
-    standardise: bool = False,
-) -> Arrays:
+    standardize: bool = False,
+) -> ArrayData:
     """Data for a run from what is already in Python.
 
     Args:
@@ -216,10 +222,10 @@ def data_of(
         y_test: Their answers.
         names: Of the classes, where `y` holds their indices, or in the order wanted; of the labels or numbers.
         units: Of the numbers.
-        standardise: Bring each feature (or channel: the first axis of a sample) to mean 0 and standard deviation 1
+        standardize: Bring each feature (or channel: the first axis of a sample) to mean 0 and standard deviation 1
             over the training split; the numbers are stored with the model. Only for one tensor of floats a sample.
     """
-    arrays = Arrays(val=val, test=test, names=tuple(names), units=tuple(units), standardise=standardise)
+    arrays = ArrayData(val=val, test=test, names=tuple(names), units=tuple(units), standardize=standardize)
     given = {"train": (x, y), "val": (x_val, y_val), "test": (x_test, y_test)}
     # Live objects are no options: they have no text for a file or a flag. So they are set past the frozen class.
     present = {split: (x, y) for split, (x, y) in given.items() if not (x is None and y is None)}
@@ -227,47 +233,55 @@ def data_of(
     return arrays
 
 
-class _Reading:
+class _DataBuilder:
     """What the samples are, once the answers of all of them are known.
 
     Args:
         options: As the user gave them.
-        parts: The samples by split; what `val` or `test` lacks is drawn from `train`.
-        known: The data of a tuned model that looks at these samples, or None.
+        samples_by_split: The samples by split; what `val` or `test` lacks is drawn from `train`.
+        restored: The data of a tuned model that looks at these samples, or None.
     """
 
-    def __init__(self, options: Arrays, parts: dict[str, Samples], known: Data | None) -> None:
-        self.options, self.parts, self.known = options, parts, known
-        self.kind: Kind = kind_of(parts["train"].answers, where="y")
+    def __init__(self, options: ArrayData, parts: dict[str, ArraySamples], restored: Data | None) -> None:
+        self.options, self.samples_by_split, self.restored = options, parts, restored
+        self.target_kind: TargetKind = infer_target_kind(parts["train"].targets, where="y")
 
-    def data(self, shares: dict[str, float], seed: int) -> Data:
+    def build(self, shares: dict[str, float], seed: int) -> Data:
         """The splits; those with a share are drawn from what is given to train."""
-        train = self.parts["train"]
-        targets, pools = self._targets(num_splits=1 + sum(share > 0 for share in shares.values()))
+        train = self.samples_by_split["train"]
+        targets, pools = self._build_targets(num_splits=1 + sum(share > 0 for share in shares.values()))
         rows = split_rows(pools, val=shares["val"], test=shares["test"], seed=seed, where="y")
-        if isinstance(targets, Numbers) and self.known is None:
-            targets = numbers_of(train.answers[rows[0].numpy()], names=targets.names, units=targets.units, where="y")
+        if isinstance(targets, RegressionTargets) and self.restored is None:
+            targets = fit_number_targets(
+                train.targets[rows[0].numpy()], names=targets.names, units=targets.units, where="y"
+            )
         drawn = dict(zip(("train", "val", "test"), rows, strict=True))
-        splits = {split: self._split(split, chosen, targets) for split, chosen in drawn.items()}
-        notes = [note for part in self.parts.values() for note in part.notes]
+        splits = {split: self._build_split(split, chosen, targets) for split, chosen in drawn.items()}
+        notes = [note for part in self.samples_by_split.values() for note in part.notes]
         return Data(
             train=splits["train"],
             val=splits["val"],
             test=splits["test"],
-            inputs=self._inputs(rows[0]),
+            inputs=self._build_inputs(rows[0]),
             targets=targets,
-            notes=(*notes, self._sentence(targets)),
+            notes=(*notes, self._describe_targets(targets)),
         )
 
-    def _targets(self, *, num_splits: int) -> tuple[Targets, list[Tensor]]:
+    def _build_targets(self, *, num_splits: int) -> tuple[Targets, list[Tensor]]:
         """The targets, and the rows that are divided alike: those of a class, or all."""
-        answers, names = self.parts["train"].answers, self.options.names
-        known = None if self.known is None else self.known.targets
+        answers, names = self.samples_by_split["train"].targets, self.options.names
+        known = None if self.restored is None else self.restored.targets
         everything = [torch.arange(len(answers))]
-        if self.kind == "classes":
-            classes = known if isinstance(known, Classes) else Classes(names=names or class_names(answers))
-            pools = class_pools(
-                self._stored("train", classes), classes, splits=num_splits, absent=known is not None, where="y"
+        if self.target_kind == "classes":
+            classes = (
+                known if isinstance(known, ClassTargets) else ClassTargets(names=names or infer_class_names(answers))
+            )
+            pools = group_rows_by_class(
+                self._encode_targets("train", classes),
+                classes,
+                num_splits=num_splits,
+                allow_empty=known is not None,
+                where="y",
             )
             return classes, pools
         columns = answers.reshape(len(answers), -1).shape[1]
@@ -275,78 +289,80 @@ class _Reading:
             raise DataError(
                 f"{len(names)} names for {columns} column(s) of answers", where="names", fix="name each once"
             )
-        if self.kind == "label-sets":
-            return LabelSets(names=names or tuple(map(str, range(columns)))), everything
-        if isinstance(known, Numbers) and known.size == columns:
+        if self.target_kind == "label-sets":
+            return MultilabelTargets(names=names or tuple(map(str, range(columns)))), everything
+        if isinstance(known, RegressionTargets) and known.num_outputs == columns:
             return known, everything
         default = ("value",) if columns == 1 else tuple(f"value{index}" for index in range(columns))
-        return Numbers(names=names or default, units=self.options.units), everything
+        return RegressionTargets(names=names or default, units=self.options.units), everything
 
-    def _stored(self, split: str, targets: Targets) -> Tensor:
+    def _encode_targets(self, split: str, targets: Targets) -> Tensor:
         """The targets of a given part, as the split stores them.
 
         Raises:
             DataError: They are of another kind or shape than the training answers, or of an unknown class.
         """
-        answers, where = self.parts[split].answers, answers_of(split)
-        if not self._is_alike(answers):
-            train = self.parts["train"].answers
+        answers, where = self.samples_by_split[split].targets, targets_argument_name(split)
+        if not self._has_same_kind(answers):
+            train = self.samples_by_split["train"].targets
             raise DataError(
                 f"answers of type {answers.dtype} and shape {answers.shape}",
                 where=where,
                 why=f"those to train on have type {train.dtype} and shape {train.shape}",
                 fix="give the same kind of answers for every split",
             )
-        if isinstance(targets, Classes):
+        if isinstance(targets, ClassTargets):
             by_name = not self.options.names or answers.dtype.kind == "U"
-            return class_codes(answers, targets.names, by_name=by_name, where=where)
+            return encode_classes(answers, targets.names, by_name=by_name, where=where)
         return (
-            standardised(answers, targets)
-            if isinstance(targets, Numbers)
+            standardize(answers, targets)
+            if isinstance(targets, RegressionTargets)
             else torch.from_numpy(answers.astype(np.float32))
         )
 
-    def _is_alike(self, answers: NDArray[Any]) -> bool:
+    def _has_same_kind(self, answers: NDArray[Any]) -> bool:
         """True where the answers are of the kind and width of those to train on."""
-        if answers.shape[1:] != self.parts["train"].answers.shape[1:]:
+        if answers.shape[1:] != self.samples_by_split["train"].targets.shape[1:]:
             return False
-        if self.kind == "numbers":  # of which a few may happen to be 0 and 1 throughout
+        if self.target_kind == "numbers":  # of which a few may happen to be 0 and 1 throughout
             return answers.dtype.kind == "f"
-        return kind_of(answers, where="") == self.kind
+        return infer_target_kind(answers, where="") == self.target_kind
 
-    def _split(self, split: str, rows: Tensor, targets: Targets) -> Split:
-        if split in self.parts and split != "train":
-            return Split(self.parts[split].inputs, self._stored(split, targets))
-        inputs, stored = self.parts["train"].inputs, self._stored("train", targets)
+    def _build_split(self, split: str, rows: Tensor, targets: Targets) -> Split:
+        if split in self.samples_by_split and split != "train":
+            return Split(self.samples_by_split[split].inputs, self._encode_targets(split, targets))
+        inputs, stored = self.samples_by_split["train"].inputs, self._encode_targets("train", targets)
         if isinstance(inputs, Source):
-            return Split(inputs, stored).take(rows)
+            return Split(inputs, stored).subset(rows)
         taken = map_inputs(inputs, lambda tensor: tensor.index_select(0, rows))
         return Split(taken, stored[rows], ids=[str(row) for row in rows.tolist()])
 
-    def _inputs(self, rows: Tensor) -> Tensors:
+    def _build_inputs(self, rows: Tensor) -> TensorInputs:
         """The contract of the inputs, read off one sample of each part.
 
         Raises:
             DataError: Samples of the parts differ in name, shape or type.
         """
-        train = described(self.parts["train"].inputs)
-        for split, part in self.parts.items():
-            shapes, dtypes = described(part.inputs)
+        train = describe_tensors(self.samples_by_split["train"].inputs)
+        for split, part in self.samples_by_split.items():
+            shapes, dtypes = describe_tensors(part.inputs)
             if (shapes, dtypes) != train:
                 raise DataError(
-                    f"samples of shape {_shown(shapes)}",
+                    f"samples of shape {_format_shapes(shapes)}",
                     where=f"x_{split}",
-                    why=f"those to train on have shape {_shown(train[0])}, and types must be equal too",
+                    why=f"those to train on have shape {_format_shapes(train[0])}, and types must be equal too",
                     fix="prepare every split in the same way",
                 )
-        known = None if self.known is None else self.known.inputs
-        means, scales = (known.means, known.scales) if isinstance(known, Tensors) else self._scaling(rows)
-        return Tensors(shapes=train[0], dtypes=train[1], means=means, scales=scales)
+        known = None if self.restored is None else self.restored.inputs
+        means, scales = (
+            (known.means, known.scales) if isinstance(known, TensorInputs) else self._compute_mean_and_scale(rows)
+        )
+        return TensorInputs(shapes=train[0], dtypes=train[1], means=means, scales=scales)
 
-    def _scaling(self, rows: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def _compute_mean_and_scale(self, rows: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Means and deviations of each feature over the training rows; nothing where they are not asked for."""
-        inputs = self.parts["train"].inputs
-        if not self.options.standardise:
+        inputs = self.samples_by_split["train"].inputs
+        if not self.options.standardize:
             return (), ()
         if not isinstance(inputs, Tensor) or inputs.ndim < 2 or inputs.dtype not in (torch.float32, torch.uint8):
             raise DataError(
@@ -358,16 +374,17 @@ class _Reading:
         means, scales = features.mean(1), features.std(1, correction=0)
         return tuple(means.tolist()), tuple(scales.where(scales > 1e-12 * means.abs(), 1.0).tolist())
 
-    def _sentence(self, targets: Targets) -> str:
-        kind = _WORDS[self.parts["train"].answers.dtype.kind]
-        if self.kind == "numbers":
-            return f"answers that are {kind} are read as numbers ({targets.size} a sample); give integers for classes"
-        if self.kind == "label-sets":
-            return f"a matrix of 0 and 1 is read as {targets.size} labels, any of which may hold"
-        return f"answers that are {kind} are read as {targets.size} classes"
+    def _describe_targets(self, targets: Targets) -> str:
+        kind = _WORD_BY_DTYPE_KIND[self.samples_by_split["train"].targets.dtype.kind]
+        if self.target_kind == "numbers":
+            read_as = f"numbers ({targets.num_outputs} a sample)"
+            return f"answers that are {kind} are read as {read_as}; give integers for classes"
+        if self.target_kind == "label-sets":
+            return f"a matrix of 0 and 1 is read as {targets.num_outputs} labels, any of which may hold"
+        return f"answers that are {kind} are read as {targets.num_outputs} classes"
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+def _cast_tensor(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
     cast = tensor.to(dtype)
     if not dtype.is_floating_point and not torch.equal(cast.to(tensor.dtype), tensor):
         raise DataError(
@@ -376,7 +393,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
     return cast
 
 
-def _parsed(raw: bytes | Path) -> Any:
+def _load_json_or_npy(raw: bytes | Path) -> Any:
     """What a file of JSON or an .npy file holds; a pickle inside it is never opened."""
     try:
         content = raw.read_bytes() if isinstance(raw, Path) else raw
@@ -388,5 +405,5 @@ def _parsed(raw: bytes | Path) -> Any:
         raise DataError("neither JSON nor an .npy file of numbers", where=where, why=str(error)) from None
 
 
-def _shown(shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _format_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{name} {shape}".strip() for name, shape in shapes.items())

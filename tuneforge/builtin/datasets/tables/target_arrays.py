@@ -13,26 +13,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tuneforge import DataError, Noise
-from tuneforge.builtin.targets import Classes, Numbers, near
+from tuneforge import DataError, SampleRNG
+from tuneforge.builtin.targets import ClassTargets, RegressionTargets, suggest_label
 
-Kind = Literal["classes", "label-sets", "numbers"]
+TargetKind = Literal["classes", "label-sets", "numbers"]
 
 
-def answer_array(answers: Any, *, where: str) -> NDArray[Any]:
+def to_target_array(targets: Any, *, where: str) -> NDArray[Any]:
     """Answers as an array (n,) or (n, k) of numbers, truth values or text; (n, 1) becomes (n,).
 
     Raises:
         DataError: They are of mixed types, missing, or not finite.
     """
     try:
-        array = answers.detach().cpu().numpy() if isinstance(answers, Tensor) else np.asarray(answers)
+        array = targets.detach().cpu().numpy() if isinstance(targets, Tensor) else np.asarray(targets)
     except (ValueError, TypeError) as error:
         raise DataError(
             "the answers are no array", where=where, why=str(error), fix="give one answer a sample"
         ) from None
     if array.dtype == object:
-        array = _of_one_type(array, where)
+        array = _require_one_type(array, where)
     if array.dtype.kind not in "biufU" or array.ndim not in (1, 2):
         raise DataError(
             f"answers of type {array.dtype} and shape {array.shape}",
@@ -50,7 +50,7 @@ def answer_array(answers: Any, *, where: str) -> NDArray[Any]:
     return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
 
 
-def kind_of(answers: NDArray[Any], *, where: str) -> Kind:
+def infer_target_kind(targets: NDArray[Any], *, where: str) -> TargetKind:
     """What the answers are: text, truth values and integers (n,) are classes, floats are numbers.
 
     A matrix of 0 and 1 is label sets, any other of floats is numbers.
@@ -58,25 +58,25 @@ def kind_of(answers: NDArray[Any], *, where: str) -> Kind:
     Raises:
         DataError: A matrix of integers or text.
     """
-    if answers.ndim == 1:
-        return "numbers" if answers.dtype.kind == "f" else "classes"
-    if answers.dtype.kind != "U" and np.isin(answers, (0, 1)).all():
+    if targets.ndim == 1:
+        return "numbers" if targets.dtype.kind == "f" else "classes"
+    if targets.dtype.kind != "U" and np.isin(targets, (0, 1)).all():
         return "label-sets"
-    if answers.dtype.kind == "f":
+    if targets.dtype.kind == "f":
         return "numbers"
     raise DataError(
-        f"a matrix of {answers.dtype} with shape {answers.shape} can be read in more than one way",
+        f"a matrix of {targets.dtype} with shape {targets.shape} can be read in more than one way",
         where=where,
         fix="give floats for numbers, 0 and 1 for label sets, or one column for classes",
     )
 
 
-def class_names(answers: NDArray[Any]) -> tuple[str, ...]:
+def infer_class_names(answers: NDArray[Any]) -> tuple[str, ...]:
     """Names of the classes that occur: sorted, integers by value."""
     return tuple(str(value) for value in np.unique(answers).tolist())
 
 
-def class_codes(answers: NDArray[Any], names: Sequence[str], *, by_name: bool, where: str) -> Tensor:
+def encode_classes(answers: NDArray[Any], names: Sequence[str], *, by_name: bool, where: str) -> Tensor:
     """Each answer's index in `names`, int64 (n,).
 
     Args:
@@ -98,54 +98,56 @@ def class_codes(answers: NDArray[Any], names: Sequence[str], *, by_name: bool, w
                 f"there is no class '{key}'",
                 where=where,
                 why=f"there are {len(names)} classes",
-                fix=near(str(key), names) if by_name else f"an index lies from 0 to {len(names) - 1}",
+                fix=suggest_label(str(key), names) if by_name else f"an index lies from 0 to {len(names) - 1}",
             )
     return torch.tensor([known[key] for key in keys], dtype=torch.int64)[torch.from_numpy(inverse.reshape(-1))]
 
 
-def class_pools(codes: Tensor, targets: Classes, *, splits: int, absent: bool = False, where: str) -> list[Tensor]:
+def group_rows_by_class(
+    codes: Tensor, targets: ClassTargets, *, num_splits: int, allow_empty: bool = False, where: str
+) -> list[Tensor]:
     """Rows of each class, after checks that each class can be learnt and judged.
 
     Args:
         codes: int64 (n,).
         targets: Names the classes.
-        splits: Among how many splits the samples are to be divided.
-        absent: Whether a class may have no sample at all, as when a tuned model looks at a few others.
+        num_splits: Among how many splits the samples are to be divided.
+        allow_empty: Whether a class may have no sample at all, as when a tuned model looks at a few others.
         where: What messages name.
 
     Raises:
         DataError: There is one class, or a class has fewer samples than there are splits.
     """
-    if targets.size < 2:
+    if targets.num_outputs < 2:
         raise DataError(
             f"there is only one class, '{targets.names[0]}'" if targets.names else "there are no classes",
             where=where,
             why="a classifier needs at least two to tell apart",
             fix="add samples of another class",
         )
-    pools = {name: rows for name, rows in targets.pools(codes).items() if len(rows) or not absent}
-    few = {name: len(rows) for name, rows in pools.items() if len(rows) < splits}
+    pools = {name: rows for name, rows in targets.group_by_class(codes).items() if len(rows) or not allow_empty}
+    few = {name: len(rows) for name, rows in pools.items() if len(rows) < num_splits}
     if few:
         name, count = next(iter(few.items()))
         others = f", and {len(few) - 1} more have too few as well" if len(few) > 1 else ""
         raise DataError(
             f"class '{name}' has {count} sample(s){others}",
             where=where,
-            why=f"each of {splits} split(s) needs at least one",
+            why=f"each of {num_splits} split(s) needs at least one",
             fix="add samples, merge or remove the class, or give floats if these are numbers",
         )
     return list(pools.values())
 
 
 def split_rows(
-    pools: Sequence[Tensor], *, val: float, test: float, seed: int, where: str
+    groups: Sequence[Tensor], *, val: float, test: float, seed: int, where: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Divide rows into train, val and test, each pool in the same shares and with at least one row in each split.
 
     Which split a row lands in depends on the seed and on the other rows' numbers, never on the machine.
 
     Args:
-        pools: Rows that are divided alike, such as those of one class.
+        groups: Rows that are divided alike, such as those of one class.
         val: Share of the validation split; 0 leaves it empty.
         test: Share of the test split; 0 leaves it empty.
         seed: The run's.
@@ -158,16 +160,18 @@ def split_rows(
         DataError: A pool has fewer rows than there are splits.
     """
     parts: list[tuple[Tensor, ...]] = []
-    for rows in pools:
+    for rows in groups:
         if len(rows) < 1 + (val > 0) + (test > 0):
             raise DataError(f"{len(rows)} sample(s) cannot fill every split", where=where, fix="add samples")
-        drawn = rows[Noise(seed, 0, rows).uniform("split").argsort(stable=True)]
-        parts.append(torch.split(drawn, _sizes(len(rows), val, test)))
+        drawn = rows[SampleRNG(seed, 0, rows).uniform("split").argsort(stable=True)]
+        parts.append(torch.split(drawn, _compute_split_sizes(len(rows), val, test)))
     train, held, tested = (torch.cat(part).sort().values for part in zip(*parts, strict=True))
     return train, held, tested
 
 
-def numbers_of(train: NDArray[Any], *, names: Sequence[str], units: Sequence[str], where: str) -> Numbers:
+def fit_number_targets(
+    train: NDArray[Any], *, names: Sequence[str], units: Sequence[str], where: str
+) -> RegressionTargets:
     """The targets that standardise numbers (n,) or (n, k) by mean and deviation of the training split.
 
     Raises:
@@ -183,17 +187,19 @@ def numbers_of(train: NDArray[Any], *, names: Sequence[str], units: Sequence[str
                 why="there is nothing to learn from",
                 fix="check the answers, or leave this number out",
             )
-    return Numbers(names=tuple(names), units=tuple(units), means=tuple(means.tolist()), scales=tuple(scales.tolist()))
+    return RegressionTargets(
+        names=tuple(names), units=tuple(units), means=tuple(means.tolist()), scales=tuple(scales.tolist())
+    )
 
 
-def standardised(answers: NDArray[Any], targets: Numbers) -> Tensor:
+def standardize(answers: NDArray[Any], targets: RegressionTargets) -> Tensor:
     """Numbers (n,) or (n, k) as `targets` stores them, float32 of the same shape."""
     means, scales = np.array(targets.means), np.array(targets.scales)
     columns = (answers.astype(np.float64).reshape(len(answers), -1) - means) / scales
     return torch.from_numpy(columns.astype(np.float32).reshape(answers.shape))
 
 
-def _sizes(count: int, val: float, test: float) -> list[int]:
+def _compute_split_sizes(count: int, val: float, test: float) -> list[int]:
     """Rows of each split: the nearest whole number, but at least one of each that is drawn, and one left to train."""
     kept = 1 + (val > 0)
     tested = min(max(round(test * count), 1), count - kept) if test > 0 else 0
@@ -201,7 +207,7 @@ def _sizes(count: int, val: float, test: float) -> list[int]:
     return [count - held - tested, held, tested]
 
 
-def _of_one_type(array: NDArray[Any], where: str) -> NDArray[Any]:
+def _require_one_type(array: NDArray[Any], where: str) -> NDArray[Any]:
     types = {type(value) for value in array.ravel()}
     if types <= {str} or types <= {int, bool, float, np.float64, np.float32, np.int64}:
         return np.array(array.tolist())
