@@ -10,9 +10,10 @@ from pathlib import Path
 import click
 
 import tuneforge as tf
+from tuneforge.plugin import StrategyStep
 
 
-def last_block(task: tf.TaskInfo) -> list[tf.StrategyStep]:
+def last_block(task: tf.TaskInfo) -> list[StrategyStep]:
     """A strategy of our own takes part like any other: the head and the block below it."""
     return [tf.Phase("top", train="groups[-2:]", epochs=10, lr=1e-3, schedule="cosine", restore_best=True)]
 

@@ -8,15 +8,16 @@ import math
 import click
 
 import tuneforge as tf
+from tuneforge.plugin import StrategySteps
 
 
-def dfr(task: tf.TaskInfo) -> tf.StrategySteps:
+def dfr(task: tf.TaskInfo) -> StrategySteps:
     """Train all; then the head anew, on as many of each class: deep feature reweighting (Kirichenko et al. 2023)."""
     yield tf.Phase("all", epochs=3, lr=1e-3, schedule="cosine")
     yield tf.Phase("head", train="head", epochs=3, lr=2e-3, sampling="balanced", restore_best=True)
 
 
-def freezeout(task: tf.TaskInfo, epochs: int = 6, first: float = 0.5, lr: float = 1e-3) -> tf.StrategySteps:
+def freezeout(task: tf.TaskInfo, epochs: int = 6, first: float = 0.5, lr: float = 1e-3) -> StrategySteps:
     """Freeze the groups one after another from the bottom, each with a cosine of its own (Brock et al. 2017).
 
     Group i of n stops after the share t = first + (1 - first) * i / (n - 1) of the epochs; its rate at the share s is
@@ -32,7 +33,7 @@ def freezeout(task: tf.TaskInfo, epochs: int = 6, first: float = 0.5, lr: float 
         yield tf.Phase(f"epoch {epoch + 1}", train=tuple(scales), epochs=1, lr=lr, lr_scales=scales)
 
 
-def freeze_embed(task: tf.TaskInfo) -> tf.StrategySteps:
+def freeze_embed(task: tf.TaskInfo) -> StrategySteps:
     """SGD with the first layer frozen, said to do what AdamW does for less memory (Kumar et al. 2022, 2211.09359)."""
     rest = ("all", f"!{task.groups[0].name}")
     yield tf.Phase("all but the first", train=rest, epochs=4, lr=1e-2, optimizer=tf.use("sgd", momentum=0.9))

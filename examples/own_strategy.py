@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import click
 
 import tuneforge as tf
+from tuneforge.plugin import StrategyStep
 
 
 @tf.component(api=1)
@@ -21,7 +22,7 @@ class WeakestClass:
     lr: float = tf.option(default=2e-3, help="Peak learning rate of the head.", check=tf.gt(0))
 
     @tf.hookimpl
-    def finetune_strategy(self, task: tf.TaskInfo) -> Iterator[tf.StrategyStep]:
+    def finetune_strategy(self, task: tf.TaskInfo) -> Iterator[StrategyStep]:
         """Each `yield` returns the engine's report on the step just done."""
         schedule = tf.use("one-cycle", pct_start=0.3)
         for thawed in range(1, len(task.groups) + 1):

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 import tuneforge as tf
+from tuneforge.exporting import load_tensors, save_tensors
 
 
 @click.command()
@@ -29,8 +30,8 @@ def main(out: Path, count: int, epochs: int, fonts: tuple[Path, ...]) -> None:
         batch_size=64,
         log=click.echo,
     ).run()
-    tensors, metadata = tf.load_tensors(result.run_dir / "model.safetensors")
-    tf.save_tensors({name: tensor.half() for name, tensor in tensors.items()}, out, metadata=metadata)
+    tensors, metadata = load_tensors(result.run_dir / "model.safetensors")
+    save_tensors({name: tensor.half() for name, tensor in tensors.items()}, out, metadata=metadata)
     click.echo(f"{out}: accuracy on fresh glyphs {result.report['splits']['test']['accuracy']:.4f}")
 
 

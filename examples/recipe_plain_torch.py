@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import tuneforge as tf
 from tuneforge.builtin.datasets.demo.digits import Digits
 from tuneforge.builtin.models.digit_cnn import PRETRAINED_WEIGHTS, DigitNet
+from tuneforge.exporting import load_tensors
 
 
 def loader(data: tf.Data, split: tf.Split, *, shuffle: bool) -> DataLoader:
@@ -40,7 +41,7 @@ def main(epochs: int, per_class: int | None) -> None:
     torch.manual_seed(0)
     data = Digits(per_class=per_class).data_prepare(SimpleNamespace(data_seed=0))
     network = DigitNet(11)  # (4); its forward ends on the head: (1), (2)
-    shipped, _ = tf.load_tensors(PRETRAINED_WEIGHTS)
+    shipped, _ = load_tensors(PRETRAINED_WEIGHTS)
     weights = {name: tensor.float() for name, tensor in shipped.items() if "head" not in name}
     network.load_state_dict(weights, strict=False)  # (3)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)

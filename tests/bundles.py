@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from PIL import Image
 from tiny import blobs, tiny_data
+from tuneforge_serve.feedback.monitoring import compute_features
+from tuneforge_serve.feedback.request_log import LoggedRequest, RequestLog
+from tuneforge_serve.registry.model_registry import ModelRegistry
 
 import tuneforge as tf
 from tuneforge.builtin.datasets.tables.arrays import TensorInputs
 from tuneforge.builtin.targets import ClassTargets
 from tuneforge.exporting.bundle import InferenceModel
-from tuneforge.ship.champion.store import ModelRegistry
-from tuneforge.ship.circle.records import LoggedRequest, RequestLog
-from tuneforge.ship.circle.watch import compute_features
+from tuneforge.plugin import StrategyStep
 
 
 def data(**changed: Any) -> tf.Data:
@@ -36,7 +37,7 @@ def finished(path: Path, *, epochs: int = 1, lr: float = 1e-2, given: tf.Data | 
     return path
 
 
-def digits(path: Path, *steps: tf.StrategyStep, **options: Any) -> tf.Result:
+def digits(path: Path, *steps: StrategyStep, **options: Any) -> tf.Result:
     """A finished run of the digit CNN on a few real digits."""
     data = tf.use("digits", **{"other_share": 0.0, **options})
     return tf.Engine(data=data, model="digit-cnn", strategy=list(steps), out=path, page=False).run()

@@ -7,6 +7,7 @@ import random
 import torch
 
 import tuneforge as tf
+from tuneforge.plugin import StrategyStep
 
 PHASES = (
     tf.Phase("head-first", train="head", epochs=1, lr=0.01),
@@ -18,7 +19,7 @@ class Plain:
     """What the others have in common: the head, then all layers."""
 
     @tf.hookimpl
-    def finetune_strategy(self) -> list[tf.StrategyStep]:
+    def finetune_strategy(self) -> list[StrategyStep]:
         return list(PHASES)
 
 
@@ -38,7 +39,7 @@ class ThrowsDice:
     """Draws its rate anew, so that a replay asks for something else."""
 
     @tf.hookimpl
-    def finetune_strategy(self) -> list[tf.StrategyStep]:
+    def finetune_strategy(self) -> list[StrategyStep]:
         return [tf.Phase("all", epochs=1, lr=random.SystemRandom().uniform(1e-4, 1e-3))]
 
 

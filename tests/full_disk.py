@@ -18,6 +18,7 @@ from tiny import blobs, tiny_data
 from torch import nn
 
 import tuneforge as tf
+from tuneforge.plugin import StrategyStep
 
 
 @tf.component(api=1)
@@ -46,7 +47,7 @@ class Two:
     """A phase on a frozen part, whose values are kept, and one that trains all."""
 
     @tf.hookimpl
-    def finetune_strategy(self, task: tf.TaskInfo) -> list[tf.StrategyStep]:
+    def finetune_strategy(self, task: tf.TaskInfo) -> list[StrategyStep]:
         return [tf.Phase("head", train="head", epochs=1, lr=0.02), tf.Phase("all", epochs=1, lr=0.01)]
 
 

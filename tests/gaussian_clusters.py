@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from bundles import kept
+from tuneforge_serve.feedback.request_log import RequestLog
+from tuneforge_serve.registry.model_registry import ModelRegistry
 
 import tuneforge as tf
-from tuneforge.ship.champion.store import ModelRegistry
-from tuneforge.ship.circle.records import RequestLog
 
 FIELDS = 6
 

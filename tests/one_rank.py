@@ -18,6 +18,7 @@ from tuneforge.builtin.datasets.tables.arrays import TensorInputs
 from tuneforge.builtin.targets import ClassTargets
 from tuneforge.engine.feature_cache import cache as prefix
 from tuneforge.engine.storage import fault_injection as faults
+from tuneforge.exporting import save_tensors
 
 torch.set_num_threads(1)
 prefix.MIN_MACS_PER_BYTE = prefix.MIN_MACS_PER_BYTE_ON_DISK = 0.0
@@ -65,7 +66,7 @@ class Notes:
     def phase_ended(self, run):
         if run.process_group.is_main:
             path = Path(self.folder) / f"{run.phase.name}.safetensors"
-            tf.save_tensors(dict(run.model.module.state_dict()), path, metadata={})
+            save_tensors(dict(run.model.module.state_dict()), path, metadata={})
 
 
 def objects(folder):

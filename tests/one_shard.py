@@ -23,6 +23,7 @@ from tuneforge.builtin.targets import ClassTargets
 from tuneforge.engine.context.distributed import ProcessGroup
 from tuneforge.engine.model.fsdp import gather_state, local_shard
 from tuneforge.engine.storage import fault_injection as faults
+from tuneforge.exporting import save_tensors
 
 
 class Block(nn.Module):
@@ -106,7 +107,7 @@ class Notes:
         result = yield
         weights = gather_state(run.model.module.state_dict(), keep=run.process_group.is_main)
         if run.process_group.is_main:
-            tf.save_tensors(weights, Path(self.folder) / f"{run.step + 1:03d}.safetensors", metadata={})
+            save_tensors(weights, Path(self.folder) / f"{run.step + 1:03d}.safetensors", metadata={})
         return result
 
     @tf.hookimpl

@@ -6,6 +6,7 @@ from typing import Any
 
 import tuneforge as tf
 from tuneforge.engine.storage import fault_injection as faults
+from tuneforge.plugin import StrategySteps
 
 COMPARED = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json", "hardest_samples.json")
 """Files that are the same bytes in a run that was killed and resumed as in one that was not."""
@@ -26,7 +27,7 @@ class Noisy:
         return result[0] * (1 + 0.1 * float(batch.rng.uniform("noise").mean()) + 1e-3 * state["steps"]), result[1]
 
 
-def every_step(task: tf.TaskInfo, *, epochs: tuple[int, int] = (2, 2)) -> tf.StrategySteps:
+def every_step(task: tf.TaskInfo, *, epochs: tuple[int, int] = (2, 2)) -> StrategySteps:
     """All kinds of step, one decided from a report; `epochs` of the first two phases."""
     report = yield tf.Phase("head", train="head", epochs=epochs[0], lr=0.02, schedule="cosine")
     yield tf.HeadFit("fit", l2=0.1)

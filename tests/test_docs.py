@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import tuneforge as tf
-from tuneforge.plugin.component import get_options
+from tuneforge.plugin.declaration import get_options
 from tuneforge.plugin.hooks import find_hook_methods
 
 DOCS = Path(__file__).parent.parent / "docs"

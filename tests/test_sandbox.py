@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from tuneforge import DataError, LimitError, Sandbox, UnsafeFileError
+from tuneforge import DataError, UnsafeFileError
+from tuneforge.plugin import LimitError, Sandbox
 
 HERE = "sandbox_work"
 

@@ -1,17 +1,14 @@
 """Fine-tune PyTorch models with strategies, verified freezing, exact resume and plugins.
 
-Public names are imported when first used, so that `import tuneforge` imports no torch. `__init__.pyi` names them for type
-checkers.
+Public names are imported when first used, so that `import tuneforge` imports no torch; `__init__.pyi` names them for
+type checkers.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import Any
+from tuneforge.lazy_names import lazy_names
 
 __version__ = "0.1.0"
 
-_MODULE_OF_NAMES = {
+_NAMES_OF_MODULE = {
     "tuneforge.builtin.datasets.tables.arrays": ("data_from_arrays",),
     "tuneforge.comparison.lr_range_test": ("lr_find",),
     "tuneforge.comparison.study": ("compare",),
@@ -43,10 +40,6 @@ _MODULE_OF_NAMES = {
         "load",
         "predict",
     ),
-    "tuneforge.engine.storage.safetensors_io": (
-        "load_tensors",
-        "save_tensors",
-    ),
     "tuneforge.errors": (
         "DataError",
         "FolderError",
@@ -62,70 +55,29 @@ _MODULE_OF_NAMES = {
         "UnknownNameError",
         "UnsafeFileError",
         "UsageError",
-        "suggest_name",
-    ),
-    "tuneforge.exporting.bundle": (
-        "InferenceModel",
-        "load_bundle",
-        "load_inference_model",
     ),
     "tuneforge.exporting.exporter": ("export",),
-    "tuneforge.exporting.formats": (
-        "ExportFormat",
-        "Forward",
-        "compute_predictions",
-        "make_forward",
-    ),
-    "tuneforge.plugin.component": (
-        "Check",
+    "tuneforge.plugin.declaration": (
         "between",
         "component",
         "ge",
         "gt",
         "option",
     ),
-    "tuneforge.plugin.config": ("RunConfig",),
     "tuneforge.plugin.hookspecs": ("hookimpl",),
     "tuneforge.plugin.results": (
-        "AnyStrategyStepResult",
-        "Diagnostics",
-        "LayerGroupInfo",
         "StrategyStepResult",
         "TaskInfo",
     ),
     "tuneforge.plugin.steps": (
-        "ComponentSpec",
         "Diagnosis",
         "HeadFit",
         "Phase",
-        "StrategyStep",
-        "StrategySteps",
         "WeightAverage",
         "use",
     ),
     "tuneforge.report.report": ("write_report",),
-    "tuneforge.sandbox": (
-        "LimitError",
-        "Sandbox",
-    ),
-    "tuneforge.ship.champion.gate": (
-        "GateRules",
-        "run_gate",
-    ),
-    "tuneforge.ship.champion.promote": ("promote",),
-    "tuneforge.ship.champion.store": ("ModelRegistry",),
-    "tuneforge.ship.serve": ("serve",),
 }
-_MODULE_OF = {name: module for module, names in _MODULE_OF_NAMES.items() for name in names}
 
-__all__ = [*sorted(_MODULE_OF), "__version__"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'tuneforge' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULE_OF[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES_OF_MODULE)
+__all__ += ["__version__"]

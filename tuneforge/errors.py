@@ -23,7 +23,48 @@ A message has four parts: what went wrong, where, why, and what to do about it.
 from __future__ import annotations
 
 import difflib
+import enum
+import os
 from collections.abc import Iterable
+from pathlib import Path
+
+__all__ = [
+    "DataError",
+    "ExitCode",
+    "FolderError",
+    "HaltError",
+    "MissingDependencyError",
+    "OptionError",
+    "PluginError",
+    "PluginLoadError",
+    "SelectorError",
+    "StoppedError",
+    "TryAgainError",
+    "TuneforgeError",
+    "UnknownNameError",
+    "UnsafeFileError",
+    "UsageError",
+    "escape_name",
+    "suggest_name",
+]
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes of the command line; those of errors are in the tree above."""
+
+    OK = 0
+    DEFECT = 1
+    USAGE = 2
+    TARGET_MISSED = 3
+    """The command did its work, and a metric that was asked for was missed or a gate refused."""
+    BAD_DATA = 65
+    MISSING_DEPENDENCY = 69
+    HALTED = 70
+    DIRECTORY = 73
+    TRY_AGAIN = 75
+    UNSAFE_FILE = 77
+    INTERRUPTED = 130
+    TERMINATED = 143
 
 
 class TuneforgeError(Exception):
@@ -138,3 +179,9 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean '{near[0]}'?"
     return f"known: {', '.join(names)}" if names else "there are none"
+
+
+def escape_name(name: str | bytes | Path) -> str:
+    """A name with its odd bytes and controls escaped, so that it can be printed and written anywhere."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -15,6 +15,7 @@ from common import Entry
 from work import Network, Work
 
 import tuneforge as tf
+from tuneforge.plugin import StrategyStep
 
 CACHE = "TUNEFORGE_CACHE"
 
@@ -31,7 +32,7 @@ class Clock:
         """Put the clock around the steps of whichever strategy runs."""
         return self._timed((yield))
 
-    def _timed(self, steps: Any) -> Iterator[tf.StrategyStep]:
+    def _timed(self, steps: Any) -> Iterator[StrategyStep]:
         began = time.perf_counter()
         yield from (steps if isinstance(steps, Generator) else (each for each in steps))
         self.steps_s = time.perf_counter() - began

@@ -15,6 +15,7 @@ import click
 from common import interval, say_machine, say_table, shown
 
 import tuneforge as tf
+from tuneforge.plugin import StrategySteps
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -28,7 +29,7 @@ def run(settings: dict[str, Any], seed: int, epochs: int) -> tuple[float, float,
     """Test accuracy and macro F1 of one run, and its seconds from the first phase to the last."""
     marks = []
 
-    def strategy(task: tf.TaskInfo) -> tf.StrategySteps:
+    def strategy(task: tf.TaskInfo) -> StrategySteps:
         marks.append(time.perf_counter())
         yield tf.Phase("head", train="head", epochs=1, lr=2e-3)
         yield tf.Phase("all", train="all", epochs=epochs, lr=1e-3, layer_decay=0.5, schedule="cosine")

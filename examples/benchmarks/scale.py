@@ -18,8 +18,9 @@ from pathlib import Path
 import click
 import torch
 
-from tuneforge import Split, save_tensors
+from tuneforge import Split
 from tuneforge.engine.data.sampler import EpochSampler
+from tuneforge.exporting import save_tensors
 
 RUNS = 5
 DAY_S = 86_400

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from worlds import tuned
 
 import tuneforge as tf
+from tuneforge.plugin import StrategyStep
 
 DIMENSIONS, SUBSPACE, FEATURES = 40, 20, 5
 
@@ -51,7 +52,7 @@ def errors(seed: int, *, samples: int, noise: float, epochs: int) -> dict[str, t
     data = tf.data_from_arrays(x[cut:], y[cut:], x_val=x[:cut], y_val=y[:cut], x_test=x_out, y_test=y_out)
     probe = tf.HeadFit("probe", l2=1e-6)
     descent = tf.Phase("all", epochs=epochs, lr=0.01, optimizer=tf.use("sgd", momentum=0.9), weight_decay=0.0)
-    ways: dict[str, list[tf.StrategyStep]] = {"full": [descent], "probe": [probe], "lp-ft": [probe, descent]}
+    ways: dict[str, list[StrategyStep]] = {"full": [descent], "probe": [probe], "lp-ft": [probe, descent]}
     found = {}
     for name, steps in ways.items():
         splits = tuned(model, data, steps, seed=seed, batch_size=samples).report["splits"]

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from tuneforge import DataError, OptionError
 from tuneforge.builtin.targets import ClassTargets, MultilabelTargets, RegressionTargets, to_columns
-from tuneforge.plugin.component import build_component, get_option_values
+from tuneforge.plugin.declaration import build_component, get_option_values
 
 ABC = ClassTargets(names=("a", "b", "c"))
 SETS = MultilabelTargets(names=("red", "round", "ripe"))

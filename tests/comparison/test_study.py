@@ -17,6 +17,7 @@ from tuneforge.comparison.study_dir import find_unfinished
 from tuneforge.engine.feature_cache import cache as prefix
 from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.engine.storage.run_dir import RunDir
+from tuneforge.exporting import load_tensors
 from tuneforge.plugin.config import resolve_config
 
 HEAD = [tf.Phase("head", train="head", epochs=50, lr=0.02)]
@@ -415,8 +416,8 @@ def test_the_soup_is_the_average_of_its_ingredients_and_never_worse_on_validatio
     best = max(run["value"] for each in comparison.results["candidates"] for run in each["runs"])
     assert soup["value"] >= best
     assert len(soup["candidates"]) == 4
-    states = [tf.load_tensors(comparison.study_dir / name / "model.safetensors")[0] for name in soup["ingredients"]]
-    made, metadata = tf.load_tensors(comparison.study_dir / "soup" / "model.safetensors")
+    states = [load_tensors(comparison.study_dir / name / "model.safetensors")[0] for name in soup["ingredients"]]
+    made, metadata = load_tensors(comparison.study_dir / "soup" / "model.safetensors")
     for name, tensor in made.items():
         if tensor.is_floating_point():
             mean = torch.stack([state[name] for state in states]).mean(0)

@@ -13,8 +13,10 @@ import malicious_weights as malicious
 import pytest
 import torch
 
-from tuneforge import DataError, Sandbox, UnsafeFileError, load_tensors, save_tensors
+from tuneforge import DataError, UnsafeFileError
 from tuneforge.__main__ import main
+from tuneforge.exporting import load_tensors, save_tensors
+from tuneforge.plugin import Sandbox
 
 BY_COMMAND = ("os.system", "fifo", "device", "folder", "loop", "nowhere")
 

@@ -10,6 +10,7 @@ from bundles import data, finished
 from tiny import blobs, tiny_net
 
 import tuneforge as tf
+from tuneforge.exporting import load_bundle, load_inference_model
 from tuneforge.exporting.bundle import list_backends
 from tuneforge.exporting.exporter import export
 from tuneforge.exporting.reference_outputs import evenly_spaced_rows, hash_samples, summarize
@@ -32,10 +33,10 @@ def bundle(whole, tmp_path):
 
 def test_it_answers_as_the_run_and_without_it(run, bundle, request):
     stored = blobs(40, seed=9).fetch(torch.arange(40))
-    expected = tf.load_inference_model(run).outputs(stored)
+    expected = load_inference_model(run).outputs(stored)
     away = run.rename(run.with_name("away"))
     request.addfinalizer(lambda: away.rename(run))
-    found = tf.load_bundle(bundle)
+    found = load_bundle(bundle)
     assert torch.equal(found.outputs(stored), expected)
     assert (found.name, found.version, found.backend, found.verify()) == ("blobs", "", "torch", 16)
     assert found.test_metrics == json.loads((away / "report.json").read_text())["splits"]["test"]
@@ -44,12 +45,12 @@ def test_it_answers_as_the_run_and_without_it(run, bundle, request):
 
 
 def test_a_run_folder_is_servable_as_it_is(run):
-    found = tf.load_inference_model(run)
+    found = load_inference_model(run)
     assert (found.name, found.backend, found.verify(), found.reference_data) == ("blobs", "torch", 0, None)
     assert 0 < found.test_metrics["accuracy"] <= 1
     assert next(found.predict([[0.0] * 8]))["class"] in ("a", "b", "c")
     with pytest.raises(tf.UsageError, match="no form for 'onnxruntime'"):
-        tf.load_inference_model(run, backend="onnxruntime")
+        load_inference_model(run, backend="onnxruntime")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "reference.safetensors", "bundle.json", "run.json"])
@@ -58,18 +59,18 @@ def test_a_byte_that_changed_is_found_and_the_file_named(bundle, name):
     content[len(content) // 2] ^= 1
     (bundle / name).write_bytes(content)
     with pytest.raises(tf.FolderError, match=name):
-        tf.load_bundle(bundle)
+        load_bundle(bundle)
 
 
 def test_a_file_that_is_gone_is_named(bundle):
     (bundle / "model.safetensors").unlink()
     with pytest.raises(tf.FolderError, match="model.safetensors"):
-        tf.load_bundle(bundle)
+        load_bundle(bundle)
 
 
 def test_what_is_no_bundle_is_refused(tmp_path):
     (tmp_path / "x").mkdir()
-    for load in (tf.load_bundle, tf.load_inference_model):
+    for load in (load_bundle, load_inference_model):
         with pytest.raises(tf.FolderError):
             load(tmp_path / "x")
 
@@ -77,11 +78,11 @@ def test_what_is_no_bundle_is_refused(tmp_path):
 def test_a_backend_without_a_form_is_refused(bundle):
     assert list_backends(bundle) == ("torch",)
     with pytest.raises(tf.UsageError, match="onnxruntime"):
-        tf.load_bundle(bundle, backend="onnxruntime")
+        load_bundle(bundle, backend="onnxruntime")
 
 
 def test_a_model_that_answers_otherwise_than_recorded_fails_its_check(bundle):
-    found = tf.load_bundle(bundle)
+    found = load_bundle(bundle)
     found.reference_data.probe_outputs[3] += torch.tensor([2.0, 0.0, -2.0])
     with pytest.raises(tf.HaltError, match="disagrees with its own recorded answers"):
         found.verify()
@@ -91,7 +92,7 @@ def test_a_model_that_answers_otherwise_than_recorded_fails_its_check(bundle):
 
 
 def test_many_threads_get_the_answers_of_one(bundle):
-    found = tf.load_bundle(bundle)
+    found = load_bundle(bundle)
     stored = [blobs(5, seed=seed).fetch(torch.arange(5)) for seed in range(16)]
     expected = [found.outputs(each) for each in stored]
     answers = {}
@@ -114,11 +115,11 @@ def test_a_bundle_of_a_later_layout_is_refused(bundle):
 
     write_manifest(bundle)
     with pytest.raises(tf.FolderError, match=r"newer tuneforge \(9.9\)"):
-        tf.load_bundle(bundle)
+        load_bundle(bundle)
 
 
 def test_the_evidence_holds_what_was_trained_on_and_a_reference(bundle):
-    kept = tf.load_bundle(bundle).reference_data
+    kept = load_bundle(bundle).reference_data
     assert kept.train_digests.tolist() == sorted(set(hash_samples(data().train).tolist()))
     assert not torch.isin(hash_samples(data().test), kept.train_digests).any()
     rows = evenly_spaced_rows(300, 1000)

@@ -25,6 +25,7 @@ from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
 from tuneforge.builtin.datasets.tables.arrays import TensorInputs
 from tuneforge.builtin.targets import ClassTargets, MultilabelTargets, RegressionTargets
 from tuneforge.engine.session.predictor import attach_data
+from tuneforge.exporting import load_bundle, load_inference_model
 from tuneforge.exporting.exporter import export
 from tuneforge.exporting.parity import BATCH_SIZES, ParityError, compare_outputs
 
@@ -56,7 +57,7 @@ def test_the_digit_cnn_passes_the_gate_at_every_batch_size(digits):
     parity = record["formats"]["onnx"]["parity"]
     assert (parity["num_samples"], parity["batch_sizes"], parity["num_different"]) == (360, [1, 2, 7, 16], 0)
     assert parity["max_deviation"] < 1e-5
-    found = tf.load_bundle(digits / "bundle")
+    found = load_bundle(digits / "bundle")
     assert (found.backend, found.verify()) == ("onnxruntime", 16)
     assert found.input_specs == {"": ((1, 32, 32), "uint8")}
 
@@ -91,7 +92,7 @@ def test_the_card_s_script_gives_the_same_accuracy_where_there_is_no_torch(digit
     said = {int(re.search(r"(\d+)\.png", line)[1]): line.split(": ")[1].split(" (")[0] for line in lines}
     tuned = tf.load(digits / "run")
     test = attach_data(tuned).data.test
-    outputs = tf.load_inference_model(digits / "run").outputs(test.fetch(torch.arange(360)))
+    outputs = load_inference_model(digits / "run").outputs(test.fetch(torch.arange(360)))
     assert [said[row] for row in range(360)] == [tuned.targets.describe(each)["class"] for each in outputs]
 
 
@@ -126,8 +127,8 @@ def test_an_architecture_passes_the_gate(arch, tmp_path):
     tf.Engine(data=given, model=module, strategy=[], page=False, out=tmp_path / "run").run()
     export(tmp_path / "run", to=["onnx"], out=tmp_path / "b", data=given, model=module)
     stored = given.test.fetch(torch.arange(18))
-    wanted = tf.load_inference_model(tmp_path / "run", model=module).outputs(stored)
-    found = tf.load_bundle(tmp_path / "b").outputs(stored)
+    wanted = load_inference_model(tmp_path / "run", model=module).outputs(stored)
+    found = load_bundle(tmp_path / "b").outputs(stored)
     spread = float(wanted.std(0).mean())
     print(f"{arch}: outputs differ by {float((found - wanted).abs().max()):.1e}, and spread by {spread:.2e}")
     assert spread > 0.1
@@ -218,7 +219,7 @@ def test_a_plugin_s_format_must_pass_the_gate_too(plant, tmp_path, by, passes):
     finished(tmp_path / "run")
     if passes:
         export(tmp_path / "run", to=["crooked"], out=tmp_path / "b", data=data())
-        assert tf.load_bundle(tmp_path / "b").record["formats"]["crooked"]["distribution"] == "crooked"
+        assert load_bundle(tmp_path / "b").record["formats"]["crooked"]["distribution"] == "crooked"
         return
     with pytest.raises(ParityError, match="the crooked export does not answer as the tuned model"):
         export(tmp_path / "run", to=["safetensors", "crooked"], out=tmp_path / "b", data=data())
@@ -274,10 +275,10 @@ def test_other_inputs_and_answers_leave_by_the_same_code(kind, tmp_path):
         )
     finished(tmp_path / "run", model=module, given=given)
     export(tmp_path / "run", to=["onnx"], out=tmp_path / "b", data=given, model=module)
-    found, tuned = tf.load_bundle(tmp_path / "b"), tf.load(tmp_path / "run", model=module)
+    found, tuned = load_bundle(tmp_path / "b"), tf.load(tmp_path / "run", model=module)
     assert found.verify() == 16
     stored = given.test.fetch(torch.arange(7))
-    wanted = tf.load_inference_model(tmp_path / "run", model=module)
+    wanted = load_inference_model(tmp_path / "run", model=module)
     assert torch.allclose(found.outputs(stored), wanted.outputs(stored), atol=1e-5)
     described = [tuned.targets.describe(each) for each in wanted.outputs(stored)]
     numbers = described[0].get("values") or described[0]["probabilities"]

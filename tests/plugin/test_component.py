@@ -5,7 +5,13 @@ import attrs
 import pytest
 
 import tuneforge as tf
-from tuneforge.plugin.component import build_component, build_json_schema, get_option_values, get_options, parse_option
+from tuneforge.plugin.declaration import (
+    build_component,
+    build_json_schema,
+    get_option_values,
+    get_options,
+    parse_option,
+)
 
 
 @tf.component(api=1)

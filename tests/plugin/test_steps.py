@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tuneforge as tf
+from tuneforge.plugin import Diagnostics, LayerGroupInfo
 from tuneforge.plugin.serialization import from_json, to_json, to_plain_data
 
 VALUES = st.recursive(
@@ -43,7 +44,7 @@ def test_plain_data_survives_json_without_loss(value):
         tf.Diagnosis("r", measure="lrs", batches=2),
         tf.WeightAverage("b", snapshots=["start", "p"]),
         tf.StrategyStepResult("p", val={"f1": math.nan, "confusion": [[1, 2], [3, 4]]}, history=[{"epoch": 1}]),
-        tf.Diagnostics("r", values={1e-3: math.inf}),
+        Diagnostics("r", values={1e-3: math.inf}),
     ],
 )
 def test_steps_and_answers_survive_json(step):
@@ -82,7 +83,7 @@ def test_a_phase_that_makes_no_sense_is_refused_by_name(wrong):
 
 
 def test_a_task_knows_its_backbone():
-    groups = [tf.LayerGroupInfo("a", 3, ["a.w"]), tf.LayerGroupInfo("head", 1, ["h.w"])]
+    groups = [LayerGroupInfo("a", 3, ["a.w"]), LayerGroupInfo("head", 1, ["h.w"])]
     task = tf.TaskInfo(groups, ("x",), 33, 5, 16, "cpu", 0, "f1", "max")
     assert task.backbone == (groups[0],)
     assert task.head.name == "head"
@@ -95,7 +96,7 @@ def test_the_order_of_rate_factors_is_kept_because_a_later_one_beats_an_earlier(
 
 
 def test_readings_keep_the_order_of_the_layers():
-    readings = tf.Diagnostics("r", values={"stem": 1.0, "body": 1.0, "head": 0.5})
+    readings = Diagnostics("r", values={"stem": 1.0, "body": 1.0, "head": 0.5})
     assert list(from_json(to_json(readings)).values) == ["stem", "body", "head"]
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tuneforge import Check, DataError, OptionError, UnknownNameError, component, hookimpl, option
+from tuneforge import DataError, OptionError, UnknownNameError, component, hookimpl, option
 from tuneforge.builtin.targets import suggest_label, to_columns
+from tuneforge.plugin import Check
 
 if TYPE_CHECKING:
     from tuneforge import Batch, Run

@@ -11,7 +11,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from tuneforge import Check, OptionError, UnknownNameError, component, ge, gt, option
+from tuneforge import OptionError, UnknownNameError, component, ge, gt, option
+from tuneforge.plugin import Check
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 
-from tuneforge import Check, between, component, ge, option
+from tuneforge import between, component, ge, option
+from tuneforge.plugin import Check
 
 _MILESTONES = Check(
     "rising numbers from 0 to 1",

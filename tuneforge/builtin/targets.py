@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from tuneforge import Check, DataError, OptionError, Targets, component, option
+from tuneforge import DataError, OptionError, Targets, component, option
+from tuneforge.plugin import Check
 
 Doubles = NDArray[np.float64]
 

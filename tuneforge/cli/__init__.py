@@ -1,4 +1,4 @@
-"""The command line: one file a verb, imported when it is used. Helping and listing import neither torch nor plugins."""
+"""The command line: one file a verb, imported when it is used. Help and lists import neither torch nor plugins."""
 
 from __future__ import annotations
 
@@ -7,79 +7,90 @@ import keyword
 
 import click
 
-STAGES: dict[str, dict[str, str]] = {
+from tuneforge.plugin.commands import installed_commands, load_command
+
+SECTIONS: dict[str, dict[str, str]] = {
     "prepare": {
-        "data": "Check pictures: broken files, copies across splits, labels that are likely wrong.",
-        "import": "Make a foreign .pth file of weights into safetensors, without running what is in it.",
+        "import": "Convert a foreign .pth weight file to safetensors, without executing anything in it.",
     },
-    "tune": {
-        "run": "Tune a model: data, model, strategy, report.",
-        "resume": "Go on with a run that was stopped or killed.",
-        "lr-find": "Suggest a learning rate: the loss after one step at each of a range of them.",
-        "cache": "List or clear what frozen models gave for each sample, kept on disk.",
+    "train": {
+        "run": "Fine-tune a model: data, model, strategy, report.",
+        "resume": "Resume a run that was stopped or killed.",
+        "lr-find": "Suggest a learning rate from the loss after one step at each of a range of rates.",
+        "cache": "List or clear the feature cache: outputs of frozen backbones, kept on disk.",
     },
-    "judge": {
-        "evaluate": "Evaluate a finished run again, on its own data or on others.",
-        "predict": "Predict with a finished run: a file or a folder of them.",
-        "compare": "Race strategies on your data at equal cost, or compare finished runs.",
-        "report": "Print a finished run's figures, and write its page again.",
+    "evaluate": {
+        "evaluate": "Evaluate a finished run again, on its own data or on other data.",
+        "predict": "Predict with a finished run: a file or a folder of files.",
+        "compare": "Compare strategies on your data at equal cost, or compare finished runs.",
+        "report": "Print the metrics of a finished run, and write report.html again.",
     },
-    "ship": {
-        "export": "Write a finished run as a bundle: ONNX or safetensors, proved to answer as before.",
-        "promote": "Make a run the champion of a name, if it is better.",
-        "models": "List the models of a store, show one, or go back to an earlier version.",
-        "serve": "Serve a run, a bundle or a store's champions over HTTP, with a page to try it.",
-        "test": "Send the test split to a server, and compare its figures with the offline report.",
-        "retune": "Tune the champion on labelled feedback, and promote the result through the gate.",
+    "deploy": {
+        "export": "Export a finished run as a bundle (ONNX or safetensors), checked for parity.",
     },
     "extend": {
-        "plugins": "List, show and check the components that are installed.",
-        "doctor": "Say what this machine and this environment have.",
+        "plugins": "List, show and check the installed components.",
+        "doctor": "Show what this machine and this environment have.",
     },
 }
-"""Every command with its one-line help, by stage of the work."""
+"""Every verb of the core with its line of help, by stage of the work. Plugins add verbs to these sections or others."""
 
 
-class CommandGroup(click.Group):
-    """A group whose commands are imported when used."""
+class LazyGroup(click.Group):
+    """A group whose commands are imported when used: those of the core and those that plugins ship."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """All commands, by stage."""
-        return [name for verbs in STAGES.values() for name in verbs]
+        """Every verb, by section."""
+        return [name for verbs in _sections().values() for name in verbs]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return one command."""
-        if cmd_name not in self.list_commands(ctx):
-            return None
-        name = cmd_name.replace("-", "_")
-        name += "_" * keyword.iskeyword(name)
-        command: click.Command = getattr(importlib.import_module(f"tuneforge.cli.{name}"), name)
-        return command
+        """Import and return one command; None where no distribution ships it."""
+        if cmd_name in _builtin_verbs():
+            name = cmd_name.replace("-", "_")
+            name += "_" * keyword.iskeyword(name)
+            command: click.Command = getattr(importlib.import_module(f"tuneforge.cli.{name}"), name)
+            return command
+        if cmd_name in self.list_commands(ctx):
+            plugin_command: click.Command = load_command(cmd_name)
+            return plugin_command
+        return None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a command, or offer the nearest."""
+        """Find a command, or say what to install or which verb is nearest."""
         name = args[0] if args else ""
-        if name and not name.startswith("-") and name not in self.list_commands(ctx):
-            from tuneforge.errors import UnknownNameError, suggest_name
-
-            raise UnknownNameError(f"there is no command '{name}'", fix=suggest_name(name, self.list_commands(ctx)))
+        if name and not name.startswith("-") and name not in _builtin_verbs():
+            load_command(name, builtin=_builtin_verbs())
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Commands by stage, without importing them."""
-        for stage, verbs in STAGES.items():
-            with formatter.section(f"Commands to {stage}"):
+        """Write the verbs by section, without importing them."""
+        for section, verbs in _sections().items():
+            with formatter.section(f"Commands to {section}" if section in SECTIONS else f"Commands: {section}"):
                 formatter.write_dl(list(verbs.items()))
 
 
-@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def _builtin_verbs() -> list[str]:
+    return [name for verbs in SECTIONS.values() for name in verbs]
+
+
+def _sections() -> dict[str, dict[str, str]]:
+    """The verbs of the core and of installed plugins, with their lines of help."""
+    sections = {section: dict(verbs) for section, verbs in SECTIONS.items()}
+    builtin = _builtin_verbs()
+    for entry in installed_commands():
+        if entry.name not in builtin:
+            sections.setdefault(entry.section, {}).setdefault(entry.name, entry.help)
+    return sections
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="tuneforge", prog_name="tuneforge")
 def cli() -> None:
-    """Fine-tune a pretrained PyTorch model on your data, and see which recipe was better.
+    """Fine-tune a pretrained PyTorch model on your own data, and compare training recipes.
 
     Start with: tuneforge run --strategy freeze-then-unfreeze
 
-    With --debug anywhere, an error comes with its traceback.
+    With --debug anywhere on the line, an error shows its traceback.
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tuneforge.cli.options import ComponentCommand, build_config, component_options
+from tuneforge.plugin.command_options import ComponentCommand, build_config, component_options
 
 
 def _evaluate(run_dir: Path, **values: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from tuneforge.cli.parameter_types import FiniteFloatRange
+from tuneforge.plugin.parameter_types import FiniteFloatRange
 
 
 @click.command("import")

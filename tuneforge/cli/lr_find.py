@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tuneforge.cli.options import ComponentCommand, build_config, run_options
+from tuneforge.plugin.command_options import ComponentCommand, build_config, run_options
 
 if TYPE_CHECKING:
     from tuneforge.comparison.lr_range_test import LRFindResult

@@ -57,7 +57,7 @@ def show(name: str, hook: str | None, json_schema: bool) -> None:
 def check(as_json: bool) -> int:
     """Load every installed component and say which of them are broken. Exits 2 where one is."""
     from tuneforge.errors import TuneforgeError
-    from tuneforge.plugin.component import get_options
+    from tuneforge.plugin.declaration import get_options
     from tuneforge.plugin.hooks import find_hook_methods
 
     verdicts = []
@@ -121,8 +121,8 @@ def _find_entries(name: str, hook: str | None) -> list[registry.ComponentEntry]:
 def _show(entry: registry.ComponentEntry, *, json_schema: bool) -> None:
     import inspect
 
-    from tuneforge.cli.options import format_default
-    from tuneforge.plugin.component import build_json_schema, describe_type, get_options
+    from tuneforge.plugin.command_options import format_default
+    from tuneforge.plugin.declaration import build_json_schema, describe_type, get_options
 
     cls = registry.load_component(entry)
     if json_schema:

@@ -9,7 +9,10 @@ from typing import Any
 import attrs
 import click
 
-from tuneforge.cli.options import (
+from tuneforge.cli.run import run_engine
+from tuneforge.errors import UsageError
+from tuneforge.plugin import registry
+from tuneforge.plugin.command_options import (
     ComponentCommand,
     config_table_from_args,
     flag_values,
@@ -17,10 +20,6 @@ from tuneforge.cli.options import (
     format_value,
     run_options,
 )
-from tuneforge.cli.run import run_engine
-from tuneforge.errors import UsageError
-from tuneforge.plugin import registry
-from tuneforge.plugin.component import Option, find_option, get_options, parse_option
 from tuneforge.plugin.config import (
     GROUP_BY_KEY,
     REPEATABLE_COMPONENT_KEYS,
@@ -32,6 +31,7 @@ from tuneforge.plugin.config import (
     merge_config,
     resolve_config,
 )
+from tuneforge.plugin.declaration import Option, find_option, get_options, parse_option
 from tuneforge.plugin.names import option_prefix
 
 _RUN, _FILE = "tuneforge.run", "tuneforge.given"

@@ -11,7 +11,7 @@ import attrs
 from tuneforge.engine.session import from_objects as given
 from tuneforge.errors import UnknownNameError, UsageError, suggest_name
 from tuneforge.plugin import registry
-from tuneforge.plugin.component import get_options
+from tuneforge.plugin.declaration import get_options
 from tuneforge.plugin.steps import ComponentSpec, Diagnosis, HeadFit, Phase, WeightAverage
 
 SOUP = "greedy-soup"

@@ -17,9 +17,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tuneforge.builtin.datasets.images.sample_names import escape_name
 from tuneforge.convert.weights import require_tensor_name
-from tuneforge.errors import DataError, UnsafeFileError
+from tuneforge.errors import DataError, UnsafeFileError, escape_name
 
 _KEYS = ("state_dict", "model_state_dict", "model", "net", "module", "weights", "params", "ema")
 _MAX_MEMBERS = 100_000

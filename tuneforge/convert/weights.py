@@ -18,8 +18,7 @@ from typing import Any
 
 import attrs
 
-from tuneforge.builtin.datasets.images.sample_names import escape_name
-from tuneforge.errors import DataError, FolderError, TuneforgeError, UnsafeFileError, UsageError
+from tuneforge.errors import DataError, FolderError, TuneforgeError, UnsafeFileError, UsageError, escape_name
 from tuneforge.sandbox import LimitError, Sandbox
 
 MAX_MB, TIMEOUT_S = 4096, 120.0

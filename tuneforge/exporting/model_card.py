@@ -8,7 +8,7 @@ from typing import Any
 
 from tuneforge.engine.loop.metric_set import scalar_metrics
 from tuneforge.plugin import registry
-from tuneforge.plugin.component import get_options
+from tuneforge.plugin.declaration import get_options
 
 EXAMPLE_SCRIPT = '''\
 """Name the class of pictures with onnxruntime, numpy and Pillow alone: python classify.py BUNDLE FOLDER|FILE..."""
@@ -127,7 +127,7 @@ def _usage_section(record: Mapping[str, Any]) -> Iterator[str]:
     yield "```py"
     yield "import tuneforge as tf"
     yield ""
-    yield 'print(*tf.load_bundle("BUNDLE").predict(["picture.png"]))'
+    yield 'print(*load_bundle("BUNDLE").predict(["picture.png"]))'
     yield "```"
     yield ""
 

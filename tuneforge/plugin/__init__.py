@@ -1,1 +1,74 @@
-"""What a plugin is and how it is found. Nothing here imports torch."""
+"""What a plugin is, how it is found, and what it may use: components, options, steps, verbs. Imports no torch.
+
+Names are imported when first used; `__init__.pyi` names them for type checkers.
+"""
+
+from tuneforge.lazy_names import lazy_names
+
+_NAMES_OF_MODULE = {
+    "tuneforge.errors": ("ExitCode",),
+    "tuneforge.plugin.command_options": (
+        "ComponentCommand",
+        "build_config",
+        "component_options",
+        "run_options",
+    ),
+    "tuneforge.plugin.commands": (
+        "CommandEntry",
+        "installed_commands",
+    ),
+    "tuneforge.plugin.config": (
+        "RunConfig",
+        "parse_budget",
+    ),
+    "tuneforge.plugin.declaration": (
+        "Check",
+        "Option",
+        "between",
+        "build_component",
+        "component",
+        "ge",
+        "get_option_values",
+        "get_options",
+        "gt",
+        "option",
+    ),
+    "tuneforge.plugin.hookspecs": ("hookimpl",),
+    "tuneforge.plugin.parameter_types": (
+        "FiniteFloatRange",
+        "json_option",
+    ),
+    "tuneforge.plugin.registry": (
+        "ComponentEntry",
+        "find_component",
+        "list_components",
+        "load_component",
+    ),
+    "tuneforge.plugin.results": (
+        "AnyStrategyStepResult",
+        "Diagnostics",
+        "LayerGroupInfo",
+        "StrategyStepResult",
+        "TaskInfo",
+    ),
+    "tuneforge.plugin.serialization": (
+        "from_json",
+        "to_json",
+    ),
+    "tuneforge.plugin.steps": (
+        "ComponentSpec",
+        "Diagnosis",
+        "HeadFit",
+        "Phase",
+        "StrategyStep",
+        "StrategySteps",
+        "WeightAverage",
+        "use",
+    ),
+    "tuneforge.sandbox": (
+        "LimitError",
+        "Sandbox",
+    ),
+}
+
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES_OF_MODULE)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import attrs
 
 from tuneforge.errors import UnknownNameError, UsageError, suggest_name
-from tuneforge.plugin.component import Check, build_component, component, ge, get_options, option
+from tuneforge.plugin.declaration import Check, build_component, component, ge, get_options, option
 from tuneforge.plugin.steps import ComponentSpec
 
 SINGLE_COMPONENT_KEYS = {

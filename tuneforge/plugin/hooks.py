@@ -17,6 +17,7 @@ import pluggy
 
 from tuneforge.errors import PluginError, PluginLoadError, TuneforgeError, suggest_name
 from tuneforge.plugin.hookspecs import CHAINED_HOOKS, PROVIDER_HOOKS, HookSpecs
+from tuneforge.plugin.merged_metrics import MergedMetrics
 
 _HOOK_SIGNATURES = {
     name: inspect.signature(spec) for name, spec in vars(HookSpecs).items() if hasattr(spec, "tuneforge_spec")
@@ -112,8 +113,6 @@ class Hooks:
         return model
 
     def _merge_metrics(self, run: Any) -> Any:
-        from tuneforge.engine.loop.metric_set import MergedMetrics
-
         return MergedMetrics(
             [(link.owner.label, _call_with_accepted(link, run=run)) for link in self._get_providers("evaluate")]
         )

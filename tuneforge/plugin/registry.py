@@ -221,7 +221,7 @@ def _suggest_import_fix(entry: ComponentEntry) -> str:
 
 
 def _require_component_class(found: Any, entry: ComponentEntry) -> type:
-    from tuneforge.plugin.component import API_VERSION
+    from tuneforge.plugin.declaration import API_VERSION
 
     api = getattr(found, "__tuneforge_api__", None) if inspect.isclass(found) else None
     if api is None or "__tuneforge_api__" not in vars(found):

@@ -17,6 +17,7 @@ from torch import nn
 import tuneforge as tf
 from tuneforge.engine.storage import run_dir as folder
 from tuneforge.engine.storage.safetensors_io import get_state_dict
+from tuneforge.exporting import save_tensors
 from tuneforge.plugin.serialization import from_json, to_json
 
 ESTIMATOR_FILE = "estimator.json"
@@ -116,7 +117,7 @@ class SavableEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is 
 
     def _write_weights(self, path: Path) -> None:
         model = self.predictor_.model
-        tf.save_tensors(get_state_dict(model.module), path / folder.WEIGHTS, metadata={"labels": model.labels})
+        save_tensors(get_state_dict(model.module), path / folder.WEIGHTS, metadata={"labels": model.labels})
 
     def _to_record(self) -> dict[str, Any]:
         """The content of `estimator.json`."""

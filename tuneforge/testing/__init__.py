@@ -27,7 +27,7 @@ import attrs
 
 from tuneforge import OptionError
 from tuneforge.plugin import registry
-from tuneforge.plugin.component import Option, get_option_values, get_options
+from tuneforge.plugin.declaration import Option, get_option_values, get_options
 from tuneforge.plugin.names import to_kebab_case
 from tuneforge.testing import known_issues as rows
 from tuneforge.testing import processes as ranks

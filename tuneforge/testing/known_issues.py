@@ -11,8 +11,8 @@ from typing import Any
 
 import attrs
 
-from tuneforge import Diagnosis, Phase, SelectorError, StrategyStep, StrategyStepResult, TuneforgeError, use
-from tuneforge.plugin import registry
+from tuneforge import Diagnosis, Phase, SelectorError, StrategyStepResult, TuneforgeError, use
+from tuneforge.plugin import StrategyStep, registry
 from tuneforge.testing import fixtures as world
 from tuneforge.testing.observers import InvariantChecker, SampleRecorder, TrainModeCaller
 from tuneforge.testing.recording import (

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from tuneforge import Engine, Phase, load_tensors, save_tensors
+from tuneforge import Engine, Phase
+from tuneforge.exporting import load_tensors, save_tensors
 from tuneforge.plugin.serialization import from_json, to_json
 from tuneforge.testing import fixtures as world
 from tuneforge.testing.observers import InvariantChecker, is_bit_equal

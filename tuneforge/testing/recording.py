@@ -11,9 +11,10 @@ from typing import Any
 import attrs
 import torch
 
-from tuneforge import ComponentSpec, Engine, Result, Run, StoppedError, StrategyStep, hookimpl
+from tuneforge import Engine, Result, Run, StoppedError, hookimpl
 from tuneforge.engine.storage import fault_injection as faults
-from tuneforge.plugin.component import build_component
+from tuneforge.plugin import ComponentSpec, StrategyStep
+from tuneforge.plugin.declaration import build_component
 from tuneforge.testing import fixtures as world
 
 COMPARED_FILES = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json")

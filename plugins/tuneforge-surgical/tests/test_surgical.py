@@ -6,6 +6,7 @@ from tuneforge_surgical import Surgical
 from tuneforge_surgical.surgical import find_block_index
 
 import tuneforge as tf
+from tuneforge.plugin import LayerGroupInfo
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_an_unknown_block_is_an_error_that_lists_the_blocks_before_anything_trai
 
 
 def test_a_groups_own_name_beats_the_other_ways_to_say_it():
-    groups = [tf.LayerGroupInfo(name, 1, (f"{name}.weight",)) for name in ("2", "0", "first", "head")]
+    groups = [LayerGroupInfo(name, 1, (f"{name}.weight",)) for name in ("2", "0", "first", "head")]
     task = tf.TaskInfo(
         groups=groups,
         classes=(),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from typing import Any
 
-from tuneforge import Diagnosis, Phase, StrategyStep, TaskInfo, WeightAverage, component, ge, gt, hookimpl, option
+from tuneforge import Diagnosis, Phase, TaskInfo, WeightAverage, component, ge, gt, hookimpl, option
+from tuneforge.plugin import StrategyStep
 
 UNBOUNDED_NORM = 1e4
 """A relative gradient norm from here on is that of zeros: a probe divides by 1e-12 there. Others seldom exceed 10."""

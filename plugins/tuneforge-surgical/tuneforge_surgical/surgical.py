@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tuneforge import Phase, StrategyStep, TaskInfo, UnknownNameError, component, ge, gt, hookimpl, option
+from tuneforge import Phase, TaskInfo, UnknownNameError, component, ge, gt, hookimpl, option
+from tuneforge.plugin import StrategyStep
 
 
 @component(api=1)

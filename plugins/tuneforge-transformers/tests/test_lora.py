@@ -10,12 +10,13 @@ from tuneforge_transformers import lora
 from world import TEXT_MODELS, make_images
 
 import tuneforge as tf
+from tuneforge.exporting import load_tensors
 
 LORA = tf.use("lora", rank=4)
 
 
 def read_saved_names(result):
-    return set(tf.load_tensors(result.run_dir / "model.safetensors")[0])
+    return set(load_tensors(result.run_dir / "model.safetensors")[0])
 
 
 class OutputsAtPhaseEnd:
@@ -116,7 +117,7 @@ def test_a_missing_peft_is_named(tune, folder, monkeypatch):
 def test_the_librarys_own_class_takes_the_weights_of_the_run(tune, folder, adapt):
     result = tune(folder("roberta"), adapt=adapt, strategy=tf.use("full", epochs=1))
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder("roberta"), num_labels=3).eval()
-    theirs.load_state_dict(tf.load_tensors(result.run_dir / "model.safetensors")[0])
+    theirs.load_state_dict(load_tensors(result.run_dir / "model.safetensors")[0])
     tuned = tf.load(result.run_dir)
     tokens = transformers.AutoTokenizer.from_pretrained(folder("roberta"))("the old boat", return_tensors="pt")
     with torch.no_grad():

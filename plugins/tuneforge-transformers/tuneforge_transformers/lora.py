@@ -9,18 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tuneforge import (
-    Check,
-    MissingDependencyError,
-    Model,
-    PluginError,
-    UsageError,
-    component,
-    ge,
-    gt,
-    hookimpl,
-    option,
-)
+from tuneforge import MissingDependencyError, Model, PluginError, UsageError, component, ge, gt, hookimpl, option
+from tuneforge.plugin import Check
 from tuneforge_transformers.networks import get_base_prefix
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tuneforge import DataError, Inputs, TensorTree, component, gt, map_inputs, option, suggest_name
+from tuneforge import DataError, Inputs, TensorTree, component, gt, map_inputs, option
+from tuneforge.errors import suggest_name
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

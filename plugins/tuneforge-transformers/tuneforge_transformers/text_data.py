@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tuneforge import Check, Data, OptionError, Split, UsageError, component, data_from_arrays, ge, gt, hookimpl, option
+from tuneforge import Data, OptionError, Split, UsageError, component, data_from_arrays, ge, gt, hookimpl, option
+from tuneforge.plugin import Check
 from tuneforge_transformers import pretrained as source
 from tuneforge_transformers.text import PackedTokenizer, TextInputs, unpack_tokenizer
 from tuneforge_transformers.text_files import SPLITS, TextSplit, read_texts

@@ -6,7 +6,8 @@ import csv
 from pathlib import Path
 from typing import NamedTuple
 
-from tuneforge import DataError, suggest_name
+from tuneforge import DataError
+from tuneforge.errors import suggest_name
 
 SPLITS = ("train", "val", "test")
 _WHERE = "--data.path"

@@ -12,7 +12,7 @@ from tuneforge import DataError, OptionError, UsageError
 from tuneforge.builtin.datasets.tables.arrays import ArrayData, TensorInputs, data_from_arrays
 from tuneforge.builtin.targets import ClassTargets, MultilabelTargets, RegressionTargets
 from tuneforge.engine.session import from_objects as given
-from tuneforge.plugin.component import build_component, get_option_values
+from tuneforge.plugin.declaration import build_component, get_option_values
 from tuneforge.plugin.hooks import RegisteredComponent, find_hook_implementations
 
 X = np.arange(60, dtype=np.float64).reshape(30, 2)

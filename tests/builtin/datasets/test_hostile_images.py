@@ -6,10 +6,9 @@ import time
 
 from hostile_images import BAD, FINE, encoded, named, picture, plant, special
 
-from tuneforge import Sandbox
 from tuneforge.__main__ import main
-from tuneforge.builtin.datasets.images.sample_names import escape_name
-from tuneforge.errors import DataError
+from tuneforge.errors import DataError, escape_name
+from tuneforge.plugin import Sandbox
 
 MEMORY_MB, HANG_S = 300, 5.0
 

@@ -18,7 +18,7 @@ from tuneforge import DataError, OptionError
 from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
 from tuneforge.builtin.datasets.images.image_sources import ImageArraySource, ImageFileSource
 from tuneforge.builtin.datasets.images.preprocess import ImageOp, choose_jpeg_scale, compute_output_size
-from tuneforge.plugin.component import build_component, get_option_values
+from tuneforge.plugin.declaration import build_component, get_option_values
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (6, 5, 3), dtype=np.uint8)  # height 6, width 5

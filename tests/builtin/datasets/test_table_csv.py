@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from tuneforge import DataError, FolderError, OptionError, PluginError, UsageError, save_tensors
+from tuneforge import DataError, FolderError, OptionError, PluginError, UsageError
 from tuneforge.builtin.datasets.tables.table_csv import MLP, TableCsv, TableInputs
 from tuneforge.builtin.targets import ClassTargets, RegressionTargets
-from tuneforge.plugin.component import build_component, get_option_values
+from tuneforge.exporting import save_tensors
+from tuneforge.plugin.declaration import build_component, get_option_values
 
 CITIES = ("Bonn", "Lyon", "Oslo")
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from tuneforge import DataError, LayerGroup, PluginError, UnsafeFileError, UsageError, save_tensors
+from tuneforge import DataError, LayerGroup, PluginError, UnsafeFileError, UsageError
 from tuneforge.builtin.datasets.demo.digits import Glyphs
 from tuneforge.builtin.models.digit_cnn import LABELS, PRETRAINED_WEIGHTS, DigitCNN, DigitNet
+from tuneforge.exporting import save_tensors
 
 
 def run_of(labels: tuple[str, ...] = ("a", "b", "c"), *, seed: int = 0, restoring: bool = False, side: int = 32) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision import models
 
-from tuneforge import Model, PluginError, TryAgainError, UnknownNameError, UnsafeFileError, UsageError, save_tensors
+from tuneforge import Model, PluginError, TryAgainError, UnknownNameError, UnsafeFileError, UsageError
 from tuneforge.builtin.models import torchvision_models
 from tuneforge.builtin.models.adapters import Head, InputChannels
 from tuneforge.builtin.models.torchvision_models import (
@@ -21,6 +21,7 @@ from tuneforge.builtin.models.torchvision_models import (
     find_head_path,
     find_layer_groups,
 )
+from tuneforge.exporting import save_tensors
 
 ARCHS = models.list_models(module=models)
 

@@ -10,9 +10,10 @@ from torch import nn
 
 import tuneforge as tf
 from tuneforge.builtin.strategies.adaptive import Adaptive, is_better, weigh_weak_classes
+from tuneforge.plugin import LayerGroupInfo
 
 TASK = tf.TaskInfo(
-    groups=[tf.LayerGroupInfo(name, 1, (f"{name}.weight", f"{name}.bias")) for name in ("a", "b", "c", "d", "head")],
+    groups=[LayerGroupInfo(name, 1, (f"{name}.weight", f"{name}.bias")) for name in ("a", "b", "c", "d", "head")],
     classes=("x", "y"),
     num_train=100,
     num_val=100,
@@ -90,7 +91,7 @@ def test_every_step_says_why():
     [
         ({}, tf.HeadFit),
         ({"classes": ()}, tf.Phase),
-        ({"groups": [*TASK.backbone, tf.LayerGroupInfo("head", 1, ("head.0.weight", "head.1.weight"))]}, tf.Phase),
+        ({"groups": [*TASK.backbone, LayerGroupInfo("head", 1, ("head.0.weight", "head.1.weight"))]}, tf.Phase),
     ],
 )
 def test_the_head_is_solved_only_where_it_is_one_linear_layer_and_there_are_classes(changed, kind):

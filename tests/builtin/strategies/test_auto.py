@@ -7,9 +7,10 @@ from tiny import tiny_data, tiny_net
 
 import tuneforge as tf
 from tuneforge.builtin.strategies.auto import Auto, accuracy_after_relabeling, rank_blocks
+from tuneforge.plugin import Diagnostics, LayerGroupInfo
 
 TASK = tf.TaskInfo(
-    groups=[tf.LayerGroupInfo(name, 1, (f"{name}.weight",)) for name in ("first", "second", "head")],
+    groups=[LayerGroupInfo(name, 1, (f"{name}.weight",)) for name in ("first", "second", "head")],
     classes=("a", "b"),
     num_train=200,
     num_val=100,
@@ -20,8 +21,8 @@ TASK = tf.TaskInfo(
     monitor_mode="max",
     old_classes=("a", "b"),
 )
-GRADIENTS = tf.Diagnostics("gradients", {"first": 0.5, "second": 2.0, "head": 1.0})
-STILL = tf.Diagnostics("drift", {"first": 0.1, "second": 0.1, "head": 0.1})
+GRADIENTS = Diagnostics("gradients", {"first": 0.5, "second": 2.0, "head": 1.0})
+STILL = Diagnostics("drift", {"first": 0.1, "second": 0.1, "head": 0.1})
 
 
 def before(confusion):
@@ -46,9 +47,9 @@ def test_answers_that_renaming_would_mend_point_to_the_head():
 
 def test_the_lowest_block_whose_features_drift_comes_before_those_with_large_gradients():
     chance = (2 / torch.pi * (1 / 100 + 1 / 100)) ** 0.5
-    drifting = tf.Diagnostics("drift", {"first": 3.1 * chance, "second": 9.0, "head": 9.0})
+    drifting = Diagnostics("drift", {"first": 3.1 * chance, "second": 9.0, "head": 9.0})
     assert order(drift=drifting) == ["first", "second", "head"]
-    assert order(drift=tf.Diagnostics("drift", {"first": 2.9 * chance, "second": 0.1, "head": 0.1}))[0] == "second"
+    assert order(drift=Diagnostics("drift", {"first": 2.9 * chance, "second": 0.1, "head": 0.1}))[0] == "second"
     assert order(((5, 45), (48, 2)), drifting) == ["head", "first", "second"]
 
 

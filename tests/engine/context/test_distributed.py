@@ -14,7 +14,7 @@ import forked
 import pytest
 import torch
 
-import tuneforge as tf
+from tuneforge.exporting import load_tensors
 
 FULL = "TUNEFORGE_RANKS" in os.environ
 SCRIPT = Path(__file__).parents[2] / "one_rank.py"
@@ -51,7 +51,7 @@ def batches(folder):
 
 
 def weights(folder, phase):
-    return tf.load_tensors(folder / f"{phase}.safetensors")[0]
+    return load_tensors(folder / f"{phase}.safetensors")[0]
 
 
 @pytest.fixture(scope="module")

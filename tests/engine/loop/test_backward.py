@@ -14,6 +14,7 @@ from torch import nn
 
 import tuneforge as tf
 from tuneforge.engine.storage import fault_injection as faults
+from tuneforge.plugin import ComponentSpec
 
 STEPS = 24
 COUNT = int(os.environ.get("TUNEFORGE_NANS", "2"))
@@ -127,7 +128,7 @@ def test_going_back_takes_the_weights_of_the_epochs_beginning_and_half_the_rate(
             rates.append(run.history[-1]["lr"])
 
     phase = attrs.evolve(EPOCHS[0], schedule="constant")
-    result = tune([phase], callbacks=[SpoilsOnce(kind, step), Watches(), tf.ComponentSpec("ema")], on_nan="rollback")
+    result = tune([phase], callbacks=[SpoilsOnce(kind, step), Watches(), ComponentSpec("ema")], on_nan="rollback")
     assert result.strategy_steps[0][1].skipped_steps == (step,)
     assert rates == [0.01 if (epoch + 1) * 6 <= step else 0.005 for epoch in range(4)]  # of each epoch's last step
     assert all(tensor.isfinite().all() for tensor in weights(result).values())

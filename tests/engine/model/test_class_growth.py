@@ -15,6 +15,7 @@ from torch import nn
 import tuneforge as tf
 from tuneforge.builtin.datasets.tables.arrays import TensorInputs
 from tuneforge.builtin.targets import ClassTargets
+from tuneforge.exporting import load_tensors, save_tensors
 
 TEN = tuple("0123456789")
 ELEVEN = (*TEN, "other")
@@ -75,9 +76,9 @@ NEW_SETS = pytest.mark.parametrize("names", [ELEVEN, SHUFFLED, ONE_DROPPED, TEN[
 @pytest.fixture(scope="module")
 def exact(start, tmp_path_factory: pytest.TempPathFactory):
     """Its weights as multiples of 1/64: with inputs that are whole numbers no sum rounds, whatever the kernel."""
-    tensors, metadata = tf.load_tensors(start.run_dir / "model.safetensors")
+    tensors, metadata = load_tensors(start.run_dir / "model.safetensors")
     path = tmp_path_factory.mktemp("exact") / "weights.safetensors"
-    tf.save_tensors({name: (64 * each).round() / 64 for name, each in tensors.items()}, path, metadata=metadata)
+    save_tensors({name: (64 * each).round() / 64 for name, each in tensors.items()}, path, metadata=metadata)
     return path
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import tuneforge as tf
+from tuneforge.exporting import load_tensors
 
 FULL = "TUNEFORGE_RANKS" in os.environ
 SCRIPT = Path(one_shard.__file__)
@@ -68,7 +69,7 @@ def ranks(size, folder, **plans):
 
 
 def steps(folder):
-    return {path.stem: tf.load_tensors(path)[0] for path in sorted(folder.glob("*.safetensors"))}
+    return {path.stem: load_tensors(path)[0] for path in sorted(folder.glob("*.safetensors"))}
 
 
 def assert_same_steps(one, other):
@@ -116,7 +117,7 @@ def sharded(request, tmp_path_factory):
 def test_each_step_is_that_of_one_process(alone, sharded, name):
     folder, _ = sharded
     assert_same_steps(alone / name, folder / name)
-    one, other = (tf.load_tensors(each / name / "run/model.safetensors")[0] for each in (alone, folder))
+    one, other = (load_tensors(each / name / "run/model.safetensors")[0] for each in (alone, folder))
     for key, tensor in one.items():
         torch.testing.assert_close(other[key], tensor, rtol=1e-4, atol=1e-5)
     assert [each.get("never_updated") for each in answers(alone / name)] == [

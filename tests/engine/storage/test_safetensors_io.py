@@ -4,6 +4,7 @@ from safetensors.torch import save
 
 import tuneforge as tf
 from tuneforge.engine.storage.safetensors_io import _DTYPES
+from tuneforge.exporting import load_tensors, save_tensors
 
 
 def of_every_type():
@@ -18,11 +19,11 @@ def of_every_type():
 
 def test_the_bytes_are_those_of_the_formats_own_library_and_read_back_the_same(tmp_path):
     tensors = of_every_type()
-    tf.save_tensors(tensors, tmp_path / "t.safetensors", metadata={"b": 1, "a": [2]})
+    save_tensors(tensors, tmp_path / "t.safetensors", metadata={"b": 1, "a": [2]})
     plain = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     expected = save(plain, metadata={"tuneforge": '{"a": [2], "b": 1}'})
     assert (tmp_path / "t.safetensors").read_bytes() == expected
-    read, metadata = tf.load_tensors(tmp_path / "t.safetensors")
+    read, metadata = load_tensors(tmp_path / "t.safetensors")
     assert metadata == {"a": [2], "b": 1}
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype
@@ -31,18 +32,16 @@ def test_the_bytes_are_those_of_the_formats_own_library_and_read_back_the_same(t
 
 def test_tensors_that_share_memory_are_each_stored_whole(tmp_path):
     base = torch.randn(4, 4)
-    tf.save_tensors(
-        {"base": base, "row": base[1], "conj": torch.view_as_complex(base.view(8, 2)).conj()}, tmp_path / "t"
-    )
-    read, _ = tf.load_tensors(tmp_path / "t")
+    save_tensors({"base": base, "row": base[1], "conj": torch.view_as_complex(base.view(8, 2)).conj()}, tmp_path / "t")
+    read, _ = load_tensors(tmp_path / "t")
     assert torch.equal(read["row"], base[1])
     assert torch.equal(read["conj"], torch.view_as_complex(base.view(8, 2)).conj())
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2, dtype=torch.complex128), torch.eye(2).to_sparse()])
 def test_what_the_format_does_not_have_is_named_and_the_old_file_stays(tmp_path, wrong):
-    tf.save_tensors({"w": torch.ones(2)}, tmp_path / "t")
+    save_tensors({"w": torch.ones(2)}, tmp_path / "t")
     with pytest.raises(tf.UsageError, match="'odd' cannot be stored"):
-        tf.save_tensors({"w": torch.zeros(2), "odd": wrong}, tmp_path / "t")
-    assert torch.equal(tf.load_tensors(tmp_path / "t")[0]["w"], torch.ones(2))
+        save_tensors({"w": torch.zeros(2), "odd": wrong}, tmp_path / "t")
+    assert torch.equal(load_tensors(tmp_path / "t")[0]["w"], torch.ones(2))
     assert len(list(tmp_path.iterdir())) == 1

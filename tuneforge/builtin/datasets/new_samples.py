@@ -15,9 +15,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge import Data, DataError, Model, Source, Split, TensorTree, attach_data, load, load_tensors, map_inputs
+from tuneforge import Data, DataError, Model, Source, Split, TensorTree, attach_data, load, map_inputs
 from tuneforge.builtin.datasets.tables.target_arrays import split_rows
 from tuneforge.builtin.targets import ClassTargets
+from tuneforge.exporting import load_tensors
 
 _INPUTS_PREFIX = "stored/"
 

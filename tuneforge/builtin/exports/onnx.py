@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tuneforge import ExportFormat, MissingDependencyError, PluginError, component, compute_predictions
+from tuneforge import MissingDependencyError, PluginError, component
+from tuneforge.exporting import ExportFormat, compute_predictions
 
 if TYPE_CHECKING:
-    from tuneforge import Forward, Predictor, TensorTree
+    from tuneforge import Predictor, TensorTree
+    from tuneforge.exporting import Forward
 
 ONNX_FILE = "model.onnx"
 INPUT, OUTPUTS, PREDICTIONS = "input", "outputs", "predictions"

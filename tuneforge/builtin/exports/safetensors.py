@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuneforge import ExportFormat, component, load, make_forward
+from tuneforge import component, load
+from tuneforge.exporting import ExportFormat, make_forward
 
 if TYPE_CHECKING:
-    from tuneforge import Forward, Predictor
+    from tuneforge import Predictor
+    from tuneforge.exporting import Forward
 
 COPIED_FILES = ("run.json", "status.json", "model.json", "model.safetensors")
 """What of a run folder builds the model again."""

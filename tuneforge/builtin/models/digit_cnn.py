@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tuneforge import DataError, LayerGroup, Model, PluginError, UsageError, component, hookimpl, load_tensors, option
+from tuneforge import DataError, LayerGroup, Model, PluginError, UsageError, component, hookimpl, option
 from tuneforge.builtin.seeding import seeded_rng
+from tuneforge.exporting import load_tensors
 
 if TYPE_CHECKING:
     from tuneforge import Run

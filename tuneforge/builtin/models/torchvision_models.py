@@ -24,11 +24,11 @@ from tuneforge import (
     UsageError,
     component,
     hookimpl,
-    load_tensors,
     option,
 )
 from tuneforge.builtin.models.adapters import get_head_layer, resize_head
 from tuneforge.builtin.seeding import seeded_rng
+from tuneforge.exporting import load_tensors
 
 if TYPE_CHECKING:
     from tuneforge import Run

@@ -10,9 +10,7 @@ import math
 from tuneforge import (
     HeadFit,
     Phase,
-    StrategyStep,
     StrategyStepResult,
-    StrategySteps,
     TaskInfo,
     WeightAverage,
     component,
@@ -22,6 +20,7 @@ from tuneforge import (
     option,
     use,
 )
+from tuneforge.plugin import StrategyStep, StrategySteps
 
 MIN_LOSS_DECREASE = 0.02
 """Share by which validation's loss must fall to count as a gain, where the monitored figure cannot tell."""

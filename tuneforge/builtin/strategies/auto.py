@@ -10,10 +10,8 @@ from collections.abc import Sequence
 
 from tuneforge import (
     Diagnosis,
-    Diagnostics,
     Phase,
     StrategyStepResult,
-    StrategySteps,
     TaskInfo,
     WeightAverage,
     component,
@@ -25,6 +23,7 @@ from tuneforge import (
 )
 from tuneforge.builtin.strategies.adaptive import format_comparison, is_better, make_head_step
 from tuneforge.builtin.strategies.fixed import has_random_head_rows
+from tuneforge.plugin import Diagnostics, StrategySteps
 
 
 @component(api=1)

@@ -9,8 +9,9 @@ import contextlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from tuneforge import Check, Phase, SelectorError, StrategyStep, TaskInfo, component, ge, gt, hookimpl, option, use
+from tuneforge import Phase, SelectorError, TaskInfo, component, ge, gt, hookimpl, option, use
 from tuneforge.builtin.strategies.fixed import has_random_head_rows
+from tuneforge.plugin import Check, StrategyStep
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tuneforge import (
-    Check,
     HeadFit,
     Phase,
     SelectorError,
-    StrategyStep,
     TaskInfo,
     WeightAverage,
     between,
@@ -23,6 +21,7 @@ from tuneforge import (
     option,
     use,
 )
+from tuneforge.plugin import Check, StrategyStep
 
 _FACTOR = Check(
     "greater than 0 and at most 1", lambda value: bool(0 < value <= 1), {"exclusiveMinimum": 0, "maximum": 1}

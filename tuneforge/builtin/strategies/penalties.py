@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
-from tuneforge import Phase, StrategyStep, component, ge, gt, hookimpl, option, use
+from tuneforge import Phase, component, ge, gt, hookimpl, option, use
+from tuneforge.plugin import StrategyStep
 
 if TYPE_CHECKING:
     from tuneforge import Run

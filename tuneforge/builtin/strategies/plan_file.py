@@ -15,20 +15,19 @@ from typing import Any
 import attrs
 
 from tuneforge import (
-    ComponentSpec,
     Diagnosis,
     HeadFit,
     OptionError,
     Phase,
-    StrategyStep,
     UnknownNameError,
     UsageError,
     WeightAverage,
     component,
     hookimpl,
     option,
-    suggest_name,
 )
+from tuneforge.errors import suggest_name
+from tuneforge.plugin import ComponentSpec, StrategyStep
 
 STEP_CLASS_BY_KIND: dict[str, type[StrategyStep]] = {
     "phase": Phase,

@@ -22,7 +22,7 @@ from tuneforge.engine.feature_cache.graph_split import NotCacheableError, SplitM
 from tuneforge.engine.model.freeze_check import bitwise_equal
 from tuneforge.engine.model.model import call_module
 from tuneforge.errors import HaltError, TryAgainError
-from tuneforge.plugin.component import get_option_values
+from tuneforge.plugin.declaration import get_option_values
 
 Values = tuple[Tensor, ...]
 

@@ -7,8 +7,8 @@ from typing import Any
 import attrs
 
 from tuneforge.plugin import registry
-from tuneforge.plugin.component import build_component
 from tuneforge.plugin.config import RunConfig
+from tuneforge.plugin.declaration import build_component
 from tuneforge.plugin.steps import ComponentSpec, Phase
 
 _DEFAULT_OPTIMIZER, _DEFAULT_SCHEDULE = ComponentSpec("adamw"), ComponentSpec("constant")

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tuneforge.engine.data.dataset import Targets
-from tuneforge.errors import PluginError, UsageError
-from tuneforge.plugin.names import to_kebab_case
+from tuneforge.errors import UsageError
 
 
 class Metrics(Protocol):
@@ -22,60 +21,6 @@ class Metrics(Protocol):
 
     def compute(self) -> Any:
         """The figures so far: a mapping by name (numbers, or nested plain data), or a single number."""
-
-
-class MergedMetrics:
-    """The metrics of all components as one, each figure once.
-
-    Args:
-        owned: Each accumulator with the label of the component that gave it.
-
-    Raises:
-        PluginError: A component gave something that is no accumulator.
-    """
-
-    def __init__(self, owned: list[tuple[str, Any]]) -> None:
-        for owner, metrics in owned:
-            if not (hasattr(metrics, "update") and hasattr(metrics, "compute")):
-                raise PluginError(
-                    f"{owner} gave {type(metrics).__name__}, which is no accumulator of figures",
-                    why="evaluate(run) must return an object with update(outputs, targets) and compute()",
-                )
-        self._owned = owned
-
-    def update(self, outputs: Any, targets: Any) -> None:
-        """Pass a batch to every accumulator."""
-        for _, metrics in self._owned:
-            metrics.update(outputs, targets)
-
-    def compute(self) -> dict[str, Any]:
-        """All figures as plain data.
-
-        Raises:
-            PluginError: Two components give the same figure.
-        """
-        figures: dict[str, Any] = {}
-        owners: dict[str, str] = {}
-        for owner, metrics in self._owned:
-            for name, value in _named_metrics(metrics).items():
-                if name in figures:
-                    raise PluginError(
-                        f"the figure '{name}' comes from two components",
-                        where=f"{owners[name]} and {owner}",
-                        why="a report can hold it only once",
-                        fix="name one of the two with --metrics",
-                    )
-                figures[name], owners[name] = to_plain(value), owner
-        return figures
-
-
-def to_plain(value: Any) -> Any:
-    """Tensors and numpy values as plain numbers and lists; everything else as it is."""
-    if isinstance(value, Mapping):
-        return {key: to_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def scalar_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -143,12 +88,3 @@ class HardestSamples:
         order = torch.argsort(all_losses, descending=True, stable=True)[: self.max_samples]
         order = order[all_losses[order] > 0]
         self.losses, self.indices, self.outputs = all_losses[order], all_indices[order], all_outputs[order]
-
-
-def _named_metrics(metrics: Any) -> dict[str, Any]:
-    computed = metrics.compute()
-    return (
-        dict(computed)
-        if isinstance(computed, Mapping)
-        else {to_kebab_case(type(metrics).__name__).replace("-", "_"): computed}
-    )

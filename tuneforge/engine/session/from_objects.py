@@ -13,7 +13,7 @@ from tuneforge.engine.model.model import Model
 from tuneforge.engine.session import messages
 from tuneforge.errors import FolderError, UsageError
 from tuneforge.plugin import registry
-from tuneforge.plugin.component import build_component, get_option_values
+from tuneforge.plugin.declaration import build_component, get_option_values
 from tuneforge.plugin.hooks import RegisteredComponent, find_hook_methods
 from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.names import option_prefix

@@ -218,7 +218,7 @@ def _check_labels(found: tuple[str, ...], known: tuple[str, ...]) -> None:
 
 def _check_inputs(found: Inputs, known: Inputs) -> Inputs:
     """The model's own contract: what is stored must fit it, else the evaluation would feed another input."""
-    from tuneforge.plugin.component import get_option_values
+    from tuneforge.plugin.declaration import get_option_values
 
     same = type(found) is type(known) and get_option_values(found) == get_option_values(known)
     if not same:

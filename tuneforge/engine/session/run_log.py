@@ -17,8 +17,8 @@ from tuneforge.engine.loop.metric_set import HardestSamples
 from tuneforge.engine.session import from_objects, messages
 from tuneforge.engine.storage.run_dir import METRICS, TIMINGS, RunDir
 from tuneforge.plugin import registry
-from tuneforge.plugin.component import get_option_values
 from tuneforge.plugin.config import config_to_dict, parse_budget
+from tuneforge.plugin.declaration import get_option_values
 from tuneforge.plugin.hooks import RegisteredComponent
 from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.results import TaskInfo

@@ -17,8 +17,8 @@ import torch
 from tuneforge import Data, DataError, FolderError, Split
 from tuneforge.builtin.datasets.images.image_files import ImageIndex, ImageList
 from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
-from tuneforge.builtin.datasets.images.sample_names import escape_name
 from tuneforge.builtin.datasets.images.scan import ScanResult, scan
+from tuneforge.errors import escape_name
 
 if TYPE_CHECKING:
     from tuneforge import Run

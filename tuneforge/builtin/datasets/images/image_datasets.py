@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tuneforge import Check, between, component, ge, gt, hookimpl, option
+from tuneforge import between, component, ge, gt, hookimpl, option
+from tuneforge.plugin import Check
 
 if TYPE_CHECKING:
     from tuneforge import Data, Run

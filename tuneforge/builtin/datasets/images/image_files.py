@@ -15,7 +15,8 @@ from pathlib import Path
 import attrs
 
 from tuneforge import DataError
-from tuneforge.builtin.datasets.images.sample_names import EscapedNames, LazyPaths, PackedStrings, escape_name
+from tuneforge.builtin.datasets.images.sample_names import EscapedNames, LazyPaths, PackedStrings
+from tuneforge.errors import escape_name
 
 EXTENSIONS = frozenset(
     (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")

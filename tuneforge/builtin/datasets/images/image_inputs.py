@@ -21,7 +21,7 @@ import torchvision
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from tuneforge import Check, DataError, Inputs, between, component, gt, option
+from tuneforge import DataError, Inputs, between, component, gt, option
 from tuneforge.builtin.datasets.images.exif_orientation import FORMATS, MAX_BYTES, MAX_PIXELS, convert_to_upright
 from tuneforge.builtin.datasets.images.preprocess import (
     OPS_CHECK,
@@ -31,7 +31,8 @@ from tuneforge.builtin.datasets.images.preprocess import (
     count_max_pixels,
     parse_ops,
 )
-from tuneforge.builtin.datasets.images.sample_names import escape_name
+from tuneforge.errors import escape_name
+from tuneforge.plugin import Check
 
 _MIN_PREVIEW_SIZE = 96  # pixels; smaller pictures are enlarged for people
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from tuneforge import Check
+from tuneforge.plugin import Check
 
 _UNSIZED_OPS = ("grayscale", "invert", "ink", "square")
 _SIZED_OPS = ("resize", "center-crop")

@@ -13,13 +13,9 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
+from tuneforge.errors import escape_name
+
 T = TypeVar("T")
-
-
-def escape_name(name: str | bytes | Path) -> str:
-    """A name with its odd bytes and controls escaped, so that it can be printed and written anywhere."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 class LazySequence(Sequence[T]):

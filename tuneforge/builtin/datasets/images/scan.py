@@ -20,7 +20,7 @@ import attrs
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tuneforge import DataError, Sandbox
+from tuneforge import DataError
 from tuneforge.builtin.datasets.images.exif_orientation import (
     FORMATS,
     MAX_BYTES,
@@ -28,7 +28,8 @@ from tuneforge.builtin.datasets.images.exif_orientation import (
     check_bit_depth,
     convert_to_upright,
 )
-from tuneforge.builtin.datasets.images.sample_names import escape_name
+from tuneforge.errors import escape_name
+from tuneforge.plugin import Sandbox
 
 MEMORY_MB = 300
 TIMEOUT_S = 4.0

@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tuneforge import (
-    Check,
     Data,
     DataError,
     Inputs,
@@ -61,6 +60,7 @@ from tuneforge.builtin.datasets.tables.target_arrays import (
     standardize,
 )
 from tuneforge.builtin.targets import ClassTargets, MultilabelTargets, RegressionTargets, suggest_label
+from tuneforge.plugin import Check
 
 if TYPE_CHECKING:
     from tuneforge import Run

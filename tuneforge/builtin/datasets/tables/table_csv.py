@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tuneforge import (
-    Check,
     Data,
     DataError,
     Inputs,
@@ -31,7 +30,6 @@ from tuneforge import (
     UsageError,
     component,
     hookimpl,
-    load_tensors,
     option,
 )
 from tuneforge.builtin.datasets.tables.csv_table import Table, read_table
@@ -45,6 +43,8 @@ from tuneforge.builtin.datasets.tables.target_arrays import (
 )
 from tuneforge.builtin.seeding import seeded_rng
 from tuneforge.builtin.targets import ClassTargets, RegressionTargets, suggest_label
+from tuneforge.exporting import load_tensors
+from tuneforge.plugin import Check
 
 if TYPE_CHECKING:
     from tuneforge import Run, TensorTree

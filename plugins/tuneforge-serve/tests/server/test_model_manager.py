@@ -1,0 +1,247 @@
+"""Versions change under traffic: every answer is that of exactly the version it names, and a bad one is refused.
+
+`TUNEFORGE_SWAPS=30 TUNEFORGE_CLIENTS=32` runs the full proof; by default there are fewer of both.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import os
+import threading
+import time
+
+import pytest
+import torch
+from tuneforge_serve.server.app import create_app
+from tuneforge_serve.server.model_manager import ServedModel, find_model_sources
+from tuneforge_serve.server.threads import limit_to_one_thread
+
+from tuneforge.engine.storage.safetensors_io import load_tensors, save_tensors
+from tuneforge.exporting import atomic_dir as sealed
+from tuneforge.exporting.bundle import load_inference_model
+from tuneforge.exporting.exporter import export
+
+SWAPS = int(os.environ.get("TUNEFORGE_SWAPS", "4"))
+CLIENTS = int(os.environ.get("TUNEFORGE_CLIENTS", "8"))
+ROW = {"size": 0.3, "weight": 0.1, "colour": "blue"}
+
+
+class Traffic:
+    """Clients that ask one after the other on kept connections, until told to stop."""
+
+    def __init__(self, server, count: int) -> None:
+        self.answers: list[tuple[int, dict]] = []
+        self.faults: list[BaseException] = []
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(server.connect(),)) for _ in range(count)]
+
+    def __enter__(self) -> Traffic:
+        for each in self._threads:
+            each.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for each in self._threads:
+            each.join(30)
+
+    def versions(self) -> set[str]:
+        return {answer["version"] for status, answer in list(self.answers) if status == 200}
+
+    def _ask(self, connection: http.client.HTTPConnection) -> None:
+        body = json.dumps(ROW).encode()
+        try:
+            while not self._over.is_set():
+                connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
+                response = connection.getresponse()
+                self.answers.append((response.status, json.loads(response.read())))
+        except (OSError, http.client.HTTPException) as error:
+            self.faults.append(error)
+        finally:
+            connection.close()
+
+
+def until(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def expected(store) -> dict[str, float]:
+    """Each version's own probability for the row, offline."""
+    found = [next(load_inference_model(each).predict([ROW])) for each in store.bundles]
+    return {str(number): found[number % 2]["probabilities"]["plum"] for number in range(1, store.count + 1)}
+
+
+def test_versions_swap_under_traffic_and_no_request_fails(store, serving):
+    with serving(store.path, poll_interval_s=0.02) as server, Traffic(server, CLIENTS) as traffic:
+        until(lambda: "1" in traffic.versions())
+        for _ in range(SWAPS):
+            store.add()
+            store.point()
+            until(lambda: str(store.count) in traffic.versions())
+    probabilities = expected(store)
+    assert abs(probabilities["1"] - probabilities["2"]) > 0.01  # the versions can be told apart
+    assert not traffic.faults
+    assert {status for status, _ in traffic.answers} == {200}
+    assert traffic.versions() == set(probabilities)
+    for _, answer in traffic.answers:
+        assert answer["probabilities"]["plum"] == pytest.approx(probabilities[answer["version"]], abs=1e-5)
+    print(f"\n{SWAPS} swaps, {CLIENTS} clients, {len(traffic.answers)} answers, 0 failed")
+
+
+def damaged(folder) -> None:
+    """A bit of the weights flips on the disk."""
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def disagreeing(folder) -> None:
+    """The weights are others than those whose answers were recorded, in a bundle that is whole."""
+    path = folder / "model.safetensors"
+    tensors, metadata = load_tensors(path)
+    save_tensors({name: -tensor for name, tensor in tensors.items()}, path, metadata=metadata)
+    sealed.write_manifest(folder)
+
+
+def absent(folder) -> None:
+    """Half of it was never copied."""
+    (folder / "bundle.json").unlink()
+
+
+@pytest.mark.parametrize("breaks", [damaged, disagreeing, absent])
+def test_a_broken_version_is_refused_and_the_old_one_answers_throughout(store, serving, caplog, breaks):
+    caplog.set_level(logging.INFO, logger="tuneforge.serve")
+    with serving(store.path, poll_interval_s=0.02) as server, Traffic(server, 3) as traffic:
+        until(lambda: len(traffic.answers) > 5)
+        breaks(store.add())
+        store.point()
+        until(lambda: "was refused" in caplog.text)
+        seen = len(traffic.answers)
+        until(lambda: len(traffic.answers) > seen + 5)
+        index = server.ask("POST", "/v2/repository/index", {}).json
+        asked = server.ask("POST", "/v2/repository/models/fruit/load", {})
+        store.add()
+        store.point()
+        until(lambda: "3" in traffic.versions())
+    assert not traffic.faults
+    assert {status for status, _ in traffic.answers} == {200}
+    assert traffic.versions() == {"1", "3"}
+    assert index[0]["version"] == "1"
+    assert "'2' was refused" in index[0]["reason"]
+    assert asked.status == 400
+    assert str(store.path) not in asked.json["error"]
+    assert "version '1' goes on" in caplog.text
+    refused = [record for record in caplog.records if "was refused" in record.message]
+    assert len(refused) == 2  # once by the pointer, not again and again; once because it was asked for
+
+
+def test_a_pointer_that_cannot_be_read_changes_nothing(store, serving):
+    with serving(store.path, poll_interval_s=0.02) as server:
+        (store.path / "fruit" / "champion.json").write_text("{")
+        time.sleep(0.2)
+        assert server.ask("POST", "/predict", ROW).json["version"] == "1"
+        store.add()
+        store.point()
+        until(lambda: server.ask("POST", "/predict", ROW).json["version"] == "2")
+
+
+def test_going_back_is_a_swap_too_and_an_unloaded_model_stays_away(store, serving):
+    store.add()
+    store.point()
+    with serving(store.path, poll_interval_s=0.02) as server:
+        assert server.ask("POST", "/predict", ROW).json["version"] == "2"
+        store.point(1)
+        until(lambda: server.ask("POST", "/predict", ROW).json["version"] == "1")
+        assert server.ask("POST", "/v2/repository/models/fruit/unload", {}).status == 200
+        store.point(2)
+        time.sleep(0.2)
+        assert server.ask("POST", "/predict", ROW).status == 404
+        assert server.ask("POST", "/v2/repository/models/fruit/load", {}).json == {"name": "fruit", "version": "2"}
+        assert server.ask("POST", "/predict", ROW).json["version"] == "2"
+
+
+def test_a_name_that_is_promoted_first_while_the_server_runs_is_served_too(store, serving):
+    with serving(store.path, poll_interval_s=0.02) as server:
+        store.add("berries")
+        assert server.ask("POST", "/v2/repository/models/berries/load", {}).status == 404  # it has no champion yet
+        store.point(name="berries")
+        until(lambda: len(server.ask("POST", "/v2/repository/index", {}).json) == 2)
+        until(lambda: server.ask("POST", "/predict?model=berries", ROW).status == 200)
+        assert server.ask("POST", "/predict", ROW).json["model"] == "fruit"
+        assert "berries" in str(server.ask("GET", "/openapi.json").json["info"])
+
+
+def test_a_new_name_can_be_loaded_at_once(store, serving):
+    with serving(store.path, poll_interval_s=60) as server:
+        store.add("berries")
+        store.point(name="berries")
+        loaded = server.ask("POST", "/v2/repository/models/berries/load", {})
+        assert loaded.json == {"name": "berries", "version": "2"}
+        assert server.ask("POST", "/predict?model=berries", ROW).json["version"] == "2"
+
+
+def test_a_request_that_has_begun_is_answered_by_the_version_it_met(store, serving):
+    """Even where its version was replaced before the forward pass: the batch keeps to it."""
+    with serving(store.path) as server:
+        service = server.service
+        old = service.models.get("fruit")
+        store.add()
+        store.point()
+        new = service.models.load("fruit")
+        stored = old.inputs.decode(ROW)[None]
+        results = [service.batcher.submit(each, stored) for each in (old, new, old)]
+        outputs = [each.result(10).outputs for each in results]
+        assert outputs[0].equal(outputs[2])
+        assert not outputs[0].equal(outputs[1])
+
+
+def test_a_store_that_begins_broken_is_refused_at_start(store, serving):
+    from tuneforge.errors import FolderError
+
+    damaged(store.path / "fruit" / "1")
+    with pytest.raises(FolderError, match="model.safetensors"), serving(store.path):
+        pass
+
+
+def test_either_backend_answers_alike_and_auto_takes_one_that_was_measured(serving, table_run, tmp_path, caplog):
+    pytest.importorskip("onnxruntime")
+    caplog.set_level(logging.INFO, logger="tuneforge.serve")
+    bundle = export(table_run, to=("onnx", "safetensors"), out=tmp_path / "bundle", name="fruit")
+    answers = {}
+    for backend in ("torch", "onnxruntime", "auto"):
+        with serving(bundle, backend=backend) as server:
+            about = server.service.models.get(server.service.models.default_name).about
+            answers[backend] = server.ask("POST", "/predict", ROW).json
+        assert about["backend"] == backend or backend == "auto"
+        assert f"by {about['backend']}," in caplog.text
+    plums = [each["probabilities"]["plum"] for each in answers.values()]
+    assert plums == pytest.approx([plums[0]] * 3, abs=1e-5)
+    assert len({each["version"] for each in answers.values()}) == 1
+
+
+def test_every_answer_is_computed_in_one_thread_and_the_others_keep_to_one_core(digits_run, monkeypatch):
+    seen = []
+
+    def outputs(self, stored):
+        seen.append((threading.current_thread().name, torch.get_num_threads()))
+        return self.model.outputs(stored)
+
+    monkeypatch.setattr(ServedModel, "outputs", outputs)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        undo = limit_to_one_thread()
+        alone = torch.get_num_threads()
+        create_app(find_model_sources(digits_run)).state.service.close()
+        undo.restore_original_limits()
+        after = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert (alone, after) == (1, 2)
+    assert set(seen) == {("forward", 2)}

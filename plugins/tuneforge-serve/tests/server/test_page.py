@@ -1,0 +1,156 @@
+"""The page at `/` in headless Chromium, driven over the WebDriver protocol: pointer, keyboard, file, and no errors.
+
+`TUNEFORGE_SCREENSHOTS=docs/pictures` writes the screenshot of the docs.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import MISSING, Browser, browser, installed
+from PIL import Image
+from sklearn.datasets import load_digits
+from tuneforge_serve.feedback.request_log import RequestLog
+from tuneforge_serve.server.routes_feedback import feedback_routes
+
+pytestmark = pytest.mark.skipif(not installed(), reason=MISSING)
+UP, DOWN, TAB, ENTER, ESCAPE = "\ue013", "\ue015", "\ue004", "\ue007", "\ue00c"
+TEXT = "return document.getElementById('{}').innerText"
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory):
+    with browser(tmp_path_factory.mktemp("chromium")) as opened:
+        yield opened
+
+
+def draw(window: Browser, *strokes: list[tuple[float, float]], pointer: str) -> None:
+    """Strokes on the board, in shares of its width from its middle."""
+    board = window.ask("/element", {"using": "css selector", "value": "#board"})
+    width = window.run("return document.getElementById('board').clientWidth")
+    steps = []
+    for stroke in strokes:
+        moves = [
+            {"type": "pointerMove", "duration": 20, "origin": board, "x": round(x * width), "y": round(y * width)}
+            for x, y in stroke
+        ]
+        steps += [moves[0], {"type": "pointerDown", "button": 0}, *moves[1:], {"type": "pointerUp", "button": 0}]
+    kind = {"type": "pointer", "id": pointer, "parameters": {"pointerType": pointer}}
+    window.ask("/actions", {"actions": [{**kind, "actions": steps}]})
+
+
+def choose(window: Browser, file: Path) -> None:
+    (reference,) = window.ask("/element", {"using": "css selector", "value": "#file"}).values()
+    window.ask(f"/element/{reference}/value", {"text": str(file)})
+
+
+def answer(window: Browser, *, after: str = "none") -> str:
+    """The class that the page shows, once a request with another number than `after` was answered."""
+    window.wait(f"const about = {TEXT.format('about')[7:]}; return about && !about.endsWith({json.dumps(after)})")
+    return window.run(TEXT.format("answer"))
+
+
+def number(window: Browser) -> str:
+    """Of the request that the page shows the answer of."""
+    return window.run(TEXT.format("about")).rpartition(" ")[2]
+
+
+SEVEN = [[(-0.28, -0.3), (0.0, -0.3), (0.26, -0.3), (0.12, -0.05), (0.0, 0.18), (-0.06, 0.36)]]
+THREE = [[(-0.2, -0.3), (0.0, -0.36), (0.2, -0.26), (0.16, -0.08), (-0.02, 0.0)]]
+THREE[0] += [(0.18, 0.08), (0.22, 0.24), (0.02, 0.36), (-0.22, 0.3)]
+ZERO = [[(0.2 * np.sin(angle), -0.34 * np.cos(angle)) for angle in np.linspace(0, 2 * np.pi, 17).tolist()]]
+
+
+def test_a_drawn_digit_is_named(window, serving, digits_run, tmp_path):
+    with serving(digits_run) as server:
+        window.open(f"http://127.0.0.1:{server.port}/")
+        seen = "none"
+        for strokes, digit, pointer in ((SEVEN, "7", "mouse"), (ZERO, "0", "touch"), (THREE, "3", "mouse")):
+            window.run("document.getElementById('clear').click()")
+            draw(window, *strokes, pointer=pointer)
+            assert answer(window, after=seen) == digit
+            seen = number(window)
+        about = window.run(TEXT.format("about"))
+        assert server.service.models.list_loaded()[0].version in about
+        assert re.search(r"in \d+\.\d ms", about)
+        shown = window.run("return [...document.querySelectorAll('#bars tr')].map((row) => row.innerText)")
+        assert shown[0].startswith("3")
+        assert len(shown) == 10
+        picture = Path(os.environ.get("TUNEFORGE_SCREENSHOTS", tmp_path)) / "serve.png"
+        window.picture(picture)
+        assert picture.stat().st_size < 100_000
+        assert window.messages() == []
+
+
+def test_the_keyboard_alone_will_do(window, serving, digits_run):
+    with serving(digits_run) as server:
+        window.open(f"http://127.0.0.1:{server.port}/")
+        window.press(TAB * 2)  # the link, then the board
+        assert window.run("return document.activeElement.id") == "board"
+        window.press(UP * 9 + " " + DOWN * 18 + " " + ENTER)
+        assert answer(window) == "1"
+        window.press(ESCAPE + ENTER)
+        assert "nothing on the board" in window.run(TEXT.format("fault"))
+        names = window.run(
+            "return [...document.querySelectorAll('button, input, canvas')].map((each) => "
+            "(each.getAttribute('aria-label') || each.labels?.[0]?.innerText || each.innerText).trim())"
+        )
+        assert len(names) == 5
+        assert all(names)
+        window.press(TAB * 3)  # Ask, Clear, the file
+        assert window.run("return document.activeElement.id") == "file"
+        assert window.messages() == []
+
+
+DROP = """
+const bytes = Uint8Array.from(atob("{}"), (letter) => letter.charCodeAt(0));
+const dataTransfer = new DataTransfer();
+dataTransfer.items.add(new File([bytes], "three.png", {{ type: "image/png" }}));
+document.getElementById("drop").dispatchEvent(new DragEvent("drop", {{ dataTransfer, cancelable: true }}));
+"""
+
+
+def test_a_picture_may_be_chosen_or_dropped_and_a_broken_one_is_explained(window, serving, digits_run, tmp_path):
+    three, broken = tmp_path / "three.png", tmp_path / "broken.png"
+    Image.fromarray((load_digits().images[3] * 255 / 16).astype(np.uint8)).save(three)
+    broken.write_bytes(b"no picture")
+    with serving(digits_run) as server:
+        window.open(f"http://127.0.0.1:{server.port}/")
+        choose(window, three)
+        assert answer(window) == "3"
+        seen = number(window)
+        window.run(DROP.format(base64.b64encode(three.read_bytes()).decode()))
+        assert answer(window, after=seen) == "3"
+        choose(window, broken)
+        window.wait(f"{TEXT.format('fault')}.includes('cannot decode the picture')")
+        (complaint,) = window.messages()
+        assert "422" in complaint
+
+
+def test_the_page_says_how_the_model_does_at_work(window, serving, table_run, tmp_path):
+    row = {"size": 3, "weight": -2, "colour": "red"}
+    records = RequestLog(tmp_path / "requests.db")
+    with records, serving(table_run, request_log=records, extra_routes=[feedback_routes(records)]) as server:
+        given = server.ask("POST", "/predict", row).json
+        assert server.ask("POST", "/feedback", {"id": given["id"], "class": given["class"]}).status == 200
+        window.open(f"http://127.0.0.1:{server.port}/")
+        window.wait(f"{TEXT.format('monitoring')}.includes('1 labelled')")
+        assert "of 1 labelled answers 100.0 % right" in window.run(TEXT.format("watch"))
+        assert window.messages() == []
+
+
+def test_a_row_is_typed_and_the_api_page_opens(window, serving, table_run):
+    with serving(table_run) as server:
+        window.open(f"http://127.0.0.1:{server.port}/")
+        window.run("document.getElementById('text').value = JSON.stringify({size: 3, weight: -2, colour: 'red'})")
+        window.run("document.getElementById('ask').click()")
+        assert answer(window) == "apple"
+        window.open(f"http://127.0.0.1:{server.port}/docs")
+        assert "/predict" in window.run("return document.body.innerText")
+        assert window.messages() == []

@@ -1,0 +1,138 @@
+"""`/predict` and the pages, over a real connection."""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+from bundles import png
+from tuneforge_serve.feedback.request_log import RequestLog
+from tuneforge_serve.server.model_manager import hash_version
+
+import tuneforge as tf
+
+ROW = {"size": 1.5, "weight": -0.5, "colour": "red"}
+
+
+@pytest.fixture(scope="module")
+def digit() -> bytes:
+    from sklearn.datasets import load_digits
+
+    return png(load_digits().images[3] * 255 / 16)
+
+
+def test_a_picture_is_answered_as_the_run_itself_answers_it(serving, digits_run, digit):
+    (offline,) = tf.predict(digits_run, [digit])
+    with serving(digits_run) as server:
+        answer = server.ask("POST", "/predict", digit, Content_Type="application/x-www-form-urlencoded")
+    assert answer.status == 200
+    assert answer.json["class"] == offline["class"] == "3"
+    assert answer.json["probabilities"] == pytest.approx(offline["probabilities"], abs=1e-6)
+    assert (answer.json["model"], answer.json["version"]) == ("digits", hash_version(digits_run))
+    assert answer.json["id"] == answer.headers["x-request-id"]
+    assert 0 < answer.json["forward_ms"] <= answer.json["ms"]
+
+
+def test_rows_go_over_json_alone_and_together(serving, table_run):
+    (offline,) = tf.predict(table_run, [ROW])
+    with serving(table_run) as server:
+        alone = server.ask("POST", "/predict", ROW).json
+        raw = server.ask("POST", "/predict", json.dumps(ROW).encode()).json
+        many = server.ask("POST", "/predict", {"inputs": [ROW, {**ROW, "size": -2.0}]}).json
+    assert alone["class"] == raw["class"] == offline["class"]
+    assert alone["probability"] == pytest.approx(offline["probability"], abs=1e-6)
+    assert many["predictions"][0]["probability"] == pytest.approx(offline["probability"], abs=1e-6)
+    assert many["predictions"][1]["class"] != offline["class"]
+    assert len({many["id"], *(each["id"] for each in many["predictions"])}) == 3
+
+
+def test_a_picture_may_come_as_base64(serving, digits_run, digit):
+    with serving(digits_run) as server:
+        answer = server.ask("POST", "/predict", {"inputs": [base64.b64encode(digit).decode()]}).json
+    assert answer["predictions"][0]["class"] == "3"
+
+
+def test_errors_name_the_field_and_never_a_path(serving, table_run, digits_run, tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(np.zeros((8, 8))))
+    cases = [
+        ({"inputs": [ROW, {"size": 1, "colour": "red"}]}, 422, "inputs[1]"),
+        ({**ROW, "weight": "heavy"}, 422, "weight"),
+        ({"inputs": []}, 400, "inputs"),
+        ({"inputs": 3}, 400, "inputs"),
+        (b"", 400, "empty"),
+        (7, 422, "row"),
+    ]
+    with serving(table_run) as server:
+        for body, status, words in cases:
+            answer = server.ask("POST", "/predict", body)
+            assert answer.status == status, body
+            assert words in answer.json["error"], body
+        nan = server.ask("POST", "/predict", b'{"size": NaN}', Content_Type="application/json")
+        assert nan.status == 400
+        assert "NaN" in nan.json["error"]
+        form = server.ask("POST", "/predict", b"--x", Content_Type="multipart/form-data; boundary=x")
+        assert form.status == 415
+        unknown = server.ask("POST", "/predict?model=pears", ROW)
+        assert unknown.status == 404
+    with serving(digits_run) as server:
+        for body in (str(secret).encode(), json.dumps(str(secret)).encode()):
+            for kind in ("application/json", "text/plain"):
+                answer = server.ask("POST", "/predict", body, Content_Type=kind)
+                assert answer.status in (400, 422)
+                assert str(tmp_path) not in answer.json["error"]
+
+
+def test_a_row_that_breaks_the_model_fails_alone(serving, table_run):
+    with serving(table_run) as server:
+        huge = server.ask("POST", "/predict", {**ROW, "size": 1e308})
+        assert huge.status == 422
+        assert "infinity" in huge.json["error"] or "NaN" in huge.json["error"]
+        assert server.ask("POST", "/predict", ROW).status == 200
+
+
+def test_answered_requests_are_kept_as_they_were_sent(serving, table_run, tmp_path):
+    with RequestLog(tmp_path / "requests.db") as records:
+        with serving(table_run, request_log=records) as server:
+            first = server.ask("POST", "/predict", ROW).json
+            many = server.ask("POST", "/predict", {"inputs": [ROW, {**ROW, "size": 0}]}).json
+            server.service.request_logger.flush()
+            assert records.stats().num_requests == 3
+        kept = records.find(first["id"])
+        assert json.loads(kept.body) == ROW
+        assert kept.prediction["class"] == first["class"]
+        assert kept.version == first["version"]
+        assert len(kept.features) > 0
+        second = records.find(many["predictions"][0]["id"])
+        assert second.content_digest == kept.content_digest
+        assert second.content_digest != records.find(many["predictions"][1]["id"]).content_digest
+
+
+def test_pages_load_nothing_from_elsewhere(serving, table_run, digits_run):
+    with serving(table_run) as server:
+        page, docs = server.ask("GET", "/"), server.ask("GET", "/docs")
+        assert page.status == docs.status == 200
+        assert b'<textarea id="text"' in page.body
+        assert b"colour" in page.body
+    with serving(digits_run) as server:
+        page = server.ask("GET", "/")
+        assert b'<canvas id="board"' in page.body
+    for each in (page, docs):
+        assert b"http://" not in each.body.replace(b"http://HOST:PORT", b"")
+        assert b"https://" not in each.body
+        assert b"src=" not in each.body
+        assert each.headers["content-security-policy"].startswith("default-src 'none'")
+
+
+def test_metrics_count_requests_batches_and_versions(serving, table_run):
+    with serving(table_run) as server:
+        server.ask("POST", "/predict", ROW)
+        server.ask("POST", "/predict", b"")
+        server.ask("GET", "/nowhere/at/all")
+        text = server.ask("GET", "/metrics").body.decode()
+        version = server.service.models.list_loaded()[0].version
+    assert 'tuneforge_requests_total{path="/predict",status="200"} 1.0' in text
+    assert 'tuneforge_requests_total{path="/predict",status="400"} 1.0' in text
+    assert 'tuneforge_requests_total{path="other",status="404"} 1.0' in text
+    assert "tuneforge_batch_rows_count 1.0" in text
+    assert f'version="{version}"' in text

@@ -1,0 +1,1 @@
+"""Verbs of the command line: serve, promote, models, test-endpoint, retrain."""

@@ -1,0 +1,108 @@
+"""What a request may cost, checked before the work: size, time, and how much waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import attrs
+from starlette.requests import ClientDisconnect, Request
+
+from tuneforge.errors import TuneforgeError
+from tuneforge_serve.server.limits import Limits as Limits
+
+
+class RequestError(Exception):
+    """A request that is answered with an error.
+
+    Args:
+        status: Of HTTP.
+        message: Names the field that is wrong, and no path.
+        headers: Further ones of the answer.
+    """
+
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, dict(headers or {})
+
+
+def busy_error(reason: str) -> RequestError:
+    """The answer of a server that has too much to do."""
+    return RequestError(503, f"{reason}; try again in a second", {"Retry-After": "1"})
+
+
+def format_error(error: TuneforgeError, *, field: str = "") -> str:
+    """An error about what a client sent, as one line; errors of the contracts name columns, never paths."""
+    where = ", ".join(each for each in (field, error.where) if each)
+    return "; ".join(each for each in (f"{where}: {error.what}" if where else error.what, error.why, error.fix) if each)
+
+
+class BodyReader:
+    """Reads bodies, and counts what all of them hold.
+
+    Args:
+        limits: Of the server.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits, self._reserved_bytes = limits, 0
+
+    @contextmanager
+    def reserve(self) -> Iterator[BodyReservation]:
+        """Room for one body; given back at the end, however that comes."""
+        reservation = BodyReservation(self)
+        try:
+            yield reservation
+        finally:
+            self._reserved_bytes -= reservation.num_bytes
+
+    def add_bytes(self, num_bytes: int) -> None:
+        """Count bytes that arrived.
+
+        Raises:
+            RequestError: All bodies together are too large.
+        """
+        if self._reserved_bytes + num_bytes > self._limits.max_total_body_bytes:
+            raise busy_error("the server holds as much as it may")
+        self._reserved_bytes += num_bytes
+
+    async def read(self, request: Request, reservation: BodyReservation) -> bytes:
+        """The body of a request.
+
+        Raises:
+            RequestError: It is too large, too slow, or breaks off.
+        """
+        max_bytes = self._limits.max_body_bytes
+        too_large = RequestError(413, f"the body is larger than {max_bytes:,} bytes")
+        if int(request.headers.get("content-length", "0")) > max_bytes:  # the HTTP parser has seen that it is a number
+            raise too_large
+        if "content-encoding" in request.headers:
+            raise RequestError(415, "Content-Encoding: compressed bodies are not read; send the body as it is")
+        parts: list[bytes] = []
+        try:
+            async with asyncio.timeout(self._limits.body_timeout_s):
+                async for part in request.stream():
+                    reservation.add(len(part))
+                    parts.append(part)
+                    if reservation.num_bytes > max_bytes:
+                        raise too_large
+        except TimeoutError:
+            message = f"the body did not arrive within {self._limits.body_timeout_s:g} s"
+            raise RequestError(408, message, {"Connection": "close"}) from None
+        except ClientDisconnect:
+            raise RequestError(400, "the body broke off") from None
+        return b"".join(parts)
+
+
+@attrs.define(eq=False)
+class BodyReservation:
+    """Bytes that one request holds."""
+
+    _reader: BodyReader
+    num_bytes: int = 0
+
+    def add(self, count: int) -> None:
+        """Count more of them."""
+        self._reader.add_bytes(count)
+        self.num_bytes += count

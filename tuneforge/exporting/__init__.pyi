@@ -1,0 +1,14 @@
+"""Public names for type checkers; `__init__.py` imports them when first used."""
+
+from tuneforge.engine.storage.safetensors_io import load_tensors as load_tensors
+from tuneforge.engine.storage.safetensors_io import save_tensors as save_tensors
+from tuneforge.exporting.bundle import InferenceModel as InferenceModel
+from tuneforge.exporting.bundle import load_bundle as load_bundle
+from tuneforge.exporting.bundle import load_inference_model as load_inference_model
+from tuneforge.exporting.exporter import export as export
+from tuneforge.exporting.formats import ExportFormat as ExportFormat
+from tuneforge.exporting.formats import Forward as Forward
+from tuneforge.exporting.formats import compute_predictions as compute_predictions
+from tuneforge.exporting.formats import make_forward as make_forward
+
+__all__: list[str]

@@ -1,0 +1,291 @@
+"""Flags that are read twice: first which components, from flags and file; then the options of those components."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import click
+
+from tuneforge.errors import UsageError
+from tuneforge.plugin import registry
+from tuneforge.plugin.config import (
+    REPEATABLE_COMPONENT_KEYS,
+    SINGLE_COMPONENT_KEYS,
+    Settings,
+    default_name,
+    list_component_entries,
+    merge_config,
+    read_config_file,
+    resolve_config,
+)
+from tuneforge.plugin.config import RunConfig as RunConfig
+from tuneforge.plugin.declaration import Option, describe_type, get_options
+from tuneforge.plugin.names import option_prefix
+
+SHORT_FORMS = ("epochs", "lr")
+_COMPONENT_KEYS = {**SINGLE_COMPONENT_KEYS, **REPEATABLE_COMPONENT_KEYS}
+_HELP = {
+    "data": "Where samples come from.", "model": "What builds the model.",
+    "adapt": "What changes the model, in order.", "loss": "The training loss (fills train_step).",
+    "metrics": "Metrics to compute in evaluation.", "strategy": "What says what to do.",
+    "schedule": "Course of the learning rate, in place of the strategy's.",
+    "optimizer": "The optimizer, in place of the strategy's.", "callback": "A callback that takes part in the run.",
+    "augment": "A random change of training inputs.",
+}  # fmt: skip
+
+
+@attrs.frozen
+class SelectedComponent:
+    """A component that the command line or the file names.
+
+    Args:
+        key: `strategy`, `callback`, ...
+        name: As given.
+        prefix: What its options begin with on the command line.
+        file_options: Its options in the file.
+    """
+
+    key: str
+    name: str
+    prefix: str
+    file_options: Mapping[str, Any]
+
+
+class ComponentCommand(click.Command):
+    """A command that has, beside its own options, those of the components it is told to use."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Find the components first, then parse with their options known."""
+        picks = [key for key in _COMPONENT_KEYS if any(parameter.name == key for parameter in self.params)]
+        ctx.meta["tuneforge.file"] = self.load_base_config(ctx, args)
+        ctx.meta["tuneforge.chosen"] = list(_select_components(args, ctx.meta["tuneforge.file"], picks))
+        return super().parse_args(ctx, args)
+
+    def load_base_config(self, ctx: click.Context, args: list[str]) -> dict[str, Any]:
+        """The table that flags go over: the file's."""
+        return config_table_from_args(args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The command's own parameters and the components'."""
+        return [*super().get_params(ctx), *self._component_options(ctx)]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The command's own options, then a section for each component."""
+        own = super().get_params(ctx)
+        records = [record for parameter in own if (record := parameter.get_help_record(ctx))]
+        with formatter.section("Options"):
+            formatter.write_dl(records)
+        for each in ctx.meta["tuneforge.chosen"]:
+            dotted = [record for option in _click_options(each) if (record := option.get_help_record(ctx))]
+            if dotted:
+                with formatter.section(f"Options of {registry.NOUN_BY_GROUP[_COMPONENT_KEYS[each.key]]} '{each.name}'"):
+                    formatter.write_dl(dotted)
+        formatter.write_paragraph()
+        formatter.write_text("Name a component to see its options, for example: --data digits --help")
+
+    def _component_options(self, ctx: click.Context) -> list[click.Parameter]:
+        return [option for each in ctx.meta.get("tuneforge.chosen", ()) for option in _click_options(each)]
+
+
+def component_options(*keys: str, fallback: str = "") -> list[click.Parameter]:
+    """Flags that pick components; `fallback` says what happens without one, where that is not the usual."""
+    notes = {key: f" [default: {fallback}]" if fallback else _default_note(key) for key in keys}
+    return [
+        click.Option(
+            [f"--{key}", key], metavar="NAME", help=_HELP[key] + notes[key], multiple=key in REPEATABLE_COMPONENT_KEYS
+        )
+        for key in keys
+    ]
+
+
+def run_options() -> list[click.Parameter]:
+    """Flags that pick components, and the run's own settings."""
+    short = [
+        click.Option([f"--{key}", f"short_{key}"], metavar="VALUE", help=f"Short for --strategy.{key}.")
+        for key in SHORT_FORMS
+    ]
+    settings = [_setting(option) for option in get_options(Settings).values()]
+    config = click.Option(["--config"], metavar="FILE", help="A TOML file with any of these; flags beat it.")
+    return [*component_options(*_COMPONENT_KEYS), *short, *settings, config]
+
+
+def build_config(ctx: click.Context, values: Mapping[str, Any]) -> RunConfig:
+    """The run configuration that parsed flags describe, over the file's.
+
+    Raises:
+        UsageError: A short form names an option that the strategy does not have, or flags contradict.
+    """
+    return resolve_config(merge_config(ctx.meta["tuneforge.file"], flags_to_table(ctx, values)))
+
+
+def flags_to_table(ctx: click.Context, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The table that parsed flags alone describe.
+
+    Raises:
+        UsageError: A short form names an option that the strategy does not have.
+    """
+    flags: dict[str, Any] = {}
+    known = get_options(Settings)
+    for name, value in values.items():
+        if name in known and value is not None:
+            flags[known[name].key] = value
+    by_component = _component_values(ctx, values)
+    for key in SINGLE_COMPONENT_KEYS:
+        picked = values.get(key)
+        found = picked or _name_in_file(ctx, key)
+        options = by_component.get((key, str(found)), {})
+        if picked or options:
+            flags[key] = {"name": found, **options}
+    for key in REPEATABLE_COMPONENT_KEYS:
+        named = [*values.get(key, ()), *(name for where, name in by_component if where == key)]
+        if named:
+            flags[key] = [{"name": name, **by_component.get((key, name), {})} for name in dict.fromkeys(named)]
+    _apply_short_forms(ctx, flags, values)
+    return flags
+
+
+def format_default(option: Option) -> str:
+    """`[default: 1]` or `[required]`, as help shows it."""
+    if option.required:
+        return "[required]"
+    return f"[default: {format_value(option.default)}]"
+
+
+def format_value(value: Any) -> str:
+    """An option's value as a user would write it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(format_value, value)) or "empty"
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={format_value(item)}" for key, item in value.items()) or "empty"
+    return "none" if value is None else str(value)
+
+
+def _setting(option: Option) -> click.Option:
+    if option.type is bool:
+        return click.Option(
+            [f"--{option.key}/--no-{option.key}", option.name],
+            default=None,
+            help=f"{option.help} {format_default(option)}",
+        )
+    return click.Option(
+        [f"--{option.key}", option.name], metavar=_metavar(option), help=f"{option.help} {format_default(option)}"
+    )
+
+
+def _metavar(option: Option) -> str:
+    if typing.get_origin(option.type) is Literal:
+        return "[" + "|".join(map(str, typing.get_args(option.type))) + "]"
+    words = {"integer": "INTEGER", "number": "NUMBER", "text": "TEXT", "path": "PATH", "true or false": "BOOLEAN"}
+    text = describe_type(option.type)
+    first = text.partition(" or ")[0]
+    return words.get(text) or words.get(first, "VALUE")
+
+
+def _click_options(component: SelectedComponent) -> Iterator[click.Option]:
+    cls = registry.load_component(
+        registry.find_component(_COMPONENT_KEYS[component.key], component.name, where=f"--{component.key}")
+    )
+    given = {key.replace("-", "_"): value for key, value in component.file_options.items()}
+    for option in get_options(cls).values():
+        shown = attrs.evolve(option, default=given.get(option.name, option.default))
+        choices = f" ({describe_type(option.type)})" if _metavar(option) == "VALUE" else ""
+        yield click.Option(
+            [f"--{component.prefix}.{option.key}", _python_name(component, option)],
+            metavar=_metavar(option),
+            help=f"{option.help}{choices} {format_default(shown)}",
+        )
+
+
+def _python_name(chosen: SelectedComponent, option: Option) -> str:
+    return _python_prefix(chosen) + option.name
+
+
+def _python_prefix(chosen: SelectedComponent) -> str:
+    """What click calls the options of a component: an identifier that no setting has."""
+    return re.sub(r"\W", "_", f"dotted__{chosen.key}__{chosen.name}__")
+
+
+def _component_values(ctx: click.Context, values: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for each in ctx.meta["tuneforge.chosen"]:
+        prefix = _python_prefix(each)
+        given = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+        options = {name: value for name, value in given.items() if value is not None}
+        if options:
+            found[each.key, each.name] = options
+    return found
+
+
+def _apply_short_forms(ctx: click.Context, flags: dict[str, Any], values: Mapping[str, Any]) -> None:
+    name = values.get("strategy") or _name_in_file(ctx, "strategy")
+    for short in SHORT_FORMS:
+        value = values.get(f"short_{short}")
+        if value is None:
+            continue
+        known = get_options(
+            registry.load_component(registry.find_component("finetune_strategy", str(name), where="--strategy"))
+        )
+        if short not in known:
+            raise UsageError(
+                f"strategy '{name}' has no option '{short}'",
+                where=f"--{short}",
+                fix=f"it has {', '.join(f'--strategy.{each.key}' for each in known.values()) or 'no options'}",
+            )
+        flags.setdefault("strategy", {"name": name}).setdefault(short, value)
+
+
+def config_table_from_args(args: list[str]) -> dict[str, Any]:
+    """The table of the file that a command line names with `--config`; empty where it names none."""
+    path = next(flag_values(args, "--config"), None)
+    return read_config_file(Path(path)) if path is not None else {}
+
+
+def _select_components(args: list[str], file: Mapping[str, Any], keys: list[str]) -> Iterator[SelectedComponent]:
+    """The components whose options this command line can have: named, or used with a dotted flag; and the strategy."""
+    for key in keys:
+        named = list(flag_values(args, f"--{key}"))
+        in_file = list_component_entries(file.get(key))
+        if key in REPEATABLE_COMPONENT_KEYS:
+            for name in dict.fromkeys([*(str(entry.get("name")) for entry in in_file), *named]):
+                given = next((entry for entry in in_file if entry.get("name") == name), {})
+                yield SelectedComponent(key, name, option_prefix(name), _without_name(given))
+            continue
+        given = in_file[0] if in_file else {}
+        dotted = any(arg.startswith(f"--{key}.") for arg in args)
+        default = default_name(key) if dotted or key == "strategy" else None
+        found = named[-1] if named else given.get("name", default)
+        if found:
+            same = given.get("name", default_name(key)) == found
+            yield SelectedComponent(key, str(found), key, _without_name(given) if same else {})
+
+
+def flag_values(args: list[str], flag: str) -> Iterator[str]:
+    """What a command line gives for a flag, each time that it is there."""
+    for index, arg in enumerate(args):
+        if arg == flag and index + 1 < len(args):
+            yield args[index + 1]
+        elif arg.startswith(flag + "="):
+            yield arg.partition("=")[2]
+
+
+def _without_name(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "name"}
+
+
+def _name_in_file(ctx: click.Context, key: str) -> str | None:
+    entries = list_component_entries(ctx.meta["tuneforge.file"].get(key))
+    return (entries[0].get("name") if entries else None) or default_name(key)
+
+
+def _default_note(key: str) -> str:
+    if key in REPEATABLE_COMPONENT_KEYS:
+        return " Repeatable."
+    name = default_name(key)
+    return f" [default: {name}]" if name else ""
