@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 
 import tuneforge
 from tuneforge.engine.data.dataset import Data, Split
@@ -120,9 +119,8 @@ def _write_and_verify(
     """Write one form, open it again and compare it with the run, freshly loaded."""
     predictor = load(run, model=model, device_name="cpu")
     if form.float32:
-        plain = {"precision": "fp32", "memory_format": "contiguous"}
-        predictor.run.config = attrs.evolve(predictor.run.config, **plain)  # type: ignore[arg-type]  # of some other field
-        predictor.model.module.to(memory_format=torch.contiguous_format)
+        predictor.run.forward_pass.precision = "fp32"
+        predictor.run.forward_pass.set_memory_format(predictor.model.module, channels_last=False)
     form.write(predictor, directory)
     opened = form.load(directory, device_name="cpu")
     parity = require_parity(name, make_forward(predictor), opened, predictor.targets, data.test)

@@ -197,7 +197,7 @@ class SampleRecorder:
     @hookimpl(wrapper=True)
     def train_step(self, run: Run, batch: Any) -> Generator[None, Any, Any]:
         """Note the indices; a probe's are not training."""
-        if run.optimization.optimizer is not None and run.freeze_check is not None:
+        if run.optimization.optimizer is not None and run.engine_state.freeze_check is not None:
             self.batches.append((run.step, tuple(batch.indices.tolist())))
             self.rows_by_epoch.setdefault(run.epoch, []).extend(batch.indices.tolist())
         result = yield

@@ -35,7 +35,7 @@ class Slow:
     @tf.hookimpl
     def evaluation_started(self, run):
         if (run.phase is not None, run.epoch) == (self.training, 1 + self.training):
-            run.budget.previous_s += 1000
+            run.engine_state.budget.previous_s += 1000
 
 
 class Late:
@@ -43,7 +43,7 @@ class Late:
 
     @tf.hookimpl(wrapper=True)
     def train_step(self, run):
-        run.budget.previous_s += 1000 * (run.step == 8)
+        run.engine_state.budget.previous_s += 1000 * (run.step == 8)
         return (yield)
 
 
@@ -52,7 +52,7 @@ class Watch:
 
     @tf.hookimpl
     def epoch_ended(self, run):
-        self.previous_s = run.budget.previous_s
+        self.previous_s = run.engine_state.budget.previous_s
 
 
 def fit_between(task):

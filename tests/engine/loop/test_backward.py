@@ -218,13 +218,13 @@ class Told:
     @tf.hookimpl
     def phase_started(self, run):
         if self.start == 1:
-            run.micro_batch = self.most
+            run.engine_state.micro_batch_size = self.most
 
     @tf.hookimpl(wrapper=True)
     def optimizer_step(self, run):
         result = yield
         if run.step + 1 == self.start - 1:
-            run.micro_batch = self.most
+            run.engine_state.micro_batch_size = self.most
         return result
 
 

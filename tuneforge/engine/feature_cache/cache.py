@@ -72,7 +72,7 @@ def build_feature_cache(
         NotCacheableError: There is none, or it would not pay; nothing is changed.
         HaltError: What was found in the store is not what the model gives.
     """
-    num_augmented_copies = run.config.cache_copies if run.augmentations else 0
+    num_augmented_copies = run.config.cache_copies if run.engine_state.augmentations else 0
     _check_supported(run, epochs, num_augmented_copies)
     with preserve_modes_and_buffers(run.model.module):
         cache = FeatureCache(_split_and_verify(run, modes), num_augmented_copies=num_augmented_copies)
@@ -96,10 +96,11 @@ def _check_supported(run: Run, epochs: int, num_augmented_copies: int) -> None:
         raise NotCacheableError("--cache off")
     if run.sharded:
         raise NotCacheableError("--shard leaves each rank a part of the model")
-    for spec, augmentation in zip(run.config.augment, run.augmentations, strict=True):
+    augmentations = run.engine_state.augmentations
+    for spec, augmentation in zip(run.config.augment, augmentations, strict=True):
         if not getattr(augmentation, "per_sample", False):
             raise NotCacheableError(f"augmentation '{spec.name}' may look at more than one sample")
-    if run.augmentations and epochs <= num_augmented_copies:
+    if augmentations and epochs <= num_augmented_copies:
         raise NotCacheableError(
             f"{epochs} epoch(s) of fresh augmentation cost no more than {num_augmented_copies} kept views"
         )
@@ -195,7 +196,7 @@ def _plan_later_phases(run: Run, cache: FeatureCache) -> list[FeatureCache]:
     found: list[FeatureCache] = []
     trainable: set[str] = set()
     left = run.config.cache_mb - num_megabytes(run, cache)
-    for phase in run.next_phases:
+    for phase in run.engine_state.next_phases:
         trainable |= set(select(run.model, phase.train))
         split = cache.split_model
         try:

@@ -13,7 +13,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tuneforge.engine.context.run import Features, Run
+from tuneforge.engine.context.batches import augment, get_workers
+from tuneforge.engine.context.forward import Features
+from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Batch, Split, TensorTree, named_tensors
 from tuneforge.engine.data.loader import fetch_batches
 from tuneforge.engine.data.sampler import SampleRNG, derive_seed
@@ -102,8 +104,9 @@ class FeatureExtractor:
     def load_or_extract(self, name: str, split: Split, copy_index: int | None) -> Values:
         """The values of all samples of a split, from the store where they are in it."""
         key = self._key(split, copy_index, self._model_key)
-        if key in self._run.later_features:
-            values = self._run.later_features.pop(key)
+        later_features = self._run.engine_state.later_features
+        if key in later_features:
+            values = later_features.pop(key)
             self._verify_features(values, split, copy_index, key)
             self._cache.num_hits += 1
             return values
@@ -173,13 +176,13 @@ class FeatureExtractor:
         for each in self._later_phases:
             key = self._key(split, copy_index, each.model_key)
             if key is not None:
-                self._run.later_features[key] = tuple(kept[name] for name in each.split_model.cut)
+                self._run.engine_state.later_features[key] = tuple(kept[name] for name in each.split_model.cut)
         return tuple(kept[name] for name in cut)
 
     def _extract_batches(self, backbone: nn.Module, split: Split, copy_index: int | None) -> Iterator[Values]:
         ranks, starts = self._run.process_group, range(0, len(split), self._batch_size)
         indices = (self._rows(split, start) for start in starts[ranks.rank :: ranks.world_size])
-        local = fetch_batches(split, indices, workers=self._run.workers)
+        local = fetch_batches(split, indices, workers=get_workers(self._run))
         for first in range(0, len(starts), ranks.world_size):
             self._save_if_due()
             group = [self._rows(split, start) for start in starts[first : first + ranks.world_size]]
@@ -221,7 +224,8 @@ class FeatureExtractor:
             inputs = run.prepare_inputs(samples)
             if copy_index is not None and self._cache.num_augmented_copies:
                 rng = SampleRNG(run.config.seed, copy_index, indices)
-                inputs = run.augment(Batch(inputs, run.to_device(split.targets[indices]), indices, None, rng)).inputs
+                batch = Batch(inputs, run.to_device(split.targets[indices]), indices, None, rng)
+                inputs = augment(run, batch).inputs
             values: Values = call_module(backbone, inputs)
         return values
 
@@ -275,7 +279,7 @@ def _hash_model(run: Run, backbone: Any, size: int) -> str:
         "tensors": tensors.hexdigest(),
         "batch": size,
         "precision": run.config.precision,
-        "channels-last": run.channels_last,
+        "channels-last": run.forward_pass.channels_last,
         "device": [str(run.device.torch), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
         "torch": torch.__version__,
         "kernels": _describe_kernels(run),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from tuneforge.engine.context.batches import micro_batches
 from tuneforge.engine.context.distributed import ProcessGroup
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Batch, named_tensors
@@ -105,7 +106,7 @@ class BackwardPass:
         """Keep what the run may go back to."""
         if run.config.on_nan == "rollback":
             tensors = {name: tensor.clone() for name, tensor in full_state(run.model.module).items()}
-            kept = {"optimizer": run.optimization.state(run.model), "components": run.component_states}
+            kept = {"optimizer": run.optimization.state(run.model), "components": run.engine_state.component_states}
             self.epoch_start_state = {"model": tensors, **copy.deepcopy(kept)}
 
     def compute(self, run: Run, batches: list[Batch], sizes: Sequence[int]) -> list[tuple[Tensor, int]] | None:
@@ -196,7 +197,8 @@ class BackwardPass:
                     setattr(module, name, value.clone())
 
     def _halve_micro_batch(self, run: Run, largest: int, why: str) -> None:
-        now = min(run.micro_batch or largest, largest)
+        state = run.engine_state
+        now = min(state.micro_batch_size or largest, largest)
         least = 2 if self.norm_statistics else 1  # a norm needs two samples
         if now <= least:
             raise HaltError(
@@ -205,9 +207,11 @@ class BackwardPass:
                 why=why,
                 fix="use a smaller model or smaller inputs, or --precision bf16",
             )
-        run.micro_batch = max(least, -(-now // 2))
+        state.micro_batch_size = max(least, -(-now // 2))
         run.device.empty_cache()
-        run.log(f"  out of memory at optimizer step {run.step + 1}: from here on {run.micro_batch} samples a pass")
+        run.log(
+            f"  out of memory at optimizer step {run.step + 1}: from here on {state.micro_batch_size} samples a pass"
+        )
         if self.norm_statistics:
             run.log("  note: norms see smaller batches now, so the numbers are not those of whole batches")
 
@@ -247,10 +251,11 @@ class BackwardPass:
             return
         self.lr_factor, self.rollbacks = self.lr_factor / 2, self.rollbacks + 1
         restore_state(run.model.module, self.epoch_start_state["model"])
-        if run.freeze_check is not None:  # what a step before this one was due to move is back where it was
-            run.freeze_check.unmoved = dict.fromkeys(run.freeze_check.unmoved)
+        freeze_check = run.engine_state.freeze_check
+        if freeze_check is not None:  # what a step before this one was due to move is back where it was
+            freeze_check.unmoved = dict.fromkeys(freeze_check.unmoved)
         run.optimization.load_state(run.model, self.epoch_start_state["optimizer"])
-        for key, memory in run.component_states.items():
+        for key, memory in run.engine_state.component_states.items():
             memory.clear()
             memory.update(copy.deepcopy(self.epoch_start_state["components"].get(key, {})))
         run.log(f"  went back to the beginning of the epoch: {where}: {what}; {why}; the rate is halved")
@@ -285,13 +290,12 @@ def _local_micro_batches(run: Run, batch: Batch, size: int) -> list[tuple[Batch,
     """
     counts = run.process_group.is_single or run.process_group.num_local(size) > 0
     if not run.sharded:
-        return [(micro_batch, len(micro_batch.indices)) for micro_batch in run.micro_batches(batch)] if counts else []
-    micro_batches = [
-        (micro_batch, len(micro_batch.indices) if counts else 0) for micro_batch in run.micro_batches(batch)
-    ]
+        return [(micro_batch, len(micro_batch.indices)) for micro_batch in micro_batches(run, batch)] if counts else []
+    passes = [(micro_batch, len(micro_batch.indices) if counts else 0) for micro_batch in micro_batches(run, batch)]
     largest = ProcessGroup(0, run.process_group.world_size).num_local(size)
-    number = 1 if run.micro_batch is None else len(batch_sizes(largest, run.micro_batch))
-    return micro_batches + [(micro_batches[-1][0], 0)] * (number - len(micro_batches))
+    size_limit = run.engine_state.micro_batch_size
+    number = 1 if size_limit is None else len(batch_sizes(largest, size_limit))
+    return passes + [(passes[-1][0], 0)] * (number - len(passes))
 
 
 def _find_nonfinite_gradient(run: Run, trainable: list[tuple[str, nn.Parameter]]) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuneforge.engine.context.run import Features, Run
+from tuneforge.engine.context.forward import Features
+from tuneforge.engine.context.run import Run
 from tuneforge.engine.feature_cache.graph_split import Modes
 from tuneforge.engine.model.freezing import preserve_modes_and_buffers, set_modes
 from tuneforge.engine.model.model import call_module, extract_logits
@@ -34,7 +35,8 @@ def compile_forward(run: Run, modes: Modes) -> Callable[..., Any]:
         UsageError: It cannot be compiled here, or gives something else.
     """
     torch.compiler.reset()
-    plain = run.model.module if run.feature_cache is None else run.feature_cache.train_tail
+    feature_cache = run.forward_pass.feature_cache
+    plain = run.model.module if feature_cache is None else feature_cache.train_tail
     inputs = _full_batch(run)
     with preserve_modes_and_buffers(run.model.module):
         set_modes(modes)
@@ -72,7 +74,8 @@ def _log_speedup(run: Run, compile_s: float, saved_s: float) -> None:
 
 def _full_batch(run: Run) -> Any:
     indices = torch.arange(run.config.batch_size) % len(run.data.train)
-    features = None if run.feature_cache is None else run.feature_cache.get_features(run.data.train, indices)
+    feature_cache = run.forward_pass.feature_cache
+    features = None if feature_cache is None else feature_cache.get_features(run.data.train, indices)
     return features if features is not None else run.prepare_inputs(run.data.train.fetch(indices))
 
 

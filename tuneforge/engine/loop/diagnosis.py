@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tuneforge.engine.context.batches import micro_batches
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Batch
 from tuneforge.engine.data.sampler import EpochSampler
@@ -137,7 +138,7 @@ def _backward(run: Run, batch: Batch) -> None:
     """Add the gradient of a batch's loss; in smaller passes where memory does not suffice."""
     summed = run.process_group.world_size if run.sharded else 1  # gradients of so many ranks, each of this same batch
     while True:
-        size = min(run.micro_batch or len(batch.indices), len(batch.indices))
+        size = min(run.engine_state.micro_batch_size or len(batch.indices), len(batch.indices))
         full = False
         try:
             for micro_batch, share in _micro_batches(run, batch):
@@ -155,14 +156,14 @@ def _backward(run: Run, batch: Batch) -> None:
         if not run.process_group.all_reduce_any(full)[0]:
             return
         run.model.module.zero_grad(set_to_none=True)
-        run.micro_batch = -(-size // 2)
+        size = run.engine_state.micro_batch_size = -(-size // 2)
         run.device.empty_cache()
-        run.log(f"  out of memory while gradients are measured: {run.micro_batch} samples a pass here")
+        run.log(f"  out of memory while gradients are measured: {size} samples a pass here")
 
 
 def _micro_batches(run: Run, batch: Batch) -> Iterator[tuple[Batch, float]]:
     """The passes of a batch, each with its share of the samples."""
-    return ((piece, len(piece.indices) / len(batch.indices)) for piece in run.micro_batches(batch))
+    return ((piece, len(piece.indices) / len(batch.indices)) for piece in micro_batches(run, batch))
 
 
 def _first_batches(run: Run, count: int) -> Iterator[Batch]:
@@ -186,7 +187,7 @@ def _preserve_state(run: Run) -> Iterator[None]:
     state = {name: tensor.clone() for name, tensor in full_state(module).items()}
     requires_grad = {name: parameter.requires_grad for name, parameter in run.model.parameters().items()}
     modes = [(child, child.training) for child in module.modules()]
-    micro_batch = run.micro_batch  # a diagnosis is in eval mode, where a pass over one sample will do
+    micro_batch = run.engine_state.micro_batch_size  # a diagnosis is in eval mode, where a pass over one sample will do
     with (
         torch.random.fork_rng(device_type=run.device.torch.type) if run.device.torch.type == "cuda" else _fork_cpu_rng()
     ):
@@ -194,7 +195,7 @@ def _preserve_state(run: Run) -> Iterator[None]:
         try:
             yield
         finally:
-            run.phase, run.micro_batch = None, micro_batch
+            run.phase, run.engine_state.micro_batch_size = None, micro_batch
             restore_state(module, state)
             set_modes(modes)
             freeze(run.model, [name for name, requires in requires_grad.items() if requires])

@@ -47,20 +47,21 @@ def evaluate(
 
 def _retry_on_oom(run: Run, one_pass: Callable[[], T], doing: str) -> T:
     """What a pass over a split gives; it begins again with smaller batches where memory does not suffice."""
+    state = run.engine_state
     while True:
         given: list[T] = []
         try:
             given.append(one_pass())
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or run.eval_batch_size == 1:
+            if not is_out_of_memory(error) or state.eval_batch_size == 1:
                 raise
             if run.sharded:
                 raise out_of_memory_error(root_cause(error), where=doing, flag="--eval-batch-size") from None
         if not run.process_group.all_reduce_any(not given)[0]:
             return given[0]
-        run.eval_batch_size = -(-run.eval_batch_size // 2)
+        state.eval_batch_size = -(-state.eval_batch_size // 2)
         run.device.empty_cache()
-        run.log(f"  out of memory while {doing}: from here on {run.eval_batch_size} samples a pass")
+        run.log(f"  out of memory while {doing}: from here on {state.eval_batch_size} samples a pass")
 
 
 def _evaluate_once(run: Run, split: Split, hardest: HardestSamples | None) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def _evaluate_once(run: Run, split: Split, hardest: HardestSamples | None) -> di
 
 def _iter_outputs(run: Run, split: Split) -> Iterator[tuple[Any, Tensor, Tensor]]:
     """Outputs, targets and rows of each batch of a split; what several ranks compute, each of them is given."""
-    totals = map(len, iter_sequential(len(split), run.eval_batch_size))
+    totals = map(len, iter_sequential(len(split), run.engine_state.eval_batch_size))
     batches = run.evaluation_batches(split, per_rank=True)
     for total in totals:
         if run.process_group.is_single:

@@ -32,14 +32,14 @@ def fit_head(run: Run, step: HeadFit) -> StrategyStepResult:
     freeze(run.model, trainable)
     modes = [(module, False) for module in run.model.module.modules()]
     freeze_check = FreezeCheck.begin(run.model, trainable, modes)
-    run.feature_cache = try_build_feature_cache(run, modes, epochs=1)
-    if run.feature_cache is not None and run.model.head not in dict(run.feature_cache.eval_tail.named_modules()):
-        run.feature_cache = None  # an exported graph holds operations, of which none is the head
+    feature_cache = try_build_feature_cache(run, modes, epochs=1)
+    if feature_cache is not None and run.model.head in dict(feature_cache.eval_tail.named_modules()):
+        run.forward_pass.feature_cache = feature_cache  # an exported graph holds operations, of which none is the head
     features, targets = compute_head_features(run, run.data.train)
     _load_head(run.model.head_module(), *run.data.targets.fit_head(features, targets, l2=step.l2), features)
     run.optimization.reset_state()
     never_updated = freeze_check.finish(run.model)
-    val, run.feature_cache = evaluate(run, run.data.val, "val"), None
+    val, run.forward_pass.feature_cache = evaluate(run, run.data.val, "val"), None
     sizes = {name: parameter.numel() for name, parameter in run.model.parameters().items()}
     num_trainable = sum(sizes[name] for name in trainable)
     return StrategyStepResult(

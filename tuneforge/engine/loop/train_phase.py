@@ -45,6 +45,7 @@ def train_phase(
         SelectorError: The phase names parameters that do not exist.
         HaltError: The loss is no number, or the proof of freezing failed.
     """
+    state = run.engine_state
     trainable = select(run.model, phase.train)
     freeze(run.model, trainable)
     modes = compute_modes(run.model, run.example, batchnorm_stats=phase.batchnorm_stats)
@@ -60,20 +61,22 @@ def train_phase(
     run.phase, run.steps_done, run.progress = phase, 0, 0.0
     run.total_steps = phase.steps or _steps_per_epoch(run) * (phase.epochs or 0)
     if phase_state is None:
-        run.freeze_check = FreezeCheck.begin(run.model, trainable, modes)
+        state.freeze_check = FreezeCheck.begin(run.model, trainable, modes)
         progress = PhaseProgress(tracker, backward_pass, run.device.loss_accumulator())
         run.hooks.call.phase_started(run=run)
     else:
-        run.freeze_check = FreezeCheck.from_state(phase_state["proof"])
+        state.freeze_check = FreezeCheck.from_state(phase_state["proof"])
         progress = PhaseProgress.from_state(phase_state, tracker, backward_pass, run)
         _log_resume_point(run, sampling, progress, schedule)
-    freeze_check = run.freeze_check
+    freeze_check = state.freeze_check
     if freezes:
-        save_if_due = functools.partial(run.save, progress)
-        run.feature_cache = try_build_feature_cache(run, modes, epochs=_num_epochs(run, phase), save_if_due=save_if_due)
+        save_if_due = functools.partial(state.save, progress)
+        run.forward_pass.feature_cache = try_build_feature_cache(
+            run, modes, epochs=_num_epochs(run, phase), save_if_due=save_if_due
+        )
     if run.config.compile and not tracker.stop_reason:
-        if run.process_group.is_single and run.micro_batch is None:
-            run.compiled_module = compile_forward(run, modes)
+        if run.process_group.is_single and state.micro_batch_size is None:
+            run.forward_pass.compiled_module = compile_forward(run, modes)
         else:
             run.log("  not compiled: passes are smaller than a batch")
 
@@ -85,8 +88,8 @@ def train_phase(
         on_metrics = functools.partial(tracker.update, run, loss, trainable)
         metrics = evaluate(run, run.data.val, "val", on_metrics=on_metrics)
         _record_epoch(run, tracker, loss, metrics, seconds=time.perf_counter() - began)
-        tracker.stop_reason = tracker.stop_reason or run.budget.check_exhausted(run)
-        run.save(progress)
+        tracker.stop_reason = tracker.stop_reason or state.budget.check_exhausted(run)
+        state.save(progress)
         fault_injection.point("epoch")
 
     return _finish_phase(run, phase, trainable, tracker, backward_pass)
@@ -102,13 +105,16 @@ def _finish_phase(
     """
     run.process_group.check_equal(full_state(run.model.module))
     run.hooks.call.phase_ended(run=run)
-    assert run.freeze_check is not None
-    never_updated = run.freeze_check.finish(run.model)
-    num_augmented_copies = run.feature_cache.num_augmented_copies if run.feature_cache is not None else 0
+    freeze_check = run.engine_state.freeze_check
+    assert freeze_check is not None
+    never_updated = freeze_check.finish(run.model)
+    forward_pass = run.forward_pass
+    num_augmented_copies = forward_pass.feature_cache.num_augmented_copies if forward_pass.feature_cache else 0
     if phase.restore_best and tracker.best_epoch != len(tracker.history):
         restore_state(run.model.module, tracker.best_state)
         run.optimization.reset_state()
-    run.phase = run.freeze_check = run.feature_cache = run.compiled_module = None
+    run.phase = run.engine_state.freeze_check = None
+    forward_pass.feature_cache = forward_pass.compiled_module = None
     sizes = {name: parameter.numel() for name, parameter in run.model.parameters().items()}
     return StrategyStepResult(
         step_name=phase.name,
@@ -151,7 +157,7 @@ def _set_lr(run: Run, progress: PhaseProgress, schedule: Any, step: int) -> None
 
 def _is_epoch_over(run: Run) -> bool:
     """True where no further step may be taken, though samples of the epoch may be left."""
-    return run.steps_done >= run.total_steps or bool(run.budget.exhausted_reason(run))
+    return run.steps_done >= run.total_steps or bool(run.engine_state.budget.exhausted_reason(run))
 
 
 def _num_epochs(run: Run, phase: Phase) -> int:
@@ -165,7 +171,8 @@ def _steps_per_epoch(run: Run) -> int:
 def _train_epoch(run: Run, sampling: SamplingWeights, progress: PhaseProgress, schedule: Any) -> float:
     """One pass over the training split, or what is left of it. Returns the mean loss."""
     sampler = sampling.make_sampler(run)
-    backward_pass, freeze_check = progress.backward_pass, run.freeze_check
+    state = run.engine_state
+    backward_pass, freeze_check = progress.backward_pass, state.freeze_check
     assert freeze_check is not None
     run.model.module.train()  # so that a module's own train() is told; the modes of the phase follow
     if progress.next_batch == 0:
@@ -195,8 +202,8 @@ def _train_epoch(run: Run, sampling: SamplingWeights, progress: PhaseProgress, s
         if freeze_check.unmoved and run.steps_done.bit_count() == 1:  # after steps 1, 2, 4, 8, ...
             freeze_check.update(run.model)
         fault_injection.point("step")
-        spent = run.budget.check_exhausted(run)
-        run.save(progress)
+        spent = state.budget.check_exhausted(run)
+        state.save(progress)
         fault_injection.point("step-saved")
         if spent or run.steps_done == run.total_steps:
             break
@@ -248,7 +255,8 @@ class PhaseProgress:
 
     def state(self, run: Run) -> dict[str, Any]:
         """All of it as tensors and plain data."""
-        assert run.freeze_check is not None
+        freeze_check = run.engine_state.freeze_check
+        assert freeze_check is not None
         loss, count = self._all_reduce(run)
         return {
             "loss": loss,
@@ -257,7 +265,7 @@ class PhaseProgress:
             "steps_done": run.steps_done,
             "gradients": self.backward_pass.state(),
             "course": {name: getattr(self.tracker, name) for name in _TRACKER_FIELDS},
-            "proof": run.freeze_check.state(),
+            "proof": freeze_check.state(),
         }
 
     @classmethod

@@ -258,10 +258,10 @@ class Engine:
             resume_state.restore(state)
             run.log(resume_state.describe(name))
 
-        run.save = resume_state.save
+        run.engine_state.save = resume_state.save
         if self._stop_error is not None:
             resume_state.save(None)
-        run.budget.start()
+        self._budget.start()
         reason = self._run_strategy(run, resume_state)
         for name, parameter in run.model.parameters().items():
             parameter.requires_grad_(name not in run.model.user_frozen)  # as it came
@@ -291,12 +291,12 @@ class Engine:
             hooks=hooks,
             log_sink=self._build_log(run_dir),
         )
-        run.augmentations = tuple(create_component("augment", spec) for spec in self.config.augment)
+        run.engine_state.augmentations = tuple(create_component("augment", spec) for spec in self.config.augment)
         hooks.add(RegisteredComponent(RunLogger(run_dir), "engine", "the engine's own record"))
-        self._budget = run.budget = Budget.load(self.config.budget, run_dir.path)
+        self._budget = run.engine_state.budget = Budget.load(self.config.budget, run_dir.path)
         if self._resume_dir is None:
             run_dir.write(RUN, describe_run(run, self._members))
-        run_dir.write_status("running", elapsed_s=run.budget.previous_s)
+        run_dir.write_status("running", elapsed_s=self._budget.previous_s)
         run.log(f"run: {run_dir.path}")
         if not process_group.is_single:
             run.log(f"ranks: {process_group.world_size} processes, each with its share of every batch")
@@ -337,11 +337,11 @@ class Engine:
         number = -1
         while True:
             number += 1
-            run.budget.completed_steps = len(resume_state.completed_steps)
+            self._budget.completed_steps = len(resume_state.completed_steps)
             if (
                 number == len(resume_state.completed_steps)
                 and resume_state.phase_state is None
-                and (spent := run.budget.check_exhausted(run))
+                and (spent := self._budget.check_exhausted(run))
             ):
                 run.log(f"{spent}, so no further step is taken")
                 steps.close()
@@ -360,7 +360,9 @@ class Engine:
             if step.why:
                 run.log(f"  because {step.why}")
             phase_state, resume_state.phase_state = resume_state.phase_state, None
-            run.next_phases = tuple(itertools.takewhile(lambda each: isinstance(each, Phase), plan[number + 1 :]))
+            run.engine_state.next_phases = tuple(
+                itertools.takewhile(lambda each: isinstance(each, Phase), plan[number + 1 :])
+            )
             result = _execute_step(run, step, resume_state, phase_state)
             run.process_group.broadcast(list(full_state(run.model.module).values()))
             for line in messages.format_step_result(result):
@@ -385,8 +387,8 @@ class Engine:
             "num_samples": {name: len(split) for name, split in run.data.splits().items()},
             "splits": splits,
         }
-        if run.budget.exhausted_at is not None:
-            report["stopped_by_budget"] = run.budget.exhausted_at[0]
+        if self._budget.exhausted_at is not None:
+            report["stopped_by_budget"] = self._budget.exhausted_at[0]
         run_dir.write(REPORT, report)
         run_dir.write(HARDEST_SAMPLES, describe_hardest_samples(run, run.data.test, hardest))
         for line in messages.format_metrics(splits, run.data.targets.primary_metrics):
@@ -438,8 +440,9 @@ class _DefaultOptimizerStep:
     @hookimpl
     def optimizer_step(self, run: Run) -> bool:
         """Note what the gradients are due to move, apply them and drop them."""
-        if run.freeze_check is not None and run.freeze_check.unmoved:
-            run.freeze_check.observe(run.model, run.optimization.param_groups())
+        freeze_check = run.engine_state.freeze_check
+        if freeze_check is not None and freeze_check.unmoved:
+            freeze_check.observe(run.model, run.optimization.param_groups())
         run.optimization.step()
         return True
 

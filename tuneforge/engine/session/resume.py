@@ -133,10 +133,11 @@ class ResumeState:
         restore_state(run.model.module, state["model"])
         run.optimization.pending_state = state["optimizer"]
         self.components.current_optimizer = state["optimizer_part"]
-        run.component_states, run.history = state["components"], state["history"]
-        run.step, run.epoch, run.micro_batch = state["step"], state["epoch"], state["micro_batch"]
-        run.eval_batch_size = state["eval_batch"]
-        run.budget.previous_s = max(run.budget.previous_s, state["elapsed_s"])
+        run.step, run.epoch, run.history = state["step"], state["epoch"], state["history"]
+        engine_state = run.engine_state
+        engine_state.component_states = state["components"]
+        engine_state.micro_batch_size, engine_state.eval_batch_size = state["micro_batch"], state["eval_batch"]
+        engine_state.budget.previous_s = max(engine_state.budget.previous_s, state["elapsed_s"])
         torch.set_rng_state(state["random"].cpu())
         self.snapshots, self.phase_state = state["snapshots"], state["phase"]
         self.task = from_json((self.run_dir.path / TASK).read_text(encoding="utf-8"))
@@ -155,18 +156,18 @@ class ResumeState:
         return f"resumed from checkpoint '{name}': {where} of the strategy, {self.run.step} optimizer step(s) taken"
 
     def _state(self, progress: PhaseProgress | None) -> dict[str, Any]:
-        run = self.run
+        run, engine_state = self.run, self.run.engine_state
         return {
             "model": full_state(run.model.module),
             "optimizer": run.optimization.state(run.model),
             "optimizer_part": self.components.current_optimizer,
-            "components": run.component_states,
+            "components": engine_state.component_states,
             "history": run.history,
             "step": run.step,
-            "micro_batch": run.micro_batch,
-            "eval_batch": run.eval_batch_size,
+            "micro_batch": engine_state.micro_batch_size,
+            "eval_batch": engine_state.eval_batch_size,
             "epoch": run.epoch,
-            "elapsed_s": run.budget.elapsed_s(),
+            "elapsed_s": engine_state.budget.elapsed_s(),
             "random": torch.get_rng_state(),
             "snapshots": self.snapshots,
             "phase": None if progress is None else progress.state(run),

@@ -1,0 +1,152 @@
+"""The batches of a run: stored samples become training and evaluation batches on the run's device."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from tuneforge.engine.context.forward import FeatureCacheProtocol, Features
+from tuneforge.engine.data.dataset import Batch, Split, TensorTree, map_inputs
+from tuneforge.engine.data.loader import batch_sizes, iter_batches, iter_sampled, iter_sequential
+from tuneforge.engine.data.sampler import EpochSampler, SampleRNG
+from tuneforge.engine.data.workers import Workers
+
+if TYPE_CHECKING:
+    from tuneforge.engine.context.run import Run
+
+_GATHER_BLOCK_BYTES = 1 << 24  # cached features that are gathered at once
+
+
+def get_workers(run: Run) -> Workers:
+    """Return the processes that decode samples, the same ones for all splits and all passes of a run."""
+    state = run.engine_state
+    if state.workers is None:
+        sources = [split.source for split in run.data.splits().values()]
+        state.workers = Workers(run.config.num_workers, sources, run.log)
+    return state.workers
+
+
+def training_batches(
+    run: Run, sampler: EpochSampler, weights: Tensor | None, *, start: int = 0, per_rank: bool = True
+) -> Iterator[Batch]:
+    """Yield the augmented batches of one epoch of the training split, on the device.
+
+    Args:
+        run: With data and model.
+        sampler: The order of the epoch.
+        weights: Factor of each sample's loss (n,), or None.
+        start: The batch to begin with.
+        per_rank: True to yield only this rank's share of each batch.
+    """
+    split, rng_seed, epoch = run.data.train, run.config.seed, run.epoch
+    span = {"span": run.process_group.local_range} if per_rank else {}
+    indices = iter_sampled(sampler, run.config.batch_size, start=start, **span)
+    feature_cache = run.forward_pass.feature_cache
+    if feature_cache is not None:
+        yield from _cached_batches(run, feature_cache, indices, weights)
+        return
+
+    def collate(chosen: Tensor, stored: TensorTree) -> Batch:
+        rng = SampleRNG(rng_seed, epoch, chosen)
+        return augment(run, _make_batch(run, split, chosen, prepare_inputs(run, stored), rng, weights))
+
+    yield from iter_batches(split, indices, collate, workers=get_workers(run))
+
+
+def _cached_batches(
+    run: Run, feature_cache: FeatureCacheProtocol, indices: Iterator[Tensor], weights: Tensor | None
+) -> Iterator[Batch]:
+    """Yield batches of cached features, gathered for several steps at once, which costs less than one gather a step."""
+    split = run.data.train
+    num_batches = max(1, _GATHER_BLOCK_BYTES // (run.config.batch_size * feature_cache.bytes_per_sample))
+    while block := list(itertools.islice(indices, num_batches)):
+        chosen = torch.cat(block)
+        features = feature_cache.get_features(split, chosen, epoch=run.epoch)
+        rng = SampleRNG(run.config.seed, run.epoch, chosen)
+        yield from split_batch(_make_batch(run, split, chosen, features, rng, weights), [len(each) for each in block])
+
+
+def evaluation_batches(run: Run, split: Split, *, per_rank: bool = False) -> Iterator[Batch]:
+    """Yield every sample of a split once, in order, on the device.
+
+    Args:
+        run: With data and model.
+        split: What is evaluated.
+        per_rank: True to yield only this rank's share of each batch.
+    """
+    indices = iter_sequential(len(split), run.engine_state.eval_batch_size)
+    if per_rank:
+        indices = map(run.process_group.local_indices, indices)
+    feature_cache = run.forward_pass.feature_cache
+    if feature_cache is not None and feature_cache.get_features(split, torch.tensor([0])) is not None:
+        for chosen in indices:
+            yield _evaluation_batch(run, split, chosen, feature_cache.get_features(split, chosen))
+        return
+
+    def collate(chosen: Tensor, stored: TensorTree) -> Batch:
+        return _evaluation_batch(run, split, chosen, prepare_inputs(run, stored))
+
+    yield from iter_batches(split, indices, collate, workers=get_workers(run))
+
+
+def prepare_inputs(run: Run, samples: TensorTree) -> Any:
+    """Return what the model takes, on the run's device, from the stored inputs of a batch."""
+    return run.forward_pass.to_device(run.data.inputs.preprocess(map_inputs(samples, run.device.move)))
+
+
+def augment(run: Run, batch: Batch) -> Batch:
+    """Return the batch after every augmentation of the run, each with random numbers of its own."""
+    for salt, augmentation in enumerate(run.engine_state.augmentations):
+        batch = augmentation.augment(run, attrs.evolve(batch, rng=attrs.evolve(batch.rng, salt=salt)))
+    return batch
+
+
+def _evaluation_batch(run: Run, split: Split, indices: Tensor, inputs: Any) -> Batch:
+    return _make_batch(run, split, indices, inputs, SampleRNG(run.config.seed, 0, indices), None)
+
+
+def _make_batch(run: Run, split: Split, indices: Tensor, inputs: Any, rng: SampleRNG, weights: Tensor | None) -> Batch:
+    return Batch(
+        inputs=inputs,
+        targets=run.forward_pass.to_device(split.targets.index_select(0, indices)),
+        indices=indices,
+        weights=None if weights is None else run.device.move(weights.index_select(0, indices)),
+        rng=rng,
+    )
+
+
+def micro_batches(run: Run, batch: Batch) -> Iterable[Batch]:
+    """Return the batch in parts of at most `micro_batch_size` samples; a last part of one sample joins the one before.
+
+    A part of a single sample has no batch statistics, so BatchNorm could not train on it.
+    """
+    size = run.engine_state.micro_batch_size
+    if size is None or len(batch.indices) <= size:
+        return (batch,)
+    return split_batch(batch, batch_sizes(len(batch.indices), size))
+
+
+def split_batch(batch: Batch, sizes: Sequence[int]) -> Iterator[Batch]:
+    """Yield a batch in parts of these sizes, as views of its tensors."""
+    if len(sizes) == 1:
+        yield batch
+        return
+    start = 0
+    for size in sizes:
+        part = slice(start, start + size)
+        weights = None if batch.weights is None else batch.weights[part]
+        indices = batch.indices[part]
+        inputs = _slice_inputs(batch.inputs, part)
+        yield Batch(inputs, batch.targets[part], indices, weights, attrs.evolve(batch.rng, indices=indices))
+        start += size
+
+
+def _slice_inputs(inputs: Any, part: slice) -> Any:
+    if isinstance(inputs, Features):
+        return Features(tuple(each[part] for each in inputs.values))
+    return map_inputs(inputs, lambda tensor: tensor[part])
