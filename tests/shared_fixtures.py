@@ -24,8 +24,18 @@ MEMORY = "/dev/shm"
 if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
     # Much of the time went into waiting for the disk at each fsync. No test loses by it: a killed process cannot show a
     # missing fsync, and test_disk_full.py, where one fails, puts itself between the code and any disk.
+    # The compiler's cache is kept beyond the tests, so it does not belong in memory.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}")
     os.environ["TMPDIR"] = MEMORY
     tempfile.tempdir = None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep cached features of module fixtures, which are made before a test has its own cache, out of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNEFORGE_CACHE", str(tmp_path_factory.mktemp("shared-cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import attrs
 import pytest
-from shared_fixtures import own_cache, plant, tune
+from shared_fixtures import own_cache, plant, shared_cache, tune
 from tuneforge_serve.feedback.request_log import RequestLog
 from tuneforge_serve.server.service import Limits
 
@@ -94,4 +94,4 @@ def records(tmp_path: Path) -> Iterator[RequestLog]:
         yield opened
 
 
-__all__ = ["own_cache", "plant", "tune"]
+__all__ = ["own_cache", "plant", "shared_cache", "tune"]
