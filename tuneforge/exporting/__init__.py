@@ -6,9 +6,20 @@ Names are imported when first used.
 from tuneforge.lazy_names import lazy_names
 
 _NAMES_OF_MODULE = {
+    "tuneforge.engine.storage.atomic": (
+        "atomic_write",
+        "fsync_path",
+        "write_json",
+    ),
+    "tuneforge.engine.storage.run_files": ("read_json",),
     "tuneforge.engine.storage.safetensors_io": (
         "load_tensors",
         "save_tensors",
+    ),
+    "tuneforge.exporting.atomic_dir": (
+        "atomic_directory",
+        "publish",
+        "verify_manifest",
     ),
     "tuneforge.exporting.bundle": (
         "InferenceModel",

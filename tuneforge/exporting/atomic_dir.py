@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneforge.engine.storage import fault_injection as faults
-from tuneforge.engine.storage.run_dir import write_json
+from tuneforge.engine.storage.atomic import fsync_path, is_disk_full, size_and_sha256, write_json
 from tuneforge.errors import FolderError, TryAgainError, TuneforgeError
 
 MANIFEST = "manifest.json"
@@ -51,7 +50,7 @@ def write_manifest(folder: Path) -> None:
     """List every file with its size and SHA-256, flush all of it."""
     files = {}
     for path in sorted(each for each in folder.rglob("*") if each.is_file() and each.name != MANIFEST):
-        size, digest = _size_and_digest(path)
+        size, digest = size_and_sha256(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": size, "sha256": digest}
     write_json(folder / MANIFEST, {"files": files})
     for path in (*sorted(folder.rglob("*")), folder):
@@ -81,26 +80,11 @@ def verify_manifest(folder: Path) -> None:
         raise _broken_error(folder, MANIFEST, f"{type(error).__name__}: {error}") from None
     for name, measured in expected.items():
         try:
-            found = _size_and_digest(folder / name)
+            found = size_and_sha256(folder / name)
         except OSError as error:
             raise _broken_error(folder, name, error.strerror or str(error)) from None
         if found != measured:
             raise _broken_error(folder, name, "its content is not what was written")
-
-
-def fsync_path(path: Path) -> None:
-    """Make a file or the entries of a folder last."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _size_and_digest(path: Path) -> tuple[int, str]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), digest
 
 
 def _broken_error(folder: Path, name: str, why: str) -> FolderError:
@@ -111,6 +95,6 @@ def _broken_error(folder: Path, name: str, why: str) -> FolderError:
 
 def _write_error(path: Path, error: OSError) -> TuneforgeError:
     why = error.strerror or str(error)
-    if error.errno in (28, 122):  # ENOSPC, EDQUOT
+    if is_disk_full(error):
         return TryAgainError(f"cannot write '{path}'", why=why, fix="free some space and try again")
     return FolderError(f"cannot write '{path}'", why=why, fix="name a folder that you may write to")

@@ -194,7 +194,7 @@ def test_pickled_weights_are_never_opened(tmp_path: Path, suffix: str) -> None:
 
 def test_a_pickle_by_another_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"\x80\x04N.")
-    with pytest.raises(UnsafeFileError, match="no valid safetensors file"):
+    with pytest.raises(UnsafeFileError, match="not a valid safetensors file"):
         build("resnet18", weights=str(tmp_path / "w.safetensors"))
 
 

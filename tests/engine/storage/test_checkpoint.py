@@ -127,7 +127,7 @@ def test_a_resumed_run_says_where_it_goes_on(tmp_path):
     said = []
     engine(path, resume=True, say=said.append).run()
     damaged, used = newest.name, next(line for line in said if line.startswith("resumed"))
-    assert f"skipped checkpoint '{damaged}' is broken at state.json: it has 2 bytes" in "\n".join(said)
+    assert f"skipped checkpoint '{damaged}' is damaged at state.json: it has 2 bytes" in "\n".join(said)
     assert used.endswith("in step 2 of the strategy, 7 optimizer step(s) taken")
     where = next(line for line in said if line.startswith("  goes on"))
     assert where.startswith("  goes on at optimizer step 8, epoch 3, batch 3, lr 0.0")
@@ -236,7 +236,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_the_same(whole, tmp_path,
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     engine(path, resume=True).run()
     assert contents(path) == whole[0]
-    assert f"is broken at {name}" in (path / "log.txt").read_text()
+    assert f"is damaged at {name}" in (path / "log.txt").read_text()
 
 
 def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(tmp_path):

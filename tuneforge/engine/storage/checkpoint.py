@@ -1,17 +1,15 @@
-"""Checkpoints: a nested structure of plain data and tensors, saved all or nothing, found broken before it is used.
+"""Checkpoints: nested plain data and tensors, saved atomically and verified before anything of them is used.
 
-A checkpoint is a folder under `checkpoints/` with `state.json` (plain data, tensors by reference),
-`tensors.safetensors` (each tensor once, however often it is referred to) and, written last, `manifest.json` (what the
-checkpoint is, and size and SHA-256 of both). It is built under a temporary name, flushed, and renamed. An old one is
-deleted when a newer one has verified, unless it holds a file named `pinned`.
+A checkpoint is a directory under `checkpoints/` with `state.json` (plain data, tensors by reference),
+`tensors.safetensors` (each tensor once, however often it is referred to) and, written last, `manifest.json` (step, and
+size and SHA-256 of both files). It is built under a temporary name, flushed to the disk, and renamed. An old checkpoint
+is deleted once a newer one has been verified, unless it holds a file named `pinned`.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -24,28 +22,28 @@ import torch
 from torch import Tensor
 
 from tuneforge.engine.storage import fault_injection as faults
-from tuneforge.engine.storage.run_dir import atomic_write, write_error
+from tuneforge.engine.storage.atomic import atomic_write, fsync_path, is_disk_full, size_and_sha256, write_error
 from tuneforge.engine.storage.safetensors_io import load_tensors, save_tensors
 from tuneforge.errors import FolderError, TuneforgeError
 from tuneforge.plugin.serialization import from_json, to_json
 
 CHECKPOINTS_DIR = "checkpoints"
 PINNED = "pinned"
-"""A file of this name in a checkpoint's folder, whatever it holds, keeps that checkpoint for good."""
+"""A checkpoint whose directory holds a file of this name, whatever its content, is never deleted."""
 
 _STATE, _TENSORS, _MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
 _REFERENCE = "__tensor__"
-_NAME = re.compile(r"\.?(\d{6,})(-step-\d+|\.part)")  # what else lies there is not ours to delete
+_NAME = re.compile(r"\.?(\d{6,})(-step-\d+|\.part)")  # other files in the directory are the user's: never deleted
 
 
 @attrs.frozen
 class CheckpointInfo:
-    """A checkpoint that has verified.
+    """A checkpoint that has been verified.
 
     Args:
-        path: Its folder.
-        step: Optimizer steps that it holds.
-        best: It was taken at the end of an epoch that was the best of its phase so far.
+        path: Its directory.
+        step: Optimizer steps taken before it was saved.
+        best: True if it was saved at the end of the best epoch of its phase so far.
     """
 
     path: Path
@@ -58,14 +56,13 @@ class Checkpoints:
     """The checkpoints of one run. Kept are the last ones, the newest one of a best epoch, and those that are pinned.
 
     Args:
-        run_dir: The run's folder.
+        run_dir: The run directory.
         interval_s: Seconds between two checkpoints.
-        interval_steps: Optimizer steps between two checkpoints; None: by the clock alone.
-        keep_last: How many of the last ones are kept, each of another step.
-        last_counters: Optimizer steps, and what else is counted, when the last one was taken; empty where there is
-            none.
-        num_saved: Saved so far by this process.
-        spent_s: Seconds that saving took so far.
+        keep_last: How many of the last checkpoints are kept, each of another step.
+        interval_steps: Optimizer steps between two checkpoints; None to go by the clock alone.
+        last_counters: Optimizer steps, and the other counters, of the last checkpoint; empty if there is none.
+        num_saved: Checkpoints that this process has saved.
+        spent_s: Seconds that this process has spent on saving.
     """
 
     run_dir: Path
@@ -79,60 +76,65 @@ class Checkpoints:
     _verified: dict[str, CheckpointInfo] = attrs.field(factory=dict)
 
     def is_due(self, step: int, *, other_counters: tuple[int, ...] = ()) -> bool:
-        """True where the last one is old enough, by the clock or by steps, or knows less than one of this same step.
+        """Return True if the last checkpoint is old enough, or is of this same step but outdated.
 
         Args:
             step: Optimizer steps so far.
-            other_counters: What else goes on while that number stays: epochs, steps of the strategy.
+            other_counters: What may advance while `step` stays the same: epochs and strategy steps.
         """
         since = step - (self.last_counters[0] if self.last_counters else 0)
         if self.interval_steps is not None and since >= self.interval_steps:
             return True
-        knows_less = self.last_counters[:1] == (step,) and self.last_counters != (step, *other_counters)
-        return knows_less or time.monotonic() - self._last_saved_s >= self.interval_s
+        # The last checkpoint may have been saved before the epoch's evaluation, which would then run a second time.
+        is_outdated = self.last_counters[:1] == (step,) and self.last_counters != (step, *other_counters)
+        return is_outdated or time.monotonic() - self._last_saved_s >= self.interval_s
 
     def save(
         self, step: int, state: Mapping[str, Any], *, other_counters: tuple[int, ...] = (), best: bool = False
     ) -> Path:
-        """Write a checkpoint, verify it, and delete what nobody needs any more.
+        """Write a checkpoint, verify it, and delete those that are no longer needed.
 
         Args:
             step: Optimizer steps so far.
-            state: Plain data and tensors, nested.
-            other_counters: As `is_due` is asked.
-            best: It is taken at the end of an epoch that is the best of its phase so far.
+            state: Nested plain data and tensors.
+            other_counters: As for `is_due`.
+            best: True at the end of the best epoch of the phase so far.
+
+        Returns:
+            The checkpoint's directory.
 
         Raises:
-            TryAgainError: The disk is full; earlier checkpoints are as they were.
-            FolderError: The folder cannot be written, or what was written does not verify.
+            TryAgainError: The disk is full; earlier checkpoints are unchanged.
+            FolderError: The directory cannot be written, or the files are not what was written.
         """
         began = time.monotonic()
-        folder = self.run_dir / CHECKPOINTS_DIR
+        directory = self.run_dir / CHECKPOINTS_DIR
         try:
-            path = _write(folder, step, best, state)
+            path = _write(directory, step, best, state)
             self._verified[path.name] = verify(path)
-            self._rotate(folder)
+            self._rotate(directory)
         except OSError as error:
-            raise _write_error(folder, error) from error
+            raise _write_error(directory, error) from error
         self.num_saved += 1
         self.last_counters, self._last_saved_s = (step, *other_counters), time.monotonic()
         self.spent_s += self._last_saved_s - began
         return path
 
-    def _rotate(self, folder: Path) -> None:
-        """Delete what is old, broken or half-written; the newest one has verified by now."""
-        whole = [saved for path in _list_complete(folder) if (saved := self._verify_once(path)) is not None]
-        kept = _paths_to_keep(whole, self.keep_last)
-        for path in _list_checkpoints(folder):
-            if path not in kept and not _is_pinned(path):
+    def _rotate(self, directory: Path) -> None:
+        """Delete old, damaged and incomplete checkpoints; the newest one has been verified by now."""
+        verified = [info for path in _list_complete(directory) if (info := self._verify_once(path)) is not None]
+        paths_to_keep = _paths_to_keep(verified, self.keep_last)
+        for path in _list_checkpoints(directory):
+            if path not in paths_to_keep and not _is_pinned(path):
                 faults.point("checkpoint.before-delete")
-                (path / _MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted one is never taken for whole
+                # The manifest goes first: a checkpoint that is only half deleted must not look complete.
+                (path / _MANIFEST).unlink(missing_ok=True)
                 faults.point("checkpoint.while-deleting")
                 shutil.rmtree(path)
                 self._verified.pop(path.name, None)
 
     def _verify_once(self, path: Path) -> CheckpointInfo | None:
-        """What a checkpoint is, or None where it is broken; each is read once by a process."""
+        """Return what a checkpoint holds, or None if it is damaged; a process reads each one only once."""
         if path.name not in self._verified:
             try:
                 self._verified[path.name] = verify(path)
@@ -142,65 +144,76 @@ class Checkpoints:
 
 
 def load_latest(run_dir: Path, device: torch.device) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest checkpoint that is whole, its state, and why newer ones were passed over.
+    """Load the newest checkpoint that is not damaged; nothing of it is used before all of it has been verified.
 
-    Nothing of a checkpoint is used before all of it has been verified.
+    Args:
+        run_dir: The run directory.
+        device: Where the tensors are loaded to.
+
+    Returns:
+        The checkpoint's directory (None if there is none), its state, and why newer checkpoints were skipped.
     """
-    passed_over: list[str] = []
-    for path in reversed(
-        [path for path in _list_checkpoints(run_dir / CHECKPOINTS_DIR) if not path.name.startswith(".")]
-    ):
+    skipped: list[str] = []
+    for path in reversed(_list_checkpoints(run_dir / CHECKPOINTS_DIR)):
+        if path.name.startswith("."):  # a process was killed before it renamed this one
+            continue
         try:
             verify(path)
-            return path, _read_state(path, device), passed_over
+            return path, _read_state(path, device), skipped
         except TuneforgeError as error:
-            passed_over.append(f"{error.what}: {error.why}")
-    return None, {}, passed_over
+            skipped.append(f"{error.what}: {error.why}")
+    return None, {}, skipped
 
 
 def verify(path: Path) -> CheckpointInfo:
-    """See that every file is there, of the right size and the right content.
+    """Check that every file of a checkpoint has the size and the SHA-256 that were recorded.
 
     Returns:
-        What the checkpoint is.
+        The checkpoint's step, and whether it is of a best epoch.
 
     Raises:
-        FolderError: Something is missing or changed; the message names the file.
+        FolderError: A file is missing or differs; the message names it.
     """
     try:
         content = (path / _MANIFEST).read_bytes()
         manifest = json.loads(content)
         if content != _serialize_manifest({key: value for key, value in manifest.items() if key != "checksum"}):
-            raise ValueError("it does not agree with itself")
+            raise ValueError("its checksum does not match")
         entries = {name: manifest["files"][name] for name in (_STATE, _TENSORS)}
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-        saved = CheckpointInfo(path, manifest["step"], manifest["best"])
+        info = CheckpointInfo(path, manifest["step"], manifest["best"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _corrupt_error(path, _MANIFEST, f"{type(error).__name__}: {error}") from None
     for name, (size, digest) in files.items():
         try:
-            found_size, found_digest = _size_and_sha256(path / name)
+            found_size, found_digest = size_and_sha256(path / name)
         except OSError as error:
             raise _corrupt_error(path, name, error.strerror or str(error)) from None
         if found_size != size:
             raise _corrupt_error(path, name, f"it has {found_size} bytes, and {size} were written")
         if found_digest != digest:
             raise _corrupt_error(path, name, "its content is not what was written")
-    return saved
+    return info
 
 
 def delete_unpinned(run_dir: Path) -> None:
-    """Delete the checkpoints of a run that is done, but for those that are pinned."""
-    folder = run_dir / CHECKPOINTS_DIR
-    for path in _list_checkpoints(folder):
+    """Delete the checkpoints of a finished run, except those that are pinned."""
+    directory = run_dir / CHECKPOINTS_DIR
+    for path in _list_checkpoints(directory):
         if not _is_pinned(path):
             shutil.rmtree(path, ignore_errors=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
 
 
 def pack(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
-    """Plain data in which each tensor is a reference; a tensor met twice is stored once."""
+    """Return plain data with a reference in place of each tensor.
+
+    Args:
+        value: Nested mappings, lists, tuples, plain data and tensors.
+        tensors: Receives the tensors by name.
+        names: Names of the tensors seen so far, by `id`: a tensor that occurs twice is stored once.
+    """
     if isinstance(value, Tensor):
         if id(value) not in names:
             names[id(value)] = f"t{len(names):06d}"
@@ -214,7 +227,7 @@ def pack(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
 
 
 def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `pack` was given: mappings as dict, sequences as list."""
+    """Return what `pack` was given, with mappings as dict and sequences as list."""
     if isinstance(value, Mapping):
         if set(value) == {_REFERENCE}:
             return tensors[value[_REFERENCE]]
@@ -225,7 +238,7 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _write(directory: Path, step: int, best: bool, state: Mapping[str, Any]) -> Path:
-    """A new checkpoint under its final name, everything flushed."""
+    """Write a new checkpoint and return its directory, with everything flushed to the disk."""
     directory.mkdir(exist_ok=True)
     number = 1 + max(map(_number, _list_checkpoints(directory)), default=0)
     temporary, final = directory / f".{number:06d}.part", directory / f"{number:06d}-step-{step}"
@@ -234,15 +247,16 @@ def _write(directory: Path, step: int, best: bool, state: Mapping[str, Any]) -> 
         faults.point("checkpoint.before-rename")
         temporary.rename(final)
     except Exception:
-        shutil.rmtree(temporary, ignore_errors=True)  # at once, because the disk may be full
+        shutil.rmtree(temporary, ignore_errors=True)  # now rather than at the next start: the disk may be full
         raise
     faults.point("checkpoint.renamed")
-    _fsync_dir(directory)
+    fsync_path(directory)  # without this a power failure may undo the rename
     faults.point("checkpoint.after-rename")
     return final
 
 
 def _write_files(directory: Path, step: int, best: bool, state: Mapping[str, Any]) -> None:
+    """Write the files of a checkpoint, the manifest last: a checkpoint with a manifest has all its other files."""
     directory.mkdir()
     tensors: dict[str, Tensor] = {}
     text = to_json(pack(state, tensors, {}))
@@ -251,47 +265,45 @@ def _write_files(directory: Path, step: int, best: bool, state: Mapping[str, Any
     faults.point("checkpoint.tensors-written")
     atomic_write(directory / _STATE, text)
     faults.point("checkpoint.state-written")
-    measured = {name: _size_and_sha256(directory / name) for name in (_STATE, _TENSORS)}
+    measured = {name: size_and_sha256(directory / name) for name in (_STATE, _TENSORS)}
     files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in measured.items()}
     atomic_write(directory / _MANIFEST, _serialize_manifest({"files": files, "step": step, "best": best}))
     faults.point("checkpoint.manifest-written")
-    _fsync_dir(directory)
+    fsync_path(directory)  # the names must be on the disk before the directory gets its final name
     faults.point("checkpoint.flushed")
 
 
 def _read_state(path: Path, device: torch.device) -> dict[str, Any]:
     tensors, _ = load_tensors(path / _TENSORS)
-    placed = {name: tensor.to(device) for name, tensor in tensors.items()}
-    state: dict[str, Any] = unpack(from_json((path / _STATE).read_text(encoding="utf-8")), placed)
+    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    state: dict[str, Any] = unpack(from_json((path / _STATE).read_text(encoding="utf-8")), on_device)
     return state
 
 
-def _serialize_manifest(about: Mapping[str, Any]) -> bytes:
-    """The one text of a manifest, so that not even a blank in it can change unseen."""
-    checksum = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**about, "checksum": checksum}, sort_keys=True).encode()
-
-
-def _size_and_sha256(path: Path) -> tuple[int, str]:
-    """Bytes and SHA-256 of a file; memory stays flat."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), digest
+def _serialize_manifest(content: Mapping[str, Any]) -> bytes:
+    """Return the only valid text of a manifest, with its checksum, so that a single changed byte is detected."""
+    checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "checksum": checksum}, sort_keys=True).encode()
 
 
 def _paths_to_keep(verified: Iterable[CheckpointInfo], keep_last: int) -> set[Path]:
-    """The last ones, each of another step, and the newest one of a best epoch; `verified` has the newest last."""
+    """Return the last checkpoints, each of another step, and the newest one of a best epoch.
+
+    Args:
+        verified: From the oldest to the newest.
+        keep_last: How many steps are kept.
+    """
     by_step: dict[int, Path] = {}
     best: list[Path] = []
-    for saved in verified:
-        by_step.pop(saved.step, None)  # so that the newest of a step stands where it belongs
-        by_step[saved.step] = saved.path
-        best = [saved.path] if saved.best else best
+    for info in verified:
+        by_step.pop(info.step, None)  # a dictionary keeps the place of a key that is overwritten
+        by_step[info.step] = info.path
+        best = [info.path] if info.best else best
     return {*list(by_step.values())[-keep_last:], *best}
 
 
 def _list_checkpoints(directory: Path) -> list[Path]:
-    """Every checkpoint, whole or not, in order of their numbers."""
+    """Return the directories of all checkpoints, complete or not, in order of their numbers."""
     if not directory.is_dir():
         return []
     return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()), key=_number)
@@ -312,25 +324,18 @@ def _number(path: Path) -> int:
     return int(found[1]) if found else 0
 
 
-def _fsync_dir(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _corrupt_error(path: Path, name: str, why: str) -> FolderError:
     return FolderError(
-        f"checkpoint '{path.name}' is broken at {name}",
+        f"checkpoint '{path.name}' is damaged at {name}",
         where=str(path / name),
         why=why,
-        fix="tuneforge resume goes on from the one before",
+        fix="tuneforge resume uses the checkpoint before it",
     )
 
 
-def _write_error(folder: Path, error: OSError) -> TuneforgeError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return write_error(folder, error)
+def _write_error(directory: Path, error: OSError) -> TuneforgeError:
+    if is_disk_full(error):
+        return write_error(directory, error)
     why = error.strerror or str(error)
-    return FolderError(f"cannot write a checkpoint to '{folder}'", why=why, fix="see that the run's folder is writable")
+    fix = "make the run directory writable"
+    return FolderError(f"cannot write a checkpoint to '{directory}'", why=why, fix=fix)

@@ -1,14 +1,15 @@
-"""Named points at which a test can kill, raise or fill the disk; in production they do nothing."""
+"""Named points in the code at which a test can kill the process, raise, or fill the disk; without a test they do
+nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 hook: Callable[[str], None] | None = None
-"""What a test sets; it is called with the name of each point that is passed."""
+"""Set by a test; called with the name of each point that the run passes."""
 
 
 def point(name: str) -> None:
-    """Pass a point."""
+    """Call the test's hook, if there is one."""
     if hook is not None:
         hook(name)

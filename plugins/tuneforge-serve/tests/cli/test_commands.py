@@ -56,11 +56,11 @@ def test_a_run_leaves_as_a_bundle_with_its_card(run, world):
     ("arguments", "code", "words"),
     [
         (["export", "runs/good", "--to", "onxx"], 2, "did you mean 'onnx'"),
-        (["export", "runs/nothing"], 2, "there is no folder 'runs/nothing'"),
+        (["export", "runs/nothing"], 2, "there is no directory 'runs/nothing'"),
         (["export", "runs/good", "--to", "safetensors", "--to", "safetensors"], 2, "each export format is named once"),
         (["export", "runs/good", "--to", "safetensors", "--pictures", "p"], 65, "the inputs are no pictures"),
         (["promote", "runs/good", "--name", "../x"], 2, "cannot be a model's name"),
-        (["promote", "runs/nothing"], 2, "there is no folder 'runs/nothing'"),
+        (["promote", "runs/nothing"], 2, "there is no directory 'runs/nothing'"),
         (["promote", "runs/good", "--floor", "much"], 2, "--floor"),
         (["models", "list", "--store", "nowhere"], 73, "there is no store 'nowhere'"),
         (["models", "rollback", "x", "--store", "nowhere"], 73, "there is no store 'nowhere'"),
@@ -126,7 +126,7 @@ def test_files_of_a_new_world_decide_where_they_are_given(run, world):
     assert "it is significantly better on the new test set" in out
     assert "new test set: 40 samples; used to decide never before" in out
     code, _, err = run("promote", "runs/good", *keep, "--new", "runs/none")
-    assert (code, "there is no folder" in err) == (65, True)
+    assert (code, "there is no directory" in err) == (65, True)
     assert sorted(path.name for path in (world / "n" / "table-csv").iterdir()) == [
         ".lock", "1", "2", "champion.json", "log.jsonl",
     ]  # fmt: skip

@@ -203,7 +203,7 @@ def test_data_by_name_need_no_run(digits, capsys):
         ([], "nothing to send"),
         (["--data", "digits", "--floor", "accuracy"], "is no floor"),
         (["--data", "digits", "--data.other-share", "0", "--floor", "acuracy=1"], "there is no figure 'acuracy'"),
-        (["--run", "nowhere"], "there is no folder 'nowhere'"),
+        (["--run", "nowhere"], "there is no directory 'nowhere'"),
         (["--data", "digits", "--data.other-share", "0", "--split", "tests"], "there is no split 'tests'"),
     ],
 )

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from tuneforge.engine.storage import fault_injection as faults
-from tuneforge.engine.storage.run_dir import RUN, STATUS, read_json, write_json
+from tuneforge.engine.storage.run_dir import RUN, STATUS
 from tuneforge.errors import FolderError, TryAgainError, UsageError, suggest_name
-from tuneforge.exporting.atomic_dir import fsync_path, publish
+from tuneforge.exporting import fsync_path, publish, read_json, write_json
 from tuneforge.exporting.bundle import BUNDLE, CHAMPION, InferenceModel, load_bundle
 
 LOG = "log.jsonl"
