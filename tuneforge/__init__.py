@@ -35,7 +35,6 @@ _NAMES_OF_MODULE = {
     ),
     "tuneforge.engine.session.predictor": (
         "Predictor",
-        "attach_data",
         "evaluate",
         "load",
         "predict",

@@ -19,7 +19,6 @@ from tuneforge.engine.model.model import Model as Model
 from tuneforge.engine.session.engine import Engine as Engine
 from tuneforge.engine.session.engine import Result as Result
 from tuneforge.engine.session.predictor import Predictor as Predictor
-from tuneforge.engine.session.predictor import attach_data as attach_data
 from tuneforge.engine.session.predictor import evaluate as evaluate
 from tuneforge.engine.session.predictor import load as load
 from tuneforge.engine.session.predictor import predict as predict

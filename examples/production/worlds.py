@@ -47,7 +47,7 @@ class Production:
     """
 
     def __init__(self, base: Path) -> None:
-        data = tf.attach_data(tf.load(base)).data
+        data = tf.load(base).with_data().data
         used = {split.id_of(row) for split in data.splits().values() for row in range(len(split))}
         self.images, self.labels = real_digits()
         free = [index for index in range(len(self.labels)) if f"real/{index}" not in used]

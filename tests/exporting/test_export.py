@@ -24,7 +24,6 @@ import tuneforge as tf
 from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
 from tuneforge.builtin.datasets.tables.arrays import TensorInputs
 from tuneforge.builtin.targets import ClassTargets, MultilabelTargets, RegressionTargets
-from tuneforge.engine.session.predictor import attach_data
 from tuneforge.exporting import load_bundle, load_inference_model
 from tuneforge.exporting.exporter import export
 from tuneforge.exporting.parity import BATCH_SIZES, ParityError, compare_outputs
@@ -91,7 +90,7 @@ def test_the_card_s_script_gives_the_same_accuracy_where_there_is_no_torch(digit
     assert last == f"right, where the folder is the class: {right} of 360"
     said = {int(re.search(r"(\d+)\.png", line)[1]): line.split(": ")[1].split(" (")[0] for line in lines}
     tuned = tf.load(digits / "run")
-    test = attach_data(tuned).data.test
+    test = tuned.with_data().data.test
     outputs = load_inference_model(digits / "run").outputs(test.fetch(torch.arange(360)))
     assert [said[row] for row in range(360)] == [tuned.targets.describe(each)["class"] for each in outputs]
 

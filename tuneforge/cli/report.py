@@ -83,12 +83,12 @@ def _explain_differences(run_dir: Path, record: dict[str, Any], steps: list[Stra
 
 def describe_other_hooks(strategy: str) -> Iterator[str]:
     """What a strategy does that no plan holds, such as changing the loss; nothing where it only asks for steps."""
-    from tuneforge.engine.session import from_objects
+    from tuneforge.engine.session.components import is_object
     from tuneforge.errors import TuneforgeError
     from tuneforge.plugin import registry
     from tuneforge.plugin.hooks import find_hook_methods
 
-    if strategy.startswith(from_objects.__name__):  # steps that were given as Python objects
+    if is_object(strategy):  # steps that were given as Python objects
         return
     try:
         found = find_hook_methods(

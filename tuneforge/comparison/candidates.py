@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from tuneforge.engine.session import from_objects as given
+from tuneforge.engine.session.components import is_object
 from tuneforge.errors import UnknownNameError, UsageError, suggest_name
 from tuneforge.plugin import registry
 from tuneforge.plugin.declaration import get_options
@@ -114,11 +114,6 @@ def choose_baseline(baseline: str | None, names: Sequence[str]) -> str:
     return baseline if baseline is not None else names[0]
 
 
-def is_python_object(name: str) -> bool:
-    """True for a recorded name that stands for a Python object, which no folder can hold."""
-    return name.startswith(given.__name__)
-
-
 def _parse_single(strategy: Any) -> Any:
     if not isinstance(strategy, str):
         return strategy
@@ -130,10 +125,11 @@ def _parse_single(strategy: Any) -> Any:
 
 def _candidate_name(spec: ComponentSpec, strategy: Any) -> str:
     """The strategy's name with those of its options that are not the default."""
-    if is_python_object(spec.name):
+    if is_object(spec.name):
         steps = strategy if isinstance(strategy, (list, tuple)) else [strategy]
         known = [each.name for each in steps if isinstance(each, (Phase, HeadFit, Diagnosis, WeightAverage))]
-        return "+".join(known) or str(getattr(strategy, "__name__", "steps"))
+        unnamed = "steps" if isinstance(strategy, (list, tuple)) else type(strategy).__name__
+        return "+".join(known) or str(getattr(strategy, "__name__", unnamed))
     if not spec.options:
         return spec.name
     options = get_options(registry.load_component(registry.find_component("finetune_strategy", spec.name)))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tuneforge.comparison.candidates import choose_baseline, is_python_object
+from tuneforge.comparison.candidates import choose_baseline
 from tuneforge.comparison.ranking import (
     FAILED,
     RANKED,
@@ -19,6 +19,7 @@ from tuneforge.comparison.ranking import (
     require_common_monitor,
 )
 from tuneforge.comparison.summary import Comparison, summarize
+from tuneforge.engine.session.components import is_object
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import UsageError
 
@@ -87,7 +88,7 @@ def _group_by_config(runs: Iterable[tuple[FinishedRun, Mapping[str, Any]]]) -> d
         recipe = _flatten(
             {key: value for key, value in config.items() if key.replace("_", "-") not in _IGNORED_SETTINGS}
         )
-        if is_python_object(
+        if is_object(
             recipe["strategy.name"]
         ):  # any function and list of steps: only what it asked for tells them apart
             recipe |= _read_steps(run.run_dir)

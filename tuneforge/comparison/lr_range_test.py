@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from tuneforge.engine.loop.build import PhaseComponents
 from tuneforge.engine.loop.diagnosis import diagnose
+from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.model.freezing import select
 from tuneforge.engine.model.optimizer import Optimization
 from tuneforge.errors import UsageError

@@ -22,7 +22,7 @@ from tuneforge.comparison.ranking import FinishedRun, sort_key
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.loop.evaluation import evaluate
 from tuneforge.engine.loop.head_fit import Snapshot, interpolate
-from tuneforge.engine.session.predictor import attach_data, load
+from tuneforge.engine.session.predictor import load
 from tuneforge.engine.session.resume import TASK
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.engine.storage.safetensors_io import load_state_dict, load_tensors, save_tensors
@@ -77,7 +77,7 @@ def greedy_soup(
         (soup_dir / names.STATUS).unlink()
     alike = [run for run in ordered if _signature(run) == _signature(ordered[0])]
     tuned = load(ordered[0].run_dir, model=copy.deepcopy(model), device_name=device_name)
-    run = attach_data(tuned, data=data, metrics=metrics)
+    run = tuned.with_data(data, metrics=metrics)
     soup = _build_greedily(run, alike)
     made = {
         "name": SOUP,

@@ -44,7 +44,7 @@ from tuneforge.comparison.worker_pool import (
     wait_until_finished,
 )
 from tuneforge.engine.model.model import Model
-from tuneforge.engine.session import from_objects as objects
+from tuneforge.engine.session.components import as_list
 from tuneforge.engine.session.engine import Engine
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.engine.storage.run_dir import RunDir
@@ -408,7 +408,7 @@ class Study:
             path / "soup",
             data=self._engine_options.get("data"),
             model=model if isinstance(model, (nn.Module, Model)) else None,
-            metrics=objects.as_list(self._engine_options.get("metrics")),
+            metrics=as_list(self._engine_options.get("metrics")),
             device_name=self._config.device,
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tuneforge
-from tuneforge.comparison.candidates import is_python_object
+from tuneforge.engine.session.components import is_object
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.engine.storage.run_dir import RunDir, nonfinite_to_none
 from tuneforge.errors import FolderError, UsageError
@@ -100,7 +100,7 @@ def has_objects(record: Mapping[str, Any]) -> bool:
     """True where a race was given Python objects, so that its folder alone cannot begin a run."""
     parts = [*record["candidates"].values(), *(value for key, value in record["config"].items() if key in GROUP_BY_KEY)]
     entries = [each["name"] for part in parts for each in (part if isinstance(part, list) else [part])]
-    return _ARRAYS in entries or any(is_python_object(name) for name in entries)
+    return _ARRAYS in entries or any(is_object(name) for name in entries)
 
 
 def new_study_dir() -> Path:

@@ -22,7 +22,7 @@ import attrs
 from torch import Tensor
 
 from tuneforge.engine.data.dataset import Inputs, Targets, TensorTree, map_inputs
-from tuneforge.engine.loop.build import create_component
+from tuneforge.engine.loop.phase_components import create_component
 from tuneforge.engine.session.predictor import load
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import FolderError, HaltError, MissingDependencyError, UsageError, suggest_name

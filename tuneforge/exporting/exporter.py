@@ -16,7 +16,7 @@ import attrs
 
 import tuneforge
 from tuneforge.engine.data.dataset import Data, Split
-from tuneforge.engine.session.predictor import Predictor, attach_data, load
+from tuneforge.engine.session.predictor import Predictor, load
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.errors import DataError, UsageError
 from tuneforge.exporting import model_card as card
@@ -91,7 +91,7 @@ def prepare_data(predictor: Predictor, data: Any = None) -> Data:
     Raises:
         DataError: They have changed since.
     """
-    found = attach_data(predictor, data=data).data
+    found = predictor.with_data(data).data
     recorded = names.read_json(predictor.run_dir / names.MODEL)["fingerprints"]
     changed = [each for each in ("train", "test") if getattr(found, each).fingerprint() != recorded[each]]
     if changed:

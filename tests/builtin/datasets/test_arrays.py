@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from tuneforge import DataError, OptionError, UsageError
 from tuneforge.builtin.datasets.tables.arrays import ArrayData, TensorInputs, data_from_arrays
 from tuneforge.builtin.targets import ClassTargets, MultilabelTargets, RegressionTargets
-from tuneforge.engine.session import from_objects as given
+from tuneforge.engine.session.components import resolve_component
 from tuneforge.plugin.declaration import build_component, get_option_values
 from tuneforge.plugin.hooks import RegisteredComponent, find_hook_implementations
 
@@ -349,7 +349,7 @@ class TestComponent:
         assert json.loads(json.dumps(get_option_values(arrays)))["names"] == ["a", "b", "c"]
 
     def test_the_engine_takes_it_as_data(self):
-        member, use = given.resolve_member("data_prepare", data_from_arrays(X, Y), where="--data")
+        member, use = resolve_component("data_prepare", data_from_arrays(X, Y), where="--data")
         assert isinstance(member.component, ArrayData)
         assert dict(use.options)["val"] == 0.2
 

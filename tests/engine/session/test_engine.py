@@ -347,7 +347,7 @@ def test_a_clipped_gradient_that_cannot_move_a_tensor_is_no_defect(tune):
 
 @pytest.mark.parametrize("wrong", [42, tf.Phase, object()])
 def test_what_is_no_strategy_is_refused_with_a_message(tune, wrong):
-    with pytest.raises(tf.UsageError, match="is no strategy"):
+    with pytest.raises(tf.UsageError, match="is not a strategy"):
         tune(wrong)
 
 

@@ -23,7 +23,7 @@ from torch import nn
 import tuneforge as tf
 from tuneforge.engine.context import run as run_module
 from tuneforge.engine.loop import train_phase as phase
-from tuneforge.engine.loop.build import PhaseComponents
+from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.session import resume as memory
 
 KILLS = int(os.environ.get("TUNEFORGE_KILLS", "24"))

@@ -15,7 +15,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge import Data, DataError, Model, Source, Split, TensorTree, attach_data, load, map_inputs
+from tuneforge import Data, DataError, Model, Source, Split, TensorTree, load, map_inputs
 from tuneforge.builtin.datasets.tables.target_arrays import split_rows
 from tuneforge.builtin.targets import ClassTargets
 from tuneforge.exporting import load_tensors
@@ -81,7 +81,7 @@ def merge_new_samples(run: Path, new: NewSamples, *, val: float, min_samples_per
     Raises:
         DataError: The old data have no classes, or no new sample is left to train on.
     """
-    old = attach_data(load(run)).data
+    old = load(run).with_data().data
     if not isinstance(old.targets, ClassTargets):
         raise DataError(
             "only data with one class a sample can be continued",

@@ -16,7 +16,7 @@ from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Batch
 from tuneforge.engine.data.sampler import EpochSampler
 from tuneforge.engine.loop.backward import compute_loss
-from tuneforge.engine.loop.build import PhaseComponents
+from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.model.device import is_out_of_memory, root_cause
 from tuneforge.engine.model.freezing import freeze, full_state, restore_state, select, set_modes
 from tuneforge.engine.model.fsdp import out_of_memory_error

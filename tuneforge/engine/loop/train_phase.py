@@ -17,10 +17,10 @@ from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.loader import batch_sizes
 from tuneforge.engine.feature_cache.cache import try_build_feature_cache
 from tuneforge.engine.loop.backward import BackwardPass
-from tuneforge.engine.loop.build import PhaseComponents
 from tuneforge.engine.loop.compile import compile_forward
 from tuneforge.engine.loop.evaluation import evaluate
 from tuneforge.engine.loop.metric_set import resolve_monitor, scalar_metrics
+from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.sampling import SamplingWeights
 from tuneforge.engine.model.freeze_check import FreezeCheck
 from tuneforge.engine.model.freezing import compute_modes, freeze, full_state, restore_state, select

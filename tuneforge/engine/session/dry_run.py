@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
 import attrs
-import torch
 
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.loop.build import PhaseComponents
+from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.sampling import SamplingWeights
-from tuneforge.engine.model import device
 from tuneforge.engine.model.freezing import select
 from tuneforge.engine.model.optimizer import parameter_groups
-from tuneforge.engine.session import from_objects, messages
+from tuneforge.engine.session import messages
 from tuneforge.engine.session.run_log import build_task_info
-from tuneforge.plugin.config import RunConfig
-from tuneforge.plugin.hooks import Hooks, RegisteredComponent, iterate_strategy
+from tuneforge.plugin.hooks import RegisteredComponent, iterate_strategy
 from tuneforge.plugin.steps import Diagnosis, Phase, StrategyStep
 
 
@@ -34,26 +31,6 @@ class DryRun:
 
     strategy_steps: tuple[StrategyStep, ...]
     depends_on_results: bool
-
-
-def prepare_run(config: RunConfig, members: Iterable[RegisteredComponent], add_defaults: Callable[[Run], None]) -> Run:
-    """A run with data and model that writes nothing and trains nothing.
-
-    Args:
-        config: The run's.
-        members: The components that take part.
-        add_defaults: Adds those that the data asks for.
-    """
-    run = Run(config=config, run_dir=None, device=device.resolve_device(config.device), hooks=Hooks())
-    for each in members:
-        run.hooks.add(each)
-    with torch.random.fork_rng(devices=[]):
-        run.hooks.get_provider("data_prepare")
-        run.set_data(run.hooks.call.data_prepare(run=run))
-        add_defaults(run)
-        run.reseed()
-        run.set_model(from_objects.mark_user_frozen(run.hooks.call.model_adapt(run=run, model=None)))
-    return run
 
 
 def collect_known_steps(

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from tuneforge.engine.data.dataset import Data
 from tuneforge.engine.loop.metric_set import scalar_metrics
 from tuneforge.engine.model.model import Model
+from tuneforge.engine.storage.checkpoint import Checkpoints
 from tuneforge.plugin.results import AnyStrategyStepResult, Diagnostics, StrategyStepResult
 from tuneforge.plugin.steps import Diagnosis, HeadFit, Phase, StrategyStep, WeightAverage
+
+
+def format_run(run_dir: Path, world_size: int, *, shard: bool) -> Iterable[str]:
+    """Where the run writes, and how many processes it has."""
+    yield f"run: {run_dir}"
+    if world_size > 1:
+        yield f"ranks: {world_size} processes, each with its share of every batch"
+    elif shard:
+        yield "note: one process holds the whole model; --shard splits it among those that torchrun starts"
 
 
 def format_data(data: Data) -> Iterable[str]:
@@ -75,6 +86,13 @@ def format_step_result(result: AnyStrategyStepResult) -> Iterable[str]:
         yield f"  warning: steps that were left out, because a loss or a gradient was no number: {steps}"
     if result.never_updated:
         yield f"  warning: never received a gradient worth a move: {join_names(result.never_updated)}"
+
+
+def format_checkpoints(checkpoints: Checkpoints) -> Iterable[str]:
+    """How many checkpoints were saved, and what one cost."""
+    if checkpoints.num_saved:
+        cost_ms = 1000 * checkpoints.spent_s / checkpoints.num_saved
+        yield f"checkpoints: {checkpoints.num_saved}, {cost_ms:.0f} ms each"
 
 
 def format_metrics(splits: Mapping[str, Mapping[str, Any]], primary_metrics: Iterable[str]) -> Iterable[str]:

@@ -12,8 +12,8 @@ import attrs
 import torch
 
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.loop.build import PhaseComponents
 from tuneforge.engine.loop.head_fit import Snapshot, take_snapshot
+from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.train_phase import PhaseProgress
 from tuneforge.engine.model import fsdp
 from tuneforge.engine.model.freezing import full_state, restore_state

@@ -14,7 +14,8 @@ import tuneforge
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Inputs, Split, Targets, named_tensors
 from tuneforge.engine.loop.metric_set import HardestSamples
-from tuneforge.engine.session import from_objects, messages
+from tuneforge.engine.session import messages
+from tuneforge.engine.session.components import describe_member
 from tuneforge.engine.storage.run_dir import METRICS, TIMINGS, RunDir
 from tuneforge.plugin import registry
 from tuneforge.plugin.config import config_to_dict, parse_budget
@@ -49,7 +50,7 @@ def describe_run(run: Run, members: list[tuple[str, RegisteredComponent]]) -> di
     return {
         "tuneforge": tuneforge.__version__,
         "config": config_to_dict(run.config),
-        "components": [from_objects.describe_member(member, group) for group, member in members],
+        "components": [describe_member(member, hook) for hook, member in members],
         "environment": {**describe_environment(run), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]},
     }
 

@@ -23,7 +23,7 @@ from tuneforge.engine.session import predictor as tuned
 def tiny(tune):
     result = tune([tf.Phase("all", train="all", epochs=1, lr=1e-2)], seed=1)
     found = tuned.load(result.run_dir, model=tiny_net())
-    return found, tuned.attach_data(found, data=tiny_data()), result.report["splits"]
+    return found, found.with_data(tiny_data()), result.report["splits"]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_an_address_that_is_none_is_refused(url):
     ],
 )
 def test_a_description_turns_back_into_the_output(targets, output):
-    from tuneforge.engine.loop.build import create_component
+    from tuneforge.engine.loop.phase_components import create_component
 
     built = create_component("targets", targets)
     described = json.loads(json.dumps(built.describe(torch.tensor(output))))

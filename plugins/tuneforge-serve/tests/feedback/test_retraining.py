@@ -179,7 +179,7 @@ def test_what_was_held_out_is_not_trained_on(store, records):
     values, codes = cloud(200, seed=1)
     ask(store, records, values, ["abc"[code] for code in codes])
     done = turn(store, records)
-    data = tf.attach_data(tf.load(done.round_dir / "run")).data
+    data = tf.load(done.round_dir / "run").with_data().data
     held = {f"new/{each.request.id}" for each in records.labeled_requests("held-out")}
     seen = {split.id_of(row) for split in (data.train, data.val) for row in range(len(split))}
     assert held
@@ -192,7 +192,7 @@ def test_a_rare_new_class_is_left_out_and_said(store, records):
     values, codes = cloud(100, seed=1)
     ask(store, records, values, ["typo" if place < 3 else "abc"[code] for place, code in enumerate(codes)])
     done = turn(store, records, trust_labels=True)
-    data = tf.attach_data(tf.load(done.round_dir / "run")).data
+    data = tf.load(done.round_dir / "run").with_data().data
     assert data.targets.labels == ("a", "b", "c")
     assert any("typo" in note for note in data.notes)
 

@@ -25,8 +25,8 @@ from tuneforge.engine.data.dataset import Split, Targets
 from tuneforge.engine.data.loader import iter_sequential
 from tuneforge.engine.loop.metric_set import resolve_monitor, scalar_metrics
 from tuneforge.engine.model import device
-from tuneforge.engine.session.from_objects import resolve_member
-from tuneforge.engine.session.predictor import attach_data, load
+from tuneforge.engine.session.components import resolve_component
+from tuneforge.engine.session.predictor import load
 from tuneforge.errors import UnknownNameError, UsageError, suggest_name
 from tuneforge.plugin import registry
 from tuneforge.plugin.config import resolve_config
@@ -127,7 +127,7 @@ def measure_endpoint(
 
     Args:
         server: Which.
-        run: With data and metrics (see `attach_data`); its model is not used.
+        run: With data and metrics (see `Predictor.with_data`); its model is not used.
         splits: Names of the splits.
         offline: Figures of the same splits from the offline report, to compare with.
         name: Of the model; by default the first that the server lists.
@@ -192,14 +192,14 @@ def prepare_run(
     """
     if run_dir is not None:
         found = load(run_dir, model=model)
-        return attach_data(found, data=_decode_on_demand(data or found.run.config.data), metrics=metrics)
+        return found.with_data(_decode_on_demand(data or found.run.config.data), metrics=metrics)
     assert data is not None
     run = Run(config=resolve_config({}), run_dir=None, device=device.resolve_device("cpu"), hooks=Hooks())
-    run.hooks.add(resolve_member("data_prepare", _decode_on_demand(data), where="--data")[0])
+    run.hooks.add(resolve_component("data_prepare", _decode_on_demand(data), where="--data")[0])
     run.hooks.get_provider("data_prepare")
     run.set_data(run.hooks.call.data_prepare(run=run))
     for asked in metrics or run.data.targets.metrics:
-        run.hooks.add(resolve_member("evaluate", asked, where="--metrics")[0])
+        run.hooks.add(resolve_component("evaluate", asked, where="--metrics")[0])
     return run
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tuneforge.engine.data.dataset import Data, Inputs, Split, named_tensors
 from tuneforge.engine.session.engine import Engine
-from tuneforge.engine.session.predictor import Predictor, attach_data, load
+from tuneforge.engine.session.predictor import Predictor, load
 from tuneforge.engine.storage import run_dir as names
 from tuneforge.engine.storage.safetensors_io import save_tensors
 from tuneforge.errors import DataError, FolderError, UsageError
@@ -185,7 +185,7 @@ class _RetrainingJob:
         self, champion: Predictor, samples: LabeledSamples, round_dir: Path
     ) -> list[FeedbackLabelIssue]:
         """Labels that do not fit, by the champion's features and the old samples, which are trusted."""
-        data = attach_data(load(_base_run(champion))).data
+        data = load(_base_run(champion)).with_data().data
         labels = data.targets.labels
         classes = [*labels, *sorted(set(samples.labels) - set(labels))]
         issues = find_label_issues(champion.run, data.train, samples.to_split(classes), classes)
@@ -216,7 +216,7 @@ class _RetrainingJob:
         """Tune, and let the gate judge; the number of the new version, if there is one."""
         samples.save(round_dir / NEW)
         run_dir = _build_engine(champion, round_dir, self.strategy, self.run_settings, self.log).run().run_dir
-        data = attach_data(load(run_dir)).data
+        data = load(run_dir).with_data().data
         result = promote(
             run_dir,
             registry=self.registry.root,

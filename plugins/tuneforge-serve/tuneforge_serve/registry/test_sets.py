@@ -10,9 +10,9 @@ import torch
 
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Data, Inputs, Split, Targets, named_tensors
-from tuneforge.engine.loop.build import create_component
+from tuneforge.engine.loop.phase_components import create_component
 from tuneforge.engine.model import device
-from tuneforge.engine.session.from_objects import resolve_member
+from tuneforge.engine.session.components import resolve_component
 from tuneforge.errors import DataError
 from tuneforge.exporting.bundle import BUNDLE
 from tuneforge.plugin.config import resolve_config
@@ -38,7 +38,7 @@ def load_bundle_data(
     table = {key: value for key, value in record["run"]["config"].items() if key != "out"}
     config = resolve_config({**table, "data": stored_as["run"]["config"]["data"], "device": "cpu"}, where=BUNDLE)
     hooks = Hooks()
-    hooks.add(resolve_member("data_prepare", config.data if data is None else data, where="--data")[0])
+    hooks.add(resolve_component("data_prepare", config.data if data is None else data, where="--data")[0])
     hooks.get_provider("data_prepare")
     run = Run(config=config, run_dir=None, device=device.resolve_device("cpu"), hooks=hooks, restoring=True)
     run.set_data(_placeholder_data(stored_as))

@@ -1,0 +1,156 @@
+"""Component resolution: find and build what a name, a `ComponentSpec` or a Python object stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tuneforge.engine.loop.phase_components import create_component
+from tuneforge.engine.session.from_objects import wrap_object
+from tuneforge.errors import FolderError, UsageError
+from tuneforge.plugin import registry
+from tuneforge.plugin.config import REPEATABLE_COMPONENT_KEYS, SINGLE_COMPONENT_KEYS, RunConfig
+from tuneforge.plugin.declaration import build_component, get_option_values
+from tuneforge.plugin.hooks import RegisteredComponent, find_hook_methods
+from tuneforge.plugin.names import option_prefix
+from tuneforge.plugin.serialization import to_plain_data
+from tuneforge.plugin.steps import ComponentSpec
+
+_OBJECT_PREFIX = "object:"
+_KEY_BY_HOOK = {hook: key for key, hook in SINGLE_COMPONENT_KEYS.items()} | {"evaluate": "metrics"}
+
+
+def resolve_component(
+    hook: str, spec: Any, *, where: str, repeatable: bool = False
+) -> tuple[RegisteredComponent, ComponentSpec]:
+    """Return the component that `spec` stands for, and the `ComponentSpec` that the configuration records for it.
+
+    Args:
+        hook: The hook that the component has to implement, or `"callback"` where any hook will do.
+        spec: A name, a `ComponentSpec`, a component instance, or an object that `wrap_object` accepts.
+        where: The flag that error messages name.
+        repeatable: True where the flag may be repeated; messages then name options by the component's name.
+
+    Raises:
+        UnknownNameError: No component of that name is installed.
+        OptionError: An option is wrong.
+        FolderError: The name stands for a Python object that was not given again.
+        UsageError: The object cannot serve as such a component.
+    """
+    if isinstance(spec, str):
+        spec = ComponentSpec(spec)
+    if not isinstance(spec, ComponentSpec):
+        component = wrap_object(hook, spec, where)
+        name = component_name(hook, component)
+        label = f"{registry.NOUN_BY_GROUP[hook]} {getattr(component, 'name', type(component).__name__)}"
+        member = RegisteredComponent(component, name, label)
+    else:
+        _check_not_object(spec.name)
+        entry = registry.find_component(hook, spec.name, where=where)
+        where_options = f"--{option_prefix(spec.name)}" if repeatable else where
+        component = build_component(registry.load_component(entry), spec.options, where=where_options)
+        member = RegisteredComponent(component, entry.name, registry.describe_component(entry))
+    _check_implements(member, hook, where)
+    is_declared = hasattr(type(component), "__tuneforge_api__")
+    options = to_plain_data(get_option_values(component)) if is_declared else {}
+    return member, ComponentSpec(member.name, options)
+
+
+def component_name(hook: str, component: Any) -> str:
+    """Return the name that `run.json` records: the installed name, `module:Class`, or a marker such as `object:data`.
+
+    The marker stands for a component that names and options cannot rebuild: an instance of a class that does not
+    declare its options, or of a class that is local to a function.
+    """
+    cls = type(component)
+    if hasattr(cls, "__tuneforge_api__") and "<locals>" not in cls.__qualname__:
+        return registry.find_entry_of_class(hook, cls).name
+    return _OBJECT_PREFIX + _KEY_BY_HOOK.get(hook, hook)
+
+
+def is_object(name: str) -> bool:
+    """Return True if a recorded name stands for a Python object, which a run directory does not hold."""
+    return name.startswith(_OBJECT_PREFIX)
+
+
+def describe_member(member: RegisteredComponent, hook: str) -> dict[str, Any]:
+    """Return what `run.json` records of a component: its name, the code behind it, and the hooks it implements."""
+    hooks = sorted({name for _, name, _ in find_hook_methods(type(member.component), member.label)})
+    if is_object(member.name):
+        return {"hook": hook, "name": member.name, "implements": hooks}
+    entry = registry.find_entry_of_class(hook, type(member.component))
+    return {
+        "hook": hook,
+        "name": member.name,
+        "target": entry.target,
+        "distribution": entry.distribution,
+        "version": entry.version,
+        "implements": hooks,
+    }
+
+
+def as_list(value: Any) -> Sequence[Any]:
+    """Return `value` as a list: a single item becomes a list of one, None an empty list."""
+    return value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def as_spec(spec: str | ComponentSpec) -> ComponentSpec:
+    """Return the `ComponentSpec` of a bare name; a `ComponentSpec` is returned unchanged."""
+    return ComponentSpec(spec) if isinstance(spec, str) else spec
+
+
+def engine_arguments(config: RunConfig) -> dict[str, Any]:
+    """Return the keyword arguments of `Engine` that describe the run of `config`."""
+    keys = [*SINGLE_COMPONENT_KEYS, *("callbacks" if key == "callback" else key for key in REPEATABLE_COMPONENT_KEYS)]
+    return {key: getattr(config, key) for key in keys} | config.settings()
+
+
+def check_non_hook_components(config: RunConfig) -> None:
+    """Build the schedule, the optimizer and the augmentations once, so that errors show before anything is written.
+
+    Raises:
+        UnknownNameError: No component of that name is installed.
+        PluginLoadError: A component cannot be loaded.
+        OptionError: An option is wrong.
+    """
+    if config.schedule is not None:
+        create_component("lr_schedule", config.schedule)
+    if config.optimizer is not None:
+        create_component("optimizer", config.optimizer)
+    for spec in config.augment:
+        create_component("augment", spec)
+
+
+def check_no_duplicates(callbacks: Sequence[RegisteredComponent]) -> None:
+    """Raise `UsageError` if two callbacks are of the same class."""
+    kinds = [type(member.component) for member in callbacks]
+    for member in callbacks:
+        if kinds.count(type(member.component)) > 1:
+            raise UsageError(
+                f"{member.label} is named twice",
+                where="--callback",
+                why="two instances would do the same work twice or undo each other's work",
+                fix="name it once",
+            )
+
+
+def _check_implements(member: RegisteredComponent, hook: str, where: str) -> None:
+    """Raise `UsageError` if a component does not implement the hook it was chosen for; a callback may implement any."""
+    implemented = {name for _, name, _ in find_hook_methods(type(member.component), member.label)}
+    if hook != "callback" and hook not in implemented:
+        raise UsageError(
+            f"{member.label} does not implement {hook}",
+            where=where,
+            why=f"it implements {', '.join(sorted(implemented)) or 'no hook'}",
+            fix="name it with --callback, or name another component here",
+        )
+
+
+def _check_not_object(name: str) -> None:
+    if is_object(name):
+        raise FolderError(
+            "the run was given this component as a Python object",
+            where=name,
+            why="a run directory holds names and options, not objects",
+            fix="give the object again: load(path, model=module), evaluate(path, data=...), Engine.resume(path, ...)",
+        )
