@@ -253,8 +253,8 @@ def plant_tolerance(monkeypatch):
 def plant_silence(monkeypatch):
     original = phase._MetricTracker._find_stop_reason
 
-    def find_stop_reason(self, done):
-        return " " if original(self, done) else ""
+    def find_stop_reason(self, *, is_complete):
+        return " " if original(self, is_complete=is_complete) else ""
 
     monkeypatch.setattr(phase._MetricTracker, "_find_stop_reason", find_stop_reason)
 

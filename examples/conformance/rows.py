@@ -292,7 +292,7 @@ def _speaks(peer: Peer, *, asked: bool) -> bool:
 SPEAKERS = ("lightning", "lightning.pytorch", "finetuning_scheduler", "transformers", "accelerate")
 """Loggers that may keep what they say to themselves."""
 
-REASONS = ("early stop", "not improve", "did not improve", "no improvement", "stopping since", "has not gained")
+REASONS = ("early stop", "not improve", "did not improve", "no improvement", "stopping since")
 """Words by which a tool may say that it stopped because nothing improved."""
 
 ROWS: dict[int, Callable[[Peer], None]] = {

@@ -67,7 +67,7 @@ def test_flags_that_agree_are_taken_and_the_run_goes_on(run, half):
     code, out, err = run("resume", "runs/a", *TOLD, "--batch-size", "32", "--out", "runs/a")
     assert code == 0, err
     assert "resumed from checkpoint '000002-step-2': in step 1 of the strategy, 2 optimizer step(s) taken" in out
-    assert "goes on at the evaluation after optimizer step 2, epoch 1" in out
+    assert "continuing with the evaluation after optimizer step 2, epoch 1" in out
     assert state(folder) == "done"
 
 

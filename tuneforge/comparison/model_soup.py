@@ -21,7 +21,7 @@ from tuneforge.comparison.candidates import SOUP
 from tuneforge.comparison.ranking import FinishedRun, sort_key
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.loop.evaluation import evaluate
-from tuneforge.engine.loop.head_fit import Snapshot, interpolate
+from tuneforge.engine.loop.weight_average import Snapshot, interpolate
 from tuneforge.engine.session.predictor import load
 from tuneforge.engine.session.resume import TASK
 from tuneforge.engine.storage import run_dir as names

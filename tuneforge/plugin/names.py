@@ -1,4 +1,4 @@
-"""How class names become the names that users type. No imports beyond `re`: listing plugins pays for this file."""
+"""Names that users type, made from class names, and counted nouns. Imports only `re`, to keep the command line fast."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def to_kebab_case(name: str) -> str:
 def option_prefix(reference: str) -> str:
     """What a repeatable component's options begin with: `ema` for `pkg/ema`, `stay-near` for `module:StayNear`."""
     return to_kebab_case(reference.rpartition(":")[2]) if ":" in reference else reference.rpartition("/")[2]
+
+
+def format_count(number: int, noun: str) -> str:
+    """`1 epoch`, `3 epochs`, `2,048 samples`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -269,8 +269,8 @@ def _explains_stop(phase: Phase, epochs: int, reason: str) -> bool:
     if "budget" in reason:
         return True
     if phase.epochs is not None and epochs < phase.epochs:
-        return "early stop" in reason and "f1_macro" in reason
-    return "done" in reason or "early stop" in reason
+        return "early stopping" in reason and "f1_macro" in reason
+    return "completed" in reason or "early stopping" in reason
 
 
 def _assert_no_violations(trial: StrategyHarness, watch: InvariantChecker, *, about: str = "") -> None:

@@ -97,14 +97,14 @@ def test_a_number_that_is_none_on_one_rank_is_left_out_on_all_and_said_by_the_fi
     codes, said = ranks(2, tmp_path, tmp_path / "run", spoil=12, on_nan="skip")
     assert codes == [0, 0], said
     assert "the training loss is nan" in (tmp_path / "run/log.txt").read_text()
-    assert "left out: phase 'all'" in (tmp_path / "run/log.txt").read_text()
+    assert "skipped step: phase 'all'" in (tmp_path / "run/log.txt").read_text()
 
 
 @pytest.mark.skipif(not FULL, reason="part of the full set; a pass made smaller is tested in test_gradients.py")
 def test_memory_that_runs_out_on_one_rank_makes_all_passes_smaller(alone, tmp_path):
     codes, said = ranks(2, tmp_path, tmp_path / "run", full=12)
     assert codes == [0, 0], said
-    assert "from here on" in (tmp_path / "run/log.txt").read_text()
+    assert "micro-batch size reduced" in (tmp_path / "run/log.txt").read_text()
     close(weights(alone, "all"), weights(tmp_path, "all"))
 
 

@@ -103,7 +103,7 @@ def test_a_number_that_is_none_halts_the_run_at_its_step_and_names_samples(tune,
     assert caught.value.exit_code == 70
     assert "sample" in str(caught.value)
     if kind == "input":
-        assert f"an input that is no number in {spoils.named}" in str(caught.value)
+        assert f"NaN or Inf in the input of {spoils.named}" in str(caught.value)
     if kind == "gradient":
         assert "second.0.weight" in str(caught.value)
 
@@ -239,7 +239,7 @@ def test_memory_that_runs_out_halves_the_pass_and_the_run_equals_one_told_so(tun
     small = tune(EPOCHS, model=models[0], callbacks=[SmallMemory(5, start=start, where=where)], **given)
     told = tune(EPOCHS, model=models[1], callbacks=[Told(4, start)], **given)
     assert same(weights(small), weights(told))
-    assert "from here on 4 samples a pass" in (small.run_dir / "log.txt").read_text()
+    assert "micro-batch size reduced to 4" in (small.run_dir / "log.txt").read_text()
 
 
 def test_pieces_of_a_batch_add_up_to_the_batch(tune):
@@ -255,11 +255,11 @@ def test_pieces_of_a_batch_add_up_to_the_batch(tune):
 
 
 def test_memory_for_no_sample_at_all_halts_and_norms_are_told_of(tune):
-    with pytest.raises(tf.HaltError, match=r"a training pass over 2 sample.*tried to allocate 2 GiB") as caught:
+    with pytest.raises(tf.HaltError, match=r"a training pass of 2 sample.*tried to allocate 2 GiB") as caught:
         tune(EPOCHS, callbacks=[SmallMemory(1)])
     assert caught.value.exit_code == 70
     result = tune(EPOCHS, callbacks=[SmallMemory(9)])
-    assert "norms see smaller batches now" in (result.run_dir / "log.txt").read_text()
+    assert "BatchNorm now normalizes with micro-batches" in (result.run_dir / "log.txt").read_text()
 
 
 def test_an_evaluation_that_runs_out_of_memory_is_done_again_in_smaller_passes(tune):
@@ -303,4 +303,4 @@ def test_a_probe_and_a_fit_that_run_out_of_memory_go_on_in_smaller_passes(tune):
         assert one == pytest.approx(other, rel=1e-4)
     for name, tensor in fitted_whole.items():
         torch.testing.assert_close(fitted[name], tensor, rtol=1e-3, atol=1e-4)
-    assert "out of memory while gradients are measured: 8 samples a pass here" in log
+    assert "out of memory during a diagnosis: micro-batch size reduced to 8" in log

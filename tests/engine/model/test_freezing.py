@@ -151,7 +151,7 @@ def test_thawed_and_frozen_again_is_frozen(tune):
 def test_the_report_counts_what_trained_and_what_did_not(tune):
     report = tune([tf.Phase("head", train="head", epochs=1)]).strategy_steps[0][1]
     assert (report.num_trainable, report.num_frozen) == (51, sum(p.numel() for p in TinyNet().parameters()) - 51)
-    assert report.reason == "1 epoch(s) done"
+    assert report.reason == "1 epoch completed"
 
 
 def test_the_test_split_is_seen_once(tune):

@@ -159,7 +159,7 @@ def test_probes_read_what_they_read_in_one_process(alone, sharded):
 
 def test_a_loss_that_is_no_number_on_one_rank_stops_all_before_the_backward_pass(sharded):
     folder, _ = sharded
-    assert "went back to the beginning of the epoch: phase 'all'" in log(folder / "steps")
+    assert "rolled back to the beginning of the epoch: phase 'all'" in log(folder / "steps")
     assert "the training loss is nan" in log(folder / "steps")
 
 

@@ -74,7 +74,7 @@ def test_early_stop_ends_a_phase_and_says_so_and_best_weights_come_back(tune):
     result = tune([phase])
     report = result.strategy_steps[0][1]
     assert report.epochs < 30
-    assert report.reason.startswith("early stop: f1_macro has not gained for 2 epoch(s)")
+    assert report.reason.startswith("early stopping: f1_macro did not improve for 2 epochs")
     assert report.best_epoch == report.epochs - 2
     best = max(entry["val"]["f1_macro"] for entry in report.history)
     assert report.val["f1_macro"] == best == result.report["splits"]["val"]["f1_macro"]
@@ -432,7 +432,7 @@ def test_a_figure_whose_direction_nobody_knows_must_be_declared(tune):
 
 
 def test_infinite_masks_survive_a_blend():
-    from tuneforge.engine.loop.head_fit import average_snapshots, interpolate
+    from tuneforge.engine.loop.weight_average import average_snapshots, interpolate
 
     mask = {"mask": torch.tensor([0.0, -torch.inf]), "weight": torch.tensor([1.0, 2.0])}
     other = {"mask": mask["mask"].clone(), "weight": torch.tensor([3.0, 2.0])}
@@ -647,5 +647,5 @@ def test_freezing_a_model_of_fresh_weights_is_said_and_training_all_of_it_is_not
         data = tf.use("digits", per_class=2, other_share=0.0)
         model, asked = tf.use("digit-cnn", pretrained=False), tf.use(strategy, epochs=1)
         tf.Engine(data=data, model=model, strategy=asked, log=lines.append, page=False, out=tmp_path / strategy).run()
-        said[strategy] = any("every weight is fresh" in line for line in lines)
+        said[strategy] = any("freezing preserves random weights" in line for line in lines)
     assert said == {"freeze-then-unfreeze": True, "full": False}

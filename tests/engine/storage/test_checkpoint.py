@@ -103,7 +103,7 @@ def test_a_run_resumed_from_the_end_of_any_epoch_ends_the_same(whole, tmp_path):
         path = killed(tmp_path / f"r{number}", number, only="epoch")
         _, state, _ = checkpoint.load_latest(path, CPU)
         assert state["phase"]["batch"] == 0
-        ends.append(bool(state["phase"]["course"]["stop_reason"]))
+        ends.append(bool(state["phase"]["metrics"]["stop_reason"]))
         engine(path, resume=True).run()
         assert contents(path) == expected, number
     assert ends.count(True) == 3, "each phase's last epoch is one of them"
@@ -117,7 +117,7 @@ def test_a_phase_of_some_steps_resumed_at_its_last_one_takes_no_more(whole, tmp_
     said = []
     engine(path, resume=True, say=said.append).run()
     assert contents(path) == expected
-    assert f"  goes on at the evaluation after optimizer step {last}, epoch 8" in said
+    assert f"  continuing with the evaluation after optimizer step {last}, epoch 8" in said
 
 
 def test_a_resumed_run_says_where_it_goes_on(tmp_path):
@@ -129,8 +129,8 @@ def test_a_resumed_run_says_where_it_goes_on(tmp_path):
     damaged, used = newest.name, next(line for line in said if line.startswith("resumed"))
     assert f"skipped checkpoint '{damaged}' is damaged at state.json: it has 2 bytes" in "\n".join(said)
     assert used.endswith("in step 2 of the strategy, 7 optimizer step(s) taken")
-    where = next(line for line in said if line.startswith("  goes on"))
-    assert where.startswith("  goes on at optimizer step 8, epoch 3, batch 3, lr 0.0")
+    where = next(line for line in said if line.startswith("  continuing"))
+    assert where.startswith("  continuing at optimizer step 8, epoch 3, batch 3, lr 0.0")
     assert len(where.partition("next samples ")[2].split(", ")) == 4
     assert said.index(used) < said.index(where)
 

@@ -1,4 +1,4 @@
-"""`Diagnosis` steps: measure, and leave weights, buffers, gradients, modes and random generators as they were."""
+"""Execute a `Diagnosis` step: measure gradients, features or learning rates, and restore the state of the run."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Batch
 from tuneforge.engine.data.sampler import EpochSampler
 from tuneforge.engine.loop.backward import compute_loss
+from tuneforge.engine.loop.oom import catch_out_of_memory, halve
 from tuneforge.engine.loop.phase_components import PhaseComponents
-from tuneforge.engine.model.device import is_out_of_memory, root_cause
 from tuneforge.engine.model.freezing import freeze, full_state, restore_state, select, set_modes
-from tuneforge.engine.model.fsdp import out_of_memory_error
 from tuneforge.engine.model.optimizer import Optimization
-from tuneforge.errors import PluginError
 from tuneforge.plugin.results import Diagnostics
 from tuneforge.plugin.steps import Diagnosis, Phase
 
 CANDIDATE_LRS = tuple(10 ** (exponent / 4) for exponent in range(-24, 1))
-"""Rates of an `"lrs"` diagnosis: 1e-6 to 1, four a decade."""
+"""Learning rates of an `"lrs"` diagnosis: 1e-6 to 1, four per decade."""
 
 
 def diagnose(run: Run, step: Diagnosis, components: PhaseComponents) -> Diagnostics:
-    """Do a `Diagnosis` step."""
+    """Execute a `Diagnosis` step; weights, buffers, modes and random generators are restored afterwards."""
     with _preserve_state(run):
-        run.phase = Phase(step.name, train=step.train, steps=1)  # what a step that asks for its phase finds
-        measures = {"gradients": _gradient_norms, "features": _feature_drift, "lrs": _losses_by_lr}
-        return Diagnostics(step_name=step.name, values=measures[step.measure](run, step, components))
+        run.phase = Phase(step.name, train=step.train, steps=1)  # losses and callbacks may read the phase
+        if step.measure == "gradients":
+            values = _gradient_norms(run, step)
+        elif step.measure == "features":
+            values = _feature_drift(run, step)
+        else:
+            values = _losses_by_lr(run, step, components)
+        return Diagnostics(step_name=step.name, values=values)
 
 
-def _gradient_norms(run: Run, step: Diagnosis, components: PhaseComponents) -> dict[Any, float]:
-    """Gradient norm over weight norm, mean over batches (the relative gradient norm of Lee et al. 2023)."""
-    del components
+def _gradient_norms(run: Run, step: Diagnosis) -> dict[Any, float]:
+    """Return gradient norm over weight norm, averaged over batches (the relative gradient norm of Lee et al. 2023)."""
     names = select(run.model, step.train)
     freeze(run.model, names)
     named = run.model.parameters()
@@ -58,16 +60,15 @@ def _gradient_norms(run: Run, step: Diagnosis, components: PhaseComponents) -> d
 
 
 def _relative_gradient_norm(parameters: list[nn.Parameter]) -> float:
-    """Joint norm of the gradients over the joint norm of the weights; infinite where all weights are 0."""
+    """Return the norm of all gradients over the norm of all weights; infinity if every weight is 0."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     gradient = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
     weight = float(torch.nn.utils.get_total_norm([parameter.detach() for parameter in parameters]))
     return gradient / weight if weight else math.inf if gradient else 0.0
 
 
-def _feature_drift(run: Run, step: Diagnosis, components: PhaseComponents) -> dict[Any, float]:
-    """How far each group's output on validation lies from that on training, in standard deviations a channel."""
-    del components
+def _feature_drift(run: Run, step: Diagnosis) -> dict[Any, float]:
+    """Return the shift of each layer group's output from training to validation, in standard deviations per channel."""
     modules = {
         group.name: run.model.module.get_submodule(_last_module(run, group.prefixes)) for group in run.model.groups
     }
@@ -82,13 +83,13 @@ def _feature_drift(run: Run, step: Diagnosis, components: PhaseComponents) -> di
 
 
 def _moments(run: Run, modules: dict[str, nn.Module], batches: Iterator[Batch]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance (channels,) of each module's output over the samples of some batches."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in modules}
+    """Return the mean and variance (channels,) of each module's output over all samples of the batches."""
+    means: dict[str, list[Tensor]] = {name: [] for name in modules}
 
-    def catcher(name: str) -> Any:
-        return lambda module, args, output: seen[name].append(_channel_means(output))
+    def capture(name: str) -> Any:
+        return lambda module, args, output: means[name].append(_channel_means(output))
 
-    handles = [module.register_forward_hook(catcher(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(capture(name)) for name, module in modules.items()]
     try:
         with torch.no_grad():
             for batch in batches:
@@ -96,12 +97,12 @@ def _moments(run: Run, modules: dict[str, nn.Module], batches: Iterator[Batch]) 
     finally:
         for handle in handles:
             handle.remove()
-    stacked = {name: torch.cat(found).double().cpu() for name, found in seen.items() if found}
+    stacked = {name: torch.cat(captured).double().cpu() for name, captured in means.items() if captured}
     return {name: (rows.mean(0), rows.var(0, correction=0)) for name, rows in stacked.items()}
 
 
 def _channel_means(output: Any) -> Tensor:
-    """One number a channel and sample, (b, channels): maps are averaged over space, sequences over positions."""
+    """Return (b, channels): feature maps averaged over space, sequences averaged over positions."""
     tensor: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     if tensor.ndim == 3:
         return tensor.mean(1)
@@ -109,7 +110,7 @@ def _channel_means(output: Any) -> Tensor:
 
 
 def _losses_by_lr(run: Run, step: Diagnosis, components: PhaseComponents) -> dict[Any, float]:
-    """The loss on a batch after one optimizer step at each of `CANDIDATE_LRS`, always from the same weights."""
+    """Return the loss after one optimizer step at each of `CANDIDATE_LRS`, each time from the same weights."""
     names = select(run.model, step.train)
     freeze(run.model, names)
     start = {name: tensor.clone() for name, tensor in full_state(run.model.module).items()}
@@ -135,35 +136,28 @@ def _losses_by_lr(run: Run, step: Diagnosis, components: PhaseComponents) -> dic
 
 
 def _backward(run: Run, batch: Batch) -> None:
-    """Add the gradient of a batch's loss; in smaller passes where memory does not suffice."""
-    summed = run.process_group.world_size if run.sharded else 1  # gradients of so many ranks, each of this same batch
+    """Add the gradient of a batch's loss; while memory runs out, repeat with half the micro-batch size."""
+    # Every rank of a sharded model computes this same batch, and their gradients are summed.
+    num_summed = run.process_group.world_size if run.sharded else 1
     while True:
         size = min(run.engine_state.micro_batch_size or len(batch.indices), len(batch.indices))
-        full = False
-        try:
+        with catch_out_of_memory(run, where="diagnosis", flag="--micro-batch", can_halve=size > 1) as memory:
             for micro_batch, share in _micro_batches(run, batch):
-                torch.autograd.backward(compute_loss(run, micro_batch)[0] * (share / summed))
-        except (RuntimeError, MemoryError, PluginError) as error:
-            full = is_out_of_memory(error) and size > 1
-            if not full:
-                raise
-            if run.sharded:
-                raise out_of_memory_error(root_cause(error), where="diagnosis", flag="--micro-batch") from None
+                torch.autograd.backward(compute_loss(run, micro_batch)[0] * (share / num_summed))
         if run.sharded:
             run.process_group.all_reduce_gradients(
                 [each for each in run.model.parameters().values() if each.requires_grad]
             )
-        if not run.process_group.all_reduce_any(full)[0]:
+        if not run.process_group.all_reduce_any(memory.exhausted)[0]:
             return
         run.model.module.zero_grad(set_to_none=True)
-        size = run.engine_state.micro_batch_size = -(-size // 2)
-        run.device.empty_cache()
-        run.log(f"  out of memory while gradients are measured: {size} samples a pass here")
+        size = run.engine_state.micro_batch_size = halve(run, size)
+        run.log(f"  out of memory during a diagnosis: micro-batch size reduced to {size} until it ends")
 
 
 def _micro_batches(run: Run, batch: Batch) -> Iterator[tuple[Batch, float]]:
-    """The passes of a batch, each with its share of the samples."""
-    return ((piece, len(piece.indices) / len(batch.indices)) for piece in micro_batches(run, batch))
+    """Return the micro-batches of a batch, each with its share of the samples."""
+    return ((each, len(each.indices) / len(batch.indices)) for each in micro_batches(run, batch))
 
 
 def _first_batches(run: Run, count: int) -> Iterator[Batch]:
@@ -182,24 +176,20 @@ def _last_module(run: Run, prefixes: tuple[str, ...]) -> str:
 
 @contextlib.contextmanager
 def _preserve_state(run: Run) -> Iterator[None]:
-    """Put weights, buffers, gradients' requirement, modes and random generators back, to the bit."""
+    """Restore weights, buffers, `requires_grad`, modes and random generators bit-exactly."""
     module = run.model.module
     state = {name: tensor.clone() for name, tensor in full_state(module).items()}
     requires_grad = {name: parameter.requires_grad for name, parameter in run.model.parameters().items()}
     modes = [(child, child.training) for child in module.modules()]
-    micro_batch = run.engine_state.micro_batch_size  # a diagnosis is in eval mode, where a pass over one sample will do
-    with (
-        torch.random.fork_rng(device_type=run.device.torch.type) if run.device.torch.type == "cuda" else _fork_cpu_rng()
-    ):
+    # A diagnosis runs in eval mode, where a micro-batch may be smaller than BatchNorm allows in training.
+    micro_batch_size = run.engine_state.micro_batch_size
+    is_cuda = run.device.torch.type == "cuda"
+    with torch.random.fork_rng(device_type="cuda") if is_cuda else torch.random.fork_rng(devices=[]):
         module.eval()
         try:
             yield
         finally:
-            run.phase, run.engine_state.micro_batch_size = None, micro_batch
+            run.phase, run.engine_state.micro_batch_size = None, micro_batch_size
             restore_state(module, state)
             set_modes(modes)
             freeze(run.model, [name for name, requires in requires_grad.items() if requires])
-
-
-def _fork_cpu_rng() -> contextlib.AbstractContextManager[None]:
-    return torch.random.fork_rng(devices=[])

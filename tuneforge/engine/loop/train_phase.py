@@ -1,4 +1,4 @@
-"""Train one phase: freeze, train, evaluate each epoch, stop, prove, restore. Read it from top to bottom."""
+"""Train one phase: freeze, train, evaluate each epoch, stop, check the freezing, restore the best weights."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tuneforge.engine.model.freeze_check import FreezeCheck
 from tuneforge.engine.model.freezing import compute_modes, freeze, full_state, restore_state, select
 from tuneforge.engine.storage import fault_injection
 from tuneforge.errors import HaltError, UsageError
+from tuneforge.plugin.names import format_count
 from tuneforge.plugin.results import StrategyStepResult
 from tuneforge.plugin.steps import Phase
 
@@ -33,17 +34,17 @@ from tuneforge.plugin.steps import Phase
 def train_phase(
     run: Run, phase: Phase, components: PhaseComponents, phase_state: dict[str, Any] | None = None
 ) -> StrategyStepResult:
-    """Do a `Phase` step, from its beginning or from where a checkpoint left it.
+    """Execute a `Phase` step, from its beginning or from a checkpoint.
 
     Args:
-        run: With data and model.
-        phase: What to do.
-        components: Gives optimizer and schedule.
-        phase_state: What `PhaseProgress.state` gave, in a run that goes on.
+        run: A run with data and model.
+        phase: The phase to train.
+        components: Builds the optimizer and the schedule.
+        phase_state: The state that `PhaseProgress.state` returned, if the phase is resumed.
 
     Raises:
         SelectorError: The phase names parameters that do not exist.
-        HaltError: The loss is no number, or the proof of freezing failed.
+        HaltError: A loss is non-finite, or the freeze check failed.
     """
     state = run.engine_state
     trainable = select(run.model, phase.train)
@@ -53,10 +54,12 @@ def train_phase(
     schedule = components.build_schedule(phase)
     run.optimization.set_param_groups(run.model, phase, trainable, optimizer, same=same)
     sampling = SamplingWeights.from_phase(run, phase)
-    backward_pass = BackwardPass.from_run(run, modes, phase_state["gradients"] if phase_state is not None else None)
+    backward_pass = BackwardPass.from_run(run, modes, phase_state["nonfinite"] if phase_state is not None else None)
     freezes = len(trainable) < len(run.model.parameters())
     if freezes and not run.model.pretrained:
-        run.log("  note: every weight is fresh, so freezing keeps nothing; --strategy full trains all from the start")
+        run.log(
+            "  note: freezing preserves random weights, because the model is not pretrained; consider --strategy full"
+        )
     tracker = _MetricTracker(phase, *resolve_monitor(run.data.targets, phase.monitor, phase.monitor_mode))
     run.phase, run.steps_done, run.progress = phase, 0, 0.0
     run.total_steps = phase.steps or _steps_per_epoch(run) * (phase.epochs or 0)
@@ -65,7 +68,7 @@ def train_phase(
         progress = PhaseProgress(tracker, backward_pass, run.device.loss_accumulator())
         run.hooks.call.phase_started(run=run)
     else:
-        state.freeze_check = FreezeCheck.from_state(phase_state["proof"])
+        state.freeze_check = FreezeCheck.from_state(phase_state["freeze_check"])
         progress = PhaseProgress.from_state(phase_state, tracker, backward_pass, run)
         _log_resume_point(run, sampling, progress, schedule)
     freeze_check = state.freeze_check
@@ -78,7 +81,7 @@ def train_phase(
         if run.process_group.is_single and state.micro_batch_size is None:
             run.forward_pass.compiled_module = compile_forward(run, modes)
         else:
-            run.log("  not compiled: passes are smaller than a batch")
+            run.log("  compile: off, because micro-batches are smaller than a batch")
 
     while not tracker.stop_reason:
         began = time.perf_counter()
@@ -98,23 +101,21 @@ def train_phase(
 def _finish_phase(
     run: Run, phase: Phase, trainable: list[str], tracker: _MetricTracker, backward_pass: BackwardPass
 ) -> StrategyStepResult:
-    """End a phase: prove what froze and what moved, go back to the best weights where asked, and report.
+    """End a phase: check the freezing, restore the best weights if the phase asks for it, and return the result.
 
     Raises:
-        HaltError: What was frozen moved, what trained did not, or the ranks have drifted apart.
+        HaltError: A frozen tensor changed, a trained one did not, or the weights differ between ranks.
     """
     run.process_group.check_equal(full_state(run.model.module))
     run.hooks.call.phase_ended(run=run)
-    freeze_check = run.engine_state.freeze_check
+    freeze_check, forward_pass = run.engine_state.freeze_check, run.forward_pass
     assert freeze_check is not None
     never_updated = freeze_check.finish(run.model)
-    forward_pass = run.forward_pass
     num_augmented_copies = forward_pass.feature_cache.num_augmented_copies if forward_pass.feature_cache else 0
     if phase.restore_best and tracker.best_epoch != len(tracker.history):
         restore_state(run.model.module, tracker.best_state)
         run.optimization.reset_state()
-    run.phase = run.engine_state.freeze_check = None
-    forward_pass.feature_cache = forward_pass.compiled_module = None
+    run.phase = run.engine_state.freeze_check = forward_pass.feature_cache = forward_pass.compiled_module = None
     sizes = {name: parameter.numel() for name, parameter in run.model.parameters().items()}
     return StrategyStepResult(
         step_name=phase.name,
@@ -128,35 +129,37 @@ def _finish_phase(
         num_trainable=sum(sizes[name] for name in trainable),
         num_frozen=sum(sizes.values()) - sum(sizes[name] for name in trainable),
         never_updated=never_updated,
-        skipped_steps=backward_pass.skipped_steps,
+        skipped_steps=backward_pass.nonfinite.skipped_steps,
         num_augmented_copies=num_augmented_copies,
     )
 
 
 def _log_resume_point(run: Run, sampling: SamplingWeights, progress: PhaseProgress, schedule: Any) -> None:
-    """Say where a resumed phase goes on; leaves the rate as the last step had it."""
+    """Log where a resumed phase continues; the learning rate is left as the last step had it."""
     sampler = sampling.make_sampler(run)
     start = progress.next_batch * run.config.batch_size
     if progress.tracker.stop_reason:
-        run.log(f"  goes on at the end of the phase, after optimizer step {run.step}")
+        run.log(f"  continuing at the end of the phase, after optimizer step {run.step}")
     elif _is_epoch_over(run) or start >= sampler.size:
-        run.log(f"  goes on at the evaluation after optimizer step {run.step}, epoch {run.epoch + 1}")
+        run.log(f"  continuing with the evaluation after optimizer step {run.step}, epoch {run.epoch + 1}")
     else:
         _set_lr(run, progress, schedule, run.steps_done)
         samples = ", ".join(map(run.data.train.id_of, sampler.indices(start, min(start + 4, sampler.size)).tolist()))
-        place = f"optimizer step {run.step + 1}, epoch {run.epoch + 1}, batch {progress.next_batch + 1}"
-        run.log(f"  goes on at {place}, lr {run.optimization.lrs()[0]:.3g}, next samples {samples}")
+        position = f"optimizer step {run.step + 1}, epoch {run.epoch + 1}, batch {progress.next_batch + 1}"
+        run.log(f"  continuing at {position}, lr {run.optimization.lrs()[0]:.3g}, next samples {samples}")
     if run.steps_done:
         _set_lr(run, progress, schedule, run.steps_done - 1)
 
 
 def _set_lr(run: Run, progress: PhaseProgress, schedule: Any, step: int) -> None:
-    """The rate of a step of the phase: that of its middle, lowered where the run went back."""
-    run.optimization.set_lr_factor(progress.backward_pass.lr_factor * schedule.factor((step + 0.5) / run.total_steps))
+    """Set the learning rate of a step: the schedule's at the middle of the step, halved by each rollback."""
+    run.optimization.set_lr_factor(
+        progress.backward_pass.nonfinite.lr_factor * schedule.factor((step + 0.5) / run.total_steps)
+    )
 
 
 def _is_epoch_over(run: Run) -> bool:
-    """True where no further step may be taken, though samples of the epoch may be left."""
+    """Return True if no further step may be taken, even if samples of the epoch remain."""
     return run.steps_done >= run.total_steps or bool(run.engine_state.budget.exhausted_reason(run))
 
 
@@ -169,26 +172,22 @@ def _steps_per_epoch(run: Run) -> int:
 
 
 def _train_epoch(run: Run, sampling: SamplingWeights, progress: PhaseProgress, schedule: Any) -> float:
-    """One pass over the training split, or what is left of it. Returns the mean loss."""
+    """Train one epoch, or the rest of it, and return the mean loss."""
     sampler = sampling.make_sampler(run)
     state = run.engine_state
     backward_pass, freeze_check = progress.backward_pass, state.freeze_check
     assert freeze_check is not None
-    run.model.module.train()  # so that a module's own train() is told; the modes of the phase follow
+    run.model.module.train()  # calls a train() that the module overrides; set_modes then sets the modes of the phase
     if progress.next_batch == 0:
-        backward_pass.begin_epoch(run)
+        backward_pass.nonfinite.begin_epoch(run)
     sizes = batch_sizes(sampler.size, run.config.batch_size)
-    left = iter(
+    remaining = iter(
         () if _is_epoch_over(run) else run.training_batches(sampler, sampling.loss_weights, start=progress.next_batch)
     )
-    while batches := list(itertools.islice(left, run.config.grad_accum_steps)):
+    while batches := list(itertools.islice(remaining, run.config.grad_accum_steps)):
         _set_lr(run, progress, schedule, run.steps_done)
-        if run.process_group.is_single:
-            losses = backward_pass.compute(run, batches, [len(batch.indices) for batch in batches])
-        else:
-            losses = backward_pass.compute(
-                run, batches, sizes[progress.next_batch : progress.next_batch + len(batches)]
-            )
+        global_sizes = sizes[progress.next_batch : progress.next_batch + len(batches)]
+        losses = backward_pass.compute(run, batches, global_sizes)
         if losses is not None:
             for loss, count in losses:
                 progress.loss_sum.add_(loss, alpha=count)
@@ -199,13 +198,15 @@ def _train_epoch(run: Run, sampling: SamplingWeights, progress: PhaseProgress, s
         run.steps_done += 1
         run.progress = run.steps_done / run.total_steps
         progress.next_batch += len(batches)
-        if freeze_check.unmoved and run.steps_done.bit_count() == 1:  # after steps 1, 2, 4, 8, ...
+        if (
+            freeze_check.unmoved and run.steps_done.bit_count() == 1
+        ):  # after steps 1, 2, 4, 8: most tensors change at the first
             freeze_check.update(run.model)
         fault_injection.point("step")
-        spent = state.budget.check_exhausted(run)
+        is_exhausted = state.budget.check_exhausted(run)
         state.save(progress)
         fault_injection.point("step-saved")
-        if spent or run.steps_done == run.total_steps:
+        if is_exhausted or run.steps_done == run.total_steps:
             break
     backward_pass.sync_buffers(run)
     return progress.next_epoch(run, complete=progress.next_batch == len(sizes))
@@ -213,14 +214,14 @@ def _train_epoch(run: Run, sampling: SamplingWeights, progress: PhaseProgress, s
 
 @attrs.define(eq=False)
 class PhaseProgress:
-    """Where a phase is: what a checkpoint must hold, beside weights and optimizer, to go on to the bit.
+    """The progress of a phase: what a checkpoint holds, beside weights and optimizer, for a bit-exact resume.
 
     Args:
-        tracker: The figures so far.
-        backward_pass: What the steps are made of.
+        tracker: The metrics so far.
+        backward_pass: Computes the gradients of the phase.
         loss_sum: Sum of the losses of this epoch's samples, on the device.
         num_samples: Samples of this epoch so far.
-        next_batch: The batch that comes next.
+        next_batch: Index of the next batch of the epoch.
     """
 
     tracker: _MetricTracker
@@ -235,18 +236,18 @@ class PhaseProgress:
         return self.next_batch == 0 and 0 < self.tracker.best_epoch == len(self.tracker.history)
 
     def next_epoch(self, run: Run, *, complete: bool) -> float:
-        """Begin the next epoch, and give the mean loss of the one that ended.
+        """Begin the next epoch, and return the mean loss of the one that ended.
 
         Raises:
-            HaltError: It is no number, or no step of a whole epoch could be applied.
+            HaltError: The loss is non-finite, or every step of a complete epoch was skipped.
         """
         self.loss_sum, self.num_samples = self._all_reduce(run)
         if not self.num_samples and complete:
             raise HaltError(
-                "no step of a whole epoch could be applied",
+                "every step of an epoch was skipped",
                 where=f"epoch {run.epoch + 1}",
-                why="a loss or a gradient was no number in every one of them, so it is the weights that are at fault",
-                fix="start again with a lower learning rate, or with --callback grad-clip",
+                why="a loss or a gradient was NaN or Inf in each of them, so the weights are at fault, not a batch",
+                fix="start a new run with a lower learning rate, or with --callback grad-clip",
             )
         earlier = [entry["train"]["loss"] for entry in run.history[-1:]]
         mean = float(self.loss_sum) / self.num_samples if self.num_samples else next(iter(earlier), 0.0)
@@ -254,7 +255,7 @@ class PhaseProgress:
         return _check_finite(run, mean)
 
     def state(self, run: Run) -> dict[str, Any]:
-        """All of it as tensors and plain data."""
+        """Return the state as tensors and plain data."""
         freeze_check = run.engine_state.freeze_check
         assert freeze_check is not None
         loss, count = self._all_reduce(run)
@@ -263,26 +264,26 @@ class PhaseProgress:
             "count": count,
             "batch": self.next_batch,
             "steps_done": run.steps_done,
-            "gradients": self.backward_pass.state(),
-            "course": {name: getattr(self.tracker, name) for name in _TRACKER_FIELDS},
-            "proof": freeze_check.state(),
+            "nonfinite": self.backward_pass.nonfinite.state(),
+            "metrics": {name: getattr(self.tracker, name) for name in _TRACKER_FIELDS},
+            "freeze_check": freeze_check.state(),
         }
 
     @classmethod
     def from_state(
         cls, state: dict[str, Any], tracker: _MetricTracker, backward_pass: BackwardPass, run: Run
     ) -> PhaseProgress:
-        """What `state` gave, with the run's counters of the phase."""
+        """Return the progress that `state` described, and set the run's counters of the phase."""
         for name in _TRACKER_FIELDS:
-            setattr(tracker, name, state["course"][name])
+            setattr(tracker, name, state["metrics"][name])
         run.steps_done = state["steps_done"]
         run.progress = run.steps_done / run.total_steps
-        if not run.process_group.is_main:  # the sum is of all ranks, and rank 0 goes on with it
+        if not run.process_group.is_main:  # the saved sum is that of all ranks, so only rank 0 continues with it
             return cls(tracker, backward_pass, torch.zeros_like(state["loss"]), 0, state["batch"])
         return cls(tracker, backward_pass, state["loss"], state["count"], state["batch"])
 
     def _all_reduce(self, run: Run) -> tuple[Tensor, int]:
-        """Sum and count over all ranks."""
+        """Return the sum of losses and the number of samples over all ranks."""
         if run.process_group.is_single:
             return self.loss_sum, self.num_samples
         loss, count = run.process_group.all_reduce(self.loss_sum, torch.tensor(self.num_samples))
@@ -299,8 +300,8 @@ def _check_finite(run: Run, loss: float) -> float:
     raise HaltError(
         f"the training loss is {loss}",
         where=f"phase '{run.phase.name}', epoch {run.epoch + 1}",
-        why="a step in this epoch produced a value that is no number; the weights are lost from there on",
-        fix="lower the learning rate, add --callback grad-clip, or look for bad values in the data",
+        why="a step of this epoch made the weights NaN or Inf",
+        fix="lower the learning rate, add --callback grad-clip, or look for NaN and Inf in the data",
     )
 
 
@@ -325,7 +326,7 @@ def _record_epoch(
 
 @attrs.define(eq=False)
 class _MetricTracker:
-    """How a phase goes: its figures so far, the best of them, and why it ended."""
+    """The metrics of a phase: the epochs so far, the best of them, and the reason why the phase ended."""
 
     phase: Phase
     monitor: str
@@ -339,26 +340,29 @@ class _MetricTracker:
     history: list[dict[str, Any]] = attrs.field(factory=list)
 
     def update(self, run: Run, loss: float, trainable: list[str], metrics: Mapping[str, Any]) -> None:
-        """Take in an epoch's figures: is it the best so far, and does the phase go on?
+        """Add the metrics of an epoch, and decide whether it is the best so far and whether the phase ends.
 
-        Where the phase asks for best weights, those of the best epoch are kept: what trained, and every buffer.
+        If the phase restores the best weights, trained parameters and all buffers of the best epoch are copied.
+
+        Raises:
+            UsageError: No component computes the monitored metric.
         """
         numbers = scalar_metrics(metrics)
         decides = self.phase.patience is not None or self.phase.restore_best or self.phase.monitor is not None
         if decides and self.monitor not in numbers:
             raise UsageError(
-                f"no metric gives the figure '{self.monitor}'",
+                f"no component computes the metric '{self.monitor}'",
                 where=f"phase '{self.phase.name}'",
-                why="early stopping and best weights watch it",
-                fix=f"watch one of {', '.join(sorted(numbers))}",
+                why="early stopping and best weights depend on it",
+                fix=f"monitor one of {', '.join(sorted(numbers))}",
             )
         self.metrics = metrics
         self.history.append({"epoch": len(self.history) + 1, "train": {"loss": loss}, "val": numbers})
         value = numbers.get(self.monitor, math.nan)
-        gain = self.sign * (value - self.best_value)
+        improvement = self.sign * (value - self.best_value)
         if (
             self.best_epoch == 0
-            or gain > self.phase.min_delta
+            or improvement > self.phase.min_delta
             or (math.isnan(self.best_value) and not math.isnan(value))
         ):
             self.best_value, self.best_epoch, self.best_metrics = value, len(self.history), metrics
@@ -366,12 +370,16 @@ class _MetricTracker:
                 frozen = set(run.model.parameters()) - set(trainable)
                 state = full_state(run.model.module)
                 self.best_state = {name: tensor.clone() for name, tensor in state.items() if name not in frozen}
-        self.stop_reason = self._find_stop_reason(run.steps_done >= run.total_steps)
+        self.stop_reason = self._find_stop_reason(is_complete=run.steps_done >= run.total_steps)
 
-    def _find_stop_reason(self, done: bool) -> str:
+    def _find_stop_reason(self, *, is_complete: bool) -> str:
         since = len(self.history) - self.best_epoch
         if self.phase.patience is not None and since >= self.phase.patience:
-            return f"early stop: {self.monitor} has not gained for {since} epoch(s), best {self.best_value:.4f}"
-        if done:
-            return f"{self.phase.epochs} epoch(s) done" if self.phase.epochs else f"{self.phase.steps} step(s) done"
+            return (
+                f"early stopping: {self.monitor} did not improve for {format_count(since, 'epoch')}, "
+                f"best {self.best_value:.4f}"
+            )
+        if is_complete:
+            epochs, steps = self.phase.epochs, self.phase.steps or 0
+            return f"{format_count(epochs, 'epoch') if epochs else format_count(steps, 'step')} completed"
         return ""

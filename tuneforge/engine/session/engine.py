@@ -17,10 +17,11 @@ from tuneforge.engine.context.distributed import ProcessGroup, open_run_dir
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.loop.diagnosis import diagnose
 from tuneforge.engine.loop.evaluation import evaluate
-from tuneforge.engine.loop.head_fit import Snapshot, average_weights, fit_head
+from tuneforge.engine.loop.head_fit import fit_head
 from tuneforge.engine.loop.metric_set import HardestSamples
 from tuneforge.engine.loop.phase_components import PhaseComponents, create_component
 from tuneforge.engine.loop.train_phase import train_phase
+from tuneforge.engine.loop.weight_average import Snapshot, average_weights
 from tuneforge.engine.model import device, fsdp
 from tuneforge.engine.model.freezing import full_state
 from tuneforge.engine.model.model import Model
@@ -377,7 +378,7 @@ class Engine:
             resume_state.add_step_result(step, result)
 
     def prepare(self) -> Run:
-        """Return the run with prepared data and model; nothing is trained or written, and `run` is refused afterwards."""
+        """Return the run with prepared data and model; nothing is trained or written. `run` can no longer be called."""
         self._has_run = True  # a model object of the caller has been adapted
         run = Run(
             config=self.config,

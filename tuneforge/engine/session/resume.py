@@ -12,9 +12,9 @@ import attrs
 import torch
 
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.loop.head_fit import Snapshot, take_snapshot
 from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.train_phase import PhaseProgress
+from tuneforge.engine.loop.weight_average import Snapshot, take_snapshot
 from tuneforge.engine.model import fsdp
 from tuneforge.engine.model.freezing import full_state, restore_state
 from tuneforge.engine.session.run_log import DETERMINISM_KEYS, describe_environment

@@ -1,0 +1,92 @@
+"""Execute a `WeightAverage` step: interpolate or average snapshots of the weights and keep the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tuneforge.engine.context.run import Run
+from tuneforge.engine.loop.evaluation import evaluate
+from tuneforge.engine.loop.metric_set import resolve_monitor, scalar_metrics
+from tuneforge.engine.model.freeze_check import bitwise_equal
+from tuneforge.engine.model.freezing import full_state, restore_state
+from tuneforge.errors import UsageError
+from tuneforge.plugin.results import StrategyStepResult
+from tuneforge.plugin.steps import WeightAverage
+
+Snapshot = dict[str, Tensor]
+"""Every parameter and buffer of the model by name."""
+
+
+def average_weights(run: Run, step: WeightAverage, snapshots: Mapping[str, Snapshot]) -> StrategyStepResult:
+    """Execute a `WeightAverage` step: evaluate each candidate on the validation split and keep the best.
+
+    Raises:
+        UsageError: A snapshot does not exist, or no component computes the monitored metric.
+    """
+    for name in step.snapshots:
+        if name not in snapshots:
+            raise UsageError(
+                f"there is no snapshot '{name}'", where=f"step '{step.name}'", fix=f"known: {', '.join(snapshots)}"
+            )
+    chosen = [snapshots[name] for name in step.snapshots]
+    candidates = (
+        {weight: interpolate(chosen[0], chosen[1], weight) for weight in step.weights}
+        if len(chosen) == 2
+        else {1 / len(chosen): average_snapshots(chosen)}  # the average of one snapshot is the snapshot
+    )
+    monitor, sign = resolve_monitor(run.data.targets, step.monitor, step.monitor_mode)
+    metrics = {}
+    for weight, state in candidates.items():
+        restore_state(run.model.module, state)
+        metrics[weight] = evaluate(run, run.data.val, "val")
+        if monitor not in scalar_metrics(metrics[weight]):
+            raise UsageError(f"no component computes the metric '{monitor}'", where=f"step '{step.name}'")
+    best = max(candidates, key=lambda weight: _nan_as_worst(sign * metrics[weight][monitor]))
+    restore_state(run.model.module, candidates[best])
+    run.optimization.reset_state()
+    return StrategyStepResult(
+        step_name=step.name,
+        reason=f"weight {best:g} is the best of {len(candidates)} on validation",
+        val=metrics[best],
+        history=[{"weight": weight, "val": scalar_metrics(val)} for weight, val in metrics.items()],
+        selection={"weight": best},
+    )
+
+
+def take_snapshot(run: Run, before: Snapshot | None) -> Snapshot:
+    """Return a copy of the model's state; tensors equal to those of `before` are shared, which saves memory."""
+    state = full_state(run.model.module)
+    if before is None:
+        return {name: tensor.clone() for name, tensor in state.items()}
+    return {
+        name: before[name] if bitwise_equal(before[name], tensor) else tensor.clone() for name, tensor in state.items()
+    }
+
+
+def interpolate(first: Snapshot, last: Snapshot, weight: float) -> Snapshot:
+    """Interpolate linearly: 0 returns `first` and 1 returns `last` exactly, and equal tensors stay bit-identical."""
+    return {name: _lerp(tensor, last[name], weight) for name, tensor in first.items()}
+
+
+def average_snapshots(states: list[Snapshot]) -> Snapshot:
+    """Return the mean of several snapshots, as a running mean so that equal tensors stay bit-identical."""
+    mean = {name: tensor.clone() for name, tensor in states[0].items()}
+    for count, state in enumerate(states[1:], start=2):
+        for name, tensor in mean.items():
+            tensor.copy_(_lerp(tensor, state[name], 1 / count))
+    return mean
+
+
+def _lerp(first: Tensor, last: Tensor, weight: float) -> Tensor:
+    """Interpolate where the values differ, so that equal infinities do not become NaN; integers are those of `last`."""
+    if not (first.is_floating_point() or first.is_complex()):
+        return last
+    return torch.where(first == last, first, torch.lerp(first, last, weight))
+
+
+def _nan_as_worst(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
