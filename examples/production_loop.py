@@ -44,7 +44,7 @@ def main(out: Path | None, count: int, epochs: int, only: str) -> None:
         name: [production.digits(look, *span) for span in ((0, count), (300, 470))] for name, look in looks.items()
     }
     worlds["poison"][0] = [(body, str((int(name) + 1) % 10)) for body, name in worlds["poison"][0]]
-    worlds["new class"] = [production.letters(max(30, count // 3), seed=1), production.letters(60, seed=2)]
+    worlds["new class"] = [production.letters(60, 60 + max(30, count // 3)), production.letters(0, 60)]
     options = ["--strategy.epochs", epochs, "--strategy.lr", 5e-4]
     with serving(store, records) as url, Busy(Client(url), production.digits(plain, 0, 50)) as busy:
         print(next(line for line in command("test", url, "--run", base).splitlines() if "offline" in line))

@@ -1,16 +1,29 @@
+"""The generator of the images that ship: `examples/render_characters.py` and its package `characters`."""
+
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
-from tuneforge.builtin.datasets.demo.bitmaps import block_counts, bounds, deepest, distances, thin
-from tuneforge.builtin.datasets.demo.fonts import CHARACTERS, find_fonts
-from tuneforge.builtin.datasets.demo.glyphs import glyph_images, render
+import tuneforge as tf
+from tuneforge.builtin.datasets.demo.digit_images import CHARACTER_IMAGES, CHARACTERS, character_images, real_digits
+from tuneforge.exporting import load_tensors
+
+EXAMPLES = Path(tf.__file__).parents[1] / "examples"
+sys.path.append(str(EXAMPLES))
+
+from characters.bitmaps import block_counts, bounds, deepest, distances, thin  # noqa: E402 - from the path above
+from characters.fonts import find_fonts  # noqa: E402
+from characters.glyphs import glyph_images, render  # noqa: E402
+from characters.strokes import TRANSFORMS, bitmaps, digit_margin, make, normalized, recombine  # noqa: E402
+from render_characters import OTHER_CHARACTERS, write  # noqa: E402
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
@@ -25,19 +38,44 @@ def real() -> np.ndarray:
     return load_digits().images
 
 
+def tensors_of(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file of character images, decompressed."""
+    tensors, metadata = load_tensors(path)
+    return {
+        name: np.frombuffer(zlib.decompress(tensors[name].numpy().tobytes()), np.uint8).reshape(shape)
+        for name, shape in metadata["shapes"].items()
+    }
+
+
+@pytest.mark.slow
+def test_the_script_draws_the_images_that_ship(tmp_path):
+    """`--check` compares bytes, which are the same on one machine; another CPU may choose a few other strokes."""
+    write(tmp_path / "again.safetensors")
+    again, shipped = (load_tensors(path)[1] for path in (tmp_path / "again.safetensors", CHARACTER_IMAGES))
+    if again["versions"] != shipped["versions"]:
+        pytest.skip(f"the file was drawn by {shipped['versions']}")
+    arrays = tensors_of(CHARACTER_IMAGES)
+    for name, drawn in tensors_of(tmp_path / "again.safetensors").items():
+        images = [{image.tobytes() for image in array.reshape(-1, 64)} for array in (drawn, arrays[name])]
+        assert len(images[0] & images[1]) > 0.99 * len(images[0] | images[1])
+
+
+def test_the_characters_of_the_script_are_those_that_ship():
+    shipped = character_images()
+    assert shipped.other_characters == OTHER_CHARACTERS
+    assert tuple(shipped.transform_shares) == tuple(sorted(TRANSFORMS))
+    assert set(shipped.families) == {font.family for font in find_fonts()}
+
+
 def test_the_same_seed_gives_the_same_bytes_in_another_process_and_pyplot_stays_out():
     code = """if True:
         import sys, zlib
-        from tuneforge.builtin.datasets.demo.glyphs import glyph_images
-        print(zlib.crc32(glyph_images(124, seed=3).images.tobytes()))
-        print({"matplotlib.pyplot", "torch", "sklearn"} & set(sys.modules))
+        from characters.glyphs import glyph_images
+        print(zlib.crc32(glyph_images(124, seed=3).images.tobytes()), "matplotlib.pyplot" in sys.modules)
     """
-    runs = {
-        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
-        for _ in range(2)
-    }
-    (answer,) = runs
-    assert answer.split()[1:] == ["set()"]
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, capture_output=True, check=True, text=True, cwd=EXAMPLES).stdout
+    assert printed == f"{zlib.crc32(glyph_images(124, seed=3).images.tobytes())} False\n"
 
 
 def test_another_seed_gives_other_images():
@@ -146,3 +184,29 @@ def test_thin_leaves_a_line_of_one_pixel():
     skeleton = thin(masks)[0]
     assert set(np.flatnonzero(skeleton.any(1))) == {10}
     assert 24 <= skeleton.sum() <= 28
+
+
+# -- strokes ---------------------------------------------------------------------------------------------------------
+
+
+def test_bitmaps_count_back_to_the_images_they_were_laid_out_from():
+    images = real_digits()[0]
+    assert (block_counts(bitmaps(images)) == images).all()
+
+
+def test_strokes_keep_the_ink_of_their_digit():
+    images, labels = real_digits()
+    made = make(len(TRANSFORMS) * 10, images=images, labels=labels, rng=np.random.default_rng(0))
+    assert (made.images.sum((1, 2)) == images.sum((1, 2))[made.parents[:, 0]]).all()
+
+
+def test_strokes_that_the_filter_kept_are_not_taken_for_digits_and_digits_are():
+    images, labels = real_digits()
+    train, test = train_test_split(np.arange(1797), train_size=960, stratify=labels, random_state=0)
+    made = recombine(200, images=images[train], labels=labels[train], rng=np.random.default_rng(0))
+    assert len(made.images) == 200
+    unseen = digit_margin(np.concatenate([images[test], made.images]), images[train], made.images)
+    handled = digit_margin(normalized(bitmaps(images[test]), images[test].sum((1, 2))), images[train], made.images)
+    assert (unseen[: len(test)] > 0).mean() > 0.97
+    assert (unseen[len(test) :] < 0).mean() > 0.97
+    assert (handled > 0).mean() > 0.97

@@ -29,7 +29,7 @@ LABELS = tuple(string.digits + string.ascii_uppercase + string.ascii_lowercase)
 """What the pretrained head tells apart."""
 
 PRETRAINED_WEIGHTS = Path(__file__).parent / "weights" / "digit_cnn.safetensors"
-"""The pretrained weights, float16, made by `tuneforge run --data glyphs --model digit-cnn`."""
+"""The pretrained weights, float16, made by `examples/pretrain_digit_cnn.py`."""
 
 
 class DigitNet(nn.Module):

@@ -1,86 +1,92 @@
-"""The set `digits`: real handwritten digits, rendered ones, and other characters as an eleventh class.
+"""Images of digits and other characters: those that ship, random distortions of them, and those of other fonts.
 
-A split is made by one call: the caller splits the real digits and names those of each part, and everything else in
-the part is made for it alone. So no stroke of a test digit reaches training.
+An image is uint8 (8, 8): the ink of each 4x4 block of a 32x32 bitmap, 0 to 16, as in UCI's optdigits.
 """
 
+import string
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import attrs
 import numpy as np
+import torch
+from numpy.random import Generator
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn import functional as F
 
-from tuneforge.builtin.datasets.demo.bitmaps import Images, Integers
-from tuneforge.builtin.datasets.demo.fonts import CHARACTERS, Font, find_fonts
-from tuneforge.builtin.datasets.demo.glyphs import render
-from tuneforge.builtin.datasets.demo.strokes import recombine
+from tuneforge import DataError
+from tuneforge.exporting import load_tensors
 
-DIGITS = "0123456789"
-OTHER = "other"
+InkCounts: TypeAlias = NDArray[np.uint8]
+Integers: TypeAlias = NDArray[np.int64]
+Names: TypeAlias = NDArray[np.str_]
 
-AMBIGUOUS = {
-    "O": "0",
-    "o": "0",
-    "D": "0",
-    "Q": "0",
-    "I": "1",
-    "l": "1",
-    "i": "1",
-    "J": "3",
-    "j": "3",
-    "Z": "2",
-    "z": "2",
-    "S": "5",
-    "s": "5",
-    "G": "6",
-    "b": "6",
-    "T": "7",
-    "B": "8",
-    "g": "9",
-    "q": "9",
-}
-"""Letters left out of `other`, and the digit each cannot be told from at 8x8.
+DIGITS = string.digits
+CHARACTERS = DIGITS + string.ascii_uppercase + string.ascii_lowercase
+"""The 62 classes of `glyphs`, each named by itself."""
 
-Size and slant are normalised away, so case and baseline do not help. Measured, for D I O S Z B g i l o s z: a support
-vector machine that learns all 11 classes (120 renderings a character, 5 folds) calls more than 6 % of them a digit, or
-more than a quarter of them lie as near to a digit as nine in ten digits lie to their nearest. For J j a small
-convolutional network failed on 3 of 12 each. By eye, for G Q T b q: handwriting has 0, 6 and 9 like that, and the stem
-of T ends up under the left end of its bar, as that of a 7 does, when the slant is taken away.
-"""
+CHARACTER_IMAGES = Path(__file__).with_name("character_images.safetensors")
+"""The rendered characters, drawn by `examples/render_characters.py`."""
 
-SYMBOLS = "@#%*=<>~ΔΛΞΠΣΦΨαγηκλμπφψω∂∞≠±"
-"""Signs drawn as `other` besides the letters. Left out: ? ! / | + by the same measurement, $ and & by eye."""
+MEAN_INK = 312.6
+"""Ink of a real digit, in pixels of the 32x32 bitmap."""
 
-OTHER_CHARACTERS = "".join(c for c in CHARACTERS if c not in DIGITS and c not in AMBIGUOUS) + SYMBOLS
-"""All characters that are drawn as `other`."""
+_BOX = Image.Resampling.BOX
+_SIDE = 32
+_BATCH = 1024  # Images distorted at a time, which bounds the memory.
+_HELD_OUT_FAMILIES = ("stix", "xits")  # The control digits are of this family and its fork.
+# Standard deviations in half heights of the image: width, shear and shift; vertical shear; ink, as a share; elastic.
+_SPREADS = (0.035, 0.05, 0.02, 0.035, 0.0, 0.0, 0.056, *[0.035] * 2 * 4 * 4)
 
 
 @attrs.frozen(eq=False)
-class DigitImages:
-    """Images of digits and other characters.
+class CharacterImages:
+    """The rendered characters that ship.
 
     Args:
-        images: `(n, 8, 8)`, ink of each 4x4 block of a 32x32 bitmap, 0 to 16.
-        labels: `(n,)`, places in `class_names`.
-        class_names: `0` to `9` and, where there are others, `other`.
-        origins: `(n,)`: `real`, `rendered`, `letters`, `strokes` or `control`.
-        ids: `(n,)`, a name for each image that stays the same from run to run, such as `real/17`.
-        parents: `(n, 2)`, indices of the real digits an image is made of, itself if it is one; -1 where none.
+        glyphs: `(62, instances, families, 8, 8)`, the characters of `CHARACTERS` for the data source `glyphs`.
+        digits: `(10, instances, 8, 8)`, digits in the same fonts for `digits`.
+        others: `(characters, instances, 8, 8)`, letters and symbols that 8x8 pixels can tell from digits.
+        control: `(10, instances, 8, 8)`, digits in a font family that none of the others is drawn in.
+        strokes: `(n, 8, 8)`, characters that are no digits, made by cutting, joining and turning real digits.
+        sources: `(n, 2)`, the real digits that each of `strokes` is made of; -1 where there is no second.
+        transforms: `(n,)`, how each of `strokes` was made, an index into `transform_shares`.
+        families: The font families of `glyphs`, and the number of styles of each.
+        other_characters: The characters of `others`.
+        transform_shares: Share that each transform has among the strokes of a split, by its name.
+        versions: Of the packages that drew the file.
     """
 
-    images: Images
-    labels: Integers
-    class_names: tuple[str, ...]
-    origins: NDArray[np.str_]
-    ids: NDArray[np.str_]
-    parents: Integers
+    glyphs: InkCounts
+    digits: InkCounts
+    others: InkCounts
+    control: InkCounts
+    strokes: InkCounts
+    sources: Integers
+    transforms: Integers
+    families: dict[str, int]
+    other_characters: str
+    transform_shares: dict[str, float]
+    versions: dict[str, str]
 
 
 @lru_cache(maxsize=1)
-def real_digits() -> tuple[Images, Integers]:
+def character_images() -> CharacterImages:
+    """Read the shipped file. It holds each array of images compressed with zlib, and its shape in the metadata."""
+    tensors, metadata = load_tensors(CHARACTER_IMAGES)
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    for name, shape in metadata.pop("shapes").items():
+        arrays[name] = np.frombuffer(zlib.decompress(arrays[name].tobytes()), np.uint8).reshape(shape)
+    return CharacterImages(**arrays, **metadata)
+
+
+@lru_cache(maxsize=1)
+def real_digits() -> tuple[InkCounts, Integers]:
     """The 1,797 handwritten digits that ship in scikit-learn: images `(1797, 8, 8)` and labels `(1797,)`, read-only.
 
     They are the test part of UCI's optdigits (E. Alpaydin and C. Kaynak, 1998).
@@ -93,116 +99,93 @@ def real_digits() -> tuple[Images, Integers]:
     return images, labels
 
 
-def digits_and_others(
-    real_indices: Integers,
-    *,
-    other_share: float = 0.4,
-    seed: int,
-    split: str,
-    rendered_share: float = 0.2,
-    strokes_share: float = 0.4,
-    folders: Sequence[Path] = (),
-) -> DigitImages:
-    """Make one split: these real digits, and for them rendered digits and others, in fixed shares.
+def distort(images: InkCounts, rng: Generator, *, strength: float = 1.0, ink: float | None = None) -> InkCounts:
+    """Random variants of images: slightly sheared, scaled, shifted and elastically bent.
 
-    Without others there are no rendered digits either: they are there so that print does not mean `other`.
+    Elastic: P. Simard, D. Steinkraus and J. Platt, Best practices for convolutional neural networks applied to visual
+    document analysis, 2003.
 
     Args:
-        real_indices: The real digits of this split, places in `real_digits()`.
-        other_share: Share of the class `other` in the whole; 0 leaves the real digits alone, in ten classes.
-        seed: With `split` the only source of randomness.
-        split: Name of the split, such as `train`: two of them with one seed share no drawn image.
-        rendered_share: Share of rendered digits among the digits. They are of every family but the control's.
-        strokes_share: Share of characters made of the real digits' strokes among the others. If the digits are too
-            few for it, letters fill the rest.
-        folders: Font folders besides matplotlib's.
+        images: `(n, 8, 8)`.
+        rng: The only source of randomness. An image's variant does not depend on how many follow it.
+        strength: Multiplies all spreads.
+        ink: Mean ink of the variants in pixels; None keeps the ink of each image, give or take a few percent.
+
+    Returns:
+        `(n, 8, 8)`.
+    """
+    batches = [_distort(images[i : i + _BATCH], rng, strength, ink) for i in range(0, len(images), _BATCH)]
+    return np.concatenate([images[:0], *batches])
+
+
+def _distort(images: InkCounts, rng: Generator, strength: float, mean_ink: float | None) -> InkCounts:
+    count = len(images)
+    normal = torch.from_numpy(rng.standard_normal((count, len(_SPREADS)), dtype=np.float32).clip(-2.5, 2.5))
+    normal *= torch.tensor(_SPREADS) * strength
+    matrices = torch.eye(2, 3) + normal[:, :6].reshape(count, 2, 3)
+    affine = F.affine_grid(matrices, [count, 1, _SIDE, _SIDE], align_corners=False)
+    bend = F.interpolate(normal[:, 7:].reshape(count, 2, 4, 4), size=_SIDE, mode="bicubic").permute(0, 2, 3, 1)
+    counts = torch.from_numpy(images[:, None].astype(np.float32))
+    # A bitmap with the counts of the image: only so is a variant as sharp as its original.
+    smooth = F.interpolate(counts, size=_SIDE, mode="bicubic")
+    bitmap = F.fold((_ranks(F.unfold(smooth, 4, stride=4)) < counts.flatten(2)).float(), _SIDE, 4, stride=4)
+    bent = F.grid_sample(bitmap + smooth / 50, affine + bend, align_corners=False).flatten(1)
+    num_pixels = (counts.sum((1, 2, 3)) if mean_ink is None else mean_ink) * (1 + normal[:, 6])
+    variants: InkCounts = _ranks(bent).lt(num_pixels[:, None]).reshape(count, 8, 4, 8, 4).sum((2, 4)).byte().numpy()
+    return variants
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Rank of each value along dimension 1, 0 for the largest."""
+    order = values.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(values.shape[1]).reshape(-1, *[1] * (values.ndim - 2))
+    return torch.empty_like(order).scatter_(1, order, places.expand_as(order))
+
+
+def render_families(folders: Sequence[Path]) -> dict[str, InkCounts]:
+    """Render the 62 characters in the fonts of some folders: `(62, styles, 8, 8)` for each family.
+
+    Fonts that lack one of the characters, that ship in matplotlib, or that are of the control digits' family are left
+    out.
+
+    Args:
+        folders: Searched with their subfolders for `.ttf` and `.otf` files.
 
     Raises:
-        ValueError: A share is outside 0 <= share < 1 (`strokes_share` may be 1), or there are no real digits.
+        DataError: A folder does not exist, or a font draws nothing for a character.
     """
-    _check(real_indices, other_share, rendered_share, strokes_share)
-    real = _real(real_indices, other_share > 0)
-    if other_share == 0:
-        return real
-    num_rendered = round(len(real_indices) * rendered_share / (1 - rendered_share))
-    num_others = round((len(real_indices) + num_rendered) * other_share / (1 - other_share))
-    strokes = _strokes(round(num_others * strokes_share), real, seed, split)
-    num_letters = num_others - len(strokes.images)
-    fonts = find_fonts(folders)
-    parts = [
-        real,
-        _drawn(num_rendered, DIGITS, f"rendered/{split}", seed, fonts),
-        _drawn(num_letters, OTHER_CHARACTERS, f"letters/{split}", seed, fonts),
-        strokes,
-    ]
-    return _joined(parts)
+    from matplotlib import get_data_path
+    from matplotlib.ft2font import FT2Font
+
+    shipped = {path.name for path in (Path(get_data_path()) / "fonts" / "ttf").iterdir()}
+    styles: dict[str, list[InkCounts]] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            fix = "name a folder of .ttf or .otf files"
+            raise DataError(f"the font folder '{folder}' does not exist", where="--data.fonts", fix=fix)
+        for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in {".ttf", ".otf"}):
+            font = FT2Font(str(path))
+            family = font.family_name
+            held_out = path.name in shipped or family.lower().startswith(_HELD_OUT_FAMILIES)
+            if not held_out and set(map(ord, CHARACTERS)) <= font.get_charmap().keys():
+                styles.setdefault(family, []).append(_render(path))
+    return {family: np.stack(images, axis=1) for family, images in sorted(styles.items())}
 
 
-def control_digits(count: int = 500, *, seed: int) -> DigitImages:
-    """Render digits in the family that neither training nor pretraining has seen: does print mean `other`?
-
-    Args:
-        count: How many, each digit as often as any other (give or take one).
-        seed: The only source of randomness.
-    """
-    drawn = _drawn(count, DIGITS, "control", seed, find_fonts(held_out=True))
-    return attrs.evolve(drawn, class_names=tuple(DIGITS))
-
-
-def _check(real_indices: Integers, other_share: float, rendered_share: float, strokes_share: float) -> None:
-    for name, share in (("other_share", other_share), ("rendered_share", rendered_share)):
-        if not 0 <= share < 1:
-            raise ValueError(f"{name} is {share}; it must be at least 0 and less than 1")
-    if not 0 <= strokes_share <= 1:
-        raise ValueError(f"strokes_share is {strokes_share}; it must be from 0 to 1")
-    if not len(real_indices):
-        raise ValueError("real_indices is empty; a split needs at least one real digit")
-
-
-def _real(indices: Integers, with_others: bool) -> DigitImages:
-    images, labels = real_digits()
-    return DigitImages(
-        images=images[indices],
-        labels=labels[indices],
-        class_names=(*DIGITS, OTHER) if with_others else tuple(DIGITS),
-        origins=np.full(len(indices), "real"),
-        ids=np.array([f"real/{index}" for index in indices]),
-        parents=np.stack([indices, np.full(len(indices), -1)], axis=1).astype(np.int64),
-    )
-
-
-def _drawn(count: int, characters: str, stream: str, seed: int, fonts: Sequence[Font]) -> DigitImages:
-    """Rendered characters, each of them once before any comes a second time, in random order."""
-    rng = np.random.default_rng([seed, zlib.crc32(f"order/{stream}".encode())])
-    rounds = [rng.permutation(list(characters)) for _ in range(-(-count // len(characters)))]
-    drawn = np.concatenate([*rounds, np.zeros(0, np.str_)])[:count]
-    images, _ = render(drawn, fonts, seed=seed, stream=stream)
-    labels = [DIGITS.index(c) if c in DIGITS else len(DIGITS) for c in drawn.tolist()]
-    return DigitImages(
-        images=images,
-        labels=np.array(labels, np.int64),
-        class_names=(*DIGITS, OTHER),
-        origins=np.full(count, stream.split("/")[0]),
-        ids=np.array([f"{stream}/{c}/{i}" for i, c in enumerate(drawn.tolist())], np.str_),
-        parents=np.full((count, 2), -1, np.int64),
-    )
-
-
-def _strokes(count: int, real: DigitImages, seed: int, split: str) -> DigitImages:
-    rng = np.random.default_rng([seed, zlib.crc32(f"strokes/{split}".encode())])
-    made = recombine(count, images=real.images, labels=real.labels, rng=rng)
-    indices = real.parents[:, 0]
-    return DigitImages(
-        images=made.images,
-        labels=np.full(len(made.images), len(DIGITS), np.int64),
-        class_names=(*DIGITS, OTHER),
-        origins=np.full(len(made.images), "strokes"),
-        ids=np.array([f"strokes/{split}/{making}/{i}" for i, making in enumerate(made.making.tolist())], np.str_),
-        parents=np.where(made.parents < 0, -1, indices[made.parents]),
-    )
-
-
-def _joined(parts: Sequence[DigitImages]) -> DigitImages:
-    fields = {a.name: [getattr(part, a.name) for part in parts] for a in attrs.fields(DigitImages)}
-    names = fields.pop("class_names")[0]
-    return DigitImages(class_names=names, **{name: np.concatenate(arrays) for name, arrays in fields.items()})
+def _render(path: Path) -> InkCounts:
+    """The 62 characters in one font, each as high as the image and at most 20/32 as wide, as NIST scales them."""
+    font = ImageFont.truetype(str(path), 120)
+    images = []
+    for character in CHARACTERS:
+        sheet = Image.new("L", (480, 480))
+        ImageDraw.Draw(sheet).text((240, 240), character, fill=255, font=font, anchor="mm")
+        box = sheet.getbbox()
+        if box is None:
+            fix = "take the font out of the folder"
+            raise DataError(f"'{path}' draws nothing for '{character}'", where="--data.fonts", fix=fix)
+        # Characters narrower than 0.45 of their height (1, l) keep their proportion.
+        width = max(2, round(20 * min(1.0, (box[2] - box[0]) / (box[3] - box[1]) / 0.45)))
+        left = (width - _SIDE) // 2
+        bitmap = sheet.crop(box).resize((width, _SIDE), _BOX).crop((left, 0, left + _SIDE, _SIDE))
+        images.append(np.rint(np.asarray(bitmap.resize((8, 8), _BOX)) / 255 * 16))
+    return np.stack(images).astype(np.uint8)

@@ -5,23 +5,19 @@ Both go through one preprocessing, so that a model pretrained on glyphs meets no
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from numpy.random import Generator, default_rng
 from torch import Tensor
 
 from tuneforge import Data, DataError, Split, between, component, ge, hookimpl, option
-from tuneforge.builtin.datasets.demo.digit_images import (
-    AMBIGUOUS,
-    DigitImages,
-    control_digits,
-    digits_and_others,
-    real_digits,
-)
-from tuneforge.builtin.datasets.demo.glyphs import glyph_images
+from tuneforge.builtin.datasets.demo import digit_images
+from tuneforge.builtin.datasets.demo.digit_images import CHARACTERS, DIGITS, InkCounts, Integers, Names
 from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
 from tuneforge.builtin.targets import ClassTargets
 
@@ -29,7 +25,16 @@ if TYPE_CHECKING:
     from tuneforge import Run
 
 MEAN, STD = 0.3, 0.35
-"""Of the ink of real digits at 32x32, on the scale 0 to 1, rounded: normalises both sources alike."""
+"""Of the ink of real digits at 32x32, on the scale 0 to 1, rounded: normalizes both sources alike."""
+
+RENDERED_SHARE = 0.2
+"""Share of rendered digits among the digits of `digits`, where there are others."""
+
+STROKES_SHARE = 0.4
+"""Share of characters made of the strokes of real digits among the others."""
+
+INPUTS = ImageInputs(ops=("grayscale", "ink", "resize 8", "resize 32"), channels=3, mean=(MEAN,), std=(STD,))
+"""From any image to the 8x8 blocks of optdigits, and up to the 32x32 that the network takes."""
 
 
 @component(api=1)
@@ -39,119 +44,195 @@ class Digits:
     60 % digits 0-9 and 40 % other characters by default. Some digits are rendered from fonts, so that print does not
     mean `other`; the report has rows of their own for the real digits alone, and for a control set of digits rendered
     in a font family that neither training nor pretraining has seen.
+
+    The seed splits the real digits and chooses among the other images that ship. Two splits share no image, and no
+    strokes of one real digit. Where a large share needs more images than ship, the rest are random distortions, each in
+    the split of its original.
     """
 
-    other_share: float = option(default=0.4, help="Share of other characters in the whole.", check=between(0, 0.9))
+    other_share: float = option(default=0.4, help="Fraction of other characters in the whole.", check=between(0, 0.9))
     val: float = option(default=0.15, help="Share of the real digits for validation.", check=between(0.01, 0.5))
     test: float = option(default=0.2, help="Share of the real digits for the test.", check=between(0.01, 0.5))
-    per_class: int | None = option(
-        default=None, help="Training images of each class; none: all there are.", check=ge(1)
-    )
+    per_class: int | None = option(default=None, help="Training images of each class; none: all.", check=ge(1))
 
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
-        """Split the real digits, and make each split's other characters for it alone."""
+        """Split the real digits, and give each split other characters of its own."""
         seed = run.data_seed
-        parts = {
-            name: digits_and_others(indices, other_share=self.other_share, seed=seed, split=name)
-            for name, indices in self._real_split(seed).items()
-        }
+        real = self._real_split(seed)
+        classes = (*DIGITS, "other") if self.other_share else tuple(DIGITS)
+        train, val, test = (_split(parts, classes) for parts in self._samples(real, seed).values())
         if self.per_class is not None:
-            parts["train"] = _few(parts["train"], self.per_class, seed)
-        inputs = _inputs()
-        splits = {name: _split(part, inputs) for name, part in parts.items()}
+            train = _few(train, classes, self.per_class, seed)
+        origins = Counter(name.split("/")[0] for split in (train, val, test) for name in split.ids or ())
+        notes = [f"images by origin: {', '.join(f'{count:,} {origin}' for origin, count in origins.items())}"]
+        further = {}
+        if self.other_share:
+            shipped = digit_images.character_images()
+            ambiguous = " ".join(c for c in CHARACTERS if c not in DIGITS + shipped.other_characters)
+            notes.append(f"left out of the others, because 8x8 pixels cannot tell them from digits: {ambiguous}")
+            further["real digits"] = test.subset(torch.arange(len(real["test"])))
+            control = _draw("control", shipped.control, DIGITS, {"control": 500}, default_rng(seed))
+            further["control"] = _split([control["control"]], classes)
+        targets = ClassTargets(names=classes)
         return Data(
-            train=splits["train"],
-            val=splits["val"],
-            test=splits["test"],
-            inputs=inputs,
-            targets=ClassTargets(names=parts["train"].class_names),
-            extra_test_splits=self._further(parts["test"], splits["test"], inputs, seed),
-            notes=tuple(self._notes(parts)),
+            train=train,
+            val=val,
+            test=test,
+            inputs=INPUTS,
+            targets=targets,
+            extra_test_splits=further,
+            notes=tuple(notes),
         )
 
-    def _real_split(self, seed: int) -> dict[str, Any]:
+    def _real_split(self, seed: int) -> dict[str, Integers]:
+        """Rows of `real_digits` for each split."""
         from sklearn.model_selection import train_test_split
 
-        _, labels = real_digits()
+        _, labels = digit_images.real_digits()
         rest, test = train_test_split(np.arange(len(labels)), test_size=self.test, stratify=labels, random_state=seed)
-        train, val = train_test_split(
-            rest, test_size=self.val / (1 - self.test), stratify=labels[rest], random_state=seed
-        )
+        val = self.val / (1 - self.test)
+        train, val = train_test_split(rest, test_size=val, stratify=labels[rest], random_state=seed)
         return {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}
 
-    def _further(self, part: DigitImages, test: Split, inputs: ImageInputs, seed: int) -> dict[str, Split]:
+    def _samples(self, real: Mapping[str, Integers], seed: int) -> dict[str, list[_Samples]]:
+        """The real digits of each split, then its rendered digits, letters and strokes."""
         if not self.other_share:
-            return {}
-        real = torch.from_numpy(np.flatnonzero(part.origins == "real"))
-        return {"real digits": test.subset(real), "control": _split(control_digits(seed=seed), inputs)}
-
-    def _notes(self, parts: dict[str, DigitImages]) -> list[str]:
-        origins = np.concatenate([part.origins for part in parts.values()])
-        counts = ", ".join(f"{int((origins == origin).sum()):,} {origin}" for origin in dict.fromkeys(origins.tolist()))
-        notes = [f"images by origin: {counts}"]
-        if self.other_share:
-            notes.append(
-                f"left out of the others, because 8x8 pixels cannot tell them from digits: {' '.join(AMBIGUOUS)}"
-            )
-        return notes
+            return {name: [_real(rows)] for name, rows in real.items()}
+        shipped, rng = digit_images.character_images(), default_rng(seed)
+        num_rendered, num_letters, strokes = {}, {}, {}
+        for name, rows in real.items():
+            num_rendered[name] = round(len(rows) * RENDERED_SHARE / (1 - RENDERED_SHARE))
+            num_others = round((len(rows) + num_rendered[name]) * self.other_share / (1 - self.other_share))
+            strokes[name] = _strokes(rows, round(num_others * STROKES_SHARE), rng)
+            # Letters take the place of strokes where a split has too few digits to make any of.
+            num_letters[name] = num_others - len(strokes[name].ids)
+        rendered = _draw("rendered", shipped.digits, DIGITS, num_rendered, rng)
+        letters = _draw("letters", shipped.others, shipped.other_characters, num_letters, rng)
+        return {name: [_real(rows), rendered[name], letters[name], strokes[name]] for name, rows in real.items()}
 
 
 @component(api=1)
 class Glyphs:
-    """Rendered characters 0-9, A-Z, a-z in the shape of optdigits: the source domain for pretraining."""
+    """Rendered characters 0-9, A-Z, a-z in the shape of optdigits: the source domain for pretraining.
+
+    30,132 images ship, and the seed chooses among them. Where the count is larger, the rest are random distortions,
+    each in the split of its original. Each font family is as frequent as any other, those of further folders included.
+    """
 
     count: int = option(default=30_000, help="Images in all.", check=ge(620))
     fonts: tuple[Path, ...] = option(default=(), help="Font folders besides those of matplotlib.")
 
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
-        """Render them all at once and cut: every class is as frequent in each split."""
-        inputs = _inputs()
-        made = glyph_images(self.count, seed=run.data_seed, folders=self.fonts)
-        images, labels = _stored(made.images, inputs), torch.from_numpy(made.labels)
-        borders = [0, round(0.8 * self.count), round(0.9 * self.count), self.count]
-        cuts = [slice(start, stop) for start, stop in pairwise(borders)]
-        train, val, test = (Split(images[cut], labels[cut]) for cut in cuts)
-        families = sorted(set(made.families.tolist()))
-        return Data(
-            train=train,
-            val=val,
-            test=test,
-            inputs=inputs,
-            targets=ClassTargets(names=made.class_names),
-            notes=(f"font families: {', '.join(families)}",),
-        )
+        """Choose the images and cut: every class is as frequent in each split."""
+        rng = default_rng(run.data_seed)
+        families = _families(self.fonts, rng)
+        ends = [round(share * self.count) for share in (0, 0.8, 0.9, 1)]
+        counts = dict(zip(("train", "val", "test"), np.diff(ends).tolist(), strict=True))
+        samples = _draw("glyphs", np.stack(list(families.values()), axis=2), CHARACTERS, counts, rng)
+        train, val, test = (_split([part], CHARACTERS) for part in samples.values())
+        targets, notes = ClassTargets(names=tuple(CHARACTERS)), (f"font families: {', '.join(sorted(families))}",)
+        return Data(train=train, val=val, test=test, inputs=INPUTS, targets=targets, notes=notes)
 
 
-def _inputs() -> ImageInputs:
-    """From any picture to the 8x8 blocks of optdigits, and up to the 32x32 that the network takes."""
-    return ImageInputs(ops=("grayscale", "ink", "resize 8", "resize 32"), channels=3, mean=(MEAN,), std=(STD,))
+class _Samples(NamedTuple):
+    """Images (n, 8, 8) of ink counts, what each shows (n,), and an id for each that begins with its origin."""
+
+    images: InkCounts
+    names: Names
+    ids: list[str]
 
 
-def _stored(images_nyx: Any, inputs: ImageInputs) -> Tensor:
-    """Ink counts (n, 8, 8), 0 to 16, as the inputs store them: uint8 (n, 1, 32, 32)."""
-    grey = ((images_nyx.astype(np.uint16) * 255 + 8) // 16).astype(np.uint8)
-    return inputs.apply_ops(torch.from_numpy(grey)[:, None], name="the digits")
+def stored_images(counts: InkCounts) -> Tensor:
+    """Ink counts (n, 8, 8), 0 to 16, as `INPUTS` stores them: uint8 (n, 1, 32, 32)."""
+    gray = torch.from_numpy(((counts.astype(np.uint16) * 255 + 8) // 16).astype(np.uint8))
+    return INPUTS.apply_ops(gray[:, None], name="the digits")
 
 
-def _split(part: DigitImages, inputs: ImageInputs) -> Split:
-    return Split(_stored(part.images, inputs), torch.from_numpy(part.labels), ids=part.ids.tolist())
+def _split(parts: Sequence[_Samples], classes: Sequence[str]) -> Split:
+    """The samples of all parts. A name that is not in `classes` belongs to the last of them."""
+    images = stored_images(np.concatenate([part.images for part in parts]))
+    labels = {name: label for label, name in enumerate(classes)}
+    targets = torch.tensor([labels.get(name, len(classes) - 1) for part in parts for name in part.names.tolist()])
+    ids = [name for part in parts for name in part.ids]
+    return Split(images, targets, ids=ids)
 
 
-def _few(part: DigitImages, per_class: int, seed: int) -> DigitImages:
-    """`per_class` images of each class, drawn by the seed."""
-    rng = np.random.default_rng([seed, per_class])
-    chosen = []
-    for label, name in enumerate(part.class_names):
-        members = np.flatnonzero(part.labels == label)
+def _real(rows: Integers) -> _Samples:
+    images, labels = digit_images.real_digits()
+    return _Samples(images[rows], labels[rows].astype(str), [f"real/{row}" for row in rows])
+
+
+def _draw(
+    origin: str, images: InkCounts, characters: str, counts: Mapping[str, int], rng: Generator
+) -> dict[str, _Samples]:
+    """Draw for each split from images of its own, each character once before any a second time.
+
+    Args:
+        origin: Where the images come from, for the ids.
+        images: (characters, instances, 8, 8) or (characters, instances, families, 8, 8); families are drawn in turn.
+        characters: What they show.
+        counts: Samples of each split. If there are fewer images than that, they are divided in the same proportion.
+        rng: The only source of randomness.
+    """
+    numbered = np.arange(images[..., 0, 0].size).reshape(images.shape[:-2])
+    rounds = rng.permuted(numbered, axis=1).reshape(len(characters), -1).T
+    rows = rng.permuted(rounds, axis=1).ravel()
+    ends = np.cumsum([0, *counts.values()])
+    ends = ends * min(len(rows), ends[-1]) // max(1, ends[-1])
+    names = np.repeat(list(characters), len(rounds))
+    return {
+        name: _take(origin, images, names, rows[ends[i] : ends[i + 1]], count, rng)
+        for i, (name, count) in enumerate(counts.items())
+    }
+
+
+def _strokes(real_rows: Integers, count: int, rng: Generator) -> _Samples:
+    """Draw from the stroke images that are made of these real digits alone; no samples if there are none."""
+    shipped = digit_images.character_images()
+    rows = rng.permutation(np.flatnonzero(np.isin(shipped.sources, [-1, *real_rows]).all(axis=1)))
+    # Each transform keeps its share, though a split has fewer images that are made of two digits the smaller it is.
+    order = np.zeros(len(rows))
+    for transform, share in enumerate(shipped.transform_shares.values()):
+        members = shipped.transforms[rows] == transform
+        order[members] = np.arange(members.sum()) / share
+    names = np.array(list(shipped.transform_shares))[shipped.transforms]
+    return _take("strokes", shipped.strokes, names, rows[order.argsort(kind="stable")], count if len(rows) else 0, rng)
+
+
+def _take(origin: str, images: InkCounts, names: Names, rows: Integers, count: int, rng: Generator) -> _Samples:
+    """Take `count` of the images `rows` in turn, as they are the first time and distorted each time after."""
+    copies, places = np.divmod(np.arange(count), max(1, len(rows)))
+    rows = rows[places]
+    taken = images.reshape(-1, 8, 8)[rows]
+    taken[copies > 0] = digit_images.distort(taken[copies > 0], rng)
+    ids = [f"{origin}/{names[row]}/{row}" + f"/{copy}" * bool(copy) for row, copy in zip(rows, copies, strict=True)]
+    return _Samples(taken, names[rows], ids)
+
+
+def _families(folders: Sequence[Path], rng: Generator) -> dict[str, InkCounts]:
+    """Glyphs (62, instances, 8, 8) of each font family: those that ship, and those in the folders."""
+    shipped = digit_images.character_images()
+    families = {family: shipped.glyphs[:, :, i] for i, family in enumerate(shipped.families)}
+    for family, styles in digit_images.render_families(folders).items():
+        # Further styles of a family that ships take their share of its instances.
+        share = styles.shape[1] / (styles.shape[1] + shipped.families.get(family, 0))
+        instances = round(shipped.glyphs.shape[1] * share)
+        originals = styles[:, np.arange(instances) % styles.shape[1]]
+        variants = digit_images.distort(originals.reshape(-1, 8, 8), rng, strength=2, ink=digit_images.MEAN_INK)
+        others = families.get(family, styles[:, :0])[:, instances:]
+        families[family] = np.concatenate((others, variants.reshape(originals.shape)), axis=1)
+    return families
+
+
+def _few(split: Split, classes: Sequence[str], per_class: int, seed: int) -> Split:
+    """`per_class` samples of each class, drawn by the seed."""
+    rng, chosen = default_rng([seed, per_class]), []
+    for label, name in enumerate(classes):
+        members = np.flatnonzero(split.targets.numpy() == label)
         if len(members) < per_class:
-            raise DataError(
-                f"class '{name}' has {len(members)} training images, fewer than {per_class}",
-                where="--data.per-class",
-                fix=f"ask for at most {len(members)}",
-            )
+            what = f"class '{name}' has {len(members)} training images, fewer than {per_class}"
+            raise DataError(what, where="--data.per-class", fix=f"ask for at most {len(members)}")
         chosen.append(rng.choice(members, per_class, replace=False))
-    rows = np.sort(np.concatenate(chosen))
-    arrays = {name: getattr(part, name)[rows] for name in ("images", "labels", "origins", "ids", "parents")}
-    return DigitImages(class_names=part.class_names, **arrays)
+    return split.subset(torch.from_numpy(np.sort(np.concatenate(chosen))))

@@ -3,7 +3,6 @@
 Suffixes: g glyphs, y x pixels.
 """
 
-import string
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,10 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFont
 
-from tuneforge.builtin.datasets.demo.bitmaps import Bools, distances, thin
-
-CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
-"""The 62 classes of `glyphs`, each named by itself."""
+from characters.bitmaps import Bools, distances, thin
+from tuneforge.builtin.datasets.demo.digit_images import CHARACTERS
 
 HELD_OUT_FAMILY = "STIX"
 """Never rendered unless asked for by name: the control digits are of this family (and of its fork, XITS)."""

@@ -1,8 +1,8 @@
-"""Characters that are no digits, made of the strokes of real digits: cut, joined, turned.
+"""Characters that are not digits, made of the strokes of real digits, which are cut, joined and rotated.
 
 A model that has only learnt to tell print from handwriting fails on these: pen and preprocessing are those of the
 digits. A real digit is known as 8x8 counts of ink only; `bitmaps` lays the ink out again so that the counts come
-out as they were, the pieces are cut from that, and the result is size-normalised as the digits were.
+out as they were, the pieces are cut from that, and the result is size-normalized as the digits were.
 
 Suffixes: n images, y x pixels.
 """
@@ -13,7 +13,7 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from tuneforge.builtin.datasets.demo.bitmaps import (
+from characters.bitmaps import (
     Bools,
     Floats,
     Images,
@@ -39,23 +39,23 @@ class StrokeImages:
     Args:
         images: `(n, 8, 8)`, 0 to 16.
         parents: `(n, 2)`, places of the digits each is made of among those given; -1 where there is no second.
-        making: `(n,)`, how each was made: a key of `MAKINGS`.
+        transforms: `(n,)`, how each was made: a key of `TRANSFORMS`.
     """
 
     images: Images
     parents: Integers
-    making: NDArray[np.str_]
+    transforms: NDArray[np.str_]
 
     def __getitem__(self, chosen: Integers | Bools | slice) -> "StrokeImages":
-        return StrokeImages(self.images[chosen], self.parents[chosen], self.making[chosen])
+        return StrokeImages(self.images[chosen], self.parents[chosen], self.transforms[chosen])
 
 
 def recombine(count: int, *, images: Images, labels: Integers, rng: np.random.Generator) -> StrokeImages:
     """Make up to `count` characters of the digits' strokes that do not look like a digit.
 
-    Whether one does is asked of a support vector machine that knows the given digits from what is no digit by
-    construction (in a mirror, upside down, on its side); what it is not sure of is thrown away. The
-    digits it learns from have passed through the same cutting table, so that the handling gives nothing away.
+    A support vector machine decides. It learns to tell the given digits from what is not a digit by construction
+    (flipped, rotated by 90 or 180 degrees), and what it is not sure of is left out. The digits it learns from have been
+    resampled in the same way, so that the resampling gives nothing away.
 
     Args:
         count: How many are wanted; fewer come back if the digits are very few.
@@ -64,35 +64,35 @@ def recombine(count: int, *, images: Images, labels: Integers, rng: np.random.Ge
         rng: The only source of randomness.
     """
     made = make(count * _CANDIDATES, images=images, labels=labels, rng=rng)
-    sure = made[np.isin(made.making, [name for name, way in MAKINGS.items() if way.sure])]
+    sure = made[np.isin(made.transforms, [name for name, transform in TRANSFORMS.items() if transform.sure])]
     if not len(sure.images):
         return made[:0]
     return made[np.flatnonzero(digit_margin(made.images, images, sure.images) < -_MARGIN)[:count]]
 
 
 def make(count: int, *, images: Images, labels: Integers, rng: np.random.Generator) -> StrokeImages:
-    """Make `count` characters, or a few less, by each way of `MAKINGS` in turn, whatever they look like."""
+    """Make `count` characters, or a few less, by each of `TRANSFORMS` in turn, without the filter."""
     masks_nyx = bitmaps(images)
-    names = list(MAKINGS)
+    names = list(TRANSFORMS)
     made: list[tuple[Bools, tuple[int, int], str]] = []
     for i in range(count):
         name = names[i % len(names)]
-        parents = _parents(labels, MAKINGS[name], rng)
+        parents = _parents(labels, TRANSFORMS[name], rng)
         if parents is not None:
-            mask = MAKINGS[name].make(masks_nyx[parents[0]], masks_nyx[parents[1]], rng)
+            mask = TRANSFORMS[name].make(masks_nyx[parents[0]], masks_nyx[parents[1]], rng)
             made.append((mask, parents, name))
     made = [entry for entry in made if entry[0].sum() >= _LEAST_INK]
     masks = np.array([entry[0] for entry in made], bool).reshape(-1, _SIDE, _SIDE)
     places = np.array([entry[1] for entry in made], np.int64).reshape(-1, 2)
     ink = masks_nyx.sum(axis=(1, 2))[places[:, 0]]
-    return StrokeImages(normalised(masks, ink), places, np.array([entry[2] for entry in made], np.str_))
+    return StrokeImages(normalized(masks, ink), places, np.array([entry[2] for entry in made], np.str_))
 
 
 def digit_margin(images: Images, digits: Images, others: Images) -> NDArray[np.float64]:
     """How surely each image `(n, 8, 8)` is a digit: above 0 it looks like `digits`, below like `others`."""
     from sklearn.svm import SVC
 
-    handled = normalised(bitmaps(digits), digits.sum(axis=(1, 2)))
+    handled = normalized(bitmaps(digits), digits.sum(axis=(1, 2)))
     known = _points(np.concatenate([digits, handled, others]))
     answers = np.arange(len(known)) < 2 * len(digits)
     machine = SVC(C=10, gamma=0.1, class_weight="balanced").fit(known, answers)
@@ -112,7 +112,7 @@ def bitmaps(images: Images) -> Bools:
     return ink.reshape(-1, 8, 8, 4, 4).swapaxes(2, 3).reshape(-1, _SIDE, _SIDE)
 
 
-def normalised(masks_nyx: Bools, ink_n: NDArray[np.integer]) -> Images:
+def normalized(masks_nyx: Bools, ink_n: NDArray[np.integer]) -> Images:
     """Stretch each mask to the height of the bitmap, bring it to its ink in pixels, and count blocks: `(n, 8, 8)`."""
     depth = distances(~masks_nyx) - distances(masks_nyx)
     top, bottom, left, right = bounds(masks_nyx)
@@ -143,18 +143,18 @@ def _hats(places: Floats) -> Floats:
     return weights
 
 
-# -- ways of making ------------------------------------------------------------------------------------------------
+# -- transforms ------------------------------------------------------------------------------------------------
 
 
 @attrs.frozen
-class Making:
-    """One way to make a character.
+class Transform:
+    """One way to make a character out of the strokes of digits.
 
     Args:
         make: From two masks `(32, 32)` and a generator, the new mask.
         digits: Those it may be done to (the first of the two).
         parents: How many digits it takes, 1 or 2.
-        sure: Whether the result is no digit by construction.
+        sure: Whether the result is not a digit by construction.
     """
 
     make: Callable[[Bools, Bools, np.random.Generator], Bools]
@@ -163,19 +163,19 @@ class Making:
     sure: bool
 
 
-def _parents(labels: Integers, way: Making, rng: np.random.Generator) -> tuple[int, int] | None:
-    """Places of one digit the way may be done to and, if it takes two, one of another class; None if there are none."""
-    fit = np.flatnonzero(np.isin(labels, [int(digit) for digit in way.digits]))
+def _parents(labels: Integers, transform: Transform, rng: np.random.Generator) -> tuple[int, int] | None:
+    """Rows of a digit that the transform takes and of one of another class if it takes two; None if there are none."""
+    fit = np.flatnonzero(np.isin(labels, [int(digit) for digit in transform.digits]))
     if not len(fit):
         return None
     first = int(rng.choice(fit))
-    if way.parents == 1:
+    if transform.parents == 1:
         return first, -1
     unlike = np.flatnonzero(labels != labels[first])
     return (first, int(rng.choice(unlike))) if len(unlike) else None
 
 
-def _exchanged(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
+def _swap_halves(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
     """The bottom of one digit over the top of another."""
     cut = rng.integers(13, 20)
     return np.concatenate([a[cut:], b[:cut]])
@@ -188,19 +188,19 @@ def _back_to_back(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
     return np.pad(joined, ((0, 0), (_MIDDLE - half, _MIDDLE - half)))
 
 
-def _quarter(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
+def _rotate_bottom(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
     """The top of one digit over a half of another that lies on its side."""
     cut = rng.integers(13, 20)
-    return np.concatenate([a[:cut], _on_the_side(b, a, rng)[cut:]])
+    return np.concatenate([a[:cut], _rotate_90(b, a, rng)[cut:]])
 
 
-def _crossed(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
-    """The top of one digit over the bottom of another in a mirror."""
+def _flip_bottom(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
+    """The top of one digit over the bottom of another, flipped."""
     cut = rng.integers(13, 20)
     return np.concatenate([a[:cut], b[cut:, ::-1]])
 
 
-def _reduced(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
+def _cut_off(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
     """A digit without what lies on one side of a line near its middle."""
     angle, offset = rng.uniform(0, 2 * np.pi), rng.uniform(-3, 4)
     places = np.arange(_SIDE) - (_SIDE - 1) / 2
@@ -208,32 +208,32 @@ def _reduced(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
     return a & kept
 
 
-def _mirrored(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
-    """A digit in a mirror."""
+def _flip(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
+    """A digit flipped."""
     return a[:, ::-1]
 
 
-def _upside_down(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
+def _rotate_180(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
     """A digit turned by half a turn."""
     return a[::-1, ::-1]
 
 
-def _on_the_side(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
+def _rotate_90(a: Bools, b: Bools, rng: np.random.Generator) -> Bools:
     """A digit turned by a quarter, one way or the other."""
     return np.rot90(a, 1 if rng.random() < 0.5 else 3)
 
 
-MAKINGS: dict[str, Making] = {
-    "exchanged": Making(_exchanged, "0123456789", 2, sure=False),
-    "back-to-back": Making(_back_to_back, "023456789", 2, sure=False),
-    "quarter": Making(_quarter, "0123456789", 2, sure=False),
-    "crossed": Making(_crossed, "0123456789", 2, sure=False),
-    "reduced": Making(_reduced, "023456789", 1, sure=False),
-    # 2 and 5 come near each other in a mirror; 0, 1 and 8 hardly change.
-    "mirrored": Making(_mirrored, "34679", 1, sure=True),
+TRANSFORMS: dict[str, Transform] = {
+    "swap-halves": Transform(_swap_halves, "0123456789", 2, sure=False),
+    "back-to-back": Transform(_back_to_back, "023456789", 2, sure=False),
+    "rotate-bottom": Transform(_rotate_bottom, "0123456789", 2, sure=False),
+    "flip-bottom": Transform(_flip_bottom, "0123456789", 2, sure=False),
+    "cut-off": Transform(_cut_off, "023456789", 1, sure=False),
+    # 2 and 5 resemble each other when flipped; 0, 1 and 8 hardly change.
+    "flip": Transform(_flip, "34679", 1, sure=True),
     # 0, 1, 2, 5 and 8 hardly change, 6 and 9 change places.
-    "upside-down": Making(_upside_down, "347", 1, sure=True),
+    "rotate-180": Transform(_rotate_180, "347", 1, sure=True),
     # 0 stays a ring, 1 fills the box, 8 is left with its two rings.
-    "on-the-side": Making(_on_the_side, "2345679", 1, sure=True),
+    "rotate-90": Transform(_rotate_90, "2345679", 1, sure=True),
 }
-"""The ways of making a character that is no digit, by name."""
+"""The transforms a character that is no digit, by name."""

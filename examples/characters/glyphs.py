@@ -23,16 +23,16 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from tuneforge.builtin.datasets.demo.bitmaps import Bools, Floats, Images, Integers, block_counts, bounds, deepest
-from tuneforge.builtin.datasets.demo.fonts import (
+from characters.bitmaps import Bools, Floats, Images, Integers, block_counts, bounds, deepest
+from characters.fonts import (
     CANVAS,
-    CHARACTERS,
     GLYPH_HEIGHT,
     NARROW_ASPECT,
     Font,
     find_fonts,
     font_fields,
 )
+from tuneforge.builtin.datasets.demo.digit_images import CHARACTERS
 
 _BITMAP = 32  # Side of the bitmap whose ink is counted.
 _BATCH = 1024  # Images of one generator; part of what a seed means.

@@ -1,0 +1,1 @@
+"""Draws characters from fonts and from the strokes of handwritten digits, for `render_characters.py`."""
