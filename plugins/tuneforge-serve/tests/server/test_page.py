@@ -1,6 +1,6 @@
 """The page at `/` in headless Chromium, driven over the WebDriver protocol: pointer, keyboard, file, and no errors.
 
-`TUNEFORGE_SCREENSHOTS=docs/pictures` writes the screenshot of the docs.
+`TUNEFORGE_SCREENSHOTS=docs/images` writes the screenshot of the docs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Peak memory of a run on a folder of pictures that are decoded when needed, by the number of files.
 
-    python examples/benchmarks/memory.py --sizes 1000,10000,100000
+    python benchmarks/memory.py --sizes 1000,10000,100000
 
 The pictures are 32x32, in ten classes; most are hard links to a few hundred files. Each run is a process of its own: a
 small network, 50 steps, evaluation of all splits. `one folder` is divided by the run, so that validation and test grow

@@ -1,6 +1,6 @@
 """What a loop itself costs a step: a model that costs nothing, 1,000 steps at batch 32, a validation pass each 200.
 
-    python examples/benchmarks/overhead.py --runs 11 --pairs 20
+    python benchmarks/overhead.py --runs 11 --pairs 20
 
 Every row is given in microseconds a step, over the tight raw loop in the same round. `tuneforge` runs with hooks,
 metrics, proof, log and checkpoint clock on; `validation at 32` is the same with the peers' batch there instead of its

@@ -1,6 +1,6 @@
 """What changes the numbers, and what it buys: bfloat16 and a compiled forward pass, over seeds.
 
-    python examples/benchmarks/precision.py --seeds 5
+    python benchmarks/precision.py --seeds 5
 
 Each seed is a whole run on the digits that ship with the package (real data, 11 classes), the settings in turn; the
 split is the same for all, so accuracies pair. Time is that of the epochs, compiling beside it.

@@ -1,6 +1,6 @@
 """What `--shard` saves: memory of a rank and seconds of a step, for ranks that hold a model whole and in parts.
 
-    python examples/benchmarks/sharded.py --ranks 2 --megabytes 200
+    python benchmarks/sharded.py --ranks 2 --megabytes 200
 
 Residual blocks of two linear layers, float32, AdamW, every layer trained, gloo on the CPU, a thread a rank. Peaks are
 of resident memory, less what the process held before it made the model. The checkpoint is written by rank 0, which

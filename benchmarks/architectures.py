@@ -1,6 +1,6 @@
 """The cache on against the cache off in twelve architectures of torchvision: how far apart are the logits at the end?
 
-    python examples/benchmarks/architectures.py
+    python benchmarks/architectures.py
 
 Both runs are asked for the same phases, `freeze-then-unfreeze` with 2 + 1 epochs on 64 made images, from the same
 random weights. The yardstick is what two batch sizes of one forward pass of the final model give, 64 and 16 or 64 and

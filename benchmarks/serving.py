@@ -1,6 +1,6 @@
 """Dynamic batching beside a plain server: requests per second of many clients, and what a lone client waits.
 
-python examples/benchmarks/serving.py --clients 32 --seconds 3 --runs 9
+python benchmarks/serving.py --clients 32 --seconds 3 --runs 9
 
 The plain server has the same model in the same framework and answers each request with one forward pass: in the event
 loop, or in a pool of threads; the faster of the two is what counts. All servers are up; one

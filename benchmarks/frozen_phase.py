@@ -1,7 +1,7 @@
 """What a frozen phase costs beside one look at the data, here and elsewhere: 5 epochs, batch 32, validation after each.
 
-    python examples/benchmarks/frozen_phase.py --work digits --runs 7
-    python examples/benchmarks/frozen_phase.py --work resnet18 --runs 3
+    python benchmarks/frozen_phase.py --work digits --runs 7
+    python benchmarks/frozen_phase.py --work resnet18 --runs 3
 
 `one look` is an inference pass over all images at its fastest setting here; `by hand` is that look and the same head
 steps on its features, `overlapped` with the look at the validation images behind the first epoch. `tuneforge` is the

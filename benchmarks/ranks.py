@@ -1,6 +1,6 @@
 """Throughput of 2 ranks with a thread each against 1 process with 2 threads, every layer training, batch 32.
 
-    python examples/benchmarks/ranks.py --runs 5
+    python benchmarks/ranks.py --runs 5
 
 The digit CNN on 1,437 digits at 3x32x32, and resnet18 on 256 made images at 3x64x64. Each run is a process of its own,
 or two that torchrun starts and gloo joins; they take turns. Counted are the epochs after the first, each with its

@@ -1,6 +1,6 @@
 """Training every layer of the digit CNN: 1,437 + 360 digits, 5 epochs, batch 32, validation after each.
 
-    python examples/benchmarks/unfrozen.py --runs 5 --pairs 15
+    python benchmarks/unfrozen.py --runs 5 --pairs 15
 
 First what each entry takes by itself: `tuneforge` picks its own settings, so its ratio to the raw loop in channels-last
 says what they are worth. Then the engine against the tight raw loop at the same arithmetic (layout, batch, validation

@@ -1,6 +1,6 @@
 """Gradual unfreezing of the whole digit CNN, cached and not: six phases, each of E epochs, from the head down.
 
-    python examples/benchmarks/gradual.py --runs 5
+    python benchmarks/gradual.py --runs 5
 
 The border moves with every phase: what the frozen part gives is kept where that pays. Times are those of all phases
 together; the differences are between the two runs at their end: of the validation figures, and of the logits on all

@@ -1,6 +1,6 @@
 """How long `tuneforge --help` and `plugins list` take beside `python -c "import click"`, interleaved.
 
-python examples/benchmarks/startup.py --runs 15
+python benchmarks/startup.py --runs 15
 """
 
 import os

@@ -1,8 +1,8 @@
 """What a run costs at a size that no one machine holds: unit costs measured here, and the sums from them.
 
-    python examples/benchmarks/scale.py --samples 100000000 --ranks 1000
+    python benchmarks/scale.py --samples 100000000 --ranks 1000
 
-Prints the table of docs/scale.md. Measured: the order of samples, their names, the fingerprint of a split, and a
+Prints the table of docs/distributed.md. Measured: the order of samples, their names, the fingerprint of a split, and a
 checkpoint. Assumed, by flags: size of the model, time of a sample, bandwidth and latency of the network.
 """
 
