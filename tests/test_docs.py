@@ -1,30 +1,42 @@
-"""The docs are run or generated, so that they cannot drift."""
+"""The pages of docs/ are run or generated, and their links lead somewhere."""
 
+import json
 import re
 import runpy
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import tuneforge as tf
 from tuneforge.plugin.declaration import get_options
 from tuneforge.plugin.hooks import find_hook_methods
 
-DOCS = Path(__file__).parent.parent / "docs"
-SOURCES = re.findall(r"```python\n(.*?)```", (DOCS / "plugins.md").read_text(), flags=re.DOTALL)
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "plugins/*/*.md", "plugins/*/docs/*.md", "examples/*/*.md")
+    for path in ROOT.glob(pattern)
+)
+*COMPONENTS, COMMAND = re.findall(r"```python\n(.*?)```", (DOCS / "plugins.md").read_text(), flags=re.DOTALL)
 
 
-def test_the_hook_reference_is_what_the_specifications_say():
-    assert (DOCS / "hooks.md").read_text() == runpy.run_path(str(DOCS / "generate.py"))["reference"]()
+def execute(source):
+    namespace = {"__name__": "docs"}
+    exec(compile(source, "plugins.md", "exec"), namespace)
+    return namespace
 
 
 def components(source):
-    namespace = {"__name__": "docs"}
-    exec(compile(source, "plugins.md", "exec"), namespace)
-    return [value for value in namespace.values() if hasattr(value, "__tuneforge_api__")]
+    return [value for value in execute(source).values() if hasattr(value, "__tuneforge_api__")]
 
 
-@pytest.mark.parametrize("source", SOURCES)
+def test_the_hook_reference_is_generated_from_the_specifications():
+    assert (DOCS / "hooks.md").read_text() == runpy.run_path(str(DOCS / "generate.py"))["reference"]()
+
+
+@pytest.mark.parametrize("source", COMPONENTS)
 def test_components_in_the_docs_are_valid(source):
     (cls,) = components(source)
     assert get_options(cls)
@@ -32,8 +44,32 @@ def test_components_in_the_docs_are_valid(source):
 
 
 def test_components_in_the_docs_run(tune):
-    (strategy,), (extension,) = map(components, SOURCES)
+    (strategy,), (callback,) = map(components, COMPONENTS)
     free = tune(strategy())
-    held = tune(strategy(), callbacks=[extension(strength=10.0)])
-    assert free.strategy_steps[0][1].train["loss"] < held.strategy_steps[0][1].train["loss"]
+    penalized = tune(strategy(), callbacks=[callback(strength=10.0)])
+    assert free.strategy_steps[0][1].train["loss"] < penalized.strategy_steps[0][1].train["loss"]
     assert isinstance(free.strategy_steps[0][0], tf.Phase)
+
+
+def test_the_command_in_the_docs_runs(tune):
+    run_dir = tune([tf.Phase("all", epochs=1)]).run_dir
+    hello = execute(COMMAND)["hello"]
+    printed = CliRunner().invoke(hello, [str(run_dir), "--json"], standalone_mode=False, catch_exceptions=False)
+    assert printed.return_value == 0
+    assert json.loads(printed.stdout).keys() == {"accuracy"}
+    with pytest.raises(tf.UsageError):
+        CliRunner().invoke(hello, [str(run_dir.parent)], standalone_mode=False, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    for link in links:
+        path, _, heading = link.partition("#")
+        if "://" in link:
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings], link

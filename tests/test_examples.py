@@ -71,7 +71,7 @@ def test_the_example_runs(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_the_benchmark_prints_a_table_and_leaves_nothing_behind(name, tmp_path):
-    lines = output_of(f"benchmarks/{name}", BENCHMARKS[name], tmp_path).splitlines()
+    lines = output_of(f"../benchmarks/{name}", BENCHMARKS[name], tmp_path).splitlines()
     assert len([line for line in lines if line.startswith("|")]) > 2
     assert not list(tmp_path.iterdir())
 
