@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torchvision
 from PIL import Image
+from safetensors.torch import save_file
 
 from tuneforge.__main__ import main
 from tuneforge.cli import cli
-from tuneforge.exporting import save_tensors
 from tuneforge.plugin import registry
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -100,7 +100,7 @@ def write_inputs(folder):
     (folder / "photo.png").write_bytes((folder / "photos" / "dog" / "0.png").read_bytes())
     rows = [f"{1 + n % 5},{30 + 3 * n},{('Lund', 'Ystad')[n % 2]},{900 + 40 * n}" for n in range(40)]
     (folder / "houses.csv").write_text("\n".join(["rooms,area,town,price", *rows]) + "\n")
-    save_tensors(torchvision.models.resnet18(weights=None).state_dict(), folder / "resnet18.safetensors")
+    save_file(torchvision.models.resnet18(weights=None).state_dict(), folder / "resnet18.safetensors")
     (folder / "mine.py").write_text(next(source for source in PYTHON if "HeadThenMaybeAll" in source))
 
 
