@@ -1,4 +1,4 @@
-"""Your own pictures: one folder a class. Here the folders are made from scikit-learn's digits, then tuned on and used.
+"""Your own images, one folder per class. Here the folders are made from scikit-learn's digits.
 
 tuneforge run --data image-folder --data.path FOLDER --data.size 32
 """
@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 import tuneforge as tf
 
 
-def write_pictures(folder: Path, count: int) -> None:
+def write_images(folder: Path, count: int) -> None:
     """Write `count` digits as PNG files into folders named by their class."""
     digits = load_digits()
     for number, (image, label) in enumerate(zip(digits.images[:count], digits.target, strict=False)):
@@ -23,18 +23,19 @@ def write_pictures(folder: Path, count: int) -> None:
 
 
 @click.command()
-@click.option("--count", default=600, show_default=True, help="Pictures to make.")
+@click.option("--count", default=600, show_default=True, help="Images to make.")
 @click.option("--epochs", default=6, show_default=True)
 def main(count: int, epochs: int) -> None:
-    """Tune on the folders, then ask the tuned model about a picture of them."""
+    """Fine-tune on the folders, then predict the class of one image."""
     with TemporaryDirectory() as folder:
-        write_pictures(Path(folder), count)
+        write_images(Path(folder), count)
         data = tf.use("image-folder", path=folder, size=32)
         strategy = tf.use("freeze-then-unfreeze", epochs=epochs)
         result = tf.Engine(data=data, strategy=strategy, augment=["rotate", "shift"], log=click.echo).run()
-        picture = sorted(Path(folder).glob("*/*.png"))[0]
-        answer = next(tf.predict(result.run_dir, [picture]))
-        click.echo(f"{picture.parent.name}: answered {answer['class']} with probability {answer['probability']:.2f}")
+        path = sorted(Path(folder).glob("*/*.png"))[0]
+        prediction = next(tf.predict(result.run_dir, [path]))
+        probability = prediction["probability"]
+        click.echo(f"{path.parent.name}: predicted {prediction['class']} with probability {probability:.2f}")
 
 
 if __name__ == "__main__":

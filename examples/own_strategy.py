@@ -1,4 +1,4 @@
-"""A strategy written from scratch: it converses with the engine and decides from the whole report.
+"""A strategy written from scratch: it decides from the metrics of each class.
 
 tuneforge run --strategy own_strategy:WeakestClass --strategy.enough 0.99      (from this folder)
 """
@@ -13,22 +13,22 @@ from tuneforge.plugin import StrategyStep
 
 @tf.component(api=1)
 class WeakestClass:
-    """Train the head; then thaw one layer group at a time until the weakest class is recognised well enough."""
+    """Train the head; then unfreeze one layer group at a time until the recall of the hardest class is high enough."""
 
     enough: float = tf.option(
-        default=0.97, help="Recall of the weakest class that ends the run.", check=tf.between(0, 1)
+        default=0.97, help="Recall of the hardest class that ends the run.", check=tf.between(0, 1)
     )
     epochs: int = tf.option(default=2, help="Epochs of each phase.", check=tf.ge(1))
     lr: float = tf.option(default=2e-3, help="Peak learning rate of the head.", check=tf.gt(0))
 
     @tf.hookimpl
     def finetune_strategy(self, task: tf.TaskInfo) -> Iterator[StrategyStep]:
-        """Each `yield` returns the engine's report on the step just done."""
+        """Each `yield` returns the result of the step just executed."""
         schedule = tf.use("one-cycle", pct_start=0.3)
-        for thawed in range(1, len(task.groups) + 1):
-            report = yield tf.Phase(
-                f"top-{thawed}",
-                train=f"groups[-{thawed}:]",
+        for num_groups in range(1, len(task.groups) + 1):
+            result = yield tf.Phase(
+                f"top-{num_groups}",
+                train=f"groups[-{num_groups}:]",
                 epochs=self.epochs,
                 lr=self.lr,
                 layer_decay=0.7,
@@ -36,7 +36,7 @@ class WeakestClass:
                 class_weights="balanced",
                 restore_best=True,
             )
-            if report.val["recall_min"] >= self.enough:
+            if result.val["recall_min"] >= self.enough:
                 return
 
 
@@ -44,11 +44,12 @@ class WeakestClass:
 @click.option("--enough", default=0.97, show_default=True)
 @click.option("--per-class", type=int, help="Training images of each class; all by default.")
 def main(enough: float, per_class: int | None) -> None:
-    """Run it by handing over an instance; a name works as well once a package installs it."""
+    """Run it by passing an instance; a name works too once a package installs it."""
     data = tf.use("digits", per_class=per_class)
     result = tf.Engine(data=data, strategy=WeakestClass(enough=enough), log=click.echo).run()
-    for step, report in result.strategy_steps:
-        click.echo(f"{step.name}: weakest class {report.val['hardest_class']}, recall {report.val['recall_min']:.3f}")
+    for step, step_result in result.strategy_steps:
+        metrics = step_result.val
+        click.echo(f"{step.name}: hardest class {metrics['hardest_class']}, recall {metrics['recall_min']:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The engine from a program: your own arrays, your own network, steps as a list, and the tuned model put to use."""
+"""The engine from Python: your own arrays, your own network, steps as a list, then predictions."""
 
 import click
 import numpy as np
@@ -19,7 +19,7 @@ class Network(torch.nn.Module):
         self.head = torch.nn.Linear(32, 3)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Logits of standardised rows."""
+        """Return logits (batch, 3) of standardized rows (batch, 13)."""
         logits: torch.Tensor = self.head(self.body(rows))
         return logits
 
@@ -27,7 +27,7 @@ class Network(torch.nn.Module):
 @click.command()
 @click.option("--epochs", default=20, show_default=True)
 def main(epochs: int) -> None:
-    """Tune on the 178 wines that ship in scikit-learn, then classify three of them."""
+    """Fine-tune on the 178 wines that ship with scikit-learn, then classify three of them."""
     wines = load_wine()
     names = np.array(["Barolo", "Grignolino", "Barbera"])[wines.target]
     torch.manual_seed(0)
@@ -39,10 +39,10 @@ def main(epochs: int) -> None:
     data = tf.data_from_arrays(wines.data.astype("float32"), names, standardize=True)
     result = tf.Engine(data=data, model=network, strategy=steps, log=click.echo, seed=1).run()
 
-    tuned = tf.load(result.run_dir, model=network)
+    predictor = tf.load(result.run_dir, model=network)
     for row, name in list(zip(wines.data, names, strict=True))[::60]:
-        answer = next(tuned.predict([row.astype("float32")]))
-        click.echo(f"{name}: answered {answer['class']} with probability {answer['probability']:.2f}")
+        prediction = next(predictor.predict([row.astype("float32")]))
+        click.echo(f"{name}: predicted {prediction['class']} with probability {prediction['probability']:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The recipe this project starts from, put right, in plain torch; `recipe_tuneforge.py` is the command for the same.
+"""A common fine-tuning recipe in plain PyTorch, corrected; `recipe_tuneforge.py` is the same as one command.
 
-Mended: (1) ReLU was applied to the logits, which kills every negative one; (2) images were reshaped to rows of 32
+Corrected: (1) ReLU was applied to the logits, which removes every negative one; (2) images were reshaped to rows of 32
 before a convolution that takes (batch, 3, 32, 32); (3) no pretrained weights were loaded; (4) ten outputs, and no class
-for the 40 % others; (5) it never validated and (6) never called eval(); (7) a loop variable had the name of its module;
-(8) it reported no recall and no F1. Kept: DataLoader, SGD 0.01 with momentum 0.9, batches of 32, 10 epochs.
+for other characters; (5) it never validated and (6) never called eval(); (7) a loop variable had the name of its
+module; (8) it reported no recall and no F1. Kept: DataLoader, SGD 0.01 with momentum 0.9, batches of 32, 10 epochs.
 """
 
 from types import SimpleNamespace
@@ -25,12 +25,12 @@ def loader(data: tf.Data, split: tf.Split, *, shuffle: bool) -> DataLoader:
     return DataLoader(TensorDataset(inputs, split.targets), batch_size=32, shuffle=shuffle)
 
 
-def answers(network: torch.nn.Module, batches: DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
-    """The network's answers (n,) beside the truth (n,)."""
+def predictions(network: torch.nn.Module, batches: DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the predicted classes (n,) and the labels (n,)."""
     network.eval()  # (6)
     with torch.inference_mode():
         pairs = [(network(images).argmax(1), labels) for images, labels in batches]
-    return torch.cat([answer for answer, _ in pairs]), torch.cat([label for _, label in pairs])
+    return torch.cat([predicted for predicted, _ in pairs]), torch.cat([labels for _, labels in pairs])
 
 
 @click.command()
@@ -51,10 +51,10 @@ def main(epochs: int, per_class: int | None) -> None:
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(network(images), labels).backward()
             optimizer.step()
-        found, truth = answers(network, loader(data, data.val, shuffle=False))  # (5)
-        click.echo(f"epoch {epoch + 1}: validation accuracy {(found == truth).float().mean():.4f}")
-    found, truth = answers(network, loader(data, data.test, shuffle=False))
-    click.echo(classification_report(truth, found, target_names=data.targets.labels, zero_division=0))  # (8)
+        predicted, labels = predictions(network, loader(data, data.val, shuffle=False))  # (5)
+        click.echo(f"epoch {epoch + 1}: validation accuracy {(predicted == labels).float().mean():.4f}")
+    predicted, labels = predictions(network, loader(data, data.test, shuffle=False))
+    click.echo(classification_report(labels, predicted, target_names=data.targets.labels, zero_division=0))  # (8)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The recipe of `recipe_plain_torch.py` as one command: the same network, data, optimizer, batches and epochs.
 
-What the plain script writes by hand is here what a run does anyway: pretrained weights (the head keeps the rows of the
-ten digits by name), validation in training, eval mode, the best epoch kept, precision, recall and F1, a report to keep.
+A run does what the plain script writes by hand: pretrained weights (the head keeps the rows of the ten digits by name),
+validation in each epoch, eval mode, best weights restored, precision, recall and F1, a report.
 """
 
 import shlex

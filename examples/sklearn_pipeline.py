@@ -1,4 +1,4 @@
-"""Where scikit-learn is: a pipeline, cross-validation, a search over strategies, and a model saved without pickle."""
+"""With scikit-learn: a pipeline, cross-validation, a grid search over strategies, and a model saved without pickle."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,7 @@ from tuneforge.sklearn import TunedClassifier
 @click.option("--epochs", default=20, show_default=True)
 @click.option("--folds", default=5, show_default=True)
 def main(epochs: int, folds: int) -> None:
-    """Classify the 178 wines that ship in scikit-learn."""
+    """Classify the 178 wines that ship with scikit-learn."""
     wines = load_wine()
     x, x_test, y, y_test = train_test_split(
         wines.data, wines.target, test_size=0.3, stratify=wines.target, random_state=0
@@ -32,16 +32,16 @@ def main(epochs: int, folds: int) -> None:
         "tunedclassifier__strategy__lr": [1e-3, 1e-2],
     }
     search = GridSearchCV(pipeline, grid, cv=folds).fit(x, y)
-    for asked, mean in zip(search.cv_results_["params"], search.cv_results_["mean_test_score"], strict=True):
-        click.echo(f"{', '.join(map(str, asked.values())):>30}  {mean:.3f}")
+    for params, mean in zip(search.cv_results_["params"], search.cv_results_["mean_test_score"], strict=True):
+        click.echo(f"{', '.join(map(str, params.values())):>30}  {mean:.3f}")
     click.echo(f"best: {search.best_params_}; on the test split {search.score(x_test, y_test):.3f}")
 
-    with TemporaryDirectory() as place:
-        tuned = search.best_estimator_[-1]
-        tuned.save(Path(place) / "wines")
-        again = TunedClassifier.load(Path(place) / "wines")
-        click.echo(f"saved and loaded: {', '.join(sorted(file.name for file in (Path(place) / 'wines').iterdir()))}")
-        assert (again.predict_proba(x_test) == tuned.predict_proba(x_test)).all()
+    with TemporaryDirectory() as folder:
+        estimator = search.best_estimator_[-1]
+        estimator.save(Path(folder) / "wines")
+        loaded = TunedClassifier.load(Path(folder) / "wines")
+        click.echo(f"saved and loaded: {', '.join(sorted(file.name for file in (Path(folder) / 'wines').iterdir()))}")
+        assert (loaded.predict_proba(x_test) == estimator.predict_proba(x_test)).all()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A regression on a table: the engine knows no images and no classes.
+"""Regression on a table.
 
 tuneforge run --data table-csv --data.path diabetes.csv --data.target progression --model mlp
 """
@@ -14,7 +14,7 @@ import tuneforge as tf
 
 
 def write_table(path: Path) -> None:
-    """Write the 442 patients that ship in scikit-learn as a CSV with a header."""
+    """Write the 442 patients that ship with scikit-learn as a CSV file with a header."""
     patients = load_diabetes(scaled=False)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -25,7 +25,7 @@ def write_table(path: Path) -> None:
 @click.command()
 @click.option("--epochs", default=30, show_default=True)
 def main(epochs: int) -> None:
-    """Tune a small network to predict the progression of diabetes after a year."""
+    """Train a small network to predict the progression of diabetes after a year."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "diabetes.csv"
         write_table(path)
@@ -36,8 +36,8 @@ def main(epochs: int) -> None:
             log=click.echo,
         ).run()
         row = next(csv.DictReader(path.open()))
-    answer = next(tf.predict(result.run_dir, [row]))
-    click.echo(f"first patient: {row['progression']}, answered {answer['value']:.0f}")
+    prediction = next(tf.predict(result.run_dir, [row]))
+    click.echo(f"first patient: {row['progression']}, predicted {prediction['value']:.0f}")
 
 
 if __name__ == "__main__":

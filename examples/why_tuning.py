@@ -1,6 +1,6 @@
-"""Why tuning: five labels a class, the same budget, pretrained against from scratch, paired over seeds.
+"""Pretrained against randomly initialized weights: five labels per class, the same budget, paired over seeds.
 
-Nothing is chosen on validation labels: both end on the weights of the last epoch. Prints test accuracy of both for each
+Nothing is selected on validation: both end on the weights of the last epoch. Prints test accuracy of both for each
 seed, the paired mean of the difference and its 95 % interval (Student's t).
 """
 
@@ -15,7 +15,7 @@ import tuneforge as tf
 
 
 def accuracy(seed: int, *, pretrained: bool, per_class: int, epochs: int) -> float:
-    """Test accuracy on the real digits after `epochs` of every layer."""
+    """Return the test accuracy on the real digits after training every layer for `epochs`."""
     with TemporaryDirectory() as folder:
         result = tf.Engine(
             data=tf.use("digits", other_share=0.0, per_class=per_class),
@@ -41,10 +41,12 @@ def main(seeds: int, per_class: int, epochs: int) -> None:
         pairs.append(pair)
         click.echo(f"seed {seed:>2}: pretrained {pair[0]:.4f}  from scratch {pair[1]:.4f}")
     both = np.array(pairs)
-    gain = both[:, 0] - both[:, 1]
-    low, high = stats.t.interval(0.95, len(gain) - 1, loc=gain.mean(), scale=stats.sem(gain))
+    difference = both[:, 0] - both[:, 1]
+    low, high = stats.t.interval(0.95, len(difference) - 1, loc=difference.mean(), scale=stats.sem(difference))
     click.echo(f"mean: pretrained {both[:, 0].mean():.4f}, from scratch {both[:, 1].mean():.4f}")
-    click.echo(f"paired gain {gain.mean():+.4f}, 95 % interval {low:+.4f} to {high:+.4f} over {seeds} seeds")
+    click.echo(
+        f"paired difference {difference.mean():+.4f}, 95 % interval {low:+.4f} to {high:+.4f} over {seeds} seeds"
+    )
 
 
 if __name__ == "__main__":
