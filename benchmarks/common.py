@@ -20,7 +20,7 @@ from scipy import stats
 from work import Network, Work
 
 Entry = Callable[[Work, Network], Mapping[str, float] | None]
-"""Does the work with a fresh network. Gives seconds by row of the table; or None, and the call itself is timed."""
+"""Does the work with a new network. Returns seconds by row of the table; or None, and the call itself is timed."""
 
 Times = dict[str, list[float]]
 """Seconds of each run, by row of the table."""

@@ -1,8 +1,8 @@
-"""Peak memory of a run on a folder of pictures that are decoded when needed, by the number of files.
+"""Peak memory of a run on a folder of images that are decoded when needed, by the number of files.
 
     python benchmarks/memory.py --sizes 1000,10000,100000
 
-The pictures are 32x32, in ten classes; most are hard links to a few hundred files. Each run is a process of its own: a
+The images are 32x32, in ten classes; most are hard links to a few hundred files. Each run is a process of its own: a
 small network, 50 steps, evaluation of all splits. `one folder` is divided by the run, so that validation and test grow
 too; in `three folders` only training grows. What is printed is the peak of resident memory, of the run and, with
 `--num-workers`, of the largest process that decodes (which shares pages with the run).
@@ -24,7 +24,7 @@ CLASSES, DISTINCT = 10, 300
 
 
 def make(root: Path, count: int, *, pixels: Path) -> None:
-    """One folder a class, `count` pictures in all, linked to the files in `pixels`."""
+    """One folder a class, `count` images in all, linked to the files in `pixels`."""
     for number in range(count):
         folder = root / f"class {number % CLASSES}"
         if number < CLASSES:
@@ -33,7 +33,7 @@ def make(root: Path, count: int, *, pixels: Path) -> None:
 
 
 def make_pixels(folder: Path) -> None:
-    """The distinct pictures."""
+    """The distinct images."""
     import numpy as np
     from PIL import Image
 

@@ -31,7 +31,7 @@ def installed() -> dict[str, Entry]:
         try:
             importlib.import_module(module)
         except Exception as error:  # noqa: BLE001 - whatever another library raises, its row is left out
-            click.echo(f"{name} is left out: it cannot be imported ({error!r:.200})")
+            click.echo(f"{name} is skipped: it cannot be imported ({error!r:.200})")
         else:
             found[name] = entry
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):

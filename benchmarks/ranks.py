@@ -46,14 +46,14 @@ WAYS: Mapping[str, Way] = {
 BASE = next(iter(WAYS))
 
 
-def pictures() -> Work:
+def images() -> Work:
     """resnet18 with random weights on 256 and 64 made images at 3x64x64."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(320, 3, 64, 64, generator=generator), torch.randint(0, 10, (320,), generator=generator)
     return Work(resnet_network, (x[:256], y[:256]), (x[256:], y[256:]), frozen=False)
 
 
-WORKS: Mapping[str, Callable[[], Work]] = {"digit CNN": lambda: digits(frozen=False), "resnet18 at 64x64": pictures}
+WORKS: Mapping[str, Callable[[], Work]] = {"digit CNN": lambda: digits(frozen=False), "resnet18 at 64x64": images}
 
 
 def samples_per_s(name: str, way: Way, samples: int | None, epochs: int) -> float:

@@ -44,7 +44,7 @@ def order_s_per_sample(samples: int) -> float:
 
 def names_bytes_per_sample(count: int = 100_000) -> float:
     """Memory of a path as the name of a sample."""
-    names = [f"train/class-{number % 1000:04d}/picture-{number:09d}.jpg" for number in range(count)]
+    names = [f"train/class-{number % 1000:04d}/image-{number:09d}.jpg" for number in range(count)]
     return (sys.getsizeof(names) + sum(map(sys.getsizeof, names))) / count
 
 

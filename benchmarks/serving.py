@@ -32,8 +32,8 @@ import tuneforge as tf
 SIDE = 64
 
 
-def pictures(folder: Path) -> None:
-    """A few random pictures of two classes; what they show does not matter here."""
+def images(folder: Path) -> None:
+    """A few random images of two classes; what they show does not matter here."""
     rng = np.random.default_rng(0)
     for split in ("train", "val", "test"):
         for number in range(8):
@@ -170,7 +170,7 @@ def main(clients: int, seconds: float, count: int, runs: int, arch: str, onnx: b
     """Let the servers take turns, and print medians."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        pictures(folder / "data")
+        images(folder / "data")
         data = tf.use("image-folder", path=folder / "data", size=SIDE)
         model = tf.use("torchvision", arch=arch)
         run = (

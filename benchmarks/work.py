@@ -49,7 +49,7 @@ class Network(nn.Module):
 
 @attrs.frozen(eq=False)
 class Work:
-    """What every entry of a table does: train a fresh network, and look at `val` after each epoch.
+    """What every entry of a table does: train a newly built network, and look at `val` after each epoch.
 
     Args:
         build: Gives the network.

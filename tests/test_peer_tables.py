@@ -47,10 +47,10 @@ def output_of(arguments, folder):
 def test_killed_in_a_save_and_elsewhere_our_column_is_full(tmp_path):
     said = output_of([EXAMPLES / "kills" / "kills.py", "--kills", 3, "--quick", "--only", "tuneforge"], tmp_path)
     cells = dict(re.findall(r"^\| (.*?) \| (.*?) \|$", said, flags=re.MULTILINE))
-    whole = ("resumed without an error", "weights equal to the bit", "optimizer equal to the bit")
+    whole = ("resumed without an error", "weights bit-identical", "optimizer bit-identical")
     assert [cells[row] for row in whole] == ["3 of 3"] * 3
     assert cells["record of metrics"] == "each epoch once: 3 of 3"
-    assert cells["litter at the end"] == "0 of 3"
+    assert cells["leftover files at the end"] == "0 of 3"
 
 
 @pytest.mark.slow

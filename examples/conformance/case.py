@@ -49,7 +49,7 @@ class Plan:
         schedule: The tool's name of a schedule of the rate; None: constant.
         shuffle: Draw samples in random order.
         compiled: Compile the network.
-        apart: Give each block of the backbone its own rate when it thaws.
+        apart: Give each block of the backbone its own rate when it unfreezes.
     """
 
     phases: tuple[str, ...] = ("head", "all", "all")
@@ -82,7 +82,7 @@ class Peer(Protocol):
         """Row 11: run the learning-rate finder."""
 
     def pattern(self, net: "Net", folder: Path) -> str:
-        """Row 12: freeze or thaw by a pattern that matches nothing; gives what is said."""
+        """Row 12: freeze or unfreeze by a pattern that matches nothing; gives what is said."""
 
     def reasons(self, net: "Net", folder: Path, *, asked: bool = False) -> None:
         """Row 13: train until early stopping ends a phase; what is printed and logged is looked at.
@@ -177,7 +177,7 @@ def state_of(net: nn.Module) -> dict[str, Tensor]:
 
 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors that are not equal to the bit."""
+    """Names of the tensors that are not bit-identical."""
     return [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
 
 
@@ -225,7 +225,7 @@ class Witness:
             mean, variance = module.running_mean, module.running_var
             expected = F.batch_norm(args[0], mean, variance, module.weight, module.bias, eps=module.eps)
             if not torch.allclose(expected, output, atol=1e-4):
-                self.faults.add("frozen norms normalise with the batch in training")
+                self.faults.add("frozen BatchNorm normalizes with batch statistics in training")
 
 
 @contextmanager

@@ -30,10 +30,10 @@ def row_17(peer: Any) -> None:
     lines = table.damaged(tool, job, expected)
     stops = [line for line in lines if "stops with" in line]
     unsaid = [line for line in lines if "TAKEN" in line]
-    anew = [line for line in lines if "begins anew" in line]
-    said = [f"{len(unsaid)} are taken unsaid and the run ends elsewhere"] if unsaid else []
+    anew = [line for line in lines if "starts from scratch" in line]
+    said = [f"{len(unsaid)} are used without an error and the run ends differently"] if unsaid else []
     said += [f"{len(stops)} stop the resume with an error"] if stops else []
-    said += [f"{len(anew)} begin anew"] if anew else []
+    said += [f"{len(anew)} start from scratch"] if anew else []
     if said:
         raise Fails(f"of {len(lines)} damages {', '.join(said)}")
 

@@ -1,4 +1,4 @@
-"""Lightning: a `BaseFinetuning` callback, as its documentation freezes and thaws; with it finetuning-scheduler too."""
+"""Lightning with a `BaseFinetuning` callback, as its documentation shows it; and finetuning-scheduler."""
 
 import logging
 import subprocess
@@ -58,7 +58,7 @@ class Module(pl.LightningModule):
 
 
 class Phases(BaseFinetuning):
-    """Freeze the backbone, its norms with it, and thaw it at the border."""
+    """Freeze the backbone, its norms with it, and unfreeze it at the border."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Lightning:
             return f"stops: {(done.stderr.strip().splitlines() or ['?'])[-1][:90]}"
         one, two = (torch.load(path) for path in files)  # noqa: TID251 - of our own, a moment ago
         if torch.equal(one["backbone.stem.0.weight"], network().backbone.stem[0].weight):
-            return "what thaws never trains"
+            return "what unfreezes never trains"
         differing = equal_states(one, two)
         return f"the ranks drift apart in {len(differing)} tensors" if differing else ""
 
@@ -199,7 +199,7 @@ class Scheduler(Lightning):
         schedule = _two_phases(plan)
         scheduler = FinetuningScheduler(
             ft_schedule=schedule, epoch_transitions_only=True, restore_best=False,
-            frozen_bn_track_running_stats=False,  # with True the statistics of frozen norms move too
+            frozen_bn_track_running_stats=False,  # with True the statistics of frozen BatchNorm change too
         )  # fmt: skip
         return [scheduler, FTSCheckpoint(folder, monitor="val_loss", save_top_k=-1, save_on_train_epoch_end=True)]
 

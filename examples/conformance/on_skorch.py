@@ -50,7 +50,7 @@ class Skorch:
         )  # fmt: skip
 
     def callbacks(self, plan: Plan) -> list[Any]:
-        """Freeze and thaw where the phases change; epochs count from 1."""
+        """Freeze and unfreeze where the phases change; epochs count from 1."""
         found: list[Any] = []
         for epoch, what in enumerate(plan.phases, start=1):
             if epoch == 1 or what != plan.phases[epoch - 2]:

@@ -95,15 +95,15 @@ def row_1(peer: Peer) -> None:
 def _how(net: Net, witness: Witness, differing: list[str]) -> str:
     backbone = {name for name, _ in net.backbone.named_parameters(prefix="backbone")}
     still = witness.starts and not backbone & set(changed(witness.starts[0], state_of(net)))
-    return "the backbone is frozen again" if still else f"{len(differing)} tensors end elsewhere"
+    return "the backbone is frozen again" if still else f"{len(differing)} tensors end differently"
 
 
 def row_2(peer: Peer) -> None:
-    """Norms of the frozen backbone keep their statistics, over validation too, and normalise with them."""
+    """Norms of the frozen backbone keep their statistics, over validation too, and normalize with them."""
     plan = Plan(phases=("head", "head", "all"))
     _, witness = whole(peer, plan)
     moved = [name for name in changed(witness.starts[0], witness.starts[2]) if "running" in name]
-    faults = [f"{len(moved)} statistics of frozen norms move"] if moved else []
+    faults = [f"{len(moved)} statistics of frozen BatchNorm change"] if moved else []
     if faults := [*faults, *(each for each in witness.faults if "norm" in each)]:
         raise Fails("; ".join(faults))
 
@@ -150,7 +150,7 @@ def row_5(peer: Peer) -> None:
         try:
             whole(peer, plan_for(peer, schedule=schedule))
             if resumes and _resumed_apart(peer, plan_for(peer, schedule=schedule)):
-                wrong.append(f"{schedule}: resumed, it ends elsewhere")
+                wrong.append(f"{schedule}: resumed, it ends differently")
         except Exception as error:  # noqa: BLE001 - whatever a tool raises here, it is a row that it fails
             if "support" in str(error):
                 refused.append(schedule)
@@ -171,7 +171,7 @@ def _resumed_apart(peer: Peer, plan: Plan) -> list[str]:
 
 
 def row_6(peer: Peer) -> None:
-    """Two equal biases that thaw together, each block with its own rate, both train."""
+    """Two equal biases that unfreeze together, each block with its own rate, both train."""
     net, witness = whole(peer, Plan(apart=True))
     still = {"backbone.twins.one.bias", "backbone.twins.two.bias"} - set(changed(witness.starts[1], state_of(net)))
     if still:
@@ -187,7 +187,7 @@ def row_7(peer: Peer) -> None:
         raise Fails("not even in the same order (row 1)")
     net, _ = interrupted(peer, plan, 2 * BORDER, fresh=lambda: network(backwards=True))
     if apart(expected, net):
-        raise Fails("moments land by position, unsaid: the run ends elsewhere")
+        raise Fails("moments land by position, without an error: the run ends differently")
 
 
 def row_8(peer: Peer) -> None:
@@ -196,7 +196,7 @@ def row_8(peer: Peer) -> None:
     _, expected = whole(peer, plan)
     epochs = [expected.batches[start : start + BORDER] for start in range(0, 3 * BORDER, BORDER)]
     wrong = []
-    for kill_at, place in {2 * BORDER: "at an epoch's border", 2 * BORDER + 1: "within an epoch"}.items():
+    for kill_at, place in {2 * BORDER: "at an epoch's boundary", 2 * BORDER + 1: "within an epoch"}.items():
         _, witness = interrupted(peer, plan, kill_at)
         count = len(witness.batches)
         if witness.batches != expected.batches[-count:]:
@@ -207,7 +207,7 @@ def row_8(peer: Peer) -> None:
 
 
 def row_9(peer: Peer) -> None:
-    """Compiled, what thaws trains."""
+    """Compiled, what unfreezes trains."""
     net = network()
     before = state_of(net)
     with TemporaryDirectory() as folder:
@@ -215,7 +215,7 @@ def row_9(peer: Peer) -> None:
         peer.fit(net, Plan(compiled=True), Path(folder))
     still = _weights(net) - set(changed(before, state_of(net)))
     if still:
-        raise Fails(f"{len(still)} thawed tensors never train")
+        raise Fails(f"{len(still)} unfrozen tensors never train")
 
 
 def row_10(peer: Peer) -> None:

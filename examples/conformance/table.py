@@ -25,12 +25,14 @@ MODULES = {
     "transformers": "on_transformers", "tuneforge": "on_tuneforge",
 }  # fmt: skip
 TITLES = {
-    1: "resume around the border of two phases", 2: "frozen norms keep still", 3: "frozen dropout is off",
-    4: "decay and momentum move nothing frozen", 5: "schedules over the border and a resume",
+    1: "resume around the boundary of two phases", 2: "frozen BatchNorm keeps its statistics",
+    3: "frozen dropout is off",
+    4: "decay and momentum change nothing frozen", 5: "schedules across the boundary and a resume",
     6: "equal tensors all train", 7: "optimizer state by name", 8: "order of samples after a resume",
-    9: "thawed layers train when compiled", 10: "two ranks through the border",
-    11: "a search for the rate changes nothing", 12: "a pattern that matches nothing", 13: "an end has its reason",
-    14: "a broken plugin harms nobody else", 15: "`--help` without torch", 16: "classes of validation folders by name",
+    9: "unfrozen layers train when compiled", 10: "two ranks across the boundary",
+    11: "a learning-rate finder changes nothing", 12: "a pattern that matches nothing", 13: "every stop has a reason",
+    14: "a broken plugin breaks nothing else", 15: "`--help` without torch",
+    16: "classes of validation folders by name",
     17: "damaged newest checkpoint", 18: "killed while old checkpoints are deleted", 19: "each step once in the record",
     20: "two runs, one folder",
 }  # fmt: skip
@@ -49,7 +51,7 @@ def peers() -> Iterable[Any]:
 def verdict(peer: Any, number: int, *, debug: bool) -> str:
     """One cell of the table."""
     if number in OF_FREEZING and not getattr(peer, "freezes", True):
-        return "n/a: freezes nothing itself"
+        return "n/a: does not freeze"
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # some tools print each step
             peer.row(number) if hasattr(peer, "row") and number <= OWN else ROWS[number](peer)

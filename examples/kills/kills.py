@@ -71,20 +71,20 @@ def rows(tool: Tool, expected: Whole, outcomes: list[Outcome]) -> dict[str, str]
     errors = sorted({each.error.partition(":")[0] for each in outcomes if each.error})
     litter = [each for each in done if each.litter]
     anew = sum(each.start == 0 for each in helped)
-    by_hand = f"{share(not each.error for each in helped)}, {share(each.weights for each in helped)} equal to the bit"
-    by_hand += f" ({anew} begin anew)" if anew else ""
+    by_hand = f"{share(not each.error for each in helped)}, {share(each.weights for each in helped)} bit-identical"
+    by_hand += f" ({anew} start from scratch)" if anew else ""
     return {
         "saves": "by step" if tool.each_step else "by epoch",
-        "left alone, the same twice": "yes" if expected.again else "NO: what follows says nothing",
+        "two uninterrupted runs are equal": "yes" if expected.again else "NO: the rows below mean nothing",
         "resumed without an error": share(not each.error for each in outcomes) + _in_brackets(", ".join(errors)),
-        "of the others, resumed with the newest checkpoint deleted by hand": by_hand if helped else "",
-        "weights equal to the bit": share(each.weights for each in outcomes),
-        "optimizer equal to the bit": share(each.optimizer for each in outcomes),
+        "others, resumed after deleting the newest checkpoint by hand": by_hand if helped else "",
+        "weights bit-identical": share(each.weights for each in outcomes),
+        "optimizer bit-identical": share(each.optimizer for each in outcomes),
         "each sample once an epoch": share(each.once for each in outcomes),
         "the same samples in the same order": share(each.order for each in outcomes),
         "record of metrics": f"each {tool.log} once: {share(each.log for each in outcomes)}" if tool.log else "n/a",
-        "steps done again, in the middle": f"{statistics.median(redone(each) for each in done):g}" if done else "",
-        "litter at the end": share(each.litter for each in outcomes)
+        "steps repeated, median": f"{statistics.median(redone(each) for each in done):g}" if done else "",
+        "leftover files at the end": share(each.litter for each in outcomes)
         + _in_brackets(litter[0].litter[0] if litter else ""),
     }
 
@@ -124,8 +124,9 @@ def damaged(tool: Tool, job: Job, expected: Whole) -> list[str]:
 def summary(lines: list[str]) -> str:
     """What `damaged` found, in one."""
     ends = {
-        "goes on from step": "go on from the one before", "stops with": "stop with an error",
-        "TAKEN": "are taken unsaid and end elsewhere", "begins anew": "begin anew", "without effect": "do no harm",
+        "goes on from step": "continue from the one before", "stops with": "stop with an error",
+        "TAKEN": "are used without an error and end differently", "starts from scratch": "start from scratch",
+        "without effect": "have no effect",
     }  # fmt: skip
     counts = {told: sum(end in line for line in lines) for end, told in ends.items()}
     return f"of {len(lines)}: " + ", ".join(f"{count} {told}" for told, count in counts.items() if count)
@@ -145,9 +146,11 @@ def _verdict(found: Outcome, usual: Outcome, same: bool) -> str:
     if found.error:
         return f"stops with {found.error[:100]}"
     if found.start == usual.start:
-        return "taken as it is, without effect" if same else "TAKEN AS IT IS, and the run ends elsewhere"
-    ends = "ends equal to the bit" if found.weights else "ends elsewhere"
-    from_start = "begins anew" if found.start == 0 else f"goes on from step {found.start} instead of {usual.start}"
+        return "taken as it is, without effect" if same else "TAKEN AS IT IS, and the run ends differently"
+    ends = "ends bit-identical" if found.weights else "ends differently"
+    from_start = (
+        "starts from scratch" if found.start == 0 else f"goes on from step {found.start} instead of {usual.start}"
+    )
     return f"{from_start}, {ends}"
 
 
@@ -209,7 +212,7 @@ def measured(tool: Tool, asked: argparse.Namespace) -> dict[str, str]:
         cells["newest checkpoint damaged"] = summary(harmed)
         count, resumed, there = rotation(tool, expected)
         cells["killed while saving, one checkpoint kept: resumed"] = f"{resumed} of {count}"
-        cells["killed while saving, one checkpoint kept: a whole one is there"] = f"{there} of {count}"
+        cells["killed while saving, one checkpoint kept: a complete one exists"] = f"{there} of {count}"
         cells["a save costs"] = cost_ms(tool)
     return cells
 

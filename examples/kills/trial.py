@@ -150,7 +150,7 @@ class Whole:
         ended: As of a `Process`.
         seen: As of a `Process`.
         files: Names of all files that it leaves, below the tool's folder and below the temporary one.
-        again: It was the same to the bit when it was run again, as far as `Process.ended` and `seen` go.
+        again: It was the same bit for bit when it was run again, as far as `Process.ended` and `seen` go.
     """
 
     ended: dict[str, Any]
@@ -191,8 +191,8 @@ class Outcome:
         kill: Where it was killed.
         error: What the resume raised; empty: nothing.
         start: The step that the resume went on from; -1 where it did not end.
-        weights: The same to the bit.
-        optimizer: The same to the bit.
+        weights: The same bit for bit.
+        optimizer: The same bit for bit.
         log: Each step, or epoch, once; None where the tool keeps no record.
         once: Every sample of each epoch once.
         order: The same samples in the same order.

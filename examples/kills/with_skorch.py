@@ -29,7 +29,7 @@ class Skorch:
         policy = torch.optim.lr_scheduler.CosineAnnealingLR
         callbacks: list[Any] = [("schedule", LRScheduler(policy, T_max=STEPS, step_every="batch"))]
         if job.phases:
-            callbacks += [("freeze", Freezer("body.*", at=1)), ("thaw", Unfreezer("body.*", at=EPOCHS // 2 + 1))]
+            callbacks += [("freeze", Freezer("body.*", at=1)), ("unfreeze", Unfreezer("body.*", at=EPOCHS // 2 + 1))]
         saving = Checkpoint(dirname=str(folder), monitor=None)
         callbacks += [("saving", saving)] if job.interval is not None else []
         resume, done = resume and (folder / "history.json").exists(), 0

@@ -30,8 +30,8 @@ def only(split: tf.Split, *, old: bool) -> tf.Split:
 
 def joined(first: tf.Split, second: tf.Split) -> tf.Split:
     """Both, one after the other."""
-    pictures = torch.cat([split.fetch(torch.arange(len(split))) for split in (first, second)])
-    return tf.Split(pictures, torch.cat([first.targets, second.targets]))
+    images = torch.cat([split.fetch(torch.arange(len(split))) for split in (first, second)])
+    return tf.Split(images, torch.cat([first.targets, second.targets]))
 
 
 def recalls(seed: int, *, per_class: int, kept: int, epochs: int) -> dict[str, tuple[float, float, float]]:

@@ -27,7 +27,7 @@ FIXED = ("full", "head-only", "freeze-then-unfreeze", "gradual-unfreeze", "layer
 DECIDING = ("adaptive", "auto")
 
 
-def entrants(epochs: int) -> dict[str, Any]:
+def candidates(epochs: int) -> dict[str, Any]:
     """Everything that takes part; `norm-only` is missing, because the network has no norms."""
     fixed = {name: tf.use(name, epochs=epochs) for name in FIXED}
     fixed["gradual-unfreeze"] = tf.use("gradual-unfreeze", epochs=max(1, epochs - len(BLOCKS) + 1))
@@ -60,10 +60,10 @@ class BeforeAll:
 
 
 def row_of(kind: str, seed: int, epochs: int) -> dict[str, Any]:
-    """Test accuracy and epochs of every entrant in one world."""
+    """Test accuracy and epochs of every candidate in one world."""
     model, data = world(kind, seed, per_class=10 if seed % 2 == 0 else 20)
     row: dict[str, Any] = {"kind": kind, "seed": seed, "accuracy": {}, "epochs": {}}
-    for name, strategy in entrants(epochs).items():
+    for name, strategy in candidates(epochs).items():
         before = BeforeAll(data)
         result = tuned(model, data, strategy, seed=seed, callbacks=[before] if name == "auto" else [])
         row["accuracy"][name] = result.report["splits"]["test"]["accuracy"]
@@ -127,7 +127,7 @@ def say_regret(rows: list[dict[str, Any]]) -> None:
 @click.option("--epochs", default=20, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="A file of lines: worlds that it holds are not run again.")
 def main(seeds: str, kinds: str, epochs: int, out: Path | None) -> None:
-    """Run every entrant in every world, then print both tables."""
+    """Run every candidate in every world, then print both tables."""
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
     done = {(row["kind"], row["seed"]) for row in rows}

@@ -23,8 +23,8 @@ TENTHS = tuple(tenth / 10 for tenth in range(11))
 def turned(degrees: float) -> Kind:
     """Handwritten digits, turned."""
 
-    def shift(pictures: Tensor, classes: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        return VF.rotate(pictures, degrees), classes
+    def shift(images: Tensor, classes: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        return VF.rotate(images, degrees), classes
 
     return Kind("input", "hand", "hand", shift)
 

@@ -26,11 +26,11 @@ CASES = "ABDEGHNQRT"
 """Letters whose small form is another drawing."""
 
 Shift = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
-"""What is done to pictures uint8 (n, 1, 32, 32) and classes (n,)."""
+"""What is done to images uint8 (n, 1, 32, 32) and classes (n,)."""
 
 
 class SmallNet(nn.Module):
-    """Four convolutions and a linear head: pictures (b, 3, 32, 32) -> logits (b, 10); 47,000 parameters."""
+    """Four convolutions and a linear head: images (b, 3, 32, 32) -> logits (b, 10); 47,000 parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,9 +38,9 @@ class SmallNet(nn.Module):
         self.conv1, self.conv2, self.conv3, self.conv4 = (nn.Conv2d(*pair, 3, padding=1) for pair in widths)
         self.head = nn.Linear(64, 10)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Logits."""
-        features = F.avg_pool2d(pictures, 2)
+        features = F.avg_pool2d(images, 2)
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
             features = F.max_pool2d(F.relu(conv(features)), 2)
         logits: Tensor = self.head(features.flatten(1))
@@ -48,10 +48,10 @@ class SmallNet(nn.Module):
 
 
 def _pictures(change: Callable[[Tensor, torch.Generator], Tensor]) -> Shift:
-    """A shift of the inputs, from a change of pictures as floats 0 to 1."""
+    """A shift of the inputs, from a change of images as floats 0 to 1."""
 
-    def shift(pictures: Tensor, classes: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        changed = change(pictures.float() / 255, draw)
+    def shift(images: Tensor, classes: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        changed = change(images.float() / 255, draw)
         return (changed.clamp(0, 1) * 255).round().to(torch.uint8), classes
 
     return shift
@@ -59,11 +59,11 @@ def _pictures(change: Callable[[Tensor, torch.Generator], Tensor]) -> Shift:
 
 def _answers(change: Callable[[Tensor, torch.Generator], Tensor]) -> Shift:
     """A shift of the answers, from a change of classes."""
-    return lambda pictures, classes, draw: (pictures, change(classes, draw))
+    return lambda images, classes, draw: (images, change(classes, draw))
 
 
-def _as_it_is(pictures: Tensor, classes: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    return pictures, classes
+def _as_it_is(images: Tensor, classes: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    return images, classes
 
 
 @attrs.frozen
@@ -108,7 +108,7 @@ KINDS = MADE_WITH | HELD_OUT
 
 
 def world(kind: str | Kind, seed: int, per_class: int) -> tuple[tf.Model, tf.Data]:
-    """A network that has learnt the source, and labelled samples of the target.
+    """A network that has learnt the source, and labeled samples of the target.
 
     Args:
         kind: One of `KINDS`, or a kind of your own.
@@ -117,19 +117,19 @@ def world(kind: str | Kind, seed: int, per_class: int) -> tuple[tf.Model, tf.Dat
     """
     what = KINDS[kind] if isinstance(kind, str) else kind
     if what.source == what.target:
-        pictures, classes = (each[_shuffled("hand", seed)[800:]] for each in _samples("hand"))
+        images, classes = (each[_shuffled("hand", seed)[800:]] for each in _samples("hand"))
     else:
-        pictures, classes = (each[_shuffled(what.target, seed)] for each in _samples(what.target))
+        images, classes = (each[_shuffled(what.target, seed)] for each in _samples(what.target))
     rest, test = train_test_split(
         range(len(classes)), test_size=len(classes) - 10 * per_class, stratify=classes, random_state=seed
     )
     train, val = train_test_split(rest, test_size=1 / 3, stratify=classes[rest], random_state=seed)
-    pictures, classes = what.shift(pictures, classes, torch.Generator().manual_seed(seed))
-    return copy.deepcopy(_source_model(what.source, seed)), _data(pictures, classes, train, val, test[:700])
+    images, classes = what.shift(images, classes, torch.Generator().manual_seed(seed))
+    return copy.deepcopy(_source_model(what.source, seed)), _data(images, classes, train, val, test[:700])
 
 
 def network(seed: int) -> SmallNet:
-    """A network with fresh weights."""
+    """A network with randomly initialized weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return SmallNet()
@@ -153,8 +153,8 @@ def _source_model(source: str, seed: int) -> tf.Model:
     return tuned(model, data, strategy, seed=seed).model
 
 
-def _data(pictures: Tensor, classes: Tensor, *rows: Any) -> tf.Data:
-    train, val, test = (tf.Split(pictures[each], classes[each]) for each in map(torch.as_tensor, rows))
+def _data(images: Tensor, classes: Tensor, *rows: Any) -> tf.Data:
+    train, val, test = (tf.Split(images[each], classes[each]) for each in map(torch.as_tensor, rows))
     looked = _looked_at("digits").data
     return tf.Data(train=train, val=val, test=test, inputs=looked.inputs, targets=looked.targets)
 
@@ -165,17 +165,17 @@ def _shuffled(domain: str, seed: int) -> Tensor:
 
 @cache
 def _samples(domain: str) -> tuple[Tensor, Tensor]:
-    """Pictures uint8 (n, 1, 32, 32) of ten classes (n,): handwritten digits, or rendered characters."""
+    """Images uint8 (n, 1, 32, 32) of ten classes (n,): handwritten digits, or rendered characters."""
     looked = _looked_at("digits" if domain == "hand" else "glyphs").data
     splits = (looked.train, looked.val, looked.test)
-    pictures = torch.cat([split.fetch(torch.arange(len(split))) for split in splits])
+    images = torch.cat([split.fetch(torch.arange(len(split))) for split in splits])
     classes = torch.cat([split.targets for split in splits])
     if domain == "hand":
-        return pictures, classes
+        return images, classes
     wanted = {"print": "0123456789", "capitals": CASES, "small letters": CASES.lower()}[domain]
     places = [looked.targets.labels.index(each) for each in wanted]
     rows = torch.isin(classes, torch.tensor(places))
-    return pictures[rows], torch.tensor([places.index(int(each)) for each in classes[rows]])
+    return images[rows], torch.tensor([places.index(int(each)) for each in classes[rows]])
 
 
 @cache

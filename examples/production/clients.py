@@ -27,7 +27,7 @@ class Client:
             return json.load(answer)
 
     def predict(self, body: bytes) -> dict[str, Any]:
-        """The answer for a picture."""
+        """The prediction for an image."""
         found: dict[str, Any] = self.post("/predict", body, "image/png")
         return found
 
