@@ -1,9 +1,9 @@
-"""LP-FT's two-layer theorem (Kumar et al. 2022, arXiv 2202.10054), on data made for it.
+"""LP-FT's two-layer theorem (Kumar et al. 2022, arXiv 2202.10054), on synthetic data.
 
 y = v* B* x with B* orthonormal (5, 40). The network v B x comes with features B near B*, and learns from 100 samples
-whose x lie in a subspace of 20 dimensions; then it meets x of all 40. Claim: tuning everything from a random head
-distorts the features, so its error out of distribution is the largest; a probe keeps them; LP-FT, which tunes from the
-probe's head, has the least.
+whose x lie in a subspace of 20 dimensions; then it is tested on x of all 40. Claim: full fine-tuning from a random head
+distorts the features, so its error out of distribution is the largest; a linear probe keeps them; LP-FT, which starts
+from the probe's head, has the smallest error.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import math
 
 import click
 import torch
-from figures import difference, interval, say_table
+from shifts import fine_tune
+from tables import difference, interval, print_table
 from torch import Tensor, nn
-from worlds import tuned
 
 import tuneforge as tf
 from tuneforge.plugin import StrategyStep
@@ -23,7 +23,7 @@ DIMENSIONS, SUBSPACE, FEATURES = 40, 20, 5
 
 
 def problem(seed: int, *, samples: int, noise: float) -> tuple[tf.Model, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A network with good features and a random head, samples (x, y) in the subspace, and samples of all x."""
+    """Return a network with good features and a random head, samples (x, y) in the subspace, and samples of all x."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -39,23 +39,23 @@ def problem(seed: int, *, samples: int, noise: float) -> tuple[tf.Model, tuple[T
         network[1].weight.copy_(normal(1, FEATURES))
         network[1].bias.zero_()
 
-    def with_answers(x: Tensor) -> tuple[Tensor, Tensor]:
+    def with_targets(x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x @ true_features.T @ true_head
 
-    return tf.Model.from_module(network, head="1"), with_answers(inside), with_answers(outside)
+    return tf.Model.from_module(network, head="1"), with_targets(inside), with_targets(outside)
 
 
 def errors(seed: int, *, samples: int, noise: float, epochs: int) -> dict[str, tuple[float, float]]:
-    """Root mean squared error of each way, inside the subspace (on validation) and outside."""
+    """Return the root mean squared error of each method, inside the subspace (on validation) and outside."""
     model, (x, y), (x_out, y_out) = problem(seed, samples=samples, noise=noise)
     cut = samples // 5
     data = tf.data_from_arrays(x[cut:], y[cut:], x_val=x[:cut], y_val=y[:cut], x_test=x_out, y_test=y_out)
     probe = tf.HeadFit("probe", l2=1e-6)
     descent = tf.Phase("all", epochs=epochs, lr=0.01, optimizer=tf.use("sgd", momentum=0.9), weight_decay=0.0)
-    ways: dict[str, list[StrategyStep]] = {"full": [descent], "probe": [probe], "lp-ft": [probe, descent]}
+    methods: dict[str, list[StrategyStep]] = {"full": [descent], "probe": [probe], "lp-ft": [probe, descent]}
     found = {}
-    for name, steps in ways.items():
-        splits = tuned(model, data, steps, seed=seed, batch_size=samples).report["splits"]
+    for name, steps in methods.items():
+        splits = fine_tune(model, data, steps, seed=seed, batch_size=samples).report["splits"]
         found[name] = (splits["val"]["rmse"], splits["test"]["rmse"])
     return found
 
@@ -63,10 +63,10 @@ def errors(seed: int, *, samples: int, noise: float, epochs: int) -> dict[str, t
 @click.command()
 @click.option("--seeds", default=10, show_default=True)
 @click.option("--samples", default=100, show_default=True)
-@click.option("--noise", default=0.3, show_default=True, help="Distance of the features that the network comes with.")
+@click.option("--noise", default=0.3, show_default=True, help="Distance of the initial features from the true ones.")
 @click.option("--epochs", default=200, show_default=True, help="Steps of gradient descent.")
 def main(seeds: int, samples: int, noise: float, epochs: int) -> None:
-    """Print both errors of each way, and the paired differences outside."""
+    """Print both errors of each method, and the paired differences outside."""
     torch.set_num_threads(1)
     runs = [errors(seed, samples=samples, noise=noise, epochs=epochs) for seed in range(seeds)]
 
@@ -75,7 +75,9 @@ def main(seeds: int, samples: int, noise: float, epochs: int) -> None:
         above = [run[name][1] - run["lp-ft"][1] for run in runs]
         return [name, *texts, "" if name == "lp-ft" else difference(above, scale=1.0, digits=3)]
 
-    say_table(("way", "error inside", "error outside", "above `lp-ft` outside"), map(line, ("full", "probe", "lp-ft")))
+    print_table(
+        ("method", "error inside", "error outside", "above `lp-ft` outside"), map(line, ("full", "probe", "lp-ft"))
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""WiSE-FT's curve (Wortsman et al. 2022, arXiv 2109.01903): weights between before and after tuning.
+"""WiSE-FT's curve (Wortsman et al. 2022, arXiv 2109.01903): weights interpolated between before and after.
 
-A network that knows upright digits is tuned on digits turned by 60 degrees. Claim: on digits turned by 30 degrees,
-which neither end has seen, some mixture beats both ends, and the halfway one does without being chosen.
+A network that knows upright digits is fine-tuned on digits rotated by 60 degrees. Claim: on digits rotated by 30
+degrees, which neither end has seen, some interpolation beats both ends, and the halfway one does without selection.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import attrs
 import click
 import numpy as np
 import torch
-from figures import difference, say_table
+from shifts import Kind, fine_tune, make_domain
+from tables import difference, print_table
 from torch import Tensor
 from torchvision.transforms.v2 import functional as VF
-from worlds import Kind, tuned, world
 
 import tuneforge as tf
 
 TENTHS = tuple(tenth / 10 for tenth in range(11))
 
 
-def turned(degrees: float) -> Kind:
-    """Handwritten digits, turned."""
+def rotate(degrees: float) -> Kind:
+    """Return the kind of shift that rotates handwritten digits."""
 
     def shift(images: Tensor, classes: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         return VF.rotate(images, degrees), classes
@@ -30,14 +30,14 @@ def turned(degrees: float) -> Kind:
 
 
 def curve(model: tf.Model, data: tf.Data, seen: tf.Split, *, epochs: int, seed: int) -> list[float]:
-    """Accuracy on a split along the way; the split decides nothing, as all epochs are trained and the last is kept."""
+    """Return the accuracy on a split for each weight; the split selects nothing, as the last epoch is kept."""
     schedule = tf.use("cosine", warmup=0.1)
     steps = [
         tf.Phase("all", epochs=epochs, lr=1e-3, schedule=schedule),
-        tf.WeightAverage("mixture", snapshots=("start", "all"), weights=TENTHS),
+        tf.WeightAverage("interpolated", snapshots=("start", "all"), weights=TENTHS),
     ]
-    answer = tuned(model, attrs.evolve(data, val=seen), steps, seed=seed).strategy_steps[-1][1]
-    return [entry["val"]["accuracy"] for entry in answer.history]
+    result = fine_tune(model, attrs.evolve(data, val=seen), steps, seed=seed).strategy_steps[-1][1]
+    return [entry["val"]["accuracy"] for entry in result.history]
 
 
 @click.command()
@@ -45,13 +45,13 @@ def curve(model: tf.Model, data: tf.Data, seen: tf.Split, *, epochs: int, seed: 
 @click.option("--per-class", default=20, show_default=True)
 @click.option("--epochs", default=20, show_default=True)
 def main(seeds: int, per_class: int, epochs: int) -> None:
-    """Print the curve at each angle, and what the halfway mixture gains over the better end."""
+    """Print the curve at each angle, and how far the halfway interpolation is above the better end."""
     torch.set_num_threads(1)
     found: dict[int, list[list[float]]] = {0: [], 30: [], 60: []}
     for seed in range(seeds):
-        model, data = world(turned(60), seed, per_class)
+        model, data = make_domain(rotate(60), seed, per_class)
         for degrees, runs in found.items():
-            seen = world(turned(degrees), seed, per_class)[1].test
+            seen = make_domain(rotate(degrees), seed, per_class)[1].test
             runs.append(curve(model, data, seen, epochs=epochs, seed=seed))
 
     def line(degrees: int) -> list[str]:
@@ -59,7 +59,7 @@ def main(seeds: int, per_class: int, epochs: int) -> None:
         gain = runs[:, 5] - np.maximum(runs[:, 0], runs[:, -1])
         return [f"{degrees}", *(f"{100 * each:.1f}" for each in runs.mean(0)), difference(gain.tolist())]
 
-    say_table(("turned by", *map(str, TENTHS), "0.5 over the better end"), map(line, found))
+    print_table(("rotated by", *map(str, TENTHS), "0.5 over the better end"), map(line, found))
 
 
 if __name__ == "__main__":

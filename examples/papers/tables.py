@@ -1,4 +1,4 @@
-"""What the scripts of this folder print: means with 95 % intervals, paired by seed, as a table."""
+"""Means with 95 % intervals, paired over seeds, and the tables that the scripts print."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scipy import stats
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95 % interval (Student's t); NaN ends for one value."""
+    """Return the mean and the bounds of its 95 % interval (Student's t); NaN bounds for one value."""
     found = np.asarray(values, dtype=np.float64)
     if len(found) < 2:
         return float(found.mean()), float("nan"), float("nan")
@@ -19,7 +19,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def p_value(values: Sequence[float]) -> float:
-    """Two-sided p that the mean of paired differences is 0 (Student's paired t test); 1 where all are 0."""
+    """Return the two-sided p value of Student's paired t-test; 1 where all differences are 0."""
     found = np.asarray(values, dtype=np.float64)
     if len(found) < 2 or not found.any():
         return 1.0
@@ -28,12 +28,12 @@ def p_value(values: Sequence[float]) -> float:
 
 
 def difference(values: Sequence[float], *, scale: float = 100.0, digits: int = 1) -> str:
-    """A paired difference as text: `+1.2 (+0.4 to +2.0), p 0.01`; in points where `scale` is 100."""
+    """Return a paired difference as text: `+1.2 (+0.4 to +2.0), p 0.01`; in points where `scale` is 100."""
     mean, low, high = (scale * each for each in interval(values))
     return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}), p {p_value(values):.2g}"
 
 
-def say_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table in Markdown."""
     click.echo("| " + " | ".join(head) + " |")
     click.echo("|" + " --- |" * len(head))
