@@ -1,15 +1,15 @@
-"""The cache on against the cache off in twelve architectures of torchvision: how far apart are the logits at the end?
+"""The feature cache on and off with twelve architectures of torchvision: the difference of the logits at the end.
 
     python benchmarks/architectures.py
 
-Both runs are asked for the same phases, `freeze-then-unfreeze` with 2 + 1 epochs on 64 made images, from the same
-random weights. The yardstick is what two batch sizes of one forward pass of the final model give, 64 and 16 or 64 and
-1: features differ in their last bits with the batch they are computed in, with or without a cache.
+Both runs take the same phases, `freeze-then-unfreeze` with 2 + 1 epochs on 64 synthetic images, from the same random
+weights. For comparison: the difference between two batch sizes of one forward pass of the final model, 64 and 16 or 64
+and 1, because features differ in their last bits with the batch size, with or without a cache.
 """
 
 import click
 import torch
-from common import say_machine, say_table
+from common import print_machine, print_table
 from ours import empty_cache, tuned
 from torch import Tensor, nn
 
@@ -24,25 +24,25 @@ SIDES = {
 
 
 def made(count: int, side: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random images (count, 3, side, side) and labels of three classes."""
+    """Return random images (count, 3, side, side) and labels of three classes."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, side, side, generator=generator), torch.arange(count) % 3
 
 
 def logits(module: nn.Module, images: Tensor, batch: int) -> Tensor:
-    """The answers (n, k), computed so many at a time."""
+    """Return the logits (n, k), computed in batches of the given size."""
     module.eval()
     with torch.no_grad():
         return torch.cat([module(part) for part in images.split(batch)])
 
 
 def largest(one: Tensor, other: Tensor) -> float:
-    """The largest difference of two answers."""
+    """Return the largest difference of two outputs."""
     return float((one - other).abs().max())
 
 
 def compared(arch: str, count: int) -> tuple[str, ...]:
-    """A row: both runs of an architecture."""
+    """Return a row: both runs of an architecture."""
     side = SIDES[arch]
     (x, y), (x_val, y_val), (x_test, y_test) = (made(each, side, seed) for seed, each in enumerate((count, 32, 64)))
     data = {"x_val": x_val, "y_val": y_val, "x_test": x_test, "y_test": y_test}
@@ -70,9 +70,9 @@ def compared(arch: str, count: int) -> tuple[str, ...]:
 @click.option("--samples", default=64, show_default=True, help="Training images.")
 def main(only: tuple[str, ...], samples: int) -> None:
     """Print a row for each architecture."""
-    say_machine(1, f"cache on against cache off, 2 + 1 epochs on {samples} made images, logits of 64 others")
+    print_machine(1, f"cache on against cache off, 2 + 1 epochs on {samples} made images, logits of 64 others")
     heads = ("architecture", "pixels", "cached", "same phases", "largest difference", "of two batch sizes", "within")
-    say_table(heads, [compared(arch, samples) for arch in only or SIDES])
+    print_table(heads, [compared(arch, samples) for arch in only or SIDES])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How the benchmarks time, compare and print.
+"""How the benchmarks measure time, compare and print.
 
-Entries take turns in one process, so that whatever slows the machine slows all of them; the round before the first is
-short and not counted.
+Entries take turns in one process, so that whatever slows the machine slows all of them; a short warm-up round is not
+counted.
 """
 
 import gc
@@ -29,7 +29,7 @@ PEERS = ("lightning", "finetuning-scheduler", "fastai", "skorch", "accelerate")
 
 
 def once(name: str, entry: Entry, work: Work, seed: int) -> Mapping[str, float]:
-    """Seconds of one run, by row; building the network is not counted."""
+    """Return the seconds of one run, by row; building the network is not counted."""
     torch.manual_seed(seed)
     network = work.build()
     gc.collect()
@@ -39,9 +39,9 @@ def once(name: str, entry: Entry, work: Work, seed: int) -> Mapping[str, float]:
 
 
 def in_turns(work: Work, entries: Mapping[str, Entry], runs: int) -> Times:
-    """Seconds of every entry, `runs` times in turn; each round begins with another one."""
-    brief = work.cut(2 * work.batch, 2)
-    times: Times = {row: [] for name, entry in entries.items() for row in once(name, entry, brief, seed=0)}
+    """Return the seconds of every entry, `runs` times in turn; each round begins with another one."""
+    warm_up = work.cut(2 * work.batch, 2)
+    times: Times = {row: [] for name, entry in entries.items() for row in once(name, entry, warm_up, seed=0)}
     names = list(entries)
     for turn in range(runs):
         first = turn % len(names)
@@ -52,7 +52,7 @@ def in_turns(work: Work, entries: Mapping[str, Entry], runs: int) -> Times:
 
 
 def in_pairs(work: Work, one: Entry, other: Entry, runs: int) -> list[tuple[float, float]]:
-    """Seconds of two entries, back to back, the first of a pair in turn; of several rows the first counts."""
+    """Return the seconds of two entries, back to back, in alternating order; of several rows the first counts."""
     for entry in (one, other):
         once("", entry, work.cut(2 * work.batch, 2), seed=0)
     pairs = []
@@ -65,7 +65,7 @@ def in_pairs(work: Work, one: Entry, other: Entry, runs: int) -> list[tuple[floa
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean with the ends of its 95 % interval (Student's t); without ends where there is one value only."""
+    """Return the mean and the bounds of its 95 % interval (Student's t); NaN bounds for one value."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, float("nan"), float("nan")
@@ -73,20 +73,20 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def say_machine(runs: int, work: str) -> None:
+def print_machine(runs: int, work: str) -> None:
     """Print what was measured, where and with which versions."""
     versions = {"torch": torch.__version__}
     for name in PEERS:
         if importlib.util.find_spec(name.replace("-", "_")):
             versions[name] = importlib.metadata.version(name)
-    click.echo(f"{work}; {runs} interleaved runs, median [least .. greatest]")
+    click.echo(f"{work}; {runs} interleaved runs, median [min .. max]")
     click.echo(
         f"{os.cpu_count()} cores of {_processor()}, {torch.get_num_threads()} threads, "
         f"Python {platform.python_version()}, {', '.join(f'{name} {each}' for name, each in versions.items())}\n"
     )
 
 
-def say_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a Markdown table whose columns line up."""
     lines = [list(heads), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
@@ -96,20 +96,20 @@ def say_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     click.echo()
 
 
-def say_ratios(times: Times, base: str, head: str) -> None:
+def print_ratios(times: Times, base: str, head: str) -> None:
     """Print a row for each entry: median, spread, and the ratio of medians to the row `base`."""
-    floor = statistics.median(times[base])
-    rows = [(name, *shown(seconds), f"{statistics.median(seconds) / floor:.2f}") for name, seconds in times.items()]
-    say_table(("entry", "seconds", "spread", head), rows)
+    base_s = statistics.median(times[base])
+    rows = [(name, *shown(seconds), f"{statistics.median(seconds) / base_s:.2f}") for name, seconds in times.items()]
+    print_table(("entry", "seconds", "spread", head), rows)
 
 
 def shown(seconds: Sequence[float]) -> tuple[str, str]:
-    """Median and spread as text."""
+    """Return median and spread as text."""
     return f"{statistics.median(seconds):.3f}", f"[{min(seconds):.3f} .. {max(seconds):.3f}]"
 
 
 def _processor() -> str:
-    """The processor's name, where the system tells it, and its vector instructions."""
+    """Return the processor's name, where the system reports it, and its vector instructions."""
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

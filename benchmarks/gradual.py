@@ -1,17 +1,17 @@
-"""Gradual unfreezing of the whole digit CNN, cached and not: six phases, each of E epochs, from the head down.
+"""Gradual unfreezing of the whole digit CNN with and without the feature cache: six phases of E epochs each.
 
     python benchmarks/gradual.py --runs 5
 
-The border moves with every phase: what the frozen part gives is kept where that pays. Times are those of all phases
-together; the differences are between the two runs at their end: of the validation figures, and of the logits on all
-images. The shipped, pretrained network is tuned, on 1,437 + 360 handwritten digits.
+The cut moves with every phase; features are cached where that pays. Times are those of all phases together; the
+differences are between the two runs at their end: of the validation metrics, and of the logits on all images. The
+pretrained network that ships is fine-tuned on 1,437 + 360 handwritten digits.
 """
 
 import statistics
 
 import click
 import torch
-from common import say_machine, say_table, shown
+from common import print_machine, print_table, shown
 from ours import Done, empty_cache, tuned
 from work import Work, digits
 
@@ -21,7 +21,7 @@ RUNS = {"auto": "cached", "off": "uncached"}
 
 
 def unfreeze(work: Work, cache: str, epochs: int, seed: int) -> Done:
-    """A run of the strategy `gradual-unfreeze`."""
+    """Run the strategy `gradual-unfreeze`."""
     (x, y), (x_val, y_val) = work.train, work.val
     data = tf.data_from_arrays(x, y, x_val=x_val, y_val=y_val, x_test=x_val[:2], y_test=y_val[:2])
     strategy = tf.use("gradual-unfreeze", group_epochs=epochs, epochs=epochs)
@@ -30,9 +30,9 @@ def unfreeze(work: Work, cache: str, epochs: int, seed: int) -> Done:
 
 
 def differences(work: Work, one: Done, other: Done) -> tuple[float, float]:
-    """The largest difference of the validation figures, and of the logits."""
-    figures = [done.result.report["splits"]["val"] for done in (one, other)]
-    numbers = [{name: each for name, each in split.items() if isinstance(each, float)} for split in figures]
+    """Return the largest difference of the validation metrics, and of the logits."""
+    metrics = [done.result.report["splits"]["val"] for done in (one, other)]
+    numbers = [{name: each for name, each in split.items() if isinstance(each, float)} for split in metrics]
     logits = []
     for done in (one, other):
         with torch.inference_mode():
@@ -44,7 +44,7 @@ def differences(work: Work, one: Done, other: Done) -> tuple[float, float]:
 
 
 def compared(work: Work, epochs: int, runs: int) -> tuple[str, ...]:
-    """A row: both runs in turn, with the ratio of medians and the largest differences of any pair."""
+    """Return a row: both runs in turn, with the ratio of medians and the largest differences of any pair."""
     seconds: dict[str, list[float]] = {cache: [] for cache in RUNS}
     apart = []
     for turn in range(runs):
@@ -53,9 +53,9 @@ def compared(work: Work, epochs: int, runs: int) -> tuple[str, ...]:
             seconds[cache].append(done.steps_s)
         apart.append(differences(work, pair["auto"], pair["off"]))
     faster = statistics.median(seconds["off"]) / statistics.median(seconds["auto"])
-    figures, logits = (max(column) for column in zip(*apart, strict=True))
+    metrics, logits = (max(column) for column in zip(*apart, strict=True))
     times = [" ".join(shown(seconds[cache])) for cache in RUNS]
-    return str(epochs), *times, f"{faster:.2f}", f"{figures:.1e}", f"{logits:.1e}"
+    return str(epochs), *times, f"{faster:.2f}", f"{metrics:.1e}", f"{logits:.1e}"
 
 
 @click.command()
@@ -66,10 +66,10 @@ def main(runs: int, epochs: tuple[int, ...], samples: int | None) -> None:
     """Print a row for each number of epochs."""
     work = digits(frozen=False).cut(samples, None)
     unfreeze(work.cut(64, None), "auto", 2, seed=0)
-    say_machine(runs, f"gradual-unfreeze, digit CNN, {len(work.train[0]):,} + {len(work.val[0]):,} digits")
+    print_machine(runs, f"gradual-unfreeze, digit CNN, {len(work.train[0]):,} + {len(work.val[0]):,} digits")
     heads = ("epochs a phase", *(f"{name}, seconds" for name in RUNS.values()), "times faster")
     rows = [compared(work, each, runs) for each in epochs]
-    say_table((*heads, "largest difference of a figure", "of a logit"), rows)
+    print_table((*heads, "largest difference of a metric", "of a logit"), rows)
 
 
 if __name__ == "__main__":

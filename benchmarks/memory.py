@@ -1,11 +1,11 @@
-"""Peak memory of a run on a folder of images that are decoded when needed, by the number of files.
+"""Peak memory of a run on a folder of images that are decoded on demand, by the number of files.
 
     python benchmarks/memory.py --sizes 1000,10000,100000
 
 The images are 32x32, in ten classes; most are hard links to a few hundred files. Each run is a process of its own: a
-small network, 50 steps, evaluation of all splits. `one folder` is divided by the run, so that validation and test grow
-too; in `three folders` only training grows. What is printed is the peak of resident memory, of the run and, with
-`--num-workers`, of the largest process that decodes (which shares pages with the run).
+small network, 50 steps, evaluation of all splits. `one folder` is split by the run, so that validation and test grow
+too; in `three folders` only training grows. Prints the peak of resident memory, of the run and, with `--num-workers`,
+of the largest worker process (which shares pages with the run).
 """
 
 import os
@@ -24,7 +24,7 @@ CLASSES, DISTINCT = 10, 300
 
 
 def make(root: Path, count: int, *, pixels: Path) -> None:
-    """One folder a class, `count` images in all, linked to the files in `pixels`."""
+    """Make one folder per class, `count` images in all, linked to the files in `pixels`."""
     for number in range(count):
         folder = root / f"class {number % CLASSES}"
         if number < CLASSES:
@@ -33,7 +33,7 @@ def make(root: Path, count: int, *, pixels: Path) -> None:
 
 
 def make_pixels(folder: Path) -> None:
-    """The distinct images."""
+    """Write the distinct images."""
     import numpy as np
     from PIL import Image
 
@@ -44,7 +44,7 @@ def make_pixels(folder: Path) -> None:
 
 
 def peak_mb(whose: int) -> float:
-    """Peak of resident memory so far, of this process or of its largest child."""
+    """Return the peak of resident memory so far, of this process or of its largest child."""
     status = Path("/proc/self/status")
     if whose == resource.RUSAGE_SELF and status.exists():  # getrusage would count what was there before exec
         (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
@@ -53,7 +53,7 @@ def peak_mb(whose: int) -> float:
 
 
 def measure(folder: Path, workers: int) -> None:
-    """Do the run in this process, and print its peak and that of its largest child, in MB."""
+    """Execute the run in this process, and print its peak and that of its largest child, in MB."""
     import torch
 
     import tuneforge as tf
@@ -77,7 +77,7 @@ def measure(folder: Path, workers: int) -> None:
 
 
 def rows(sizes: list[int], workers: int, temporary: Path) -> Iterator[list[str]]:
-    """A row of the table for each folder."""
+    """Return a row of the table for each folder."""
     make_pixels(temporary / "pixels")
     for count in sizes:
         for layout, parts in {
@@ -97,16 +97,16 @@ def rows(sizes: list[int], workers: int, temporary: Path) -> Iterator[list[str]]
 @click.option("--num-workers", default=0, show_default=True, help="Processes that decode.")
 @click.option("--measured", type=click.Path(path_type=Path), hidden=True)
 def main(sizes: str, num_workers: int, measured: Path | None) -> None:
-    """Print the peak for each number of files, and each way to lay them out."""
+    """Print the peak for each number of files, and each layout of the folders."""
     if measured is not None:
         measure(measured, num_workers)
         return
-    from common import say_table
+    from common import print_table
 
     click.echo(f"{platform.platform()}, Python {platform.python_version()}, {num_workers} processes that decode\n")
     heads = ["layout", "files", "peak MB", *(["peak MB of a process that decodes"] if num_workers else [])]
     with tempfile.TemporaryDirectory() as temporary:
-        say_table(heads, rows([int(size) for size in sizes.split(",")], num_workers, Path(temporary)))
+        print_table(heads, rows([int(size) for size in sizes.split(",")], num_workers, Path(temporary)))
 
 
 if __name__ == "__main__":

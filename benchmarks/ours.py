@@ -1,4 +1,4 @@
-"""tuneforge's own entry in the tables: a run with a clock around its strategy."""
+"""tuneforge's own entry in the tables: a run that measures the time of its strategy steps."""
 
 import os
 import statistics
@@ -21,7 +21,7 @@ CACHE = "TUNEFORGE_CACHE"
 
 
 class Clock:
-    """Watches a run: seconds from the strategy's first step to its last answer, and when each epoch ended."""
+    """Measures a run: seconds from the strategy's first step to its last result, and when each epoch ended."""
 
     def __init__(self) -> None:
         self.steps_s = 0.0
@@ -29,7 +29,7 @@ class Clock:
 
     @tf.hookimpl(wrapper=True)
     def finetune_strategy(self) -> Any:
-        """Put the clock around the steps of whichever strategy runs."""
+        """Measure the time of the strategy's steps."""
         return self._timed((yield))
 
     def _timed(self, steps: Any) -> Iterator[StrategyStep]:
@@ -39,18 +39,18 @@ class Clock:
 
     @tf.hookimpl
     def epoch_ended(self) -> None:
-        """Note when."""
+        """Record the time."""
         self.ends.append(time.perf_counter())
 
 
 @attrs.frozen(eq=False)
 class Done:
-    """A run that is over.
+    """A finished run.
 
     Args:
-        result: What it left.
-        steps_s: Seconds of its steps, hooks, metrics, proof, log and checkpoints included.
-        whole_s: Seconds of all of it, from preparing the data to the model file.
+        result: Its result.
+        steps_s: Seconds of its steps, hooks, metrics, freeze check, log and checkpoints included.
+        whole_s: Seconds of the whole run, from preparing the data to the model file.
         ends: When each epoch ended.
     """
 
@@ -61,7 +61,7 @@ class Done:
 
     @property
     def further_epoch_s(self) -> float:
-        """Median seconds of an epoch after the first, with its validation and all that the engine does around it."""
+        """Return the median seconds of an epoch after the first, with validation and the engine's overhead."""
         return statistics.median(after - before for before, after in pairwise(self.ends))
 
 
@@ -73,7 +73,7 @@ def tuned(out: Path, **flags: Any) -> Done:
 
 
 def on_work(work: Work, network: Network, out: Path, **flags: Any) -> Done:
-    """A run that does the work: one phase, at the peers' rate and with their optimizer."""
+    """Run one phase, with the learning rate and the optimizer of the other libraries."""
     (x, y), (x_val, y_val) = work.train, work.val
     data = tf.data_from_arrays(x, y, x_val=x_val, y_val=y_val, x_test=x_val[:2], y_test=y_val[:2])
     phase = tf.Phase("work", train="head" if work.frozen else "all", epochs=work.epochs, lr=0.01)
@@ -82,7 +82,7 @@ def on_work(work: Work, network: Network, out: Path, **flags: Any) -> Done:
 
 
 def entry_of(name: str, **flags: Any) -> Entry:
-    """Rows `name`, the steps of a run, and `name, whole run`; each run begins with an empty cache on disk."""
+    """Return an entry with the rows `name` (the steps of a run) and `name, whole run`, on an empty cache on disk."""
 
     def entry(work: Work, network: Network) -> Mapping[str, float]:
         with empty_cache() as folder:
@@ -94,7 +94,7 @@ def entry_of(name: str, **flags: Any) -> Entry:
 
 @contextmanager
 def empty_cache() -> Iterator[Path]:
-    """A folder for runs, with a cache on disk of its own that holds nothing yet."""
+    """Yield a folder for runs with an empty feature cache on disk."""
     before = os.environ.get(CACHE)
     with TemporaryDirectory() as folder:
         os.environ[CACHE] = str(Path(folder) / "cache")

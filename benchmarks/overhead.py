@@ -1,17 +1,17 @@
-"""What a loop itself costs a step: a model that costs nothing, 1,000 steps at batch 32, a validation pass each 200.
+"""The overhead of a training loop: a model that costs nothing, 1,000 steps at batch 32, validation every 200.
 
     python benchmarks/overhead.py --runs 11 --pairs 20
 
-Every row is given in microseconds a step, over the tight raw loop in the same round. `tuneforge` runs with hooks,
-metrics, proof, log and checkpoint clock on; `validation at 32` is the same with the peers' batch there instead of its
-own. The last table gives both against the raw loop back to back.
+Every row is in microseconds per step, over the tight raw loop in the same round. `tuneforge` runs with hooks, metrics,
+freeze check, log and checkpoint timer on; `validation at 32` is the same with the validation batch size of the others.
+The last table gives both against the raw loop back to back.
 """
 
 import statistics
 from functools import partial
 
 import click
-from common import Entry, Times, in_pairs, in_turns, interval, say_machine, say_table
+from common import Entry, Times, in_pairs, in_turns, interval, print_machine, print_table
 from ours import entry_of
 from peers import installed
 from raw import raw, raw_loader
@@ -22,7 +22,7 @@ entry = partial(entry_of, cache="off")  # nothing is frozen
 
 
 def over_raw(times: Times, work: Work) -> list[tuple[str, ...]]:
-    """Rows: microseconds a step, and those over the raw loop with their spread over the rounds."""
+    """Return rows: microseconds per step, and those over the raw loop with their spread over the rounds."""
     rows = []
     for name, seconds in times.items():
         over = [1e6 * (own - base) / work.steps for own, base in zip(seconds, times[RAW], strict=True)]
@@ -32,7 +32,7 @@ def over_raw(times: Times, work: Work) -> list[tuple[str, ...]]:
 
 
 def paired(work: Work, name: str, one: Entry, count: int) -> tuple[str, ...]:
-    """A row: the mean of `one` over the raw loop, back to back, with its 95 % interval."""
+    """Return a row: the mean of `one` over the raw loop, back to back, with its 95 % interval."""
     over = [1e6 * (own - base) / work.steps for own, base in in_pairs(work, one, raw, count)]
     mean, low, high = interval(over)
     return name, f"{mean:.0f}", f"[{low:.0f} .. {high:.0f}]", str(count)
@@ -49,11 +49,11 @@ def main(runs: int, pairs: int, samples: int | None, epochs: int | None) -> None
     alike = entry(SAME, eval_batch_size=work.batch)
     entries: dict[str, Entry] = {RAW: raw, "raw loop, DataLoader": raw_loader, **installed()}
     entries |= {OURS: entry(OURS), SAME: alike}
-    say_machine(runs, f"overhead of the loop, {work.steps:,} steps of a model that costs nothing")
-    heads = ("entry", "microseconds a step", "over the raw loop", "spread")
-    say_table(heads, over_raw(in_turns(work, entries, runs), work))
+    print_machine(runs, f"overhead of the loop, {work.steps:,} steps of a model that costs nothing")
+    heads = ("entry", "microseconds per step", "over the raw loop", "spread")
+    print_table(heads, over_raw(in_turns(work, entries, runs), work))
     rows = [paired(work, name, one, pairs) for name, one in ((OURS, entry(OURS)), (SAME, alike))]
-    say_table(("in pairs", "microseconds a step over the raw loop, mean", "95 % interval", "pairs"), rows)
+    print_table(("in pairs", "microseconds per step over the raw loop, mean", "95 % interval", "pairs"), rows)
 
 
 if __name__ == "__main__":

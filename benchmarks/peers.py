@@ -1,6 +1,6 @@
-"""The same work in other libraries, each as its documentation would have it and told to add nothing.
+"""The same work in other libraries, each as its documentation shows, with its extras turned off.
 
-No progress bar, no logger, no checkpoint. `installed` gives those that can be imported here; nothing is installed.
+No progress bar, no logger, no checkpoint. `installed` returns those that can be imported; nothing is installed.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from work import Network, Split, Work
 
 
 def installed() -> dict[str, Entry]:
-    """The entries whose library can be imported; of one that fails the reason is said."""
+    """Return the entries whose library can be imported; print the reason for others."""
     warnings.filterwarnings("ignore")  # about devices, workers and loggers that a benchmark does without
     found = {}
     for name, (module, entry) in LIBRARIES.items():
@@ -40,7 +40,7 @@ def installed() -> dict[str, Entry]:
 
 
 def accelerate(work: Work, network: Network) -> None:
-    """Hugging Face Accelerate: its prepared model, optimizer and loaders in a loop of one's own."""
+    """Hugging Face Accelerate: its prepared model, optimizer and loaders in a hand-written loop."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
@@ -110,7 +110,7 @@ def scheduler(work: Work, network: Network) -> None:
 
 
 def fastai(work: Work, network: Network) -> None:
-    """fastai's Learner, with the norms of what is frozen frozen too, as everywhere here."""
+    """fastai's Learner, with frozen BatchNorm in eval mode, as in the other entries."""
     importlib.import_module("fastai.callback.progress")
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner

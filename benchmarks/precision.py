@@ -1,9 +1,9 @@
-"""What changes the numbers, and what it buys: bfloat16 and a compiled forward pass, over seeds.
+"""Accuracy and time of bf16 and of a compiled forward pass, over seeds.
 
     python benchmarks/precision.py --seeds 5
 
 Each seed is a whole run on the digits that ship with the package (real data, 11 classes), the settings in turn; the
-split is the same for all, so accuracies pair. Time is that of the epochs, compiling beside it.
+split is the same for all, so accuracies are paired. Time is that of the epochs, compilation included.
 """
 
 import time
@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
-from common import interval, say_machine, say_table, shown
+from common import interval, print_machine, print_table, shown
 
 import tuneforge as tf
 from tuneforge.plugin import StrategySteps
@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def run(settings: dict[str, Any], seed: int, epochs: int) -> tuple[float, float, float]:
-    """Test accuracy and macro F1 of one run, and its seconds from the first phase to the last."""
+    """Return test accuracy and macro F1 of one run, and its seconds from the first phase to the last."""
     marks = []
 
     def strategy(task: tf.TaskInfo) -> StrategySteps:
@@ -48,7 +48,7 @@ def run(settings: dict[str, Any], seed: int, epochs: int) -> tuple[float, float,
 def main(seeds: int, epochs: int, only: str) -> None:
     """Print accuracy, F1 and time of each setting, and the paired difference to the first."""
     chosen = only.split(",")
-    say_machine(seeds, f"digits, head 1 epoch and all {epochs} epochs")
+    print_machine(seeds, f"digits, head 1 epoch and all {epochs} epochs")
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in chosen}
     for seed in range(seeds):
         for name in chosen:
@@ -60,7 +60,7 @@ def main(seeds: int, epochs: int, only: str) -> None:
         mean, low, high = interval([own - plain for own, plain in pairs])
         paired = "" if name == chosen[0] else f"{100 * mean:+.2f} [{100 * low:+.2f} .. {100 * high:+.2f}]"
         rows.append((name, f"{interval(accuracy)[0]:.4f}", paired, f"{interval(f1)[0]:.4f}", *shown(seconds)))
-    say_table(("setting", "accuracy", f"points to {chosen[0]} (95 %)", "macro F1", "seconds", "spread"), rows)
+    print_table(("setting", "accuracy", f"points to {chosen[0]} (95 %)", "macro F1", "seconds", "spread"), rows)
 
 
 if __name__ == "__main__":

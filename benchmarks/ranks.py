@@ -2,9 +2,9 @@
 
     python benchmarks/ranks.py --runs 5
 
-The digit CNN on 1,437 digits at 3x32x32, and resnet18 on 256 made images at 3x64x64. Each run is a process of its own,
-or two that torchrun starts and gloo joins; they take turns. Counted are the epochs after the first, each with its
-validation, its proof and its line in the log.
+The digit CNN on 1,437 digits at 3x32x32, and resnet18 on 256 synthetic images at 3x64x64. Each run is a process of its
+own, or two that torchrun starts and gloo joins; they take turns. The epochs after the first are counted, each with its
+validation, its freeze check and its line in the log.
 """
 
 import os
@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import attrs
 import click
 import torch
-from common import say_machine, say_table
+from common import print_machine, print_table
 from ours import on_work
 from work import Work, digits, resnet_network
 
@@ -30,8 +30,8 @@ class Way:
     """How a run is started.
 
     Args:
-        threads: Of each process.
-        launcher: What the interpreter is told before the script.
+        threads: Threads of each process.
+        launcher: Arguments of the interpreter before the script.
     """
 
     threads: int
@@ -47,7 +47,7 @@ BASE = next(iter(WAYS))
 
 
 def images() -> Work:
-    """resnet18 with random weights on 256 and 64 made images at 3x64x64."""
+    """Return resnet18 with random weights on 256 and 64 synthetic images at 3x64x64."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(320, 3, 64, 64, generator=generator), torch.randint(0, 10, (320,), generator=generator)
     return Work(resnet_network, (x[:256], y[:256]), (x[256:], y[256:]), frozen=False)
@@ -57,7 +57,7 @@ WORKS: Mapping[str, Callable[[], Work]] = {"digit CNN": lambda: digits(frozen=Fa
 
 
 def samples_per_s(name: str, way: Way, samples: int | None, epochs: int) -> float:
-    """Training samples a second of one run, in processes of its own."""
+    """Return the training samples per second of one run, in processes of its own."""
     shared = {"OMP_NUM_THREADS": str(way.threads), "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
     with TemporaryDirectory() as folder:
         command = [sys.executable, *way.launcher, __file__, "--inside", name, "--folder", folder]
@@ -68,7 +68,7 @@ def samples_per_s(name: str, way: Way, samples: int | None, epochs: int) -> floa
 
 
 def inside(work: Work, folder: Path) -> None:
-    """Do one run, as one process or as a rank of several; the first one writes what came of it."""
+    """Execute one run, as one process or as a rank of several; rank 0 writes the result."""
     torch.manual_seed(0)
     done = on_work(work, work.build(), folder / "run")
     if os.environ.get("RANK", "0") == "0":
@@ -76,7 +76,7 @@ def inside(work: Work, folder: Path) -> None:
 
 
 def in_turns(name: str, runs: int, samples: int | None, epochs: int) -> Mapping[str, list[float]]:
-    """Samples a second of every way, `runs` times in turn; each round begins with another one."""
+    """Return the samples per second of every way, `runs` times in turn; each round begins with another one."""
     rates: dict[str, list[float]] = {way: [] for way in WAYS}
     names = list(WAYS)
     for turn in range(runs):
@@ -89,7 +89,7 @@ def in_turns(name: str, runs: int, samples: int | None, epochs: int) -> Mapping[
 @click.command()
 @click.option("--runs", default=5, show_default=True)
 @click.option("--epochs", default=4, show_default=True)
-@click.option("--samples", type=int, default=None, help="Of the training images only so many.")
+@click.option("--samples", type=int, default=None, help="Number of training images; all by default.")
 @click.option("--inside", "name", hidden=True)
 @click.option("--folder", type=click.Path(path_type=Path), hidden=True)
 def main(runs: int, epochs: int, samples: int | None, name: str | None, folder: Path | None) -> None:
@@ -97,7 +97,7 @@ def main(runs: int, epochs: int, samples: int | None, name: str | None, folder: 
     if name is not None and folder is not None:
         inside(WORKS[name]().cut(samples, epochs), folder)
         return
-    say_machine(runs, f"every layer, batch 32, {epochs} epochs of which the first is not counted")
+    print_machine(runs, f"every layer, batch 32, {epochs} epochs of which the first is not counted")
     for each in WORKS:
         rates = in_turns(each, runs, samples, epochs)
         base = statistics.median(rates[BASE])
@@ -106,7 +106,7 @@ def main(runs: int, epochs: int, samples: int | None, name: str | None, folder: 
              f"{statistics.median(found) / base:.2f}")
             for way, found in rates.items()
         ]  # fmt: skip
-        say_table((each, "samples a second", "spread", f"to {BASE}"), rows)
+        print_table((each, "samples per second", "spread", f"to {BASE}"), rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What one writes by hand: a tight loop, and the least that a frozen phase can cost.
+"""Hand-written entries: a tight loop, and the lower bound of a phase with a frozen backbone.
 
-Everywhere SGD at 0.01 with momentum 0.9, and an accuracy over the validation images after each epoch.
+SGD at 0.01 with momentum 0.9, and the accuracy on the validation images after each epoch.
 """
 
 import copy
@@ -19,13 +19,13 @@ from work import Network, Split, Work
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 LOOKS = (8, 16, 32, 64, 128)
-"""Images a forward pass that a look is tried with."""
+"""Batch sizes that are tried for the forward pass."""
 
 
 def raw(
     work: Work, network: Network, *, layout: torch.memory_format = torch.contiguous_format, loader: bool = False
 ) -> None:
-    """A tight loop over indexed tensors, or over a DataLoader."""
+    """Train in a tight loop over indexed tensors, or over a DataLoader."""
     network.to(memory_format=layout)
     train, val = laid_out(work.train, layout), laid_out(work.val, layout)
     batches = partial(iter, loaders(work)[0]) if loader else partial(_shuffled, train, work.batch)
@@ -44,59 +44,59 @@ raw_loader: Entry = partial(raw, loader=True)
 
 
 def raw_bfloat16(work: Work, network: Network) -> None:
-    """The tight loop in channels-last under bfloat16 autocast: other arithmetic."""
+    """Train in the tight loop in channels-last under bfloat16 autocast, which changes the numerics."""
     with torch.autocast("cpu", torch.bfloat16):
         raw_channels_last(work, network)
 
 
 @attrs.frozen
-class Look:
-    """One inference pass over all images: what a frozen phase cannot go below without knowing the answers before.
+class FeaturePass:
+    """One inference pass over all images: the lower bound of a phase with a frozen backbone.
 
     Args:
-        layout: Of images and weights.
-        batch: Images a forward pass.
+        layout: Memory format of images and weights.
+        batch: Images per forward pass.
     """
 
     layout: torch.memory_format
     batch: int
 
     @classmethod
-    def fastest(cls, work: Work) -> "Look":
-        """The best of two layouts and five batch sizes on the first 256 images (of large ones 64), of three tries."""
+    def fastest(cls, work: Work) -> "FeaturePass":
+        """Return the best of two layouts and five batch sizes on the first 256 images (64 large ones), of 3 tries."""
         images = work.train[0][: 256 if work.train[0][0].numel() < 2**14 else 64]
         network = work.build()
         tried = [cls(layout, batch) for layout in (torch.contiguous_format, torch.channels_last) for batch in LOOKS]
-        seconds: dict[Look, list[float]] = {look: [] for look in tried}
+        seconds: dict[FeaturePass, list[float]] = {feature_pass: [] for feature_pass in tried}
         for _ in range(3):
-            for look in tried:
+            for feature_pass in tried:
                 began = time.perf_counter()
-                look.features(network, images)
-                seconds[look].append(time.perf_counter() - began)
-        return min(seconds, key=lambda look: min(seconds[look]))
+                feature_pass.features(network, images)
+                seconds[feature_pass].append(time.perf_counter() - began)
+        return min(seconds, key=lambda feature_pass: min(seconds[feature_pass]))
 
     def features(self, network: Network, images: Tensor) -> Tensor:
-        """What the body gives for images (n, ...): (n, width)."""
+        """Return the features (n, width) of images (n, ...)."""
         network.body.to(memory_format=self.layout).eval()
         with torch.inference_mode():
             parts = [network.body(part.contiguous(memory_format=self.layout)) for part in images.split(self.batch)]
             return torch.cat(parts)
 
     def over_all(self, work: Work, network: Network) -> None:
-        """An entry: the look alone, over both splits."""
+        """Run the forward pass alone, over both splits."""
         for images, _ in (work.train, work.val):
             self.features(network, images)
 
     def by_hand(self, work: Work, network: Network) -> None:
-        """An entry: the look, then the head alone on its features, with validation."""
+        """Run the forward pass, then train the head on its features, with validation."""
         features = [self.features(network, images).clone() for images, _ in (work.train, work.val)]
         known = attrs.evolve(work, train=(features[0], work.train[1]), val=(features[1], work.val[1]), frozen=False)
         raw(known, _only_head(network))
 
     def overlapped(self, work: Work, network: Network) -> None:
-        """An entry: as by hand, but the first epoch trains while the validation images are looked at.
+        """Run `by_hand`, but with the pass over the validation images behind the first epoch.
 
-        The training images cannot wait likewise: a shuffled batch needs rows of every pass of the look.
+        The training images cannot be deferred likewise: a shuffled batch needs features from every part of the pass.
         """
         body = copy.deepcopy(network)
         train = self.features(network, work.train[0]).clone()
@@ -115,20 +115,20 @@ class Look:
 
 
 def optimizer_of(work: Work, network: Network) -> torch.optim.Optimizer:
-    """The optimizer over what trains, with the rest frozen."""
+    """Freeze what does not train, and return the optimizer of what does."""
     if work.frozen:
         network.freeze()
     return torch.optim.SGD([each for each in network.parameters() if each.requires_grad], lr=0.01, momentum=0.9)
 
 
 def loaders(work: Work) -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]:
-    """Both splits as a DataLoader, the first in random order."""
+    """Return both splits as DataLoaders, the first in random order."""
     train, val = TensorDataset(*work.train), TensorDataset(*work.val)
     return DataLoader(train, work.batch, shuffle=True), DataLoader(val, work.batch)
 
 
 def accuracy(network: torch.nn.Module, batches: Batches) -> float:
-    """Share of right answers."""
+    """Return the accuracy."""
     right = total = 0
     network.eval()
     with torch.inference_mode():
@@ -139,7 +139,7 @@ def accuracy(network: torch.nn.Module, batches: Batches) -> float:
 
 
 def laid_out(split: Split, layout: torch.memory_format) -> Split:
-    """The split with its images in a layout."""
+    """Return the split with its images in a memory format."""
     return split[0].contiguous(memory_format=layout), split[1]
 
 

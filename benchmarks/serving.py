@@ -1,10 +1,10 @@
-"""Dynamic batching beside a plain server: requests per second of many clients, and what a lone client waits.
+"""Dynamic batching beside a plain server: requests per second of many clients, and the latency of a lone client.
 
 python benchmarks/serving.py --clients 32 --seconds 3 --runs 9
 
 The plain server has the same model in the same framework and answers each request with one forward pass: in the event
-loop, or in a pool of threads; the faster of the two is what counts. All servers are up; one
-at a time is asked, in turn, and the clients share the machine with it.
+loop, or in a pool of threads; the faster of the two counts. All servers run; one at a time gets
+requests, in turn, and the clients share the machine with it.
 """
 
 import http.client
@@ -33,7 +33,7 @@ SIDE = 64
 
 
 def images(folder: Path) -> None:
-    """A few random images of two classes; what they show does not matter here."""
+    """Write a few random images of two classes."""
     rng = np.random.default_rng(0)
     for split in ("train", "val", "test"):
         for number in range(8):
@@ -43,7 +43,7 @@ def images(folder: Path) -> None:
 
 
 def plain(run: str, pipe, *, threads: bool) -> None:
-    """Serve one forward pass a request."""
+    """Serve one forward pass per request."""
     import uvicorn
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -72,7 +72,7 @@ def plain(run: str, pipe, *, threads: bool) -> None:
 
 @contextmanager
 def plain_server(run: Path, *, threads: bool) -> Iterator[tuple[int, int]]:
-    """Port and process id of a plain server, which ends with the block."""
+    """Yield port and process id of a plain server, which ends with the block."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=plain, args=(str(run), there), kwargs={"threads": threads}, daemon=True)
@@ -86,7 +86,7 @@ def plain_server(run: Path, *, threads: bool) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def our_server(path: Path, backend: str) -> Iterator[tuple[int, int]]:
-    """Port and process id of `tuneforge serve`, which ends with the block."""
+    """Yield port and process id of `tuneforge serve`, which ends with the block."""
     command = [sys.executable, "-m", "tuneforge", "serve", str(path), "--port", "0", "--json", "--backend", backend]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
@@ -96,7 +96,7 @@ def our_server(path: Path, backend: str) -> Iterator[tuple[int, int]]:
 
 
 def ask(connection: http.client.HTTPConnection, body: bytes) -> float:
-    """Seconds of one request."""
+    """Return the seconds of one request."""
     began = time.perf_counter()
     connection.request("POST", "/predict", body, {"Content-Type": "image/png"})
     response = connection.getresponse()
@@ -106,7 +106,7 @@ def ask(connection: http.client.HTTPConnection, body: bytes) -> float:
 
 
 def rate(port: int, pid: int, body: bytes, clients: int, seconds: float) -> tuple[float, float]:
-    """Requests per second of clients that each ask again once answered, and the server's CPU milliseconds for each."""
+    """Return the requests per second of clients in a closed loop, and the server's CPU milliseconds for each."""
     counts, end = [0] * clients, time.perf_counter() + seconds
 
     def work(number: int) -> None:
@@ -126,7 +126,7 @@ def rate(port: int, pid: int, body: bytes, clients: int, seconds: float) -> tupl
 
 
 def cpu_s(pid: int) -> float:
-    """CPU seconds that a process has used; NaN where the system does not tell."""
+    """Return the CPU seconds of a process; NaN where the system does not report them."""
     status = Path(f"/proc/{pid}/stat")
     if not status.exists():
         return float("nan")
@@ -135,7 +135,7 @@ def cpu_s(pid: int) -> float:
 
 
 def lone(port: int, body: bytes, count: int) -> float:
-    """Median milliseconds of one client alone."""
+    """Return the median latency of a lone client, in milliseconds."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     times = [ask(connection, body) for _ in range(count)]
     connection.close()
@@ -143,7 +143,7 @@ def lone(port: int, body: bytes, count: int) -> float:
 
 
 def bare(run: Path, body: bytes, count: int) -> tuple[float, float]:
-    """Median milliseconds of the forward pass alone, and of decoding, the pass and describing."""
+    """Return the median milliseconds of the forward pass alone, and of decoding, the pass and describing."""
     tuned = tf.load(run)
     stored = tuned.inputs.decode(body)[None]
     forward, whole = [], []
@@ -161,13 +161,13 @@ def bare(run: Path, body: bytes, count: int) -> tuple[float, float]:
 
 @click.command()
 @click.option("--clients", default=32, show_default=True)
-@click.option("--seconds", default=3.0, show_default=True, help="Of load on each server, each time.")
+@click.option("--seconds", default=3.0, show_default=True, help="Seconds of load on each server, each time.")
 @click.option("--count", default=60, show_default=True, help="Requests of the lone client.")
-@click.option("--runs", default=9, show_default=True, help="Times that each server has its turn.")
+@click.option("--runs", default=9, show_default=True, help="Rounds; each server has a turn in each.")
 @click.option("--arch", default="resnet18", show_default=True)
 @click.option("--onnx/--no-onnx", default=False, help="Also serve the exported graph.")
 def main(clients: int, seconds: float, count: int, runs: int, arch: str, onnx: bool) -> None:
-    """Let the servers take turns, and print medians."""
+    """Measure the servers in turn, and print medians."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         images(folder / "data")

@@ -1,10 +1,10 @@
-"""What `--shard` saves: memory of a rank and seconds of a step, for ranks that hold a model whole and in parts.
+"""Memory per rank and seconds per step with and without `--shard`.
 
     python benchmarks/sharded.py --ranks 2 --megabytes 200
 
-Residual blocks of two linear layers, float32, AdamW, every layer trained, gloo on the CPU, a thread a rank. Peaks are
-of resident memory, less what the process held before it made the model. The checkpoint is written by rank 0, which
-holds all that it writes for that time.
+Residual blocks of two linear layers, float32, AdamW, every layer trained, gloo on the CPU, one thread per rank. Peaks
+are of resident memory, less that of the process before it built the model. The checkpoint is written by rank 0, which
+holds the full state for that time.
 """
 
 import itertools
@@ -29,7 +29,7 @@ import tuneforge as tf
 WIDTH, BLOCK_MB = 1024, 16.8
 STEPS, BATCH = 4, 32
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
-"""Tells glibc to give large blocks back. It keeps them otherwise, in pieces, and the gathers of FSDP2 make many."""
+"""Makes glibc return large blocks. Otherwise it keeps them, in pieces, and the gathers of FSDP2 make many."""
 
 
 class Block(nn.Module):
@@ -40,19 +40,19 @@ class Block(nn.Module):
         self.wide, self.back = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The block's output."""
+        """Return the block's output."""
         return x + self.back(nn.functional.gelu(self.wide(x)))
 
 
 @tf.component(api=1)
-class Readings:
-    """Notes when each step ended, and the peak of memory before and after the checkpoint."""
+class StepMonitor:
+    """Records when each step ended, and the peak of memory before and after the checkpoint."""
 
-    before: float = tf.option(help="MB that the process held at first.")
+    before: float = tf.option(help="Memory of the process at the start, in MB.")
 
     @tf.hookimpl(wrapper=True)
     def optimizer_step(self, run: tf.Run) -> object:
-        """After the step."""
+        """Record the time after the step."""
         result = yield
         held = run.state(self)
         held.setdefault("ended", []).append(time.perf_counter())
@@ -65,22 +65,22 @@ class Readings:
 
     @tf.hookimpl
     def evaluation_started(self, run: tf.Run) -> None:
-        """The first comes after the checkpoint of the last step."""
+        """Record the peak; the first evaluation comes after the checkpoint of the last step."""
         run.state(self).setdefault("saved", peak_mb(resource.RUSAGE_SELF))
 
     @tf.hookimpl
     def run_ended(self, run: tf.Run) -> None:
-        """Say it all, as JSON."""
+        """Print the measurements as JSON."""
         held = run.state(self)
         ended = held["ended"]
         seconds = statistics.median(later - sooner for sooner, later in itertools.pairwise(ended))
-        said = {"resident": held["resident"], "seconds": seconds}
-        said |= {name: held[name] - self.before for name in ("peak", "saved")}
-        click.echo(json.dumps(said))
+        measurements = {"resident": held["resident"], "seconds": seconds}
+        measurements |= {name: held[name] - self.before for name in ("peak", "saved")}
+        click.echo(json.dumps(measurements))
 
 
 def work(blocks: int, shard: bool) -> None:
-    """What one rank does."""
+    """Run one rank."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     before = peak_mb(resource.RUSAGE_SELF)
@@ -93,7 +93,7 @@ def work(blocks: int, shard: bool) -> None:
             data=(torch.randn(samples, WIDTH), torch.arange(samples) % 2),
             model=model,
             strategy=[tf.Phase("all", steps=STEPS, lr=1e-4)],
-            callbacks=[Readings(before=before)],
+            callbacks=[StepMonitor(before=before)],
             batch_size=BATCH,
             checkpoint_steps=STEPS,
             checkpoint_s=1e9,
@@ -104,7 +104,7 @@ def work(blocks: int, shard: bool) -> None:
 
 
 def measured(ranks: int, blocks: int, *, shard: bool) -> list[dict[str, float]]:
-    """What each rank says."""
+    """Return what each rank measured."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -129,30 +129,30 @@ def measured(ranks: int, blocks: int, *, shard: bool) -> list[dict[str, float]]:
         )
         for rank in range(ranks)
     ]
-    said = [child.communicate()[0] for child in children]
+    measurements = [child.communicate()[0] for child in children]
     if any(child.returncode for child in children):
         raise click.ClickException("a rank failed")
-    return [json.loads(text.splitlines()[-1]) for text in said]
+    return [json.loads(text.splitlines()[-1]) for text in measurements]
 
 
-def row(name: str, said: list[dict[str, float]]) -> list[str]:
-    """A row of the table: the rank that holds most, and the first for what it holds while it saves."""
-    most = [max(each[key] for each in said) for key in ("resident", "peak")]
-    return [name, *(f"{each:,.0f}" for each in (*most, said[0]["saved"])), f"{said[0]['seconds']:.2f}"]
+def row(name: str, measurements: list[dict[str, float]]) -> list[str]:
+    """Return a row of the table: the rank with the largest memory, and rank 0 for the peak of a checkpoint."""
+    most = [max(each[key] for each in measurements) for key in ("resident", "peak")]
+    return [name, *(f"{each:,.0f}" for each in (*most, measurements[0]["saved"])), f"{measurements[0]['seconds']:.2f}"]
 
 
 @click.command()
 @click.option("--ranks", default=2, show_default=True, help="Processes.")
-@click.option("--megabytes", default=200.0, show_default=True, help="Of weights, about.")
+@click.option("--megabytes", default=200.0, show_default=True, help="Approximate size of the weights.")
 @click.option("--work", "works", is_flag=True, hidden=True)
 @click.option("--shard/--whole", hidden=True)
 def main(ranks: int, megabytes: float, works: bool, shard: bool) -> None:
-    """Print memory and time of one process, of ranks that hold the whole model, and of ranks that hold parts."""
+    """Print memory and time of one process, and of several ranks without and with `--shard`."""
     blocks = max(1, round(megabytes / BLOCK_MB))
     if works:
         work(blocks, shard)
         return
-    from common import say_table
+    from common import print_table
 
     click.echo(f"{blocks * BLOCK_MB:,.0f} MB of weights, AdamW, torch {torch.__version__}, {os.cpu_count()} cores\n")
     ways = {
@@ -160,13 +160,13 @@ def main(ranks: int, megabytes: float, works: bool, shard: bool) -> None:
         f"{ranks} ranks, whole": (ranks, False),
         f"{ranks} ranks, --shard": (ranks, True),
     }
-    say_table(
+    print_table(
         [
             "",
-            "weights and moments, MB a rank",
-            "peak in training, MB a rank",
+            "weights and optimizer state, MB per rank",
+            "peak in training, MB per rank",
             "peak of rank 0 with a checkpoint, MB",
-            "s a step",
+            "s per step",
         ],
         [row(name, measured(count, blocks, shard=parts)) for name, (count, parts) in ways.items()],
     )

@@ -1,4 +1,4 @@
-"""How long `tuneforge --help` and `plugins list` take beside `python -c "import click"`, interleaved.
+"""The time of `tuneforge --help` and `plugins list` beside `python -c "import click"`, interleaved.
 
 python benchmarks/startup.py --runs 15
 """

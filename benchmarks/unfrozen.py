@@ -2,13 +2,13 @@
 
     python benchmarks/unfrozen.py --runs 5 --pairs 15
 
-First what each entry takes by itself: `tuneforge` picks its own settings, so its ratio to the raw loop in channels-last
-says what they are worth. Then the engine against the tight raw loop at the same arithmetic (layout, batch, validation
-batch, optimizer), back to back, with the 95 % interval of the mean of the paired ratios.
+First each entry with its own settings, relative to the raw loop in channels-last. Then the engine against the tight raw
+loop with the same numerics (memory format, batch, validation batch, optimizer), back to back, with the 95 % interval of
+the mean of the paired ratios.
 """
 
 import click
-from common import Entry, in_pairs, in_turns, interval, say_machine, say_ratios, say_table
+from common import Entry, in_pairs, in_turns, interval, print_machine, print_ratios, print_table
 from ours import entry_of
 from peers import installed
 from raw import raw, raw_bfloat16, raw_channels_last, raw_loader
@@ -18,7 +18,7 @@ LAYOUTS: dict[str, Entry] = {"channels-last": raw_channels_last, "contiguous": r
 
 
 def paired(work: Work, layout: str, count: int) -> tuple[str, ...]:
-    """A row: the engine to the raw loop in a layout."""
+    """Return a row: the engine relative to the raw loop in a memory format."""
     engine = entry_of("engine", memory_format=layout, eval_batch_size=work.batch)
     ratios = [own / base for own, base in in_pairs(work, engine, LAYOUTS[layout], count)]
     mean, low, high = interval(ratios)
@@ -28,8 +28,8 @@ def paired(work: Work, layout: str, count: int) -> tuple[str, ...]:
 @click.command()
 @click.option("--runs", default=5, show_default=True)
 @click.option("--pairs", default=15, show_default=True)
-@click.option("--samples", type=int, default=None, help="Of the training images only so many.")
-@click.option("--epochs", type=int, default=None, help="Other than 5.")
+@click.option("--samples", type=int, default=None, help="Number of training images; all by default.")
+@click.option("--epochs", type=int, default=None, help="Number of epochs, if not 5.")
 def main(runs: int, pairs: int, samples: int | None, epochs: int | None) -> None:
     """Print both tables."""
     work = digits(frozen=False).cut(samples, epochs)
@@ -43,10 +43,10 @@ def main(runs: int, pairs: int, samples: int | None, epochs: int | None) -> None
         "tuneforge --precision bf16": entry_of("tuneforge --precision bf16", precision="bf16"),
     }
     size = f"{len(work.train[0]):,} + {len(work.val[0]):,} digits, {work.epochs} epochs"
-    say_machine(runs, f"every layer of the digit CNN, {size}")
-    say_ratios(in_turns(work, entries, runs), "raw loop, channels-last", "to the raw loop, channels-last")
+    print_machine(runs, f"every layer of the digit CNN, {size}")
+    print_ratios(in_turns(work, entries, runs), "raw loop, channels-last", "to the raw loop, channels-last")
     heads = ("the same arithmetic, in pairs", "mean ratio to the raw loop", "95 % interval", "spread", "pairs")
-    say_table(heads, [paired(work, layout, pairs) for layout in LAYOUTS])
+    print_table(heads, [paired(work, layout, pairs) for layout in LAYOUTS])
 
 
 if __name__ == "__main__":

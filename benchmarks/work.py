@@ -1,4 +1,4 @@
-"""What the benchmarks train: three networks of a body and a head, and images that need no download."""
+"""The workloads of the benchmarks: three networks of a body and a head, and images that need no download."""
 
 import math
 from collections.abc import Callable
@@ -19,8 +19,8 @@ class Network(nn.Module):
     """A body and a linear head: (b, ...) -> (b, 10).
 
     Args:
-        body: Gives features (b, width).
-        width: Of the head's input.
+        body: Computes features (b, width).
+        width: Width of the head's input.
     """
 
     def __init__(self, body: nn.Module, width: int) -> None:
@@ -29,18 +29,18 @@ class Network(nn.Module):
         self.frozen = False
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (b, 10)."""
+        """Return logits (b, 10)."""
         logits: Tensor = self.head(self.body(images))
         return logits
 
     def freeze(self) -> None:
-        """Train the head only; the body stays in eval mode whatever a framework asks, as a frozen part should."""
+        """Train the head only; the body stays in eval mode whatever a framework sets."""
         self.frozen = True
         self.body.requires_grad_(False)
         self.train()
 
     def train(self, mode: bool = True) -> "Network":
-        """Set the modes, of the body only where it trains."""
+        """Set the mode, of the body only where it trains."""
         super().train(mode)
         if self.frozen:
             self.body.eval()
@@ -49,15 +49,15 @@ class Network(nn.Module):
 
 @attrs.frozen(eq=False)
 class Work:
-    """What every entry of a table does: train a newly built network, and look at `val` after each epoch.
+    """The workload of every entry of a table: train a new network, and validate after each epoch.
 
     Args:
-        build: Gives the network.
-        train: What is trained on.
-        val: What is looked at.
+        build: Builds the network.
+        train: Training data.
+        val: Validation data.
         frozen: True where only the head trains.
         epochs: Passes over `train`.
-        batch: Samples a training step.
+        batch: Samples per training step.
     """
 
     build: Callable[[], Network]
@@ -69,11 +69,11 @@ class Work:
 
     @property
     def steps(self) -> int:
-        """Training steps of all epochs."""
+        """Return the number of training steps of all epochs."""
         return self.epochs * math.ceil(len(self.train[0]) / self.batch)
 
     def cut(self, samples: int | None, epochs: int | None) -> "Work":
-        """The same on the first `samples`, with half as many for validation, and for other epochs; None: as it is."""
+        """Return the workload on the first `samples`, half as many for validation, and other epochs; None: as is."""
         (x, y), (x_val, y_val) = self.train, self.val
         train, val = (x[:samples], y[:samples]), (x_val, y_val)
         if samples is not None:
@@ -82,7 +82,7 @@ class Work:
 
 
 def digit_network() -> Network:
-    """The digit CNN: five convolutions of 3x3, each with ReLU and 2x2 pooling: (b, 3, 32, 32) -> (b, 10)."""
+    """Build the digit CNN: five convolutions of 3x3, each with ReLU and 2x2 pooling: (b, 3, 32, 32) -> (b, 10)."""
     layers: list[nn.Module] = []
     for narrow, wide in pairwise((3, 32, 64, 128, 256, 512)):
         layers += [nn.Conv2d(narrow, wide, kernel_size=3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
@@ -90,19 +90,19 @@ def digit_network() -> Network:
 
 
 def resnet_network() -> Network:
-    """resnet18 with random weights: (b, 3, 224, 224) -> (b, 10)."""
+    """Build resnet18 with random weights: (b, 3, 224, 224) -> (b, 10)."""
     body = models.resnet18(weights=None)
     body.fc = nn.Identity()
     return Network(body, width=512)
 
 
 def free_network() -> Network:
-    """Costs nothing, so that what is left is the loop: (b, 8) -> (b, 10)."""
+    """Build a network that costs nothing, so that the loop is measured: (b, 8) -> (b, 10)."""
     return Network(nn.Identity(), width=8)
 
 
 def digits(*, frozen: bool) -> Work:
-    """The digit CNN on 1,437 and 360 handwritten digits at 3x32x32."""
+    """Return the digit CNN on 1,437 and 360 handwritten digits at 3x32x32."""
     images, labels = load_digits(return_X_y=True)
     small = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
     x, y = F.interpolate(small, 32, mode="bilinear").expand(-1, 3, -1, -1).contiguous(), torch.tensor(labels)
@@ -110,12 +110,12 @@ def digits(*, frozen: bool) -> Work:
 
 
 def photos() -> Work:
-    """A frozen resnet18 on 512 and 128 made images at 3x224x224."""
+    """Return a frozen resnet18 on 512 and 128 synthetic images at 3x224x224."""
     return Work(resnet_network, *_made(512, 128, (3, 224, 224)), frozen=True)
 
 
 def free() -> Work:
-    """A network that costs nothing on 6,400 and 1,600 rows: 1,000 steps in 5 epochs of 200."""
+    """Return a network that costs nothing on 6,400 and 1,600 rows: 1,000 steps in 5 epochs of 200."""
     return Work(free_network, *_made(6400, 1600, (8,)), frozen=False)
 
 

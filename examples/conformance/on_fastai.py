@@ -1,4 +1,4 @@
-"""fastai: `freeze`, `unfreeze` and `fit`, with `train_bn=False` and `BnFreeze`, its own way to keep norms still."""
+"""fastai: `freeze`, `unfreeze` and `fit`, with `train_bn=False` and `BnFreeze`, which freezes BatchNorm statistics."""
 
 import warnings
 from functools import partial

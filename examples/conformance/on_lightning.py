@@ -46,7 +46,7 @@ class Module(pl.LightningModule):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        """The figure that schedules and early stopping watch."""
+        """Log the metric that schedules and early stopping monitor."""
         self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
 
     def configure_optimizers(self) -> Any:

@@ -66,7 +66,7 @@ class Fastai:
         """Epochs of the log, counted over both phases.
 
         A header stands before each call of `fit`; what `start_epoch` skips has a line of number and time, without
-        figures, which is passed over here.
+        values, which is passed over here.
         """
         found: list[int] = []
         with (folder / "history.csv").open() as file:

@@ -34,7 +34,7 @@ class Module(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: list[Tensor]) -> None:
-        """A figure of each epoch."""
+        """Log a metric of each epoch."""
         self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> Any:
