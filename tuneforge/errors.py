@@ -22,11 +22,13 @@ A message has four parts: what went wrong, where, why, and what to do about it.
 
 from __future__ import annotations
 
+import copyreg
 import difflib
 import enum
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "DataError",
@@ -82,6 +84,10 @@ class TuneforgeError(Exception):
     def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
         super().__init__(what)
         self.what, self.where, self.why, self.fix = what, where, why, fix
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # BaseException would call `__init__` with `args` alone, which a keyword without default does not allow.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     def __str__(self) -> str:
         """All four parts on one line, as tracebacks and logs show it."""

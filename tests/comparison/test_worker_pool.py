@@ -1,41 +1,38 @@
-"""A race whose runs several processes share: the same table to the bit, whoever is killed.
+"""A comparison in several processes has the results of one process, and survives a kill of any of them.
 
-`TUNEFORGE_RACES=1` adds Ctrl-C, and a race begun again by another number of processes (about half a minute).
+`TUNEFORGE_COMPARISONS=1` adds Ctrl-C, and resuming with another number of processes (about half a minute).
 """
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
+from multiprocessing import reduction
 from pathlib import Path
-from types import SimpleNamespace
 
 import forked
 import pytest
 
 import tuneforge as tf
 from tuneforge.__main__ import main
-from tuneforge.comparison import worker_pool as crew
 from tuneforge.comparison.study_dir import STUDY
-from tuneforge.comparison.worker_pool import WorkerPool
 
-FULL = "TUNEFORGE_RACES" in os.environ
-FEW = {"data": tf.use("digits", per_class=3, other_share=0.0), "page": False, "checkpoint_s": 0.0}
+RUN_ALL = "TUNEFORGE_COMPARISONS" in os.environ
+SMALL = {"data": tf.use("digits", per_class=3, other_share=0.0), "page": False, "checkpoint_s": 0.0}
 FLAGS = ["--data.per-class", "3", "--data.other-share", "0", "--no-page", "--checkpoint-s", "0", "--seeds", "1"]
 GATES = "own:Gate,own:Gate:lr=0.02"
-OWN = """
+STRATEGIES = """
 import os, time
 from pathlib import Path
 import tuneforge as tf
 
 @tf.component(api=1)
 class Gate:
-    "Waits in the middle until so many runs have come there, or the file `go` is there."
-    lr: float = tf.option(default=0.01, help="Rate.")
+    "Waits between two phases until GATE runs have come there, or the file `go` exists."
+    lr: float = tf.option(default=0.01, help="Learning rate.")
 
     @tf.hookimpl
     def finetune_strategy(self, task):
@@ -49,7 +46,7 @@ class Gate:
 
 @tf.component(api=1)
 class Broken:
-    "Comes to grief with the second seed."
+    "Raises with the second seed."
 
     @tf.hookimpl
     def finetune_strategy(self, task):
@@ -60,16 +57,9 @@ class Broken:
 
 
 @pytest.fixture
-def quick_helpers(monkeypatch):
-    """Helpers that this process starts are forked; those of a command, as in the tests of signals, begin afresh."""
-    names = {name: getattr(subprocess, name) for name in ("PIPE", "DEVNULL")}
-    monkeypatch.setattr(crew, "subprocess", SimpleNamespace(Popen=forked.Popen, **names))
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty folder, the current one, with strategies in `own.py`."""
-    (tmp_path / "own.py").write_text(OWN)
+def working_dir(tmp_path, monkeypatch):
+    """An empty working directory with strategies in `own.py`."""
+    (tmp_path / "own.py").write_text(STRATEGIES)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
@@ -85,75 +75,82 @@ def read(path):
 def wait_for(condition, seconds=90):
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, "it takes too long"
+        assert time.monotonic() < until, "the condition is not met in time"
         time.sleep(0.05)
 
 
-def all_here():
+def both_at_gate():
     return len(list(Path().glob("here-*"))) == 2
 
 
-def gone(pid):
+def is_gone(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
 
 
-def test_two_processes_end_in_the_table_of_one_with_a_halving_and_an_entrant_that_fails(place, quick_helpers):
+def test_two_processes_have_the_results_of_one_with_successive_halving_and_a_failing_candidate(working_dir):
     strategies = ["head-only:lr=0.01", "own:Broken", "head-only:lr=0.0001", "head-only:lr=0.001"]
-    given = {**FEW, "seeds": 2, "budget": "2epochs", "halving": True}
-    told, alone_told = [], []
-    shared = tf.compare(strategies, **given, out="shared", num_processes=2, log=told.append)
-    alone = tf.compare(strategies, **given, out="alone", log=alone_told.append)
+    options = {**SMALL, "seeds": 2, "budget": "2epochs", "halving": True}
+    shared_log, alone_log = [], []
+    shared = tf.compare(strategies, **options, out="shared", num_processes=2, log=shared_log.append)
+    alone = tf.compare(strategies, **options, out="alone", log=alone_log.append)
     assert Path("shared/results.json").read_bytes() == Path("alone/results.json").read_bytes()
     assert shared.results == alone.results
     assert {each["name"]: each["state"] for each in shared.results["candidates"]}["own:Broken"] == "failed"
     assert "dropped" in {each["state"] for each in shared.results["candidates"]}
-    folders = sorted(str(path.relative_to("alone")) for path in Path("alone").glob("*/**/seed-*"))
-    assert set(folders) <= {str(path.relative_to("shared")) for path in Path("shared").glob("*/**/seed-*")}
-    for name in folders:
+    run_dirs = sorted(str(path.relative_to("alone")) for path in Path("alone").glob("*/**/seed-*"))
+    assert set(run_dirs) <= {str(path.relative_to("shared")) for path in Path("shared").glob("*/**/seed-*")}
+    for name in run_dirs:
         for file in ("metrics.jsonl", "model.safetensors"):
             if (Path("alone") / name / file).exists():
                 assert (Path("shared") / name / file).read_bytes() == (Path("alone") / name / file).read_bytes()
-    without = [
-        {line.split(" epoch(s), ")[0].split(": failed")[0] for line in lines[1:]} for lines in (told, alone_told)
-    ]
-    assert without[1] <= without[0]
+    shared_lines, alone_lines = (
+        {line.split(" epoch(s), ")[0].split(": failed")[0] for line in lines[1:]} for lines in (shared_log, alone_log)
+    )
+    assert alone_lines <= shared_lines
     pids = {read(path)["pid"] for path in Path("shared").glob("*/**/seed-*/status.json")}
     assert len(pids) == 2
     assert os.getpid() not in pids
-    assert all(map(gone, pids))
+    assert all(map(is_gone, pids))
 
 
-def test_what_a_killed_process_was_at_is_gone_on_with_by_the_others(place, quick_helpers, monkeypatch):
+def test_a_killed_worker_is_reported_and_the_same_call_finishes_the_study(working_dir, monkeypatch):
     monkeypatch.setenv("GATE", "9")
-    told = []
 
     def kill_one():
-        wait_for(all_here)
+        wait_for(both_at_gate)
         os.kill(read("killed/own-Gate/seed-0/status.json")["pid"], signal.SIGKILL)
-        wait_for(lambda: any("SIGKILL" in line for line in told))
-        Path("go").touch()
+
+    def call():
+        return tf.compare(f"head-only:epochs=1,{GATES}", **SMALL, seeds=1, out="killed", num_processes=2)
 
     thread = threading.Thread(target=kill_one)
     thread.start()
-    killed = tf.compare(GATES, **FEW, seeds=1, out="killed", num_processes=2, log=told.append)
+    with pytest.raises(tf.TryAgainError, match=r"was killed.*finished runs are kept"):
+        call()
     thread.join()
-    whole = tf.compare(GATES, **FEW, seeds=1, out="whole")
-    assert killed.results == whole.results
+    assert read("killed/status.json")["state"] == "failed"
+    finished = Path("killed/head-only-epochs=1/seed-0/model.safetensors")
+    written_at = finished.stat().st_mtime_ns
+    Path("go").touch()
+    repeated = call()
+    assert finished.stat().st_mtime_ns == written_at
+    whole = tf.compare(f"head-only:epochs=1,{GATES}", **SMALL, seeds=1, out="whole")
+    assert repeated.results == whole.results
     assert "resumed from" in Path("killed/own-Gate/seed-0/log.txt").read_text()
 
 
-def test_a_killed_leader_takes_the_others_with_it_and_the_race_goes_on(place, monkeypatch):
+def test_workers_end_with_a_killed_parent_and_the_study_can_be_resumed(working_dir, monkeypatch):
     monkeypatch.setenv("GATE", "9")
     command = [sys.executable, "-m", "tuneforge", "compare", "--strategies", GATES, *FLAGS, "--num-processes", "2"]
-    leader = forked.Popen([*command, "--out", "killed"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(all_here)
+    parent = forked.Popen([*command, "--out", "killed"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(both_at_gate)
     pids = [read(path)["pid"] for path in Path("killed").glob("*/seed-0/status.json")]
-    leader.kill()
-    out = leader.communicate(timeout=60)[0]
-    wait_for(lambda: all(map(gone, pids)), seconds=10)
+    parent.kill()
+    out = parent.communicate(timeout=60)[0]
+    wait_for(lambda: all(map(is_gone, pids)), seconds=10)
     assert len(set(pids)) == 2
     assert "Traceback" not in out
     Path("go").touch()
@@ -162,65 +159,50 @@ def test_a_killed_leader_takes_the_others_with_it_and_the_race_goes_on(place, mo
     assert Path("killed/results.json").read_bytes() == Path("whole/results.json").read_bytes()
 
 
-@pytest.mark.skipif(not FULL, reason="part of the full set")
-def test_ctrl_c_stops_all_and_the_race_goes_on_with_another_number(place, monkeypatch):
+@pytest.mark.skipif(not RUN_ALL, reason="part of the full set")
+def test_ctrl_c_stops_all_processes_and_the_study_resumes_with_another_number_of_them(working_dir, monkeypatch):
     monkeypatch.setenv("GATE", "9")
     command = [sys.executable, "-m", "tuneforge", "compare", "--strategies", GATES, *FLAGS, "--num-processes", "2"]
-    leader = forked.Popen([*command, "--out", "stopped"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(all_here)
+    parent = forked.Popen([*command, "--out", "stopped"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(both_at_gate)
     pids = [read(path)["pid"] for path in Path("stopped").glob("*/seed-0/status.json")]
-    leader.send_signal(signal.SIGINT)
+    parent.send_signal(signal.SIGINT)
     time.sleep(1)
     Path("go").touch()
-    out, err = leader.communicate(timeout=60)
-    assert leader.returncode == 130, out + err
+    out, err = parent.communicate(timeout=60)
+    assert parent.returncode == 130, out + err
     assert err.strip() == "error: stopped by Ctrl-C"
-    assert "go on with: tuneforge compare --resume stopped" in out
-    assert all(map(gone, pids))
+    assert "tuneforge compare --resume stopped" in out
+    assert all(map(is_gone, pids))
     assert {read(path)["state"] for path in Path("stopped").glob("**/status.json")} == {"stopped"}
     assert main(["compare", "--resume", "stopped", "--num-processes", "3"]) == 0
     assert main(["compare", "--strategies", GATES, *FLAGS, "--out", "whole"]) == 0
     assert Path("stopped/results.json").read_bytes() == Path("whole/results.json").read_bytes()
 
 
-def test_the_ranks_of_torchrun_divide_the_runs_and_the_first_one_speaks(place):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "tuneforge", "compare", "--strategies", GATES, *FLAGS, "--out", "shared"]
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ranks = [
-        forked.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipe) for rank in (0, 1)
-    ]
-    said = [each.communicate(timeout=120)[0] for each in ranks]
-    assert [each.returncode for each in ranks] == [0, 0], said
-    assert said[1] == ""
-    assert "done: shared" in said[0]
-    pids = {read(path)["pid"] for path in Path("shared").glob("*/seed-0/status.json")}
-    assert pids == {each.pid for each in ranks}
-    assert main(["compare", "--strategies", GATES, *FLAGS, "--out", "alone"]) == 0
-    assert Path("shared/results.json").read_bytes() == Path("alone/results.json").read_bytes()
+def test_torchrun_is_refused_and_its_environment_stays_as_it_is(working_dir, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(tf.UsageError, match="--num-processes N"):
+        tf.compare(GATES, **SMALL, seeds=1, out="r")
+    assert os.environ["WORLD_SIZE"] == "2"
+    assert not Path("r").exists()
 
 
-def test_a_run_that_is_taken_is_left_to_who_has_it(place):
-    code = "import sys; from pathlib import Path; from tuneforge.comparison.worker_pool import WorkerPool\n"
-    code += "with WorkerPool(Path('.')) as crew:\n for n in (3, 4):\n  with crew.claim(n) as mine: print(mine)"
-    with WorkerPool(Path()) as own, own.claim(3) as mine:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert mine
-    assert done.stdout.split() == ["False", "True"]
-
-
-def test_what_other_processes_cannot_have_is_refused(place):
+def test_python_objects_and_zero_processes_are_refused(working_dir):
     with pytest.raises(tf.UsageError, match="not Python objects"):
-        tf.compare([[tf.Phase("head", train="head", epochs=1)]], **FEW, num_processes=2, out="r")
+        tf.compare([[tf.Phase("head", train="head", epochs=1)]], **SMALL, num_processes=2, out="r")
     with pytest.raises(tf.UsageError, match="0 processes"):
-        tf.compare("full", **FEW, num_processes=0, out="r")
+        tf.compare("full", **SMALL, num_processes=0, out="r")
     assert not Path("r", STUDY).exists()
 
 
-def test_a_race_by_the_clock_says_what_its_seconds_are_worth(place, quick_helpers):
+def test_a_budget_in_seconds_comes_with_a_note_on_the_shared_threads(working_dir):
     Path("go").touch()
-    said = tf.compare(GATES, **FEW, seeds=1, budget="60s", num_processes=2, out="r").table
-    assert "note: 2 runs at a time, each with 1 thread(s): 60s are worth less so" in said
+    table = tf.compare(GATES, **SMALL, seeds=1, budget="60s", num_processes=2, out="r").table
+    assert "note: 2 runs at a time, each with 1 thread(s): 60s are worth less so" in table
+
+
+def test_errors_keep_their_parts_when_a_process_sends_them_to_another():
+    for error in (tf.StoppedError("stopped", exit_code=130, fix="resume"), tf.FolderError("in use", where="runs/a")):
+        copied = reduction.ForkingPickler.loads(reduction.ForkingPickler.dumps(error))
+        assert (type(copied), copied.args, vars(copied)) == (type(error), error.args, vars(error))

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +20,7 @@ _EXCLUDED_OPTIONS = ("strategy", "short_epochs", "short_lr", "out")
 _SEEDS = 3
 
 
-def _compare(runs: tuple[str, ...], resume: str | None, follow: bool, as_json: bool, **values: Any) -> int:
+def _compare(runs: tuple[str, ...], resume: str | None, as_json: bool, **values: Any) -> int:
     """Race strategies on the same data at equal cost, or compare finished runs; it decides on validation.
 
     Options of an entrant follow its name: full:lr=3e-4:epochs=20; a list stands in brackets. With greedy-soup among the
@@ -36,9 +32,6 @@ def _compare(runs: tuple[str, ...], resume: str | None, follow: bool, as_json: b
     tuneforge compare runs/a runs/b runs/c
     """
     ctx = click.get_current_context()
-    if follow and resume is not None:
-        return _run_as_worker(Path(resume))
-    leads = os.environ.get("RANK", "0") == "0"
     num_processes = values["num_processes"] or 1
     if runs:
         _require_unset(ctx, values, allowed=("baseline", "out"), reason="finished runs are compared as they are")
@@ -53,8 +46,6 @@ def _compare(runs: tuple[str, ...], resume: str | None, follow: bool, as_json: b
         comparison = _run_study(
             lambda log: _build_study(ctx, values, log), out and Path(out), num_processes=num_processes, as_json=as_json
         )
-    if not leads:
-        return 0
     if as_json:
         study_dir = None if comparison.study_dir is None else str(comparison.study_dir)
         click.echo(json.dumps({"study_dir": study_dir, **comparison.results, "costs": comparison.costs}))
@@ -77,27 +68,6 @@ def _execute(engine: Engine) -> None:
 
     with stop_on_signals(engine):
         engine.run()
-
-
-def _run_as_worker(study_dir: Path) -> int:
-    """Do runs of a race for the process that started this one, as long as that is there."""
-    from tuneforge.errors import StoppedError
-
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    threading.Thread(target=_exit_on_stdin_close, daemon=True).start()
-    try:
-        _load_study(str(study_dir), lambda text: None).run_as_worker(study_dir, _execute)
-    except StoppedError as error:  # the one that asked knows
-        return error.exit_code
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway
-    return 0
-
-
-def _exit_on_stdin_close() -> None:
-    """End this process at once when standard input does, which nobody writes to: the one that holds it is gone."""
-    os.read(0, 1)
-    os._exit(1)
 
 
 def _build_study(ctx: click.Context, values: dict[str, Any], log: Callable[[str], None]) -> Study:
@@ -156,7 +126,6 @@ compare = ComponentCommand(
         click.Option(
             ["--num-processes"], type=click.IntRange(min=1), help="Processes that share the runs. [default: 1]"
         ),
-        click.Option(["--follow"], is_flag=True, hidden=True, help="Do runs for the process that leads the race."),
         click.Option(["--resume"], metavar="RACE", help="Go on with the race in this folder."),
         click.Option(["--out"], metavar="FOLDER", help="The race's folder; none: a new one under runs/."),
         *(each for each in run_options() if each.name not in _EXCLUDED_OPTIONS),

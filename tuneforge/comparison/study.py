@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,9 @@ from tuneforge.comparison.study_dir import (
     write_or_verify_record,
 )
 from tuneforge.comparison.successive_halving import plan_halving, select_dropped
-from tuneforge.comparison.summary import Comparison, read_comparison, summarize
+from tuneforge.comparison.summary import Comparison, summarize
 from tuneforge.comparison.trial import COMPONENT_KEYS, FAILURE, Trial
-from tuneforge.comparison.worker_pool import (
-    Rendezvous,
-    WorkerPool,
-    as_single_process,
-    threads_per_process,
-    wait_for_release,
-    wait_until_finished,
-)
+from tuneforge.comparison.worker_pool import WorkerPool, threads_per_process
 from tuneforge.engine.model.model import Model
 from tuneforge.engine.session.components import as_list
 from tuneforge.engine.session.engine import Engine
@@ -199,77 +193,46 @@ class Study:
         *,
         num_processes: int = 1,
     ) -> Comparison:
-        """Hold it, or go on with it: every rung, then the decision.
+        """Do every round that is not done yet, then decide.
 
         Args:
-            out: The race's folder.
-            execute: Runs an engine; a command line watches for signals meanwhile.
-            num_processes: Processes of this machine that share the runs; under torchrun, which has started its own, 1.
+            out: The directory of the study.
+            execute: Runs an engine where there is one process; a command line watches for signals meanwhile.
+            num_processes: Processes of this machine that share the runs.
 
         Raises:
-            StoppedError: It was asked to stop; asked for again, it goes on.
-            UsageError: It was given Python objects, which other processes do not have.
-            TuneforgeError: No entrant came through; what made the first one fail.
+            StoppedError: It was asked to stop; the same call resumes it.
+            TryAgainError: A worker process was killed; the same call resumes the study.
+            UsageError: Python objects cannot be sent to other processes, or torchrun has started this one.
+            TuneforgeError: Every candidate failed; this is the error of the first one.
         """
-        rendezvous = Rendezvous.from_environment()
-        self._num_processes = self._resolve_num_processes(num_processes, rendezvous)
-        if rendezvous is None:
-            return self._run_as_main(out, execute)
-        with as_single_process():
-            if rendezvous.rank == 0:
-                return self._run_as_main(out, execute, on_start=rendezvous.send_dir)
-            path = rendezvous.receive_dir()
-            self.run_as_worker(path, execute)
-        wait_until_finished(path)
-        return read_comparison(path)
-
-    def _run_as_main(
-        self,
-        out: Path | None,
-        execute: Callable[[Engine], object],
-        *,
-        on_start: Callable[[Path], None] = lambda path: None,
-    ) -> Comparison:
+        self._num_processes = self._check_num_processes(num_processes)
         record = self.build_record()
         path = out or find_unfinished(record) or new_study_dir()
-        with RunDir(path, resume=True) as place:
+        with RunDir(path, resume=True) as study_dir:
             write_or_verify_record(path, record)
             for failure in [*path.glob(f"*/seed-*/{FAILURE}"), *path.glob(f"*/*/seed-*/{FAILURE}")]:
                 failure.unlink()  # it is tried again
-            self._log(f"race: {path}")
-            with self._track_status(place):
-                on_start(path)
-                with WorkerPool(
-                    path, num_workers=self._num_processes if self._num_processes > 1 else 0, log=self._log
-                ) as pool:
-                    self._run_all_rounds(path, pool, execute)
+            self._log(f"study: {path}")
+            with self._track_status(study_dir):
+                self._run_all_rounds(path, execute)
                 if self._errors and all(row.state == FAILED for row in self._results.values()):
                     raise self._errors[0]
                 return self._finish(path)
 
-    def run_as_worker(self, path: Path, execute: Callable[[Engine], object]) -> None:
-        """Do runs of a race that another process leads, until none is left; in silence, and without a decision.
-
-        Args:
-            path: The race's folder.
-            execute: Runs an engine.
-        """
-        self._log = lambda text: None
-        write_or_verify_record(path, self.build_record())
-        with WorkerPool(path) as pool:
-            self._run_all_rounds(path, pool, execute)
-
-    def _resolve_num_processes(self, num_processes: int, rendezvous: Rendezvous | None) -> int:
-        if num_processes == 1:
-            return 1
-        if rendezvous is not None:
-            raise UsageError("torchrun says how many processes there are", where="--num-processes", fix="leave it out")
-        if has_objects(self.build_record()):
+    def _check_num_processes(self, num_processes: int) -> int:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UsageError(
-                "a race of several processes takes names and options, not Python objects",
+                "a comparison runs on one machine and starts its own processes, but torchrun has started this one",
+                where="WORLD_SIZE",
+                fix="start it without torchrun, with --num-processes N",
+            )
+        if num_processes > 1 and has_objects(self.build_record()):
+            raise UsageError(
+                "a comparison in several processes takes names and options, not Python objects",
                 where="num_processes",
-                why="the other processes have no such objects",
-                fix="write package.module:Name, or start the script itself with torchrun",
+                why="Python objects cannot be sent to the other processes",
+                fix="write package.module:Name, or use one process",
             )
         return min(num_processes, len(self.candidates) * len(self._seeds))
 
@@ -290,60 +253,68 @@ class Study:
             }
         )
 
-    def _run_all_rounds(self, path: Path, pool: WorkerPool, execute: Callable[[Engine], object]) -> None:
-        for number, budget in enumerate(self.round_budgets, 1):
-            self._run_round(path, number, budget, pool, execute)
-            if number < len(self.round_budgets):
-                self._drop_worse_half(number, budget)
+    def _run_all_rounds(self, path: Path, execute: Callable[[Engine], object]) -> None:
+        with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(WorkerPool(self._num_processes)) if self._num_processes > 1 else None
+            for number, budget in enumerate(self.round_budgets, 1):
+                self._run_round(path, number, budget, pool, execute)
+                if number < len(self.round_budgets):
+                    self._drop_worse_half(number, budget)
 
     def _run_round(
-        self, path: Path, round_number: int, budget: str | None, pool: WorkerPool, execute: Callable[[Engine], object]
+        self,
+        path: Path,
+        round_number: int,
+        budget: str | None,
+        pool: WorkerPool | None,
+        execute: Callable[[Engine], object],
     ) -> None:
-        """Every seed of everybody who is still in it; seeds turn slowest, so that what is done early can be paired.
+        """Do a run of every remaining candidate with every seed.
 
-        Runs may end in any order; they are counted in that of the race, and none after one that failed.
+        All candidates run with one seed before the next seed, so that the runs of a study that was stopped early can be
+        paired. Runs may end in any order; they are counted in that of the study, and none after one that failed.
         """
         running = [each for each in self.candidates if self._results[each.name].state not in (DROPPED, FAILED)]
         for each in running:
             self._results[each.name] = attrs.evolve(
                 self._results[each.name], runs=(), round_number=round_number, budget=budget
             )
-        waiting = [self._make_trial(path, round_number, budget, each, seed) for seed in self._seeds for each in running]
+        trials = [self._make_trial(path, round_number, budget, each, seed) for seed in self._seeds for each in running]
         outcomes: dict[Trial, FinishedRun | TuneforgeError] = {}
-        while waiting:
-            trial = next((each for each in waiting if self._try_run(each, pool, execute)), None)
-            if trial is None:
-                pool.poll()
-                continue
-            waiting.remove(trial)
+        first_failed: dict[str, int] = {}
+
+        def skips(trial: Trial) -> bool:
+            return trial.number > first_failed.get(trial.candidate.name, trial.number)
+
+        for trial in (
+            self._run_in_order(trials, execute, skips)
+            if pool is None
+            else pool.run(trials, self._engine_options, skips=skips)
+        ):
             outcome = outcomes[trial] = trial.outcome()
             self._log_outcome(trial, outcome)
             if isinstance(outcome, TuneforgeError):
-                later = [each for each in waiting if each.candidate is trial.candidate and each.number > trial.number]
-                waiting = [each for each in waiting if each not in later]
+                name = trial.candidate.name
+                first_failed[name] = min(trial.number, first_failed.get(name, trial.number))
         for trial in sorted(outcomes, key=lambda each: each.number):
             if self._results[trial.candidate.name].state != FAILED:
                 self._record_outcome(trial, outcomes[trial])
 
+    def _run_in_order(
+        self, trials: Iterable[Trial], execute: Callable[[Engine], object], skips: Callable[[Trial], bool]
+    ) -> Iterator[Trial]:
+        """Do the runs in this process, one after the other."""
+        for trial in trials:
+            if not skips(trial):
+                trial.attempt(self._copy_engine_options(), execute)
+                yield trial
+
     def _make_trial(self, path: Path, round_number: int, budget: str | None, candidate: Candidate, seed: int) -> Trial:
-        place = (round_number * len(self._seeds) + self._seeds.index(seed)) * len(
+        number = (round_number * len(self._seeds) + self._seeds.index(seed)) * len(
             self.candidates
         ) + self.candidates.index(candidate)
-        return Trial(
-            place,
-            candidate,
-            seed,
-            budget,
-            path / candidate.dir_name / self._round_dir_name(round_number) / f"seed-{seed}",
-        )
-
-    def _try_run(self, trial: Trial, pool: WorkerPool, execute: Callable[[Engine], object]) -> bool:
-        """See that a run is done, if need be by doing it; False where that is left to another process."""
-        with pool.claim(trial.number) as mine:
-            if mine and not trial.is_settled and pool.runs_trials:
-                wait_for_release(trial.run_dir)
-                trial.attempt(self._copy_engine_options(), execute)
-            return mine and trial.is_settled
+        run_dir = path / candidate.dir_name / self._round_dir_name(round_number) / f"seed-{seed}"
+        return Trial(number, candidate, seed, budget, run_dir)
 
     def _log_outcome(self, trial: Trial, outcome: FinishedRun | TuneforgeError) -> None:
         name = f"{trial.candidate.name}, seed {trial.seed}"

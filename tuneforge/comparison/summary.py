@@ -81,12 +81,6 @@ def summarize(ranking: Ranking, *, notes: Iterable[str], soup: Mapping[str, Any]
     return comparison
 
 
-def read_comparison(study_dir: Path) -> Comparison:
-    """The comparison that another process has written."""
-    text = (study_dir / TABLE).read_text(encoding="utf-8").removesuffix("\n")
-    return Comparison(study_dir, names.read_json(study_dir / RESULTS), names.read_json(study_dir / COSTS), text)
-
-
 def describe_decision(ranking: Ranking) -> str:
     """The decision: who is first, and whether the figures show it to be better than the baseline."""
     first, monitor = ranking.winner, ranking.monitor

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ from tuneforge.comparison.candidates import Candidate
 from tuneforge.comparison.ranking import FinishedRun
 from tuneforge.engine.session.engine import Engine
 from tuneforge.engine.storage import run_dir as names
+from tuneforge.engine.storage.run_dir import RunDir
 from tuneforge.errors import FolderError, StoppedError, TryAgainError, TuneforgeError, UsageError
 
 FAILURE = "failure.json"
 """In a run's folder: what ended the entrant. A race that is asked for again tries anew."""
 
 COMPONENT_KEYS = ("data", "model", "adapt", "loss", "metrics", "schedule", "optimizer", "augment", "callbacks")
+_RELEASE_TIMEOUT_S = 5.0
 _ERROR_FIELDS = ("what", "where", "why", "fix")
 
 
@@ -64,6 +68,9 @@ class Trial:
             TryAgainError: The disk is full, say.
             FolderError: Its folder is in use, or cannot be written.
         """
+        if self.is_settled:
+            return
+        self._wait_for_release()
         try:
             execute(self._build_engine(engine_options))
         except (StoppedError, TryAgainError, FolderError):  # not the entrant's fault
@@ -84,6 +91,14 @@ class Trial:
             return kind(told["what"], **{key: told[key] for key in _ERROR_FIELDS[1:]})
         run = FinishedRun.read(self.run_dir)
         return UsageError(f"its {run.monitor} on validation is no number") if math.isnan(run.value) else run
+
+    def _wait_for_release(self) -> None:
+        """Wait a moment until nobody holds the run's directory: decoder processes outlive a killed run shortly."""
+        until = time.monotonic() + _RELEASE_TIMEOUT_S
+        while self.run_dir.exists() and time.monotonic() < until:
+            with contextlib.suppress(FolderError), RunDir(self.run_dir, resume=True):
+                return
+            time.sleep(0.2)
 
     def _build_engine(self, engine_options: Mapping[str, Any]) -> Engine:
         if (self.run_dir / names.STATUS).exists() and (self.run_dir / names.RUN).exists():

@@ -1,206 +1,128 @@
-"""The processes that share the runs of a race, and how they meet.
-
-Each goes through the same story, `Study.run`. Whoever finds a run that nobody is at takes it, by locking its byte of a
-file in the race's folder. The system lets go of that lock when a process ends, however it ends, so that another one
-goes on with the run that a killed process was at. What came of a run is read from its folder; one process leads: it
-alone speaks and decides.
-
-On one machine the leader starts the others and only watches. Under torchrun all of them work, rank 0 too, and meet in a
-folder that every machine sees and can lock.
-"""
+"""Worker processes that share the runs of a study on one machine."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.queues import SimpleQueue
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
-import attrs
 import torch
-from torch import distributed
 
-from tuneforge.engine.storage import run_dir as names
-from tuneforge.engine.storage.run_dir import RunDir
-from tuneforge.errors import FolderError, StoppedError, TryAgainError, UsageError
-
-_CLAIMS = ".claims"
-_LOOK_S = 0.2
-_MOMENT_S = 5.0
-_STOPPED = (130, 143)
+from tuneforge.comparison.trial import Trial
+from tuneforge.engine.session.engine import Engine
+from tuneforge.errors import TryAgainError
 
 
 class WorkerPool:
-    """One process's part in a race: `with WorkerPool(path) as pool: ...`.
+    """Processes that do runs: `with WorkerPool(4) as pool: ...`.
 
     Args:
-        path: The race's folder.
-        num_workers: Processes to start here; with any, this one only watches.
-        log: Where sentences for the user go.
+        num_processes: Number of worker processes; each gets its share of the threads, and of the accelerators in turn.
     """
 
-    def __init__(self, path: Path, *, num_workers: int = 0, log: Callable[[str], None] = lambda text: None) -> None:
-        self.runs_trials = num_workers == 0
-        self._path, self._count, self._log = path, num_workers, log
-        self._helpers: list[subprocess.Popen[bytes]] = []
-        self._claims: IO[bytes] | None = None
+    def __init__(self, num_processes: int) -> None:
+        # Spawned, because a forked child hangs on the locks and CUDA contexts of a parent that has used torch.
+        context = multiprocessing.get_context("spawn")
+        places = context.SimpleQueue()
+        for place in range(num_processes):
+            places.put(place % max(1, torch.accelerator.device_count()))
+        self._others = multiprocessing.active_children()
+        self._executor = ProcessPoolExecutor(
+            num_processes, context, initializer=_start_worker, initargs=(places, threads_per_process(num_processes))
+        )
 
     def __enter__(self) -> WorkerPool:
-        self._claims = (self._path / _CLAIMS).open("ab")
-        self._helpers = [_helper(self._path, place, self._count) for place in range(self._count)]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._claims is not None
-        self._claims.close()
+        workers = [each for each in multiprocessing.active_children() if each not in self._others]
         try:
-            for each in self._helpers:
-                each.terminate()  # it saves what it is at, which nobody waits for any more
-            for each in self._helpers:
-                each.wait()
-        finally:  # a second Ctrl-C does not wait
-            for each in self._helpers:
+            if error is not None:
+                for each in workers:
+                    each.terminate()  # a run that is under way saves a checkpoint
+            self._executor.shutdown(cancel_futures=True)
+        except BaseException:  # a second Ctrl-C does not wait
+            for each in workers:
                 each.kill()
-                each.communicate()
+            raise
 
-    @contextlib.contextmanager
-    def claim(self, number: int) -> Iterator[bool]:
-        """Hold a run of the race by its number; False where another process has it."""
-        assert self._claims is not None
-        try:
-            fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-        except (BlockingIOError, PermissionError):
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, number)
+    def run(
+        self, trials: Sequence[Trial], engine_options: Mapping[str, Any], *, skips: Callable[[Trial], bool]
+    ) -> Iterator[Trial]:
+        """Do these runs and yield each once it is settled, in the order in which they end.
 
-    def poll(self) -> None:
-        """Let a moment pass, because every run that is left is taken; see that those who have them are there.
+        Args:
+            trials: Runs, in the order in which they start.
+            engine_options: Keywords of `Engine` for all of them.
+            skips: Asked after each run: True for a run that need not start any more.
 
         Raises:
-            StoppedError: One of them gave up, with the same exit code; it has said why.
-            TryAgainError: None is left.
+            StoppedError: A run was asked to stop.
+            TryAgainError: A worker process was killed, or the disk is full.
+            FolderError: The directory of a run is in use, or cannot be written.
         """
-        time.sleep(_LOOK_S)
-        for each in [helper for helper in self._helpers if helper.poll()]:
-            code = each.returncode
-            self._helpers.remove(each)
-            each.communicate()
-            if code > 0 and code not in _STOPPED:
-                raise StoppedError("a process of the race gave up, and said why", exit_code=code)
-            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            self._log(f"note: a process of the race was ended ({how}); {len(self._helpers)} go on with what it was at")
-        if not self.runs_trials and not self._helpers:
-            raise TryAgainError(
-                "every process of the race was ended",
-                why="nobody is left to go on",
-                fix="give the same command again; an entrant that runs out of memory ends them all: leave it out",
-            )
-
-
-def wait_for_release(run_dir: Path) -> None:
-    """Wait a moment until nobody holds a run's folder: what decoded for a killed process outlives it shortly."""
-    until = time.monotonic() + _MOMENT_S
-    while run_dir.exists() and time.monotonic() < until:
-        with contextlib.suppress(FolderError), RunDir(run_dir, resume=True):
-            return
-        time.sleep(_LOOK_S)
-
-
-def _helper(path: Path, place: int, count: int) -> subprocess.Popen[bytes]:
-    """A process that works for the race in a folder, with its share of threads, until its standard input ends.
-
-    It is in no terminal's reach, so that Ctrl-C is for the one that started it.
-    """
-    shared = {
-        "OMP_NUM_THREADS": str(threads_per_process(count)),
-        "LOCAL_RANK": str(place % max(1, torch.accelerator.device_count())),
-        "PYTHONPATH": os.pathsep.join(os.path.abspath(each) for each in sys.path),
-    }
-    return subprocess.Popen(  # noqa: S603 - our own command, by our own interpreter
-        [sys.executable, "-P", "-m", "tuneforge", "compare", "--resume", str(path), "--follow"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, **shared},
-        start_new_session=True,
-    )
+        trial_of: dict[Future[None], Trial] = {
+            self._executor.submit(_run_trial, each, engine_options): each for each in trials
+        }
+        while trial_of:
+            for future in wait(trial_of, return_when=FIRST_COMPLETED).done:
+                trial = trial_of.pop(future)
+                try:
+                    future.result()
+                except BrokenProcessPool:
+                    raise TryAgainError(
+                        "a worker process of the comparison was killed",
+                        why="often because memory ran out",
+                        fix="repeat the same command: finished runs are kept, and the others resume; "
+                        "use a smaller --num-processes where memory is short",
+                    ) from None
+                yield trial
+            for future in [each for each, trial in trial_of.items() if skips(trial) and each.cancel()]:
+                del trial_of[future]
 
 
 def threads_per_process(num_processes: int) -> int:
-    """Threads of each of so many processes on this machine."""
+    """Return the number of threads that each of `num_processes` processes of this machine uses."""
     return max(1, torch.get_num_threads() // num_processes)
 
 
-@attrs.frozen(eq=False)
-class Rendezvous:
-    """The ranks that torchrun has started, before any of them has begun.
+def _start_worker(places: SimpleQueue[int], num_threads: int) -> None:
+    """Prepare a worker process: its threads and accelerator, and an end together with the process that started it."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-    Args:
-        rank: Of this process.
-        store: What all of them can write and read.
-        key: Of this race; a script may hold several.
-    """
-
-    rank: int
-    store: Any
-    key: str
-
-    @classmethod
-    def from_environment(cls) -> Rendezvous | None:
-        """That of this process; None where torchrun has not started it.
-
-        Raises:
-            UsageError: The ranks already share runs, each with its part of every batch.
-        """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
-            return None
-        if distributed.is_initialized():
-            raise UsageError("the ranks of a race each do runs of their own", fix="race before anything else is run")
-        store, rank, _ = next(distributed.rendezvous("env://"))  # type: ignore[attr-defined]
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store
-        own = distributed.PrefixStore(f"tuneforge-race/{attempt}", store)  # type: ignore[attr-defined]
-        return cls(rank, own, f"race-{own.add(f'races-of-{rank}', 1)}")
-
-    def send_dir(self, path: Path) -> None:
-        """Let the others begin."""
-        self.store.set(self.key, json.dumps(os.path.abspath(path)))
-
-    def receive_dir(self) -> Path:
-        """The race's folder, once rank 0 has told it."""
-        return Path(json.loads(self.store.get(self.key)))
+    torch.set_num_threads(num_threads)
+    threadpool_limits(num_threads)
+    os.environ["LOCAL_RANK"] = str(places.get())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # standard output is the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent decides
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-@contextlib.contextmanager
-def as_single_process() -> Iterator[None]:
-    """While this lasts, a run is one process's, although torchrun has started several."""
-    before = os.environ["WORLD_SIZE"]
-    os.environ["WORLD_SIZE"] = "1"
+def _exit_with_parent() -> None:
+    """End this process at once when the one that started it is gone, even by SIGKILL."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run_trial(trial: Trial, engine_options: Mapping[str, Any]) -> None:
+    trial.attempt(engine_options, _run_until_terminated)
+
+
+def _run_until_terminated(engine: Engine) -> None:
+    """Run an engine; SIGTERM saves a checkpoint and stops it."""
+    signal.signal(signal.SIGTERM, lambda number, frame: engine.stop("SIGTERM", exit_code=128 + number))
     try:
-        yield
+        engine.run()
     finally:
-        os.environ["WORLD_SIZE"] = before
-
-
-def wait_until_finished(path: Path) -> None:
-    """Wait until the one that leads a race has ended it.
-
-    Raises:
-        StoppedError: It has been stopped, or nobody came through.
-    """
-    while (state := names.read_json(path / names.STATUS)["state"]) == "running":
-        time.sleep(_LOOK_S)
-    if state != "done":
-        raise StoppedError(f"the race {state}; rank 0 says why", exit_code=1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
