@@ -96,7 +96,7 @@ def test_code_that_restores_a_trained_weight_is_caught(tune):
                 run.model.module.head.weight.copy_(kept)
             return result
 
-    with pytest.raises(tf.HaltError, match=r"have not moved: head\.weight"):
+    with pytest.raises(tf.HaltError, match=r"have not changed: head\.weight"):
         tune([tf.Phase("head", train="head", epochs=1)], callbacks=[Restores()])
 
 

@@ -4,7 +4,8 @@ from tiny import TinyNet
 from torch import nn
 
 import tuneforge as tf
-from tuneforge.engine.model.freezing import compute_modes, freeze, select, set_modes
+from tuneforge.engine.model.freezing import compute_modes, freeze, select
+from tuneforge.engine.model.modes import set_modes
 
 
 @pytest.fixture

@@ -527,7 +527,7 @@ def test_a_head_that_does_not_answer_is_found_before_training(tune):
             super().__init__()
             self.late = torch.nn.Linear(8, 5)
 
-    with pytest.raises(tf.PluginError, match="the head 'late' does not give the answer"):
+    with pytest.raises(tf.PluginError, match="the head 'late' does not compute the output"):
         tune([tf.Phase("a", epochs=1)], model=tf.Model.from_module(Aux(), head="late"), adapt=[KeepHead()])
 
 
@@ -538,7 +538,7 @@ class KeepHead:
 
 
 def test_a_model_that_cannot_take_the_data_is_found_before_training(tune):
-    with pytest.raises(tf.PluginError, match="cannot take the data"):
+    with pytest.raises(tf.PluginError, match="does not accept the data"):
         tune([tf.Phase("a", epochs=1)], model=torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 3)))
 
 

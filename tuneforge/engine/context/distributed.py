@@ -20,8 +20,8 @@ import attrs
 import torch
 from torch import Tensor, distributed, nn
 
-from tuneforge.engine.model.freeze_check import bitwise_equal
 from tuneforge.engine.model.fsdp import is_sharded
+from tuneforge.engine.model.module_state import bitwise_equal
 from tuneforge.engine.storage.run_dir import RunDir
 from tuneforge.errors import FolderError, HaltError, TuneforgeError
 

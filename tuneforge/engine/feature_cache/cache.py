@@ -20,7 +20,6 @@ from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import map_inputs
 from tuneforge.engine.feature_cache.extract import FeatureCache, FeatureExtractor, Values, num_megabytes
 from tuneforge.engine.feature_cache.graph_split import (
-    Modes,
     NotCacheableError,
     SplitModel,
     UntraceableError,
@@ -28,9 +27,10 @@ from tuneforge.engine.feature_cache.graph_split import (
     trace_with_export,
     trace_with_fx,
 )
-from tuneforge.engine.model.freeze_check import bitwise_equal
-from tuneforge.engine.model.freezing import preserve_modes_and_buffers, select, set_modes
+from tuneforge.engine.model.freezing import select
 from tuneforge.engine.model.model import call_module, extract_logits
+from tuneforge.engine.model.modes import Modes, preserve_modes_and_buffers, set_modes
+from tuneforge.engine.model.module_state import bitwise_equal
 
 MIN_MACS_PER_BYTE = 32.0
 """Multiplications of the prefix for each byte kept, under which recomputing is no dearer than fetching from memory."""

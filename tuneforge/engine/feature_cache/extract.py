@@ -21,8 +21,8 @@ from tuneforge.engine.data.loader import fetch_batches
 from tuneforge.engine.data.sampler import SampleRNG, derive_seed
 from tuneforge.engine.feature_cache.disk import DiskCache, default_cache_dir
 from tuneforge.engine.feature_cache.graph_split import NotCacheableError, SplitModel
-from tuneforge.engine.model.freeze_check import bitwise_equal
 from tuneforge.engine.model.model import call_module
+from tuneforge.engine.model.module_state import bitwise_equal
 from tuneforge.errors import HaltError, TryAgainError
 from tuneforge.plugin.declaration import get_option_values
 

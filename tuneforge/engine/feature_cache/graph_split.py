@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from tuneforge.engine.model.freezing import set_modes
+from tuneforge.engine.model.modes import Modes, set_modes
 
-Modes = list[tuple[nn.Module, bool]]
 _RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "multinomial", "normal", "poisson"}
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 

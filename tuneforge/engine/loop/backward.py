@@ -18,8 +18,8 @@ from tuneforge.engine.data.dataset import Batch
 from tuneforge.engine.data.loader import batch_sizes
 from tuneforge.engine.loop.nonfinite import NonFiniteError, NonFinitePolicy, find_nonfinite_gradient
 from tuneforge.engine.loop.oom import catch_out_of_memory, halve
-from tuneforge.engine.model.freezing import set_modes
 from tuneforge.engine.model.fsdp import check_loss
+from tuneforge.engine.model.modes import set_modes
 from tuneforge.errors import HaltError, PluginError
 
 

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from tuneforge.engine.context.forward import Features
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.feature_cache.graph_split import Modes
-from tuneforge.engine.model.freezing import preserve_modes_and_buffers, set_modes
 from tuneforge.engine.model.model import call_module, extract_logits
+from tuneforge.engine.model.modes import Modes, preserve_modes_and_buffers, set_modes
 from tuneforge.errors import UsageError
 
 _NUM_TIMINGS = 5

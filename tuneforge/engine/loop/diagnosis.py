@@ -18,7 +18,9 @@ from tuneforge.engine.data.sampler import EpochSampler
 from tuneforge.engine.loop.backward import compute_loss
 from tuneforge.engine.loop.oom import catch_out_of_memory, halve
 from tuneforge.engine.loop.phase_components import PhaseComponents
-from tuneforge.engine.model.freezing import freeze, full_state, restore_state, select, set_modes
+from tuneforge.engine.model.freezing import freeze, select
+from tuneforge.engine.model.modes import set_modes
+from tuneforge.engine.model.module_state import full_state, restore_state
 from tuneforge.engine.model.optimizer import Optimization
 from tuneforge.plugin.results import Diagnostics
 from tuneforge.plugin.steps import Diagnosis, Phase

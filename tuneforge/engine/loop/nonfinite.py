@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Batch, named_tensors
-from tuneforge.engine.model.freezing import full_state, restore_state
 from tuneforge.engine.model.fsdp import local_shard
+from tuneforge.engine.model.module_state import full_state, restore_state
 from tuneforge.errors import HaltError
 
 MAX_CONSECUTIVE_SKIPS = 10

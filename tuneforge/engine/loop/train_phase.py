@@ -23,7 +23,8 @@ from tuneforge.engine.loop.metric_set import resolve_monitor, scalar_metrics
 from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.sampling import SamplingWeights
 from tuneforge.engine.model.freeze_check import FreezeCheck
-from tuneforge.engine.model.freezing import compute_modes, freeze, full_state, restore_state, select
+from tuneforge.engine.model.freezing import compute_modes, freeze, select
+from tuneforge.engine.model.module_state import full_state, restore_state
 from tuneforge.engine.storage import fault_injection
 from tuneforge.errors import HaltError, UsageError
 from tuneforge.plugin.names import format_count

@@ -11,8 +11,7 @@ from torch import Tensor
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.loop.evaluation import evaluate
 from tuneforge.engine.loop.metric_set import resolve_monitor, scalar_metrics
-from tuneforge.engine.model.freeze_check import bitwise_equal
-from tuneforge.engine.model.freezing import full_state, restore_state
+from tuneforge.engine.model.module_state import bitwise_equal, full_state, restore_state
 from tuneforge.errors import UsageError
 from tuneforge.plugin.results import StrategyStepResult
 from tuneforge.plugin.steps import WeightAverage

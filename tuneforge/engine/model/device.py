@@ -1,4 +1,4 @@
-"""The one place that knows what kinds of device there are."""
+"""The device that a run computes on; the only module that knows the kinds of devices."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from tuneforge.errors import UsageError
 
 @attrs.frozen
 class Device:
-    """Where a run computes.
+    """The device that a run computes on.
 
     Args:
         torch: The device as torch names it.
-        lazy: True where operations wait until a step is marked, as on a TPU through torch-xla.
+        lazy: True for a device that queues operations until a step is marked, such as a TPU through torch-xla.
     """
 
     torch: torch.device
     lazy: bool = False
 
     def move(self, tensor: Tensor) -> Tensor:
-        """The tensor on this device; the same object where it is there already."""
+        """Return the tensor on this device; the same object if it is already there."""
         return tensor if tensor.device == self.torch else tensor.to(self.torch, non_blocking=True)
 
     def mark_step(self) -> None:
-        """Tell a lazy device that a step's graph is complete; nothing on eager ones."""
+        """Tell a lazy device that the graph of a step is complete; do nothing on other devices."""
         if self.lazy:
             importlib.import_module("torch_xla.core.xla_model").mark_step()
 
     def loss_accumulator(self) -> Tensor:
-        """A zero to add losses to, wide enough for many."""
+        """Return a zero scalar to sum losses in: float64, or float32 on MPS, which has no float64."""
         wide = torch.float32 if self.torch.type == "mps" else torch.float64
         return torch.zeros((), dtype=wide, device=self.torch)
 
     def empty_cache(self) -> None:
-        """Give back memory that is held and not used."""
+        """Return cached memory that is not in use to the device."""
         if self.torch.type == "cuda":
             torch.cuda.empty_cache()
 
     def reseed(self, seed: int) -> None:
-        """Seed the device's own generator, where it has one beside the CPU's."""
+        """Seed the generator of the device, if it has one beside that of the CPU."""
         if self.torch.type in ("cuda", "mps", "xpu"):
             getattr(torch, self.torch.type).manual_seed(seed)
 
 
 def resolve_device(name: str) -> Device:
-    """The device of that name; `auto` takes an accelerator where there is one.
+    """Return the device of that name; `auto` chooses an accelerator if there is one.
 
     Raises:
-        UsageError: There is no such device here.
+        UsageError: This machine has no such device.
     """
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
@@ -72,28 +72,28 @@ def resolve_device(name: str) -> Device:
 
 
 def _local_device(device: torch.device) -> torch.device:
-    """Of several devices of one kind, the one that torchrun means this process to have."""
+    """Return the device that torchrun assigns to this process where a machine has several of one type."""
     if str(device) == device.type != "cpu" and "LOCAL_RANK" in os.environ:
         return torch.device(device.type, int(os.environ["LOCAL_RANK"]))
     return device
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """The device with its index, as tensors report it: `cuda` is `cuda:0`."""
+    """Return the device with its index, as tensors report it: `cuda` becomes `cuda:0`."""
     return torch.empty(0, device=device).device
 
 
 _OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""How the CPU, Apple's GPUs and CUDA's libraries say in a plain RuntimeError that memory has run out."""
+"""Parts of the messages of the plain RuntimeErrors that the CPU, MPS and cuBLAS raise when memory runs out."""
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What an error was made from, at the bottom of its causes."""
+    """Return the error at the end of the chain of causes."""
     return error if error.__cause__ is None else root_cause(error.__cause__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True where memory ran out, on whatever device and however the error has been wrapped."""
+    """Return True if the error was caused by memory running out, on any device and however it has been wrapped."""
     root = root_cause(error)
     return isinstance(root, (torch.OutOfMemoryError, MemoryError)) or any(
         words in str(root) for words in _OUT_OF_MEMORY_MESSAGES

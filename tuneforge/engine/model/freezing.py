@@ -1,31 +1,30 @@
-"""Which parameters a selector names, what is frozen, and what mode each module is in while a phase trains."""
+"""Which parameters a selector matches, how they are frozen, and which mode each module has while a phase trains."""
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tuneforge.engine.model.fsdp import shard_like
 from tuneforge.engine.model.model import NORMS, LayerGroup, Model, call_module
+from tuneforge.engine.model.modes import Modes, preserve_modes_and_buffers
 from tuneforge.errors import SelectorError, suggest_name
 
 
 def select(model: Model, selectors: Iterable[str]) -> list[str]:
-    """Names of the parameters that any of the selectors names, in the model's order.
+    """Return the names of the parameters that any of the selectors matches, in the model's order.
 
     Args:
         model: Whose parameters.
-        selectors: `"head"`, `"all"`, `"norms"`, `"biases"`, a group's name, `"groups[i]"` or a slice of groups, a
-            module's path, a glob over parameter names, or `"re:..."`; with `!` in front one takes away.
+        selectors: `"head"`, `"all"`, `"norms"`, `"biases"`, the name of a layer group, `"groups[i]"` or a slice of
+            groups, the path of a module, a glob over parameter names, or `"re:..."`; a leading `!` excludes.
 
     Raises:
-        SelectorError: One of them matches nothing; the message lists near names.
+        SelectorError: A selector matches nothing; the message lists similar names.
     """
     listed = list(selectors)
     chosen: set[str] = set(model.parameters()) if listed and listed[0].startswith("!") else set()
@@ -41,68 +40,28 @@ def select(model: Model, selectors: Iterable[str]) -> list[str]:
 
 
 def freeze(model: Model, trainable: Iterable[str]) -> None:
-    """Let exactly the parameters named in `trainable` require a gradient; drop the gradients of all."""
+    """Make exactly the parameters in `trainable` require a gradient, and drop the gradients of all."""
     wanted = set(trainable)
     for name, parameter in model.parameters().items():
         parameter.requires_grad_(name in wanted)
         parameter.grad = None
 
 
-def compute_modes(model: Model, example: Any, *, batchnorm_stats: str) -> list[tuple[nn.Module, bool]]:
-    """The mode each module must be in while the phase trains: (module, training).
+def compute_modes(model: Model, example: Any, *, batchnorm_stats: str) -> Modes:
+    """Return the mode that each module has while the phase trains: (module, training).
 
-    A module whose parameters are all frozen is in eval mode. A module without parameters follows the dataflow: eval
-    where nothing trainable lies before it. A norm with a frozen parameter keeps its statistics still, unless
+    A module is in eval mode if all its parameters are frozen, or if it has none and no trainable parameter lies before
+    it in the dataflow. A norm layer with a frozen parameter does not update its running statistics, unless
     `batchnorm_stats` is `"updating"`.
 
     Args:
-        model: After `freeze`.
-        example: Ready inputs, to see the dataflow with; state and random generators are left as they were.
-        batchnorm_stats: The phase's policy, `"frozen"` or `"updating"`.
+        model: The model, after `freeze`.
+        example: Prepared inputs, with which the dataflow is observed; module state and random generators are restored.
+        batchnorm_stats: The phase's setting, `"frozen"` or `"updating"`.
     """
     reached = _find_trainable_inputs(model, example)
     parents = {child: parent for parent in model.module.modules() for child in parent.children()}
     return [(module, _should_train(module, reached, parents, batchnorm_stats)) for module in model.module.modules()]
-
-
-def set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    """Put each module into its mode; a module already there costs one comparison.
-
-    A module with a `train` of its own (one that merges weights for evaluation, say) is told through it; its children
-    come later in the plan.
-    """
-    for module, training in modes:
-        if module.training is not training:
-            if type(module).train is nn.Module.train:
-                module.training = training
-            else:
-                module.train(training)
-
-
-def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by name, those that are never saved included; a shared one once."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {name: tensor.detach() for name, tensor in tensors.items()}
-
-
-def restore_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy tensors of a `full_state` back, in place."""
-    own = full_state(module)
-    with torch.no_grad():
-        for name, tensor in state.items():
-            own[name].copy_(shard_like(own[name], tensor))
-
-
-@contextlib.contextmanager
-def preserve_modes_and_buffers(module: nn.Module) -> Iterator[None]:
-    """Put modes and buffers back: looking at a model in training mode moves the statistics of its norms."""
-    before = [(child, child.training) for child in module.modules()]
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    try:
-        yield
-    finally:
-        set_modes(before)
-        restore_state(module, buffers)
 
 
 def _match_selector(model: Model, selector: str) -> list[str]:
@@ -124,7 +83,7 @@ def _match_selector(model: Model, selector: str) -> list[str]:
 
 
 def _match_groups(model: Model, selector: str) -> list[LayerGroup] | None:
-    """The groups a selector names, or None where it names something else."""
+    """Return the layer groups that a selector names, or None if it is not a name or a slice of groups."""
     if selector == "all":
         return list(model.groups)
     if selector == "head":
@@ -144,7 +103,7 @@ def _compile_pattern(selector: str) -> re.Pattern[str]:
     try:
         return re.compile(selector.removeprefix("re:"))
     except re.error as error:
-        raise SelectorError(f"selector {selector!r} is no regular expression", why=str(error)) from None
+        raise SelectorError(f"selector {selector!r} is not a regular expression", why=str(error)) from None
 
 
 def _no_match_error(model: Model, selector: str) -> SelectorError:
@@ -160,7 +119,7 @@ def _no_match_error(model: Model, selector: str) -> SelectorError:
     return SelectorError(
         f"selector {selector!r} matches no parameter",
         where=f"layer groups: {groups}",
-        why="a pattern that matches nothing would silently train nothing",
+        why="a phase that matches nothing would silently train nothing",
         fix=suggest_name(selector, known)
         if len(known) < 12 or _has_close_match(selector, known)
         else "use a group, a slice or a glob",
@@ -172,10 +131,10 @@ def _has_close_match(selector: str, known: list[str]) -> bool:
 
 
 def _find_trainable_inputs(model: Model, example: Any) -> dict[nn.Module, bool]:
-    """For each module without parameters that runs: does something trainable lie before it?
+    """Return for each module without parameters that ran whether a trainable parameter lies before it.
 
-    Autograd itself is asked: in a forward pass with gradients on, a value requires a gradient exactly where a
-    trainable parameter lies before it. Buffers, modes and torch's random generator are put back.
+    Autograd answers this: in a forward pass with gradients enabled, a tensor requires a gradient exactly if a trainable
+    parameter lies before it. Modes, buffers and the random generator of the CPU are restored.
     """
     found: dict[nn.Module, bool] = {}
     handles = []
@@ -193,11 +152,11 @@ def _find_trainable_inputs(model: Model, example: Any) -> dict[nn.Module, bool]:
 
 
 def _build_hook(found: dict[nn.Module, bool]) -> Any:
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():  # else autograd cannot tell
+    def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():  # without gradients autograd cannot answer
             found[module] = found.get(module, False) or any(map(_requires_grad, (*args, *kwargs.values())))
 
-    return watch
+    return observe
 
 
 def _requires_grad(value: Any) -> bool:
@@ -220,5 +179,6 @@ def _should_train(
         return any(parameter.requires_grad for parameter in module.parameters())
     if module in reached:
         return reached[module]
-    above = parents.get(module, module)  # it did not run, or ran where autograd cannot tell: as what holds it
-    return any(parameter.requires_grad for parameter in above.parameters())
+    # The module did not run, or only without gradients: it gets the mode of its parent.
+    parent = parents.get(module, module)
+    return any(parameter.requires_grad for parameter in parent.parameters())

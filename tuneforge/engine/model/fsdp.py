@@ -1,8 +1,9 @@
-"""A model of which each rank holds a part (`--shard`): torch's FSDP2 (`fully_shard`), one unit a layer at a time.
+"""Sharded models (`--shard`): torch's FSDP2 (`fully_shard`), with one unit per layer.
 
-Parameters, their gradients and whatever is kept of them (moments, averages, snapshots, evidence) are DTensors: each
-rank has some rows of each. A unit's weights are gathered when its forward or backward pass begins and given back when
-it ends, so all ranks must make the same passes. Gradients are summed, as between ranks that hold the whole model.
+Parameters, their gradients and everything of their shape (optimizer state, averages, snapshots, the freeze check's
+copies) are DTensors: each rank holds some rows of each. A unit's weights are gathered when its forward or backward
+pass begins and freed when it ends, so all ranks must make the same passes. Gradients are summed over the ranks, as
+without sharding.
 """
 
 from __future__ import annotations
@@ -10,27 +11,31 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from tuneforge.engine.model.model import Model
 from tuneforge.errors import HaltError, PluginError, UsageError
 from tuneforge.plugin.config import RunConfig
+
+if TYPE_CHECKING:
+    from tuneforge.engine.model.model import Model
 
 _ELEMENTWISE_OPTIMIZERS = (
     torch.optim.SGD, torch.optim.AdamW, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop,
     torch.optim.Adagrad,
 )  # fmt: skip
-"""Optimizers to which the rows of a tensor are independent of one another, each held against one process in a test."""
+"""Optimizers that treat every element by itself, so that updating shards equals updating the full tensor. A test
+compares each with a single process.
+"""
 
 
 def check_config(config: RunConfig) -> None:
-    """Refuse what a sharded model cannot do.
+    """Refuse settings that a sharded model does not support.
 
     Raises:
-        UsageError: It was asked for.
+        UsageError: One of them is set.
     """
     whole_graph = {
         "--compile": config.compile,
@@ -38,23 +43,23 @@ def check_config(config: RunConfig) -> None:
     }
     for flag in (flag for flag, asked in whole_graph.items() if config.shard and asked):
         raise UsageError(
-            f"{flag} does not go with --shard",
-            why="weights are gathered a layer at a time, in their plain layout, while the pass goes on",
-            fix="leave one of the two out",
+            f"{flag} cannot be combined with --shard",
+            why="weights are gathered layer by layer during the forward pass, as contiguous tensors",
+            fix="drop one of the two flags",
         )
 
 
 def shard(model: Model, device: torch.device) -> str:
-    """Leave each rank its part of every parameter, on the device; the module is changed in place.
+    """Shard every parameter over the ranks, in place, and move this rank's shards to the device.
 
-    Single numbers stay whole on every rank, as buffers do.
+    Scalars and buffers are replicated on every rank.
 
     Args:
-        model: Whose module; it need not fit the device as a whole, a layer of it must.
-        device: Of this rank.
+        model: Whose module; it need not fit on the device as a whole, but each layer must.
+        device: The device of this rank.
 
     Returns:
-        A sentence on what each rank holds.
+        A sentence on how much each rank holds.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -62,13 +67,13 @@ def shard(model: Model, device: torch.device) -> str:
     size = distributed.get_world_size()
     mesh = init_device_mesh(device.type, (size,))
     total = sum(each.numel() * each.element_size() for each in model.module.parameters())
-    numbers = {each for each in model.module.parameters() if each.ndim == 0}
+    scalars = {each for each in model.module.parameters() if each.ndim == 0}
     units = [*_units(model), model.module]
     for module in units:
-        unit = fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=numbers)
-        unit.set_force_sum_reduction_for_comms(True)  # NCCL's own division by a factor is unknown to gloo
+        unit = fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no NCCL premultiplied sum
         unit.set_gradient_divide_factor(1.0)
-    for each in numbers:
+    for each in scalars:
         each.data = each.data.to(device)
     _register_weight_checks(units)
     own = sum(part.numel() * part.element_size() for each in model.module.parameters() for part in [local_shard(each)])
@@ -76,12 +81,15 @@ def shard(model: Model, device: torch.device) -> str:
 
 
 def _units(model: Model) -> Iterator[nn.Module]:
-    """What is gathered at once: the layers of each group; weights that are tied between layers stay with the root."""
+    """Yield the modules that are gathered as one: the layers of each group.
+
+    Layers that share weights with others stay in the root unit, so that the shared weights are gathered once.
+    """
     uses = _count_uses(model.module)
     for prefix in (prefix for group in model.groups for prefix in group.prefixes):
         try:
             module = model.module.get_submodule(prefix)
-        except AttributeError:  # a parameter by itself
+        except AttributeError:  # the prefix names a parameter, not a module
             continue
         yield from (
             unit
@@ -99,9 +107,10 @@ def _flatten_containers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _register_weight_checks(units: list[nn.Module]) -> None:
-    """See at each pass that a unit computes with its own weights.
+    """Make each unit check in each pass that it computes with its own weights.
 
-    FSDP2 gathers those it knows, so weights put in their place for a call would be passed over without a word.
+    FSDP2 gathers only the parameters that it knows: weights swapped in for one call (`functional_call`) would be
+    ignored silently.
     """
     known: set[int] = set()
     for unit in units:
@@ -121,8 +130,8 @@ def _check_own_weights(slots: Sequence[tuple[Mapping[str, Any], str, Tensor]], m
         raise UsageError(
             f"{type(module).__name__} is called with other weights than its own",
             where="--shard",
-            why="weights that are put in their place for a call are passed over where the model is sharded",
-            fix="run without --shard, or with a strategy that has no second set of weights",
+            why="FSDP2 ignores weights that replace a layer's own for one call",
+            fix="run without --shard, or with a strategy that needs only one set of weights",
         )
 
 
@@ -131,24 +140,24 @@ def _count_uses(module: nn.Module) -> Counter[int]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """True for a tensor of which this rank holds a part; asked without importing DTensor, which takes a second."""
+    """Return True for a DTensor, of which this rank holds a shard; `isinstance` would import DTensor, which is slow."""
     return hasattr(tensor, "full_tensor")
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """The rows (m, ...) that this rank holds, perhaps none; any other tensor as it is."""
+    """Return the rows (m, ...) that this rank holds, possibly none; return a tensor that is not sharded as it is."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return part
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All rows (n, ...), gathered from all ranks; any other tensor as it is."""
+    """Return all rows (n, ...), gathered from all ranks; return a tensor that is not sharded as it is."""
     full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return full
 
 
 def shard_like(target: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor, sharded where `target` is: each rank takes its rows of what all of them hold whole."""
+    """Return the tensor, sharded if `target` is: each rank takes its rows of the full tensor that all ranks hold."""
     if not is_sharded(target) or is_sharded(tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -158,18 +167,18 @@ def shard_like(target: Tensor, tensor: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool, tensor: Tensor) -> bool:
-    """Whether the flag is raised on any rank that holds a part of the tensor."""
+    """Return True if the flag is True on any rank that holds a shard of the tensor."""
     raised = torch.tensor([flag], dtype=torch.int32, device=tensor.device)
     distributed.all_reduce(raised, op=distributed.ReduceOp.MAX, group=tensor.device_mesh.get_group())  # type: ignore[attr-defined]
     return bool(raised)
 
 
 def gather_state(state: Any, *, keep: bool) -> Any:
-    """Nested plain data and tensors with every sharded tensor whole, on the CPU; one met twice stays one.
+    """Return nested plain data and tensors with every sharded tensor gathered on the CPU; shared tensors stay shared.
 
     Args:
-        state: Of the same structure on all ranks, which all ask at the same time.
-        keep: False on ranks that write nothing: they take part, and hold no more than a tensor at a time.
+        state: Of the same structure on all ranks, which must all call this.
+        keep: False on ranks that write nothing: they take part and hold no more than one full tensor at a time.
     """
     found: dict[int, Tensor] = {}
 
@@ -187,12 +196,12 @@ def gather_state(state: Any, *, keep: bool) -> Any:
 
 
 def scatter_state(state: Any, parameters: Mapping[str, Tensor], device: torch.device) -> Any:
-    """What `gather_state` was given: a tensor under a parameter's name, of its shape, is sharded as the parameter is.
+    """Return what `gather_state` was given: a tensor with a parameter's name and shape is sharded as the parameter is.
 
     Args:
-        state: Nested plain data and whole tensors.
-        parameters: By name, sharded.
-        device: For all other tensors.
+        state: Nested plain data and full tensors.
+        parameters: The sharded parameters by name.
+        device: Where all other tensors are moved to.
     """
     found: dict[int, Tensor] = {}
 
@@ -210,10 +219,10 @@ def scatter_state(state: Any, parameters: Mapping[str, Tensor], device: torch.de
 
 
 def make_optimizer(component: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The optimizer that a component makes, fused where torch can.
+    """Return the optimizer that a component creates, with torch's fused kernels where they exist.
 
     Raises:
-        UsageError: It looks at more than one element of a tensor at a time, and a rank has only some of the rows.
+        UsageError: A model is sharded, and the optimizer is not known to treat each element by itself.
     """
     if not any(is_sharded(each) for group in groups for each in group["params"]):
         made: torch.optim.Optimizer = component.make(groups, fused=True)
@@ -221,47 +230,53 @@ def make_optimizer(component: Any, groups: list[dict[str, Any]]) -> torch.optim.
     plain: torch.optim.Optimizer = component.make(groups, fused=False)
     if type(plain) not in _ELEMENTWISE_OPTIMIZERS:
         raise UsageError(
-            f"{type(plain).__name__} does not go with --shard",
+            f"{type(plain).__name__} cannot be combined with --shard",
             where="--optimizer",
-            why="each rank has some rows of a tensor, and only optimizers that treat each element by itself are known "
-            "to give what they give on the whole",
+            why="each rank holds some rows of a tensor, and only optimizers that treat each element by itself update "
+            "shards as they update the full tensor",
             fix=f"use one of {', '.join(kind.__name__ for kind in _ELEMENTWISE_OPTIMIZERS)}",
         )
-    fused = isinstance(plain, (torch.optim.AdamW, torch.optim.Adam))  # torch has no fused SGD for sharded tensors
+    fused = isinstance(plain, (torch.optim.AdamW, torch.optim.Adam))  # torch has no fused SGD for DTensors
     return component.make(groups, fused=True) if fused else plain
 
 
 def check_loss(loss: Tensor) -> Tensor:
-    """The loss as it is.
+    """Return the loss as it is.
 
     Raises:
-        UsageError: It was computed from the weights themselves, of which each rank has a part.
+        UsageError: It was computed directly from weights, of which each rank holds a shard.
     """
     if is_sharded(loss):
         raise UsageError(
-            "the loss reads the weights themselves",
+            "the loss is computed directly from weights",
             where="--shard",
-            why="each rank has a part of them, so a penalty on weights would be counted otherwise than in one process",
+            why="each rank holds a shard of them, so a penalty on weights would differ from that of one process",
             fix="run without --shard, or with a strategy that has no such penalty",
         )
     return loss
 
 
 def incompatible_error(error: PluginError) -> UsageError:
-    """Why a sharded model does not take the data; mostly one that uses a layer's weights without calling the layer."""
+    """Return the error for a model that does not accept the data once it is sharded.
+
+    The usual cause is a model that uses a layer's weights without calling the layer.
+    """
     return UsageError(
-        f"{error.what}, sharded as it is",
+        f"{error.what} once it is sharded",
         where=error.where,
         why=error.why,
-        fix="see that it runs without --shard; each layer must be called for its weights to be gathered",
+        fix="check that it runs without --shard; a layer must be called for its weights to be gathered",
     )
 
 
 def out_of_memory_error(error: BaseException, *, where: str, flag: str) -> HaltError:
-    """The end of a run whose memory ran out: the other ranks are in the midst of a pass, so none can begin again."""
+    """Return the error that ends a sharded run whose memory ran out.
+
+    The other ranks are in the middle of a pass, so no rank can repeat it with a smaller batch.
+    """
     return HaltError(
-        "memory ran out while the model was sharded",
+        "a sharded run ran out of memory",
         where=where,
         why=str(error).partition("\n")[0],
-        fix=f"begin again with a smaller {flag}, or on more ranks",
+        fix=f"start again with a smaller {flag}, or on more ranks",
     )

@@ -1,4 +1,4 @@
-"""A model with its layer groups and its head, and how it is called and read."""
+"""A model with its layer groups and its head, and how it is called."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from tuneforge.engine.model.modes import eval_mode
 from tuneforge.errors import PluginError
 from tuneforge.plugin.results import LayerGroupInfo
 
 NORMS = (
-    nn.modules.batchnorm._NormBase,  # the only common base of batch and instance norms
+    nn.modules.batchnorm._NormBase,  # the only common base class of batch and instance norms
     nn.LayerNorm,
     nn.GroupNorm,
     nn.LocalResponseNorm,
@@ -27,7 +28,7 @@ def _names(values: Iterable[str]) -> tuple[str, ...]:
 
 @attrs.frozen
 class LayerGroup:
-    """A layer group: modules that freeze and thaw together.
+    """A layer group: modules that are frozen and unfrozen together.
 
     Args:
         name: As selectors write it.
@@ -38,7 +39,7 @@ class LayerGroup:
     prefixes: tuple[str, ...] = attrs.field(converter=_names)
 
     def contains(self, parameter: str) -> bool:
-        """True where the parameter of that name lies under one of the prefixes."""
+        """Return True if the parameter lies under one of the prefixes."""
         return any(parameter == prefix or parameter.startswith(prefix + ".") for prefix in self.prefixes)
 
 
@@ -48,18 +49,18 @@ def _groups(values: Iterable[LayerGroup]) -> tuple[LayerGroup, ...]:
 
 @attrs.frozen(eq=False)
 class Model:
-    """What `model_adapt` passes along its chain.
+    """A network with its layer groups and its head: what `model_adapt` hooks pass along their chain.
 
     Args:
-        module: The network. It takes ready inputs: one tensor, or a mapping's tensors by keyword.
-        groups: Layer groups from the input to the answer; together they hold every parameter once. The last is the
-            head.
-        head: Path of the module that gives the answer, such as `"fc"`; a linear layer or a 1x1 convolution.
-        labels: Names of the outputs as the weights know them; empty where they have none.
-        pretrained_labels: Those of `labels` whose head rows came with the weights; the others start fresh.
-        changes: What each adapter changed, a sentence each; printed and stored.
-        user_frozen: Parameters that never train, whatever a selector says.
-        pretrained: False where every weight is fresh, so that there is nothing to keep by freezing.
+        module: The network. It takes prepared inputs: one tensor, or a mapping whose tensors are passed by keyword.
+        groups: Layer groups from the input to the output; together they contain every parameter once. The last one is
+            the head.
+        head: Path of the module that computes the output, such as `"fc"`; a linear layer or a 1x1 convolution.
+        labels: Names of the outputs; empty if they have none.
+        pretrained_labels: Those of `labels` whose rows of the head are pretrained; the others are randomly initialized.
+        changes: What each adapter changed, one sentence each; logged and stored.
+        user_frozen: Parameters that the user froze; they never train, whatever a selector matches.
+        pretrained: False if all weights are randomly initialized, so that freezing would preserve nothing.
 
     Raises:
         PluginError: A parameter lies in no group, or in two; two groups have one name; there is no module at `head`.
@@ -88,7 +89,7 @@ class Model:
                 raise PluginError(
                     f"parameter '{name}' lies in {'no layer group' if not holders else ' and '.join(holders)}",
                     where=", ".join(group.name for group in self.groups),
-                    why="together the groups must hold every parameter exactly once",
+                    why="every parameter must lie in exactly one group",
                     fix="give the module's path to one group",
                 )
         self.head_module()
@@ -110,28 +111,28 @@ class Model:
         return cls(module, groups=infer_layer_groups(module, head), head=head, labels=names, pretrained_labels=names)
 
     def head_module(self) -> nn.Module:
-        """The module that gives the answer."""
+        """Return the module that computes the output."""
         try:
             return self.module.get_submodule(self.head)
         except AttributeError:
             raise PluginError(f"the model has no module '{self.head}'", why="it was named as the head") from None
 
     def with_head(self, module: nn.Module, **fields: Any) -> Model:
-        """The same model with another module at its head (the network is changed in place)."""
+        """Replace the head in the network, in place, and return the model with these fields changed."""
         parent, _, name = self.head.rpartition(".")
         setattr(self.module.get_submodule(parent), name, module)
         return attrs.evolve(self, **fields)
 
     def with_change(self, sentence: str, **fields: Any) -> Model:
-        """The same model with one more sentence on what an adapter did."""
+        """Return the same model with one more sentence about what an adapter changed."""
         return attrs.evolve(self, changes=(*self.changes, sentence), **fields)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Every parameter by name; a tied one once, under its first name."""
+        """Return every parameter by name; a tied one is listed once, under its first name."""
         return dict(self.module.named_parameters())
 
     def group_infos(self) -> tuple[LayerGroupInfo, ...]:
-        """The groups as strategies see them."""
+        """Return the layer groups as strategies see them."""
         named = self.parameters()
         members = {group.name: [name for name in named if group.contains(name)] for group in self.groups}
         return tuple(
@@ -142,19 +143,19 @@ class Model:
         )
 
     def depth_of(self, parameter: str) -> int:
-        """Groups between a parameter's and the answer: 0 for the head."""
+        """Return the number of layer groups after the one of the parameter: 0 for the head."""
         index = next(index for index, group in enumerate(self.groups) if group.contains(parameter))
         return len(self.groups) - 1 - index
 
 
 def call_module(module: nn.Module, inputs: Any) -> Any:
-    """The module's output for ready inputs: a mapping goes in by keyword."""
-    plain = isinstance(inputs, Tensor) or not isinstance(inputs, Mapping)  # the first is the quicker question
+    """Return the module's output for prepared inputs; the tensors of a mapping are passed by keyword."""
+    plain = isinstance(inputs, Tensor) or not isinstance(inputs, Mapping)  # the first check is the faster one
     return module(inputs) if plain else module(**inputs)
 
 
 def extract_logits(output: Any) -> Any:
-    """The tensor that answers, where a module returns more: its `logits`, or the first of a tuple."""
+    """Return the logits of an output: a tensor itself, its `logits`, or the first element of a tuple."""
     if isinstance(output, Tensor):
         return output
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -164,81 +165,77 @@ def extract_logits(output: Any) -> Any:
 
 
 def accepts_inputs(model: Model, example: Any) -> bool:
-    """True where the module takes ready inputs without an error; only a buffer that its forward pass writes moves."""
+    """Return True if a forward pass with these inputs raises nothing; modes are restored."""
     try:
         _try_forward(model, example)
-    except Exception:  # noqa: BLE001 - whatever a module raises, the answer is no; `check_output` shows it
+    except Exception:  # noqa: BLE001 - a module may raise anything; `check_output` reports it
         return False
     return True
 
 
 def check_output(model: Model, example: Any) -> None:
-    """See that the module takes the data and that its head gives the answer.
+    """Check that the module accepts the data and that its head computes the output.
 
     Raises:
-        PluginError: It does not; the message says which.
+        PluginError: One of them fails; the message says which.
     """
     name = type(model.module).__name__
     try:
         output, heads = _try_forward(model, example)
     except Exception as error:
         raise PluginError(
-            f"{name} cannot take the data",
+            f"{name} does not accept the data",
             where=f"inputs {format_shapes(example)}",
             why=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
-            fix="choose a model, adapters or data options that fit one another",
+            fix="choose a model, adapters and data options that match",
         ) from error
     if not isinstance(output, Tensor):
         raise PluginError(
-            f"{name} answers with {type(output).__name__}",
-            why="a tensor, a tuple that begins with one, or something with `logits` is expected",
-            fix="return the answer as a tensor",
+            f"{name} returns {type(output).__name__}",
+            why="it must return a tensor, a tuple that begins with one, or an object with `logits`",
+            fix="return the logits as a tensor",
         )
     if not any(head.shape[-1] == output.shape[-1] or head.shape[1:2] == output.shape[1:2] for head in heads):
         raise PluginError(
-            f"the head '{model.head}' does not give the answer of {name}",
-            why="it gives " + (", ".join(str(tuple(head.shape)) for head in heads) or "nothing, it is not called"),
-            fix="name the module that answers: Model.from_module(module, head='path.of.it')",
+            f"the head '{model.head}' does not compute the output of {name}",
+            why="its output is " + (", ".join(str(tuple(head.shape)) for head in heads) or "missing: it is not called"),
+            fix="name the module that computes the logits: Model.from_module(module, head='path.of.it')",
         )
 
 
 def format_shapes(inputs: Any) -> str:
-    """Shapes of a batch of inputs, by name where there are several."""
+    """Return the shapes of a batch of inputs as text, by name if there are several."""
     if isinstance(inputs, Mapping):
         return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
     return str(tuple(inputs.shape)) if isinstance(inputs, Tensor) else type(inputs).__name__
 
 
 def _try_forward(model: Model, example: Any) -> tuple[Any, list[Tensor]]:
-    """The answer for the example and what the head gave on the way, in eval mode, without a trace."""
+    """Return the output for the example, and the outputs of the head on the way, from a forward pass in eval mode."""
     heads: list[Tensor] = []
     handle = model.head_module().register_forward_hook(lambda module, args, output: heads.append(output))
-    before = [(module, module.training) for module in model.module.modules()]
     try:
-        model.module.eval()
-        with torch.no_grad():
-            return extract_logits(call_module(model.module, example)), [
-                head for head in heads if isinstance(head, Tensor)
-            ]
+        with eval_mode(model.module), torch.no_grad():
+            output = extract_logits(call_module(model.module, example))
     finally:
-        for module, training in before:
-            module.training = training
         handle.remove()
+    return output, [head for head in heads if isinstance(head, Tensor)]
 
 
 def infer_layer_groups(module: nn.Module, head: str) -> tuple[LayerGroup, ...]:
-    """Layer groups of any module, from its structure.
+    """Return layer groups of any module, inferred from its structure.
 
-    The children are the groups. A sequence that holds more than half of all parameters is opened into its members, as
-    is whatever contains the head; a norm stays with the layer before it. What lies under `head` is the last group.
+    Each child is a group. A sequential container with more than half of all parameters is split into its members, and
+    so is whatever contains the head. A norm layer belongs to the group before it. Everything below `head` is the last
+    group.
     """
     found = [group for group in _expand_groups(module, "", head, _count_parameters(module)) if group.name != head]
-    below = [LayerGroup("not-the-head" if group.name == "head" else group.name, group.prefixes) for group in found]
+    below = [LayerGroup("pre-head" if group.name == "head" else group.name, group.prefixes) for group in found]
     return (*below, LayerGroup("head", (head,)))
 
 
 def _expand_groups(module: nn.Module, path: str, head: str, total: int) -> list[LayerGroup]:
-    """Groups below `path`, opened where one is too large or contains the head."""
+    """Return the groups below `path`, split where one is too large or contains the head."""
     own = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
     groups = [LayerGroup(name, (name,)) for name in own]
     for name, child in module.named_children():
@@ -263,7 +260,7 @@ def _find_last_linear(module: nn.Module) -> str:
     if not linear:
         raise PluginError(
             f"no linear layer in {type(module).__name__}",
-            why="the last linear layer is taken for the head",
+            why="without a name, the last linear layer is the head",
             fix="name the head: Model.from_module(module, head='path.of.it')",
         )
     return str(linear[-1])

@@ -1,4 +1,4 @@
-"""The run's one optimizer: groups re-partitioned at each phase, state kept by parameter name."""
+"""The optimizer of a run: parameter groups are rebuilt for each phase, and state is kept by parameter name."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ PEAK_LR = "peak_lr"
 class Optimization:
     """The optimizer over the phases of a run.
 
-    The state of a tensor (its moments) lives as long as the tensor trains without a break; freezing it drops its
-    state. A phase that asks for another optimizer, or for other options of it, gets a new one.
+    The optimizer state of a parameter lives as long as the parameter trains in every phase; freezing it drops the
+    state. A phase with another optimizer, or with other options of it, starts without state.
+
+    Args:
+        component: The component that creates the optimizer.
+        optimizer: The torch optimizer; None before the first phase.
+        pending_state: State of a checkpoint by parameter name, loaded at the next `set_param_groups`.
     """
 
     component: Any = None
@@ -30,14 +35,14 @@ class Optimization:
     pending_state: dict[str, dict[str, Any]] = attrs.field(factory=dict)
 
     def set_param_groups(self, model: Model, phase: Phase, trainable: list[str], component: Any, *, same: bool) -> None:
-        """Partition what trains into groups, and drop the state of what no longer does.
+        """Partition the trained parameters into groups, and drop the state of those that no longer train.
 
         Args:
-            model: After `freeze`.
-            phase: Gives rates and decay.
+            model: The model, after `freeze`.
+            phase: Gives learning rates and weight decay.
             trainable: Names of the parameters that train.
             component: The optimizer component to use.
-            same: True where `component` is what the phase before used: then the state of tensors goes on.
+            same: True if the phase before used an equal component; the state of its parameters is then kept.
         """
         groups = parameter_groups(model, phase, trainable, weight_decay=component.weight_decay)
         if self.optimizer is None or not same:
@@ -58,7 +63,7 @@ class Optimization:
         self.pending_state = {}
 
     def set_lr_factor(self, factor: float) -> None:
-        """Set every group's rate to `factor` times its peak."""
+        """Set every group's learning rate to `factor` times its peak."""
         for group in self._require_optimizer().param_groups:
             group["lr"] = group[PEAK_LR] * factor
 
@@ -71,13 +76,13 @@ class Optimization:
                 parameter.grad = None
 
     def reset_state(self) -> None:
-        """Drop the moments of every tensor, because its weights were replaced."""
+        """Drop the state of every parameter, because weights were replaced."""
         self.pending_state = {}
         if self.optimizer is not None:
             self.optimizer.state.clear()
 
     def state(self, model: Model) -> dict[str, dict[str, Any]]:
-        """What the optimizer remembers, by parameter name; `set_param_groups` takes it back from `pending_state`."""
+        """Return the optimizer's state by parameter name; assign it to `pending_state` to resume."""
         if self.optimizer is None:
             return self.pending_state
         return {
@@ -87,7 +92,7 @@ class Optimization:
         }
 
     def load_state(self, model: Model, state: dict[str, dict[str, Any]]) -> None:
-        """Go back to what `state` gave, of the tensors that train now."""
+        """Replace the optimizer's state by what `state` returned, for the parameters that train now."""
         optimizer = self._require_optimizer()
         optimizer.state.clear()
         for name, parameter in model.parameters().items():
@@ -96,11 +101,11 @@ class Optimization:
                 optimizer.state[parameter][key] = _match_layout(parameter, kept)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups with their present rates."""
+        """Return the optimizer's parameter groups with their present learning rates."""
         return self._require_optimizer().param_groups
 
     def lrs(self) -> list[float]:
-        """The groups' present rates, highest first."""
+        """Return the present learning rates of the groups, highest first."""
         return sorted({group["lr"] for group in self._require_optimizer().param_groups}, reverse=True)
 
     def _require_optimizer(self) -> torch.optim.Optimizer:
@@ -109,38 +114,38 @@ class Optimization:
 
 
 def _match_layout(parameter: nn.Parameter, value: Any) -> Any:
-    """A moment in the memory layout of its parameter, which fused kernels take for granted."""
+    """Return a state tensor in the memory layout of its parameter, which fused kernels rely on."""
     if isinstance(value, Tensor) and value.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     return value
 
 
 def parameter_groups(model: Model, phase: Phase, trainable: list[str], *, weight_decay: float) -> list[dict[str, Any]]:
-    """Partition the trained parameters by rate and decay, in as few groups as that allows.
+    """Partition the trained parameters by learning rate and weight decay, in as few groups as that allows.
 
     Args:
         model: Whose parameters.
-        phase: Gives the peak rate, its decay by layer group and its factors by selector.
+        phase: Gives the peak learning rate, its decay by layer group and its factors by selector.
         trainable: Names of the parameters that train.
-        weight_decay: The optimizer's default for matrices; `phase.weight_decay` beats it.
+        weight_decay: The optimizer's default; `phase.weight_decay` overrides it.
 
     Returns:
-        Groups of equal rate and equal decay; norms and biases are not decayed.
+        Groups of equal learning rate and equal weight decay; norms and biases are not decayed.
 
     Raises:
-        SelectorError: A selector of `phase.lr_scales` matches nothing that trains.
+        SelectorError: A selector of `phase.lr_scales` matches no parameter that trains.
     """
     decay = weight_decay if phase.weight_decay is None else phase.weight_decay
     scales = _lr_scales(model, phase, trainable)
-    plain = no_weight_decay(model.module)
+    undecayed = no_weight_decay(model.module)
     named = model.parameters()
     partition: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name in trainable:
-        rate = phase.lr * phase.layer_decay ** model.depth_of(name) * scales.get(name, 1.0)
-        partition.setdefault((rate, 0.0 if name in plain else decay), []).append(named[name])
+        lr = phase.lr * phase.layer_decay ** model.depth_of(name) * scales.get(name, 1.0)
+        partition.setdefault((lr, 0.0 if name in undecayed else decay), []).append(named[name])
     return [
-        {"params": parameters, "lr": rate, PEAK_LR: rate, "weight_decay": decayed}
-        for (rate, decayed), parameters in partition.items()
+        {"params": parameters, "lr": lr, PEAK_LR: lr, "weight_decay": group_decay}
+        for (lr, group_decay), parameters in partition.items()
     ]
 
 
@@ -150,17 +155,17 @@ def _lr_scales(model: Model, phase: Phase, trained: list[str]) -> dict[str, floa
         names = [name for name in select(model, [selector]) if name in set(trained)]
         if not names:
             raise SelectorError(
-                f"lr_scales names '{selector}', of which nothing trains",
+                f"lr_scales names '{selector}', which matches no parameter that trains",
                 where=f"phase '{phase.name}'",
                 why=f"the phase trains {' and '.join(phase.train)}",
-                fix="leave it out, or train it",
+                fix="remove it, or train what it matches",
             )
         scales |= dict.fromkeys(names, scale)
     return scales
 
 
 def no_weight_decay(module: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay leaves alone: of norms, biases, and all that have one axis."""
+    """Return the names of the parameters without weight decay: those of norms, biases, and all of at most one axis."""
     norms = [path for path, child in module.named_modules() if isinstance(child, NORMS)]
     return {
         name

@@ -23,8 +23,8 @@ from tuneforge.engine.loop.phase_components import PhaseComponents, create_compo
 from tuneforge.engine.loop.train_phase import train_phase
 from tuneforge.engine.loop.weight_average import Snapshot, average_weights
 from tuneforge.engine.model import device, fsdp
-from tuneforge.engine.model.freezing import full_state
 from tuneforge.engine.model.model import Model
+from tuneforge.engine.model.module_state import full_state
 from tuneforge.engine.session import messages
 from tuneforge.engine.session.components import (
     as_list,

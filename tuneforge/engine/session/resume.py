@@ -16,7 +16,7 @@ from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.train_phase import PhaseProgress
 from tuneforge.engine.loop.weight_average import Snapshot, take_snapshot
 from tuneforge.engine.model import fsdp
-from tuneforge.engine.model.freezing import full_state, restore_state
+from tuneforge.engine.model.module_state import full_state, restore_state
 from tuneforge.engine.session.run_log import DETERMINISM_KEYS, describe_environment
 from tuneforge.engine.storage import checkpoint, fault_injection
 from tuneforge.engine.storage.checkpoint import Checkpoints

@@ -1,0 +1,55 @@
+"""Training mode and eval mode of modules: how they are set, and how they are restored after a forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from tuneforge.engine.model.module_state import restore_state
+
+Modes = list[tuple[nn.Module, bool]]
+"""Each module with True for training mode, a parent before its children."""
+
+
+def get_modes(module: nn.Module) -> Modes:
+    """Return the present mode of a module and of all modules in it."""
+    return [(child, child.training) for child in module.modules()]
+
+
+def set_modes(modes: Modes) -> None:
+    """Put each module into its mode; a module that is already in it costs one comparison.
+
+    A module that overrides `train` (to merge weights for evaluation, for example) is switched by calling it. Its
+    children come later in the list, so a `train` that switches them too does no harm.
+    """
+    for module, training in modes:
+        if module.training is not training:
+            if type(module).train is nn.Module.train:
+                module.training = training
+            else:
+                module.train(training)
+
+
+@contextlib.contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode, and restore the mode of each of its modules afterwards."""
+    before = get_modes(module)
+    try:
+        module.eval()
+        yield
+    finally:
+        set_modes(before)
+
+
+@contextlib.contextmanager
+def preserve_modes_and_buffers(module: nn.Module) -> Iterator[None]:
+    """Restore modes and buffers afterwards: in training mode a forward pass changes BatchNorm's running statistics."""
+    before = get_modes(module)
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        yield
+    finally:
+        set_modes(before)
+        restore_state(module, buffers)
