@@ -260,7 +260,7 @@ def test_a_run_that_is_not_done_is_neither_reported_nor_used(run, tmp_path):
         code, _, err = run(*arguments)
         assert code == 73
         assert "it is failed" in err
-        assert "begin again with tuneforge run" in err
+        assert "start a new one with tuneforge run" in err
 
 
 def test_nothing_to_resume_is_said(run, tmp_path, monkeypatch):

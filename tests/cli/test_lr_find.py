@@ -138,7 +138,7 @@ def test_the_command_prints_a_table_and_a_suggestion_and_draws(run, tmp_path, mo
     assert lines[0].startswith("trains: ")
     assert lines[0].endswith("(head)")
     assert len([line for line in lines if line[:8].strip()[:1].isdigit()]) == 25
-    assert [sum(line.endswith(mark) for line in lines) for mark in ("  least", "  steepest")] == [1, 1]
+    assert [sum(line.endswith(mark) for line in lines) for mark in ("  lowest", "  steepest")] == [1, 1]
     assert any(line.startswith("suggestion: ") for line in lines)
     assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["rates.png"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tuneforge.plugin.command_options import ComponentCommand, build_config, run_options
+from tuneforge.report.text_table import format_table
 
 if TYPE_CHECKING:
     from tuneforge.comparison.lr_range_test import LRFindResult
@@ -40,11 +41,12 @@ def _lr_find(**values: Any) -> None:
 
 def _print(result: LRFindResult) -> None:
     """Rates and losses as a table, and the suggestion."""
-    click.echo("      lr  loss after one step  smoothed")
-    for lr, loss in result.losses.items():
-        marks = {result.lowest_lr: "  least", result.steepest_lr: "  steepest"} if result.suggestion is not None else {}
-        smooth = f"{result.smoothed[lr]:.4f}" if lr in result.smoothed else "-"
-        click.echo(f"{lr:8.1e}  {loss:19.4f}  {smooth:>8}{marks.get(lr, '')}")
+    marks = {result.lowest_lr: "lowest", result.steepest_lr: "steepest"} if result.suggestion is not None else {}
+    rows = [
+        (f"{lr:.1e}", f"{loss:.4f}", f"{result.smoothed[lr]:.4f}" if lr in result.smoothed else "-", marks.get(lr, ""))
+        for lr, loss in result.losses.items()
+    ]
+    click.echo("\n".join(format_table(("lr", "loss after one step", "smoothed", ""), rows, right=range(3))))
     if result.suggestion is None:
         click.echo(f"no suggestion: {result.reason}")
         return

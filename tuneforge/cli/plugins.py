@@ -7,6 +7,7 @@ import json
 import click
 
 from tuneforge.plugin import registry
+from tuneforge.report.text_table import format_table
 
 
 @click.group()
@@ -21,23 +22,20 @@ def list_(hook: str | None, as_json: bool) -> None:
     """List every component: hook, name, aliases, distribution, version. Imports no plugin."""
     entries = registry.list_components() if hook is None else registry.list_components_of_group(hook)
     if as_json:
-        rows = [
+        content = [
             {
                 "hook": entry.group, "name": entry.name, "aliases": list(entry.aliases),
                 "distribution": entry.distribution, "version": entry.version, "target": entry.target,
             }
             for entry in entries
         ]  # fmt: skip
-        click.echo(json.dumps(rows, indent=1))
+        click.echo(json.dumps(content, indent=1))
         return
-    header = ("HOOK", "NAME", "ALIASES", "DISTRIBUTION")
-    table = [
+    rows = [
         (entry.group, entry.name, ", ".join(entry.aliases), f"{entry.distribution} {entry.version}")
         for entry in entries
     ]
-    widths = [max(len(row[column]) for row in (header, *table)) for column in range(4)]
-    for row in (header, *table):
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    click.echo("\n".join(format_table(("HOOK", "NAME", "ALIASES", "DISTRIBUTION"), rows)))
 
 
 @plugins.command()

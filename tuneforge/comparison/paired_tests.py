@@ -65,10 +65,9 @@ def paired_t_test(first: Sequence[float], second: Sequence[float]) -> PairedTest
         if not differences.any():
             return PairedTest(count, mean, std, 0.0, 0.0, 1.0)
         return PairedTest(count, mean, std, reason_untested="every seed gives the same difference")
-    error = std / math.sqrt(count)
-    p = 2 * float(stats.t.sf(abs(mean) / error, count - 1))
-    half = std * ci_half_width(count)
-    return PairedTest(count, mean, std, mean - half, mean + half, p)
+    result = stats.ttest_rel(first, second)
+    interval = result.confidence_interval(1 - ALPHA)
+    return PairedTest(count, mean, std, float(interval.low), float(interval.high), float(result.pvalue))
 
 
 def holm_correction(p_values: Sequence[float | None], *, num_comparisons: int) -> list[float | None]:

@@ -26,6 +26,7 @@ from tuneforge.engine.storage.run_dir import nonfinite_to_none
 from tuneforge.plugin.config import parse_budget
 from tuneforge.report import plots as plots
 from tuneforge.report.report import format_duration, format_metric
+from tuneforge.report.text_table import format_table
 
 RESULTS, COSTS, TABLE, COST_PLOT = "results.json", "costs.json", "table.txt", "cost.svg"
 _UNKNOWN = "-"
@@ -192,7 +193,7 @@ def _format_lines(ranking: Ranking, soup: Mapping[str, Any] | None, test: Mappin
             f"average of {len(soup['ingredients'])} of {len(soup['candidates'])} runs, chosen on validation: not tested"
         )
         rows.insert(len(ranking.ranked), [soup["name"], format_metric(soup["value"]), *[_UNKNOWN] * 6, words])
-    yield from _align_columns([*head, "verdict"], rows)
+    yield from format_table([*head, "verdict"], rows, right=range(1, len(head)))
     yield ""
     yield describe_decision(ranking)
     for name, found in test.items():
@@ -219,17 +220,6 @@ def _format_cells(ranking: Ranking, row: CandidateResult) -> list[str]:
         _format_p_value(p),
         ranking.describe_verdict(row),
     ]
-
-
-def _align_columns(head: list[str], rows: list[list[str]]) -> Iterator[str]:
-    """Columns as wide as what they hold; names and words to the left, numbers to the right, the last one as it is."""
-    widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head) - 1)]
-    for row in [head, *rows]:
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:], strict=True)),
-        ]
-        yield "  ".join([*cells, row[-1]])
 
 
 def _write(comparison: Comparison, folder: Path, ranking: Ranking) -> None:

@@ -97,7 +97,7 @@ def threads_per_process(num_processes: int) -> int:
 
 def _start_worker(places: SimpleQueue[int], num_threads: int) -> None:
     """Prepare a worker process: its threads and accelerator, and an end together with the process that started it."""
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     torch.set_num_threads(num_threads)
     threadpool_limits(num_threads)

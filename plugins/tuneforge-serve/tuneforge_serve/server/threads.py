@@ -25,6 +25,6 @@ def limit_to_one_thread() -> Any:
 
 @cache
 def _thread_pools() -> Any:
-    from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]  # comes with scikit-learn
+    from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController()
