@@ -25,8 +25,8 @@ NOT_RUN = ("import", "resume", "serve", "test-endpoint", "retrain")
 
 SHORT = {
     "digits": ["--data.per-class", "3", "--data.other-share", "0"],
-    "image-folder": ["--data.size", "32", "--strategy.epochs", "1"],
-    "image-csv": ["--strategy.epochs", "1"],
+    "image-folder": ["--data.size", "32", "--strategy.epochs", "15"],
+    "image-csv": ["--strategy.epochs", "1", "--data.val", "0.2", "--data.test", "0.2"],
     "table-csv": ["--strategy.epochs", "1"],
 }
 """Flags that make a command short, by the data it names; the last flag of a name counts."""
