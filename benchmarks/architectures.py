@@ -56,12 +56,12 @@ def compared(arch: str, count: int) -> tuple[str, ...]:
             )  # fmt: skip
         ends.append(done.result.model.module)
         phases.append([step for step, _ in done.result.strategy_steps])
-    cached = next(line.strip() for line in said if line.strip().startswith(("cached:", "not cached:")))
+    cached = next(line.strip() for line in said if line.strip().startswith("feature cache: o"))
     final = [logits(end, x_test, 64) for end in ends]
     apart = largest(*final)
     sizes = max(largest(final[1], logits(ends[1], x_test, batch)) for batch in (16, 1))
     same, within = ("yes" if each else "no" for each in (phases[0] == phases[1], apart <= sizes))
-    kept = "yes" if cached.startswith("cached") else cached.replace("not cached", "no")
+    kept = "yes" if cached.startswith("feature cache: on") else cached.replace("feature cache: off", "no")
     return arch, str(side), kept, same, f"{apart:.1e}", f"{sizes:.1e}", within
 
 

@@ -65,8 +65,8 @@ def mute(monkeypatch):
 
 MISTAKES = [
     (broken.RemembersInItself, rows.check_resume_at_phase_boundaries, "model.safetensors"),
-    (broken.ThrowsDice, rows.check_resume_at_phase_boundaries, "not what it was"),
-    (broken.ThrowsDice, rows.check_schedules_survive_resume, "not what it was"),
+    (broken.ThrowsDice, rows.check_resume_at_phase_boundaries, "differs from that of the stopped run"),
+    (broken.ThrowsDice, rows.check_schedules_survive_resume, "differs from that of the stopped run"),
     (broken.CountsProbes, rows.check_diagnosis_has_no_side_effects, "model.safetensors"),
     (broken.WakesNorms, rows.check_frozen_batchnorm_statistics, "normalises with the batch"),
     (broken.WakesNorms, rows.check_frozen_dropout_is_off, "dropout"),

@@ -66,7 +66,7 @@ def test_flags_that_agree_are_taken_and_the_run_goes_on(run, half):
     folder = half("runs/a", *TOLD)
     code, out, err = run("resume", "runs/a", *TOLD, "--batch-size", "32", "--out", "runs/a")
     assert code == 0, err
-    assert "resumed from checkpoint '000002-step-2': in step 1 of the strategy, 2 optimizer step(s) taken" in out
+    assert "resumed from checkpoint '000002-step-2': in strategy step 1, 2 optimizer steps done" in out
     assert "continuing with the evaluation after optimizer step 2, epoch 1" in out
     assert state(folder) == "done"
 
@@ -167,7 +167,7 @@ def test_a_run_of_python_objects_says_what_to_give_again(run, tmp_path, tune, mo
     (folder / "status.json").write_text('{"state": "stopped"}')
     code, _, err = run("resume", folder)
     assert code == 73
-    assert "was given this part as a Python object" in err
+    assert "was given this component as a Python object" in err
 
 
 # Signals, to real processes
@@ -266,7 +266,7 @@ def test_the_second_signal_leaves_at_once_wherever_the_process_is(tmp_path, whol
     os.killpg(process.pid, second)
     assert ended(process)[0] == code
     assert time.monotonic() - began < 5
-    assert "in step 2 of the strategy, 4 optimizer step(s) taken" in check_resumed(tmp_path, whole)
+    assert "in strategy step 2, 4 optimizer steps done" in check_resumed(tmp_path, whole)
 
 
 @pytest.mark.slow

@@ -289,7 +289,7 @@ def test_classes_stand_in_the_order_of_their_recall(digits, html):
 def test_steps_tell_why_they_ended_and_what_never_moved(html):
     text = Elements(html).text
     assert (
-        "1. head phase train head, 3 epoch(s), lr 0.001 all 3 epochs done best epoch: 2 1\N{EN DASH}3 5,643 1,568,832"
+        "1. head phase training head, 3 epochs, lr 1e-3 all 3 epochs done best epoch: 2 1\N{EN DASH}3 5,643 1,568,832"
         in text
     )
     assert "all 5 epochs done best epoch: 7 4\N{EN DASH}8" in text

@@ -80,4 +80,4 @@ class ProgressDisplay:
             if not told and done >= _MIN_STEPS and seconds >= _MIN_S:
                 told = True
                 left = seconds / done * (run.total_steps - run.steps_done)
-                self.log(f"  about {left:.0f} s to go in this phase ({1000 * seconds / done:.1f} ms a step)")
+                self.log(f"  estimated {left:.0f} s left in this phase ({1000 * seconds / done:.1f} ms per step)")

@@ -15,6 +15,6 @@ def option_prefix(reference: str) -> str:
     return to_kebab_case(reference.rpartition(":")[2]) if ":" in reference else reference.rpartition("/")[2]
 
 
-def format_count(number: int, noun: str) -> str:
-    """`1 epoch`, `3 epochs`, `2,048 samples`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def format_count(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: `1 epoch`, `2,048 samples`; `plural` is for nouns that do not just add an s."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

@@ -224,9 +224,7 @@ def _build_steps(record: _RunRecord) -> list[dict[str, Any]]:
     out, before = [], 0
     for line in record.steps:
         step, result = line["step"], line["result"]
-        kind = type(step).__name__.lower()
-        what = story.format_step(step).removeprefix(f"{kind} '{step.name}': ")
-        told = {"kind": kind, "name": step.name, "what": what, "why": step.why}
+        told = {"kind": story.step_kind(step), "name": step.name, "what": story.describe_step(step), "why": step.why}
         if isinstance(result, Diagnostics):
             out.append({**told, "result": None, "diagnostics": dict(result.values)})
             continue

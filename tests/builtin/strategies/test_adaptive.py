@@ -141,7 +141,7 @@ def test_reasons_are_printed_and_stored(tune):
     lines = [json.loads(line) for line in (result.run_dir / "steps.jsonl").read_text().splitlines()]
     reasons = [line["step"]["why"] for line in lines]
     assert len(reasons) >= 4
-    assert all(f"  because {reason}" in said for reason in reasons)
+    assert all(f"  reason: {reason}" in said for reason in reasons)
 
 
 def test_the_run_ends_on_the_best_round(tune):

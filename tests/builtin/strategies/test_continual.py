@@ -163,5 +163,5 @@ def test_replay_draws_its_share_of_old_samples(tune):
 
 
 def test_replay_says_what_is_missing_where_the_data_name_no_old_samples(tune):
-    with pytest.raises(tf.DataError, match="mixes 'old', and the data has no such part"):
+    with pytest.raises(tf.DataError, match="mixes sample group 'old', which the data does not have"):
         tune(Replay(epochs=1))

@@ -195,7 +195,7 @@ def test_l2_sp_leaves_the_frozen_prefix_to_be_kept(tune, monkeypatch):
     net.first.requires_grad_(False)
     judge = Judge(3.0, 0.5, start())
     result = tune(L2SP(epochs=2, lr=0.01, alpha=3.0, beta=0.5), model=net, callbacks=[judge])
-    assert "  cached: what the frozen part gives" in (result.run_dir / "log.txt").read_text()
+    assert "  feature cache: on" in (result.run_dir / "log.txt").read_text()
     assert judge.found == pytest.approx(judge.expected, rel=1e-5)
     assert judge.pull[-1] > 0
 

@@ -105,7 +105,7 @@ def test_the_phase_ends_after_the_step_and_the_run_as_usual(tmp_path):
     assert result.report["stopped_by_budget"] == 8
     assert set(result.report["splits"]) == {"val", "test"}
     assert read(tmp_path / "r", "status.json")["state"] == "done"
-    assert "budget of 8steps spent at step 8, so no further step is taken" in (tmp_path / "r" / "log.txt").read_text()
+    assert "stopping: budget of 8steps spent at step 8" in (tmp_path / "r" / "log.txt").read_text()
 
 
 def test_a_run_within_its_budget_says_nothing_of_it(tmp_path):

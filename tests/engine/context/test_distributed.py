@@ -79,7 +79,7 @@ def test_ranks_end_each_phase_as_one_process_does_on_the_same_batches(alone, tmp
     assert mine["test"]["confusion"] == theirs["test"]["confusion"]
     lines = [(each / "run/metrics.jsonl").read_text().splitlines() for each in (tmp_path, alone)]
     assert len(lines[0]) == len(lines[1]) == 4
-    assert "cached: what the frozen part gives" in (tmp_path / "run/log.txt").read_text()
+    assert "feature cache: on" in (tmp_path / "run/log.txt").read_text()
 
 
 @pytest.mark.parametrize(("first", "second", "stop"), [(2, 3, 2), (3, 1, 11), (1, 2, 13)][: None if FULL else 1])

@@ -158,7 +158,7 @@ def test_killed_processes_are_replaced_and_the_order_stays(count):
     kept.close()
     assert order == list(range(100))
     assert len(said) > 10
-    assert {line.partition("; ")[0] for line in said} == {"  warning: a process that decodes ahead has died (SIGKILL)"}
+    assert {line.partition("; ")[0] for line in said} == {"  warning: a data worker died (SIGKILL)"}
 
 
 def multiprocess_children():

@@ -43,7 +43,7 @@ def test_freeze_then_unfreeze_runs_on(arch, tmp_path):
     (_, head), (_, both) = result.strategy_steps
     moved = [name for name, tensor in kept["all"].items() if not torch.equal(tensor, kept["head"][name])]
     assert moved
-    assert [line for line in said if line.strip().startswith("cached")], said
+    assert [line for line in said if line.strip().startswith("feature cache: on")], said
     assert set(moved) <= set(result.model.group_infos()[-1].parameter_names)
     assert head.num_frozen > 100 * head.num_trainable
     assert both.num_frozen == 0

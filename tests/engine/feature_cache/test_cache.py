@@ -28,7 +28,7 @@ def cheap_counts(monkeypatch):
 def told(tune, strategy, **given):
     said = []
     result = tune(strategy, log=said.append, **given)
-    return result, [line.strip() for line in said if line.strip().startswith(("cached", "not cached"))]
+    return result, [line.strip() for line in said if line.strip().startswith("feature cache: o")]
 
 
 def weights(result):
@@ -42,8 +42,8 @@ def test_cached_and_uncached_phases_agree_and_repeat_to_the_bit(tune):
     cached, said = told(tune, PHASES, optimizer="sgd")
     again, _ = told(tune, PHASES, optimizer="sgd")
     plain, silent = told(tune, PHASES, cache="off", optimizer="sgd")
-    assert [line.partition(":")[0] for line in said] == ["cached", "cached"]
-    assert [line.partition(":")[0] for line in silent] == ["not cached", "not cached"]
+    assert [line.partition(" (")[0] for line in said] == ["feature cache: on", "feature cache: on"]
+    assert [line.partition(",")[0] for line in silent] == ["feature cache: off", "feature cache: off"]
     for name, tensor in weights(cached).items():
         assert torch.equal(tensor, weights(again)[name])
         assert torch.allclose(tensor, weights(plain)[name], atol=1e-5)
@@ -76,7 +76,7 @@ def test_each_sample_is_looked_at_once_however_many_epochs(tune):
 def reason(tune, network, phase=None, **given):
     _, said = told(tune, [phase or tf.Phase("head", train="head", epochs=2)], model=network, **given)
     (line,) = said
-    assert line.startswith("not cached: ")
+    assert line.startswith("feature cache: off, because ")
     return line
 
 
@@ -179,7 +179,7 @@ def test_a_model_that_can_be_split_is_and_gives_the_same(tune, network):
     phase = [tf.Phase("head", train="head", epochs=2, lr=0.05)]
     one, said = told(tune, phase, model=network())
     two, _ = told(tune, phase, model=network(), cache="off")
-    assert said[0].startswith("cached")
+    assert said[0].startswith("feature cache: on")
     for name, tensor in weights(one).items():
         assert torch.allclose(tensor, weights(two)[name], atol=1e-5)
 
@@ -188,7 +188,7 @@ def test_a_value_that_training_overwrites_is_not_read_stale(tune):
     phase = tf.Phase("x", train=("middle", "head"), epochs=2, lr=0.05)
     one, said = told(tune, [phase], model=tf.Model.from_module(InPlace(), head="head"))
     two, _ = told(tune, [phase], model=tf.Model.from_module(InPlace(), head="head"), cache="off")
-    assert said[0].startswith("cached")
+    assert said[0].startswith("feature cache: on")
     for name, tensor in weights(one).items():
         assert torch.allclose(tensor, weights(two)[name], atol=1e-6)
 
@@ -199,7 +199,7 @@ def test_hooks_and_moving_norms_are_not_cached(tune):
     assert "forward hooks" in reason(tune, hooked)
     moving = tf.Phase("head", train="head", epochs=2, batchnorm_stats="updating")
     _, said = told(tune, [moving], model=tiny_net())
-    assert said[0].startswith("cached")  # of what lies before the first norm that moves
+    assert said[0].startswith("feature cache: on")  # of what lies before the first norm that moves
 
 
 def test_a_component_that_needs_the_inputs_turns_it_off(tune):
@@ -227,7 +227,7 @@ def test_weights_and_sampling_reach_cached_batches(tune):
     phase = tf.Phase("head", train="head", epochs=2, class_weights={"b": 3.0}, sampling={"a": 0.0})
     one, said = told(tune, [phase])
     two, _ = told(tune, [phase], cache="off")
-    assert said[0].startswith("cached")
+    assert said[0].startswith("feature cache: on")
     assert torch.allclose(weights(one)["head.weight"], weights(two)["head.weight"], atol=1e-6)
 
 
@@ -258,7 +258,7 @@ TRIAL = 40  # samples of the trials on two or three samples, before anything is 
 
 def test_another_strategy_and_another_seed_find_the_features_and_compute_none(tune):
     _, said = told(tune, [HEAD], model=counted(tiny_net()))
-    assert said[0].endswith("one look at the data")
+    assert said[0].endswith("the frozen backbone runs once per sample")
     for given in ({"seed": 5}, {"optimizer": "sgd"}):
         network = counted(tiny_net())
         looks = {}
@@ -269,7 +269,7 @@ def test_another_strategy_and_another_seed_find_the_features_and_compute_none(tu
             looks["after"] = network.looks
 
         _, said = told(tune, before, model=network, **given)
-        assert said[0].endswith("nothing is computed again")
+        assert said[0].endswith("no new features are computed")
         assert looks["after"] - looks["before"] <= TRIAL + 2 * 64  # one batch of each split, to compare
 
 
@@ -277,8 +277,8 @@ def test_features_found_on_disk_give_the_same_bytes_as_computed_ones(tune):
     one, _ = told(tune, [HEAD])
     two, said = told(tune, [HEAD])
     three, memory = told(tune, [HEAD], cache="memory")
-    assert said[0].endswith("nothing is computed again")
-    assert memory[0].endswith("one look at the data")
+    assert said[0].endswith("no new features are computed")
+    assert memory[0].endswith("the frozen backbone runs once per sample")
     for name, tensor in weights(one).items():
         assert torch.equal(tensor, weights(two)[name])
         assert torch.equal(tensor, weights(three)[name])
@@ -288,7 +288,7 @@ def test_past_the_memory_budget_features_are_mapped_and_give_the_same_bytes(tune
     one, _ = told(tune, [HEAD])
     two, said = told(tune, [HEAD], cache_mb=0)
     three, _ = told(tune, [HEAD], cache_mb=0)
-    assert said[0].startswith("cached")
+    assert said[0].startswith("feature cache: on")
     for name, tensor in weights(one).items():
         assert torch.equal(tensor, weights(two)[name])
         assert torch.equal(tensor, weights(three)[name])
@@ -399,7 +399,10 @@ def test_a_full_disk_costs_the_sharing_and_not_the_run(tune, tmp_path):
     faults.hook = full
     result = tune([HEAD], cache_dir=tmp_path, log=said.append)
     faults.hook = None
-    assert any("not shared with other runs: the cache cannot be written (No space left" in line for line in said)
+    assert any(
+        "feature cache: not written to disk, because the cache cannot be written (No space left" in line
+        for line in said
+    )
     assert list((tmp_path / "features").iterdir()) == []
     for name, tensor in weights(result).items():
         assert torch.equal(tensor, expected[name])
@@ -408,20 +411,20 @@ def test_a_full_disk_costs_the_sharing_and_not_the_run(tune, tmp_path):
 def test_a_cache_that_cannot_be_written_costs_only_the_sharing(tune, tmp_path):
     (tmp_path / "file").write_text("")
     _, said = told(tune, [HEAD], cache_dir=tmp_path / "file")
-    assert said[-1].startswith("cached")
+    assert said[-1].startswith("feature cache: on")
 
 
 def test_augmentation_is_a_bank_of_views_and_exact_where_there_are_enough(tune):
     ways = {"augment": [tf.use("tiny:Shaken")], "optimizer": "sgd"}
     six = attrs.evolve(HEAD, epochs=6)
     banked, said = told(tune, [six], cache_copies=3, **ways)
-    assert "3 augmented views each" in said[0]
+    assert "3 copies per sample" in said[0]
     assert banked.strategy_steps[0][1].num_augmented_copies == 3
     exact, said = told(tune, [six], cache_copies=6, **ways)
-    assert "fresh augmentation cost no more than 6 kept views" in said[0]
+    assert "random augmentation cost no more than 6 cached augmented copies" in said[0]
     assert exact.strategy_steps[0][1].num_augmented_copies == 0
     again, said = told(tune, [six], cache_copies=3, **ways)
-    assert said[0].endswith("nothing is computed again")
+    assert said[0].endswith("no new features are computed")
     first = attrs.evolve(HEAD, epochs=4, schedule="constant")
     short, _ = told(tune, [first], cache_copies=3, **ways)
     assert torch.equal(weights(banked)["head.weight"], weights(again)["head.weight"])
@@ -468,7 +471,7 @@ def test_what_fx_cannot_trace_is_exported_and_gives_the_same(tune, train):
     phase = [tf.Phase("x", train=train, epochs=2, lr=0.05)]
     one, said = told(tune, phase, model=tf.Model.from_module(Exported(), head="head"), optimizer="sgd")
     two, _ = told(tune, phase, model=tf.Model.from_module(Exported(), head="head"), optimizer="sgd", cache="off")
-    assert said[0].startswith("cached")
+    assert said[0].startswith("feature cache: on")
     for name, tensor in weights(one).items():
         assert torch.allclose(tensor, weights(two)[name], atol=1e-5)
 
@@ -486,24 +489,33 @@ def test_one_look_serves_every_phase_of_a_plan_that_moves_the_border(tune, monke
 
     network = counted(tiny_net())
     planned, said = told(tune, GRADUAL, model=network, optimizer="sgd", cache=cache)
-    assert [line.rpartition(", ")[2] for line in said] == ["one look at the data", "so nothing is computed again"]
+    assert [line.rpartition("; ")[2] for line in said] == [
+        "the frozen backbone runs once per sample",
+        "no new features are computed",
+    ]
     monkeypatch.setenv("TUNEFORGE_CACHE", os.environ["TUNEFORGE_CACHE"] + "/other")
     asked, said = told(tune, one_by_one, optimizer="sgd", cache=cache)
-    assert [line.rpartition(", ")[2] for line in said] == ["one look at the data", "one look at the data"]
+    assert [line.rpartition("; ")[2] for line in said] == [
+        "the frozen backbone runs once per sample",
+        "the frozen backbone runs once per sample",
+    ]
     for name, tensor in weights(planned).items():
         assert torch.equal(tensor, weights(asked)[name])
 
 
 def test_fit_takes_its_features_from_the_same_look(tune):
     _, said = told(tune, [HEAD, tf.HeadFit("fit", l2=0.1)])
-    assert [line.rpartition(", ")[2] for line in said] == ["one look at the data", "so nothing is computed again"]
+    assert [line.rpartition("; ")[2] for line in said] == [
+        "the frozen backbone runs once per sample",
+        "no new features are computed",
+    ]
 
 
 def test_one_epoch_is_cached_only_where_another_run_can_use_it(tune):
     once = attrs.evolve(HEAD, epochs=1)
     assert "looked at once anyway" in reason(tune, tiny_net(), once, cache="memory")
     _, said = told(tune, [once])
-    assert said[0].endswith("one look at the data")
+    assert said[0].endswith("the frozen backbone runs once per sample")
 
 
 def test_a_stop_while_features_are_computed_saves_and_the_rest_is_the_same(tune, tmp_path):
@@ -555,5 +567,5 @@ def test_features_of_a_source_that_changed_while_it_was_read_are_not_shared(tune
         settings = {"cache_dir": tmp_path / f"cache-{breaks}"}
         result = tune(phases, data=attrs.evolve(data, train=train), **settings)
         stored[breaks] = len(list((tmp_path / f"cache-{breaks}").glob("features/*")))
-        assert ("has changed meanwhile" in (result.run_dir / "log.txt").read_text()) is breaks
+        assert ("the data source changed during the run" in (result.run_dir / "log.txt").read_text()) is breaks
     assert stored[True] == stored[False] - 1

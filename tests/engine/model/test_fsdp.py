@@ -131,7 +131,7 @@ def test_a_run_goes_on_whether_or_not_its_model_was_sharded(alone, sharded, name
     assert_same_steps(alone / "plain", folder / name)
     assert "resumed from checkpoint" in log(folder / name)
     assert "sharded: " in log(folder / name)
-    assert "note: one process holds the whole model" in log(folder / name)
+    assert "note: --shard has no effect on one process" in log(folder / name)
 
 
 def test_gloo_averages_as_fsdp_asks_and_sums_as_the_engine_asks(sharded):

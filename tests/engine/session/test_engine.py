@@ -228,7 +228,7 @@ def test_parts_of_the_training_split_are_mixed_by_share_and_a_strategy_is_told_o
 
 def test_a_mix_of_parts_that_are_not_there_is_an_error_that_names_those_that_are(tune):
     data = attrs.evolve(tiny_data(), sample_groups={"old": torch.arange(12)})
-    with pytest.raises(tf.DataError, match="no such part.*its parts are old"):
+    with pytest.raises(tf.DataError, match="does not have.*its sample groups are old"):
         tune([tf.Phase("a", epochs=1, mixture_weights={"new": 0.5})], data=data)
     with pytest.raises(tf.DataError, match="rows that do not exist"):
         attrs.evolve(tiny_data(), sample_groups={"old": torch.tensor([96])})
@@ -248,8 +248,8 @@ def test_a_strategy_says_why_it_asks_and_why_it_ends(tune):
 
     result = tune(Says(), page=True)
     log, page = (result.run_dir / "log.txt").read_text(), (result.run_dir / "report.html").read_text()
-    assert "because the <head> is new" in log
-    assert "ended: nothing is left to gain" in log
+    assert "reason: the <head> is new" in log
+    assert "strategy ended: nothing is left to gain" in log
     assert "because <bdi>the &lt;head&gt; is new</bdi>" in page
     assert "nothing is left to gain" in page
     assert result.report["stop_reason"] == "nothing is left to gain"

@@ -127,8 +127,8 @@ def test_a_resumed_run_says_where_it_goes_on(tmp_path):
     said = []
     engine(path, resume=True, say=said.append).run()
     damaged, used = newest.name, next(line for line in said if line.startswith("resumed"))
-    assert f"skipped checkpoint '{damaged}' is damaged at state.json: it has 2 bytes" in "\n".join(said)
-    assert used.endswith("in step 2 of the strategy, 7 optimizer step(s) taken")
+    assert f"warning: checkpoint '{damaged}' is damaged at state.json: it has 2 bytes" in "\n".join(said)
+    assert used.endswith("in strategy step 2, 7 optimizer steps done")
     where = next(line for line in said if line.startswith("  continuing"))
     assert where.startswith("  continuing at optimizer step 8, epoch 3, batch 3, lr 0.0")
     assert len(where.partition("next samples ")[2].split(", ")) == 4

@@ -199,7 +199,7 @@ class Workers:
                 why=f"{how}; the system ends a process where memory, or shared memory (/dev/shm), runs out",
                 fix="give fewer --workers or a smaller --batch-size, and go on with: tuneforge resume",
             )
-        self._log(f"  warning: a process that decodes ahead has died ({how}); another one goes on in its place")
+        self._log(f"  warning: a data worker died ({how}); a new one replaces it")
         self._running[slot] = self._start_worker(slot)
         dead.process.close()
         dead.connection.close()

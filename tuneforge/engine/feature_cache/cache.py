@@ -31,6 +31,7 @@ from tuneforge.engine.model.freezing import select
 from tuneforge.engine.model.model import call_module, extract_logits
 from tuneforge.engine.model.modes import Modes, preserve_modes_and_buffers, set_modes
 from tuneforge.engine.model.module_state import bitwise_equal
+from tuneforge.plugin.names import format_count
 
 MIN_MACS_PER_BYTE = 32.0
 """Multiplications of the prefix for each byte kept, under which recomputing is no dearer than fetching from memory."""
@@ -46,14 +47,16 @@ def try_build_feature_cache(
     try:
         cache = build_feature_cache(run, modes, epochs=epochs, save_if_due=save_if_due)
     except NotCacheableError as why:
-        run.log(f"  not cached: {why}")
+        run.log(f"  feature cache: off, because {why}")
         return None
-    copies = f", {cache.num_augmented_copies} augmented views each" if cache.num_augmented_copies else ""
-    origin = (
-        "one look at the data" if cache.num_computed_batches else "found in the cache, so nothing is computed again"
-    )
     size = f"{num_megabytes(run, cache):.1f} MB"
-    run.log(f"  cached: what the frozen part gives for each sample{copies}, {size}, {origin}")
+    if not cache.num_computed_batches:
+        work = "no new features are computed"
+    elif cache.num_augmented_copies:
+        work = f"the frozen backbone runs once per augmented copy, {cache.num_augmented_copies} copies per sample"
+    else:
+        work = "the frozen backbone runs once per sample"
+    run.log(f"  feature cache: on ({size}); {work}")
     return cache
 
 
@@ -93,7 +96,7 @@ def build_feature_cache(
 
 def _check_supported(run: Run, epochs: int, num_augmented_copies: int) -> None:
     if run.config.cache == "off":
-        raise NotCacheableError("--cache off")
+        raise NotCacheableError("--cache is off")
     if run.sharded:
         raise NotCacheableError("--shard leaves each rank a part of the model")
     augmentations = run.engine_state.augmentations
@@ -102,7 +105,8 @@ def _check_supported(run: Run, epochs: int, num_augmented_copies: int) -> None:
             raise NotCacheableError(f"augmentation '{spec.name}' may look at more than one sample")
     if augmentations and epochs <= num_augmented_copies:
         raise NotCacheableError(
-            f"{epochs} epoch(s) of fresh augmentation cost no more than {num_augmented_copies} kept views"
+            f"{format_count(epochs, 'epoch')} of random augmentation cost no more than "
+            f"{num_augmented_copies} cached augmented copies"
         )
     for member in run.hooks.components:
         if getattr(member.component, "needs_inputs", False):

@@ -133,7 +133,7 @@ class FeatureExtractor:
         metadata = {"model": type(self._run.model.module).__name__, "split": name, "samples": len(split)}
         held = None if self._use_mmap else self._extract_in_memory(split, copy_index)
         if held is not None and split.inputs_changed():
-            self._run.log("  not shared with other runs: what the data source gives has changed meanwhile")
+            self._run.log("  feature cache: not written to disk, because the data source changed during the run")
             return held
         try:
             disk.put(
@@ -153,7 +153,7 @@ class FeatureExtractor:
                     fix="begin another run with another --cache-dir or --cache off; or free some space there, then go "
                     f"on with: tuneforge resume {shlex.quote(str(self._run.run_dir))}",
                 ) from None
-            self._run.log(f"  not shared with other runs: {why}")
+            self._run.log(f"  feature cache: not written to disk, because {why}")
         if held is not None:
             return held
         values, trouble = disk.get(key, use_mmap=True)

@@ -1,8 +1,9 @@
-"""The compiled forward pass of a phase (`--compile`): opt-in, because it changes the last bits.
+"""Compile the forward pass of a phase with `torch.compile` (`--compile`).
 
-What is compiled depends on what is frozen, so each phase compiles afresh; a graph kept from the phase before would go
-on without gradients for what has been thawed since. Batches of full size train through it; the last one of an epoch,
-and evaluation, run as always. Noise inside the model is drawn otherwise, though from the same seeds.
+It is off by default, because the results of a compiled model differ in the last bits, and it draws other random
+numbers from the same seeds. Every phase compiles anew: a graph records which parameters are frozen, so the graph of the
+previous phase would compute no gradients for layers unfrozen since. Only full training batches use the compiled model;
+a smaller last batch would trigger a recompilation.
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ _NUM_TIMINGS = 5
 
 
 def compile_forward(run: Run, modes: Modes) -> Callable[..., Any]:
-    """Compile what a phase trains, see that it gives what the plain one gives, and say whether that pays.
+    """Compile the part of the model that a phase runs, compare its outputs, and log the estimated saving.
 
     Args:
-        run: In a phase that is about to train, its prefix known.
-        modes: The modes of the phase.
+        run: The run, in a phase that is about to train, with its feature cache if it has one.
+        modes: The mode of each module while the phase trains.
 
     Raises:
-        UsageError: It cannot be compiled here, or gives something else.
+        UsageError: The model cannot be compiled, or the compiled model gives other outputs.
     """
     torch.compiler.reset()
     feature_cache = run.forward_pass.feature_cache
-    plain = run.model.module if feature_cache is None else feature_cache.train_tail
+    eager = run.model.module if feature_cache is None else feature_cache.train_tail
     inputs = _full_batch(run)
     with preserve_modes_and_buffers(run.model.module):
         set_modes(modes)
-        expected, plain_s = _time_pass(run, plain, inputs)
-        noisy = not torch.equal(expected, _time_pass(run, plain, inputs, trials=1, seed=1)[0])
+        expected, eager_s = _time_pass(run, eager, inputs)
+        is_random = not torch.equal(expected, _time_pass(run, eager, inputs, trials=1, seed=1)[0])
         began = time.perf_counter()
-        fast: Callable[..., Any] = torch.compile(plain)
+        compiled: Callable[..., Any] = torch.compile(eager)
         try:
-            actual, _ = _time_pass(run, fast, inputs, trials=1)
+            actual, _ = _time_pass(run, compiled, inputs, trials=1)
         except Exception as error:
             raise UsageError(
                 f"the model cannot be compiled ({type(error).__name__})",
@@ -52,23 +53,23 @@ def compile_forward(run: Run, modes: Modes) -> Callable[..., Any]:
                 why=str(error).partition("\n")[0],
                 fix="run without --compile",
             ) from error
-        compile_s = time.perf_counter() - began - plain_s
-        _, fast_s = _time_pass(run, fast, inputs)
-    if not noisy and not torch.allclose(actual, expected, rtol=1e-2, atol=1e-3):
+        compile_s = time.perf_counter() - began - eager_s
+        _, compiled_s = _time_pass(run, compiled, inputs)
+    if not is_random and not torch.allclose(actual, expected, rtol=1e-2, atol=1e-3):
         raise UsageError(
-            "the compiled model gives other answers than the plain one",
+            "the compiled model gives other outputs than the eager one",
             where="--compile",
             why=f"they differ by up to {float((actual - expected).abs().max()):.3g}",
             fix="run without --compile",
         )
-    _log_speedup(run, compile_s, plain_s - fast_s)
-    return fast
+    _log_speedup(run, compile_s, eager_s - compiled_s)
+    return compiled
 
 
 def _log_speedup(run: Run, compile_s: float, saved_s: float) -> None:
     saved = saved_s * (run.total_steps - run.steps_done) * run.config.grad_accum_steps
-    pays = "" if saved > compile_s else ", so it does not pay here"
-    run.log(f"  compiled in {compile_s:.1f} s; over the phase's batches it saves about {saved:.1f} s{pays}")
+    slower = "" if saved > compile_s else ", less than it costs"
+    run.log(f"  compile: {compile_s:.1f} s; estimated saving in this phase {saved:.1f} s{slower}")
 
 
 def _full_batch(run: Run) -> Any:
@@ -81,7 +82,7 @@ def _full_batch(run: Run) -> Any:
 def _time_pass(
     run: Run, network: Any, inputs: Any, *, trials: int = _NUM_TIMINGS, seed: int = 0
 ) -> tuple[Tensor, float]:
-    """The answer, and the seconds of a forward and backward pass (the least of several); no gradient stays."""
+    """Return the output, and the seconds of the fastest of several forward and backward passes; drop the gradients."""
     seconds = []
     for _ in range(trials):
         run.reseed(seed)

@@ -1,4 +1,4 @@
-"""One pass over a split: figures, and the worst mistakes."""
+"""Metrics of one pass over a split, which of them is monitored, and the samples with the largest loss."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tuneforge.errors import UsageError
 
 
 class Metrics(Protocol):
-    """A streaming accumulator of figures; torchmetrics' objects fit as they are."""
+    """A streaming accumulator of metrics; the metric objects of torchmetrics can be used unchanged."""
 
     def update(self, outputs: Any, targets: Any) -> None:
-        """Take in one batch: the model's outputs (b, k) and the targets (b, ...), on the run's device."""
+        """Add one batch: the model's outputs (b, k) and the targets (b, ...), on the run's device."""
 
     def compute(self) -> Any:
-        """The figures so far: a mapping by name (numbers, or nested plain data), or a single number."""
+        """Return the metrics so far: a mapping by name to numbers or nested plain data, or a single number."""
 
 
 def scalar_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Only those figures that are one number."""
+    """Return only the metrics that are a single number."""
     return {
         name: value
         for name, value in metrics.items()
@@ -33,23 +33,23 @@ def scalar_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def resolve_monitor(targets: Targets, metric: str | None, mode: str | None) -> tuple[str, float]:
-    """The figure that decides, and a sign that makes more of it better.
+    """Return the name of the monitored metric, and the sign that makes larger values better.
 
     Args:
-        targets: Whose own figure is taken where none is named.
-        metric: As a step names it.
-        mode: As a step declares it, `"max"` or `"min"`.
+        targets: The targets, whose own metric is monitored if `metric` is None.
+        metric: The metric that a strategy step names.
+        mode: `"max"` or `"min"`, as a strategy step declares it; None for a metric that tuneforge knows.
 
     Raises:
-        UsageError: Nobody has said whether more of it is better.
+        UsageError: It is unknown whether larger values of the metric are better.
     """
     name = metric or targets.monitor
     known = targets.monitor_mode if name == targets.monitor else _METRIC_MODES.get(name.removesuffix("_macro"))
     if mode is None and known is None:
         raise UsageError(
-            f"is more of '{name}' better, or less?",
+            f"it is unknown whether larger values of '{name}' are better",
             where="monitor",
-            why="a step watches it, and tuneforge does not know the figure",
+            why="a strategy step monitors it, and tuneforge does not know the metric",
             fix='give the step monitor_mode="max" or monitor_mode="min"',
         )
     return name, 1.0 if (mode or known) == "max" else -1.0
@@ -64,10 +64,13 @@ _METRIC_MODES = {
 
 @attrs.define(eq=False)
 class HardestSamples:
-    """The most wrong answers of a pass, kept while it streams.
+    """The samples with the largest loss of a pass.
 
     Args:
-        max_samples: How many.
+        max_samples: How many samples to keep.
+        losses: Their losses (m,), in descending order.
+        indices: Their indices (m,) in the split.
+        outputs: The model's outputs (m, k) for them; None before the first batch.
     """
 
     max_samples: int
@@ -76,11 +79,11 @@ class HardestSamples:
     outputs: Tensor | None = None
 
     def reset(self) -> None:
-        """Begin again."""
+        """Drop all samples, before a pass is repeated."""
         self.losses, self.indices, self.outputs = torch.empty(0), torch.empty(0, dtype=torch.int64), None
 
     def update(self, losses: Tensor, indices: Tensor, outputs: Tensor) -> None:
-        """Take in one batch: losses (b,), indices (b,), outputs (b, k)."""
+        """Add one batch: losses (b,), indices (b,), outputs (b, k). Samples without a loss are not kept."""
         outputs = outputs.detach().float().cpu()
         all_outputs = outputs if self.outputs is None else torch.cat([self.outputs, outputs])
         all_losses = torch.cat([self.losses, losses.detach().float().cpu()])

@@ -1,4 +1,4 @@
-"""The parts that a run or a step asks for by name: schedules, optimizers, augmentations."""
+"""Components without hooks: schedules, optimizers and augmentations; and which of them a phase uses."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ _DEFAULT_OPTIMIZER, _DEFAULT_SCHEDULE = ComponentSpec("adamw"), ComponentSpec("c
 
 
 def create_component(group: str, spec: ComponentSpec) -> Any:
-    """Find, load and build a part.
+    """Find, load and build a component that takes no part in hooks.
+
+    Args:
+        group: The entry-point group after `tuneforge.`, such as `optimizer`.
+        spec: Its name and options.
 
     Raises:
-        UnknownNameError: Nothing of that name is installed.
-        PluginLoadError: It could not be loaded.
+        UnknownNameError: No component of that name is installed.
+        PluginLoadError: The component could not be loaded.
         OptionError: An option is wrong.
     """
     entry = registry.find_component(group, spec.name)
@@ -28,24 +32,29 @@ def create_component(group: str, spec: ComponentSpec) -> Any:
 
 @attrs.define(eq=False)
 class PhaseComponents:
-    """Which schedule and optimizer a phase gets: what the user says beats the strategy, which beats the default."""
+    """Builds the schedule and the optimizer of each phase: the user's choice, else the strategy's, else the default.
+
+    Args:
+        config: The configuration of the run.
+        current_optimizer: The optimizer of the previous phase; None before the first.
+    """
 
     config: RunConfig
     current_optimizer: ComponentSpec | None = None
 
     def build_schedule(self, phase: Phase) -> Any:
-        """The phase's schedule: an object with `factor(progress)`."""
+        """Return the schedule of a phase: an object with `factor(progress)`."""
         return create_component("lr_schedule", self.config.schedule or phase.schedule or _DEFAULT_SCHEDULE)
 
     def build_optimizer(self, phase: Phase) -> tuple[Any, bool]:
-        """The phase's optimizer component, and whether it is the one the phase before used."""
+        """Return the optimizer component of a phase, and whether it is that of the previous phase."""
         spec = self._optimizer_spec(phase)
         same = spec == self.current_optimizer
         self.current_optimizer = spec
         return create_component("optimizer", spec), same
 
     def peek_optimizer(self, phase: Phase) -> Any:
-        """The optimizer component that a phase would get; nothing is remembered."""
+        """Return the optimizer component that a phase would use, without recording it as the current one."""
         return create_component("optimizer", self._optimizer_spec(phase))
 
     def _optimizer_spec(self, phase: Phase) -> ComponentSpec:

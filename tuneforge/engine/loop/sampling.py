@@ -1,4 +1,4 @@
-"""How often each sample is drawn in an epoch, and how much its loss counts: what a phase says of classes."""
+"""Sampling and loss weights of a phase: how often each sample is drawn in an epoch, and how much its loss counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from tuneforge.plugin.steps import Phase
 
 @attrs.frozen(eq=False)
 class SamplingWeights:
-    """How often each sample is drawn, and with what weight."""
+    """How often each sample is drawn in an epoch, and the weight of its loss.
+
+    Args:
+        size: Draws of one epoch; the number of training samples.
+        num_draws: Draws from each group, summing to `size`; empty if every sample is drawn once.
+        groups: The indices of the samples of each group.
+        loss_weights: The weight of each sample's loss (n,), with mean 1; None if all weights are 1.
+    """
 
     size: int
     num_draws: tuple[int, ...]
@@ -26,10 +33,11 @@ class SamplingWeights:
 
     @classmethod
     def from_phase(cls, run: Run, phase: Phase) -> SamplingWeights:
-        """Read the phase's `sampling` or `mixture_weights`, and its `class_weights`.
+        """Return the weights that the phase's `sampling`, `mixture_weights` and `class_weights` describe.
 
         Raises:
-            DataError: The targets have no classes to weigh, or the data none of the parts to mix.
+            DataError: The targets have no classes, or the data lacks a sample group.
+            UsageError: A class is unknown, or nothing is left to draw from.
         """
         size = len(run.data.train)
         num_draws: tuple[int, ...] = ()
@@ -44,7 +52,7 @@ class SamplingWeights:
         return cls(size, num_draws, tuple(groups.values()), _sample_loss_weights(run, phase, size))
 
     def make_sampler(self, run: Run) -> EpochSampler:
-        """The order of the epoch that begins."""
+        """Return the sampler of the epoch that begins."""
         return EpochSampler(self.size, run.config.seed, run.epoch, self.num_draws, self.groups)
 
 
@@ -56,34 +64,36 @@ def _class_groups(run: Run, phase: Phase) -> dict[str, Tensor]:
     }
     if not groups:
         raise DataError(
-            f"phase '{phase.name}' weighs classes, and the targets have none",
-            fix="leave class_weights and sampling out",
+            f"phase '{phase.name}' has class weights or class sampling, but the targets have no classes",
+            fix="remove class_weights and sampling",
         )
     return groups
 
 
-def _class_factors(asked: Mapping[str, float] | str, groups: dict[str, Tensor], *, balance: float) -> dict[str, float]:
-    """A factor for each class: as asked, 1 where nothing is said; `"balanced"` evens out the classes' sizes."""
-    if isinstance(asked, str):
-        if asked != "balanced":
-            raise UsageError(f"class weights must be 'balanced' or a table, not {asked!r}")
+def _class_factors(
+    weights: Mapping[str, float] | str, groups: dict[str, Tensor], *, balance: float
+) -> dict[str, float]:
+    """Return a factor for each class; 1 for a class without one, and inverse to its size for `"balanced"`."""
+    if isinstance(weights, str):
+        if weights != "balanced":
+            raise UsageError(f"class weights must be 'balanced' or a table, not {weights!r}")
         return {name: balance / len(indices) for name, indices in groups.items()}
-    unknown = sorted(set(asked) - set(groups))
+    unknown = sorted(set(weights) - set(groups))
     if unknown:
         raise UsageError(f"no training sample has class '{unknown[0]}'", fix=f"classes: {', '.join(groups)}")
-    return {name: asked.get(name, 1.0) for name in groups}
+    return {name: weights.get(name, 1.0) for name in groups}
 
 
 def _mixture_groups(run: Run, phase: Phase) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The parts of the training split that the phase mixes, with what is in none of them, and the share of each."""
+    """Return the sample groups that the phase mixes and the share of each; `""` is the group of all other samples."""
     assert phase.mixture_weights is not None
     known, size = run.data.sample_groups, len(run.data.train)
     for name in phase.mixture_weights:
         if name not in known:
             raise DataError(
-                f"phase '{phase.name}' mixes '{name}', and the data has no such part",
-                why=f"its parts are {', '.join(known)}" if known else "it is not made of parts",
-                fix="use data that is made of parts, such as --data continued, or leave mixture_weights out",
+                f"phase '{phase.name}' mixes sample group '{name}', which the data does not have",
+                why=f"its sample groups are {', '.join(known)}" if known else "the data has no sample groups",
+                fix="use data with sample groups, such as --data continued, or remove mixture_weights",
             )
     rest = torch.ones(size, dtype=torch.bool)
     for name in phase.mixture_weights:
@@ -95,9 +105,9 @@ def _mixture_groups(run: Run, phase: Phase) -> tuple[dict[str, Tensor], dict[str
 
 
 def _allocate_draws(mass: dict[str, float], size: int) -> tuple[int, ...]:
-    """Draws of each pool, in proportion to its mass, summing to `size` (largest remainders)."""
+    """Return the draws of each group, proportional to its mass and summing to `size` (largest-remainder method)."""
     if not sum(mass.values()):
-        raise UsageError("nothing is left to draw from", fix="give at least one class or part a factor above 0")
+        raise UsageError("nothing is left to draw from", fix="give at least one class or sample group a weight above 0")
     exact = [size * part / sum(mass.values()) for part in mass.values()]
     counts = [math.floor(part) for part in exact]
     by_remainder = sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])
@@ -107,7 +117,7 @@ def _allocate_draws(mass: dict[str, float], size: int) -> tuple[int, ...]:
 
 
 def _sample_loss_weights(run: Run, phase: Phase, size: int) -> Tensor | None:
-    """The factor of each sample's loss (n,), mean 1 over the split; None where nothing is asked."""
+    """Return the weight of each sample's loss (n,), with mean 1; None if the phase has no class weights."""
     if phase.class_weights is None:
         return None
     groups = _class_groups(run, phase)
@@ -115,5 +125,5 @@ def _sample_loss_weights(run: Run, phase: Phase, size: int) -> Tensor | None:
     for name, factor in _class_factors(phase.class_weights, groups, balance=size / len(groups)).items():
         weights[groups[name]] = factor
     if not weights.sum():
-        raise UsageError("class_weights leave no class to learn from", fix="give at least one class a factor above 0")
+        raise UsageError("class_weights are 0 for every class", fix="give at least one class a weight above 0")
     return weights / weights.mean()

@@ -164,8 +164,16 @@ def _is_epoch_over(run: Run) -> bool:
     return run.steps_done >= run.total_steps or bool(run.engine_state.budget.exhausted_reason(run))
 
 
+def planned_epochs(run: Run) -> int:
+    """Return the number of epochs of the run up to the last phase that is known to follow the current one."""
+    phase, following = run.phase, run.engine_state.next_phases
+    assert phase is not None
+    earlier = len([entry for entry in run.history if entry["phase"] != phase.name])
+    return earlier + sum(_num_epochs(run, each) for each in (phase, *following))
+
+
 def _num_epochs(run: Run, phase: Phase) -> int:
-    return phase.epochs or math.ceil(run.total_steps / _steps_per_epoch(run))
+    return phase.epochs if phase.epochs is not None else math.ceil((phase.steps or 0) / _steps_per_epoch(run))
 
 
 def _steps_per_epoch(run: Run) -> int:

@@ -1,4 +1,4 @@
-"""The steps of a strategy that are known before any is done."""
+"""A dry run: the steps of a strategy that are known before the first is executed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tuneforge.plugin.steps import Diagnosis, Phase, StrategyStep
 
 @attrs.frozen
 class DryRun:
-    """What a strategy asks for before it has heard an answer.
+    """The steps of a strategy that are known in advance.
 
     Args:
-        strategy_steps: In order.
-        depends_on_results: True where what comes after them is decided from the last one's answer.
+        strategy_steps: The steps, in order.
+        depends_on_results: True if the strategy decides on further steps from the result of the last one.
     """
 
     strategy_steps: tuple[StrategyStep, ...]
@@ -36,40 +36,43 @@ class DryRun:
 def collect_known_steps(
     run: Run, check_step_type: Callable[[Any, RegisteredComponent], StrategyStep], log: Callable[[str], None]
 ) -> DryRun:
-    """Ask the run's strategy for its steps: all of a list, of a generator those up to its first `yield`.
+    """Return the known steps of the run's strategy: all steps of a list, or the first step of a generator.
 
     Args:
-        run: With data and model.
-        check_step_type: Refuses what is no step.
-        log: Is told what data and model are.
+        run: A run with data and model.
+        check_step_type: Called with each step; raises an error if it is not a step.
+        log: Called with the lines that describe the data and the model.
 
     Raises:
         SelectorError: A step names parameters that do not exist.
         UnknownNameError: A step names a schedule or an optimizer that is not installed.
     """
-    for line in (*messages.format_data(run.data), *messages.format_model(run.model)):
+    for line in (
+        *messages.format_data(run.config.data.name, run.data),
+        *messages.format_model(run.config.model.name, run.model),
+    ):
         log(line)
     member = run.hooks.get_provider("finetune_strategy")
     steps_or_generator = run.hooks.call.finetune_strategy(task=build_task_info(run))
     steps = iterate_strategy(member, steps_or_generator)
-    listens = hasattr(steps_or_generator, "send") or inspect.isgeneratorfunction(
+    is_generator = hasattr(steps_or_generator, "send") or inspect.isgeneratorfunction(
         getattr(type(steps_or_generator), "__iter__", None)
     )
-    known = tuple(check_step_type(step, member) for step in (islice(steps, 1) if listens else steps))
+    known = tuple(check_step_type(step, member) for step in (islice(steps, 1) if is_generator else steps))
     steps.close()
     for step in known:
         validate_step(run, step)
-    return DryRun(known, depends_on_results=listens and bool(known))
+    return DryRun(known, depends_on_results=is_generator and bool(known))
 
 
 def validate_step(run: Run, step: StrategyStep) -> None:
-    """See that what a step names is there, before an earlier step has cost anything.
+    """Check that everything a step names exists, so that an error shows before an earlier step has trained.
 
     Raises:
-        SelectorError: It names parameters that do not exist.
-        UnknownNameError: It names a schedule or an optimizer that is not installed.
+        SelectorError: The step names parameters that do not exist.
+        UnknownNameError: The step names a schedule or an optimizer that is not installed.
         OptionError: An option of one of them is wrong.
-        DataError: It draws or weighs what the data does not have.
+        DataError: The step samples or weights classes or sample groups that the data does not have.
     """
     if isinstance(step, (Phase, Diagnosis)):
         trainable = select(run.model, step.train)

@@ -238,7 +238,7 @@ class Engine:
         """Execute the run from its first hook to its last."""
         run.hooks.call.run_started(run=run)
         _prepare_data(run)
-        _log_lines(run, messages.format_data(run.data))
+        _log_lines(run, messages.format_data(self.config.data.name, run.data))
         resume_state = ResumeState(
             run,
             run_dir,
@@ -248,9 +248,10 @@ class Engine:
         )
         checkpoint_name, state = find_checkpoint(run, run_dir.path) if self._resume_dir is not None else ("", None)
         run.restoring = state is not None
-        self._prepare_model(run)
+        # A model that is built for a checkpoint loads no weights, so only model.json knows whether it was pretrained.
+        self._prepare_model(run, pretrained=None if state is None else read_json(run_dir.path / MODEL)["pretrained"])
         run.restoring = False
-        _log_lines(run, messages.format_model(run.model))
+        _log_lines(run, messages.format_model(self.config.model.name, run.model))
         if state is None:
             run_dir.truncate(dict.fromkeys((STRATEGY_STEPS, METRICS, TIMINGS), 0))
             run_dir.write(MODEL, describe_model(run))
@@ -267,7 +268,7 @@ class Engine:
 
         _restore_requires_grad(run.model)
         if not resume_state.completed_steps:
-            run.log("note: the strategy asked for no step, so nothing was trained")
+            run.log("note: the strategy yielded no step, so nothing was trained")
         report = _write_report(run, run_dir, stop_reason)
         run_dir.write_status("done", elapsed_s=self._budget.elapsed_s())
         if run_dir.writable:
@@ -311,11 +312,17 @@ class Engine:
 
         return log
 
-    def _prepare_model(self, run: Run) -> None:
-        """Build and adapt the model; the data must be there, because default components depend on its targets."""
+    def _prepare_model(self, run: Run, *, pretrained: bool | None = None) -> None:
+        """Build and adapt the model; the data must be there, because default components depend on its targets.
+
+        Args:
+            run: A run with data.
+            pretrained: Whether the weights are pretrained; None takes it from the model builder.
+        """
         self._add_default_components(run)
         run.reseed()  # so that randomly initialized weights depend on the seed alone
-        run.set_model(_mark_user_frozen(run.hooks.call.model_adapt(run=run, model=None)))
+        model = _mark_user_frozen(run.hooks.call.model_adapt(run=run, model=None))
+        run.set_model(model if pretrained is None else attrs.evolve(model, pretrained=pretrained))
 
     def _add_default_components(self, run: Run) -> None:
         """Add the loss, the metrics and the head that fit the targets, where the user chose none."""
@@ -343,9 +350,9 @@ class Engine:
         assert resume_state.task is not None
         steps_or_generator = run.hooks.call.finetune_strategy(task=resume_state.task)
         planned = steps_or_generator if isinstance(steps_or_generator, (list, tuple)) else ()
-        for step in planned:
+        for number, step in enumerate(planned, start=1):
             validate_step(run, _check_step_type(step, member))
-            run.log(f"plan: {messages.format_step(step)}")
+            run.log(f"plan: {messages.format_step(step, f'{number}/{len(planned)}')}")
         steps = iterate_strategy(member, steps_or_generator)
         result: AnyStrategyStepResult | None = None
         number = 0
@@ -353,23 +360,23 @@ class Engine:
             num_completed = self._budget.completed_steps = len(resume_state.completed_steps)
             is_next = number == num_completed and resume_state.phase_state is None
             if is_next and (exhausted := self._budget.check_exhausted(run)):
-                run.log(f"{exhausted}, so no further step is taken")
+                run.log(f"stopping: {exhausted}")
                 steps.close()
                 return "the budget was spent"
             try:
                 step = _check_step_type(steps.send(result), member)
             except StopIteration as end:
                 if end.value:
-                    run.log(f"ended: {end.value}")
+                    run.log(f"strategy ended: {end.value}")
                 return str(end.value or "")
             number += 1
             if number <= num_completed:
                 result = resume_state.replay_step(number - 1, step)
                 continue
             _check_step_name(step, resume_state.snapshots, member)
-            run.log(messages.format_step(step))
+            run.log(messages.format_step(step, f"{number}/{len(planned)}" if planned else ""))
             if step.why:
-                run.log(f"  because {step.why}")
+                run.log(f"  reason: {step.why}")
             later_phases = itertools.takewhile(lambda each: isinstance(each, Phase), planned[number:])
             run.engine_state.next_phases = tuple(later_phases)
             result = _execute_step(run, step, resume_state)

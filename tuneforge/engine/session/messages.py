@@ -1,4 +1,4 @@
-"""What a run says about itself, as sentences and lines of numbers; the engine and the command line share them."""
+"""The lines that a run logs; the engine and the command line share them."""
 
 from __future__ import annotations
 
@@ -9,69 +9,111 @@ from typing import Any
 from tuneforge.engine.data.dataset import Data
 from tuneforge.engine.loop.metric_set import scalar_metrics
 from tuneforge.engine.model.model import Model
+from tuneforge.engine.session.components import is_object
 from tuneforge.engine.storage.checkpoint import Checkpoints
+from tuneforge.plugin.names import format_count, to_kebab_case
 from tuneforge.plugin.results import AnyStrategyStepResult, Diagnostics, StrategyStepResult
 from tuneforge.plugin.steps import Diagnosis, HeadFit, Phase, StrategyStep, WeightAverage
 
+_MAX_CLASSES = 30  # rows of the table by class
+
 
 def format_run(run_dir: Path, world_size: int, *, shard: bool) -> Iterable[str]:
-    """Where the run writes, and how many processes it has."""
+    """Yield the run directory and the number of processes."""
     yield f"run: {run_dir}"
     if world_size > 1:
-        yield f"ranks: {world_size} processes, each with its share of every batch"
+        yield f"distributed: {world_size} processes; each trains on its share of every batch"
     elif shard:
-        yield "note: one process holds the whole model; --shard splits it among those that torchrun starts"
+        yield "note: --shard has no effect on one process; start several with torchrun"
 
 
-def format_data(data: Data) -> Iterable[str]:
-    """What the data is: sizes, kinds, and its own notes."""
-    sizes = ", ".join(f"{len(split):,} {name}" for name, split in data.splits().items())
-    yield f"data: {sizes}"
+def format_data(name: str, data: Data) -> Iterable[str]:
+    """Yield the sizes of the splits, the classes, and the notes of the data source.
+
+    Args:
+        name: The name of the data source, as the configuration records it.
+        data: The prepared data.
+    """
+    source = "" if is_object(name) else f"{name}, "
     labels = data.targets.labels
+    classes = f", {format_count(len(labels), 'class', 'classes')}" if labels else ""
+    sizes = f"{len(data.train):,} training, {len(data.val):,} validation, {len(data.test):,} test samples"
+    yield f"data: {source}{sizes}{classes}"
     if labels:
-        yield f"classes ({len(labels)}): {join_names(labels)}"
+        yield f"classes: {join_names(labels)}"
+    if data.extra_test_splits:
+        extra = (f"{name}, {format_count(len(split), 'sample')}" for name, split in data.extra_test_splits.items())
+        yield f"extra test splits: {'; '.join(extra)}"
     yield from (f"note: {note}" for note in data.notes)
 
 
-def format_model(model: Model) -> Iterable[str]:
-    """What the model is: size, layer groups, and what adapters changed."""
+def format_model(name: str, model: Model) -> Iterable[str]:
+    """Yield the size of the model, its layer groups, and what adapters changed.
+
+    Args:
+        name: The name of the model builder, as the configuration records it.
+        model: The adapted model.
+    """
     infos = model.group_infos()
     total = sum(info.num_parameters for info in infos)
+    shown_name = type(model.module).__name__ if is_object(name) else name
+    num_groups = format_count(len(infos), "layer group")
+    yield f"model: {shown_name}, {total:,} parameters, {num_groups}, head '{model.head}'"
     groups = ", ".join(f"{info.name} {info.num_parameters:,}" for info in infos)
-    name = type(model.module).__name__
-    yield f"model: {name}, {total:,} parameters in {len(infos)} layer groups ({truncate_text(groups)})"
+    yield f"parameters by layer group: {truncate_text(groups)}"
     yield from (f"adapted: {change}" for change in model.changes)
 
 
-def format_step(step: StrategyStep) -> str:
-    """One line that says what a step will do."""
+def format_step(step: StrategyStep, position: str = "") -> str:
+    """Return one line that says what a strategy step does.
+
+    Args:
+        step: The strategy step.
+        position: Its number among the planned steps, such as `1/2`; "" if unknown.
+    """
+    suffix = f" ({position})" if position else ""
+    return f"{step_kind(step)} '{step.name}'{suffix}: {describe_step(step)}"
+
+
+def step_kind(step: StrategyStep) -> str:
+    """Return the kind of a strategy step: `phase`, `head fit`, `diagnosis` or `weight average`."""
+    return to_kebab_case(type(step).__name__).replace("-", " ")
+
+
+def describe_step(step: StrategyStep) -> str:
+    """Return what a strategy step does, without its kind and name."""
     if isinstance(step, Phase):
-        return f"phase '{step.name}': {', '.join(_phase_details(step))}"
+        return ", ".join(_phase_details(step))
     if isinstance(step, HeadFit):
-        return f"head-fit '{step.name}': solve the head on frozen features, l2 {step.l2:g}"
+        return f"solving the head on frozen features, l2 {step.l2:g}"
     if isinstance(step, Diagnosis):
-        return f"diagnosis '{step.name}': measure {step.measure} on {step.batches} batches, train nothing"
+        return f"measuring {step.measure} on {format_count(step.batches, 'batch', 'batches')}, without training"
     assert isinstance(step, WeightAverage)
-    if len(step.snapshots) == 1:
-        return f"weight-average '{step.name}': go back to '{step.snapshots[0]}'"
-    return (
-        f"weight-average '{step.name}': mix {' and '.join(step.snapshots)}, best of {len(step.weights)} on validation"
-    )
+    names = " and ".join(step.snapshots)
+    if len(step.snapshots) == 2:
+        return f"interpolating the weights of {names}, best of {len(step.weights)} on validation"
+    return f"averaging the weights of {names}" if len(step.snapshots) > 2 else f"restoring the weights of '{names}'"
 
 
-def format_epoch(entry: Mapping[str, Any], primary_metrics: Iterable[str]) -> str:
-    """One epoch's numbers on a line."""
+def format_epoch(entry: Mapping[str, Any], num_epochs: int, primary_metrics: Iterable[str]) -> str:
+    """Return one line with the metrics of an epoch.
+
+    Args:
+        entry: The epoch's entry in the history of the run.
+        num_epochs: Epochs of the run, as far as they are planned.
+        primary_metrics: The validation metrics to show.
+    """
     val = entry["val"]
-    figures = "  ".join(f"{name} {val[name]:.4f}" for name in primary_metrics if name in val)
-    best = "  best" if entry["best"] else ""
+    metrics = "".join(f"  val {name} {val[name]:.4f}" for name in primary_metrics if name in val)
+    best = "  *best" if entry["best"] else ""
     return (
-        f"  epoch {entry['epoch']:>3}  {entry['seconds']:6.1f} s  lr {entry['lr']:.1e}  "
-        f"loss {entry['train']['loss']:.4f}  val: {figures}{best}"
+        f"  epoch {entry['epoch']}/{num_epochs}  {entry['seconds']:.1f} s  lr {entry['lr']:.1e}  "
+        f"train loss {entry['train']['loss']:.4f}{metrics}{best}"
     )
 
 
 def format_step_result(result: AnyStrategyStepResult) -> Iterable[str]:
-    """How a step ended and why."""
+    """Yield why a strategy step ended, and what the freeze check and the loss checks found."""
     if isinstance(result, Diagnostics):
         values = ", ".join(f"{key} {value:.4g}" for key, value in result.values.items())
         yield f"  measured: {truncate_text(values)}"
@@ -79,65 +121,73 @@ def format_step_result(result: AnyStrategyStepResult) -> Iterable[str]:
     assert isinstance(result, StrategyStepResult)
     yield f"  ended: {result.reason}"
     if result.num_frozen and result.num_trainable:
-        unchanged = f"{result.num_frozen:,} frozen parameters unchanged to the bit"
-        yield f"  proved: {unchanged}, {result.num_trainable:,} trained"
+        yield (
+            f"  freeze check: {result.num_frozen:,} frozen parameters bit-identical, {result.num_trainable:,} trained"
+        )
     if result.skipped_steps:
         steps = join_names(map(str, result.skipped_steps))
-        yield f"  warning: steps that were left out, because a loss or a gradient was no number: {steps}"
+        yield f"  warning: skipped optimizer steps, because a loss or a gradient was NaN or Inf: {steps}"
     if result.never_updated:
-        yield f"  warning: never received a gradient worth a move: {join_names(result.never_updated)}"
+        names = join_names(result.never_updated)
+        yield f"  warning: parameters that received no gradient, or one too small to change them: {names}"
 
 
 def format_checkpoints(checkpoints: Checkpoints) -> Iterable[str]:
-    """How many checkpoints were saved, and what one cost."""
+    """Yield the number of checkpoints and the mean time to save one."""
     if checkpoints.num_saved:
         cost_ms = 1000 * checkpoints.spent_s / checkpoints.num_saved
-        yield f"checkpoints: {checkpoints.num_saved}, {cost_ms:.0f} ms each"
+        yield f"checkpoints: {checkpoints.num_saved} saved, {cost_ms:.0f} ms each"
 
 
 def format_metrics(splits: Mapping[str, Mapping[str, Any]], primary_metrics: Iterable[str]) -> Iterable[str]:
-    """The figures of every split on a line each, then the test split by class with the worst class named."""
+    """Yield a line of metrics for each split, then a table of the test split by class."""
     names = list(primary_metrics)
     width = max(len(name) for name in splits)
-    for split, figures in splits.items():
-        numbers = scalar_metrics(figures)
+    for split, metrics in splits.items():
+        numbers = scalar_metrics(metrics)
         shown = [name for name in names if name in numbers] or list(numbers)[:4]
         yield f"{split:<{width}}  " + "  ".join(f"{name} {numbers[name]:.4f}" for name in shown)
     yield from _format_per_class(splits.get("test", {}))
 
 
+def format_lr(lr: float) -> str:
+    """Return a learning rate as `2e-3`."""
+    mantissa, exponent = f"{lr:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if lr else "0"
+
+
 def join_names(names: Iterable[str], max_names: int = 12) -> str:
-    """Names joined by commas; of many only the first and how many more."""
+    """Return names joined by commas; beyond `max_names`, the number of those left."""
     listed = list(names)
     more = f", and {len(listed) - max_names} more" if len(listed) > max_names else ""
     return ", ".join(listed[:max_names]) + more
 
 
 def truncate_text(text: str, max_chars: int = 240) -> str:
-    """Text cut at `max_chars` characters."""
+    """Return the text cut to `max_chars` characters."""
     return text if len(text) <= max_chars else text[: max_chars - 4] + " ..."
 
 
 def _phase_details(phase: Phase) -> Iterable[str]:
-    yield f"train {' and '.join(phase.train)}"
-    yield f"{phase.epochs} epoch(s)" if phase.epochs else f"{phase.steps} step(s)"
-    yield f"lr {phase.lr:g}"
+    yield f"training {' and '.join(phase.train)}"
+    yield format_count(phase.epochs, "epoch") if phase.epochs else format_count(phase.steps or 0, "optimizer step")
+    yield f"lr {format_lr(phase.lr)}"
     if phase.layer_decay != 1:
         yield f"layer decay {phase.layer_decay:.3g}"
     if phase.lr_scales:
-        yield f"{len(phase.lr_scales)} lr factor(s)"
+        yield f"lr scales of {format_count(len(phase.lr_scales), 'selector')}"
     if phase.schedule:
-        yield f"schedule {phase.schedule.name}"
+        yield phase.schedule.name
     if phase.class_weights is not None:
-        yield "classes weighed"
+        yield "class weights"
     if phase.sampling is not None:
-        yield "classes drawn as asked"
+        yield "class sampling"
     if phase.mixture_weights:
-        yield "mix " + ", ".join(f"{share:.0%} {name}" for name, share in phase.mixture_weights.items())
+        yield "mixture of " + ", ".join(f"{share:.0%} {name}" for name, share in phase.mixture_weights.items())
     if phase.patience is not None:
         yield f"patience {phase.patience}"
     if phase.restore_best:
-        yield "restore best"
+        yield "restoring the best weights"
 
 
 def _format_per_class(metrics: Mapping[str, Any]) -> Iterable[str]:
@@ -146,11 +196,11 @@ def _format_per_class(metrics: Mapping[str, Any]) -> Iterable[str]:
         return
     width = max(5, *(len(name) for name in per_class))
     yield f"{'class':<{width}}  precision  recall  f1-score  support"
-    shown = dict(list(per_class.items())[:30])
+    shown = dict(list(per_class.items())[:_MAX_CLASSES])
     for name, row in shown.items():
-        rates = f"{row['precision']:>9.4f}  {row['recall']:>6.4f}  {row['f1-score']:>8.4f}"
-        yield f"{name:<{width}}  {rates}  {row['support']:>7}"
+        scores = f"{row['precision']:>9.4f}  {row['recall']:>6.4f}  {row['f1-score']:>8.4f}"
+        yield f"{name:<{width}}  {scores}  {row['support']:>7}"
     if len(per_class) > len(shown):
-        yield f"... and {len(per_class) - len(shown)} more in report.json"
+        yield f"{len(per_class) - len(shown)} more in report.json"
     if "hardest_class" in metrics:
-        yield f"weakest class: {metrics['hardest_class']} (recall {metrics['recall_min']:.4f})"
+        yield f"hardest class: {metrics['hardest_class']} (recall {metrics['recall_min']:.4f})"

@@ -1,4 +1,4 @@
-"""What a run must remember to go on after a kill, to the bit; and how it is put back."""
+"""The state that a checkpoint holds for a bit-exact resume, and how it is restored."""
 
 from __future__ import annotations
 
@@ -31,29 +31,30 @@ from tuneforge.engine.storage.run_dir import (
     read_jsonl,
 )
 from tuneforge.errors import FolderError, StoppedError, UsageError
+from tuneforge.plugin.names import format_count
 from tuneforge.plugin.results import AnyStrategyStepResult, TaskInfo
 from tuneforge.plugin.serialization import from_json, to_json
 from tuneforge.plugin.steps import StrategyStep
 
 TASK = "task.json"
 _APPENDED_FILES = (STRATEGY_STEPS, METRICS, TIMINGS)
-"""Files that a run adds lines to: cut back to where the checkpoint was, so that each line is there once."""
+"""Files that a run appends to. A resumed run truncates them to their size at the checkpoint, so no line repeats."""
 
 
 @attrs.define(eq=False)
 class ResumeState:
-    """The conversation so far, beside the run itself.
+    """The progress of the strategy, which is saved together with the run's weights and counters.
 
     Args:
-        run: Whose weights, counters and components are remembered with it.
-        run_dir: The run's folder.
-        checkpoints: Where it is saved.
-        stop_request: Gives the error to stop with once the run has been asked to stop, else None.
-        components: Knows the optimizer in use.
-        task: What the strategy was told; told again when it is replayed.
-        snapshots: Weights at the start and after each step, for `WeightAverage`.
-        completed_steps: Steps with their answers.
-        phase_state: What the checkpoint knew of the phase in which it was taken, until that phase goes on.
+        run: The run whose weights, counters and component states are saved.
+        run_dir: The run directory.
+        checkpoints: Saves the checkpoints.
+        stop_request: Returns the error to raise once a stop was requested, else None.
+        components: Knows the current optimizer.
+        task: What the strategy was given; a resumed run gives it the same.
+        snapshots: The weights at the start and after each strategy step, for `WeightAverage`.
+        completed_steps: The completed strategy steps with their results.
+        phase_state: In a resumed run, the state of the phase in which the checkpoint was saved, until it continues.
     """
 
     run: Run
@@ -67,13 +68,13 @@ class ResumeState:
     phase_state: dict[str, Any] | None = None
 
     def begin(self, task: TaskInfo) -> None:
-        """Start a conversation from its first word."""
+        """Prepare for the first strategy step of a new run."""
         self.task = task
         self.snapshots = {"start": take_snapshot(self.run, None)}
         self.run_dir.write_text(TASK, to_json(task))
 
     def add_step_result(self, step: StrategyStep, result: AnyStrategyStepResult) -> None:
-        """Take in a step that is done."""
+        """Record a completed strategy step."""
         self.snapshots[step.name] = take_snapshot(self.run, list(self.snapshots.values())[-1])
         self.completed_steps.append((step, result))
         fault_injection.point("phase-trained")
@@ -83,16 +84,17 @@ class ResumeState:
         fault_injection.point("phase-saved")
 
     def save(self, progress: PhaseProgress | None) -> None:
-        """Save a checkpoint where one is due or the run has been asked to stop; then stop.
+        """Save a checkpoint if one is due or a stop was requested.
 
         Raises:
-            StoppedError: The run has been asked to stop.
+            StoppedError: A stop was requested, on this rank or another.
         """
         process_group = self.run.process_group
         stop_error = self.stop_request()
-        step, beside = self.run.step, (self.run.epoch, len(self.completed_steps))
+        step, other_counters = self.run.step, (self.run.epoch, len(self.completed_steps))
         stopped, due = process_group.all_reduce_any(
-            stop_error is not None, process_group.is_main and self.checkpoints.is_due(step, other_counters=beside)
+            stop_error is not None,
+            process_group.is_main and self.checkpoints.is_due(step, other_counters=other_counters),
         )
         if stopped or due:
             state = self._state(progress)
@@ -100,34 +102,34 @@ class ResumeState:
                 state = fsdp.gather_state(state, keep=process_group.is_main)
             if process_group.is_main:
                 best = progress is not None and progress.is_best
-                self.checkpoints.save(step, state, other_counters=beside, best=best)
+                self.checkpoints.save(step, state, other_counters=other_counters, best=best)
         if stopped:
             process_group.barrier()
-            how = f"go on with: tuneforge resume {shlex.quote(str(self.run_dir.path))}"
-            stop_error = stop_error or StoppedError("stopped with another rank", exit_code=143)
+            how = f"continue with: tuneforge resume {shlex.quote(str(self.run_dir.path))}"
+            stop_error = stop_error or StoppedError("stopped, because another rank was stopped", exit_code=143)
             raise StoppedError(stop_error.what, exit_code=stop_error.exit_code, fix=how)
 
     def replay_step(self, number: int, step: StrategyStep) -> AnyStrategyStepResult:
-        """The answer that step `number` got before.
+        """Return the recorded result of strategy step `number`, counted from 0.
 
         Raises:
-            UsageError: The strategy asks for something else than it did: its code or options have changed.
+            UsageError: The strategy yields another step than before, because its code or options have changed.
         """
         before, result = self.completed_steps[number]
         if to_json(attrs.evolve(before, why="")) != to_json(attrs.evolve(step, why="")):  # a reason may be reworded
             raise UsageError(
-                f"step {number + 1} of the strategy is not what it was",
-                where=f"then: {before}",
+                f"step {number + 1} of the strategy differs from that of the stopped run",
+                where=f"before: {before}",
                 why=f"now: {step}",
                 fix="restore the strategy's code, or start a new run",
             )
         return result
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put a checkpoint's state back into the run, and cut the growing files to where they were."""
+        """Restore the state of a checkpoint, and truncate the files that grow to their size at that time."""
         run = self.run
         self.run_dir.truncate(state["offsets"])
-        run.process_group.barrier()  # for the files to be cut, before the others read them
+        run.process_group.barrier()  # the other ranks read the files, which rank 0 truncates
         if run.sharded:
             state = fsdp.scatter_state(state, run.model.parameters(), run.device.torch)
         restore_state(run.model.module, state["model"])
@@ -147,13 +149,13 @@ class ResumeState:
         self.checkpoints.last_counters = (run.step, run.epoch, len(self.completed_steps))
 
     def describe(self, name: str) -> str:
-        """Where the run goes on from checkpoint `name`; a phase under way says the rest itself."""
-        where = (
-            f"in step {len(self.completed_steps) + 1}"
-            if self.phase_state
-            else f"after {len(self.completed_steps)} step(s)"
-        )
-        return f"resumed from checkpoint '{name}': {where} of the strategy, {self.run.step} optimizer step(s) taken"
+        """Return a line that says where the run continues from checkpoint `name`."""
+        num_completed = len(self.completed_steps)
+        if self.phase_state is not None:
+            position = f"in strategy step {num_completed + 1}"
+        else:
+            position = f"after {format_count(num_completed, 'strategy step')}"
+        return f"resumed from checkpoint '{name}': {position}, {format_count(self.run.step, 'optimizer step')} done"
 
     def _state(self, progress: PhaseProgress | None) -> dict[str, Any]:
         run, engine_state = self.run, self.run.engine_state
@@ -176,25 +178,25 @@ class ResumeState:
 
 
 def find_checkpoint(run: Run, path: Path) -> tuple[str, dict[str, Any] | None]:
-    """The newest checkpoint in a run's folder that is whole: its name and state, or None where the run begins again.
+    """Return the name and the state of the newest complete checkpoint; `("", None)` if the run has to start again.
 
-    What was skipped, and what could change the bits, is said.
+    Damaged checkpoints, and changes of the environment that affect the result, are logged.
     """
     newest, state, skipped = checkpoint.load_latest(path, torch.device("cpu") if run.sharded else run.device.torch)
-    run.process_group.barrier()  # for all to have read it, before rank 0 saves another and deletes it
+    run.process_group.barrier()  # rank 0 deletes old checkpoints, so every rank has to read first
     for why in skipped:
-        run.log(f"skipped {why}")
+        run.log(f"warning: {why}")
     if newest is None:
-        run.log("there is no whole checkpoint, so the run begins again")
+        run.log("no complete checkpoint found: starting from the beginning")
     before, now = read_json(path / RUN)["environment"], describe_environment(run)
     changed = [f"{key} {before.get(key)} -> {now[key]}" for key in DETERMINISM_KEYS if before.get(key) != now[key]]
     if changed:
-        run.log(f"note: not to the bit, because the machine has changed: {', '.join(changed)}")
+        run.log(f"warning: results may differ in the last bits, because the environment changed: {', '.join(changed)}")
     return ("", None) if newest is None else (newest.name, state)
 
 
 def find_resumable(runs: Path) -> list[Path]:
-    """Folders under `runs` of runs that are neither done nor running now, the newest last."""
+    """Return the run directories below `runs` that are neither done nor running, the newest last."""
     paths = [path for path in runs.glob("*") if (path / RUN).exists() and _is_resumable(path)]
     return sorted(paths, key=lambda path: (path / STATUS).stat().st_mtime)
 
@@ -205,5 +207,5 @@ def _is_resumable(path: Path) -> bool:
             return False
         with RunDir(path, resume=True):
             return True
-    except FolderError:  # in use, or half a folder
+    except FolderError:  # in use, or incomplete
         return False

@@ -1,4 +1,4 @@
-"""What a run writes down: the configuration and environment, the model, each epoch, the worst mistakes."""
+"""Records of a run: its configuration and environment, the model, each epoch, and the hardest samples."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import tuneforge
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Inputs, Split, Targets, named_tensors
 from tuneforge.engine.loop.metric_set import HardestSamples
+from tuneforge.engine.loop.train_phase import planned_epochs
 from tuneforge.engine.session import messages
 from tuneforge.engine.session.components import describe_member
 from tuneforge.engine.storage.run_dir import METRICS, TIMINGS, RunDir
@@ -30,23 +31,23 @@ DETERMINISM_KEYS = ("torch", "threads", "machine", "cpu", "device")
 
 
 class RunLogger:
-    """Writes each epoch's figures, once; times go into a file of their own, so that figures compare to the bit."""
+    """Writes the metrics of each epoch. Times go into a file of their own, so that files of metrics are comparable."""
 
     def __init__(self, run_dir: RunDir) -> None:
         self._run_dir = run_dir
 
     @hookimpl
     def epoch_ended(self, run: Run) -> None:
-        """Write and say the epoch's numbers."""
+        """Log the metrics of the epoch and append them to the run directory."""
         entry = dict(run.history[-1])
-        run.log(messages.format_epoch(entry, run.data.targets.primary_metrics))
+        run.log(messages.format_epoch(entry, planned_epochs(run), run.data.targets.primary_metrics))
         seconds = entry.pop("seconds")
         self._run_dir.append(METRICS, to_json(entry))
         self._run_dir.append(TIMINGS, to_json({"epoch": entry["epoch"], "seconds": seconds}))
 
 
 def describe_run(run: Run, members: list[tuple[str, RegisteredComponent]]) -> dict[str, Any]:
-    """The content of `run.json`: never changed after it is written."""
+    """Return the content of `run.json`, which is written once."""
     return {
         "tuneforge": tuneforge.__version__,
         "config": config_to_dict(run.config),
@@ -56,7 +57,7 @@ def describe_run(run: Run, members: list[tuple[str, RegisteredComponent]]) -> di
 
 
 def describe_environment(run: Run) -> dict[str, Any]:
-    """What the bits of a run depend on beside its configuration."""
+    """Return what the result of a run depends on besides its configuration."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -68,7 +69,7 @@ def describe_environment(run: Run) -> dict[str, Any]:
 
 
 def build_task_info(run: Run) -> TaskInfo:
-    """What the strategy is told."""
+    """Return what the strategy is given."""
     return TaskInfo(
         groups=run.model.group_infos(),
         classes=run.data.targets.labels,
@@ -80,19 +81,20 @@ def build_task_info(run: Run) -> TaskInfo:
         monitor=run.data.targets.monitor,
         monitor_mode=run.data.targets.monitor_mode,
         old_classes=run.model.pretrained_labels,
-        sample_groups={name: len(rows) for name, rows in run.data.sample_groups.items()},
+        sample_groups={name: len(indices) for name, indices in run.data.sample_groups.items()},
         budget=dict([parse_budget(run.config.budget)]) if run.config.budget is not None else {},
     )
 
 
 def describe_model(run: Run) -> dict[str, Any]:
-    """What is needed, beside the configuration and the weights, to use the model without its data."""
+    """Return what is needed, besides configuration and weights, to use the model without its data."""
     example = run.data.train.fetch(torch.tensor([0]))
     return {
         "head": run.model.head,
         "labels": list(run.model.labels),
         "groups": [{"name": info.name, "parameters": info.num_parameters} for info in run.model.group_infos()],
         "changes": list(run.model.changes),
+        "pretrained": run.model.pretrained,
         "inputs": _describe_component("inputs", run.data.inputs),
         "targets": _describe_component("targets", run.data.targets),
         "input_specs": {
@@ -104,19 +106,19 @@ def describe_model(run: Run) -> dict[str, Any]:
 
 
 def describe_hardest_samples(run: Run, split: Split, hardest: HardestSamples) -> list[dict[str, Any]]:
-    """The worst mistakes for people: what it was, what the model said, and the input as a picture or a line."""
+    """Return the hardest samples for display: id, label, prediction, loss, and the input as an image or as text."""
     if hardest.outputs is None:
         return []
     out = []
-    for row, output, loss in zip(hardest.indices.tolist(), hardest.outputs, hardest.losses.tolist(), strict=True):
-        stored = split.fetch(torch.tensor([row]))
+    for index, output, loss in zip(hardest.indices.tolist(), hardest.outputs, hardest.losses.tolist(), strict=True):
+        stored = split.fetch(torch.tensor([index]))
         sample = {name: tensor[0] for name, tensor in named_tensors(stored).items()}
         shown = sample.get("", sample)
         image = run.data.inputs.render_image(shown)
         out.append(
             {
-                "id": split.id_of(row),
-                "label": run.data.targets.describe_label(split.targets[row]),
+                "id": split.id_of(index),
+                "label": run.data.targets.describe_label(split.targets[index]),
                 "prediction": run.data.targets.describe(output),
                 "loss": loss,
                 "image": base64.b64encode(image).decode() if image else None,

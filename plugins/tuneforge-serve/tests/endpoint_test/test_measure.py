@@ -179,7 +179,7 @@ def test_the_command_prints_the_report_and_says_what_is_equal(digits, capsys):
         plain = json.loads(capsys.readouterr().out)
     assert (code, missed) == (0, 3)
     assert main(["evaluate", str(digits.run_dir)]) == 0
-    figures = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("0 ", "9 ", "weakest"))]
+    figures = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("0 ", "9 ", "hardest"))]
     assert len(figures) == 3
     assert all(line in said for line in figures)
     assert "figures of 'test' equal the offline report\n" in said
