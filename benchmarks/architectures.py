@@ -14,6 +14,7 @@ from ours import empty_cache, tuned
 from torch import Tensor, nn
 
 import tuneforge as tf
+from tuneforge.sklearn import data_from_arrays
 
 SIDES = {
     "resnet18": 32, "mobilenet_v3_small": 32, "efficientnet_b0": 32, "convnext_tiny": 32, "swin_t": 32,
@@ -51,7 +52,7 @@ def compared(arch: str, count: int) -> tuple[str, ...]:
     for cache in ("auto", "off"):
         with empty_cache() as folder:
             done = tuned(
-                folder / "run", data=tf.data_from_arrays(x, y, **data), model=tf.use("torchvision", arch=arch),
+                folder / "run", data=data_from_arrays(x, y, **data), model=tf.use("torchvision", arch=arch),
                 strategy=strategy, cache=cache, log=said.append,
             )  # fmt: skip
         ends.append(done.result.model.module)

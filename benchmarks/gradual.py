@@ -16,6 +16,7 @@ from ours import Done, empty_cache, tuned
 from work import Work, digits
 
 import tuneforge as tf
+from tuneforge.sklearn import data_from_arrays
 
 RUNS = {"auto": "cached", "off": "uncached"}
 
@@ -23,7 +24,7 @@ RUNS = {"auto": "cached", "off": "uncached"}
 def unfreeze(work: Work, cache: str, epochs: int, seed: int) -> Done:
     """Run the strategy `gradual-unfreeze`."""
     (x, y), (x_val, y_val) = work.train, work.val
-    data = tf.data_from_arrays(x, y, x_val=x_val, y_val=y_val, x_test=x_val[:2], y_test=y_val[:2])
+    data = data_from_arrays(x, y, x_val=x_val, y_val=y_val, x_test=x_val[:2], y_test=y_val[:2])
     strategy = tf.use("gradual-unfreeze", group_epochs=epochs, epochs=epochs)
     with empty_cache() as folder:
         return tuned(folder / "run", data=data, model="digit-cnn", strategy=strategy, cache=cache, seed=seed)

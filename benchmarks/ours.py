@@ -16,6 +16,7 @@ from work import Network, Work
 
 import tuneforge as tf
 from tuneforge.plugin import StrategyStep
+from tuneforge.sklearn import data_from_arrays
 
 CACHE = "TUNEFORGE_CACHE"
 
@@ -75,7 +76,7 @@ def tuned(out: Path, **flags: Any) -> Done:
 def on_work(work: Work, network: Network, out: Path, **flags: Any) -> Done:
     """Run one phase, with the learning rate and the optimizer of the other libraries."""
     (x, y), (x_val, y_val) = work.train, work.val
-    data = tf.data_from_arrays(x, y, x_val=x_val, y_val=y_val, x_test=x_val[:2], y_test=y_val[:2])
+    data = data_from_arrays(x, y, x_val=x_val, y_val=y_val, x_test=x_val[:2], y_test=y_val[:2])
     phase = tf.Phase("work", train="head" if work.frozen else "all", epochs=work.epochs, lr=0.01)
     flags = {"strategy": [phase], "optimizer": tf.use("sgd", momentum=0.9), "batch_size": work.batch} | flags
     return tuned(out, data=data, model=tf.Model.from_module(network, head="head"), **flags)

@@ -6,6 +6,7 @@ import torch
 from sklearn.datasets import load_wine
 
 import tuneforge as tf
+from tuneforge.sklearn import data_from_arrays
 
 
 class Network(torch.nn.Module):
@@ -36,7 +37,7 @@ def main(epochs: int) -> None:
         tf.Phase("all", epochs=epochs, lr=0.01, schedule="cosine", patience=8, restore_best=True),
         tf.HeadFit("head"),
     ]
-    data = tf.data_from_arrays(wines.data.astype("float32"), names, standardize=True)
+    data = data_from_arrays(wines.data.astype("float32"), names, standardize=True)
     result = tf.Engine(data=data, model=network, strategy=steps, log=click.echo, seed=1).run()
 
     predictor = tf.load(result.run_dir, model=network)

@@ -9,7 +9,6 @@ from tuneforge.lazy_names import lazy_names
 __version__ = "0.1.0"
 
 _NAMES_OF_MODULE = {
-    "tuneforge.builtin.datasets.tables.arrays": ("data_from_arrays",),
     "tuneforge.comparison.lr_range_test": ("lr_find",),
     "tuneforge.comparison.study": ("compare",),
     "tuneforge.engine.context.run": ("Run",),
@@ -75,7 +74,6 @@ _NAMES_OF_MODULE = {
         "WeightAverage",
         "use",
     ),
-    "tuneforge.report.report": ("write_report",),
 }
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES_OF_MODULE)

@@ -1,6 +1,5 @@
 """Public names for type checkers; `__init__.py` imports them when first used."""
 
-from tuneforge.builtin.datasets.tables.arrays import data_from_arrays as data_from_arrays
 from tuneforge.comparison.lr_range_test import lr_find as lr_find
 from tuneforge.comparison.study import compare as compare
 from tuneforge.engine.context.run import Run as Run
@@ -50,7 +49,6 @@ from tuneforge.plugin.steps import HeadFit as HeadFit
 from tuneforge.plugin.steps import Phase as Phase
 from tuneforge.plugin.steps import WeightAverage as WeightAverage
 from tuneforge.plugin.steps import use as use
-from tuneforge.report.report import write_report as write_report
 
 __all__: list[str]
 __version__: str

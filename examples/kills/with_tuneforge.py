@@ -7,6 +7,7 @@ from typing import Any
 from world import BATCH, DECAY, EPOCHS, LR, Ended, Job, Net, samples
 
 import tuneforge as tf
+from tuneforge.sklearn import data_from_arrays
 
 
 class Kept:
@@ -39,7 +40,7 @@ class Tuneforge:
             steps = [tf.Phase("head", train="head", epochs=EPOCHS // 2, lr=LR, **common)]
             steps += [tf.Phase("all", epochs=EPOCHS // 2, lr=LR / 2, **common)]
         objects = {
-            "data": tf.data_from_arrays(x, y, x_val=x_val, y_val=y_val, x_test=x_val, y_test=y_val),
+            "data": data_from_arrays(x, y, x_val=x_val, y_val=y_val, x_test=x_val, y_test=y_val),
             "model": tf.Model.from_module(net, head="head"), "strategy": steps, "callbacks": [kept],
         }  # fmt: skip
         if resume:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import tuneforge as tf
 from tuneforge.plugin import StrategyStep
+from tuneforge.sklearn import data_from_arrays
 
 DIMENSIONS, SUBSPACE, FEATURES = 40, 20, 5
 
@@ -49,7 +50,7 @@ def errors(seed: int, *, samples: int, noise: float, epochs: int) -> dict[str, t
     """Return the root mean squared error of each method, inside the subspace (on validation) and outside."""
     model, (x, y), (x_out, y_out) = problem(seed, samples=samples, noise=noise)
     cut = samples // 5
-    data = tf.data_from_arrays(x[cut:], y[cut:], x_val=x[:cut], y_val=y[:cut], x_test=x_out, y_test=y_out)
+    data = data_from_arrays(x[cut:], y[cut:], x_val=x[:cut], y_val=y[:cut], x_test=x_out, y_test=y_out)
     probe = tf.HeadFit("probe", l2=1e-6)
     descent = tf.Phase("all", epochs=epochs, lr=0.01, optimizer=tf.use("sgd", momentum=0.9), weight_decay=0.0)
     methods: dict[str, list[StrategyStep]] = {"full": [descent], "probe": [probe], "lp-ft": [probe, descent]}

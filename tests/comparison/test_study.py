@@ -19,6 +19,7 @@ from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.engine.storage.run_dir import RunDir
 from tuneforge.exporting import load_tensors
 from tuneforge.plugin.config import resolve_config
+from tuneforge.report.report import write_report
 
 HEAD = [tf.Phase("head", train="head", epochs=50, lr=0.02)]
 ALL = [tf.Phase("all", epochs=50, lr=0.02)]
@@ -435,7 +436,7 @@ def test_the_soup_predicts_evaluates_and_never_saw_the_test(race):
     assert figures["val"]["f1_macro"] == comparison.results["soup"]["value"]
     (answer,) = tf.predict(folder, [[0.0] * 8], model=tiny_net())
     assert answer["class"] in ("a", "b", "c")
-    assert tf.write_report(folder).exists()
+    assert write_report(folder).exists()
 
 
 def test_a_soup_that_was_killed_or_is_of_other_runs_is_made_again(race, tmp_path):

@@ -1,12 +1,11 @@
-"""Extensions: gradient clipping, averaged weights, the page of a finished run."""
+"""Callbacks: gradient clipping and an exponential moving average of the weights."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from tuneforge import TryAgainError, between, component, gt, hookimpl, option
+from tuneforge import between, component, gt, hookimpl, option
 
 if TYPE_CHECKING:
     from tuneforge import Run
@@ -86,21 +85,3 @@ class EMA:
                 live = named[name].clone()
                 named[name].copy_(average)
                 average.copy_(live)
-
-
-@component(api=1)
-class HTMLReport:
-    """Write `report.html` into the run's folder when the run is done."""
-
-    @hookimpl
-    def run_ended(self, run: Run) -> None:
-        """Write the page; the run is done without it, so a full disk costs the page alone."""
-        import tuneforge
-
-        if run.run_dir is None:
-            return
-        try:
-            tuneforge.write_report(run.run_dir)
-        except TryAgainError as error:
-            later = f"free some space, then: tuneforge report {shlex.quote(str(run.run_dir))}"
-            run.log(f"warning: the run is done, but {error.what} ({error.why}); {later}")

@@ -9,12 +9,9 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from tuneforge.engine.loop.diagnosis import diagnose
-from tuneforge.engine.loop.phase_components import PhaseComponents
-from tuneforge.engine.model.freezing import select
-from tuneforge.engine.model.optimizer import Optimization
+from tuneforge.engine.loop.diagnosis import measure_lrs
 from tuneforge.errors import UsageError
-from tuneforge.plugin.steps import Diagnosis, Phase
+from tuneforge.plugin.steps import Diagnosis
 
 if TYPE_CHECKING:
     from tuneforge.engine.session.engine import Engine
@@ -85,16 +82,8 @@ def lr_find(engine: Engine, *, train: str | tuple[str, ...] | list[str] = "all",
         SelectorError: Nothing is selected.
     """
     step = Diagnosis("lr-find", measure="lrs", train=train, batches=batches)
-    run = engine.prepare()
-    names, parts = select(run.model, step.train), PhaseComponents(run.config)
-    run.phase = Phase(step.name, train=step.train, steps=1)
-    optimization = Optimization()
-    optimization.set_param_groups(run.model, run.phase, names, parts.peek_optimizer(run.phase), same=False)
-    momentum = max(float(group.get("momentum", 0.0)) for group in optimization.param_groups())
-    run.hooks.call.phase_started(run=run)  # so that what adds to the loss knows its start
-    found = suggest_lr(diagnose(run, step, parts).values, momentum=momentum)
-    named = run.model.parameters()
-    return attrs.evolve(found, num_trained=sum(named[name].numel() for name in names))
+    losses, momentum, num_trained = measure_lrs(engine.prepare(), step)
+    return attrs.evolve(suggest_lr(losses, momentum=momentum), num_trained=num_trained)
 
 
 def suggest_lr(losses: Mapping[float, float], *, momentum: float = 0.0) -> LRFindResult:

@@ -19,9 +19,12 @@ from sklearn.utils import column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
+from tuneforge.builtin.datasets.tables.arrays import data_from_arrays
 from tuneforge.builtin.datasets.tables.target_arrays import standardize
 from tuneforge.builtin.targets import ClassTargets, RegressionTargets
 from tuneforge.sklearn.estimator import TunedEstimator, compute_mean_and_scale
+
+__all__ = ["TunedClassifier", "TunedRegressor", "data_from_arrays"]
 
 
 class TunedClassifier(ClassifierMixin, TunedEstimator):  # type: ignore[misc]  # scikit-learn is not typed

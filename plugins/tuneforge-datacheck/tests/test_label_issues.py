@@ -13,6 +13,7 @@ from sklearn.model_selection import train_test_split
 from tuneforge_datacheck.label_issues import find_label_issues
 
 import tuneforge as tf
+from tuneforge.sklearn import data_from_arrays
 
 SEEDS = int(os.environ.get("TUNEFORGE_SEEDS", "0"))
 INITS = 8
@@ -36,7 +37,7 @@ def accuracy(folder, features, codes, test, seed):
     for init in range(INITS):
         torch.manual_seed(init)
         network = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
-        data = tf.data_from_arrays(features[train], codes[train], **held)
+        data = data_from_arrays(features[train], codes[train], **held)
         engine = tf.Engine(data=data, model=network, strategy=steps, seed=init, out=folder / str(init), page=False)
         figures.append(engine.run().report["splits"]["test"]["accuracy"])
     return np.mean(figures)

@@ -12,6 +12,7 @@ from tuneforge_surgical import Surgical
 from world import CLASSES, make_blobs, make_network
 
 import tuneforge as tf
+from tuneforge.sklearn import data_from_arrays
 
 
 def flip_input_signs(inputs, classes, seed):
@@ -44,7 +45,7 @@ def test_the_block_that_the_shift_concerns_is_the_one_to_tune(tune, accuracy):
         tune(tf.use("full", epochs=20, lr=0.01), net=net, data=make_blobs(600, seed), seed=seed)
         for shifted, best, other in ((flip_input_signs, "first", "last"), (reverse_classes, "last", "first")):
             x, y = shifted(*make_blobs(600, seed + 100), seed=seed + 7)
-            data = tf.data_from_arrays(x[:90], y[:90], val=0.3, x_test=x[90:], y_test=y[90:], names=CLASSES)
+            data = data_from_arrays(x[:90], y[:90], val=0.3, x_test=x[90:], y_test=y[90:], names=CLASSES)
             gains[best].append(accuracy(net, best, data, seed) - accuracy(net, other, data, seed))
     for each in gains.values():
         assert statistics.mean(each) > statistics.stdev(each) / len(each) ** 0.5, gains

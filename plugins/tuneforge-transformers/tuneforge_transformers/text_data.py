@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tuneforge import Data, OptionError, Split, UsageError, component, data_from_arrays, ge, gt, hookimpl, option
+from tuneforge import Data, OptionError, Split, UsageError, component, ge, gt, hookimpl, option
 from tuneforge.plugin import Check
+from tuneforge.sklearn import data_from_arrays
 from tuneforge_transformers import pretrained as source
 from tuneforge_transformers.text import PackedTokenizer, TextInputs, unpack_tokenizer
 from tuneforge_transformers.text_files import SPLITS, TextSplit, read_texts

@@ -355,7 +355,7 @@ class TestComponent:
 
     def test_without_its_arrays_it_asks_for_them(self):
         run = SimpleNamespace(config=SimpleNamespace(seed=0), data_seed=0, restoring=False)
-        with pytest.raises(DataError, match="give them again"):
+        with pytest.raises(DataError, match="pass them again"):
             ArrayData().data_prepare(run)
 
     def test_a_pair_a_dataset_and_a_loader_are_taken_alone(self):

@@ -42,6 +42,26 @@ def diagnose(run: Run, step: Diagnosis, components: PhaseComponents) -> Diagnost
         return Diagnostics(step_name=step.name, values=values)
 
 
+def measure_lrs(run: Run, step: Diagnosis) -> tuple[dict[Any, float], float, int]:
+    """Measure the loss after one optimizer step at each of `CANDIDATE_LRS`, for a run that does not train.
+
+    Returns:
+        The losses by learning rate, the momentum of the optimizer, and the number of parameters that would train.
+
+    Raises:
+        SelectorError: `step.train` selects no parameter.
+    """
+    names, components = select(run.model, step.train), PhaseComponents(run.config)
+    run.phase = Phase(step.name, train=step.train, steps=1)
+    optimization = Optimization()
+    optimization.set_param_groups(run.model, run.phase, names, components.peek_optimizer(run.phase), same=False)
+    momentum = max(float(group.get("momentum", 0.0)) for group in optimization.param_groups())
+    run.hooks.call.phase_started(run=run)  # a component that adds to the loss prepares here
+    losses = dict(diagnose(run, step, components).values)
+    named = run.model.parameters()
+    return losses, momentum, sum(named[name].numel() for name in names)
+
+
 def _gradient_norms(run: Run, step: Diagnosis) -> dict[Any, float]:
     """Return gradient norm over weight norm, averaged over batches (the relative gradient norm of Lee et al. 2023)."""
     names = select(run.model, step.train)

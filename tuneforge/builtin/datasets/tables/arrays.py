@@ -171,7 +171,7 @@ class ArrayData:
         raise UsageError(
             f"{type(source).__name__} is no data source",
             where="--data",
-            fix="give a name, a pair (x, y), a torch Dataset, a DataLoader, or data_of(x, y, ...)",
+            fix="give a name, a pair (x, y), a torch Dataset, a DataLoader, or data_from_arrays(x, y, ...)",
         )
 
     @hookimpl
@@ -186,7 +186,9 @@ class ArrayData:
         given: dict[str, tuple[Any, Any]] = getattr(self, "_given", {})
         if not given:
             raise DataError(
-                "the arrays are not here", why="a run folder does not hold them", fix="give them again: data_of(x, y)"
+                "the arrays are missing",
+                why="a run directory does not hold them",
+                fix="pass them again: data_from_arrays(x, y)",
             )
         parts = {split: read_samples(x, y, split) for split, (x, y) in given.items()}
         shares = {split: 0.0 if split in parts else share for split, share in (("val", self.val), ("test", self.test))}
