@@ -17,7 +17,7 @@ from torch import nn
 import tuneforge as tf
 from tuneforge.builtin.strategies.fixed import Full
 from tuneforge.sklearn import TunedClassifier, TunedRegressor
-from tuneforge.sklearn.estimator import split_train_val
+from tuneforge.sklearn.estimator import split_validation
 
 CANNOT_HOLD: dict[str, str] = {}  # name of a check: the reason; so far every one holds
 PICKLE = b"\x80"  # how one begins
@@ -269,14 +269,14 @@ def test_runs_are_kept_where_that_is_asked_for_and_nowhere_else(blobs, tmp_path,
 
 def test_each_class_is_in_training_and_validation_unless_it_is_alone():
     pools = [torch.arange(0, 20), torch.arange(20, 22), torch.tensor([22])]
-    train, val = split_train_val(pools, val_fraction=0.1, seed=0)
+    train, val = split_validation(pools, val_fraction=0.1, seed=0)
     assert sorted([*train.tolist(), *val.tolist()]) == list(range(23))
     assert [int(((val >= low) & (val < high)).sum()) for low, high in ((0, 20), (20, 22), (22, 23))] == [2, 1, 0]
 
 
 @pytest.mark.parametrize(("pools", "share"), [([torch.tensor([0]), torch.tensor([1])], 0.5), ([torch.arange(9)], 0.0)])
 def test_where_nothing_is_held_out_all_samples_serve_for_both(pools, share):
-    train, val = split_train_val(pools, val_fraction=share, seed=0)
+    train, val = split_validation(pools, val_fraction=share, seed=0)
     assert torch.equal(train, val)
     assert len(train) == sum(map(len, pools))
 
@@ -292,7 +292,7 @@ def test_classes_are_told_apart_whatever_they_are(blobs):
 @pytest.mark.parametrize(
     ("estimator", "error", "message"),
     [
-        (quick(validation_fraction=1.0), tf.OptionError, "a share of 1.0"),
+        (quick(validation_fraction=1.0), tf.OptionError, "validation_fraction"),
         (
             TunedClassifier(strategy=Full(epochs=1), strategy_options={"lr": 1.0}),
             tf.UsageError,

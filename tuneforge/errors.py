@@ -180,11 +180,12 @@ class UnsafeFileError(TuneforgeError):
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
     """A sentence that offers the known name nearest to `name`, or lists what there is."""
-    names = sorted(set(known))
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    names = {each.casefold(): each for each in sorted(set(known))}
+    near = difflib.get_close_matches(name.casefold(), names, n=1)
     if near:
-        return f"did you mean '{near[0]}'?"
-    return f"known: {', '.join(names)}" if names else "there are none"
+        return f"did you mean '{names[near[0]]}'?"
+    more = f" and {len(names) - 40} more" if len(names) > 40 else ""
+    return f"known: {', '.join(list(names.values())[:40])}{more}" if names else "there are none"
 
 
 def escape_name(name: str | bytes | Path) -> str:

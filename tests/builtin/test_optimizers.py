@@ -98,7 +98,7 @@ def test_an_unknown_kind_offers_the_nearest(typed, meant):
 
 
 def test_a_kind_far_from_all_lists_what_there_is():
-    with pytest.raises(UnknownNameError, match=r"torch has .*RMSprop"):
+    with pytest.raises(UnknownNameError, match=r"known: .*RMSprop"):
         TorchOptimizer(kind="gradient-descent-please")
 
 

@@ -18,15 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tuneforge import DataError, OptionError, UnknownNameError, component, hookimpl, option
-from tuneforge.builtin.targets import suggest_label, to_columns
+from tuneforge.builtin.checks import FRACTION_OR_ZERO
+from tuneforge.builtin.targets import to_columns
+from tuneforge.errors import suggest_name
 from tuneforge.plugin import Check
 
 if TYPE_CHECKING:
     from tuneforge import Batch, Run
 
-_FRACTION = Check(
-    "at least 0 and less than 1", lambda value: bool(0 <= value < 1), {"minimum": 0, "exclusiveMaximum": 1}
-)
 _FACTORS = Check("numbers of at least 0", lambda factors: all(value >= 0 for value in factors.values()))
 
 
@@ -38,7 +37,7 @@ class CrossEntropy:
     """
 
     label_smoothing: float = option(
-        default=0.0, help="Share of each target that goes to all classes evenly.", check=_FRACTION
+        default=0.0, help="Share of each target that goes to all classes evenly.", check=FRACTION_OR_ZERO
     )
     class_weights: dict[str, float] = option(
         default={},
@@ -85,7 +84,9 @@ class CrossEntropy:
 class BinaryCrossEntropy:
     """Cross-entropy of each label against its own yes or no, the mean over labels and samples."""
 
-    label_smoothing: float = option(default=0.0, help="How far targets are drawn from 0 and 1 to 1/2.", check=_FRACTION)
+    label_smoothing: float = option(
+        default=0.0, help="How far targets are drawn from 0 and 1 to 1/2.", check=FRACTION_OR_ZERO
+    )
     pos_weights: dict[str, float] = option(
         default={}, help="Factors on the loss where a label holds, by label name; 1 for the others.", check=_FACTORS
     )
@@ -181,7 +182,7 @@ def _factors_by_label(factors: Mapping[str, float], labels: tuple[str, ...], *, 
     for name in factors:
         if name not in labels:
             raise UnknownNameError(
-                f"there is no class '{name}'", where=f"--step.{option}", fix=suggest_label(name, labels)
+                f"there is no class '{name}'", where=f"--step.{option}", fix=suggest_name(name, labels)
             )
     return torch.tensor([factors.get(label, 1.0) for label in labels])
 

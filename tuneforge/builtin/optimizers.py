@@ -6,20 +6,17 @@ is made or checked, not when this file is, so that help costs no torch.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tuneforge import OptionError, UnknownNameError, component, ge, gt, option
-from tuneforge.plugin import Check
+from tuneforge.builtin.checks import FRACTION_OR_ZERO
+from tuneforge.errors import suggest_name
 
 if TYPE_CHECKING:
     import torch
 
-_MOMENTUM = Check(
-    "at least 0 and less than 1", lambda value: bool(0 <= value < 1), {"minimum": 0, "exclusiveMaximum": 1}
-)
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 _UNSUPPORTED_OPTIMIZERS = {
     "LBFGS": "it evaluates the loss several times a step (a closure), and a step here has one gradient",
@@ -38,7 +35,7 @@ _RESERVED_ARGUMENTS = {
 class SGD:
     """Stochastic gradient descent with momentum: torch.optim.SGD."""
 
-    momentum: float = option(default=0.9, help="Share of the last step that goes on.", check=_MOMENTUM)
+    momentum: float = option(default=0.9, help="Share of the last step that goes on.", check=FRACTION_OR_ZERO)
     nesterov: bool = option(default=False, help="Look ahead along the momentum (Nesterov).")
     weight_decay: float = option(default=0.0, help="Decay of matrices, added to their gradient.", check=ge(0))
 
@@ -64,8 +61,8 @@ class SGD:
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101): torch.optim.AdamW."""
 
-    beta1: float = option(default=0.9, help="Memory of the mean gradient.", check=_MOMENTUM)
-    beta2: float = option(default=0.999, help="Memory of the mean squared gradient.", check=_MOMENTUM)
+    beta1: float = option(default=0.9, help="Memory of the mean gradient.", check=FRACTION_OR_ZERO)
+    beta2: float = option(default=0.999, help="Memory of the mean squared gradient.", check=FRACTION_OR_ZERO)
     eps: float = option(default=1e-8, help="Added to the root of the mean squared gradient.", check=gt(0))
     weight_decay: float = option(default=0.01, help="Decay of matrices, times the rate.", check=ge(0))
 
@@ -158,9 +155,7 @@ def _find_optimizer_class(name: str) -> type[torch.optim.Optimizer]:
         if issubclass(each, torch.optim.Optimizer) and each is not torch.optim.Optimizer
     }
     if name.lower() not in found:
-        near = difflib.get_close_matches(name.lower(), found, n=1)
-        names = ", ".join(sorted(each.__name__ for each in found.values()))
-        fix = f"did you mean '{found[near[0]].__name__}'?" if near else f"torch has {names}"
+        fix = suggest_name(name, (each.__name__ for each in found.values()))
         raise UnknownNameError(f"torch.optim has no optimizer '{name}'", where="--optimizer.kind", fix=fix)
     kind = found[name.lower()]
     if kind.__name__ in _UNSUPPORTED_OPTIMIZERS:
@@ -185,9 +180,7 @@ def _convert_argument(
     if name in _RESERVED_ARGUMENTS:
         raise OptionError(f"'{name}' is not among the arguments", where=where, why=_RESERVED_ARGUMENTS[name])
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        fix = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(known)}"
-        raise UnknownNameError(f"{kind.__name__} has no argument '{name}'", where=where, fix=fix)
+        raise UnknownNameError(f"{kind.__name__} has no argument '{name}'", where=where, fix=suggest_name(name, known))
     default = known[name].default
     if not isinstance(default, (bool, int, float)):
         raise OptionError(

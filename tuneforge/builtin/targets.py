@@ -5,7 +5,6 @@ Shapes: n samples in a split, b in a batch, k outputs, f features.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,12 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tuneforge import DataError, OptionError, Targets, component, option
+from tuneforge.builtin.checks import POSITIVE_NUMBERS
+from tuneforge.errors import suggest_name
 from tuneforge.plugin import Check
 
 Doubles = NDArray[np.float64]
 
 _UNIQUE = Check("names that differ", lambda names: len(set(names)) == len(names), {"uniqueItems": True})
-_POSITIVE = Check("numbers greater than 0", lambda values: all(value > 0 for value in values))
 _MAX_LOSS = torch.finfo(torch.float32).max  # of an answer that is no number; finite, so that JSON can hold it
 
 
@@ -225,7 +225,7 @@ class RegressionTargets(Targets):
     units: tuple[str, ...] = option(default=("",), help="Unit of each; one for all of them will do.")
     means: tuple[float, ...] = option(default=(0.0,), help="What was subtracted from each; one for all will do.")
     scales: tuple[float, ...] = option(
-        default=(1.0,), help="What each was divided by; one for all will do.", check=_POSITIVE
+        default=(1.0,), help="What each was divided by; one for all will do.", check=POSITIVE_NUMBERS
     )
 
     def __attrs_post_init__(self) -> None:
@@ -335,12 +335,16 @@ def to_columns(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return columns, answers
 
 
-def suggest_label(name: str, known: Iterable[str]) -> str:
-    """A sentence that offers the known name nearest to `name`, or lists what there is."""
-    names = list(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return f"did you mean '{close[0]}'?" if close else f"known: {listed}" if names else "there are none"
+def compute_mean_and_scale(values: NDArray[Any], *, tolerance: float = 1e-12) -> tuple[Doubles, Doubles]:
+    """Return the mean and the standard deviation over the first axis, in float64.
+
+    Args:
+        values: (n,) or (n, f).
+        tolerance: A standard deviation of at most this fraction of the mean counts as constant and becomes 1.
+    """
+    doubles = values.astype(np.float64, copy=False)
+    mean, scale = np.asarray(doubles.mean(0)), np.asarray(doubles.std(0))
+    return mean, np.where(scale > tolerance * np.abs(mean), scale, 1.0)
 
 
 def _find_class_index(name: str, names: Sequence[str]) -> int:
@@ -348,7 +352,7 @@ def _find_class_index(name: str, names: Sequence[str]) -> int:
         return names.index(name)
     except ValueError:
         raise DataError(
-            f"there is no class '{name}'", why="it is not among the classes", fix=suggest_label(name, names)
+            f"there is no class '{name}'", why="it is not among the classes", fix=suggest_name(name, names)
         ) from None
 
 
@@ -377,8 +381,7 @@ def _replace_nonfinite(wrongness: Tensor) -> Tensor:
 def _standardize(features: Tensor) -> tuple[Doubles, Doubles, Doubles]:
     """Features (n, f) at mean 0 and standard deviation 1, their means and their deviations (1 for a constant one)."""
     values = features.detach().cpu().double().numpy()
-    mean, scale = values.mean(0), values.std(0)
-    scale[scale <= 1e-12 * np.abs(mean)] = 1.0
+    mean, scale = compute_mean_and_scale(values)
     return (values - mean) / scale, mean, scale
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from tuneforge.builtin.datasets.tables.arrays import data_from_arrays
 from tuneforge.builtin.datasets.tables.target_arrays import standardize
-from tuneforge.builtin.targets import ClassTargets, RegressionTargets
-from tuneforge.sklearn.estimator import TunedEstimator, compute_mean_and_scale
+from tuneforge.builtin.targets import ClassTargets, RegressionTargets, compute_mean_and_scale
+from tuneforge.sklearn.estimator import FLOAT32_TOLERANCE, TunedEstimator
 
 __all__ = ["TunedClassifier", "TunedRegressor", "data_from_arrays"]
 
@@ -203,9 +203,10 @@ class TunedRegressor(RegressorMixin, TunedEstimator):  # type: ignore[misc]  # s
         return [torch.arange(len(y))]
 
     def _build_targets(self, y: NDArray[Any], train: Tensor) -> RegressionTargets:
-        means, scales = compute_mean_and_scale(y[train.numpy()].reshape(len(train), -1))
+        columns = y[train.numpy()].reshape(len(train), -1)
+        means, scales = compute_mean_and_scale(columns, tolerance=FLOAT32_TOLERANCE)
         names = ("value",) if len(means) == 1 else tuple(f"value{place}" for place in range(len(means)))
-        return RegressionTargets(names=names, means=means, scales=scales)
+        return RegressionTargets(names=names, means=tuple(means.tolist()), scales=tuple(scales.tolist()))
 
     def _encode_targets(self, y: NDArray[Any], targets: RegressionTargets) -> Tensor:
         return standardize(y, targets)

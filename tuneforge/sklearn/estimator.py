@@ -24,12 +24,16 @@ from torch import Tensor
 
 import tuneforge as tf
 from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
+from tuneforge.builtin.datasets.row_splits import split_train_val
 from tuneforge.builtin.datasets.tables.arrays import TensorInputs
-from tuneforge.builtin.datasets.tables.target_arrays import split_rows
+from tuneforge.builtin.targets import compute_mean_and_scale
 from tuneforge.engine.storage.safetensors_io import get_state_dict, load_state_dict
 from tuneforge.sklearn.model_state import SavableEstimator
 
 _NESTED_PARAMS = ("model", "strategy")  # parameters that have options of their own
+FLOAT32_TOLERANCE = 1e-6
+"""Samples come as float32, whose rounding gives a constant column a small standard deviation."""
+
 _BATCH_ROWS = 256  # of a table in one forward pass
 
 
@@ -152,7 +156,7 @@ class TunedEstimator(SavableEstimator):
 
     def _build_data(self, samples: NDArray[Any], y: NDArray[Any], seed: int, *, first: bool) -> tf.Data:
         """The samples, divided; how they are read follows from the training part of the first ones."""
-        train, val = split_train_val(self._group_rows(y), val_fraction=self.validation_fraction, seed=seed)
+        train, val = split_validation(self._group_rows(y), val_fraction=self.validation_fraction, seed=seed)
         inputs = self._build_inputs(samples, train) if first else self.predictor_.inputs
         targets = self._build_targets(y, train) if first else self.predictor_.targets
         stored, answers = torch.from_numpy(np.array(samples)), self._encode_targets(y, targets)
@@ -192,8 +196,8 @@ class TunedEstimator(SavableEstimator):
         shapes, dtypes = {"": tuple(samples.shape[1:])}, {"": str(samples.dtype)}
         if not self.standardize or samples.ndim != 2:
             return TensorInputs(shapes=shapes, dtypes=dtypes)
-        means, scales = compute_mean_and_scale(samples[train.numpy()])
-        return TensorInputs(shapes=shapes, dtypes=dtypes, means=means, scales=scales)
+        means, scales = compute_mean_and_scale(samples[train.numpy()], tolerance=FLOAT32_TOLERANCE)
+        return TensorInputs(shapes=shapes, dtypes=dtypes, means=tuple(means.tolist()), scales=tuple(scales.tolist()))
 
     def _compute_outputs(self, X: Any) -> NDArray[np.float64]:
         """The model's outputs (n, k). Rows of a table go in batches of one size, so that none depends on the others."""
@@ -265,29 +269,17 @@ class InitialWeights:
         return attrs.evolve(model, pretrained_labels=model.labels, pretrained=True)
 
 
-def split_train_val(groups: Sequence[Tensor], *, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows to validate on: of each pool its share, at least one, and one left to train.
-
-    A row that is alone in its pool trains. Where nothing can be held out, or `val_fraction` is 0, all rows do both.
+def split_validation(groups: Sequence[Tensor], *, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split rows into training and validation; where nothing can be held out, all rows serve for both.
 
     Raises:
-        OptionError: The share is no share.
+        OptionError: The fraction is not in [0, 1).
     """
     if not 0 <= val_fraction < 1:
         raise tf.OptionError(
-            f"a share of {val_fraction!r} for validation", where="validation_fraction", fix="give 0 to 1"
+            f"a validation fraction of {val_fraction!r}",
+            where="validation_fraction",
+            fix="give a number from 0 to below 1",
         )
-    alone = [rows for rows in groups if len(rows) == 1]
-    others = [rows for rows in groups if len(rows) > 1]
-    if not val_fraction or not others:
-        everything = torch.cat(list(groups)).sort().values
-        return everything, everything
-    train, val, _ = split_rows(others, val=val_fraction, test=0.0, seed=seed, where="y")
-    return torch.cat([train, *alone]).sort().values, val
-
-
-def compute_mean_and_scale(columns: NDArray[Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation (1 for a constant one) of each column."""
-    values = columns.astype(np.float64)
-    means, scales = values.mean(0), values.std(0)
-    return tuple(means.tolist()), tuple(np.where(scales > 1e-6 * np.abs(means), scales, 1.0).tolist())
+    train, val = split_train_val(groups, val=val_fraction, seed=seed, where="y")
+    return train, val if len(val) else train

@@ -57,7 +57,7 @@ def render_report(findings: Findings, *, memory_mb: int, timeout_s: float) -> st
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    html = environment.get_template("page.html.j2").render(
+    html = environment.get_template("report.html.j2").render(
         root=escape_name(findings.root),
         files=len(findings.files),
         usable=len(findings.usable),

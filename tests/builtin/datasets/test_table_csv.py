@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from tuneforge import DataError, FolderError, OptionError, PluginError, UsageError
-from tuneforge.builtin.datasets.tables.table_csv import MLP, TableCsv, TableInputs
+from tuneforge.builtin.datasets.tables.table_csv import TableCsv
+from tuneforge.builtin.datasets.tables.table_inputs import TableInputs
+from tuneforge.builtin.models.mlp import MLP
 from tuneforge.builtin.targets import ClassTargets, RegressionTargets
 from tuneforge.exporting import save_tensors
 from tuneforge.plugin.declaration import build_component, get_option_values

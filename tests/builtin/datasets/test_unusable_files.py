@@ -14,7 +14,8 @@ from PIL import Image
 import tuneforge as tf
 from tuneforge.__main__ import main
 from tuneforge.builtin.datasets.images.file_check import FILE_CHECK_FILE
-from tuneforge.builtin.datasets.images.image_datasets import REPLACEMENTS_FILE, ImageFolder
+from tuneforge.builtin.datasets.images.image_datasets import ImageFolder
+from tuneforge.builtin.datasets.images.replacements import REPLACEMENTS_FILE
 from tuneforge.engine.context.distributed import ProcessGroup
 
 STEPS = [tf.Phase("head", train="head", epochs=1, lr=1e-3)]
@@ -116,7 +117,7 @@ def test_a_file_that_breaks_while_a_run_trains_does_not_end_it(photos, tmp_path,
     assert {(line["split"], line["id"]) for line in lines} == {("train", breaks.broken)}
     assert {line["replacement"][0] for line in lines} == {breaks.broken[0]}  # of the same class
     assert len({line["replacement"] for line in lines}) == 1
-    assert sum("stands in for it" in line for line in told) == 1
+    assert sum("replaces it" in line for line in told) == 1
 
 
 def test_the_figures_of_a_split_say_how_many_pictures_others_stood_in_for(photos, tmp_path):

@@ -40,13 +40,15 @@ def test_rows_of_shared_names_are_kept_to_the_bit_wherever_they_stood() -> None:
     assert new.bias[1] == 0
     assert 0 < new.weight[1].abs().max() < 0.06
     assert (adapted.labels, adapted.pretrained_labels) == (("d", "x", "b"), ("d", "b"))
-    assert adapted.changes == ("head: 4 -> 3 outputs, kept the rows of d, b; fresh: x",)
+    assert adapted.changes == ("head: 4 -> 3 outputs, kept the rows of 'd', 'b'; randomly initialized: 'x'",)
 
 
 def test_the_sentence_abridges_long_lists() -> None:
     labels = "0123456789ABC"
     adapted = Head().model_adapt(run_of(*"0123456789", "other"), small(labels))
-    assert adapted.changes == ("head: 13 -> 11 outputs, kept the rows of 0, 1, ..., 9; fresh: other",)
+    assert adapted.changes == (
+        "head: 13 -> 11 outputs, kept the rows of '0', '1', '2', '3', '4' and 5 more; randomly initialized: 'other'",
+    )
 
 
 def test_a_head_that_fits_by_name_and_size_is_left_alone() -> None:
@@ -69,7 +71,7 @@ def test_the_same_names_in_another_order_are_put_in_order() -> None:
     old = model.module.fc.weight
     adapted = Head().model_adapt(run_of("b", "a"), model)
     assert torch.equal(adapted.module.fc.weight, old.flip(0))
-    assert adapted.changes == ("head: 2 -> 2 outputs, kept the rows of b, a",)
+    assert adapted.changes == ("head: 2 -> 2 outputs, kept the rows of 'b', 'a'",)
 
 
 @pytest.mark.parametrize(("model_labels", "run"), [("xyz", run_of("a", "b")), ("ab", run_of(size=2))])
@@ -79,7 +81,7 @@ def test_without_shared_names_every_row_is_fresh(model_labels: str, run: Any) ->
     adapted = Head().model_adapt(run, model)
     assert not (adapted.module.fc.weight == old).any()
     assert adapted.pretrained_labels == ()
-    assert adapted.changes == ("head: 2 -> 2 outputs, all fresh",)
+    assert adapted.changes == ("head: 2 -> 2 outputs, all randomly initialized",)
 
 
 def test_numbers_without_names_keep_a_head_of_the_same_size() -> None:

@@ -146,7 +146,7 @@ def test_a_run_starts_from_the_ten_rows_and_tells_the_strategy_which_they_are(st
     assert told[0].old_classes == tuple(SHUFFLED[place] for place in new)
     assert told[0].classes == SHUFFLED
     assert result.model.labels == SHUFFLED
-    assert "fresh: other" in " ".join(result.model.changes)
+    assert "randomly initialized: 'other'" in " ".join(result.model.changes)
 
 
 def test_the_fresh_row_does_not_speak_first(start):
@@ -163,7 +163,7 @@ def test_a_module_whose_labels_are_named_keeps_its_rows_and_one_without_names_do
     old = module().head.weight
     assert torch.equal(named.head_module().weight[:10], old)
     assert not (nameless.head_module().weight[:10] == old).any()
-    assert nameless.changes[-1] == "head: 10 -> 11 outputs, all fresh"
+    assert nameless.changes[-1] == "head: 10 -> 11 outputs, all randomly initialized"
 
 
 def test_the_model_of_a_loaded_run_is_a_start_whose_every_row_is_known(tmp_path):

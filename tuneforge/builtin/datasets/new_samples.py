@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tuneforge import Data, DataError, Model, Source, Split, TensorTree, load, map_inputs
-from tuneforge.builtin.datasets.tables.target_arrays import split_rows
+from tuneforge.builtin.datasets.row_splits import split_train_val
 from tuneforge.builtin.targets import ClassTargets
 from tuneforge.exporting import load_tensors
 
@@ -182,12 +182,7 @@ def _split_train_val(rows: Tensor, codes: Tensor, *, val: float, seed: int) -> t
             where="--data.new",
             fix="label some requests (POST /feedback, /review)",
         )
-    several = [pool for pool in pools if len(pool) > 1]
-    alone = [pool for pool in pools if len(pool) == 1]
-    if not several or not val:
-        return rows, rows[:0]
-    train, held, _ = split_rows(several, val=val, test=0.0, seed=seed, where="--data.new")
-    return torch.cat([train, *alone]).sort().values, held
+    return split_train_val(pools, val=val, seed=seed, where="--data.new")
 
 
 def _append_samples(old: Split, new: NewSamples, rows: Tensor, codes: Tensor) -> Split:

@@ -6,20 +6,18 @@ Shapes: k outputs, f features, c channels, h and w pixels of a kernel.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from tuneforge import Model, PluginError, SampleRNG, between, component, gt, hookimpl, option
+from tuneforge import Model, PluginError, between, component, gt, hookimpl, option
+from tuneforge.builtin.models.heads import get_head_layer, num_head_outputs, resize_head
+from tuneforge.builtin.name_lists import abbreviate_names
 
 if TYPE_CHECKING:
     from tuneforge import Run
-
-HeadLayer: TypeAlias = nn.Linear | nn.Conv2d
-
-_INIT_STD = 0.01  # of new rows: small beside trained ones, so that they do not speak first
 
 
 @component(api=1)
@@ -38,7 +36,7 @@ class Head:
         model = _require_model(model, "head")
         head = get_head_layer(model)
         labels, size = run.data.targets.labels, run.data.targets.num_outputs
-        if _num_outputs(head) == size and model.labels in ((), labels):
+        if num_head_outputs(head) == size and model.labels in ((), labels):
             known = (
                 model.pretrained_labels if model.labels else labels
             )  # whose names are not known is taken at its word
@@ -47,7 +45,7 @@ class Head:
         rows = {labels.index(name): model.labels.index(name) for name in kept}
         module = resize_head(head, size, rows, seed=run.config.seed)
         changed = model.with_head(module, labels=labels, pretrained_labels=tuple(kept))
-        return changed.with_change(_describe_resize(_num_outputs(head), size, kept, labels))
+        return changed.with_change(_describe_resize(num_head_outputs(head), size, kept, labels))
 
 
 @component(api=1)
@@ -112,65 +110,14 @@ def _require_model(model: Model | None, name: str) -> Model:
     return model
 
 
-def get_head_layer(model: Model) -> HeadLayer:
-    """The layer that gives the answer.
-
-    Raises:
-        PluginError: It is neither linear nor a 1x1 convolution.
-    """
-    head = model.head_module()
-    if isinstance(head, nn.Linear) or (isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1) and head.groups == 1):
-        return head
-    raise PluginError(
-        f"the head '{model.head}' is a {type(head).__name__}",
-        where="--adapt head",
-        why="only a linear layer or a 1x1 convolution can be resized",
-        fix="let the model name its answering layer as the head",
-    )
-
-
-def _num_outputs(head: HeadLayer) -> int:
-    return head.out_features if isinstance(head, nn.Linear) else head.out_channels
-
-
-def resize_head(head: HeadLayer, num_outputs: int, rows: dict[int, int], *, seed: int) -> HeadLayer:
-    """A layer of the same kind with `num_outputs` outputs.
-
-    Args:
-        head: The old layer.
-        num_outputs: k.
-        rows: Old row by new row; the others start fresh, from the seed.
-        seed: The run's.
-    """
-    old = head.weight.detach()
-    fresh_kf = SampleRNG(seed, 0, torch.arange(num_outputs)).normal("head", old[0].numel()) * _INIT_STD
-    weight = fresh_kf.reshape(num_outputs, *old.shape[1:]).to(old)
-    bias = old.new_zeros(num_outputs)
-    for new, kept in rows.items():
-        weight[new] = old[kept]
-        if head.bias is not None:
-            bias[new] = head.bias.detach()[kept]
-    made: HeadLayer
-    if isinstance(head, nn.Linear):
-        made = nn.Linear(head.in_features, num_outputs, bias=head.bias is not None, device="meta")
-    else:
-        made = nn.Conv2d(head.in_channels, num_outputs, 1, bias=head.bias is not None, device="meta")
-    made.weight = nn.Parameter(weight)
-    if head.bias is not None:
-        made.bias = nn.Parameter(bias)
-    return made
-
-
 def _describe_resize(old: int, new: int, kept: Sequence[str], labels: Sequence[str]) -> str:
     fresh = [name for name in labels if name not in set(kept)]
     sentence = f"head: {old} -> {new} outputs"
     if not kept:
-        return f"{sentence}, all fresh"
-    return f"{sentence}, kept the rows of {_abbreviate(kept)}" + (f"; fresh: {_abbreviate(fresh)}" if fresh else "")
-
-
-def _abbreviate(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, ..., {names[-1]}"
+        return f"{sentence}, all randomly initialized"
+    return f"{sentence}, kept the rows of {abbreviate_names(kept)}" + (
+        f"; randomly initialized: {abbreviate_names(fresh)}" if fresh else ""
+    )
 
 
 def _first_conv(model: Model) -> tuple[str, nn.Conv2d]:

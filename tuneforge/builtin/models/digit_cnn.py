@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tuneforge import DataError, LayerGroup, Model, PluginError, UsageError, component, hookimpl, option
+from tuneforge.builtin.models.state_dict import load_matching_weights
 from tuneforge.builtin.seeding import seeded_rng
 from tuneforge.exporting import load_tensors
 
@@ -105,17 +105,7 @@ def _load_pretrained(path: Path) -> Model:
     num_outputs = len(tensors.get("head.bias", LABELS))
     with seeded_rng(0):
         module = DigitNet(num_outputs)
-    expected = module.state_dict()
-    wrong = sorted(expected.keys() ^ tensors.keys())
-    wrong += [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
-    if wrong:
-        raise UsageError(
-            f"'{path}' does not hold the weights of digit-cnn: {', '.join(wrong[:5])}",
-            where="--model.weights",
-            why=f"{len(wrong)} name(s) or shape(s) differ",
-            fix="give a file that was made from this network",
-        )
-    module.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
+    load_matching_weights(module, tensors, path, kind="digit-cnn", fix="give a file that was made from this network")
     labels = tuple(metadata.get("labels", LABELS if num_outputs == len(LABELS) else ()))
     return _build_model(module, labels, kept=labels)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Mapping
@@ -26,8 +25,9 @@ from tuneforge import (
     hookimpl,
     option,
 )
-from tuneforge.builtin.models.adapters import get_head_layer, resize_head
+from tuneforge.builtin.models.heads import get_head_layer, resize_head
 from tuneforge.builtin.seeding import seeded_rng
+from tuneforge.errors import suggest_name
 from tuneforge.exporting import load_tensors
 
 if TYPE_CHECKING:
@@ -265,11 +265,10 @@ def _download_weights(arch: str) -> tuple[StateDict, tuple[str, ...]]:
 def _require_known_arch(arch: str) -> None:
     known = models.list_models(module=models)
     if arch not in known:
-        near = difflib.get_close_matches(arch, known, n=1)
         raise UnknownNameError(
             f"torchvision has no classification model '{arch}'",
             where="--model.arch",
-            fix=f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}",
+            fix=suggest_name(arch, known),
         )
 
 

@@ -10,15 +10,14 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tuneforge import Phase, SelectorError, TaskInfo, component, ge, gt, hookimpl, option, use
+from tuneforge.builtin.checks import FRACTION
 from tuneforge.builtin.strategies.fixed import has_random_head_rows
-from tuneforge.plugin import Check, StrategyStep
+from tuneforge.plugin import StrategyStep
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tuneforge import Batch, Run
-
-_FRACTION = Check("greater than 0 and less than 1", lambda value: bool(0 < value < 1))
 
 
 @component(api=1)
@@ -78,7 +77,7 @@ class Replay:
 
     epochs: int = option(default=8, help="Epochs with every layer trained.", check=ge(1))
     lr: float = option(default=1e-3, help="Peak learning rate.", check=gt(0))
-    share: float = option(default=0.5, help="Share of old samples in each epoch.", check=_FRACTION)
+    share: float = option(default=0.5, help="Share of old samples in each epoch.", check=FRACTION)
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl

@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tuneforge import between, component, ge, gt, hookimpl, option
+from tuneforge.builtin.checks import FRACTION, POSITIVE_STDS
+from tuneforge.builtin.datasets.images.replacements import (
+    REPLACEMENTS_FILE,
+    ReplacementCount,
+    log_new_replacements,
+    replacements_path,
+)
 from tuneforge.plugin import Check
 
 if TYPE_CHECKING:
@@ -21,25 +28,6 @@ _GRAYSCALE_DATASETS = ("MNIST", "EMNIST", "FashionMNIST", "KMNIST", "QMNIST", "U
 _FRACTION = Check(
     "greater than 0 and at most 0.8", lambda share: 0 < share <= 0.8, {"exclusiveMinimum": 0, "maximum": 0.8}
 )
-REPLACEMENTS_FILE = "replacements.jsonl"
-"""In a run's folder: which picture stood in for one that could no longer be read."""
-
-_STDS = Check("numbers greater than 0", lambda std: bool(std) and min(std) > 0)
-
-
-class ReplacementCount:
-    """How many pictures of a split others stood in for, as a figure of the report; no figure where none did."""
-
-    def __init__(self, run: Run) -> None:
-        self._run, self._split = run, run.eval_split
-
-    def update(self, outputs: Any, targets: Any) -> None:
-        """Count nothing here: the pictures were read before."""
-
-    def compute(self) -> dict[str, int]:
-        """The figure."""
-        count = sum(line["split"] == self._split for line in _read_replacements(self._run))
-        return {"replacements": count} if count else {}
 
 
 @component(api=1)
@@ -58,7 +46,9 @@ class ImageOptions:
         default="data", help="Whose mean and deviation is taken out: the training pictures', ImageNet's, or none."
     )
     mean: tuple[float, ...] | None = option(default=None, help="Mean to take out instead, one number or one a channel.")
-    std: tuple[float, ...] | None = option(default=None, help="Deviation to divide by instead, like mean.", check=_STDS)
+    std: tuple[float, ...] | None = option(
+        default=None, help="Deviation to divide by instead, like mean.", check=POSITIVE_STDS
+    )
     val: float = option(
         default=0.15, help="Share of each class for validation, where the data has no such split.", check=_FRACTION
     )
@@ -87,27 +77,17 @@ class ImageOptions:
     @hookimpl
     def epoch_ended(self, run: Run) -> None:
         """Say which pictures could no longer be read, and what stood in for them."""
-        self._log_replacements(run)
+        log_new_replacements(run, run.state(self))
 
     @hookimpl
     def run_ended(self, run: Run) -> None:
         """The same for what the last evaluation met."""
-        self._log_replacements(run)
+        log_new_replacements(run, run.state(self))
 
     @hookimpl
     def evaluate(self, run: Run) -> ReplacementCount:
         """Give the figure `replacements` of a split in which there are some."""
         return ReplacementCount(run)
-
-    def _log_replacements(self, run: Run) -> None:
-        state = run.state(self)
-        lines = _read_replacements(run)
-        for line in lines[state.get("told", 0) :]:
-            run.log(
-                f"note: {line['split']}: '{line['id']}' can no longer be read ({line['why']}); "
-                f"{line['replacement']} stands in for it"
-            )
-        state["told"] = len(lines)
 
     def _build_inputs(self, *, grayscale: bool) -> ImageInputs:
         from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
@@ -190,7 +170,7 @@ class TorchvisionDataset(ImageOptions):
     other_share: float | None = option(
         default=None,
         help="Share of one class `other`, made of all that is no digit (EMNIST); none keeps every class.",
-        check=Check("greater than 0 and less than 1", lambda share: 0 < share < 1),
+        check=FRACTION,
     )
 
     def build_inputs(self) -> ImageInputs:
@@ -215,7 +195,7 @@ class TorchvisionDataset(ImageOptions):
             seed=run.data_seed,
             notes=notes,
             restored_inputs=_get_restored_inputs(run),
-            replacements_path=_replacements_path(run),
+            replacements_path=replacements_path(run),
         )
 
 
@@ -251,18 +231,6 @@ def _build_data(options: ImageFileOptions, found: ImageIndex, run: Run) -> Data:
     if options.checked is not None:
         return mark_duplicates(data, read_duplicate_sets(options.checked, data), by="as data check found")
     return mark_duplicates(data, scanned.duplicate_sets, by="the same bytes")
-
-
-def _replacements_path(run: Run) -> Path | None:
-    """Where a run writes down what stands in for what; None for one that only looks."""
-    return None if run.run_dir is None else run.run_dir / REPLACEMENTS_FILE
-
-
-def _read_replacements(run: Run) -> list[dict[str, str]]:
-    from tuneforge.builtin.datasets.images.image_sources import read_replacements
-
-    record = _replacements_path(run)
-    return [] if record is None else read_replacements(record)
 
 
 def _get_restored_inputs(run: Run) -> Any:

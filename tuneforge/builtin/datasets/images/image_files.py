@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import heapq
 import itertools
 import os
@@ -16,7 +15,7 @@ import attrs
 
 from tuneforge import DataError
 from tuneforge.builtin.datasets.images.sample_names import EscapedNames, LazyPaths, PackedStrings
-from tuneforge.errors import escape_name
+from tuneforge.errors import escape_name, suggest_name
 
 EXTENSIONS = frozenset(
     (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -303,12 +302,11 @@ def _pluralize(count: int, noun: str) -> str:
 def _require_column(name: str, columns: list[str], path: Path, where: str) -> None:
     if name in columns:
         return
-    near = difflib.get_close_matches(name, columns, n=1)
     raise DataError(
         f"'{escape_name(path)}' has no column '{name}'",
         where=where,
         why=f"its first row names {', '.join(map(escape_name, columns)) or 'nothing'}",
-        fix=f"did you mean '{near[0]}'?" if near else "name the column with --data.image or --data.label",
+        fix=f"{suggest_name(name, columns)} --data.image and --data.label name the columns",
     )
 
 

@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from tuneforge import DataError, Inputs, between, component, gt, option
+from tuneforge.builtin.checks import POSITIVE_STDS
 from tuneforge.builtin.datasets.images.exif_orientation import FORMATS, MAX_BYTES, MAX_PIXELS, convert_to_upright
 from tuneforge.builtin.datasets.images.preprocess import (
     OPS_CHECK,
@@ -31,8 +32,7 @@ from tuneforge.builtin.datasets.images.preprocess import (
     count_max_pixels,
     parse_ops,
 )
-from tuneforge.errors import escape_name
-from tuneforge.plugin import Check
+from tuneforge.builtin.datasets.images.sample_names import describe_raw
 
 _MIN_PREVIEW_SIZE = 96  # pixels; smaller pictures are enlarged for people
 
@@ -51,7 +51,7 @@ class ImageInputs(Inputs):
     std: tuple[float, ...] = option(
         default=(1.0,),
         help="Divided by, for all channels or each, on the scale 0 to 1.",
-        check=Check("numbers greater than 0", lambda std: bool(std) and min(std) > 0),
+        check=POSITIVE_STDS,
     )
     jpeg_margin: int = option(
         default=2,
@@ -233,11 +233,6 @@ class ImageInputs(Inputs):
                 why=f"at most {self.max_bytes:,} bytes are read",
                 fix="make the picture smaller",
             )
-
-
-def describe_raw(raw: Any) -> str:
-    """What messages call a raw picture."""
-    return f"'{escape_name(raw)}'" if isinstance(raw, (str, Path)) else "the picture"
 
 
 def _decode_error(name: str, error: BaseException) -> DataError:

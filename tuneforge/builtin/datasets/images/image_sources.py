@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuneforge import DataError
-from tuneforge.builtin.datasets.images.image_inputs import ImageInputs, describe_raw
-from tuneforge.builtin.datasets.images.sample_names import select_items
+from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
+from tuneforge.builtin.datasets.images.replacements import read_replacements
+from tuneforge.builtin.datasets.images.sample_names import describe_raw, select_items
 
 _SMALL_FILE = 16_384  # bytes
 _CHUNK_SIZE = 1024  # pictures
@@ -180,14 +181,6 @@ class ReplacingImageSource:
             self.record_path.open("a", encoding="utf-8") as file,
         ):
             file.write(json.dumps(line) + "\n")  # one short write, so that processes can share the file
-
-
-def read_replacements(record: Path) -> list[dict[str, str]]:
-    """What `ReplacingImageSource` wrote down, each picture once, in order."""
-    if not record.exists():
-        return []
-    lines = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
-    return list({(line["split"], line["id"]): line for line in reversed(lines)}.values())[::-1]
 
 
 @attrs.frozen(eq=False)

@@ -23,6 +23,7 @@ from tuneforge import Data, DataError, Split, UsageError
 from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
 from tuneforge.builtin.datasets.images.image_sources import ImageFileSource, ReplacingImageSource
 from tuneforge.builtin.datasets.images.sample_names import select_items
+from tuneforge.builtin.name_lists import abbreviate_names
 from tuneforge.builtin.targets import ClassTargets
 
 if TYPE_CHECKING:
@@ -161,8 +162,8 @@ def align_classes(parts: ImageSplits) -> ImageSplits:
         strange = [parts.class_names[code] for code in codes if parts.class_names[code] not in known]
         if strange:
             raise DataError(
-                f"{split} has a class that train lacks: {_abbreviate(strange)}",
-                why=f"train has {_abbreviate(known)}",
+                f"{split} has a class that train lacks: {abbreviate_names(strange)}",
+                why=f"train has {abbreviate_names(known)}",
                 fix=f"add it to train, remove it from {split}, or correct its name",
             )
     place = np.full(len(parts.class_names), -1)
@@ -357,9 +358,4 @@ def _make_missing_notes(parts: ImageSplits) -> list[str]:
         split: [parts.class_names[code] for code in np.setdiff1d(np.arange(len(parts.class_names)), part.class_indices)]
         for split, part in parts.by_split.items()
     }
-    return [f"{split} has no picture of {_abbreviate(lacking)}" for split, lacking in absent.items() if lacking]
-
-
-def _abbreviate(names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+    return [f"{split} has no picture of {abbreviate_names(lacking)}" for split, lacking in absent.items() if lacking]

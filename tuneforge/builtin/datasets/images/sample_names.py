@@ -7,7 +7,7 @@ from abc import abstractmethod
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import attrs
 import numpy as np
@@ -118,3 +118,8 @@ def select_items(members: Sequence[T], rows: NDArray[np.int64]) -> SequenceSubse
         if isinstance(members, SequenceSubset)
         else SequenceSubset(members, rows)
     )
+
+
+def describe_raw(raw: Any) -> str:
+    """What messages call a raw picture."""
+    return f"'{escape_name(raw)}'" if isinstance(raw, (str, Path)) else "the picture"

@@ -5,7 +5,6 @@ Shapes: n pictures, c channels, h and w pixels.
 
 from __future__ import annotations
 
-import difflib
 import string
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from tuneforge import DataError, UnknownNameError
 from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
 from tuneforge.builtin.datasets.images.image_sources import ImageArraySource, ImageFileSource
 from tuneforge.builtin.datasets.images.image_splits import ImageSource, ImageSplit, ImageSplits
+from tuneforge.errors import suggest_name
 
 _Arguments = Mapping[str, Mapping[str, Any]]
 
@@ -60,12 +60,10 @@ def load_dataset(name: str, root: Path, *, images: ImageInputs, download: bool, 
         DataError: It is not under `root`, is broken, or could not be downloaded.
     """
     if name not in DATASETS:
-        near = difflib.get_close_matches(name.lower(), {known.lower(): known for known in DATASETS}, n=1)
-        match = next((known for known in DATASETS if near and known.lower() == near[0]), None)
         raise UnknownNameError(
             f"torchvision's set '{name}' is not one that tuneforge reads",
             where="--data.dataset",
-            fix=f"did you mean '{match}'?" if match else f"known: {', '.join(sorted(DATASETS))}",
+            fix=suggest_name(name, DATASETS),
         )
     loaded = {
         split: _load_split(

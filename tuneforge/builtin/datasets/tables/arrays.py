@@ -42,6 +42,8 @@ from tuneforge import (
     map_inputs,
     option,
 )
+from tuneforge.builtin.checks import FRACTION_OR_ZERO, POSITIVE_NUMBERS
+from tuneforge.builtin.datasets.row_splits import group_rows_by_class, split_rows
 from tuneforge.builtin.datasets.tables.sample_arrays import (
     ArraySamples,
     describe_tensors,
@@ -53,21 +55,17 @@ from tuneforge.builtin.datasets.tables.target_arrays import (
     TargetKind,
     encode_classes,
     fit_number_targets,
-    group_rows_by_class,
     infer_class_names,
     infer_target_kind,
-    split_rows,
     standardize,
 )
-from tuneforge.builtin.targets import ClassTargets, MultilabelTargets, RegressionTargets, suggest_label
-from tuneforge.plugin import Check
+from tuneforge.builtin.targets import ClassTargets, MultilabelTargets, RegressionTargets
+from tuneforge.errors import suggest_name
 
 if TYPE_CHECKING:
     from tuneforge import Run
 
 _WORD_BY_DTYPE_KIND = {"U": "text", "b": "truth values", "i": "integers", "u": "integers", "f": "floats"}
-_POSITIVE = Check("numbers greater than 0", lambda values: all(value > 0 for value in values))
-_SHARE = Check("at least 0 and less than 1", lambda value: bool(0 <= value < 1), {"minimum": 0, "exclusiveMaximum": 1})
 
 
 @component(api=1)
@@ -83,7 +81,7 @@ class TensorInputs(Inputs):
     dtypes: dict[str, str] = option(default={}, help="Their types, such as float32 or int64.")
     means: tuple[float, ...] = option(default=(), help="Of a single tensor: what is subtracted along its first axis.")
     scales: tuple[float, ...] = option(
-        default=(), help="Of a single tensor: what it is then divided by.", check=_POSITIVE
+        default=(), help="Of a single tensor: what it is then divided by.", check=POSITIVE_NUMBERS
     )
 
     def decode(self, raw: Any) -> TensorTree:
@@ -126,7 +124,7 @@ class TensorInputs(Inputs):
                 if strange
                 else f"'{min(set(self.shapes) - set(raw))}' is missing",
                 why=f"the model takes {', '.join(self.shapes)}",
-                fix=suggest_label(str(strange[0]), self.shapes) if strange else "give every input",
+                fix=suggest_name(str(strange[0]), self.shapes) if strange else "give every input",
             )
 
     def _decode_tensor(self, name: str, value: Any) -> Tensor:
@@ -145,8 +143,12 @@ class TensorInputs(Inputs):
 class ArrayData:
     """Live arrays or datasets as a run's data. Made by `data_from_arrays`: the objects themselves are no options."""
 
-    val: float = option(default=0.2, help="Share of the samples for validation, where none are given.", check=_SHARE)
-    test: float = option(default=0.2, help="Share of the samples for the test, where none are given.", check=_SHARE)
+    val: float = option(
+        default=0.2, help="Share of the samples for validation, where none are given.", check=FRACTION_OR_ZERO
+    )
+    test: float = option(
+        default=0.2, help="Share of the samples for the test, where none are given.", check=FRACTION_OR_ZERO
+    )
     names: tuple[str, ...] = option(default=(), help="Of the classes by index, of the labels or of the numbers.")
     units: tuple[str, ...] = option(default=("",), help="Of the numbers; one for all of them will do.")
     standardize: bool = option(

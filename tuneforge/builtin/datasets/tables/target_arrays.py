@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tuneforge import DataError, SampleRNG
-from tuneforge.builtin.targets import ClassTargets, RegressionTargets, suggest_label
+from tuneforge import DataError
+from tuneforge.builtin.targets import RegressionTargets
+from tuneforge.errors import suggest_name
 
 TargetKind = Literal["classes", "label-sets", "numbers"]
 
@@ -98,75 +99,9 @@ def encode_classes(answers: NDArray[Any], names: Sequence[str], *, by_name: bool
                 f"there is no class '{key}'",
                 where=where,
                 why=f"there are {len(names)} classes",
-                fix=suggest_label(str(key), names) if by_name else f"an index lies from 0 to {len(names) - 1}",
+                fix=suggest_name(str(key), names) if by_name else f"an index lies from 0 to {len(names) - 1}",
             )
     return torch.tensor([known[key] for key in keys], dtype=torch.int64)[torch.from_numpy(inverse.reshape(-1))]
-
-
-def group_rows_by_class(
-    codes: Tensor, targets: ClassTargets, *, num_splits: int, allow_empty: bool = False, where: str
-) -> list[Tensor]:
-    """Rows of each class, after checks that each class can be learnt and judged.
-
-    Args:
-        codes: int64 (n,).
-        targets: Names the classes.
-        num_splits: Among how many splits the samples are to be divided.
-        allow_empty: Whether a class may have no sample at all, as when a tuned model looks at a few others.
-        where: What messages name.
-
-    Raises:
-        DataError: There is one class, or a class has fewer samples than there are splits.
-    """
-    if targets.num_outputs < 2:
-        raise DataError(
-            f"there is only one class, '{targets.names[0]}'" if targets.names else "there are no classes",
-            where=where,
-            why="a classifier needs at least two to tell apart",
-            fix="add samples of another class",
-        )
-    pools = {name: rows for name, rows in targets.group_by_class(codes).items() if len(rows) or not allow_empty}
-    few = {name: len(rows) for name, rows in pools.items() if len(rows) < num_splits}
-    if few:
-        name, count = next(iter(few.items()))
-        others = f", and {len(few) - 1} more have too few as well" if len(few) > 1 else ""
-        raise DataError(
-            f"class '{name}' has {count} sample(s){others}",
-            where=where,
-            why=f"each of {num_splits} split(s) needs at least one",
-            fix="add samples, merge or remove the class, or give floats if these are numbers",
-        )
-    return list(pools.values())
-
-
-def split_rows(
-    groups: Sequence[Tensor], *, val: float, test: float, seed: int, where: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Divide rows into train, val and test, each pool in the same shares and with at least one row in each split.
-
-    Which split a row lands in depends on the seed and on the other rows' numbers, never on the machine.
-
-    Args:
-        groups: Rows that are divided alike, such as those of one class.
-        val: Share of the validation split; 0 leaves it empty.
-        test: Share of the test split; 0 leaves it empty.
-        seed: The run's.
-        where: What messages name.
-
-    Returns:
-        Rows of each split, int64, in rising order.
-
-    Raises:
-        DataError: A pool has fewer rows than there are splits.
-    """
-    parts: list[tuple[Tensor, ...]] = []
-    for rows in groups:
-        if len(rows) < 1 + (val > 0) + (test > 0):
-            raise DataError(f"{len(rows)} sample(s) cannot fill every split", where=where, fix="add samples")
-        drawn = rows[SampleRNG(seed, 0, rows).uniform("split").argsort(stable=True)]
-        parts.append(torch.split(drawn, _compute_split_sizes(len(rows), val, test)))
-    train, held, tested = (torch.cat(part).sort().values for part in zip(*parts, strict=True))
-    return train, held, tested
 
 
 def fit_number_targets(
@@ -197,14 +132,6 @@ def standardize(answers: NDArray[Any], targets: RegressionTargets) -> Tensor:
     means, scales = np.array(targets.means), np.array(targets.scales)
     columns = (answers.astype(np.float64).reshape(len(answers), -1) - means) / scales
     return torch.from_numpy(columns.astype(np.float32).reshape(answers.shape))
-
-
-def _compute_split_sizes(count: int, val: float, test: float) -> list[int]:
-    """Rows of each split: the nearest whole number, but at least one of each that is drawn, and one left to train."""
-    kept = 1 + (val > 0)
-    tested = min(max(round(test * count), 1), count - kept) if test > 0 else 0
-    held = min(max(round(val * count), 1), count - 1 - tested) if val > 0 else 0
-    return [count - held - tested, held, tested]
 
 
 def _require_one_type(array: NDArray[Any], where: str) -> NDArray[Any]:

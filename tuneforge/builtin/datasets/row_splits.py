@@ -1,0 +1,107 @@
+"""Division of rows into training, validation and test splits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tuneforge import DataError, SampleRNG
+from tuneforge.builtin.targets import ClassTargets
+
+
+def group_rows_by_class(
+    codes: Tensor, targets: ClassTargets, *, num_splits: int, allow_empty: bool = False, where: str
+) -> list[Tensor]:
+    """Rows of each class, after checks that each class can be learnt and judged.
+
+    Args:
+        codes: int64 (n,).
+        targets: Names the classes.
+        num_splits: Among how many splits the samples are to be divided.
+        allow_empty: Whether a class may have no sample at all, as when a tuned model looks at a few others.
+        where: What messages name.
+
+    Raises:
+        DataError: There is one class, or a class has fewer samples than there are splits.
+    """
+    if targets.num_outputs < 2:
+        raise DataError(
+            f"there is only one class, '{targets.names[0]}'" if targets.names else "there are no classes",
+            where=where,
+            why="a classifier needs at least two to tell apart",
+            fix="add samples of another class",
+        )
+    pools = {name: rows for name, rows in targets.group_by_class(codes).items() if len(rows) or not allow_empty}
+    few = {name: len(rows) for name, rows in pools.items() if len(rows) < num_splits}
+    if few:
+        name, count = next(iter(few.items()))
+        others = f", and {len(few) - 1} more have too few as well" if len(few) > 1 else ""
+        raise DataError(
+            f"class '{name}' has {count} sample(s){others}",
+            where=where,
+            why=f"each of {num_splits} split(s) needs at least one",
+            fix="add samples, merge or remove the class, or give floats if these are numbers",
+        )
+    return list(pools.values())
+
+
+def split_rows(
+    groups: Sequence[Tensor], *, val: float, test: float, seed: int, where: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Divide rows into train, val and test, each pool in the same shares and with at least one row in each split.
+
+    Which split a row lands in depends on the seed and on the other rows' numbers, never on the machine.
+
+    Args:
+        groups: Rows that are divided alike, such as those of one class.
+        val: Share of the validation split; 0 leaves it empty.
+        test: Share of the test split; 0 leaves it empty.
+        seed: The run's.
+        where: What messages name.
+
+    Returns:
+        Rows of each split, int64, in rising order.
+
+    Raises:
+        DataError: A pool has fewer rows than there are splits.
+    """
+    parts: list[tuple[Tensor, ...]] = []
+    for rows in groups:
+        if len(rows) < 1 + (val > 0) + (test > 0):
+            raise DataError(f"{len(rows)} sample(s) cannot fill every split", where=where, fix="add samples")
+        drawn = rows[SampleRNG(seed, 0, rows).uniform("split").argsort(stable=True)]
+        parts.append(torch.split(drawn, _compute_split_sizes(len(rows), val, test)))
+    train, held, tested = (torch.cat(part).sort().values for part in zip(*parts, strict=True))
+    return train, held, tested
+
+
+def split_train_val(groups: Sequence[Tensor], *, val: float, seed: int, where: str) -> tuple[Tensor, Tensor]:
+    """Split rows into training and validation, each group in the same proportion.
+
+    A group of one row goes to training. Where `val` is 0 or no group has two rows, the validation split is empty.
+
+    Args:
+        groups: Rows of each group, such as those of one class.
+        val: Fraction of the rows for validation.
+        seed: Seed of the run.
+        where: Name of the data, for messages.
+
+    Returns:
+        Rows of both splits, int64, ascending.
+    """
+    singles = [rows for rows in groups if len(rows) == 1]
+    others = [rows for rows in groups if len(rows) > 1]
+    if not val or not others:
+        return torch.cat(list(groups)).sort().values, torch.zeros(0, dtype=torch.int64)
+    train, held_out, _ = split_rows(others, val=val, test=0.0, seed=seed, where=where)
+    return torch.cat([train, *singles]).sort().values, held_out
+
+
+def _compute_split_sizes(count: int, val: float, test: float) -> list[int]:
+    """Rows of each split: the nearest whole number, but at least one of each that is drawn, and one left to train."""
+    kept = 1 + (val > 0)
+    tested = min(max(round(test * count), 1), count - kept) if test > 0 else 0
+    held = min(max(round(val * count), 1), count - 1 - tested) if val > 0 else 0
+    return [count - held - tested, held, tested]
