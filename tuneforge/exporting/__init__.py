@@ -6,6 +6,10 @@ Names are imported when first used.
 from tuneforge.lazy_names import lazy_names
 
 _NAMES_OF_MODULE = {
+    "tuneforge.engine.data.dataset": (
+        "concatenate_inputs",
+        "stack_inputs",
+    ),
     "tuneforge.engine.storage.atomic": (
         "atomic_write",
         "fsync_path",

@@ -1,5 +1,7 @@
 """Public names for type checkers; `__init__.py` imports them when first used."""
 
+from tuneforge.engine.data.dataset import concatenate_inputs as concatenate_inputs
+from tuneforge.engine.data.dataset import stack_inputs as stack_inputs
 from tuneforge.engine.storage.atomic import atomic_write as atomic_write
 from tuneforge.engine.storage.atomic import fsync_path as fsync_path
 from tuneforge.engine.storage.atomic import write_json as write_json

@@ -140,7 +140,7 @@ def test_an_error_of_a_plugin_keeps_its_trace(workers):
 def test_a_batch_that_kills_every_process_ends_the_run_and_the_others_go(workers):
     source = Deadly()
     kept = workers(2, source)
-    with pytest.raises(tf.TryAgainError, match="3 processes that decode ahead have died.*SIGKILL") as caught:
+    with pytest.raises(tf.TryAgainError, match="3 workers have died.*SIGKILL") as caught:
         seen(kept, source)
     assert caught.value.exit_code == 75
     assert multiprocess_children() == 0
@@ -317,7 +317,7 @@ def disturbed(place, out, at, num_killed):
         tf.Engine(data=data, model="small_net:SmallNet", strategy=plan, **settings).run()
     finally:
         faults.hook = None
-    return results(out), passed, killed, (out / "log.txt").read_text().count("another one goes on in its place")
+    return results(out), passed, killed, (out / "log.txt").read_text().count("a new one replaces it")
 
 
 def test_a_run_whose_processes_are_killed_ends_the_same_to_the_bit(place, tmp_path, monkeypatch):

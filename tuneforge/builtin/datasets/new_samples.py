@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import attrs
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from tuneforge import Data, DataError, Model, Source, Split, TensorTree, load, map_inputs
 from tuneforge.builtin.datasets.row_splits import split_train_val
 from tuneforge.builtin.targets import ClassTargets
-from tuneforge.exporting import load_tensors
+from tuneforge.exporting import concatenate_inputs, load_tensors
 
 _INPUTS_PREFIX = "stored/"
 
@@ -156,7 +155,7 @@ class ConcatSource:
             if len(own)
         ]
         places = torch.cat([early.nonzero().flatten(), (~early).nonzero().flatten()]).argsort()
-        return map_inputs(_concatenate(found), lambda tensor: tensor.index_select(0, places))
+        return map_inputs(concatenate_inputs(found), lambda tensor: tensor.index_select(0, places))
 
     def fingerprint(self) -> str | None:
         """SHA-256 over both; None where one cannot say."""
@@ -195,17 +194,9 @@ def _append_samples(old: Split, new: NewSamples, rows: Tensor, codes: Tensor) ->
     if not old.in_memory:
         return Split(ConcatSource(old.source, added.source), targets, ids=ids)
     parts = [split.fetch(torch.arange(len(split))) for split in (old, added)]
-    return Split(_concatenate(parts), targets, ids=ids)
+    return Split(concatenate_inputs(parts), targets, ids=ids)
 
 
 def _to_split(new: NewSamples, rows: Tensor, codes: Tensor) -> Split:
     stored = map_inputs(new.inputs, lambda tensor: tensor.index_select(0, rows))
     return Split(stored, codes[rows], ids=[f"new/{new.ids[row]}" for row in rows.tolist()])
-
-
-def _concatenate(parts: Sequence[TensorTree]) -> Any:
-    """Stored samples one after the other."""
-    first = parts[0]
-    if isinstance(first, Mapping):
-        return {name: torch.cat([part[name] for part in parts]) for name in first}  # type: ignore[index]
-    return torch.cat(list(parts))  # type: ignore[arg-type]

@@ -1,4 +1,6 @@
-"""Splits of data, and the two contracts that keep images and classes out of everything else.
+"""Datasets: splits of samples, and the two contracts `Inputs` and `Targets` that tell the engine how to read them.
+
+The engine knows neither images nor classes; only implementations of the contracts do.
 
 Shapes: n samples in a split, b in a batch, k outputs of the model, f features.
 """
@@ -18,7 +20,7 @@ from tuneforge.engine.data.sampler import SampleRNG
 from tuneforge.errors import DataError
 
 TensorTree = Tensor | Mapping[str, Tensor]
-"""A batch of inputs: one tensor, or a mapping of tensors; the first axis is the sample."""
+"""A batch of inputs: one tensor, or a mapping of tensors. The first axis is the batch."""
 
 
 def map_inputs(inputs: TensorTree, fn: Callable[[Tensor], Tensor]) -> TensorTree:
@@ -29,35 +31,51 @@ def map_inputs(inputs: TensorTree, fn: Callable[[Tensor], Tensor]) -> TensorTree
 
 
 def named_tensors(inputs: TensorTree) -> dict[str, Tensor]:
-    """The tensors by name; a single one has the name `""`."""
+    """Return the tensors by name; a single tensor gets the name `""`."""
     return {"": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+
+
+def stack_inputs(samples: Sequence[TensorTree]) -> TensorTree:
+    """Return a batch of samples that have no batch axis yet; all samples need equal shapes."""
+    return _join(samples, torch.stack)
+
+
+def concatenate_inputs(batches: Sequence[TensorTree]) -> TensorTree:
+    """Return one batch with the samples of all batches."""
+    return _join(batches, torch.cat)
+
+
+def _join(inputs: Sequence[TensorTree], join: Callable[[list[Tensor]], Tensor]) -> TensorTree:
+    named = [named_tensors(each) for each in inputs]
+    joined = {name: join([each[name] for each in named]) for name in named[0]}
+    return joined[""] if isinstance(inputs[0], Tensor) else joined
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Samples that are not held in memory: decoded when asked for.
+    """Samples that are decoded when they are fetched, rather than held in memory.
 
-    A source may have `fingerprint() -> str | None` too: what stays the same as long as `fetch` gives the same, such as
-    a SHA-256 over the files' paths, sizes and times; None where it cannot say. With it, features of the samples are
-    shared between runs.
+    A source may also have a method `fingerprint() -> str | None`. It returns a string that changes whenever `fetch`
+    would return something else, such as a SHA-256 over the paths, sizes and times of files, or None if it cannot tell.
+    With it, cached features of the samples are shared between runs.
     """
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
 
     def fetch(self, indices: Tensor) -> TensorTree:
-        """The stored form of the samples at `indices`, int64 (b,), on the CPU."""
+        """Return the stored form of the samples at `indices`, int64 (b,), on the CPU."""
 
 
 @attrs.frozen(eq=False)
 class Batch:
-    """What a step is given.
+    """What a training or evaluation step is given.
 
     Args:
-        inputs: What the model takes, on the run's device; in a frozen phase the engine may put features here.
+        inputs: What the model takes, on the run's device; where the backbone is cached, its `Features`.
         targets: What the loss takes, on the run's device.
         indices: Rows of the split, int64 (b,), on the CPU.
-        weights: Factor on each sample's loss (b,), mean 1 over the split; None where all are 1.
+        weights: Factor of each sample's loss (b,), with mean 1 over the split; None if all are 1.
         rng: Each sample's random numbers in this epoch.
     """
 
@@ -73,11 +91,11 @@ class Split:
 
     Args:
         inputs: Stored form of all samples: a tensor (n, ...), a mapping of them, or a `Source` that decodes on demand.
-        targets: One row a sample, (n, ...).
-        ids: A stable name a sample, such as a path; row numbers by default.
+        targets: One row per sample, (n, ...).
+        ids: A stable name for each sample, such as a path; row numbers by default.
 
     Raises:
-        DataError: Numbers of inputs, targets and ids differ, or there are none.
+        DataError: The numbers of inputs, targets and ids differ, or there are none.
     """
 
     def __init__(self, inputs: TensorTree | Source, targets: Tensor, *, ids: Sequence[str] | None = None) -> None:
@@ -90,7 +108,7 @@ class Split:
         counts = {len(self.source), len(targets), *([len(ids)] if ids is not None else [])}
         if len(counts) != 1:
             raise DataError(
-                f"inputs, targets and ids differ in number: {sorted(counts)}", fix="give one of each a sample"
+                f"inputs, targets and ids differ in number: {sorted(counts)}", fix="give one of each per sample"
             )
 
     def __len__(self) -> int:
@@ -98,25 +116,25 @@ class Split:
 
     @property
     def in_memory(self) -> bool:
-        """True where fetching costs no decoding."""
+        """True if fetching samples decodes nothing."""
         return isinstance(self.source, InMemorySource)
 
     def id_of(self, row: int) -> str:
-        """The sample's stable name."""
+        """Return the stable name of the sample at `row`."""
         return self.ids[row] if self.ids is not None else str(row)
 
     def fetch(self, indices: Tensor) -> TensorTree:
-        """Stored inputs of `indices`, int64 (b,)."""
+        """Return the stored inputs at `indices`, int64 (b,)."""
         return self.source.fetch(indices)
 
     def subset(self, indices: Tensor) -> Split:
-        """The split of `indices` only, in that order."""
+        """Return the split of these samples only, in the order of `indices`."""
         ids = [self.id_of(int(row)) for row in indices]
-        taken = self.fetch(indices) if self.in_memory else Subset(self.source, indices)
-        return Split(taken, self.targets[indices], ids=ids)
+        inputs = self.fetch(indices) if self.in_memory else Subset(self.source, indices)
+        return Split(inputs, self.targets[indices], ids=ids)
 
     def fingerprint(self) -> str:
-        """SHA-256 over ids, targets and what is known of the inputs."""
+        """Return a SHA-256 over ids, targets and the fingerprint of the inputs."""
         digest = hashlib.sha256(str(self.inputs_fingerprint()).encode())
         _hash(digest, self.targets)
         for row in range(len(self)):
@@ -124,19 +142,19 @@ class Split:
         return digest.hexdigest()
 
     def inputs_fingerprint(self) -> str | None:
-        """SHA-256 that changes when the stored inputs do, computed once; None where the source cannot say."""
+        """Return the source's fingerprint, computed once; None if the source cannot tell."""
         if self._inputs_digest is None:
             self._inputs_digest = _source_fingerprint(self.source)
         return self._inputs_digest
 
     def inputs_changed(self) -> bool:
-        """True where a source that decodes no longer gives what it gave when its fingerprint was taken."""
+        """Return True if the fingerprint of a source that decodes differs from the one computed first."""
         return not self.in_memory and _source_fingerprint(self.source) != self._inputs_digest
 
 
 @attrs.frozen(eq=False)
 class InMemorySource:
-    """A source that is in memory already."""
+    """A source whose samples are all in memory."""
 
     inputs: TensorTree
 
@@ -144,11 +162,11 @@ class InMemorySource:
         return len(next(iter(named_tensors(self.inputs).values())))
 
     def fetch(self, indices: Tensor) -> TensorTree:
-        """Gather `indices` (b,)."""
+        """Return the samples at `indices` (b,)."""
         return map_inputs(self.inputs, lambda tensor: tensor.index_select(0, indices))
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names, types, shapes and bytes of all inputs."""
+        """Return a SHA-256 over the names, types, shapes and values of all inputs."""
         digest = hashlib.sha256()
         for name, tensor in sorted(named_tensors(self.inputs).items()):
             digest.update(name.encode() + b"\0")
@@ -158,7 +176,7 @@ class InMemorySource:
 
 @attrs.frozen(eq=False)
 class Subset:
-    """Some rows of another source."""
+    """Some samples of another source."""
 
     source: Source
     indices: Tensor
@@ -167,115 +185,115 @@ class Subset:
         return len(self.indices)
 
     def fetch(self, indices: Tensor) -> TensorTree:
-        """Gather `indices` (b,) of those taken."""
+        """Return the samples at `indices` (b,) of the subset."""
         return self.source.fetch(self.indices[indices])
 
     def fingerprint(self) -> str | None:
-        """SHA-256 over the other source's and the rows; None where the other cannot say."""
-        whole = _source_fingerprint(self.source)
-        if whole is None:
+        """Return a SHA-256 over the other source's fingerprint and the rows; None if the other source cannot tell."""
+        source_fingerprint = _source_fingerprint(self.source)
+        if source_fingerprint is None:
             return None
-        digest = hashlib.sha256(whole.encode())
+        digest = hashlib.sha256(source_fingerprint.encode())
         _hash(digest, self.indices)
         return digest.hexdigest()
 
 
 def _source_fingerprint(source: Source) -> str | None:
-    ask: Callable[[], str | None] = getattr(source, "fingerprint", lambda: None)
-    return ask()
+    fingerprint: Callable[[], str | None] = getattr(source, "fingerprint", lambda: None)
+    return fingerprint()
 
 
 def _hash(digest: Any, tensor: Tensor) -> None:
-    """Add type, shape and content of a tensor to a digest."""
+    """Add the type, shape and values of a tensor to a digest."""
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 class Inputs(ABC):
-    """How raw things become tensors: the first contract of `Data`. A part of group `tuneforge.inputs`.
+    """How raw inputs become tensors: the first contract of `Data`. A component of group `tuneforge.inputs`.
 
-    Its options are all it holds, so that a run folder alone can decode what production sends.
+    An instance holds nothing but its options, so that a run directory alone can decode the inputs of requests.
     """
 
     tabular = False
-    """True where a raw thing is a row of named values, so that a CSV is a list of them."""
+    """True if a raw input is a row of named values, so that a CSV file is a list of them."""
 
     @abstractmethod
     def decode(self, raw: Any) -> TensorTree:
-        """The stored form of one raw thing: bytes of a file, a path, or a row of JSON values; no sample axis.
+        """Return the stored form of one raw input, without a batch axis: bytes, a path, or a row of JSON values.
 
         Raises:
-            DataError: It is broken, too large, or not of this kind.
+            DataError: It is damaged, too large, or not of this kind.
         """
 
     @abstractmethod
     def preprocess(self, samples: TensorTree) -> Any:
-        """What the model takes, from stored inputs of a batch, on whatever device they are on. Deterministic."""
+        """Return what the model takes, from the stored inputs of a batch, on their device; it must be deterministic."""
 
     def render_image(self, sample: TensorTree) -> bytes | None:
-        """A PNG that shows one stored sample to a person, or None where it is no picture."""
+        """Return a PNG that shows one stored sample, or None if it is not an image."""
         del sample
         return None
 
     def render_text(self, sample: TensorTree) -> str:
-        """One line that shows a stored sample to a person."""
+        """Return one line of text that shows a stored sample."""
         return ", ".join(f"{name} {tensor.tolist()}".strip() for name, tensor in named_tensors(sample).items())[:200]
 
 
 class Targets(ABC):
-    """How answers are read: the second contract of `Data`. A part of group `tuneforge.targets`."""
+    """How outputs and labels are read: the second contract of `Data`. A component of group `tuneforge.targets`."""
 
     loss: str
-    """Name of the step that fits these targets."""
+    """Name of the default loss for these targets."""
     metrics: tuple[str, ...]
-    """Names of the metrics that fit these targets."""
+    """Names of the default metrics for these targets."""
     monitor: str
-    """The validation figure that decides which epoch is best."""
+    """The validation metric by which the best epoch is chosen."""
     monitor_mode: str
-    """`"max"` where more of `monitor` is better, else `"min"`."""
+    """`"max"` if a higher value of `monitor` is better, else `"min"`."""
     primary_metrics: tuple[str, ...]
-    """Figures worth a column on the terminal, most important first."""
+    """Metrics that are shown on the terminal, the most important one first."""
 
     @property
     @abstractmethod
     def num_outputs(self) -> int:
-        """Number of outputs a model needs, k."""
+        """Number of outputs that a model needs, k."""
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the outputs; empty where they have none."""
+        """Names of the outputs; empty if they have none."""
         return ()
 
     @abstractmethod
     def encode(self, raw: Any) -> Any:
-        """The target of one raw answer, such as a class name.
+        """Return the target of one raw label, such as a class name.
 
         Raises:
-            DataError: It is no answer of this kind.
+            DataError: It is not a label of this kind.
         """
 
     @abstractmethod
     def describe(self, output: Tensor) -> dict[str, Any]:
-        """One output (k,) as plain JSON data for a person: class and probability, or a number and its unit."""
+        """Return one output (k,) as plain JSON data for people: class and probability, or a number and its unit."""
 
     @abstractmethod
     def describe_label(self, target: Tensor) -> str:
-        """One target, as text."""
+        """Return one target as text."""
 
     @abstractmethod
     def per_sample_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """How wrong each answer is (b,): 0 where it is right, more the worse. Outputs are (b, k)."""
+        """Return how wrong each prediction is (b,): 0 if it is right, larger the worse it is. Outputs are (b, k)."""
 
     def group_by_class(self, targets: Tensor) -> dict[str, Tensor]:
-        """Rows by class name, for weights and sampling; empty where targets have no classes."""
+        """Return the rows of each class by name, for class weights and sampling; empty if targets have no classes."""
         del targets
         return {}
 
     def fit_head(self, features: Tensor, targets: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
-        """The best linear head on features (n, f): weight (k, f) and bias (k,).
+        """Return the best linear head on features (n, f): weight (k, f) and bias (k,).
 
         Raises:
-            DataError: These targets have no closed recipe.
+            DataError: These targets have no solver.
         """
         del features, targets, l2
         raise DataError(f"{type(self).__name__} cannot solve a head", fix="use a strategy without HeadFit")
@@ -283,21 +301,21 @@ class Targets(ABC):
 
 @attrs.frozen(eq=False)
 class Data:
-    """What `data_prepare` gives.
+    """What `data_prepare` returns.
 
     Args:
-        train: What is learnt from.
-        val: What decides: early stop, best weights, a strategy's next step.
-        test: Looked at once, at the end.
-        inputs: How raw things become tensors.
-        targets: How answers are read.
+        train: The training split.
+        val: The validation split, by which epochs and strategies are chosen.
+        test: The test split, evaluated once at the end.
+        inputs: How raw inputs become tensors.
+        targets: How outputs and labels are read.
         extra_test_splits: Further test splits, each with its own row in the report.
-        notes: Sentences about the data that the run prints and stores.
-        sample_groups: Named parts of the training split, the rows of each, int64 (m,): what
+        notes: Sentences about the data that the run logs and stores.
+        sample_groups: Named groups of training samples, the rows of each, int64 (m,): what
             `Phase(mixture_weights=...)` draws from.
 
     Raises:
-        DataError: A part of the training split is empty, or names rows that it does not have.
+        DataError: A sample group is empty, or names rows that the training split does not have.
     """
 
     train: Split
@@ -313,23 +331,23 @@ class Data:
         for name, rows in self.sample_groups.items():
             if not name or not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1:
                 raise DataError(
-                    f"the part '{name}' of the training split is no list of rows with a name",
+                    f"sample group '{name}' is not a named tensor of rows",
                     where="Data.sample_groups",
                     why="it must be an int64 tensor (m,)",
-                    fix="of a mask take mask.nonzero().flatten()",
+                    fix="convert a mask with mask.nonzero().flatten()",
                 )
             if not len(rows) or int(rows.min()) < 0 or int(rows.max()) >= len(self.train):
                 raise DataError(
-                    f"the part '{name}' of the training split has no rows, or rows that do not exist",
+                    f"sample group '{name}' is empty, or has rows that the training split does not have",
                     where="Data.sample_groups",
-                    why=f"{len(rows)} rows are named, and the split has {len(self.train)}",
-                    fix="name rows from 0 to the number of training samples less one",
+                    why=f"it has {len(rows)} rows, and the training split {len(self.train)} samples",
+                    fix="give rows from 0 to the number of training samples minus one",
                 )
 
     def splits(self) -> dict[str, Split]:
-        """All splits by name, the tests last."""
+        """Return all splits by name, the test splits last."""
         return {"train": self.train, "val": self.val, "test": self.test, **self.extra_test_splits}
 
     def example(self) -> Any:
-        """Ready inputs of two training samples (the first one twice, where there is one)."""
+        """Return prepared inputs of two training samples, which are the same one if there is only one."""
         return self.inputs.preprocess(self.train.fetch(torch.tensor([0, min(1, len(self.train) - 1)])))

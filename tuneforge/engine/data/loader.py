@@ -1,4 +1,4 @@
-"""Batches: which rows each one holds, and the samples of those rows, decoded ahead where that helps."""
+"""Batches of samples: which rows each batch holds, and their stored inputs, decoded ahead by workers."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from tuneforge.engine.data.dataset import Batch, Split, TensorTree
 from tuneforge.engine.data.sampler import EpochSampler
 from tuneforge.engine.data.workers import Workers
 
-_POSITIONS_PER_BLOCK = 2**14  # positions of an order that are asked at once; more cost memory and save no time
+_POSITIONS_PER_BLOCK = 2**14  # positions computed at once; more cost memory and save no time
 
 
 def fetch_batches(
     split: Split, indices: Iterator[Tensor], *, workers: Workers | int
 ) -> Iterator[tuple[Tensor, TensorTree]]:
-    """Batches of rows, int64 (b,), with their stored inputs, in the order that `indices` says.
+    """Yield the rows of each batch, int64 (b,), with their stored inputs, in the order of `indices`.
 
     Args:
         split: Where samples come from.
         indices: Rows of each batch.
-        workers: Processes that decode ahead where the split is not in memory; a number starts them for this pass
-            alone, and 0 decodes in this process.
+        workers: Processes that decode ahead if the split is not in memory; a number starts them for this pass alone,
+            and 0 decodes in this process.
     """
     if isinstance(workers, int):
-        own = Workers(workers, [split.source])
+        workers_of_pass = Workers(workers, [split.source])
         try:
-            yield from fetch_batches(split, indices, workers=own)
+            yield from fetch_batches(split, indices, workers=workers_of_pass)
         finally:
-            own.close()
+            workers_of_pass.close()
     elif split.in_memory or not workers.can_fetch(split.source):
         for chosen in indices:
             yield chosen, split.fetch(chosen)
@@ -44,51 +44,52 @@ def fetch_batches(
 def iter_batches(
     split: Split, indices: Iterator[Tensor], collate: Callable[[Tensor, TensorTree], Batch], *, workers: Workers | int
 ) -> Iterator[Batch]:
-    """What `collate` makes of the rows of each batch and their stored inputs; see `fetch_batches`."""
+    """Yield what `collate` makes of the rows of each batch and their stored inputs; see `fetch_batches`."""
     return (collate(chosen, stored) for chosen, stored in fetch_batches(split, indices, workers=workers))
 
 
 @attrs.frozen
 class BatchSizes(Sequence[int]):
-    """Samples of each batch of an epoch: all equal, then what is left; one sample left over joins the batch before.
+    """The number of samples in each batch of an epoch.
 
-    A batch of one has no batch statistics, so a norm could not train on it.
+    All batches are equal but for the last one, which holds the remainder. A remainder of a single sample joins the
+    batch before, because BatchNorm cannot train on one sample.
 
     Args:
-        size: Samples of the epoch.
-        batch_size: Samples of all batches but the last.
+        size: Samples in the epoch.
+        batch_size: Samples in all batches but the last.
     """
 
     size: int
     batch_size: int
 
     def __len__(self) -> int:
-        whole, left = divmod(self.size, self.batch_size)
-        return whole + (left > 0) - self._merges_remainder(whole, left)
+        num_full, remainder = divmod(self.size, self.batch_size)
+        return num_full + (remainder > 0) - self._merges_remainder(num_full, remainder)
 
     @overload
     def __getitem__(self, place: int) -> int: ...
     @overload
     def __getitem__(self, place: slice) -> list[int]: ...
     def __getitem__(self, place: int | slice) -> int | list[int]:
-        """The size of one batch, or of each batch of a slice."""
+        """Return the size of one batch, or the sizes of a slice of batches."""
         count = len(self)
         if isinstance(place, slice):
             return [self[each] for each in range(*place.indices(count))]
         at = range(count)[place]
         return self.batch_size if at < count - 1 else self.size - at * self.batch_size
 
-    def _merges_remainder(self, whole: int, left: int) -> bool:
-        return left == 1 and whole > 0 and self.batch_size > 1
+    def _merges_remainder(self, num_full: int, remainder: int) -> bool:
+        return remainder == 1 and num_full > 0 and self.batch_size > 1
 
 
 def batch_sizes(size: int, batch_size: int) -> Sequence[int]:
-    """Samples of each batch of an epoch; see `BatchSizes`. No list is held."""
+    """Return the number of samples in each batch of an epoch, without building a list; see `BatchSizes`."""
     return BatchSizes(size, batch_size)
 
 
 def iter_sequential(size: int, batch_size: int) -> Iterator[Tensor]:
-    """All rows once, in order, in batches."""
+    """Yield all rows once, in order, in batches."""
     return (torch.arange(start, min(start + batch_size, size)) for start in range(0, size, batch_size))
 
 
@@ -99,18 +100,18 @@ def iter_sampled(
     start: int = 0,
     span: Callable[[int], tuple[int, int]] = lambda size: (0, size),
 ) -> Iterator[Tensor]:
-    """The rows of an epoch from batch `start` on; positions are asked in blocks, so no list of samples is held.
+    """Yield the rows of an epoch in batches; positions are computed in blocks, so no list of all samples is built.
 
     Args:
-        sampler: Of the epoch.
-        batch_size: Samples of a batch.
-        start: The first batch.
-        span: Which part of a batch of that size is wanted, from and to; all of it by default.
+        sampler: The order of the epoch.
+        batch_size: Samples per batch.
+        start: The batch to begin with.
+        span: Returns the part (from, to) of a batch of the given size to yield; by default all of it.
     """
     sizes = BatchSizes(sampler.size, batch_size)
-    at_once = max(1, _POSITIONS_PER_BLOCK // batch_size)
-    for first in range(start, len(sizes), at_once):
-        spans = list(map(span, sizes[first : first + at_once]))
+    num_batches = max(1, _POSITIONS_PER_BLOCK // batch_size)
+    for first in range(start, len(sizes), num_batches):
+        spans = list(map(span, sizes[first : first + num_batches]))
         bases = range(first * batch_size, sampler.size, batch_size)
         positions = [np.arange(base + low, base + high) for base, (low, high) in zip(bases, spans, strict=False)]
         yield from torch.split(sampler.indices_at(np.concatenate(positions)), [high - low for low, high in spans])

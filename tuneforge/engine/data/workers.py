@@ -1,8 +1,9 @@
-"""Processes that decode ahead of what is needed, alive as long as the run.
+"""Worker processes that decode samples ahead of the training loop and live as long as the run.
 
-They only read, so they hold nothing that could be lost: the run ends them with SIGKILL, and they end with the run,
-however it ends. One that is killed by somebody else is started again and asked for what it still owed, so the order
-and the bits stay. What stops a run (Ctrl-C, SIGTERM, which a terminal sends to all its processes) is not for them.
+Workers only read, so killing one loses nothing: the run ends them with SIGKILL, and they end with the run, however it
+ends. A worker that is killed by something else is replaced, and the new one is sent every request that is not answered
+yet, so the order of the samples stays. Workers ignore SIGINT and SIGTERM, because Ctrl-C reaches the whole process
+group and the run decides itself when to stop.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from torch import Tensor
 
 from tuneforge.errors import PluginError, TryAgainError, TuneforgeError
 
-PREFETCH_FACTOR = 2  # batches that each process has in hand
-MAX_CONSECUTIVE_DEATHS = 3  # processes in a row that may die in one place without an answer
+PREFETCH_FACTOR = 2  # requested batches per worker
+MAX_CONSECUTIVE_DEATHS = 3  # workers in a row that may die in one slot without an answer
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class SampleFetcher(Protocol):
-    """What the processes are given: the part of a `Source` that they need."""
+    """The part of a `Source` that workers need."""
 
     def fetch(self, indices: Tensor) -> Any:
-        """The stored form of the samples at `indices`, int64 (b,)."""
+        """Return the stored form of the samples at `indices`, int64 (b,)."""
 
 
 @attrs.frozen(eq=False)
@@ -51,7 +52,7 @@ class _Worker:
 
 @attrs.frozen
 class _Failure:
-    """What a process sends where fetching raised."""
+    """What a worker sends if fetching raised an error."""
 
     error: TuneforgeError | None
     summary: str
@@ -59,14 +60,14 @@ class _Failure:
 
 
 class Workers:
-    """Processes that take turns: the n-th batch that is asked for is fetched by process n modulo their number.
+    """Processes that take turns: request n is fetched by process n modulo their number.
 
     They start with the first batch, and serve every pass over every source until `close`.
 
     Args:
-        num_workers: Processes.
-        sources: What they can be asked for.
-        log: Where it is said that one died and was started again.
+        num_workers: Number of processes.
+        sources: What samples can be fetched from.
+        log: Called with a message when a worker has died and was replaced.
     """
 
     def __init__(
@@ -75,22 +76,22 @@ class Workers:
         self._num_workers, self._sources, self._log = num_workers, list(sources), log
         self._running: list[_Worker] = []
         self._num_requested = 0
-        self._requests: dict[int, tuple[int, NDArray[Any]]] = {}  # place of the source, and rows
+        self._requests: dict[int, tuple[int, NDArray[Any]]] = {}  # position of the source, and rows
         self._results: dict[int, Any] = {}
-        self._deaths: Counter[int] = Counter()  # since the last answer, by place of the process
+        self._deaths: Counter[int] = Counter()  # since the last answer, by slot
         self._finalizer = weakref.finalize(self, _kill_workers, self._running, os.getpid())
 
     def can_fetch(self, source: SampleFetcher) -> bool:
-        """True where they can be asked for samples of `source`."""
+        """Return True if samples of `source` can be fetched."""
         return self._num_workers > 0 and any(each is source for each in self._sources)
 
     def fetch_batches(self, source: SampleFetcher, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Any]]:
-        """The rows of each batch, int64 (b,), with their stored inputs, in the order that is asked.
+        """Yield the rows of each batch, int64 (b,), with their stored inputs, in the order of `indices`.
 
         Raises:
-            TryAgainError: Processes died one after the other over the same batches.
-            PluginError: The source raised something that tuneforge does not know.
-            TuneforgeError: What the source raised.
+            TryAgainError: Several workers in a row died over the same batches.
+            PluginError: The source raised an error that is not one of tuneforge's.
+            TuneforgeError: The source raised it.
         """
         place = next(place for place, each in enumerate(self._sources) if each is source)
         self._start()
@@ -104,13 +105,13 @@ class Workers:
             while pending:
                 number, first = pending.popleft()
                 yield first, self._wait_for_result(number)
-        finally:  # a pass may be left before its end
+        finally:  # the consumer may end the pass early
             for number, _ in pending:
                 self._requests.pop(number, None)
                 self._results.pop(number, None)
 
     def close(self) -> None:
-        """End the processes; the next batch would start new ones."""
+        """End the processes; the next batch starts new ones."""
         _kill_workers(self._running, os.getpid())
         self._requests.clear()
         self._results.clear()
@@ -120,7 +121,7 @@ class Workers:
         if self._running:
             return
         atexit.unregister(self._finalizer)
-        atexit.register(self._finalizer)  # before multiprocessing's own, which would wait for them
+        atexit.register(self._finalizer)  # runs before multiprocessing's own handler, which would wait for the workers
         for number in range(self._num_workers):
             self._running.append(self._start_worker(number))
 
@@ -128,10 +129,13 @@ class Workers:
         on_linux = sys.platform == "linux"
         context = multiprocessing.get_context("fork") if on_linux else multiprocessing.get_context("spawn")
         with _block_signals(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)  # one thread there
+            warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)  # the child uses one thread
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_worker_loop, args=(theirs, self._sources, os.getpid()), name=f"decoder {number}", daemon=True
+                target=_worker_loop,
+                args=(theirs, self._sources, os.getpid()),
+                name=f"tuneforge-worker-{number}",
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -145,31 +149,31 @@ class Workers:
         return number
 
     def _send(self, number: int) -> None:
-        with contextlib.suppress(OSError):  # it has died, which shows where its answer is awaited
+        with contextlib.suppress(OSError):  # the worker has died; `_wait_for_result` will notice
             self._running[number % self._num_workers].connection.send((number, *self._requests[number]))
 
     def _wait_for_result(self, number: int) -> Any:
-        """The answer to batch `number`; those of other passes that come before it are put aside."""
+        """Return the result of request `number`; results of other passes that arrive first are stored."""
         slot = number % self._num_workers
         while number not in self._results:
             received = self._receive(self._running[slot])
             if received is None:
                 self._restart_worker(slot)
                 continue
-            came, answer = received
+            received_number, result = received
             self._deaths[slot] = 0
-            if came in self._requests:
-                self._results[came] = answer
+            if received_number in self._requests:
+                self._results[received_number] = result
         del self._requests[number]
-        answer = self._results.pop(number)
-        if not isinstance(answer, _Failure):
-            return answer
-        raise answer.error or PluginError(
-            answer.summary, where="a process that decodes ahead", why=answer.trace, fix="look at the source of the data"
+        result = self._results.pop(number)
+        if not isinstance(result, _Failure):
+            return result
+        raise result.error or PluginError(
+            result.summary, where="a worker", why=result.trace, fix="look at the source of the data"
         )
 
     def _receive(self, worker: _Worker) -> tuple[int, Any] | None:
-        """A batch's number and its answer; None where the process is dead."""
+        """Return the number and result of a request, or None if the worker is dead."""
         try:
             if worker.connection in wait([worker.connection, worker.process.sentinel]):
                 received: tuple[int, Any] = worker.connection.recv()
@@ -181,10 +185,10 @@ class Workers:
         return None
 
     def _restart_worker(self, slot: int) -> None:
-        """Start another process in place of a dead one, and ask it for what that one still owed.
+        """Start another worker in place of a dead one, and send it the requests that are not answered yet.
 
         Raises:
-            TryAgainError: Too many in a row died here without an answer.
+            TryAgainError: Too many workers in a row died here without an answer.
         """
         dead = self._running[slot]
         dead.process.join(timeout=1)
@@ -194,10 +198,10 @@ class Workers:
         if self._deaths[slot] >= MAX_CONSECUTIVE_DEATHS:
             self.close()
             raise TryAgainError(
-                f"{MAX_CONSECUTIVE_DEATHS} processes that decode ahead have died, one after the other",
-                where="--workers",
-                why=f"{how}; the system ends a process where memory, or shared memory (/dev/shm), runs out",
-                fix="give fewer --workers or a smaller --batch-size, and go on with: tuneforge resume",
+                f"{MAX_CONSECUTIVE_DEATHS} workers have died one after the other",
+                where="--num-workers",
+                why=f"{how}; the system kills a process when memory, or shared memory (/dev/shm), runs out",
+                fix="use a smaller --num-workers or --batch-size, and go on with: tuneforge resume",
             )
         self._log(f"  warning: a data worker died ({how}); a new one replaces it")
         self._running[slot] = self._start_worker(slot)
@@ -209,7 +213,7 @@ class Workers:
 
 
 def _kill_workers(workers: list[_Worker], owner: int) -> None:
-    if os.getpid() != owner:  # in a fork they are not ours
+    if os.getpid() != owner:  # in a forked process they are not its children
         return
     for worker in workers:
         worker.process.kill()
@@ -222,7 +226,7 @@ def _kill_workers(workers: list[_Worker], owner: int) -> None:
 
 @contextlib.contextmanager
 def _block_signals() -> Iterator[None]:
-    """Signals that stop a run wait; a process that starts meanwhile never sees one before it ignores them."""
+    """Block the signals that stop a run until a process has started, so that it can ignore them before any arrives."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         yield
@@ -231,7 +235,7 @@ def _block_signals() -> Iterator[None]:
 
 
 def _worker_loop(connection: Connection, sources: Sequence[SampleFetcher], parent: int) -> None:
-    """What a process does: fetch what is asked until the run is gone."""
+    """Fetch what is requested until the run is gone; the main function of a worker."""
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     _exit_with_parent(parent)
@@ -252,7 +256,10 @@ def _try_fetch(source: SampleFetcher, indices: NDArray[Any]) -> Any:
 
 
 def _exit_with_parent(parent: int) -> None:
-    """Be killed when the parent dies, even of SIGKILL; elsewhere than on Linux the connection's end does it."""
+    """Let the kernel kill this process when its parent dies, even by SIGKILL.
+
+    Only Linux has this. On other systems the worker ends when its connection is closed.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:

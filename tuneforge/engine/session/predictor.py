@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.data.dataset import Data, Inputs, Split, Targets, map_inputs
+from tuneforge.engine.data.dataset import Data, Inputs, Split, Targets, map_inputs, stack_inputs
 from tuneforge.engine.loop.evaluation import evaluate as evaluate_split
 from tuneforge.engine.loop.phase_components import create_component
 from tuneforge.engine.model import device
@@ -57,7 +57,7 @@ class Predictor:
         """
         remaining = iter(raw_inputs)
         while chunk := list(islice(remaining, batch_size)):
-            samples = _stack([self.inputs.decode(raw) for raw in chunk])
+            samples = stack_inputs([self.inputs.decode(raw) for raw in chunk])
             with torch.inference_mode():
                 inputs = self.inputs.preprocess(map_inputs(samples, self.run.device.move))
                 yield from extract_logits(self.run.forward(self.run.to_device(inputs))).float().cpu()
@@ -228,9 +228,3 @@ def _check_inputs(inputs: Inputs, model_inputs: Inputs) -> None:
             why=f"the model was trained with {model_inputs}, the data comes as {inputs}",
             fix="give the data source the options of the run (see config in run.json)",
         )
-
-
-def _stack(samples: list[Any]) -> Any:
-    if isinstance(samples[0], Tensor):
-        return torch.stack(samples)
-    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}

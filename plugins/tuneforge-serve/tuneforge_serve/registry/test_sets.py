@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.data.dataset import Data, Inputs, Split, Targets, named_tensors
+from tuneforge.engine.data.dataset import Data, Inputs, Split, Targets
 from tuneforge.engine.loop.phase_components import create_component
 from tuneforge.engine.model import device
 from tuneforge.engine.session.components import resolve_component
 from tuneforge.errors import DataError
+from tuneforge.exporting import stack_inputs
 from tuneforge.exporting.bundle import BUNDLE
 from tuneforge.plugin.config import resolve_config
 from tuneforge.plugin.hooks import Hooks
@@ -60,10 +61,9 @@ def load_labeled_files(folder: Path, inputs: Inputs, targets: Targets) -> Split:
         DataError: There are none, a file cannot be decoded, or a folder is named like no class.
     """
     files = list_labeled_files(folder)
-    stored = [named_tensors(inputs.decode(path)) for path in files]
-    together = {name: torch.stack([each[name] for each in stored]) for name in stored[0]}
+    stored = stack_inputs([inputs.decode(path) for path in files])
     answers = torch.tensor([targets.encode(path.parent.name) for path in files])
-    return Split(together.get("", together), answers, ids=[str(path.relative_to(folder)) for path in files])
+    return Split(stored, answers, ids=[str(path.relative_to(folder)) for path in files])
 
 
 def list_labeled_files(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tuneforge.engine.data.dataset import TensorTree, map_inputs, named_tensors
+from tuneforge.exporting import concatenate_inputs
 from tuneforge_serve.server.request_body import busy_error
 
 T = TypeVar("T")
@@ -292,8 +293,4 @@ def _slice(stored: TensorTree, piece: slice) -> TensorTree:
 
 
 def _concatenate(parts: list[TensorTree]) -> TensorTree:
-    if len(parts) == 1:
-        return parts[0]
-    named = [named_tensors(part) for part in parts]
-    joined = {name: torch.cat([part[name] for part in named]) for name in named[0]}
-    return joined[""] if isinstance(parts[0], Tensor) else joined
+    return parts[0] if len(parts) == 1 else concatenate_inputs(parts)

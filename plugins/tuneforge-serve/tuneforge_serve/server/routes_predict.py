@@ -13,15 +13,14 @@ from typing import Any
 
 import attrs
 import numpy as np
-import torch
 from jinja2 import Environment
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from torch import Tensor
 
 from tuneforge.engine.data.dataset import TensorTree, map_inputs, named_tensors
 from tuneforge.errors import DataError
+from tuneforge.exporting import stack_inputs
 from tuneforge_serve.feedback.schemas import TENSORS
 from tuneforge_serve.server.dynamic_batcher import InferenceResult
 from tuneforge_serve.server.inference_service import InferenceService
@@ -212,12 +211,10 @@ def _decode(raw: RawInput, model: ServedModel) -> TensorTree:
 
 def _collate(samples: list[TensorTree]) -> TensorTree:
     """Stored samples without a sample axis as one batch."""
-    named = [named_tensors(sample) for sample in samples]
     try:
-        joined = {name: torch.stack([each[name] for each in named]) for name in named[0]}
+        return stack_inputs(samples)
     except (RuntimeError, KeyError):
         raise RequestError(422, "inputs: those of one request need equal shapes") from None
-    return joined[""] if isinstance(samples[0], Tensor) else joined
 
 
 def _format_timings(result: InferenceResult, began: float) -> dict[str, float]:
