@@ -16,12 +16,12 @@ from torch import nn
 import tuneforge as tf
 from tuneforge.builtin.datasets.tables.arrays import TensorInputs
 from tuneforge.builtin.targets import ClassTargets
-from tuneforge.engine.feature_cache import cache as prefix
+from tuneforge.engine.feature_cache import build as feature_cache_build
 from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.exporting import save_tensors
 
 torch.set_num_threads(1)
-prefix.MIN_MACS_PER_BYTE = prefix.MIN_MACS_PER_BYTE_ON_DISK = 0.0
+feature_cache_build.MIN_MACS_PER_BYTE = feature_cache_build.MIN_MACS_PER_BYTE_ON_DISK = 0.0
 
 STRATEGY = [
     tf.Phase("head", train="head", epochs=2, lr=0.02, optimizer=tf.use("sgd", momentum=0.9)),

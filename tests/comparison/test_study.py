@@ -14,7 +14,7 @@ from tuneforge.comparison.candidates import parse_strategies
 from tuneforge.comparison.ranking import CandidateResult, FinishedRun, rank_candidates
 from tuneforge.comparison.study import Study, engine_options_from_config
 from tuneforge.comparison.study_dir import find_unfinished
-from tuneforge.engine.feature_cache import cache as prefix
+from tuneforge.engine.feature_cache import build as feature_cache_build
 from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.engine.storage.run_dir import RunDir
 from tuneforge.exporting import load_tensors
@@ -131,8 +131,8 @@ def test_the_table_has_mean_and_spread_of_the_runs(race):
 
 
 def test_the_frozen_part_is_computed_once_for_all_of_them(race, monkeypatch):
-    monkeypatch.setattr(prefix, "MIN_MACS_PER_BYTE", 0.0)
-    monkeypatch.setattr(prefix, "MIN_MACS_PER_BYTE_ON_DISK", 0.0)
+    monkeypatch.setattr(feature_cache_build, "MIN_MACS_PER_BYTE", 0.0)
+    monkeypatch.setattr(feature_cache_build, "MIN_MACS_PER_BYTE_ON_DISK", 0.0)
     comparison = race({"one": HEAD, "two": [attrs.evolve(HEAD[0], lr=0.01)]})
     runs = [comparison.study_dir / name / f"seed-{seed}" for seed in (0, 1) for name in ("one", "two")]
     found = ["found in the cache, so nothing is computed again" in (run / "log.txt").read_text() for run in runs]

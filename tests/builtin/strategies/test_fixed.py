@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import tuneforge as tf
 from tuneforge.builtin.strategies.fixed import LPFT, BiasOnly, LayerDecay, NormOnly, WiSEFT
 from tuneforge.builtin.strategies.penalties import L2SP
-from tuneforge.engine.feature_cache import cache as prefix
+from tuneforge.engine.feature_cache import build as feature_cache_build
 from tuneforge.engine.session import resume as memory
 from tuneforge.engine.storage import fault_injection as faults
 
@@ -190,7 +190,7 @@ def test_l2_sp_leaves_out_what_is_frozen(tune):
 
 
 def test_l2_sp_leaves_the_frozen_prefix_to_be_kept(tune, monkeypatch):
-    monkeypatch.setattr(prefix, "MIN_MACS_PER_BYTE", 0.0)
+    monkeypatch.setattr(feature_cache_build, "MIN_MACS_PER_BYTE", 0.0)
     net = tiny_net()
     net.first.requires_grad_(False)
     judge = Judge(3.0, 0.5, start())

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tuneforge as tf
-from tuneforge.engine.feature_cache import cache as prefix
+from tuneforge.engine.feature_cache import build as feature_cache_build
 from tuneforge.engine.feature_cache import disk as store
 from tuneforge.engine.feature_cache import extract as fill
 from tuneforge.engine.storage import fault_injection as faults
@@ -21,8 +21,8 @@ from tuneforge.engine.storage import fault_injection as faults
 @pytest.fixture(autouse=True)
 def cheap_counts(monkeypatch):
     """The small world's layers are cheap; here that does not matter."""
-    monkeypatch.setattr(prefix, "MIN_MACS_PER_BYTE", 0.0)
-    monkeypatch.setattr(prefix, "MIN_MACS_PER_BYTE_ON_DISK", 0.0)
+    monkeypatch.setattr(feature_cache_build, "MIN_MACS_PER_BYTE", 0.0)
+    monkeypatch.setattr(feature_cache_build, "MIN_MACS_PER_BYTE_ON_DISK", 0.0)
 
 
 def told(tune, strategy, **given):
@@ -165,7 +165,7 @@ class Odd(Body):
     [
         (DrawsInPython, "draws random numbers"),
         (DrawsAConstant, "draws random numbers"),
-        (Odd, "cannot be run in parts"),
+        (Odd, "parts of the model cannot run"),
         (Mixes, "mixes samples"),
         (Branches, "cannot be traced"),
     ],
@@ -212,13 +212,13 @@ def test_a_component_that_needs_the_inputs_turns_it_off(tune):
             result = yield
             return result
 
-    assert "needs the inputs" in reason(tune, tiny_net(), callbacks=[Teacher()])
+    assert "needs the model's inputs" in reason(tune, tiny_net(), callbacks=[Teacher()])
 
 
 def test_a_cheap_prefix_or_a_large_border_stays_out_of_the_way(tune, monkeypatch):
-    monkeypatch.setattr(prefix, "MIN_MACS_PER_BYTE", 1e9)
+    monkeypatch.setattr(feature_cache_build, "MIN_MACS_PER_BYTE", 1e9)
     assert "so cheap" in reason(tune, tiny_net())
-    monkeypatch.setattr(prefix, "MIN_MACS_PER_BYTE", 0.0)
+    monkeypatch.setattr(feature_cache_build, "MIN_MACS_PER_BYTE", 0.0)
     assert "more than --cache-mb 0" in reason(tune, tiny_net(), cache_mb=0, cache="memory")
     assert "more than --cache-mb 0" in reason(tune, tiny_net(), cache_mb=0, cache_disk_mb=0)
 
@@ -308,7 +308,7 @@ def test_what_the_key_does_not_hold_is_found_by_the_guard(tune, tmp_path):
         changed = value * (1 + 1e-6)
         shutil.rmtree(entry.path)
         store.DiskCache(tmp_path, 100).put(entry.path.name, [(changed,)], entry.metadata)
-    with pytest.raises(tf.HaltError, match="not what the model gives now"):
+    with pytest.raises(tf.HaltError, match="not what the model computes now"):
         told(tune, [HEAD], cache_dir=tmp_path)
 
 
@@ -441,9 +441,7 @@ def test_an_augmentation_that_mixes_samples_is_not_banked(tune):
             return batch
 
     given = {"augment": [tf.use("mix-up")]}
-    assert "'mix-up' may look at more than one sample" in reason(
-        tune, tiny_net(), attrs.evolve(HEAD, epochs=9), **given
-    )
+    assert "'mix-up' may combine several samples" in reason(tune, tiny_net(), attrs.evolve(HEAD, epochs=9), **given)
 
 
 class Exported(nn.Module):
@@ -513,7 +511,7 @@ def test_fit_takes_its_features_from_the_same_look(tune):
 
 def test_one_epoch_is_cached_only_where_another_run_can_use_it(tune):
     once = attrs.evolve(HEAD, epochs=1)
-    assert "looked at once anyway" in reason(tune, tiny_net(), once, cache="memory")
+    assert "each sample is used only once" in reason(tune, tiny_net(), once, cache="memory")
     _, said = told(tune, [once])
     assert said[0].endswith("the frozen backbone runs once per sample")
 
@@ -542,8 +540,8 @@ def tf_plan(task):
 
 
 def test_features_of_a_source_that_changed_while_it_was_read_are_not_shared(tune, tmp_path, monkeypatch):
-    monkeypatch.setattr(prefix, "MIN_MACS_PER_BYTE", 0.0)
-    monkeypatch.setattr(prefix, "MIN_MACS_PER_BYTE_ON_DISK", 0.0)
+    monkeypatch.setattr(feature_cache_build, "MIN_MACS_PER_BYTE", 0.0)
+    monkeypatch.setattr(feature_cache_build, "MIN_MACS_PER_BYTE_ON_DISK", 0.0)
 
     class Breaks:
         def __init__(self, split, *, breaks):

@@ -1,1 +1,1 @@
-"""What hooks are given while a run goes on: the run, its process group and its budget."""
+"""What hooks are given while a run goes on: the run, its state, its batches, its forward pass and its process group."""

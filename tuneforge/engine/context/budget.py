@@ -1,4 +1,8 @@
-"""What a run may spend. Once it is spent, the step is written down, so that a run killed after that stops there too."""
+"""The budget of a run: seconds, epochs or optimizer steps.
+
+When the budget is exhausted, the optimizer step is written to a file, so that a run that is killed after that and
+resumed stops at the same step.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +24,14 @@ BUDGET_FILE = "budget.json"
 
 @attrs.define(eq=False)
 class Budget:
-    """The budget of one run, and its clock. Seconds are those of the strategy's steps, evaluation included.
+    """The budget of one run, and its clock. Seconds count the strategy steps, evaluation included.
 
     Args:
-        text: Such as `60s`, `20epochs` or `500steps`; None: no limit.
-        run_dir: The run's, where the mark is written; None where nothing is.
-        previous_s: Seconds that earlier processes of this run have spent.
-        completed_steps: Steps of the strategy that are done.
-        exhausted_at: Optimizer step, and steps of the strategy done, at which it was spent; None while some is left.
+        text: Such as `60s`, `20epochs` or `500steps`; None for no limit.
+        run_dir: The run directory, where exhaustion is recorded; None if nothing is written.
+        previous_s: Seconds spent by earlier processes of this run.
+        completed_steps: Strategy steps completed so far.
+        exhausted_at: Optimizer steps, and completed strategy steps, at which the budget was exhausted; None until then.
     """
 
     text: str | None = None
@@ -39,7 +43,7 @@ class Budget:
 
     @classmethod
     def load(cls, text: str | None, run_dir: Path) -> Budget:
-        """The budget of a run, with what an earlier process spent of it and the mark that it left, if it did."""
+        """Return the budget of a run, with what an earlier process of it has spent and recorded."""
         mark = None
         if text is not None and (run_dir / BUDGET_FILE).exists():
             read = read_json(run_dir / BUDGET_FILE)
@@ -52,11 +56,11 @@ class Budget:
         self._started_s = time.monotonic()
 
     def elapsed_s(self) -> float:
-        """Seconds spent so far, by this process and by those before it."""
+        """Return the seconds spent so far by this process and those before it."""
         return self.previous_s + (0.0 if self._started_s is None else time.monotonic() - self._started_s)
 
     def check_exhausted(self, run: Run) -> str:
-        """Look whether it is spent; the first time that it is, write it down.
+        """Check whether the budget is exhausted; the first time that it is, record it.
 
         Returns:
             Why no further step is taken; empty while some of the budget is left.
@@ -71,7 +75,7 @@ class Budget:
         return self.exhausted_reason(run)
 
     def exhausted_reason(self, run: Run) -> str:
-        """The same without a look at the clock: has the run come to the mark?"""
+        """Return the same without looking at the clock: whether the run has reached the recorded step."""
         if self.exhausted_at is None or run.step < self.exhausted_at[0] or self.completed_steps < self.exhausted_at[1]:
             return ""
         return f"budget of {self.text} spent at step {self.exhausted_at[0]}"

@@ -23,7 +23,7 @@ class Features:
 
 
 class FeatureCacheProtocol(Protocol):
-    """What a run needs of `tuneforge.engine.feature_cache.extract.FeatureCache`, which is built above this layer."""
+    """What a run needs of `tuneforge.engine.feature_cache.cache.FeatureCache`, which is built above this layer."""
 
     @property
     def bytes_per_sample(self) -> int:

@@ -1,1 +1,1 @@
-"""The feature cache: where a frozen backbone is cut, how features are extracted, and where they are stored."""
+"""The feature cache: where the frozen backbone ends, how its features are extracted, and where they are stored."""

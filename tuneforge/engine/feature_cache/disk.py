@@ -1,8 +1,9 @@
-"""The store of features on disk: whole entries by key, shared between runs and processes, the least recently used go.
+"""The feature cache on disk: entries by key, shared between runs and processes; the least recently used are deleted.
 
-An entry is a folder named by its key, with one raw file a tensor and `entry.json` (shapes, types, sizes, SHA-256). It
-is written under a temporary name and renamed, so half of one is never found; each file is verified before it is used,
-and what is broken is deleted, as if it had never been there.
+An entry is a directory named by its key, with one raw file per tensor and `entry.json` (shapes, types, SHA-256). It is
+written under a temporary name and renamed, so that an incomplete entry is never found. Each file is verified before it
+is used; a damaged entry is deleted as if it had never existed. Nothing is flushed to the disk: an entry that a power
+failure damages is merely computed again.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ _KEY = re.compile("[0-9a-f]{64}")
 
 @attrs.frozen
 class CacheEntry:
-    """What is stored under one key.
+    """One entry.
 
     Args:
-        path: Its folder.
-        num_bytes: Size on disk.
+        path: Its directory.
+        num_bytes: Its size on disk.
         last_used: When it was last used, in seconds since the epoch.
         metadata: What it holds, for people.
     """
@@ -50,7 +51,7 @@ class CacheEntry:
 
 
 def default_cache_dir() -> Path:
-    """Where features are kept: `$TUNEFORGE_CACHE`, else `tuneforge` in the user's cache folder."""
+    """Return `$TUNEFORGE_CACHE`, or else `tuneforge` in the user's cache directory."""
     named = os.environ.get("TUNEFORGE_CACHE")
     if named:
         return Path(named)
@@ -62,44 +63,44 @@ class DiskCache:
     """Features on disk.
 
     Args:
-        directory: Holds the entries under `features/`; made when the first is written. Nothing else in it is touched.
-        limit_mb: Size of all entries above which the least recently used are deleted, in MB.
+        directory: Holds the entries under `features/`; created with the first entry. No other file in it is touched.
+        limit_mb: Size of all entries in MB above which the least recently used are deleted.
     """
 
     directory: Path
     limit_mb: int
 
     def entry_dir(self, key: str) -> Path:
-        """Where the entry of a key lies, if it is there."""
+        """Return the directory of the entry with this key, whether it exists or not."""
         return self.directory / "features" / key
 
     def get(self, key: str, *, use_mmap: bool) -> tuple[tuple[Tensor, ...] | None, str]:
-        """The tensors under a key, or None; and what to say where an entry was found broken.
+        """Return the tensors of an entry (None if there is none), and a message if the entry was damaged.
 
         Args:
             key: 64 hexadecimal digits.
-            use_mmap: Map the files into memory, where the system can drop them, instead of reading them.
+            use_mmap: Map the files into memory, whose pages the system can drop, instead of reading them.
         """
         path = self.entry_dir(key)
         try:
-            described = _read_manifest(path)
+            manifest = _read_manifest(path)
             tensors = tuple(
-                _read_tensor(path / str(each["file"]), each, use_mmap=use_mmap) for each in described["tensors"]
+                _read_tensor(path / str(each["file"]), each, use_mmap=use_mmap) for each in manifest["tensors"]
             )
         except FileNotFoundError:
             return None, ""
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             shutil.rmtree(path, ignore_errors=True)
-            return None, f"entry {key[:12]} of the cache was broken ({error}), so it is made again"
-        with contextlib.suppress(OSError):  # another process may just have deleted it; what is open stays readable
+            return None, f"feature cache: entry {key[:12]} was damaged ({error}), so its features are computed again"
+        with contextlib.suppress(OSError):  # another process may have deleted it; open files stay readable
             os.utime(path)
         return tensors, ""
 
     def put(self, key: str, blocks: Iterable[tuple[Tensor, ...]], metadata: Mapping[str, Any]) -> None:
-        """Write an entry: tensors that come in blocks along their first axis.
+        """Write an entry: tensors that arrive in blocks along their first axis.
 
         Raises:
-            OSError: The disk is full, or the folder cannot be written; nothing is left behind.
+            OSError: The disk is full, or the directory is not writable; nothing is left behind.
         """
         final = self.entry_dir(key)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -108,9 +109,9 @@ class DiskCache:
         try:
             temporary.mkdir()
             fault_injection.point("cache.begin")
-            described = _write_blocks(temporary, blocks)
+            tensors = _write_blocks(temporary, blocks)
             fault_injection.point("cache.values-written")
-            content = {"metadata": dict(metadata), "tensors": described}
+            content = {"metadata": dict(metadata), "tensors": tensors}
             text = json.dumps({**content, "checksum": _checksum(content)}, sort_keys=True)
             (temporary / _ENTRY).write_text(text, encoding="utf-8")
             fault_injection.point("cache.before-rename")
@@ -122,11 +123,11 @@ class DiskCache:
         self.trim(keep=key)
 
     def entries(self) -> list[CacheEntry]:
-        """All whole entries, the least recently used first."""
+        """Return all complete entries, the least recently used first."""
         return sorted(filter(None, map(_read_entry, self._entry_dirs())), key=lambda entry: entry.last_used)
 
     def trim(self, *, keep: str = "") -> None:
-        """Delete what is least recently used until the rest fits the limit; and what dead processes left."""
+        """Delete the least recently used entries until the rest fits the limit, and what dead processes have left."""
         for path in self._entry_dirs():
             if _read_entry(path) is None:
                 shutil.rmtree(path, ignore_errors=True)
@@ -141,7 +142,7 @@ class DiskCache:
                 shutil.rmtree(path, ignore_errors=True)
 
     def clear(self, key_prefixes: Sequence[str] = ()) -> int:
-        """Delete everything, or the entries whose keys begin so; how many bytes that were."""
+        """Delete all entries, or those whose keys begin with a prefix, and return the number of bytes freed."""
         chosen = [each for each in self._entry_dirs() if not key_prefixes or each.name.startswith(tuple(key_prefixes))]
         freed = sum(entry.num_bytes for entry in map(_read_entry, chosen) if entry is not None)
         for path in [*chosen, *(self._temporary_dirs() if not key_prefixes else [])]:
@@ -156,7 +157,7 @@ class DiskCache:
 
 
 def _rename_into_place(temporary: Path, final: Path) -> None:
-    """Rename; where another process was faster, its entry stays, because it holds the same bits."""
+    """Rename; if another process was faster, keep its entry, which has the same bits."""
     try:
         temporary.rename(final)
     except OSError:
@@ -168,25 +169,25 @@ def _rename_into_place(temporary: Path, final: Path) -> None:
 def _write_blocks(directory: Path, blocks: Iterable[tuple[Tensor, ...]]) -> list[dict[str, Any]]:
     files: list[IO[bytes]] = []
     digests: list[Any] = []
-    described: list[dict[str, Any]] = []
-    with contextlib.ExitStack() as opened:  # on a full disk closing one fails too, and the others still close
+    manifests: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as opened:  # on a full disk closing fails too; the other files still close
         for block in blocks:
             if not files:
-                names = [f"values-{place}.bin" for place in range(len(block))]
+                names = [f"values-{index}.bin" for index in range(len(block))]
                 files = [opened.enter_context((directory / name).open("wb")) for name in names]
                 digests = [hashlib.sha256() for _ in block]
-                described = [
+                manifests = [
                     {"file": name, "shape": [0, *value.shape[1:]], "dtype": str(value.dtype).removeprefix("torch.")}
                     for name, value in zip(names, block, strict=True)
                 ]
-            for file, digest, each, value in zip(files, digests, described, block, strict=True):
+            for file, digest, manifest, value in zip(files, digests, manifests, block, strict=True):
                 data = _bytes_of(value)
                 file.write(data)
                 digest.update(data)
-                each["shape"][0] += len(value)
-    for each, digest in zip(described, digests, strict=True):
-        each["sha256"] = digest.hexdigest()
-    return described
+                manifest["shape"][0] += len(value)
+    for manifest, digest in zip(manifests, digests, strict=True):
+        manifest["sha256"] = digest.hexdigest()
+    return manifests
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -194,42 +195,42 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    described: dict[str, Any] = json.loads((path / _ENTRY).read_text(encoding="utf-8"))
-    checksum = described.pop("checksum")
-    if checksum != _checksum(described) or not described["tensors"]:
-        raise ValueError(f"{_ENTRY} does not agree with itself")
-    return described
+    manifest: dict[str, Any] = json.loads((path / _ENTRY).read_text(encoding="utf-8"))
+    checksum = manifest.pop("checksum")
+    if checksum != _checksum(manifest) or not manifest["tensors"]:
+        raise ValueError(f"the checksum of {_ENTRY} does not match")
+    return manifest
 
 
-def _read_tensor(path: Path, described: Mapping[str, Any], *, use_mmap: bool) -> Tensor:
-    dtype, shape = getattr(torch, described["dtype"]), tuple(described["shape"])
+def _read_tensor(path: Path, manifest: Mapping[str, Any], *, use_mmap: bool) -> Tensor:
+    dtype, shape = getattr(torch, manifest["dtype"]), tuple(manifest["shape"])
     content: Any = None if use_mmap else bytearray(path.stat().st_size)
     with path.open("rb") as file:
         digest = _hash_file(file) if use_mmap else _read(file, content)
-        if digest != described["sha256"]:
+        if digest != manifest["sha256"]:
             raise ValueError(f"{path.name} is not what was written")
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if use_mmap else content
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a mapped file cannot be written: nothing writes into it
+        warnings.simplefilter("ignore")  # about a read-only buffer; nothing writes into it
         return torch.frombuffer(content, dtype=dtype).reshape(shape)
 
 
 def _read(file: IO[bytes], content: bytearray) -> str:
-    """Fill `content`; its digest."""
+    """Fill `content` from the file, and return its SHA-256."""
     file.readinto(content)  # type: ignore[attr-defined]  # a file opened for reading bytes has it
     return hashlib.sha256(content).hexdigest()
 
 
 def _hash_file(file: IO[bytes]) -> str:
-    """The digest, read in pieces, so that memory does not grow with the file."""
+    """Return the SHA-256 of a file, read in blocks so that memory does not grow with it."""
     digest = hashlib.sha256()
-    while piece := file.read(_BLOCK_BYTES):
-        digest.update(piece)
+    while block := file.read(_BLOCK_BYTES):
+        digest.update(block)
     return digest.hexdigest()
 
 
-def _checksum(described: Any) -> str:
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+def _checksum(manifest: Any) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _read_entry(path: Path) -> CacheEntry | None:
@@ -242,7 +243,7 @@ def _read_entry(path: Path) -> CacheEntry | None:
 
 
 def _is_being_written(part: Path) -> bool:
-    """True where the process that writes a temporary folder may still be at it."""
+    """Return True if the process that writes a temporary directory may still be alive."""
     try:
         os.kill(int(part.name.split(".")[-2]), 0)
         return time.time() - part.stat().st_mtime < _STALE_AFTER_S

@@ -1,4 +1,4 @@
-"""The values of the frozen part: found, or computed in one fixed geometry, and checked each time they are found."""
+"""Extract features: load them from the cache, or compute them in batches of one size; loaded ones are spot-checked."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge.engine.context.batches import augment, get_workers
-from tuneforge.engine.context.forward import Features
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Batch, Split, TensorTree, named_tensors
 from tuneforge.engine.data.loader import fetch_batches
 from tuneforge.engine.data.sampler import SampleRNG, derive_seed
+from tuneforge.engine.feature_cache.cache import FeatureCache, Values, num_megabytes
 from tuneforge.engine.feature_cache.disk import DiskCache, default_cache_dir
 from tuneforge.engine.feature_cache.graph_split import NotCacheableError, SplitModel
 from tuneforge.engine.model.model import call_module
@@ -26,62 +26,17 @@ from tuneforge.engine.model.module_state import bitwise_equal
 from tuneforge.errors import HaltError, TryAgainError
 from tuneforge.plugin.declaration import get_option_values
 
-Values = tuple[Tensor, ...]
-
-
-@attrs.define(eq=False)
-class FeatureCache:
-    """A model in two parts, with what the first one gave for the training and the validation split.
-
-    Args:
-        split_model: The model in two.
-        bytes_per_sample: Size of the values of one sample.
-        num_augmented_copies: Fixed augmented views of each training sample; 0 where nothing is augmented.
-        features: The values of a split's samples, by the split's identity and the view.
-        num_computed_batches: Batches that were computed to fill it; 0 where all was found.
-        num_hits: How many of its parts were found, in memory or on disk.
-    """
-
-    split_model: SplitModel
-    bytes_per_sample: int = 0
-    num_augmented_copies: int = 0
-    features: dict[tuple[int, int], Values] = attrs.field(factory=dict)
-    num_computed_batches: int = 0
-    num_hits: int = 0
-
-    @property
-    def train_tail(self) -> nn.Module:
-        """The values to the answer, while the phase trains."""
-        return self.split_model.train_tail
-
-    @property
-    def eval_tail(self) -> nn.Module:
-        """The same in eval mode."""
-        return self.split_model.eval_tail
-
-    def get_features(self, split: Split, indices: Tensor, *, epoch: int = 0) -> Features | None:
-        """The values of some samples, or None where the split is not kept; `epoch` picks the view."""
-        kept = self.features.get((id(split), epoch % self.num_augmented_copies if self.num_augmented_copies else 0))
-        return None if kept is None else Features(tuple(each.index_select(0, indices.to(each.device)) for each in kept))
-
-
-def num_megabytes(run: Run, cache: FeatureCache) -> float:
-    """Size of all that a prefix keeps."""
-    return (
-        cache.bytes_per_sample * (len(run.data.train) * max(1, cache.num_augmented_copies) + len(run.data.val)) / 2**20
-    )
-
 
 @attrs.frozen(eq=False)
 class _LaterPhase:
-    """The prefix of a later phase, and its part of the key."""
+    """The split model of a later phase, and the part of its keys that depends on the model."""
 
     split_model: SplitModel
     model_key: str
 
 
 class FeatureExtractor:
-    """Finds or computes the values of a split, in one fixed geometry."""
+    """Loads or computes the features of splits, in batches of one size."""
 
     def __init__(self, run: Run, cache: FeatureCache, save_if_due: Callable[[], None], *, use_disk: bool) -> None:
         self._run, self._cache, self._save_if_due = run, cache, save_if_due
@@ -94,7 +49,7 @@ class FeatureExtractor:
         self._later_phases: list[_LaterPhase] = []
 
     def add_later_phases(self, caches: list[FeatureCache]) -> None:
-        """Keep what these need too, from the same pass."""
+        """Extract the features of these caches in the same pass."""
         if not self._use_mmap:
             self._later_phases = [
                 _LaterPhase(each.split_model, _hash_model(self._run, each.split_model.backbone, self._batch_size))
@@ -102,7 +57,13 @@ class FeatureExtractor:
             ]
 
     def load_or_extract(self, name: str, split: Split, copy_index: int | None) -> Values:
-        """The values of all samples of a split, from the store where they are in it."""
+        """Return the features of all samples of a split, from memory or disk if they are there.
+
+        Args:
+            name: Of the split, for messages.
+            split: The split.
+            copy_index: The augmented copy of a training split; None for validation.
+        """
         key = self._key(split, copy_index, self._model_key)
         later_features = self._run.engine_state.later_features
         if key in later_features:
@@ -112,15 +73,15 @@ class FeatureExtractor:
             return values
         if self._use_mmap and key is None:
             raise NotCacheableError(
-                f"its values need the disk, and the {name} split has no fingerprint to find them by"
+                f"its features need the disk, and the {name} split has no fingerprint to find them by"
             )
         if self._disk is None or key is None:
             return self._extract_in_memory(split, copy_index)
-        stored, trouble = self._disk.get(key, use_mmap=self._use_mmap)
-        if self._run.process_group.all_reduce_any(stored is None)[0]:  # all of them fill it, or none
+        stored, warning = self._disk.get(key, use_mmap=self._use_mmap)
+        if self._run.process_group.all_reduce_any(stored is None)[0]:  # either all ranks compute them or none does
             stored = None
-        if trouble:
-            self._run.log(f"  {trouble}")
+        if warning:
+            self._run.log(f"  {warning}")
         if stored is not None:
             self._verify_features(stored, split, copy_index, key)
             self._cache.num_hits += 1
@@ -131,53 +92,55 @@ class FeatureExtractor:
         if not self._run.process_group.is_main:
             return self._extract_in_memory(split, copy_index)
         metadata = {"model": type(self._run.model.module).__name__, "split": name, "samples": len(split)}
-        held = None if self._use_mmap else self._extract_in_memory(split, copy_index)
-        if held is not None and split.inputs_changed():
+        in_memory = None if self._use_mmap else self._extract_in_memory(split, copy_index)
+        if in_memory is not None and split.inputs_changed():
             self._run.log("  feature cache: not written to disk, because the data source changed during the run")
-            return held
+            return in_memory
         try:
             disk.put(
                 key,
-                [held]
-                if held is not None
+                [in_memory]
+                if in_memory is not None
                 else self._extract_batches(self._cache.split_model.backbone, split, copy_index),
                 metadata,
             )
         except OSError as error:
             why = f"the cache cannot be written ({error.strerror or error})"
-            if held is None:  # going on without it would give other bits
+            if in_memory is None:  # without the cache the run would give other bits
                 raise TryAgainError(
-                    "there is no room for what the frozen part gives",
+                    "there is no room for the features of the frozen backbone",
                     where=str(disk.directory),
                     why=why,
-                    fix="begin another run with another --cache-dir or --cache off; or free some space there, then go "
+                    fix="start another run with another --cache-dir or --cache off; or free some space there, then go "
                     f"on with: tuneforge resume {shlex.quote(str(self._run.run_dir))}",
                 ) from None
             self._run.log(f"  feature cache: not written to disk, because {why}")
-        if held is not None:
-            return held
-        values, trouble = disk.get(key, use_mmap=True)
+        if in_memory is not None:
+            return in_memory
+        values, warning = disk.get(key, use_mmap=True)
         if values is None:
-            raise TryAgainError("the cache lost what was just written", where=str(disk.directory), why=trouble)
+            what = "features that were just written to disk cannot be read"
+            raise TryAgainError(what, where=str(disk.directory), why=warning)
         return values
 
     def _extract_in_memory(self, split: Split, copy_index: int | None) -> Values:
-        """The values in memory; those of later phases are put aside on the way."""
+        """Return the features in memory; those of later phases are stored on the way."""
         cut = self._cache.split_model.cut
         names = list(dict.fromkeys([*cut, *(name for each in self._later_phases for name in each.split_model.cut)]))
-        kept: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
         start = 0
         for block in self._extract_batches(self._cache.split_model.trace.extract_backbone(names), split, copy_index):
             for name, value in zip(names, block, strict=True):
-                if name not in kept:
-                    kept[name] = torch.empty(len(split), *value.shape[1:], dtype=value.dtype, device=value.device)
-                kept[name][start : start + len(value)] = value
+                if name not in features:
+                    shape = (len(split), *value.shape[1:])
+                    features[name] = torch.empty(shape, dtype=value.dtype, device=value.device)
+                features[name][start : start + len(value)] = value
             start += len(block[0])
         for each in self._later_phases:
             key = self._key(split, copy_index, each.model_key)
             if key is not None:
-                self._run.engine_state.later_features[key] = tuple(kept[name] for name in each.split_model.cut)
-        return tuple(kept[name] for name in cut)
+                self._run.engine_state.later_features[key] = tuple(features[name] for name in each.split_model.cut)
+        return tuple(features[name] for name in cut)
 
     def _extract_batches(self, backbone: nn.Module, split: Split, copy_index: int | None) -> Iterator[Values]:
         ranks, starts = self._run.process_group, range(0, len(split), self._batch_size)
@@ -200,20 +163,20 @@ class FeatureExtractor:
         local: Iterator[tuple[Tensor, TensorTree]],
         copy_index: int | None,
     ) -> Iterator[Values]:
-        """One batch a rank, each computed by one of them and given to all."""
+        """Yield one batch per rank, each computed by one rank and sent to all."""
         ranks = self._run.process_group
-        batch = next(local, None)  # the last group may have no batch for this rank; it computes one to keep in step
+        batch = next(local, None)  # the last group may have no batch for this rank, which then computes the first
         indices, stored = batch or (group[0], split.fetch(group[0]))
         sizes = [
             len(indices) if rank < len(group) else 0
             for rank, indices in enumerate([*group, *group[:1] * ranks.world_size])
         ]
         values = self._compute_features(backbone, split, indices, stored, copy_index)
-        whole = [ranks.all_gather(value, sizes[: ranks.world_size]) for value in values]
-        yield from zip(*(torch.split(value, [len(indices) for indices in group]) for value in whole), strict=True)
+        gathered = [ranks.all_gather(value, sizes[: ranks.world_size]) for value in values]
+        yield from zip(*(torch.split(value, [len(indices) for indices in group]) for value in gathered), strict=True)
 
     def _rows(self, split: Split, start: int) -> Tensor:
-        """The rows of one batch, whose place and size follow from the split alone."""
+        """Return the rows of one batch, whose position and size follow from the split alone."""
         return torch.arange(start, min(start + self._batch_size, len(split)))
 
     def _compute_features(
@@ -230,20 +193,20 @@ class FeatureExtractor:
         return values
 
     def _verify_features(self, values: Values, split: Split, copy_index: int | None, key: str) -> None:
-        """Compute one batch again and compare: a key cannot hold what it does not know of.
+        """Compute one batch again and compare it: a key cannot cover what it does not know of, such as changed code.
 
         Raises:
             HaltError: The bits differ.
         """
-        place = derive_seed(self._run.config.seed, key) % math.ceil(len(split) / self._batch_size)
-        indices = self._rows(split, place * self._batch_size)
+        batch = derive_seed(self._run.config.seed, key) % math.ceil(len(split) / self._batch_size)
+        indices = self._rows(split, batch * self._batch_size)
         again = self._compute_features(
             self._cache.split_model.backbone, split, indices, split.fetch(indices), copy_index
         )
-        kept = [each[indices[0] : indices[-1] + 1] for each in values]
-        if not all(bitwise_equal(one.cpu(), other.cpu()) for one, other in zip(kept, again, strict=True)):
+        cached = [each[indices[0] : indices[-1] + 1] for each in values]
+        if not all(bitwise_equal(one.cpu(), other.cpu()) for one, other in zip(cached, again, strict=True)):
             raise HaltError(
-                "features in the cache are not what the model gives now",
+                "cached features are not what the model computes now",
                 where="memory" if self._disk is None else str(self._disk.entry_dir(key)),
                 why="one batch was computed again, and its bits differ: something has changed that the key of the "
                 "cache does not hold, such as the code of the model or of the preprocessing",
@@ -251,7 +214,7 @@ class FeatureExtractor:
             )
 
     def _key(self, split: Split, copy_index: int | None, model_key: str) -> str | None:
-        """All that the values depend on, in one hash; None where the inputs cannot be told apart."""
+        """Return a hash of everything that the features depend on; None if the inputs have no fingerprint."""
         inputs = split.inputs_fingerprint()
         if inputs is None:
             return None
@@ -264,7 +227,7 @@ class FeatureExtractor:
 
 
 def _hash_model(run: Run, backbone: Any, size: int) -> str:
-    """The prefix itself, its weights and buffers, and what else the bits depend on."""
+    """Return a hash of the backbone, its weights and buffers, and what else the bits of its results depend on."""
     tensors = hashlib.sha256()
     for name, tensor in [
         *backbone.named_parameters(remove_duplicate=False),
@@ -288,7 +251,7 @@ def _hash_model(run: Run, backbone: Any, size: int) -> str:
 
 
 def _describe_kernels(run: Run) -> list[Any]:
-    """What chooses the kernels that compute, beside the device's kind."""
+    """Return what the choice of kernels depends on, beside the type of the device."""
     on_cuda = run.device.torch.type == "cuda"
     return [
         torch.backends.mkldnn.enabled,
@@ -300,7 +263,7 @@ def _describe_kernels(run: Run) -> list[Any]:
 
 
 def _describe_modules(backbone: Any) -> dict[str, Any]:
-    """What the modules of a graph were built with, as far as plain values show it."""
+    """Return the plain attributes of the modules that a graph calls."""
     plain = (bool, int, float, str, tuple, type(None))
     called = [str(node.target) for node in backbone.graph.nodes if node.op == "call_module"]
     return {
@@ -316,6 +279,6 @@ def _hash(parts: Mapping[str, Any]) -> str:
 
 
 def _choose_batch_size(example: Any) -> int:
-    """Samples of one pass: the fastest from 16 to 64 measured so, by the size of a sample."""
+    """Return the number of samples per pass, from 16 to 64 by the size of a sample: the fastest in measurements."""
     numbers = sum(tensor[0].numel() for tensor in named_tensors(example).values())
     return max(16, min(64, 1 << (2**21 // max(1, numbers)).bit_length() >> 1))

@@ -1,8 +1,8 @@
-"""Where a model can be cut: what depends only on the input and on frozen weights comes before, the rest after.
+"""Split a model at a cut: the backbone depends only on inputs and frozen weights, the tail computes the rest.
 
-The cut is by dataflow. The model is traced in given modes, by `torch.fx`, or by `torch.export` where that cannot; a
-node is *live* that reaches a trained parameter, a random operation or a module in training mode. The values that cross
-from the others to the live ones are the border.
+The model is traced in given modes by `torch.fx`, or by `torch.export` where fx fails. A node of the graph is *live* if
+a trained parameter, a random operation or a module in training mode reaches it. The cut consists of the values that
+live nodes take from the others.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, ope
 
 
 class NotCacheableError(Exception):
-    """There is no prefix worth keeping; the message completes `not cached: ...`."""
+    """There is no backbone worth caching; the message completes `feature cache: off, because ...`."""
 
 
 class UntraceableError(NotCacheableError):
-    """This way of tracing does not serve; another one may."""
+    """One way of tracing failed; another one may succeed."""
 
 
 @attrs.frozen(eq=False)
@@ -37,11 +37,11 @@ class SplitModel:
     """A model in two parts.
 
     Args:
-        backbone: Ready inputs to the values at the border, each (b, ...).
-        train_tail: The values to the answer, in the modes of the phase.
+        backbone: Computes from prepared inputs the values at the cut, each (b, ...).
+        train_tail: Computes the output from these values, in the modes of the phase.
         eval_tail: The same in eval mode.
         trace: The whole model in the modes of the phase.
-        cut: Names of the nodes whose values cross.
+        cut: Names of the nodes whose values cross from the backbone to the tail.
     """
 
     backbone: fx.GraphModule
@@ -51,30 +51,30 @@ class SplitModel:
     cut: list[str]
 
     def find_cut_if_trainable(self, trainable: Iterable[nn.Parameter], example: Any) -> list[str]:
-        """Where the border would be if these parameters trained too.
+        """Return the cut that the model would have if these parameters trained too.
 
         Raises:
             NotCacheableError: Nothing would lie before it.
         """
-        thawed = [parameter for parameter in trainable if not parameter.requires_grad]
-        for parameter in thawed:
+        unfrozen = [parameter for parameter in trainable if not parameter.requires_grad]
+        for parameter in unfrozen:
             parameter.requires_grad_(True)
         try:
             return _find_cut(self.trace, example)
         finally:
-            for parameter in thawed:
+            for parameter in unfrozen:
                 parameter.requires_grad_(False)
 
 
 @attrs.frozen(eq=False)
 class Trace:
-    """A traced module: the graph, and what its names refer to."""
+    """A traced module: the graph, and the module that its names refer to."""
 
     graph: fx.Graph
     root: nn.Module
 
     def extract_backbone(self, cut: Iterable[str]) -> fx.GraphModule:
-        """The part that computes the values at a border."""
+        """Return the part that computes the values at a cut."""
         by_name = {node.name: node for node in self.graph.nodes}
         crossing = [by_name[name] for name in cut]
         needed = _find_ancestors(crossing, stop=set())
@@ -87,24 +87,24 @@ class Trace:
         return fx.GraphModule(self.root, subgraph)
 
     def extract_tail(self, cut: Iterable[str]) -> fx.GraphModule:
-        """The part that goes on from the values at a border.
+        """Return the part that computes the output from the values at a cut.
 
         Raises:
-            NotCacheableError: It would need the input as well, or this trace has no such border.
+            NotCacheableError: It would need the inputs as well, or this trace has no such nodes.
         """
         by_name = {node.name: node for node in self.graph.nodes}
         if not set(cut) <= set(by_name):
-            raise NotCacheableError("the model takes another way in evaluation")
+            raise NotCacheableError("the model runs other operations in eval mode")
         crossing = [by_name[name] for name in cut]
         (output,) = (node for node in self.graph.nodes if node.op == "output")
         needed = _find_ancestors([output], stop={*crossing, *filter(_is_batch_size, self.graph.nodes)})
         subgraph = fx.Graph()
-        copied = {node: subgraph.placeholder(f"value_{place}") for place, node in enumerate(crossing)}
+        copied = {node: subgraph.placeholder(f"value_{index}") for index, node in enumerate(crossing)}
         for node in self.graph.nodes:
             if node in needed and node not in copied and node is not output:
                 if node.op == "placeholder":
-                    raise NotCacheableError("what trains takes the input itself")
-                if _is_batch_size(node):  # every value at the border has it
+                    raise NotCacheableError("the part that trains takes the model's input")
+                if _is_batch_size(node):  # every value at the cut has it
                     copied[node] = subgraph.call_function(node.target, (copied[crossing[0]], 0))
                 else:
                     copied[node] = subgraph.node_copy(node, copied.__getitem__)
@@ -115,16 +115,16 @@ class Trace:
 def split_model(
     module: nn.Module, example: Any, modes: Modes, *, tracer: Callable[[nn.Module, Any], Any]
 ) -> SplitModel:
-    """Cut a model in the modes of a phase, and once more in eval mode at the same border.
+    """Split a model in the modes of a phase, and once more in eval mode at the same cut.
 
     Args:
         module: Frozen as the phase asks.
-        example: Ready inputs of two samples.
+        example: Prepared inputs of two samples.
         modes: The modes of the phase.
         tracer: `trace_with_fx` or `trace_with_export`.
 
     Raises:
-        NotCacheableError: There is nothing to keep.
+        NotCacheableError: There is nothing to cache.
         UntraceableError: The model cannot be traced this way.
     """
     set_modes(modes)
@@ -136,13 +136,13 @@ def split_model(
 
 
 def trace_with_fx(module: nn.Module, example: Any) -> Trace:
-    """A trace of the module's own code on stand-ins."""
+    """Trace the module's Python code with symbolic inputs."""
     del example
     return Trace(fx.Tracer().trace(module), module)
 
 
 def trace_with_export(module: nn.Module, example: Any) -> Trace:
-    """A trace of the operations on an example of any batch size; parameters are the module's own."""
+    """Trace the operations on an example, for any batch size; the graph uses the module's own parameters."""
     free = {0: torch.export.Dim.AUTO}
     given = dict(example) if isinstance(example, Mapping) else {}
     inputs = () if given else (example,)
@@ -158,10 +158,10 @@ def _trace(module: nn.Module, example: Any, tracer: Callable[[nn.Module, Any], T
     before = _rng_states()
     try:
         trace = tracer(module, example)
-    except Exception as error:  # noqa: BLE001 - tracing runs the model's own code on stand-ins, which may raise anything
+    except Exception as error:  # noqa: BLE001 - with symbolic inputs the model's code may raise anything
         raise UntraceableError(f"the model cannot be traced ({type(error).__name__})") from None
-    if _rng_states() != before:  # what was drawn while tracing would be the same number for ever
-        raise NotCacheableError("the model draws random numbers that a trace would freeze")
+    if _rng_states() != before:  # a number drawn while tracing would become a constant
+        raise NotCacheableError("the model draws random numbers, which a trace would turn into constants")
     return trace
 
 
@@ -171,19 +171,19 @@ def _rng_states() -> tuple[Any, ...]:
 
 
 def _find_cut(trace: Trace, example: Any) -> list[str]:
-    """Names of the nodes whose values cross from the prefix to what lives."""
+    """Return the names of the nodes whose values cross from the backbone to the live nodes."""
     graph, live = trace.graph, _find_live_nodes(trace)
     input_dependents = _find_input_dependents(graph)
     values = _ValuePropagation(trace.root, graph).propagate(example)
     while True:
         cut = [node for node in graph.nodes if _crosses_cut(node, live, input_dependents)]
-        loose = [node for node in cut if not _has_batch_axis(values.get(node.name))]
-        if not loose:
+        unbatched = [node for node in cut if not _has_batch_axis(values.get(node.name))]
+        if not unbatched:
             break
-        live |= set(loose)  # a shape, say: computed again from what it is the shape of
+        live |= set(unbatched)  # such as a shape: the tail computes it again
     names = [node.name for node in cut]
     if not names or all(node.op == "placeholder" for node in cut):
-        raise NotCacheableError("nothing frozen lies before what trains")
+        raise NotCacheableError("no frozen layer lies before the first one that trains")
     return names
 
 
@@ -196,9 +196,9 @@ def _has_batch_axis(value: Any) -> bool:
 
 
 def _find_live_nodes(trace: Trace) -> set[fx.Node]:
-    """Nodes that training changes, and all that depends on them; the answer is always one."""
+    """Return the nodes that training changes, and all that depend on them. The output is always live."""
     live: set[fx.Node] = set()
-    order = {node: place for place, node in enumerate(trace.graph.nodes)}
+    order = {node: index for index, node in enumerate(trace.graph.nodes)}
     for node in trace.graph.nodes:
         if (
             node.op == "output"
@@ -206,7 +206,7 @@ def _find_live_nodes(trace: Trace) -> set[fx.Node]:
             or any(each in live for each in node.all_input_nodes)
         ):
             live.add(node)
-            for written in _find_overwritten(node, trace.root):  # whoever reads it afterwards reads what was written
+            for written in _find_overwritten(node, trace.root):  # its later readers see the new value
                 live |= {user for user in written.users if order[user] > order[node]}
     return live
 
@@ -224,7 +224,7 @@ def _is_trainable_or_random(node: fx.Node, module: nn.Module) -> bool:
     if name in _RANDOM or node.kwargs.get("training") is True or _has_dropout(name, node):
         return True
     if name == "batch_norm" and isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.args[5] is True)  # its last argument says whether to use cuDNN, and is True as well
+        return bool(node.args[5] is True)  # not `True in args`: cudnn_enabled, the last one, is True as well
     return ("dropout" in name or name in ("stochastic_depth", "batch_norm")) and True in node.args
 
 
@@ -234,12 +234,12 @@ def _has_dropout(name: str, node: fx.Node) -> bool:
 
 
 def _name_of(node: fx.Node) -> str:
-    """The name of what a node calls; `add_` for both `operator` and `aten.add_.Tensor`."""
+    """Return the name of what a node calls: `add_` for both `operator` and `aten.add_.Tensor`."""
     return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
 
 
 def _find_overwritten(node: fx.Node, module: nn.Module) -> list[fx.Node]:
-    """Nodes whose value this one overwrites in place."""
+    """Return the nodes whose values this node overwrites in place."""
     target = _name_of(node)
     inplace = node.kwargs.get("inplace") is True
     if node.op == "call_module":
@@ -250,7 +250,7 @@ def _find_overwritten(node: fx.Node, module: nn.Module) -> list[fx.Node]:
 
 
 def _find_input_dependents(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on the input."""
+    """Return the nodes that depend on the input."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or any(each in found for each in node.all_input_nodes):
@@ -266,7 +266,7 @@ def _is_batch_size(node: fx.Node) -> bool:
 
 
 def _find_ancestors(targets: list[fx.Node], *, stop: set[fx.Node]) -> set[fx.Node]:
-    """What the targets are computed from, not looking beyond `stop`."""
+    """Return all nodes that the targets are computed from, without looking beyond `stop`."""
     found: set[fx.Node] = set()
     waiting = list(targets)
     while waiting:
@@ -278,13 +278,13 @@ def _find_ancestors(targets: list[fx.Node], *, stop: set[fx.Node]) -> set[fx.Nod
 
 
 class _ValuePropagation(fx.Interpreter):
-    """The value of every node for an example."""
+    """Computes the value of every node for an example."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
 
     def propagate(self, example: Any) -> dict[str, Any]:
-        """Values by the node's name, computed without a trace in the model's state."""
+        """Return the values by node name; gradients are off, and modules keep their modes."""
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
         given = (
             {node: example[node.target] for node in inputs if node.target in example}

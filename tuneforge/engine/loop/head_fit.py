@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.feature_cache.cache import try_build_feature_cache
+from tuneforge.engine.feature_cache.build import try_build_feature_cache
 from tuneforge.engine.loop.evaluation import compute_head_features, evaluate
 from tuneforge.engine.model.freeze_check import FreezeCheck
 from tuneforge.engine.model.freezing import freeze, select

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.loader import batch_sizes
-from tuneforge.engine.feature_cache.cache import try_build_feature_cache
+from tuneforge.engine.feature_cache.build import try_build_feature_cache
 from tuneforge.engine.loop.backward import BackwardPass
 from tuneforge.engine.loop.compile import compile_forward
 from tuneforge.engine.loop.evaluation import evaluate
