@@ -61,11 +61,6 @@ class ProcessGroup:
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     @property
-    def is_single(self) -> bool:
-        """True if the group has one process, so that there is nothing to communicate."""
-        return self.world_size == 1
-
-    @property
     def is_main(self) -> bool:
         """True for rank 0, which writes files and logs to the terminal."""
         return self.rank == 0
@@ -96,7 +91,7 @@ class ProcessGroup:
 
     def all_reduce_any(self, *flags: bool) -> tuple[bool, ...]:
         """Return for each flag whether it is True on any rank."""
-        if self.is_single:
+        if self.world_size == 1:
             return flags
         raised = torch.tensor(flags, dtype=torch.int32)
         distributed.all_reduce(raised, op=distributed.ReduceOp.MAX)
@@ -108,7 +103,7 @@ class ProcessGroup:
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return the value of each rank, plain JSON data, by rank."""
-        if self.is_single:
+        if self.world_size == 1:
             return [value]
         local = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = self.all_gather(torch.tensor([len(local)]), [1] * self.world_size).tolist()
@@ -118,7 +113,7 @@ class ProcessGroup:
 
     def all_reduce(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the sum of each tensor over all ranks."""
-        if self.is_single:
+        if self.world_size == 1:
             return tensors
         sums = tuple(each.contiguous().clone() for each in tensors)
         for each in sums:
@@ -132,7 +127,7 @@ class ProcessGroup:
             local: This rank's rows (m, ...); those beyond its size are dropped.
             sizes: Number of rows of each rank.
         """
-        if self.is_single:
+        if self.world_size == 1:
             return local
         padded = local.new_zeros((max(sizes), *local.shape[1:]))  # all_gather needs equal sizes
         padded[: sizes[self.rank]] = local[: sizes[self.rank]]
@@ -154,7 +149,7 @@ class ProcessGroup:
         sharded tensors are skipped, because FSDP sums them in the backward pass.
         """
         parameters = [each for each in parameters if not is_sharded(each)]
-        if self.is_single or not parameters:
+        if self.world_size == 1 or not parameters:
             return
         held = torch.tensor([each.grad is not None for each in parameters], dtype=torch.int32)
         distributed.all_reduce(held, op=distributed.ReduceOp.MAX)
@@ -175,7 +170,7 @@ class ProcessGroup:
 
     def average_buffers(self, statistics: Sequence[Tensor]) -> None:
         """Replace floating-point buffers by their mean over all ranks, in place; integer ones take rank 0's values."""
-        if self.is_single:
+        if self.world_size == 1:
             return
         for each in statistics:
             if each.is_floating_point():
@@ -186,7 +181,7 @@ class ProcessGroup:
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Copy the values of rank 0 in place; a sharded tensor stays as it is."""
-        if not self.is_single:
+        if self.world_size > 1:
             for tensor in (each for each in tensors if not is_sharded(each)):
                 tensor.copy_(self._broadcast_tensor(tensor))
 
@@ -202,7 +197,7 @@ class ProcessGroup:
         Raises:
             HaltError: Some differ; the message names them.
         """
-        if self.is_single:
+        if self.world_size == 1:
             return
         different: list[str] = []
         for name, tensor in ((name, each) for name, each in tensors.items() if not is_sharded(each)):
@@ -217,7 +212,7 @@ class ProcessGroup:
 
     def barrier(self) -> None:
         """Wait until all ranks have arrived."""
-        if not self.is_single:
+        if self.world_size > 1:
             distributed.barrier()
 
 

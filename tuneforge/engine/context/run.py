@@ -92,7 +92,7 @@ class Run(TrainerState):
     @property
     def sharded(self) -> bool:
         """True where FSDP leaves each rank a shard of the model."""
-        return self.config.shard and not self.process_group.is_single
+        return self.config.shard and self.process_group.world_size > 1
 
     def log(self, text: str) -> None:
         """Log a message for the user, on the terminal and in the run's log."""

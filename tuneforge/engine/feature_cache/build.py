@@ -190,7 +190,9 @@ def _cost_per_sample(run: Run, backbone: nn.Module) -> tuple[int, float]:
 def _check_worthwhile(run: Run, cache: FeatureCache, macs_per_byte: float, epochs: int) -> None:
     if macs_per_byte < MIN_MACS_PER_BYTE:
         raise NotCacheableError("the frozen backbone is so cheap that computing it again costs no more")
-    on_disk = run.config.cache == "auto" and macs_per_byte >= MIN_MACS_PER_BYTE_ON_DISK and run.process_group.is_single
+    on_disk = (
+        run.config.cache == "auto" and macs_per_byte >= MIN_MACS_PER_BYTE_ON_DISK and run.process_group.world_size == 1
+    )
     if epochs == 1 and not on_disk:
         raise NotCacheableError("each sample is used only once")
     limits = {"--cache-mb": run.config.cache_mb} | ({"--cache-disk-mb": run.config.cache_disk_mb} if on_disk else {})

@@ -149,7 +149,7 @@ class FeatureExtractor:
         for first in range(0, len(starts), ranks.world_size):
             self._save_if_due()
             group = [self._rows(split, start) for start in starts[first : first + ranks.world_size]]
-            if ranks.is_single:
+            if ranks.world_size == 1:
                 yield self._compute_features(backbone, split, *next(local), copy_index)
             else:
                 yield from self._extract_distributed(backbone, split, group, local, copy_index)

@@ -105,7 +105,7 @@ class BackwardPass:
                 self._halve_micro_batch(run, -(-max(sizes) // run.process_group.world_size), memory.message)
                 continue
             if not any_nonfinite:
-                if not run.process_group.is_single:
+                if run.process_group.world_size > 1:
                     run.process_group.all_reduce_gradients([each for _, each in self.trainable_parameters])
                 if self.checks_finite and (name := find_nonfinite_gradient(run, self.trainable_parameters)):
                     nonfinite = NonFiniteError(f"the gradient of '{name}' is NaN or Inf", batches)
@@ -194,7 +194,7 @@ def _local_micro_batches(run: Run, batch: Batch, size: int) -> list[tuple[Batch,
     All ranks of a sharded model run the same number of passes, because each pass gathers weights from all of them; a
     rank without samples runs passes that count for nothing.
     """
-    counts = run.process_group.is_single or run.process_group.num_local(size) > 0
+    counts = run.process_group.world_size == 1 or run.process_group.num_local(size) > 0
     if not run.sharded and not counts:
         return []
     passes = [(each, len(each.indices) if counts else 0) for each in micro_batches(run, batch)]

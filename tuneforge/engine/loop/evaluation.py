@@ -79,7 +79,7 @@ def _iter_outputs(run: Run, split: Split) -> Iterator[tuple[Any, Tensor, Tensor]
     totals = map(len, iter_sequential(len(split), run.engine_state.eval_batch_size))
     batches = run.evaluation_batches(split, per_rank=True)
     for total in totals:
-        if run.process_group.is_single:
+        if run.process_group.world_size == 1:
             batch = next(batches)
             yield run.forward(batch.inputs), batch.targets, batch.indices
         else:

@@ -79,7 +79,7 @@ def train_phase(
             run, modes, epochs=_num_epochs(run, phase), save_if_due=save_if_due
         )
     if run.config.compile and not tracker.stop_reason:
-        if run.process_group.is_single and state.micro_batch_size is None:
+        if run.process_group.world_size == 1 and state.micro_batch_size is None:
             run.forward_pass.compiled_module = compile_forward(run, modes)
         else:
             run.log("  compile: off, because micro-batches are smaller than a batch")
@@ -293,7 +293,7 @@ class PhaseProgress:
 
     def _all_reduce(self, run: Run) -> tuple[Tensor, int]:
         """Return the sum of losses and the number of samples over all ranks."""
-        if run.process_group.is_single:
+        if run.process_group.world_size == 1:
             return self.loss_sum, self.num_samples
         loss, count = run.process_group.all_reduce(self.loss_sum, torch.tensor(self.num_samples))
         return loss, int(count)
