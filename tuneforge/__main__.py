@@ -1,4 +1,4 @@
-"""The command line's door: `tuneforge` and `python -m tuneforge`. Exit codes are documented in `errors.py`."""
+"""Entry point of the command line: `tuneforge` and `python -m tuneforge`. `errors.py` documents the exit codes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tuneforge.cli import cli
 from tuneforge.errors import TryAgainError, TuneforgeError
 
 
-class Stopped(BaseException):
-    """SIGTERM arrived."""
+class TerminatedError(BaseException):
+    """SIGTERM arrived; it derives from BaseException, as KeyboardInterrupt does."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort):
         return _failed("stopped by Ctrl-C", 130)
-    except Stopped:
+    except TerminatedError:
         return _failed("stopped by SIGTERM", 143)
     except Exception as error:  # the last handler: everything becomes a message and a code
         if debug:
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped
+    raise TerminatedError
 
 
 def _report(error: Exception) -> int:
@@ -53,12 +53,12 @@ def _report(error: Exception) -> int:
         sys.stderr.close()
         return 0
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        place = f"'{error.filename}'" if error.filename else "what the command prints, or a temporary file"
-        again = "free some space, then do the same again; a run goes on with: tuneforge resume RUN"
+        place = f"'{error.filename}'" if error.filename else "standard output or a temporary file"
+        again = "free some space, then repeat the command; a run is resumed with: tuneforge resume RUN"
         return _failed(f"cannot write {place}\n  why:   {error.strerror}\n  do:    {again}", TryAgainError.exit_code)
     return _failed(
-        f"{type(error).__name__}: {error}\n  why:   this is a defect of tuneforge or of a plugin\n"
-        "  do:    run again with --debug for the traceback, and report it",
+        f"{type(error).__name__}: {error}\n  why:   this is a bug in tuneforge or in a plugin\n"
+        "  do:    repeat the command with --debug for the traceback, and report it",
         1,
     )
 

@@ -267,7 +267,7 @@ def test_nothing_to_resume_is_said(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = run("resume")
     assert code == 2
-    assert "no run to go on with" in err
+    assert "no run to resume" in err
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_the_cache_is_listed_and_cleared_by_key(run, tmp_path, monkeypatch):
     assert {json.loads(line)["key"][0] for line in out.splitlines()} == {"a", "b"}
     code, _, err = run("cache", "clear", "c")
     assert code == 2
-    assert "no entry's key begins with 'c'" in err
+    assert "no entry has a key that starts with 'c'" in err
     assert run("cache", "clear", "aaa")[1].startswith("1.0 MB freed")
     assert run("cache", "clear")[1].startswith("1.0 MB freed")
     assert "0 entries" in run("cache", "list", "--cache-dir", str(tmp_path / "none"))[1]

@@ -135,7 +135,7 @@ def test_the_command_prints_a_table_and_a_suggestion_and_draws(run, tmp_path, mo
     code, out, err = run("lr-find", *FEW, "--train", "head", "--batches", "1", "--plot", "rates.png")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert lines[0].startswith("trains: ")
+    assert lines[0].startswith("trainable: ")
     assert lines[0].endswith("(head)")
     assert len([line for line in lines if line[:8].strip()[:1].isdigit()]) == 25
     assert [sum(line.endswith(mark) for line in lines) for mark in ("  lowest", "  steepest")] == [1, 1]

@@ -37,7 +37,7 @@ def decides(task):
 
 def test_what_a_run_did_runs_again_to_the_same_bytes(run, tune, tmp_path):
     one = tune(decides, seed=3)
-    code, out, _ = run("report", one.run_dir, "--plan", "--out", tmp_path / "plan.toml")
+    code, out, _ = run("report", one.run_dir, "--export-strategy", "--out", tmp_path / "plan.toml")
     assert code == 0
     assert f"--strategy.path {tmp_path / 'plan.toml'}" in out
     assert read_plan(tmp_path / "plan.toml") == [step for step, _ in one.strategy_steps]
@@ -49,7 +49,7 @@ def test_what_a_run_did_runs_again_to_the_same_bytes(run, tune, tmp_path):
 def test_the_default_run_on_digits_runs_again_from_its_plan_to_the_same_bytes(run, tmp_path):
     common = [*FEW, "--no-page", "--seed", "2"]
     assert run("run", *common, "--strategy.epochs", "1", "--out", tmp_path / "one")[0] == 0
-    code, text, err = run("report", tmp_path / "one", "--plan")
+    code, text, err = run("report", tmp_path / "one", "--export-strategy")
     assert (code, err) == (0, "")
     assert "runs" not in text
     (tmp_path / "plan.toml").write_text(text)
@@ -61,7 +61,7 @@ def test_the_default_run_on_digits_runs_again_from_its_plan_to_the_same_bytes(ru
 
 def test_a_plan_is_printed_whole_for_a_list_and_nothing_is_trained_or_written(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, text, err = run("run", *FEW, "--strategy", "lp-ft", "--strategy.epochs", "3", "--plan")
+    code, text, err = run("run", *FEW, "--strategy", "lp-ft", "--strategy.epochs", "3", "--dry-run")
     assert (code, err) == (0, "")
     (tmp_path / "plan.toml").write_text(text)
     fit, phase = read_plan(tmp_path / "plan.toml")
@@ -85,11 +85,11 @@ class Adaptive:
 
 def test_of_a_strategy_that_decides_the_first_step_is_printed_and_that_is_said(run, plant):
     plant("unrelated", {}, adaptive_mod=ADAPTIVE)
-    code, text, _ = run("run", *FEW, "--strategy", "adaptive_mod:Adaptive", "--plan")
+    code, text, _ = run("run", *FEW, "--strategy", "adaptive_mod:Adaptive", "--dry-run")
     assert code == 0
-    assert text.endswith("\n# then it decides from the report\n")
+    assert text.endswith("\n# the strategy chooses the further steps from the results of these\n")
     assert text.count("[[step]]") == 1
-    _, text, _ = run("run", *FEW, "--strategy", "adaptive_mod:Adaptive", "--plan", "--json")
+    _, text, _ = run("run", *FEW, "--strategy", "adaptive_mod:Adaptive", "--dry-run", "--json")
     found = json.loads(text)
     assert found["is_adaptive"] is True
     assert [step["name"] for step in found["steps"]] == ["first"]
@@ -115,7 +115,7 @@ def test_a_plan_trains_nothing():
         (tf.Phase("b", train="haed", epochs=1), "did you mean 'head'"),
         (tf.Phase("b", epochs=1, schedule="cosin"), "did you mean 'cosine'"),
         (tf.Phase("b", epochs=1, optimizer=tf.use("sgd", momentun=0.9)), "did you mean 'momentum'"),
-        (tf.Phase("b", train="head", epochs=1, lr_scales={"first": 2.0}), "nothing trains"),
+        (tf.Phase("b", train="head", epochs=1, lr_scales={"first": 2.0}), "no parameter that trains"),
         ("no step", "is no step"),
     ],
 )
@@ -127,24 +127,25 @@ def test_a_plan_looks_ahead_at_every_step_that_is_known(later, words):
 
 def test_a_strategy_that_changes_the_loss_says_that_its_plan_does_not(run, tmp_path):
     assert run("run", *FEW, "--strategy", "l2-sp", "--epochs", "1", "--no-page", "--out", tmp_path / "r")[0] == 0
-    code, text, err = run("report", tmp_path / "r", "--plan")
+    code, text, err = run("report", tmp_path / "r", "--export-strategy")
     assert code == 0
-    for said in (text, err, run("run", *FEW, "--strategy", "l2-sp", "--plan")[1]):
-        assert "note: strategy 'l2-sp' also takes part in phase_started, train_step, which a plan does not hold" in said
+    note = "note: strategy 'l2-sp' also implements phase_started, train_step, which a plan file does not hold"
+    for output in (text, err, run("run", *FEW, "--strategy", "l2-sp", "--dry-run")[1]):
+        assert note in output
     assert "the same weights" not in text
     assert "weight-decay = 0.0" in text
 
 
 def test_a_run_that_its_budget_stopped_says_so_in_its_plan(run, tune):
     result = tune([tf.Phase("a", epochs=5)], budget="2epochs")
-    _, text, err = run("report", result.run_dir, "--plan")
+    _, text, err = run("report", result.run_dir, "--export-strategy")
     assert "note: the budget stopped the run at optimizer step 12" in err
     assert "epochs = 5" in text
 
 
 def test_the_executed_steps_are_also_json(run, tune):
     result = tune([tf.Phase("a", epochs=1), tf.WeightAverage("b", snapshots=["start", "a"])])
-    found = json.loads(run("report", result.run_dir, "--plan", "--json")[1])
+    found = json.loads(run("report", result.run_dir, "--export-strategy", "--json")[1])
     assert [(step["kind"], step["name"]) for step in found["steps"]] == [("phase", "a"), ("weight-average", "b")]
 
 
@@ -152,8 +153,8 @@ def test_out_without_plan_is_refused(run, tune, tmp_path):
     result = tune([tf.Phase("a", epochs=1)])
     code, _, err = run("report", result.run_dir, "--out", tmp_path / "x.toml")
     assert code == 2
-    assert "add --plan" in err
+    assert "add --export-strategy" in err
 
 
 def test_the_plan_of_a_run_that_is_not_done_is_refused(run, tmp_path):
-    assert run("report", tmp_path, "--plan")[0] == 73
+    assert run("report", tmp_path, "--export-strategy")[0] == 73

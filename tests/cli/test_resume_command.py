@@ -94,7 +94,7 @@ def test_a_flag_that_contradicts_the_run_is_an_error_with_the_difference(run, ha
     before = (folder / "log.txt").read_text()
     code, _, err = run("resume", "runs/a", *flags)
     assert code == tf.UsageError.exit_code == 2
-    assert err.startswith("error: what is asked contradicts the run in 'runs/a'\n")
+    assert err.startswith("error: the command line contradicts the run in 'runs/a'\n")
     for line in lines:
         assert f"  {line}" in err
     assert err.count("the run has") == len(lines)

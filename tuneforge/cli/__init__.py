@@ -1,4 +1,4 @@
-"""The command line: one file a verb, imported when it is used. Help and lists import neither torch nor plugins."""
+"""The command line: one file per verb, imported when it is used. Help and lists import neither torch nor plugins."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
     "extend": {
         "plugins": "List, show and check the installed components.",
-        "doctor": "Show what this machine and this environment have.",
+        "doctor": "Show the machine, the installed packages and the device.",
     },
 }
-"""Every verb of the core with its line of help, by stage of the work. Plugins add verbs to these sections or others."""
+"""The verbs of the core with their help lines, by section. Plugins add verbs to these sections or to others."""
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when used: those of the core and those that plugins ship."""
+    """A group whose commands are imported when used: those of the core and those of plugins."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Every verb, by section."""
+        """Return every verb, by section."""
         return [name for verbs in _sections().values() for name in verbs]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return one command; None where no distribution ships it."""
+        """Import and return a command, or None if no distribution ships it."""
         if cmd_name in _builtin_verbs():
             name = cmd_name.replace("-", "_")
             name += "_" * keyword.iskeyword(name)
@@ -58,7 +58,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a command, or say what to install or which verb is nearest."""
+        """Find a command, or raise an error with the nearest verb or the distribution to install."""
         name = args[0] if args else ""
         if name and not name.startswith("-") and name not in _builtin_verbs():
             load_command(name, builtin=_builtin_verbs())
@@ -76,7 +76,7 @@ def _builtin_verbs() -> list[str]:
 
 
 def _sections() -> dict[str, dict[str, str]]:
-    """The verbs of the core and of installed plugins, with their lines of help."""
+    """Return the verbs of the core and of installed plugins, with their help lines."""
     sections = {section: dict(verbs) for section, verbs in SECTIONS.items()}
     builtin = _builtin_verbs()
     for entry in installed_commands():
@@ -92,5 +92,5 @@ def cli() -> None:
 
     Start with: tuneforge run --strategy freeze-then-unfreeze
 
-    With --debug anywhere on the line, an error shows its traceback.
+    With --debug, errors show their traceback.
     """

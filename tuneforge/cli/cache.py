@@ -1,4 +1,4 @@
-"""`tuneforge cache`: what frozen models gave for each sample, kept on disk and shared between runs."""
+"""`tuneforge cache`: the feature cache on disk, which runs share."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import click
 _CACHE_DIR_OPTION = click.Option(
     ["--cache-dir", "cache_dir"],
     type=click.Path(path_type=Path),
-    help="Folder of the cache. [default: $TUNEFORGE_CACHE, else the user's cache folder]",
+    help="Directory of the cache. [default: $TUNEFORGE_CACHE, else the user's cache directory]",
 )
 
 
 @click.group()
 def cache() -> None:
-    """List or clear the features that frozen models gave, kept on disk and shared between runs."""
+    """List or clear the feature cache: outputs of frozen backbones, stored on disk and shared between runs."""
 
 
 @cache.command("list", params=[_CACHE_DIR_OPTION])
-@click.option("--json", "as_json", is_flag=True, help="One JSON object an entry.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per entry.")
 def list_entries(cache_dir: Path | None, as_json: bool) -> None:
-    """List the entries, the most recently used first."""
+    """List the entries, most recently used first."""
     from tuneforge.engine.feature_cache.disk import DiskCache, default_cache_dir
 
     disk_cache = DiskCache(cache_dir or default_cache_dir(), 0)
@@ -45,7 +45,7 @@ def list_entries(cache_dir: Path | None, as_json: bool) -> None:
 @cache.command(params=[_CACHE_DIR_OPTION])
 @click.argument("key", nargs=-1)
 def clear(cache_dir: Path | None, key: tuple[str, ...]) -> None:
-    """Delete all entries, or those whose keys begin with KEY; runs compute again what they need."""
+    """Delete all entries, or those whose keys start with KEY; runs recompute the features they need."""
     from tuneforge.engine.feature_cache.disk import DiskCache, default_cache_dir
     from tuneforge.errors import UsageError, suggest_name
 
@@ -54,5 +54,5 @@ def clear(cache_dir: Path | None, key: tuple[str, ...]) -> None:
     for each in key:
         if not any(name.startswith(each) for name in known):
             near = suggest_name(each, [name[:12] for name in known])
-            raise UsageError(f"no entry's key begins with '{each}'", where=str(disk_cache.directory), fix=near)
+            raise UsageError(f"no entry has a key that starts with '{each}'", where=str(disk_cache.directory), fix=near)
     click.echo(f"{disk_cache.clear(key) / 2**20:.1f} MB freed")

@@ -1,4 +1,4 @@
-"""`tuneforge doctor`: what this machine and this environment have."""
+"""`tuneforge doctor`: show the machine, the installed packages and the device."""
 
 from __future__ import annotations
 
@@ -18,20 +18,15 @@ _PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pluggy", "attrs",
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> int:
-    """Say what this machine and this environment have. Exits 2 where something needed is missing."""
+    """Show the machine, the installed packages and the device. The exit code is 2 if a required package is missing."""
     facts = {**_machine(), "packages": {name: _version(name) for name in _PACKAGES}, **_torch(), **_plugins()}
     missing = [name for name, version in facts["packages"].items() if version is None]
     if as_json:
         click.echo(json.dumps({**facts, "missing": missing}, indent=1))
     else:
         for key, value in facts.items():
-            text = (
-                ", ".join(f"{name} {item or 'MISSING'}" for name, item in value.items())
-                if isinstance(value, dict)
-                else value
-            )
-            click.echo(f"{key + ':':<14}{text}")
-        click.echo(f"missing:      {', '.join(missing)}" if missing else "all that a run needs is here")
+            click.echo(f"{key + ':':<16}{_format_value(value)}")
+        click.echo(f"missing:        {', '.join(missing)}" if missing else "all required packages are installed")
     return 2 if missing else 0
 
 
@@ -42,7 +37,7 @@ def _machine() -> dict[str, Any]:
     return {
         "python": f"{platform.python_version()} at {sys.prefix}",
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory_gb:.0f} GB of memory",
-        "this folder": f"{'writable' if writable else 'NOT writable'}, {free_gb:.0f} GB free",
+        "this directory": f"{'writable' if writable else 'NOT writable'}, {free_gb:.0f} GB free",
     }
 
 
@@ -66,7 +61,7 @@ def _torch() -> dict[str, Any]:
         return {"torch": f"does not import: {type(error).__name__}: {error}"}
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    return {"device": f"auto means {accelerator or 'cpu'}; {threads} threads, {capability}"}
+    return {"device": f"--device auto selects {accelerator or 'cpu'}; {threads} threads, {capability}"}
 
 
 def _plugins() -> dict[str, Any]:
@@ -80,4 +75,4 @@ def _plugins() -> dict[str, Any]:
             if entry.distribution != registry.BUILTIN_DISTRIBUTION
         }
     )
-    return {"components": f"{len(entries)} installed; from others: {', '.join(others) or 'none'}"}
+    return {"components": f"{len(entries)} installed; other distributions: {', '.join(others) or 'none'}"}

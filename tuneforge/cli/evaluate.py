@@ -1,4 +1,4 @@
-"""`tuneforge evaluate`: the figures of a finished run again, on its own data or on others."""
+"""`tuneforge evaluate`: evaluate a finished run again, on its own data or on other data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tuneforge.plugin.command_options import ComponentCommand, build_config, com
 
 
 def _evaluate(run_dir: Path, **values: Any) -> None:
-    """Evaluate a finished run again: on its own data, or with --data on others."""
+    """Evaluate a finished run again, on its own data or, with --data, on other data."""
     ctx = click.get_current_context()
     config = build_config(ctx, values)
     from tuneforge.engine.session import messages, predictor
@@ -38,8 +38,8 @@ evaluate = ComponentCommand(
     help=_evaluate.__doc__,
     params=[
         click.Argument(["run_dir"], type=click.Path(path_type=Path), metavar="RUN"),
-        *component_options("data", "metrics", fallback="the run's own"),
-        click.Option(["--device"], default="auto", help="Where to compute.", show_default=True),
+        *component_options("data", "metrics", fallback="that of the run"),
+        click.Option(["--device"], default="auto", help="Device to compute on.", show_default=True),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object."),
     ],
 )

@@ -1,4 +1,4 @@
-"""`tuneforge export`: a finished run leaves as a bundle, once it is proved to answer as before."""
+"""`tuneforge export`: write a finished run as a bundle whose outputs were compared with the run's."""
 
 from __future__ import annotations
 
@@ -11,21 +11,29 @@ _DEFAULT = ("onnx",)
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
-@click.option("--to", multiple=True, metavar="FORMAT", help="onnx, safetensors or another; repeatable. [default: onnx]")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The bundle. [default: bundles/RUN]")
-@click.option("--name", default="", help="Of the model; by default the run's.")
+@click.argument("run_dir", type=click.Path(path_type=Path), metavar="RUN")
 @click.option(
-    "--pictures", type=click.Path(path_type=Path), metavar="DIR", help="Also write the test split's pictures as files."
+    "--format",
+    "formats",
+    multiple=True,
+    metavar="FORMAT",
+    help="Export format: onnx, safetensors or that of a plugin. Repeatable. [default: onnx]",
 )
-@click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Directory of the bundle. [default: bundles/RUN]"
+)
+@click.option("--name", default="", help="Name of the model. [default: that of the run]")
+@click.option(
+    "--images", type=click.Path(path_type=Path), metavar="DIR", help="Also write the images of the test split as files."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output at the end.")
 def export(
-    folder: Path, to: tuple[str, ...], out: Path | None, name: str, pictures: Path | None, as_json: bool
+    run_dir: Path, formats: tuple[str, ...], out: Path | None, name: str, images: Path | None, as_json: bool
 ) -> None:
-    """Write a finished run as a bundle: model, contracts, figures, provenance and a model card.
+    """Write a finished run as a bundle: model, preprocessing, labels, metrics, provenance and a model card.
 
-    The model is opened again and compared with the tuned one on the real test split, at batch sizes 1, 2, 7 and 16.
-    Where a class differs or a probability is off by more than 1e-4, nothing is written.
+    The exported model is compared with the fine-tuned one on the test split, at batch sizes 1, 2, 7 and 16. If a
+    predicted class differs, or a probability differs by more than 1e-4, nothing is written.
     """
     from tuneforge.engine.storage.run_dir import read_json
     from tuneforge.exporting.bundle import BUNDLE, MODEL_CARD
@@ -34,10 +42,10 @@ def export(
     def log(text: str) -> None:
         click.echo(text, err=as_json)
 
-    bundle_dir = exported(folder, to=to or _DEFAULT, out=out, name=name, image_dir=pictures, log=log)
+    bundle_dir = exported(run_dir, to=formats or _DEFAULT, out=out, name=name, image_dir=images, log=log)
     if as_json:
         record = read_json(bundle_dir / BUNDLE)
         click.echo(json.dumps({"directory": str(bundle_dir), "name": record["name"], "formats": record["formats"]}))
         return
-    click.echo(f"card: {bundle_dir / MODEL_CARD}")
+    click.echo(f"model card: {bundle_dir / MODEL_CARD}")
     click.echo(f"done: {bundle_dir}")

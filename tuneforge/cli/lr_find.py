@@ -1,4 +1,4 @@
-"""`tuneforge lr-find`: which learning rate to begin with."""
+"""`tuneforge lr-find`: suggest a learning rate."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def _lr_find(**values: Any) -> None:
-    """Measure the loss after one step at each of a range of learning rates, and suggest one. Nothing is tuned.
+    """Measure the loss after one optimizer step at each of a range of learning rates, and suggest one.
 
     \b
     tuneforge lr-find --data image-folder --data.path photos --train head
-    tuneforge lr-find --optimizer sgd --plot rates.png
+    tuneforge lr-find --optimizer sgd --plot lr.png
     """
     config = build_config(click.get_current_context(), values)
     from tuneforge.comparison.lr_range_test import lr_find as find
@@ -33,14 +33,14 @@ def _lr_find(**values: Any) -> None:
     if values["as_json"]:
         click.echo(json.dumps(_to_dict(found)))
         return
-    click.echo(f"trains: {found.num_trained:,} numbers ({', '.join(values['train']) or 'all'})")
+    click.echo(f"trainable: {found.num_trained:,} parameters ({', '.join(values['train']) or 'all'})")
     _print(found)
     if values["plot"]:
         click.echo(f"plot: {shlex.quote(str(values['plot']))}")
 
 
 def _print(result: LRFindResult) -> None:
-    """Rates and losses as a table, and the suggestion."""
+    """Print learning rates and losses as a table, then the suggestion."""
     marks = {result.lowest_lr: "lowest", result.steepest_lr: "steepest"} if result.suggestion is not None else {}
     rows = [
         (f"{lr:.1e}", f"{loss:.4f}", f"{result.smoothed[lr]:.4f}" if lr in result.smoothed else "-", marks.get(lr, ""))
@@ -75,16 +75,18 @@ lr_find = ComponentCommand(
             ["--train"],
             metavar="SELECTOR",
             multiple=True,
-            help="What would train, such as head. Repeatable. [default: all]",
+            help="Parameters that would train, such as head. Repeatable. [default: all]",
         ),
         click.Option(
             ["--batches"],
             type=click.IntRange(min=1),
             default=5,
             show_default=True,
-            help="Batches each loss is the mean of.",
+            help="Number of batches over which each loss is averaged.",
         ),
-        click.Option(["--plot"], type=click.Path(dir_okay=False, path_type=Path), help="Draw it into this PNG file."),
+        click.Option(
+            ["--plot"], type=click.Path(dir_okay=False, path_type=Path), help="Write a plot to this PNG file."
+        ),
         *run_options(),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object."),
     ],

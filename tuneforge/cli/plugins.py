@@ -1,4 +1,4 @@
-"""`tuneforge plugins`: what is installed, under which names, from which distribution."""
+"""`tuneforge plugins`: list the installed components with their names and distributions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tuneforge.report.text_table import format_table
 
 @click.group()
 def plugins() -> None:
-    """List, show and check the components that are installed."""
+    """List, show and check the installed components."""
 
 
 @plugins.command("list")
-@click.option("--hook", metavar="HOOK", help="Only this hook point or kind of part.")
+@click.option("--hook", metavar="HOOK", help="Only components of this hook.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(hook: str | None, as_json: bool) -> None:
-    """List every component: hook, name, aliases, distribution, version. Imports no plugin."""
+    """List every component with its hook, name, aliases, distribution and version. No plugin is imported."""
     entries = registry.list_components() if hook is None else registry.list_components_of_group(hook)
     if as_json:
         content = [
@@ -40,10 +40,10 @@ def list_(hook: str | None, as_json: bool) -> None:
 
 @plugins.command()
 @click.argument("name")
-@click.option("--hook", metavar="HOOK", help="Where several hooks have the name: which one.")
+@click.option("--hook", metavar="HOOK", help="The hook, if components of several hooks have this name.")
 @click.option("--json-schema", is_flag=True, help="Print the JSON Schema of its options.")
 def show(name: str, hook: str | None, json_schema: bool) -> None:
-    """Show one component: what it does, its options, where it comes from."""
+    """Show one component: its description, its options and its distribution."""
     for position, entry in enumerate(_find_entries(name, hook)):
         if position:
             click.echo()
@@ -53,7 +53,7 @@ def show(name: str, hook: str | None, json_schema: bool) -> None:
 @plugins.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(as_json: bool) -> int:
-    """Load every installed component and say which of them are broken. Exits 2 where one is."""
+    """Load every installed component and list those that fail. The exit code is 2 if one fails."""
     from tuneforge.errors import TuneforgeError
     from tuneforge.plugin.declaration import get_options
     from tuneforge.plugin.hooks import find_hook_methods
@@ -83,7 +83,7 @@ def check(as_json: bool) -> int:
 
 
 def _describe_clashes() -> list[str]:
-    """A line for each name that several distributions install for one hook."""
+    """Return a line for each name that several distributions install for one hook."""
     owners: dict[tuple[str, str], list[str]] = {}
     for entry in registry.list_components():
         for name in (entry.name, *entry.aliases):

@@ -1,4 +1,4 @@
-"""`tuneforge predict`: answers for files."""
+"""`tuneforge predict`: predictions of a finished run for files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import click
 @click.argument("run_dir", type=click.Path(path_type=Path), metavar="RUN")
 @click.argument("things", nargs=-1, required=True, metavar="FILE|DIR...")
 @click.option("--csv", "as_csv", is_flag=True, help="Print a CSV with every probability.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
-@click.option("--device", default="auto", show_default=True, help="Where to compute.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
+@click.option("--device", default="auto", show_default=True, help="Device to compute on.")
 def predict(run_dir: Path, things: tuple[str, ...], as_csv: bool, as_json: bool, device: str) -> int:
-    """Predict with a finished run: files, folders of them, or (for tables) a CSV or a JSON row.
+    """Predict with a finished run for files, directories of files or, for tables, a CSV file or a row in JSON.
 
-    Exits 65 where some input could not be read; the others are answered all the same.
+    Inputs that cannot be read are reported, and the exit code is 65; the other inputs are predicted.
     """
     from tuneforge.engine.session.predictor import load
     from tuneforge.errors import DataError
@@ -29,9 +29,9 @@ def predict(run_dir: Path, things: tuple[str, ...], as_csv: bool, as_json: bool,
     predictor = load(run_dir, device_name=device)
     writer = None
     failed = 0
-    looked_at = 0
+    num_inputs = 0
     for name, raw in _read_inputs(things, rows=predictor.inputs.tabular):
-        looked_at += 1
+        num_inputs += 1
         try:
             prediction = next(predictor.predict([raw]))
         except DataError as error:
@@ -48,18 +48,18 @@ def predict(run_dir: Path, things: tuple[str, ...], as_csv: bool, as_json: bool,
             writer.writerow(row)
         else:
             click.echo(f"{name}: {_format_prediction(prediction)}")
-    if not looked_at:
+    if not num_inputs:
         raise DataError(
             "there is nothing to predict",
             where=" ".join(things),
-            why="no file and no row was found",
+            why="neither a file nor a row was found",
             fix="check the path",
         )
     return DataError.exit_code if failed else 0
 
 
 def _read_inputs(arguments: tuple[str, ...], *, rows: bool) -> Iterator[tuple[str, Any]]:
-    """Each thing with its name: files, files of folders in sorted order, rows of a CSV, a row in JSON."""
+    """Yield each input with its name: files, files of directories in sorted order, rows of a CSV file or of JSON."""
     from tuneforge.errors import DataError
 
     for thing in arguments:
@@ -74,7 +74,7 @@ def _read_inputs(arguments: tuple[str, ...], *, rows: bool) -> Iterator[tuple[st
         elif path.is_file():
             yield thing, path
         else:
-            raise DataError(f"there is no file or folder '{thing}'", where="FILE|DIR", fix="check the path")
+            raise DataError(f"there is no file or directory '{thing}'", where="FILE|DIR", fix="check the path")
 
 
 def _format_prediction(prediction: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar that moves on a terminal, plain lines elsewhere."""
+"""Progress of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _MIN_STEPS, _MIN_S = 10, 2.0
 
 
 class ProgressDisplay:
-    """Lines for people, and progress that costs the run nothing: a thread looks at the run's counters.
+    """Log lines and a progress bar, which a thread updates from the counters of the run.
 
     Args:
-        to_stderr: Leave standard output to a program that reads JSON there.
-        quiet: Say nothing, as on every rank but the first.
+        to_stderr: Write to standard error, so that standard output holds only JSON.
+        quiet: Print nothing, as on every rank but rank 0.
     """
 
     def __init__(self, *, to_stderr: bool, quiet: bool = False) -> None:
@@ -60,24 +60,24 @@ class ProgressDisplay:
 
     @hookimpl
     def run_started(self, run: Run) -> None:
-        """Know the run whose counters are shown."""
+        """Store the run whose counters are shown."""
         self._run = run
 
     def _poll_progress(self) -> None:
         task = self._progress.add_task("starting", total=None)
-        phase, began, first, told = None, 0.0, 0, False
+        phase, started_at, first_step, is_logged = None, 0.0, 0, False
         while not self._stopped.wait(_POLL_INTERVAL_S):
             run = self._run
             present = None if run is None else run.phase
             if run is None or present is None:
                 continue
             if present is not phase:
-                phase, began, first, told = present, time.perf_counter(), run.steps_done, False
+                phase, started_at, first_step, is_logged = present, time.perf_counter(), run.steps_done, False
             self._progress.update(
                 task, description=f"phase '{phase.name}'", completed=run.steps_done, total=run.total_steps
             )
-            done, seconds = run.steps_done - first, time.perf_counter() - began
-            if not told and done >= _MIN_STEPS and seconds >= _MIN_S:
-                told = True
+            done, seconds = run.steps_done - first_step, time.perf_counter() - started_at
+            if not is_logged and done >= _MIN_STEPS and seconds >= _MIN_S:
+                is_logged = True
                 left = seconds / done * (run.total_steps - run.steps_done)
                 self.log(f"  estimated {left:.0f} s left in this phase ({1000 * seconds / done:.1f} ms per step)")

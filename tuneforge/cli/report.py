@@ -1,4 +1,4 @@
-"""`tuneforge report`: the figures of a finished run, its page, and what it did as a plan that runs again."""
+"""`tuneforge report`: the metrics of a finished run, its report.html, and its steps as a plan file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path), metavar="RUN")
-@click.option("--plan", is_flag=True, help="Print the steps that the run took, as a plan file, and nothing else.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="With --plan: write them into this file.")
-@click.option("--json", "as_json", is_flag=True, help="Print report.json as it is; with --plan, the steps as JSON.")
-def report(run_dir: Path, plan: bool, out: Path | None, as_json: bool) -> None:
-    """Print a finished run's figures, and write its page (report.html) again.
+@click.option("--export-strategy", is_flag=True, help="Print only the executed strategy steps, as a plan file.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="With --export-strategy: output file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print report.json; with --export-strategy, the steps as JSON.")
+def report(run_dir: Path, export_strategy: bool, out: Path | None, as_json: bool) -> None:
+    """Print the metrics of a finished run, and write its report.html again.
 
-    With --plan: the steps that it took, to read, to change and to run with --strategy plan-file.
+    With --export-strategy, print the executed strategy steps as a file for: tuneforge run --strategy plan-file
     """
     from tuneforge.engine.session import messages
     from tuneforge.engine.session.predictor import require_done
@@ -31,22 +36,26 @@ def report(run_dir: Path, plan: bool, out: Path | None, as_json: bool) -> None:
     from tuneforge.report.report import write_report
 
     require_done(run_dir)
-    if plan:
+    if export_strategy:
         _print_executed_steps(run_dir, out, as_json=as_json)
         return
     if out is not None:
-        raise UsageError("--out has nothing to write", where="--out", fix=f"add --plan, or see {run_dir / REPORT_HTML}")
+        raise UsageError(
+            "--out has nothing to write",
+            where="--out",
+            fix=f"add --export-strategy, or open {run_dir / REPORT_HTML}",
+        )
     content = read_json(run_dir / REPORT)
     if as_json:
         click.echo(json.dumps(content))
         return
     for line in messages.format_metrics(content["splits"], content["primary_metrics"]):
         click.echo(line)
-    click.echo(f"page: {write_report(run_dir)}")
+    click.echo(f"report: {write_report(run_dir)}")
 
 
 def _print_executed_steps(run_dir: Path, out: Path | None, *, as_json: bool) -> None:
-    """Print or write the executed steps; what keeps them from giving the same weights is said on standard error too."""
+    """Print or write the executed steps; print on standard error why they would not give the same weights."""
     from tuneforge.builtin.strategies.plan_file import format_plan, step_to_dict
     from tuneforge.engine.session import messages
     from tuneforge.engine.storage.run_dir import RUN, STRATEGY_STEPS, atomic_write, read_json, read_jsonl
@@ -60,8 +69,10 @@ def _print_executed_steps(run_dir: Path, out: Path | None, *, as_json: bool) -> 
     if as_json:
         text = json.dumps({"steps": [step_to_dict(step) for step in steps], "notes": notes}) + "\n"
     else:
-        about = f"What the run in '{run_dir}' did (strategy '{record['config']['strategy']['name']}')."
-        again = "With the run's other options it gives the same weights: --strategy plan-file --strategy.path FILE"
+        about = f"The steps that the run in '{run_dir}' executed (strategy '{record['config']['strategy']['name']}')."
+        again = (
+            "With the other options of the run they give the same weights: --strategy plan-file --strategy.path FILE"
+        )
         text = format_plan(steps, heading=[about, *(notes or [again])], describe=messages.format_step)
     if out is None:
         click.echo(text, nl=False)
@@ -72,7 +83,7 @@ def _print_executed_steps(run_dir: Path, out: Path | None, *, as_json: bool) -> 
 
 
 def _explain_differences(run_dir: Path, record: dict[str, Any], steps: list[StrategyStep]) -> Iterator[str]:
-    """Why the steps alone, with the run's other options, would not give the same weights."""
+    """Yield the reasons why the steps, with the other options of the run, would not give the same weights."""
     from tuneforge.engine.storage.run_dir import REPORT, read_json
 
     yield from describe_other_hooks(record["config"]["strategy"]["name"])
@@ -82,7 +93,7 @@ def _explain_differences(run_dir: Path, record: dict[str, Any], steps: list[Stra
 
 
 def describe_other_hooks(strategy: str) -> Iterator[str]:
-    """What a strategy does that no plan holds, such as changing the loss; nothing where it only asks for steps."""
+    """Yield a note on what a strategy does that a plan file does not hold, such as changing the loss."""
     from tuneforge.engine.session.components import is_object
     from tuneforge.errors import TuneforgeError
     from tuneforge.plugin import registry
@@ -95,8 +106,8 @@ def describe_other_hooks(strategy: str) -> Iterator[str]:
             registry.load_component(registry.find_component("finetune_strategy", strategy)), strategy
         )
     except TuneforgeError as error:
-        yield f"note: it cannot be told whether strategy '{strategy}' does more than ask for steps ({error.what})"
+        yield f"note: strategy '{strategy}' cannot be loaded, so it may do more than yield steps ({error.what})"
         return
     others = sorted({hook for _, hook, _ in found} - {"finetune_strategy"})
     if others:
-        yield f"note: strategy '{strategy}' also takes part in {', '.join(others)}, which a plan does not hold"
+        yield f"note: strategy '{strategy}' also implements {', '.join(others)}, which a plan file does not hold"

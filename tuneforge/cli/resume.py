@@ -1,4 +1,4 @@
-"""`tuneforge resume`: go on with a run that was stopped or killed."""
+"""`tuneforge resume`: resume a run that was stopped or killed."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ _RUN, _FILE = "tuneforge.run", "tuneforge.given"
 
 @attrs.frozen
 class ConfigConflict:
-    """A flag that asks for something else than the run has."""
+    """A flag whose value differs from that of the run."""
 
     key: str
     run_value: str
     new_value: str
 
     def __str__(self) -> str:
-        """One line of the difference."""
+        """Return the difference as one line."""
         return f"{self.key}: the run has {self.run_value}, given {self.new_value}"
 
 
 class ResumeCommand(ComponentCommand):
-    """A command that knows the options of the components of the run it goes on with."""
+    """A command that also has the options of the components of the resumed run."""
 
     def load_base_config(self, ctx: click.Context, args: list[str]) -> dict[str, Any]:
-        """What the run was told of the components that the command line mentions, and the file's table over it."""
+        """Return the run's configuration of the components that the command line mentions, updated by the file's."""
         file = ctx.meta[_FILE] = config_table_from_args(args)
         if set(args) & set(ctx.help_option_names):
             return file
@@ -66,7 +66,7 @@ class ResumeCommand(ComponentCommand):
         return Path(named) if named else _find_newest_run(Path("runs"))
 
     def _positional(self, ctx: click.Context, args: list[str]) -> str | None:
-        """The first word that is neither a flag nor a flag's value; every dotted flag takes one."""
+        """Return the first word that is neither a flag nor the value of a flag; every dotted flag has a value."""
         options = [each for each in self.params if isinstance(each, click.Option)]
         alone = {name for each in options if each.is_flag for name in (*each.opts, *each.secondary_opts)}
         words = iter(args)
@@ -83,12 +83,12 @@ class ResumeCommand(ComponentCommand):
 def find_conflicts(
     run_config: Mapping[str, Any], new_config: Mapping[str, Any], run_dir: Path
 ) -> Iterator[ConfigConflict]:
-    """Where flags and file ask for something else than a run was told; what they leave out cannot contradict it.
+    """Yield the options of flags and file that differ from those of a run; options they do not name cannot differ.
 
     Args:
-        run_config: The configuration in the run's folder, as a table.
-        new_config: That of flags and file.
-        run_dir: The run's, which is what `out` must be.
+        run_config: The configuration in the run directory, as a table.
+        new_config: The configuration of flags and file.
+        run_dir: The run directory, which `out` must name.
 
     Raises:
         UnknownNameError: A name or an option does not exist.
@@ -141,20 +141,20 @@ def _compare_values(flag: str, option: Option, current: Any, new: Any) -> Iterat
 
 
 def _target(key: str, name: str) -> str:
-    """What a name stands for, so that an alias agrees with the name."""
+    """Return the class that a name stands for, so that an alias equals the name."""
     return registry.find_component(GROUP_BY_KEY[key], name, where=f"--{key}").target
 
 
 def _select_mentioned(run_config: Mapping[str, Any], args: list[str]) -> dict[str, Any]:
-    """The components of a run whose options the command line gives; no other is loaded here."""
+    """Return the components of a run whose options the command line gives; only those are loaded."""
 
-    def given(prefix: str) -> bool:
+    def is_mentioned(prefix: str) -> bool:
         shorts = ("--epochs", "--lr") if prefix == "strategy" else ()
         return any(arg.startswith(f"--{prefix}.") or arg.partition("=")[0] in shorts for arg in args)
 
-    single = {key: run_config[key] for key in SINGLE_COMPONENT_KEYS if key in run_config and given(key)}
+    single = {key: run_config[key] for key in SINGLE_COMPONENT_KEYS if key in run_config and is_mentioned(key)}
     many = {
-        key: [each for each in list_component_entries(run_config.get(key)) if given(option_prefix(each["name"]))]
+        key: [each for each in list_component_entries(run_config.get(key)) if is_mentioned(option_prefix(each["name"]))]
         for key in REPEATABLE_COMPONENT_KEYS
     }
     return single | {key: entries for key, entries in many.items() if entries}
@@ -173,9 +173,9 @@ def _find_newest_run(runs_dir: Path) -> Path:
     found = find_resumable(runs_dir)
     if not found:
         raise UsageError(
-            "there is no run to go on with",
+            "there is no run to resume",
             where=f"{runs_dir}/",
-            why="each run there is done, or running now",
+            why="every run there is done or running",
             fix="name one: tuneforge resume RUN",
         )
     return found[-1]
@@ -185,18 +185,19 @@ def _require_no_conflicts(conflicts: Iterable[ConfigConflict], run_dir: Path) ->
     lines = [f"  {each}" for each in conflicts]
     if lines:
         raise UsageError(
-            "\n".join([f"what is asked contradicts the run in '{run_dir}'", *lines]),
+            "\n".join([f"the command line contradicts the run in '{run_dir}'", *lines]),
             where=str(run_dir / "run.json"),
-            why="what decides a run never changes once it has begun",
-            fix=f"leave it out: tuneforge resume {run_dir}, or start another run: tuneforge run ...",
+            why="the configuration of a run does not change after its start",
+            fix=f"remove those flags: tuneforge resume {run_dir}; or start another run: tuneforge run ...",
         )
 
 
 def _resume(**values: Any) -> None:
-    """Go on with a run that was stopped or killed, as if nothing had happened; by default the newest under runs/.
+    """Resume a run that was stopped or killed; by default the newest under runs/. The result is that of a run without a
+    stop.
 
-    It takes the flags of `tuneforge run`, so that the same command line will do; one that contradicts the run is an
-    error.
+    The flags of `tuneforge run` are accepted, so that the same command line can be used; a flag that contradicts the
+    run is an error.
 
     \b
     tuneforge resume
@@ -222,7 +223,7 @@ resume = ResumeCommand(
     params=[
         click.Argument(["run_dir"], metavar="[RUN]", required=False),
         *run_options(),
-        click.Option(["--print-config"], is_flag=True, help="Print a file that runs the same, and stop."),
-        click.Option(["--json", "as_json"], is_flag=True, help="End with one JSON object on standard output."),
+        click.Option(["--print-config"], is_flag=True, help="Print the configuration as a TOML file, and exit."),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object on standard output at the end."),
     ],
 )

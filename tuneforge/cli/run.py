@@ -1,4 +1,4 @@
-"""`tuneforge run`: tune a model."""
+"""`tuneforge run`: fine-tune a model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _EXIT_GRACE_S = 1.0
 
 
 def _run(**values: Any) -> None:
-    """Tune a model: prepare data, adapt the model, follow the strategy, evaluate, write the run's folder.
+    """Fine-tune a model: prepare the data, adapt the model, execute the strategy, evaluate, write the run directory.
 
     \b
     tuneforge run --strategy freeze-then-unfreeze
@@ -43,7 +43,7 @@ def _run(**values: Any) -> None:
     if values["print_config"]:
         click.echo(config_to_toml(Engine.from_config(config).config), nl=False)
         return
-    if values["plan"]:
+    if values["dry_run"]:
         _print_dry_run(config, as_json=as_json)
         return
     begun = _find_restarted_run(config)
@@ -55,7 +55,7 @@ def _run(**values: Any) -> None:
 
 
 def _find_restarted_run(config: RunConfig) -> Path | None:
-    """The run that these processes had begun before torchrun started them again; None where it did not."""
+    """Return the run that these processes had started before torchrun restarted them, or None."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return None
     from tuneforge.engine.context.distributed import ProcessGroup
@@ -82,13 +82,13 @@ def _is_done(run_dir: Path) -> bool:
 
 
 def run_engine(make: Callable[[ProgressDisplay], Engine], *, as_json: bool) -> None:
-    """Run an engine with a progress display, and say what to do next.
+    """Run an engine with a progress display, and print the next commands.
 
-    A first Ctrl-C or SIGTERM saves and stops; a second kills.
+    A first Ctrl-C or SIGTERM saves a checkpoint and stops; a second one kills the process.
 
     Args:
-        make: Makes the engine, once there is a display to watch it.
-        as_json: End with one JSON object on standard output.
+        make: Builds the engine that the display observes.
+        as_json: Print one JSON object on standard output at the end.
     """
     from tuneforge.cli.progress import ProgressDisplay
 
@@ -107,7 +107,7 @@ def run_engine(make: Callable[[ProgressDisplay], Engine], *, as_json: bool) -> N
 
 @contextlib.contextmanager
 def stop_on_signals(engine: Engine) -> Iterator[None]:
-    """While this lasts, the first signal asks the engine to stop, and the second one ends the process as it would."""
+    """Ask the engine to stop at the first signal; the second one ends the process as it would without this."""
     before = {number: signal.getsignal(number) for number in _EXIT_CODES}
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -127,11 +127,11 @@ def stop_on_signals(engine: Engine) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _exit_on_second_signal() -> Iterator[None]:
-    """See that a second signal ends the process within a moment, whatever it is in.
+    """End the process within a second after a second signal, whatever code it executes.
 
-    A handler in Python waits for as long as foreign code runs, and what it raises can be lost, in a destructor say. But
-    the interpreter writes each signal's number into a pipe at once, where a thread reads it; that gives the process a
-    moment to leave tidily.
+    A signal handler in Python waits while C code runs, and an exception that it raises can be lost in a destructor. But
+    the interpreter writes the number of each signal into a pipe at once, where a thread reads it. The thread gives the
+    process a moment to end by itself.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -153,22 +153,22 @@ def _exit_on_second_signal() -> Iterator[None]:
 
 
 def _print_dry_run(config: RunConfig, *, as_json: bool) -> None:
-    """Print the steps that are known before any is done, and whether the strategy decides what follows."""
+    """Print the strategy steps that are known before the first is executed, and whether more can follow."""
     from tuneforge.builtin.strategies.plan_file import format_plan, step_to_dict
     from tuneforge.cli.report import describe_other_hooks
     from tuneforge.engine.session import messages
     from tuneforge.engine.session.engine import Engine
 
     heading: list[str] = []
-    plan = Engine.from_config(config, log=heading.append).dry_run()
+    found = Engine.from_config(config, log=heading.append).dry_run()
     heading += describe_other_hooks(config.strategy.name)
     if as_json:
-        entries = [step_to_dict(step) for step in plan.strategy_steps]
-        click.echo(json.dumps({"steps": entries, "is_adaptive": plan.depends_on_results, "notes": heading}))
+        entries = [step_to_dict(step) for step in found.strategy_steps]
+        click.echo(json.dumps({"steps": entries, "is_adaptive": found.depends_on_results, "notes": heading}))
         return
-    click.echo(format_plan(plan.strategy_steps, heading=heading, describe=messages.format_step), nl=False)
-    if plan.depends_on_results:
-        click.echo("\n# then it decides from the report")
+    click.echo(format_plan(found.strategy_steps, heading=heading, describe=messages.format_step), nl=False)
+    if found.depends_on_results:
+        click.echo("\n# the strategy chooses the further steps from the results of these")
 
 
 def _read_report(run_dir: Any) -> Any:
@@ -183,8 +183,10 @@ run = ComponentCommand(
     help=_run.__doc__,
     params=[
         *run_options(),
-        click.Option(["--print-config"], is_flag=True, help="Print a file that runs the same, and stop."),
-        click.Option(["--plan"], is_flag=True, help="Print the strategy's steps as a plan file, and train nothing."),
-        click.Option(["--json", "as_json"], is_flag=True, help="End with one JSON object on standard output."),
+        click.Option(["--print-config"], is_flag=True, help="Print the configuration as a TOML file, and exit."),
+        click.Option(
+            ["--dry-run"], is_flag=True, help="Print the steps of the strategy as a plan file, and train nothing."
+        ),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object on standard output at the end."),
     ],
 )

@@ -120,7 +120,7 @@ def _run_sandboxed(process: Sandbox, path: Path, temporary: Path, key: str | Non
             f"'{escape_name(path.name)}' cannot be read within limits",
             where=escape_name(path.parent),
             why=error.what,
-            fix="get the weights as safetensors, or give a larger --max-mb or --seconds if you trust the file",
+            fix="get the weights as safetensors, or give a larger --max-mb or --timeout-s if you trust the file",
         ) from None
     except TuneforgeError as error:
         fix = error.fix or "get the weights as safetensors from their author"

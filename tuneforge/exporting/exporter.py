@@ -70,7 +70,7 @@ def export(
     run = Path(run)
     bundle_dir = Path(out) if out is not None else Path("bundles") / run.absolute().name
     if not to or len(set(to)) != len(to):
-        raise UsageError("each export format is named once", where="--to", fix="name one or more formats")
+        raise UsageError("each export format is named once", where="--format", fix="name one or more formats")
     formats = {each: load_format(each) for each in to}
     predictor = load(run, model=model, device_name="cpu")
     prepared = prepare_data(predictor, data)

@@ -120,7 +120,7 @@ def _usage_section(record: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         yield f"```python\n{EXAMPLE_SCRIPT}```"
         yield ""
-        yield "It takes pictures as they are stored; `tuneforge export --pictures DIR` writes those of the test split."
+        yield "It takes images as they are stored; `tuneforge export --images DIR` writes those of the test split."
         yield ""
     yield "With tuneforge, from raw files or rows:"
     yield ""

@@ -26,10 +26,10 @@ def write_images(split: Split, targets: Targets, directory: Path) -> int:
     from PIL import Image
 
     if directory.exists() and any(directory.iterdir()):
-        raise FolderError(f"'{directory}' is not empty", where="--pictures", fix="name another folder")
+        raise FolderError(f"'{directory}' is not empty", where="--images", fix="name another directory")
     for rows, stored in fetch_batches(split, iter_sequential(len(split), 256), workers=0):
         if not isinstance(stored, Tensor) or stored.dtype != torch.uint8 or stored.shape[1:2] not in ((1,), (3,)):
-            raise DataError("the inputs are no pictures", where="--pictures", fix="leave that out")
+            raise DataError("the inputs are not images", where="--images", fix="omit the flag")
         for row, image in zip(rows.tolist(), stored, strict=True):
             path = directory / quote(targets.describe_label(split.targets[row]), safe=" ") / f"{row:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

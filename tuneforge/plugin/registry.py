@@ -25,7 +25,7 @@ GROUPS = (
 FLAG_BY_GROUP = {
     "data_prepare": "--data", "model_adapt": "--model", "train_step": "--loss", "evaluate": "--metrics",
     "finetune_strategy": "--strategy", "callback": "--callback", "lr_schedule": "--schedule",
-    "optimizer": "--optimizer", "augment": "--augment", "export": "--to",
+    "optimizer": "--optimizer", "augment": "--augment", "export": "--format",
 }  # fmt: skip
 
 NOUN_BY_GROUP = {

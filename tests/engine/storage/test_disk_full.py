@@ -165,8 +165,8 @@ def test_what_a_killed_process_left_half_written_is_gone_when_the_run_goes_on(tm
 
 COMMANDS = {
     "page": ["report", "disk/run"],
-    "plan": ["report", "disk/run", "--plan", "--out", "disk/plan.toml"],
-    "bundle and card": ["export", "disk/run", "--to", "safetensors", "--out", "disk/bundle"],
+    "plan": ["report", "disk/run", "--export-strategy", "--out", "disk/plan.toml"],
+    "bundle and card": ["export", "disk/run", "--format", "safetensors", "--out", "disk/bundle"],
 }
 
 

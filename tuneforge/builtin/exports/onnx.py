@@ -113,5 +113,5 @@ def _import_package(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError:
         raise MissingDependencyError(
-            f"{package} is not installed", where="--to onnx", fix="pip install 'tuneforge[export]'"
+            f"{package} is not installed", where="--format onnx", fix="pip install 'tuneforge[export]'"
         ) from None

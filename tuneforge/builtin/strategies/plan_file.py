@@ -59,8 +59,8 @@ class PlanFile:
         patience = 2
         restore-best = true
 
-    Every field of the steps may be given. `tuneforge run --plan` writes such a file for any strategy, and
-    `tuneforge report RUN --plan` for what a finished run did.
+    Every field of the steps may be given. `tuneforge run --dry-run` writes such a file for any strategy, and
+    `tuneforge report RUN --export-strategy` for what a finished run did.
     """
 
     path: Path = option(help="The plan, a TOML file.")
@@ -129,7 +129,7 @@ def _read_entries(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise UsageError(
             f"cannot read the plan '{path}'", where="--strategy.path", why=error.strerror or str(error),
-            fix="check the path; tuneforge run --plan writes a plan to start from",
+            fix="check the path; tuneforge run --dry-run writes a plan to start from",
         ) from None  # fmt: skip
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"'{path}' is not TOML", where="--strategy.path", why=str(error), fix="mend it") from None

@@ -38,7 +38,7 @@ def world(tmp_path_factory):
 
 
 def test_a_run_leaves_as_a_bundle_with_its_card(run, world):
-    code, out, err = run("export", "runs/good", "--to", "safetensors", "--out", "b", "--name", "sizes")
+    code, out, err = run("export", "runs/good", "--format", "safetensors", "--out", "b", "--name", "sizes")
     assert (code, err) == (0, "")
     assert out.startswith("safetensors: answers as the tuned model does, 90 test samples in batches of 1, 2, 7, 16")
     assert out.endswith("card: b/README.md\ndone: b\n")
@@ -46,19 +46,23 @@ def test_a_run_leaves_as_a_bundle_with_its_card(run, world):
     assert card.startswith("# sizes\n")
     for words in ("| low |", "- Run `good`:", "table-row", "safetensors | torch | 90 samples"):
         assert words in card
-    code, out, _ = run("export", "runs/good", "--to", "safetensors", "--out", "b2", "--json")
+    code, out, _ = run("export", "runs/good", "--format", "safetensors", "--out", "b2", "--json")
     assert (code, json.loads(out)["directory"]) == (0, "b2")
-    code, _, err = run("export", "runs/good", "--to", "safetensors", "--out", "b")
+    code, _, err = run("export", "runs/good", "--format", "safetensors", "--out", "b")
     assert (code, "'b' is not empty" in err) == (73, True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["export", "runs/good", "--to", "onxx"], 2, "did you mean 'onnx'"),
+        (["export", "runs/good", "--format", "onxx"], 2, "did you mean 'onnx'"),
         (["export", "runs/nothing"], 2, "there is no directory 'runs/nothing'"),
-        (["export", "runs/good", "--to", "safetensors", "--to", "safetensors"], 2, "each export format is named once"),
-        (["export", "runs/good", "--to", "safetensors", "--pictures", "p"], 65, "the inputs are no pictures"),
+        (
+            ["export", "runs/good", "--format", "safetensors", "--format", "safetensors"],
+            2,
+            "each export format is named once",
+        ),
+        (["export", "runs/good", "--format", "safetensors", "--images", "p"], 65, "the inputs are not images"),
         (["promote", "runs/good", "--name", "../x"], 2, "cannot be a model's name"),
         (["promote", "runs/nothing"], 2, "there is no directory 'runs/nothing'"),
         (["promote", "runs/good", "--floor", "much"], 2, "--floor"),
