@@ -1,4 +1,4 @@
-"""Strategies that are wrong on purpose: each makes one mistake that the conformance kit must find."""
+"""Faulty strategies: each has one fault that the conformance kit must find."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PHASES = (
 
 
 class Plain:
-    """What the others have in common: the head, then all layers."""
+    """The base class: the head trains first, then all layers."""
 
     @tf.hookimpl
     def finetune_strategy(self) -> list[StrategyStep]:
@@ -24,8 +24,8 @@ class Plain:
 
 
 @tf.component(api=1)
-class RemembersInItself(Plain):
-    """Counts its steps in an attribute, which no checkpoint saves."""
+class StateInAttribute(Plain):
+    """Counts its steps in an attribute, which checkpoints do not save."""
 
     @tf.hookimpl(wrapper=True)
     def train_step(self):
@@ -35,8 +35,8 @@ class RemembersInItself(Plain):
 
 
 @tf.component(api=1)
-class ThrowsDice:
-    """Draws its rate anew, so that a replay asks for something else."""
+class RandomLearningRate:
+    """Draws a random learning rate, so that a resumed run yields another step."""
 
     @tf.hookimpl
     def finetune_strategy(self) -> list[StrategyStep]:
@@ -44,8 +44,8 @@ class ThrowsDice:
 
 
 @tf.component(api=1)
-class CountsProbes(Plain):
-    """Changes the loss by the number of its calls; a probe calls it too."""
+class CountsTrainStepCalls(Plain):
+    """Changes the loss by the number of calls of `train_step`, which a diagnosis calls too."""
 
     @tf.hookimpl(wrapper=True)
     def train_step(self, run: tf.Run):
@@ -56,7 +56,7 @@ class CountsProbes(Plain):
 
 
 @tf.component(api=1)
-class WakesNorms(Plain):
+class NormsInTrainingMode(Plain):
     """Calls `.train()` right before the forward pass."""
 
     @tf.hookimpl(wrapper=True)
@@ -67,8 +67,8 @@ class WakesNorms(Plain):
 
 
 @tf.component(api=1)
-class MovesStatistics(Plain):
-    """Writes to the statistics of every norm after each evaluation."""
+class WritesBatchNormStatistics(Plain):
+    """Changes the statistics of every norm after each evaluation."""
 
     @tf.hookimpl
     def evaluation_ended(self, run: tf.Run) -> None:
@@ -78,8 +78,8 @@ class MovesStatistics(Plain):
 
 
 @tf.component(api=1)
-class MovesFrozen(Plain):
-    """Lets every weight decay by itself, the frozen ones too."""
+class DecaysFrozenWeights(Plain):
+    """Applies weight decay to every parameter, including frozen ones."""
 
     @tf.hookimpl(wrapper=True)
     def optimizer_step(self, run: tf.Run):
@@ -91,8 +91,8 @@ class MovesFrozen(Plain):
 
 
 @tf.component(api=1)
-class ThawsBehindTheEngine(Plain):
-    """Sets `requires_grad` itself, and no optimizer knows of it."""
+class UnfreezesWithoutEngine(Plain):
+    """Sets `requires_grad` of parameters that no optimizer holds."""
 
     @tf.hookimpl
     def phase_started(self, run: tf.Run) -> None:
@@ -101,8 +101,8 @@ class ThawsBehindTheEngine(Plain):
 
 
 @tf.component(api=1)
-class DriftsByRank(Plain):
-    """Adds to the weights what no other rank adds."""
+class RankDependentUpdate(Plain):
+    """Adds a value to the weights that depends on the rank."""
 
     @tf.hookimpl(wrapper=True)
     def optimizer_step(self, run: tf.Run):

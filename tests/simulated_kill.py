@@ -1,4 +1,4 @@
-"""A kill at any point of a run, without a process to kill; and a strategy that uses every kind of step."""
+"""Simulate a kill at any fault-injection point of a run; and a strategy that yields every kind of step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +9,15 @@ from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.plugin import StrategySteps
 
 COMPARED = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json", "hardest_samples.json")
-"""Files that are the same bytes in a run that was killed and resumed as in one that was not."""
+"""Files that must be byte-identical in an unbroken run and in one that was killed and resumed."""
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it, nothing cleans up."""
+class SimulatedKillError(BaseException):
+    """Simulates SIGKILL: nothing catches it."""
 
 
-class Noisy:
-    """A loss that moves with each sample's own numbers, and a count in the component's state."""
+class NoisyLoss:
+    """A callback that changes the loss by each sample's random numbers and by a count in its state."""
 
     @tf.hookimpl(wrapper=True)
     def train_step(self, run: tf.Run, batch: tf.Batch) -> Any:
@@ -27,12 +27,12 @@ class Noisy:
         return result[0] * (1 + 0.1 * float(batch.rng.uniform("noise").mean()) + 1e-3 * state["steps"]), result[1]
 
 
-def every_step(task: tf.TaskInfo, *, epochs: tuple[int, int] = (2, 2)) -> StrategySteps:
-    """All kinds of step, one decided from a report; `epochs` of the first two phases."""
-    report = yield tf.Phase("head", train="head", epochs=epochs[0], lr=0.02, schedule="cosine")
+def every_step_kind(task: tf.TaskInfo, *, epochs: tuple[int, int] = (2, 2)) -> StrategySteps:
+    """Yield every kind of step, one of which depends on a result; `epochs` are those of the first two phases."""
+    result = yield tf.Phase("head", train="head", epochs=epochs[0], lr=0.02, schedule="cosine")
     yield tf.HeadFit("fit", l2=0.1)
     yield tf.Diagnosis("look", batches=1)
-    lr = 0.01 if report.val["accuracy"] > 0.1 else 0.02
+    lr = 0.01 if result.val["accuracy"] > 0.1 else 0.02
     momentum = tf.use("sgd", momentum=0.9)
     yield tf.Phase("top", train="groups[-2:]", epochs=epochs[1], lr=lr, optimizer=momentum, restore_best=True)
     yield tf.Phase(
@@ -41,26 +41,26 @@ def every_step(task: tf.TaskInfo, *, epochs: tuple[int, int] = (2, 2)) -> Strate
     yield tf.WeightAverage("mix", snapshots=["start", "all"], weights=[0.5, 1.0])
 
 
-def killed(action: Callable[[], object], number: int, *, only: str = "") -> list[str]:
-    """Kill it at the `number`-th point that it passes, or at the `number`-th of one name; the points it passed."""
+def run_and_kill(action: Callable[[], object], number: int, *, only: str = "") -> list[str]:
+    """Run `action`, kill it at its `number`-th point (of the name `only`, if given), and return the points passed."""
     passed: list[str] = []
 
     def hook(name: str) -> None:
         if only in ("", name):
             passed.append(name)
             if len(passed) == number:
-                raise Killed(name)
+                raise SimulatedKillError(name)
 
     faults.hook = hook
     try:
         action()
-    except Killed:
+    except SimulatedKillError:
         pass
     finally:
         faults.hook = None
     return passed
 
 
-def contents(path: Path, names: tuple[str, ...] = COMPARED) -> dict[str, bytes]:
-    """The bytes of a run's files."""
+def read_files(path: Path, names: tuple[str, ...] = COMPARED) -> dict[str, bytes]:
+    """Return the bytes of files of a run."""
     return {name: (path / name).read_bytes() for name in names}

@@ -1,6 +1,7 @@
-"""Rows 1 to 13 of the known defects of others, for every strategy that is installed; and what is broken is found.
+"""The conformance kit on every installed strategy, on faulty strategies and on a faulty engine.
 
-Rows 9 and 10 compile and start processes: `TUNEFORGE_SLOW_CHECKS=1 python -m pytest -m "" tests/test_conformance.py`.
+Known issues 9 and 10 compile and start processes; to run their checks:
+`TUNEFORGE_SLOW_CHECKS=1 python -m pytest -m "" tests/test_conformance.py`.
 """
 
 import contextlib
@@ -11,29 +12,33 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import faulty_strategies as broken
+import faulty_strategies
 import pytest
 import torch
 
 import tuneforge as tf
-from tuneforge.engine.loop import diagnosis as probe
-from tuneforge.engine.loop import train_phase as phase
-from tuneforge.engine.model import freeze_check as proof
-from tuneforge.engine.model import freezing
-from tuneforge.engine.model import optimizer as optim
-from tuneforge.engine.session import dry_run as plan
-from tuneforge.engine.session import resume as memory
+from tuneforge.engine.loop import diagnosis, train_phase
+from tuneforge.engine.model import freezing, optimizer
+from tuneforge.engine.model.freeze_check import FreezeCheck
+from tuneforge.engine.session import dry_run
+from tuneforge.engine.session.resume import ResumeState
 from tuneforge.plugin import registry
-from tuneforge.testing import CHECKS, SLOW_CHECKS, check_strategy, small_options, strategy_checks
-from tuneforge.testing import known_issues as rows
-from tuneforge.testing import processes as ranks
+from tuneforge.testing import (
+    CHECKS,
+    SLOW_CHECKS,
+    check_strategy,
+    known_issues,
+    small_options,
+    strategy_checks,
+    two_ranks,
+)
 
-GIVEN = {"plan-file": {"path": str(Path(__file__).parent / "plan.toml")}}
+OPTIONS = {"plan-file": {"path": str(Path(__file__).parent / "plan.toml")}}
 SLOW = pytest.mark.skipif(not os.environ.get("TUNEFORGE_SLOW_CHECKS"), reason="takes minutes; see the top of the file")
 DOCS = Path(__file__).parent.parent / "docs" / "plugins.md"
 
 
-@pytest.mark.parametrize("check", strategy_checks(options=GIVEN), ids=str)
+@pytest.mark.parametrize("check", strategy_checks(options=OPTIONS), ids=str)
 def test_every_installed_strategy_conforms(check):
     check()
 
@@ -41,71 +46,91 @@ def test_every_installed_strategy_conforms(check):
 @SLOW
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's own compiler
-@pytest.mark.parametrize("check", strategy_checks(options=GIVEN, slow=True), ids=str)
+@pytest.mark.parametrize("check", strategy_checks(options=OPTIONS, slow=True), ids=str)
 def test_every_installed_strategy_conforms_when_compiled_and_on_two_ranks(check):
     check()
 
 
-def test_each_row_has_a_check_that_names_it():
-    named = {int(re.match(r"Row (\d+)", check.__doc__)[1]) for check in (*CHECKS, *SLOW_CHECKS)}
+def test_each_known_issue_has_a_check():
+    named = {int(re.match(r"Known issue (\d+)", check.__doc__)[1]) for check in (*CHECKS, *SLOW_CHECKS)}
     assert named == set(range(1, 14))
 
 
-def the(check, strategy):
-    """The one check of that name of a strategy."""
+def get_check(check, strategy):
+    """Return a single check of a strategy."""
     (found,) = (each for each in strategy_checks(strategy, slow=check in SLOW_CHECKS) if each.check is check)
     return found
 
 
-def mute(monkeypatch):
-    """Silence the engine's own proof, so that only the kit is left to see what goes wrong."""
-    monkeypatch.setattr(proof.FreezeCheck, "finish", lambda self, model: ())
-    monkeypatch.setattr(proof.FreezeCheck, "observe", lambda self, model, groups: None)
+def disable_freeze_check(monkeypatch):
+    """Disable the engine's own freeze check, so that only the kit can find a fault."""
+    monkeypatch.setattr(FreezeCheck, "finish", lambda self, model: ())
+    monkeypatch.setattr(FreezeCheck, "observe", lambda self, model, groups: None)
 
 
-MISTAKES = [
-    (broken.RemembersInItself, rows.check_resume_at_phase_boundaries, "model.safetensors"),
-    (broken.ThrowsDice, rows.check_resume_at_phase_boundaries, "differs from that of the stopped run"),
-    (broken.ThrowsDice, rows.check_schedules_survive_resume, "differs from that of the stopped run"),
-    (broken.CountsProbes, rows.check_diagnosis_has_no_side_effects, "model.safetensors"),
-    (broken.WakesNorms, rows.check_frozen_batchnorm_statistics, "normalises with the batch"),
-    (broken.WakesNorms, rows.check_frozen_dropout_is_off, "dropout"),
-    (broken.MovesStatistics, rows.check_frozen_batchnorm_statistics, "running_mean"),
-    (broken.MovesStatistics, rows.check_frozen_batchnorm_with_feature_cache, "running_mean"),
-    (broken.MovesFrozen, rows.check_frozen_weights_ignore_decay_and_momentum, "weight is frozen and has changed"),
-    (broken.ThawsBehindTheEngine, rows.check_equal_tensors_all_train, "no optimizer"),
+FAULTY_STRATEGIES = [
+    (faulty_strategies.StateInAttribute, known_issues.check_resume_at_phase_boundaries, "model.safetensors"),
+    (
+        faulty_strategies.RandomLearningRate,
+        known_issues.check_resume_at_phase_boundaries,
+        "differs from that of the stopped run",
+    ),
+    (
+        faulty_strategies.RandomLearningRate,
+        known_issues.check_schedules_survive_resume,
+        "differs from that of the stopped run",
+    ),
+    (faulty_strategies.CountsTrainStepCalls, known_issues.check_diagnosis_has_no_side_effects, "model.safetensors"),
+    (
+        faulty_strategies.NormsInTrainingMode,
+        known_issues.check_frozen_batchnorm_statistics,
+        "normalizes with batch statistics",
+    ),
+    (faulty_strategies.NormsInTrainingMode, known_issues.check_frozen_dropout_is_off, "dropout"),
+    (faulty_strategies.WritesBatchNormStatistics, known_issues.check_frozen_batchnorm_statistics, "running_mean"),
+    (
+        faulty_strategies.WritesBatchNormStatistics,
+        known_issues.check_frozen_batchnorm_with_feature_cache,
+        "running_mean",
+    ),
+    (
+        faulty_strategies.DecaysFrozenWeights,
+        known_issues.check_frozen_weights_ignore_decay_and_momentum,
+        "weight is frozen and has changed",
+    ),
+    (faulty_strategies.UnfreezesWithoutEngine, known_issues.check_equal_tensors_all_train, "no optimizer"),
 ]
 
 
-@pytest.mark.parametrize(("strategy", "check", "says"), MISTAKES)
-def test_a_strategy_that_makes_the_mistake_is_found_without_the_engines_proof(monkeypatch, strategy, check, says):
-    mute(monkeypatch)
-    with pytest.raises(AssertionError, match=says):
-        the(check, strategy)()
+@pytest.mark.parametrize(("strategy", "check", "message"), FAULTY_STRATEGIES)
+def test_faulty_strategy_is_found_without_the_engines_freeze_check(monkeypatch, strategy, check, message):
+    disable_freeze_check(monkeypatch)
+    with pytest.raises(AssertionError, match=message):
+        get_check(check, strategy)()
 
 
 @pytest.mark.parametrize(
     ("strategy", "check"),
     [
-        (broken.WakesNorms, rows.check_frozen_batchnorm_statistics),
-        (broken.MovesFrozen, rows.check_frozen_weights_ignore_decay_and_momentum),
+        (faulty_strategies.NormsInTrainingMode, known_issues.check_frozen_batchnorm_statistics),
+        (faulty_strategies.DecaysFrozenWeights, known_issues.check_frozen_weights_ignore_decay_and_momentum),
     ],
 )
-def test_where_the_engine_halts_the_run_the_check_says_so(strategy, check):
-    with pytest.raises(AssertionError, match="the run stopped: HaltError: .* frozen tensor"):
-        the(check, strategy)()
+def test_check_reports_that_the_engine_halted_the_run(strategy, check):
+    with pytest.raises(AssertionError, match="the run failed: HaltError: .* frozen tensor"):
+        get_check(check, strategy)()
 
 
 @SLOW
 @pytest.mark.slow
-def test_ranks_that_drift_apart_are_found():
+def test_different_weights_on_two_ranks_are_found():
     with pytest.raises(AssertionError, match="weights differ between ranks"):
-        the(ranks.check_two_ranks, broken.DriftsByRank)()
+        get_check(two_ranks.check_two_ranks, faulty_strategies.RankDependentUpdate)()
 
 
 def forget(what):
-    """A mutant of the engine: a resumed run forgets one thing."""
-    original = memory.ResumeState.restore
+    """Return a faulty `ResumeState.restore` that does not restore one thing."""
+    original = ResumeState.restore
 
     def restore(self, state):
         if what == "epoch":
@@ -119,21 +144,21 @@ def forget(what):
     return restore
 
 
-def all_awake(model, example, *, batchnorm_stats):
-    """A mutant: every module is in training mode, whatever is frozen."""
+def all_in_training_mode(model, example, *, batchnorm_stats):
+    """A faulty `compute_modes`: every module is in training mode, even if it is frozen."""
     return [(module, True) for module in model.module.modules()]
 
 
-def normalises_with_the_batch(model, example, *, batchnorm_stats):
-    """A mutant: frozen norms keep their statistics and normalise with the batch."""
+def frozen_norms_use_batch_statistics(model, example, *, batchnorm_stats):
+    """A faulty `compute_modes`: frozen norms keep their statistics, but normalize with those of the batch."""
     for module in model.module.modules():
         if isinstance(module, torch.nn.BatchNorm1d):
             module.momentum = 0.0
     return [(module, isinstance(module, torch.nn.BatchNorm1d)) for module in model.module.modules()]
 
 
-def decays_all(self):
-    """A mutant: the optimizer holds every tensor it ever held, with a gradient of zero where there is none."""
+def step_all_parameters(self):
+    """A faulty `Optimization.step`: parameters without a gradient get a zero gradient, so weight decay changes them."""
     for group in self.optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is None:
@@ -144,15 +169,17 @@ def decays_all(self):
             parameter.grad = None
 
 
-def everything_in_groups(original):
+def group_all_parameters(original):
+    """Return a faulty `parameter_groups` that includes frozen parameters."""
+
     def groups(model, phase, trainable, *, weight_decay):
         return original(model, phase, list(model.parameters()), weight_decay=weight_decay)
 
     return groups
 
 
-def equal_values_once(original):
-    """A mutant: a tensor equal to one that the optimizer has already is left out."""
+def drop_equal_tensors(original):
+    """Return a faulty `parameter_groups` that drops a tensor equal to an earlier one."""
 
     def groups(model, phase, trainable, *, weight_decay):
         named, kept = model.parameters(), []
@@ -164,23 +191,23 @@ def equal_values_once(original):
     return groups
 
 
-def by_position(original_state, original_set_param_groups):
-    """A mutant: what the optimizer remembers is saved and found by the place of the parameter."""
+def match_state_by_position(original_state, original_set_param_groups):
+    """Return faulty methods of `Optimization` that match optimizer state by the position of the parameter."""
 
     def state(self, model):
-        places = {name: place for place, name in enumerate(model.parameters())}
-        return {f"{places[name]}": value for name, value in original_state(self, model).items() if name in places}
+        positions = {name: position for position, name in enumerate(model.parameters())}
+        return {f"{positions[name]}": value for name, value in original_state(self, model).items() if name in positions}
 
     def set_param_groups(self, model, phase, trainable, component, *, same):
         names = list(model.parameters())
-        self.pending_state = {names[int(place)]: value for place, value in self.pending_state.items()}
+        self.pending_state = {names[int(position)]: value for position, value in self.pending_state.items()}
         original_set_param_groups(self, model, phase, trainable, component, same=same)
 
     return state, set_param_groups
 
 
-def tolerant(original):
-    """A mutant: a selector that matches nothing is passed over."""
+def ignore_unmatched_selectors(original):
+    """Return a faulty `select` that ignores a selector without matches."""
 
     def select(model, selectors):
         found = set()
@@ -192,43 +219,45 @@ def tolerant(original):
     return select
 
 
-def plant_epoch(monkeypatch):
-    monkeypatch.setattr(memory.ResumeState, "restore", forget("epoch"))
+def inject_forgotten_epoch(monkeypatch):
+    monkeypatch.setattr(ResumeState, "restore", forget("epoch"))
 
 
-def plant_schedule(monkeypatch):
-    monkeypatch.setattr(memory.ResumeState, "restore", forget("schedule"))
+def inject_forgotten_schedule_position(monkeypatch):
+    monkeypatch.setattr(ResumeState, "restore", forget("schedule"))
 
 
-def plant_optimizer(monkeypatch):
-    monkeypatch.setattr(memory.ResumeState, "restore", forget("optimizer"))
+def inject_forgotten_optimizer_state(monkeypatch):
+    monkeypatch.setattr(ResumeState, "restore", forget("optimizer"))
 
 
-def plant_awake(monkeypatch):
-    monkeypatch.setattr(phase, "compute_modes", all_awake)
+def inject_training_mode(monkeypatch):
+    monkeypatch.setattr(train_phase, "compute_modes", all_in_training_mode)
 
 
-def plant_batch_norms(monkeypatch):
-    monkeypatch.setattr(phase, "compute_modes", normalises_with_the_batch)
+def inject_batch_statistics(monkeypatch):
+    monkeypatch.setattr(train_phase, "compute_modes", frozen_norms_use_batch_statistics)
 
 
-def plant_decay(monkeypatch):
-    monkeypatch.setattr(optim, "parameter_groups", everything_in_groups(optim.parameter_groups))
-    monkeypatch.setattr(optim.Optimization, "step", decays_all)
+def inject_weight_decay_of_frozen(monkeypatch):
+    monkeypatch.setattr(optimizer, "parameter_groups", group_all_parameters(optimizer.parameter_groups))
+    monkeypatch.setattr(optimizer.Optimization, "step", step_all_parameters)
 
 
-def plant_equal_values(monkeypatch):
-    monkeypatch.setattr(optim, "parameter_groups", equal_values_once(optim.parameter_groups))
+def inject_dropped_tensors(monkeypatch):
+    monkeypatch.setattr(optimizer, "parameter_groups", drop_equal_tensors(optimizer.parameter_groups))
 
 
-def plant_positions(monkeypatch):
-    state, set_param_groups = by_position(optim.Optimization.state, optim.Optimization.set_param_groups)
-    monkeypatch.setattr(optim.Optimization, "state", state)
-    monkeypatch.setattr(optim.Optimization, "set_param_groups", set_param_groups)
+def inject_state_by_position(monkeypatch):
+    state, set_param_groups = match_state_by_position(
+        optimizer.Optimization.state, optimizer.Optimization.set_param_groups
+    )
+    monkeypatch.setattr(optimizer.Optimization, "state", state)
+    monkeypatch.setattr(optimizer.Optimization, "set_param_groups", set_param_groups)
 
 
-def plant_stale_graph(monkeypatch):
-    """What was frozen when the graph was made gives no gradient ever after, as a graph kept over phases would."""
+def inject_stale_graph(monkeypatch):
+    """Layers that were frozen when the graph was compiled get no gradient, as if the graph were kept between phases."""
 
     def compile_forward(run, plan):
         def call(inputs):
@@ -238,60 +267,68 @@ def plant_stale_graph(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(phase, "compile_forward", compile_forward)
+    monkeypatch.setattr(train_phase, "compile_forward", compile_forward)
 
 
-def plant_probe(monkeypatch):
-    monkeypatch.setattr(probe, "restore_state", lambda module, state: None)
+def inject_unrestored_diagnosis(monkeypatch):
+    monkeypatch.setattr(diagnosis, "restore_state", lambda module, state: None)
 
 
-def plant_tolerance(monkeypatch):
-    for module in (phase, plan, optim):
-        monkeypatch.setattr(module, "select", tolerant(freezing.select))
+def inject_ignored_selectors(monkeypatch):
+    for module in (train_phase, dry_run, optimizer):
+        monkeypatch.setattr(module, "select", ignore_unmatched_selectors(freezing.select))
 
 
-def plant_silence(monkeypatch):
-    original = phase._MetricTracker._find_stop_reason
+def inject_empty_reason(monkeypatch):
+    original = train_phase._MetricTracker._find_stop_reason
 
     def find_stop_reason(self, *, is_complete):
         return " " if original(self, is_complete=is_complete) else ""
 
-    monkeypatch.setattr(phase._MetricTracker, "_find_stop_reason", find_stop_reason)
+    monkeypatch.setattr(train_phase._MetricTracker, "_find_stop_reason", find_stop_reason)
 
 
-DEFECTS = [
-    (plant_optimizer, rows.check_resume_at_phase_boundaries, "model.safetensors"),
-    (plant_awake, rows.check_frozen_batchnorm_statistics, "running_mean is frozen and has changed"),
-    (plant_awake, rows.check_frozen_batchnorm_with_feature_cache, "running_mean is frozen and has changed"),
-    (plant_batch_norms, rows.check_frozen_batchnorm_statistics, "normalises with the batch"),
-    (plant_awake, rows.check_frozen_dropout_is_off, "dropout"),
-    (plant_decay, rows.check_frozen_weights_ignore_decay_and_momentum, "is frozen and has changed"),
-    (plant_schedule, rows.check_schedules_survive_resume, "ends otherwise"),
-    (plant_equal_values, rows.check_equal_tensors_all_train, r"twins\.two\.bias"),
-    (plant_positions, rows.check_optimizer_state_is_matched_by_name, "registered in another order"),
-    (plant_epoch, rows.check_sample_order_after_resume, "see other samples"),
-    (plant_stale_graph, rows.check_unfrozen_layers_train_when_compiled, "no longer moves"),
-    (plant_probe, rows.check_diagnosis_has_no_side_effects, "ends otherwise"),
-    (plant_tolerance, rows.check_misspelled_selectors_are_refused, "ignored"),
-    (plant_silence, rows.check_every_stop_has_a_reason, "no reason"),
+FAULTY_ENGINES = [
+    (inject_forgotten_optimizer_state, known_issues.check_resume_at_phase_boundaries, "model.safetensors"),
+    (inject_training_mode, known_issues.check_frozen_batchnorm_statistics, "running_mean is frozen and has changed"),
+    (
+        inject_training_mode,
+        known_issues.check_frozen_batchnorm_with_feature_cache,
+        "running_mean is frozen and has changed",
+    ),
+    (inject_batch_statistics, known_issues.check_frozen_batchnorm_statistics, "normalizes with batch statistics"),
+    (inject_training_mode, known_issues.check_frozen_dropout_is_off, "dropout"),
+    (
+        inject_weight_decay_of_frozen,
+        known_issues.check_frozen_weights_ignore_decay_and_momentum,
+        "is frozen and has changed",
+    ),
+    (inject_forgotten_schedule_position, known_issues.check_schedules_survive_resume, "ends with other files"),
+    (inject_dropped_tensors, known_issues.check_equal_tensors_all_train, r"twins\.two\.bias"),
+    (inject_state_by_position, known_issues.check_optimizer_state_is_matched_by_name, "registered in another order"),
+    (inject_forgotten_epoch, known_issues.check_sample_order_after_resume, "use other samples"),
+    (inject_stale_graph, known_issues.check_unfrozen_layers_train_when_compiled, "does not change"),
+    (inject_unrestored_diagnosis, known_issues.check_diagnosis_has_no_side_effects, "ends with other files"),
+    (inject_ignored_selectors, known_issues.check_misspelled_selectors_are_refused, "ignored"),
+    (inject_empty_reason, known_issues.check_every_stop_has_a_reason, "no reason"),
 ]
 
 
-@pytest.mark.parametrize(("plant", "check", "says"), DEFECTS)
-def test_an_engine_with_the_defect_of_the_row_is_found(monkeypatch, plant, check, says):
-    """The negative control: were a check blind to its own defect, it would prove nothing."""
-    mute(monkeypatch)
-    plant(monkeypatch)
-    with pytest.raises(AssertionError, match=says):
-        the(check, "freeze-then-unfreeze")()
+@pytest.mark.parametrize(("inject", "check", "message"), FAULTY_ENGINES)
+def test_known_issue_in_the_engine_is_found(monkeypatch, inject, check, message):
+    """The negative control: a check that never fails would show nothing."""
+    disable_freeze_check(monkeypatch)
+    inject(monkeypatch)
+    with pytest.raises(AssertionError, match=message):
+        get_check(check, "freeze-then-unfreeze")()
 
 
-def test_state_by_position_goes_unseen_until_modules_are_reordered(monkeypatch):
-    plant_positions(monkeypatch)
-    the(rows.check_resume_at_phase_boundaries, "full")()
+def test_state_matched_by_position_shows_only_if_modules_are_reordered(monkeypatch):
+    inject_state_by_position(monkeypatch)
+    get_check(known_issues.check_resume_at_phase_boundaries, "full")()
 
 
-def test_a_name_or_a_class_gets_small_options_and_an_instance_keeps_its_own():
+def test_names_and_classes_get_small_options_and_instances_keep_their_own():
     from tuneforge.builtin.strategies.fixed import FreezeThenUnfreeze, Full
 
     assert small_options(FreezeThenUnfreeze) == {"epochs": 2}
@@ -302,14 +339,14 @@ def test_a_name_or_a_class_gets_small_options_and_an_instance_keeps_its_own():
     assert (by_instance[1]["epochs"], by_instance[1]["lr"]) == (3, 0.5)
 
 
-def test_what_a_strategy_needs_and_nobody_gave_is_said():
+def test_missing_required_option_is_an_error():
     with pytest.raises(tf.OptionError, match=r"needs path.*options="):
         strategy_checks("plan-file")[0]()
 
 
-def test_a_broken_package_fails_its_own_checks_and_no_others(plant):
+def test_broken_package_fails_only_its_own_checks(plant):
     plant("bad-pkg", {"tuneforge.finetune_strategy": {"bad": "bad:Bad"}}, bad="raise SystemExit(1)")
-    checks = strategy_checks(options=GIVEN)
+    checks = strategy_checks(options=OPTIONS)
     assert {each.name for each in checks} == {
         each.name for each in registry.list_components_of_group("finetune_strategy")
     }
@@ -317,19 +354,19 @@ def test_a_broken_package_fails_its_own_checks_and_no_others(plant):
         next(each for each in checks if each.name == "bad")()
 
 
-def test_checks_have_names_of_their_own():
-    names = [str(each) for each in (*strategy_checks(options=GIVEN), *strategy_checks(options=GIVEN, slow=True))]
+def test_checks_have_unique_names():
+    names = [str(each) for each in (*strategy_checks(options=OPTIONS), *strategy_checks(options=OPTIONS, slow=True))]
     assert len(set(names)) == len(names)
     assert "full-resume_at_phase_boundaries" in names
 
 
-def test_all_checks_of_a_strategy_run_at_once_and_stop_at_the_first_failure():
+def test_check_strategy_raises_the_first_failure():
     check_strategy("head-only")
-    with pytest.raises(AssertionError, match="strategy 'throws-dice'"):
-        check_strategy(broken.ThrowsDice())
+    with pytest.raises(AssertionError, match="strategy 'random-learning-rate'"):
+        check_strategy(faulty_strategies.RandomLearningRate())
 
 
-def test_the_chapter_on_testing_a_plugin_works(monkeypatch):
+def test_code_of_the_documentation_on_testing_plugins_works(monkeypatch):
     text = DOCS.read_text()
     strategy = {"__name__": "my_strategies"}
     exec(re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1], strategy)
@@ -344,6 +381,6 @@ def test_the_chapter_on_testing_a_plugin_works(monkeypatch):
         tests["test_conforms"](check)
 
 
-def test_the_kit_needs_no_pytest():
+def test_kit_does_not_import_pytest():
     script = "import sys, tuneforge.testing; sys.exit('pytest' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,4 +1,4 @@
-"""The main job, whole: the default run on the real digits reaches what it promises."""
+"""The default run on the real digits reaches the metrics that the README states."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ def result(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_default_run_recognises_digits_others_and_print(result):
+def test_default_run_recognizes_digits_others_and_printed_digits(result):
     splits = result.report["splits"]
     assert len(splits["test"]["per_class"]) == 11
     assert splits["test"]["f1_macro"] >= 0.95
@@ -26,13 +26,13 @@ def test_the_default_run_recognises_digits_others_and_print(result):
 
 
 @pytest.mark.slow
-def test_a_digit_on_paper_is_read_whatever_its_ink_margin_and_size(result):
-    """Real digits of the test split as a person sends them: dark on white, large, with a margin, off the middle."""
+def test_digit_on_paper_is_recognized_with_other_ink_margin_and_size(result):
+    """Real digits of the test split as photographed: dark on white, large, with a margin and off center."""
     images, labels = real_digits()
     test = [int(name.removeprefix("real/")) for name in _test_ids()][:60]
-    answers = list(tf.predict(result.run_dir, [_on_paper(images[index]) for index in test]))
-    right = [answer["class"] == str(labels[index]) for index, answer in zip(test, answers, strict=True)]
-    assert np.mean(right) >= 0.85
+    predictions = list(tf.predict(result.run_dir, [_draw_on_paper(images[index]) for index in test]))
+    correct = [each["class"] == str(labels[index]) for index, each in zip(test, predictions, strict=True)]
+    assert np.mean(correct) >= 0.85
 
 
 def _test_ids():
@@ -40,7 +40,7 @@ def _test_ids():
     return Digits().data_prepare(run).extra_test_splits["real digits"].ids
 
 
-def _on_paper(image):
+def _draw_on_paper(image):
     ink = Image.fromarray((255 - image * 15.9).astype("uint8")).resize((80, 80), Image.Resampling.BICUBIC)
     paper = Image.new("L", (200, 160), 255)
     paper.paste(ink, (90, 30))

@@ -1,4 +1,4 @@
-"""A small world that trains in milliseconds: three blobs, and a network with norms and dropout."""
+"""Data and a network that train in milliseconds: three Gaussian blobs, and layers with BatchNorm and dropout."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class TinyNet(nn.Module):
 def blobs(count: int, *, seed: int) -> tf.Split:
     generator = torch.Generator().manual_seed(seed)
     targets = torch.arange(count) % 3
-    centres = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)) * 2
-    return tf.Split(centres[targets] + torch.randn(count, 8, generator=generator), targets)
+    centers = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)) * 2
+    return tf.Split(centers[targets] + torch.randn(count, 8, generator=generator), targets)
 
 
 def tiny_data() -> tf.Data:
@@ -48,26 +48,26 @@ def tiny_net(seed: int = 0) -> TinyNet:
 
 
 class Double(nn.Module):
-    """What `Doubles` puts around a head's input."""
+    """Doubles its input; `DoubleHeadInput` inserts it before the head."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs * 2
 
 
 @tf.component(api=1)
-class Doubles:
-    """A callback that changes the model's shape in a wrapper, and no weight."""
+class DoubleHeadInput:
+    """A callback that inserts a module before the head, without a change of weights."""
 
     @tf.hookimpl(wrapper=True)
     def model_adapt(self, run: tf.Run):
         model = yield
-        inside = nn.Sequential(Double(), model.head_module())
-        return model.with_head(inside, head=f"{model.head}.1")
+        head = nn.Sequential(Double(), model.head_module())
+        return model.with_head(head, head=f"{model.head}.1")
 
 
 @tf.component(api=1)
-class Shaken:
-    """An augmentation: each sample moves by its own numbers."""
+class GaussianJitter:
+    """An augmentation that adds noise from each sample's own random numbers."""
 
     per_sample = True
 

@@ -1,6 +1,6 @@
-"""The small world of the kit: three clouds of points, and a network that holds every trap at once.
+"""Data and model of the conformance kit: Gaussian blobs, and a network with every layer that is hard to freeze.
 
-Shapes: b samples in a batch, 8 numbers a sample, 3 classes.
+Shapes: b samples per batch, 8 features, 3 classes.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from tuneforge.builtin.targets import ClassTargets
 
 CLASSES = ("a", "b", "c")
 PRETRAINED_LABELS = ("a", "b", "z")
-"""Labels of the head's rows as the weights come: the row of `c` starts fresh."""
+"""Labels of the pretrained head; the row of the class `c` is randomly initialized."""
 
 PREFIXES_BY_GROUP = {"stem": ("stem",), "twins": ("twins",), "body": ("body", "spare"), "head": ("head",)}
 ZERO_BIASES = ("twins.one.bias", "twins.two.bias")
 
 
 class ParallelLinears(nn.Module):
-    """Two layers side by side whose biases are both zero: (b, n) -> (b, m)."""
+    """Two parallel linear layers whose biases are both zero: (b, n) -> (b, m)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -32,18 +32,18 @@ class ParallelLinears(nn.Module):
         nn.init.zeros_(self.two.bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The sum of both answers."""
+        """Return the sum of both branches."""
         return torch.tanh(self.one(inputs)) + torch.tanh(self.two(inputs))
 
 
 class SmallNetwork(nn.Module):
-    """(b, 8) -> (b, 3), with what others got wrong about freezing.
+    """A network (b, 8) -> (b, 3) with the layers that known issues are about.
 
-    Norms with and without parameters, the first one right at the input; dropout in every block; two equal biases; a
-    weight that two layers share; a layer that never gets a gradient (`spare`); a stem whose features pay to keep.
+    It has norms with and without parameters, one of them at the input; dropout in every block; two equal biases; a
+    weight that two layers share; a layer that never gets a gradient (`spare`); and a stem that is worth caching.
 
     Args:
-        batch_statistics: Of the body's last norm: none are kept, it always normalises with the batch.
+        batch_statistics: True if the last norm of the body tracks no statistics and always uses those of the batch.
         reversed_registration: Register the blocks in the opposite order; names and values stay the same.
     """
 
@@ -65,14 +65,14 @@ class SmallNetwork(nn.Module):
             self.add_module(name, blocks[name])
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The logits."""
+        """Return the logits."""
         features: Tensor = self.get_submodule("body")(self.get_submodule("twins")(self.get_submodule("stem")(inputs)))
         logits: Tensor = self.get_submodule("head")(features)
         return logits
 
 
 def make_model(*, batch_statistics: bool = False, reversed_registration: bool = False) -> Model:
-    """A fresh copy of the network with the weights that it always comes with."""
+    """Return a new model with the pretrained weights, which are the same at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = SmallNetwork(batch_statistics=batch_statistics, reversed_registration=reversed_registration)
@@ -82,7 +82,7 @@ def make_model(*, batch_statistics: bool = False, reversed_registration: bool = 
 
 
 def _update_batchnorm_statistics(module: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Let the norms see other data than the run's, so that statistics that go on moving show."""
+    """Update the statistics of the norms with other data than the run's, so that a later update shows."""
     module.train()
     with torch.no_grad():
         for batch in batches:
@@ -90,14 +90,14 @@ def _update_batchnorm_statistics(module: nn.Module, batches: Iterable[Tensor]) -
 
 
 def make_blobs(count: int, *, seed: int) -> Split:
-    """Points (count, 8) around three centres, and their classes."""
-    centres = torch.randn(len(CLASSES), 8, generator=torch.Generator().manual_seed(0)) * 2
+    """Return points (count, 8) around three centers, with their classes."""
+    centers = torch.randn(len(CLASSES), 8, generator=torch.Generator().manual_seed(0)) * 2
     classes = torch.arange(count) % len(CLASSES)
-    return Split(centres[classes] + torch.randn(count, 8, generator=torch.Generator().manual_seed(seed)), classes)
+    return Split(centers[classes] + torch.randn(count, 8, generator=torch.Generator().manual_seed(seed)), classes)
 
 
 def make_data() -> Data:
-    """48 samples to train on, a third of them named `old`; 24 to validate, 12 to test."""
+    """Return 48 training samples, a third of them in the sample group `old`, 24 validation and 12 test samples."""
     return Data(
         train=make_blobs(48, seed=1),
         val=make_blobs(24, seed=2),

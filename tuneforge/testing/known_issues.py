@@ -1,8 +1,7 @@
-"""Rows 1 to 13 of the known defects of fine-tuning tools, a check each.
+"""Known issues 1 to 13 of fine-tuning tools, with one check for each.
 
-A check is given a `StrategyHarness`, runs the strategy on the small world and raises AssertionError where the defect is
-there. Around the strategy's own steps a check puts phases of the kit's, so that under every strategy something is
-thawed and frozen again.
+A check takes a `StrategyHarness`, runs the strategy on the fixtures and raises AssertionError if the issue occurs.
+Phases of the kit surround the strategy's own steps, so that layers are unfrozen and frozen again under every strategy.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import attrs
 
 from tuneforge import Diagnosis, Phase, SelectorError, StrategyStepResult, TuneforgeError, use
 from tuneforge.plugin import StrategyStep, registry
-from tuneforge.testing import fixtures as world
+from tuneforge.testing import fixtures
 from tuneforge.testing.observers import InvariantChecker, SampleRecorder, TrainModeCaller
 from tuneforge.testing.recording import (
     StrategyHarness,
@@ -29,7 +28,7 @@ AGAIN = Phase("kit-again", epochs=1, lr=0.01)
 
 
 def surround_strategy() -> SurroundingSteps:
-    """All layers, the strategy's own steps, the head alone, all layers again."""
+    """Return steps that train all layers before the strategy, and the head alone and then all layers after it."""
     return SurroundingSteps([ALL], [HEAD, AGAIN])
 
 
@@ -37,235 +36,242 @@ def _surround_strategy_briefly() -> SurroundingSteps:
     return SurroundingSteps([ALL], [attrs.evolve(HEAD, epochs=1)])
 
 
-def check_resume_at_phase_boundaries(trial: StrategyHarness) -> None:
-    """Row 1: resume freezes again what was thawed, or trains nothing (Lightning#21901, composer#1002).
+def check_resume_at_phase_boundaries(harness: StrategyHarness) -> None:
+    """Known issue 1: a resumed run freezes unfrozen layers again, or trains nothing (Lightning#21901, composer#1002).
 
-    The run is killed one optimizer step before, at, and one after each border of two steps, and resumed each time by
-    a strategy of the same class and options that has seen nothing. It must end as the run that was left alone, to the
-    bit; so what a strategy remembers belongs in `run.state(self)`, and what it decides must follow from the answers.
+    The run is killed one optimizer step before, at, and one after the end of each strategy step. Each time a new
+    instance of the strategy, with the same options, resumes it. The result must be bit-identical to that of an unbroken
+    run. So the state of a strategy belongs in `run.state(self)`, and its decisions must depend on the results of its
+    steps alone.
     """
-    keys = choose_interruption_points(trial.record_points(_surround_strategy_briefly(), name="whole"))
-    trial.run_interrupted(keys, lambda: [_surround_strategy_briefly()])
-    differs = compare_files(trial.read_files("whole"), trial.read_files("interrupted"))
-    assert not differs, (
-        f"{trial.label}: killed at {_format_points(keys)} and resumed, the run ends otherwise: {differs}"
+    points = choose_interruption_points(harness.record_points(_surround_strategy_briefly(), name="unbroken"))
+    harness.run_interrupted(points, lambda: [_surround_strategy_briefly()])
+    difference = compare_files(harness.read_files("unbroken"), harness.read_files("interrupted"))
+    assert not difference, (
+        f"{harness.label}: killed at {_format_points(points)} and resumed, the run ends with other files: {difference}"
     )
 
 
-def check_frozen_batchnorm_statistics(trial: StrategyHarness) -> None:
-    """Row 2: frozen BatchNorm goes on moving, or normalises with the batch (Lightning#21531, pytorch#38084).
+def check_frozen_batchnorm_statistics(harness: StrategyHarness) -> None:
+    """Known issue 2: frozen BatchNorm updates its statistics or uses batch statistics (Lightning#21531, pytorch#38084).
 
-    Statistics of a norm with a frozen parameter, and of one without any that nothing trainable lies before, are equal
-    to the bit after each validation and at the end of each phase, also where user code calls `.train()` between steps;
-    and in training such a norm gives what its statistics say. With and without a norm that keeps none.
+    A norm with a frozen parameter, and a norm without parameters whose inputs depend on nothing trainable, keep their
+    statistics bit-identical and normalize with them in training, even if user code calls `.train()` between steps. The
+    check runs with and without a norm that tracks no statistics.
     """
     for batch_statistics in (False, True):
-        watch, calls = InvariantChecker(check_forward=True), TrainModeCaller()
-        network = world.make_model(batch_statistics=batch_statistics)
-        trial.run(surround_strategy(), watch, calls, model=network, name=f"norms-{batch_statistics}")
-        _assert_no_violations(trial, watch)
-        assert calls.num_calls, f"{trial.label}: no phase trained"
+        checker, caller = InvariantChecker(check_forward=True), TrainModeCaller()
+        model = fixtures.make_model(batch_statistics=batch_statistics)
+        harness.run(surround_strategy(), checker, caller, model=model, name=f"norms-{batch_statistics}")
+        _assert_no_violations(harness, checker)
+        assert caller.num_calls, f"{harness.label}: no phase trained"
 
 
-def check_frozen_batchnorm_with_feature_cache(trial: StrategyHarness) -> None:
-    """Row 2, where features of the frozen part are computed once and kept: nothing frozen changes either."""
-    watch = InvariantChecker()
-    trial.run(surround_strategy(), watch, TrainModeCaller(), use("ema", decay=0.5), cache="memory", grad_accum_steps=2)
-    _assert_no_violations(trial, watch)
+def check_frozen_batchnorm_with_feature_cache(harness: StrategyHarness) -> None:
+    """Known issue 2 with cached features of the frozen backbone: nothing frozen changes there either."""
+    checker, average = InvariantChecker(), use("ema", decay=0.5)
+    harness.run(surround_strategy(), checker, TrainModeCaller(), average, cache="memory", grad_accum_steps=2)
+    _assert_no_violations(harness, checker)
 
 
-def check_frozen_dropout_is_off(trial: StrategyHarness) -> None:
-    """Row 3: dropout is active in a frozen encoder (butd_detr#8, OpenNMT-tf#627).
+def check_frozen_dropout_is_off(harness: StrategyHarness) -> None:
+    """Known issue 3: dropout is active in a frozen encoder (butd_detr#8, OpenNMT-tf#627).
 
-    While a phase trains, a dropout that nothing trainable lies before passes its input on, to the bit.
+    While a phase trains, a dropout layer whose inputs depend on nothing trainable must pass them on bit-identical.
     """
-    watch = InvariantChecker(check_forward=True)
-    trial.run(surround_strategy(), watch)
-    _assert_no_violations(trial, watch, about="dropout")
-    assert watch.num_forward_checks, f"{trial.label}: no frozen dropout or norm ran, so nothing was seen"
+    checker = InvariantChecker(check_forward=True)
+    harness.run(surround_strategy(), checker)
+    _assert_no_violations(harness, checker, about="dropout")
+    assert checker.num_forward_checks, f"{harness.label}: no frozen dropout or norm ran, so nothing was checked"
 
 
-def check_frozen_weights_ignore_decay_and_momentum(trial: StrategyHarness) -> None:
-    """Row 4: weight decay or momentum moves frozen weights (fairseq#4702, moco#14).
+def check_frozen_weights_ignore_decay_and_momentum(harness: StrategyHarness) -> None:
+    """Known issue 4: weight decay or momentum changes frozen weights (fairseq#4702, moco#14).
 
-    Frozen weights are equal to the bit at the end of each phase, with AdamW and SGD with momentum, both under heavy
-    weight decay, after a phase that has given every tensor its moments; with averaged weights, clipped and accumulated
-    gradients, a weight that two layers share and a layer that gets no gradient.
+    Frozen weights are bit-identical at the end of each phase, with AdamW and with SGD with momentum, both with heavy
+    weight decay, after a phase in which every tensor has got optimizer state. The check includes averaged weights,
+    clipped and accumulated gradients, a weight that two layers share, and a layer without gradient.
     """
     optimizers = {"adamw": use("adamw", weight_decay=0.5), "sgd": use("sgd", momentum=0.9, weight_decay=0.5)}
     for name, optimizer in optimizers.items():
-        watch, callbacks = InvariantChecker(), [use("ema", decay=0.5), use("grad-clip")]
-        trial.run(surround_strategy(), watch, *callbacks, optimizer=optimizer, grad_accum_steps=2, name=name)
-        _assert_no_violations(trial, watch)
+        checker, callbacks = InvariantChecker(), [use("ema", decay=0.5), use("grad-clip")]
+        harness.run(surround_strategy(), checker, *callbacks, optimizer=optimizer, grad_accum_steps=2, name=name)
+        _assert_no_violations(harness, checker)
 
 
-def check_schedules_survive_resume(trial: StrategyHarness) -> None:
-    """Row 5: schedulers or `load_state_dict` fail where the number of groups changes (Lightning#8720, #12141).
+def check_schedules_survive_resume(harness: StrategyHarness) -> None:
+    """Known issue 5: a scheduler or its `load_state_dict` fails if parameter groups change (Lightning#8720, #12141).
 
-    Under each installed schedule the run goes through every border of its phases, is stopped within the last one, and
-    ends as if it had not been, to the bit.
+    Under each installed schedule the run is stopped within its last phase and resumed; the result must be bit-identical
+    to that of an unbroken run.
     """
     for entry in registry.list_components_of_group("lr_schedule"):
         settings: dict[str, Any] = {"schedule": f"{entry.distribution}/{entry.name}"}
-        places = trial.record_points(_surround_strategy_briefly(), name=f"{entry.name}-whole", **settings)
-        last = [step for point, step in places if point == "step"][-2]
-        trial.run_interrupted([("step", last)], lambda: [_surround_strategy_briefly()], name=entry.name, **settings)
-        differs = compare_files(trial.read_files(f"{entry.name}-whole"), trial.read_files(entry.name))
-        assert not differs, f"{trial.label}: resumed under schedule '{entry.name}' it ends otherwise: {differs}"
+        points = harness.record_points(_surround_strategy_briefly(), name=f"{entry.name}-unbroken", **settings)
+        second_last = [step for point, step in points if point == "step"][-2]
+        harness.run_interrupted(
+            [("step", second_last)], lambda: [_surround_strategy_briefly()], name=entry.name, **settings
+        )
+        difference = compare_files(harness.read_files(f"{entry.name}-unbroken"), harness.read_files(entry.name))
+        assert not difference, (
+            f"{harness.label}: resumed under schedule '{entry.name}', the run ends with other files: {difference}"
+        )
 
 
-def check_equal_tensors_all_train(trial: StrategyHarness) -> None:
-    """Row 6: parameters of equal value are dropped from training (Lightning's `filter_on_optimizer`).
+def check_equal_tensors_all_train(harness: StrategyHarness) -> None:
+    """Known issue 6: parameters of equal value are dropped from training (Lightning's `filter_on_optimizer`).
 
-    Two biases, both zero, move in every phase that trains them, as does every tensor with a rate and a gradient.
+    Two biases that are both zero must change in every phase that trains them, as must every tensor with a learning rate
+    and a gradient.
     """
-    watch = InvariantChecker()
-    trial.run(surround_strategy(), watch)
-    _assert_no_violations(trial, watch)
+    checker = InvariantChecker()
+    harness.run(surround_strategy(), checker)
+    _assert_no_violations(harness, checker)
     for phase in (ALL, AGAIN):
-        missing = set(world.ZERO_BIASES) - watch.changed_tensors[phase.name]
-        assert not missing, f"{trial.label}: phase '{phase.name}' trains all and has not moved {sorted(missing)}"
+        missing = set(fixtures.ZERO_BIASES) - checker.changed_tensors[phase.name]
+        assert not missing, f"{harness.label}: phase '{phase.name}' trains all and did not change {sorted(missing)}"
 
 
-def check_optimizer_state_is_matched_by_name(trial: StrategyHarness) -> None:
-    """Row 7: optimizer state is attached by position ("parameter group doesn't match the size").
+def check_optimizer_state_is_matched_by_name(harness: StrategyHarness) -> None:
+    """Known issue 7: optimizer state is matched by position ("parameter group doesn't match the size").
 
-    The run is killed within its last phase and resumed with a network that registers the same modules in another
-    order: every tensor ends where it would have.
+    The run is killed within its last phase and resumed with a network that registers the same modules in another order:
+    every tensor must end as in an unbroken run.
     """
-    places = trial.record_points(surround_strategy(), name="whole")
-    last = [step for point, step in places if point == "step"][-2]
-    whole = copy_parameters(trial.run(surround_strategy(), name="again"))
-    resumed = trial.run_interrupted(
-        [("step", last)],
+    points = harness.record_points(surround_strategy(), name="recorded")
+    second_last = [step for point, step in points if point == "step"][-2]
+    unbroken = copy_parameters(harness.run(surround_strategy(), name="unbroken"))
+    resumed = harness.run_interrupted(
+        [("step", second_last)],
         lambda: [surround_strategy()],
-        make_model=lambda: world.make_model(reversed_registration=True),
+        make_model=lambda: fixtures.make_model(reversed_registration=True),
         name="reordered",
     )
-    ended = copy_parameters(resumed)
-    wrong = [name for name, each in whole.items() if not ended[name].allclose(each, rtol=1e-4, atol=1e-6)]
-    assert not wrong, f"{trial.label}: modules registered in another order, these end elsewhere: {', '.join(wrong)}"
+    parameters = copy_parameters(resumed)
+    wrong = [name for name, each in unbroken.items() if not parameters[name].allclose(each, rtol=1e-4, atol=1e-6)]
+    assert not wrong, f"{harness.label}: with modules registered in another order, these differ: {', '.join(wrong)}"
 
 
-def check_sample_order_after_resume(trial: StrategyHarness) -> None:
-    """Row 8: the first epoch after a resume repeats epoch 0's order (Lightning#21938, accelerate#2016).
+def check_sample_order_after_resume(harness: StrategyHarness) -> None:
+    """Known issue 8: the first epoch after a resume repeats the order of epoch 0 (Lightning#21938, accelerate#2016).
 
-    The samples of each batch are logged: epochs differ in order, and a run that was killed at the second step of an
-    epoch goes on with exactly the samples that would have come.
+    Epochs must differ in the order of their samples, and a run that is killed at the second optimizer step of an epoch
+    must continue with exactly the samples that an unbroken run would use next.
     """
-    whole = SampleRecorder()
-    places = trial.record_points(surround_strategy(), whole, name="whole")
-    orders = [tuple(rows) for rows in whole.rows_by_epoch.values()]
-    assert len(set(orders)) == len(orders), f"{trial.label}: two epochs have one order"
-    ends = [step for point, step in places if point == "epoch"]
-    logs = [SampleRecorder()]
+    unbroken = SampleRecorder()
+    points = harness.record_points(surround_strategy(), unbroken, name="unbroken")
+    orders = [tuple(indices) for indices in unbroken.indices_by_epoch.values()]
+    assert len(set(orders)) == len(orders), f"{harness.label}: two epochs have the same sample order"
+    epoch_ends = [step for point, step in points if point == "epoch"]
+    recorders = [SampleRecorder()]
 
-    def callbacks() -> list[object]:
-        logs.append(SampleRecorder())
-        return [surround_strategy(), logs[-1]]
+    def make_callbacks() -> list[object]:
+        recorders.append(SampleRecorder())
+        return [surround_strategy(), recorders[-1]]
 
-    trial.run_interrupted([("step", ends[-2] + 2)], callbacks)
-    expected = dict(whole.batches)
-    wrong = [step for step, rows in logs[-1].batches if rows != expected.get(step)]
-    assert logs[-1].batches, f"{trial.label}: nothing was trained after the resume"
-    assert not wrong, f"{trial.label}: after the resume, optimizer steps {wrong} see other samples"
+    harness.run_interrupted([("step", epoch_ends[-2] + 2)], make_callbacks)
+    expected = dict(unbroken.batches)
+    wrong = [step for step, indices in recorders[-1].batches if indices != expected.get(step)]
+    assert recorders[-1].batches, f"{harness.label}: nothing was trained after the resume"
+    assert not wrong, f"{harness.label}: after the resume, optimizer steps {wrong} use other samples"
 
 
-def check_unfrozen_layers_train_when_compiled(trial: StrategyHarness) -> None:
-    """Row 9: `torch.compile` and unfreezing train nothing (pytorch#139476, dingo#407).
+def check_unfrozen_layers_train_when_compiled(harness: StrategyHarness) -> None:
+    """Known issue 9: layers that are unfrozen under `torch.compile` do not train (pytorch#139476, dingo#407).
 
-    Each phase moves the same tensors with `compile` as without. Slow: each phase is compiled.
+    Each phase must change the same tensors with `compile` as without. The check is slow, because each phase compiles.
     """
     steps = SurroundingSteps([HEAD], [])
-    plain, fast = InvariantChecker(), InvariantChecker()
-    trial.run(steps, plain, name="plain")
-    trial.run(steps, fast, compile=True, name="compiled")
-    _assert_no_violations(trial, fast)
-    for phase, moved in plain.changed_tensors.items():
-        missing = moved - fast.changed_tensors[phase]
-        assert not missing, f"{trial.label}: compiled, phase '{phase}' no longer moves {', '.join(sorted(missing))}"
+    eager, compiled = InvariantChecker(), InvariantChecker()
+    harness.run(steps, eager, name="eager")
+    harness.run(steps, compiled, compile=True, name="compiled")
+    _assert_no_violations(harness, compiled)
+    for phase, changed in eager.changed_tensors.items():
+        missing = changed - compiled.changed_tensors[phase]
+        assert not missing, f"{harness.label}: compiled, phase '{phase}' does not change {', '.join(sorted(missing))}"
 
 
-def check_diagnosis_has_no_side_effects(trial: StrategyHarness) -> None:
-    """Row 11: a learning-rate probe changes the run's state (Lightning#14674).
+def check_diagnosis_has_no_side_effects(harness: StrategyHarness) -> None:
+    """Known issue 11: a learning-rate finder changes the state of the run (Lightning#14674).
 
-    With probes of every kind before each of its steps, the run ends with the same bytes as without. A component that
-    wraps `train_step` is called by probes too, and must not count on being called in training only.
+    With a diagnosis of every kind before each strategy step the run must write the same files as without. A component
+    that wraps `train_step` is called during a diagnosis too, so it must not assume that every call is a training step.
     """
     kinds = ("gradients", "features", "lrs")
 
-    def looks(number: int) -> list[StrategyStep]:
+    def diagnoses(number: int) -> list[StrategyStep]:
         return [Diagnosis(f"kit-{kind}-{number}", measure=kind, batches=1) for kind in kinds]
 
-    trial.run(surround_strategy(), name="plain")
-    trial.run(SurroundingSteps([ALL, *looks(-1)], [*looks(-2), HEAD, AGAIN], before_each=looks), name="probed")
-    plain, probed = trial.read_files("plain"), trial.read_files("probed")
-    plain.pop("steps.jsonl"), probed.pop("steps.jsonl")
-    differs = compare_files(plain, probed)
-    assert not differs, f"{trial.label}: with probes before its steps the run ends otherwise: {differs}"
+    harness.run(surround_strategy(), name="plain")
+    steps = SurroundingSteps([ALL, *diagnoses(-1)], [*diagnoses(-2), HEAD, AGAIN], before_each=diagnoses)
+    harness.run(steps, name="diagnosed")
+    plain, diagnosed = harness.read_files("plain"), harness.read_files("diagnosed")
+    plain.pop("steps.jsonl"), diagnosed.pop("steps.jsonl")
+    difference = compare_files(plain, diagnosed)
+    assert not difference, (
+        f"{harness.label}: with a diagnosis before each step, the run ends with other files: {difference}"
+    )
 
 
-def check_misspelled_selectors_are_refused(trial: StrategyHarness) -> None:
-    """Row 12: a pattern that matches nothing is ignored (ludwig, axolotl).
+def check_misspelled_selectors_are_refused(harness: StrategyHarness) -> None:
+    """Known issue 12: a pattern that matches nothing is ignored (ludwig, axolotl).
 
-    A misspelt selector beside the strategy's own, in what trains and in rate factors, stops the run with an error that
-    offers the near name.
+    A misspelled selector beside the strategy's own, in `train` or in `lr_scales`, must stop the run with an error that
+    suggests the closest name.
     """
 
-    def misspelt(step: StrategyStep) -> StrategyStep:
+    def misspell_train(step: StrategyStep) -> StrategyStep:
         return attrs.evolve(step, train=(*step.train, "twinns")) if isinstance(step, Phase) else step
 
-    def scaled(step: StrategyStep) -> StrategyStep:
-        scales = {**step.lr_scales, "bodi": 0.5} if isinstance(step, Phase) else {}
-        return attrs.evolve(step, lr_scales=scales) if isinstance(step, Phase) else step
+    def misspell_lr_scales(step: StrategyStep) -> StrategyStep:
+        return attrs.evolve(step, lr_scales={**step.lr_scales, "bodi": 0.5}) if isinstance(step, Phase) else step
 
-    for number, (changed, near) in enumerate([(misspelt, "twins"), (scaled, "body")]):
-        said = _get_selector_error(
-            trial, SurroundingSteps(after=[changed(HEAD)], transform=changed), f"misspelt-{number}"
-        )
-        assert said, f"{trial.label}: a selector that matches nothing was ignored"
-        assert near in said, f"{trial.label}: the error does not offer '{near}': {said}"
+    for misspell, suggestion in ((misspell_train, "twins"), (misspell_lr_scales, "body")):
+        steps = SurroundingSteps(after=[misspell(HEAD)], transform=misspell)
+        message = _get_selector_error(harness, steps, f"misspelled-{suggestion}")
+        assert message, f"{harness.label}: a selector that matches nothing was ignored"
+        assert suggestion in message, f"{harness.label}: the error does not suggest '{suggestion}': {message}"
 
 
-def _get_selector_error(trial: StrategyHarness, frame: SurroundingSteps, name: str) -> str:
-    """What the error of a selector says; empty where there is none."""
+def _get_selector_error(harness: StrategyHarness, steps: SurroundingSteps, name: str) -> str:
+    """Return the message of the `SelectorError` that a run raises; "" if it raises none."""
     try:
-        trial.build_engine(frame, name=name).run()
+        harness.build_engine(steps, name=name).run()
     except SelectorError as error:
         return str(error)
     except TuneforgeError as error:
-        raise AssertionError(f"{trial.label}: a misspelt selector gives another error: {error}") from error
+        raise AssertionError(f"{harness.label}: a misspelled selector raises another error: {error}") from error
     return ""
 
 
-def check_every_stop_has_a_reason(trial: StrategyHarness) -> None:
-    """Row 13: a phase ends, or training stops, and nobody says why (finetuning-scheduler#7).
+def check_every_stop_has_a_reason(harness: StrategyHarness) -> None:
+    """Known issue 13: a phase or the training ends, and nothing says why (finetuning-scheduler#7).
 
-    Every step's answer holds a reason, which the run also says aloud; where a phase stops early the reason names the
-    figure, and where a budget ends the run it names the budget.
+    The result of every strategy step must hold a reason, which the run also logs. The reason of an early stop must name
+    the metric, and that of an exhausted budget the budget.
     """
 
-    def impatient(step: StrategyStep) -> StrategyStep:
+    def add_patience(step: StrategyStep) -> StrategyStep:
         return attrs.evolve(step, epochs=4, steps=None, patience=1) if isinstance(step, Phase) else step
 
     for number, settings in enumerate([{}, {"budget": "4steps"}]):
-        said: list[str] = []
-        frame = SurroundingSteps([ALL], [HEAD], transform=impatient)
-        result = trial.run(frame, name=f"reasons-{number}", log=said.append, **settings)
-        for step, answer in result.strategy_steps:
+        lines: list[str] = []
+        steps = SurroundingSteps([ALL], [HEAD], transform=add_patience)
+        result = harness.run(steps, name=f"reasons-{number}", log=lines.append, **settings)
+        for step, step_result in result.strategy_steps:
             if isinstance(step, Diagnosis):
                 continue
-            reason = getattr(answer, "reason", "").strip()
-            assert reason, f"{trial.label}: step '{step.name}' ended and gives no reason"
-            assert any(reason in line for line in said), f"{trial.label}: nobody was told: {reason}"
-            if isinstance(step, Phase) and isinstance(answer, StrategyStepResult):
-                assert _explains_stop(step, answer.epochs, reason), (
-                    f"{trial.label}: phase '{step.name}' ended after {answer.epochs} epoch(s), and says: {reason}"
+            reason = getattr(step_result, "reason", "").strip()
+            assert reason, f"{harness.label}: step '{step.name}' ended and gives no reason"
+            assert any(reason in line for line in lines), f"{harness.label}: the reason was not logged: {reason}"
+            if isinstance(step, Phase) and isinstance(step_result, StrategyStepResult):
+                assert _explains_stop(step, step_result.epochs, reason), (
+                    f"{harness.label}: phase '{step.name}' ended after {step_result.epochs} epochs because: {reason}"
                 )
 
 
 def _explains_stop(phase: Phase, epochs: int, reason: str) -> bool:
-    """True where the reason names what happened: all epochs done, an early stop, or the budget."""
+    """Return True if the reason names what happened: all epochs completed, early stopping, or the budget."""
     if "budget" in reason:
         return True
     if phase.epochs is not None and epochs < phase.epochs:
@@ -273,12 +279,12 @@ def _explains_stop(phase: Phase, epochs: int, reason: str) -> bool:
     return "completed" in reason or "early stopping" in reason
 
 
-def _assert_no_violations(trial: StrategyHarness, watch: InvariantChecker, *, about: str = "") -> None:
-    faults = [each for each in watch.violations if about in each]
-    more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-    assert not faults, f"{trial.label}: {'; '.join(faults[:3])}{more}"
-    assert watch.changed_tensors, f"{trial.label}: no phase trained, so nothing was seen"
+def _assert_no_violations(harness: StrategyHarness, checker: InvariantChecker, *, about: str = "") -> None:
+    violations = [each for each in checker.violations if about in each]
+    more = f" (and {len(violations) - 3} more)" if len(violations) > 3 else ""
+    assert not violations, f"{harness.label}: {'; '.join(violations[:3])}{more}"
+    assert checker.changed_tensors, f"{harness.label}: no phase trained, so nothing was checked"
 
 
-def _format_points(keys: list[tuple[str, int]]) -> str:
-    return ", ".join(f"{point} {step}" for point, step in keys)
+def _format_points(points: list[tuple[str, int]]) -> str:
+    return ", ".join(f"{point} {step}" for point, step in points)

@@ -1,7 +1,4 @@
-"""A witness that takes part in a run and trusts none of the engine's own proofs.
-
-It says what it saw in `violations`, a sentence each; an empty list means that nothing went wrong.
-"""
+"""Callbacks that observe a run for the conformance kit, independently of the engine's own freeze check."""
 
 from __future__ import annotations
 
@@ -15,31 +12,30 @@ from torch.nn import functional as F
 from tuneforge import Phase, Run, hookimpl
 
 MIN_GRADIENT = 1e-6
-"""Below it, what an optimizer adds to its divisor may swallow a step."""
+"""Smaller gradients may change nothing, because optimizers add an epsilon to their divisor."""
 
 UPSTREAM_PREFIXES: Mapping[str, tuple[str, ...]] = {"stem.0": (), "body.1": ("stem.", "twins.", "body.0.")}
-"""Of the world's norms without parameters: what lies before them. Where none of it trains, they must keep still."""
-
+"""For each norm of the fixtures without parameters, the modules before it; if none trains, the norm is frozen."""
 
 _DDP_PREFIX = "module."
-"""What DistributedDataParallel puts before every name."""
+"""The prefix that DistributedDataParallel adds to every name."""
 
 
 def get_named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by name, those that are never saved included."""
+    """Return every parameter and buffer by name, including buffers that are never saved."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def is_bit_equal(one: Tensor, other: Tensor) -> bool:
-    """True where both hold the same bits, NaN included."""
+    """Return True if both tensors hold the same bits; NaN equals itself."""
     return one.dtype == other.dtype and torch.equal(_view_as_bytes(one), _view_as_bytes(other))
 
 
 class InvariantChecker:
-    """Compares tensors, norms and dropout of each phase with what the phase names.
+    """Checks that each phase changes what it trains and nothing else; `violations` holds a sentence for each failure.
 
     Args:
-        check_forward: Look into the forward passes too; the features of the frozen part are then not kept.
+        check_forward: Check the outputs of frozen norms and dropout too; the hooks for it turn the feature cache off.
     """
 
     def __init__(self, *, check_forward: bool = False) -> None:
@@ -51,7 +47,7 @@ class InvariantChecker:
 
     @hookimpl
     def phase_started(self, run: Run) -> None:
-        """Copy every tensor, and note which may not change."""
+        """Copy every tensor, and record which may not change."""
         tensors = get_named_tensors(run.model.module)
         self._before = {name: each.detach().clone() for name, each in tensors.items()}
         self._trainable = {name for name, each in run.model.parameters().items() if each.requires_grad}
@@ -63,33 +59,33 @@ class InvariantChecker:
 
     @hookimpl(wrapper=True)
     def optimizer_step(self, run: Run) -> Generator[None, Any, Any]:
-        """Note which tensors have a gradient that must move them, and what wants one that no optimizer knows of."""
-        rates = {id(each): group["lr"] for group in run.optimization.param_groups() for each in group["params"]}
+        """Record tensors whose gradient must change them, and tensors with a gradient but without an optimizer."""
+        lrs = {id(each): group["lr"] for group in run.optimization.param_groups() for each in group["params"]}
         for name, each in run.model.parameters().items():
-            if name not in self._with_gradient and _must_change(each, rates.get(id(each), 1.0)):
+            if name not in self._with_gradient and _must_change(each, lrs.get(id(each), 1.0)):
                 self._with_gradient.add(name)
-            if each.requires_grad and id(each) not in rates and name not in self._without_optimizer:
+            if each.requires_grad and id(each) not in lrs and name not in self._without_optimizer:
                 self._without_optimizer.add(name)
                 self._add_violation(
-                    f"phase '{_get_phase(run).name}': {name} wants a gradient, and no optimizer moves it"
+                    f"phase '{_get_phase(run).name}': {name} requires a gradient, and no optimizer holds it"
                 )
         result = yield
         return result
 
     @hookimpl
     def epoch_ended(self, run: Run) -> None:
-        """Look after each validation."""
+        """Compare after each validation."""
         self._compare(run, "after a validation")
 
     @hookimpl(tryfirst=True)
     def phase_ended(self, run: Run) -> None:
-        """Look at the end, before anything is restored."""
+        """Compare at the end, before the best weights are restored."""
         self._compare(run, "at the end")
         phase, now = _get_phase(run), get_named_tensors(run.model.module)
-        moved = {name for name, each in self._before.items() if not is_bit_equal(each, now[name].detach())}
-        for name in sorted((self._with_gradient & self._trainable) - moved):
-            self._add_violation(f"phase '{phase.name}': {name} trains, got a gradient and has not moved")
-        self.changed_tensors[phase.name] = moved
+        changed = {name for name, each in self._before.items() if not is_bit_equal(each, now[name].detach())}
+        for name in sorted((self._with_gradient & self._trainable) - changed):
+            self._add_violation(f"phase '{phase.name}': {name} trains, got a gradient and did not change")
+        self.changed_tensors[phase.name] = changed
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -115,7 +111,7 @@ class InvariantChecker:
         return self._is_frozen(path, norm)
 
     def _is_frozen(self, path: str, norm: nn.Module) -> bool:
-        """True for a norm with a frozen parameter, or one without any that nothing trainable lies before."""
+        """Return True for a norm with a frozen parameter, or with no parameters and nothing trainable before it."""
         own = list(norm.parameters(recurse=False))
         if own:
             return not all(each.requires_grad for each in own)
@@ -129,33 +125,35 @@ class InvariantChecker:
         for path, module in run.model.module.named_modules():
             if isinstance(module, nn.Dropout):
                 self._handles.append(module.register_forward_hook(self._make_dropout_hook(name, path)))
-            kept = isinstance(module, nn.BatchNorm1d) and module.track_running_stats
-            if kept and _get_phase(run).batchnorm_stats == "frozen" and self._is_frozen(path, module):
+            has_statistics = isinstance(module, nn.BatchNorm1d) and module.track_running_stats
+            if has_statistics and _get_phase(run).batchnorm_stats == "frozen" and self._is_frozen(path, module):
                 self._handles.append(module.register_forward_hook(self._make_batchnorm_hook(name, path)))
 
     def _make_dropout_hook(self, phase: str, path: str) -> Callable[..., None]:
-        def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def check(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if torch.is_grad_enabled() and not args[0].requires_grad:
                 self.num_forward_checks += 1
                 if not torch.equal(args[0], output):
-                    self._add_violation(f"phase '{phase}': dropout '{path}' is on, and nothing before it trains")
+                    self._add_violation(f"phase '{phase}': dropout '{path}' is active, but nothing before it trains")
 
-        return watch
+        return check
 
     def _make_batchnorm_hook(self, phase: str, path: str) -> Callable[..., None]:
-        def watch(module: nn.BatchNorm1d, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def check(module: nn.BatchNorm1d, args: tuple[Tensor, ...], output: Tensor) -> None:
             if torch.is_grad_enabled():
                 self.num_forward_checks += 1
                 mean, variance = module.running_mean, module.running_var
                 expected = F.batch_norm(args[0], mean, variance, module.weight, module.bias, eps=module.eps)
                 if not torch.allclose(expected, output, atol=1e-4):
-                    self._add_violation(f"phase '{phase}': norm '{path}' is frozen and normalises with the batch")
+                    self._add_violation(
+                        f"phase '{phase}': norm '{path}' is frozen and normalizes with batch statistics"
+                    )
 
-        return watch
+        return check
 
 
 class TrainModeCaller:
-    """A user's code that puts the whole model into training mode wherever it can between two steps."""
+    """A callback that sets the whole model to training mode before and after every optimizer step and evaluation."""
 
     def __init__(self) -> None:
         self.num_calls = 0
@@ -188,33 +186,33 @@ class TrainModeCaller:
 
 
 class SampleRecorder:
-    """Notes which samples each batch holds, by the optimizer step that they go into."""
+    """Records the indices of the samples of each batch, with the optimizer step that uses them."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, tuple[int, ...]]] = []
-        self.rows_by_epoch: dict[int, list[int]] = {}
+        self.indices_by_epoch: dict[int, list[int]] = {}
 
     @hookimpl(wrapper=True)
     def train_step(self, run: Run, batch: Any) -> Generator[None, Any, Any]:
-        """Note the indices; a probe's are not training."""
+        """Record the indices, except during a diagnosis."""
         if run.optimization.optimizer is not None and run.engine_state.freeze_check is not None:
             self.batches.append((run.step, tuple(batch.indices.tolist())))
-            self.rows_by_epoch.setdefault(run.epoch, []).extend(batch.indices.tolist())
+            self.indices_by_epoch.setdefault(run.epoch, []).extend(batch.indices.tolist())
         result = yield
         return result
 
 
 def find_changed_tensors(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
-    """Names of the tensors that differ."""
+    """Return the names of the tensors that differ."""
     return {name for name, each in before.items() if not is_bit_equal(each.detach(), after[name].detach())}
 
 
-def _must_change(parameter: Tensor, rate: float) -> bool:
-    """True where the gradient must move the tensor: a step of plain descent is more than rounding can swallow."""
+def _must_change(parameter: Tensor, lr: float) -> bool:
+    """Return True if the gradient must change the tensor: a plain SGD step exceeds the rounding error."""
     if parameter.grad is None:
         return False
     gradient, least = parameter.grad.abs(), 4 * torch.finfo(parameter.dtype).eps * parameter.detach().abs()
-    return bool(((gradient > MIN_GRADIENT) & (rate * gradient > least)).any())
+    return bool(((gradient > MIN_GRADIENT) & (lr * gradient > least)).any())
 
 
 def _get_phase(run: Run) -> Phase:

@@ -1,4 +1,4 @@
-"""Runs of the kit: one strategy on the small world, watched, framed, or killed and resumed."""
+"""Runs of the conformance kit: one strategy on the fixtures, observed, or interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from tuneforge import Engine, Result, Run, StoppedError, hookimpl
 from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.plugin import ComponentSpec, StrategyStep
 from tuneforge.plugin.declaration import build_component
-from tuneforge.testing import fixtures as world
+from tuneforge.testing import fixtures
 
 COMPARED_FILES = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json")
-"""What two runs that are the same to the bit share, byte by byte."""
+"""Files that are byte-identical in two runs with bit-identical results."""
 
 InterruptionPoint = tuple[str, int]
-"""A place in a run: the name of a point that it passes, and the optimizer steps taken by then."""
+"""The name of a fault-injection point that a run passes, and the number of optimizer steps done by then."""
 
 
 class _KilledError(BaseException):
-    """Stands for SIGKILL: nothing catches it, nothing cleans up."""
+    """Simulates SIGKILL: nothing catches it."""
 
 
 class SurroundingSteps:
-    """Puts phases of the kit around a strategy's own steps, so that every strategy freezes and thaws something.
+    """A callback that adds steps to a strategy, so that layers are frozen and unfrozen under every strategy.
 
     Args:
-        before: Steps before its first.
-        after: Steps after its last.
-        before_each: Gives steps to do before each of its own.
-        transform: What is done in place of each step.
+        before: Steps before the strategy's first.
+        after: Steps after the strategy's last.
+        before_each: Returns steps to execute before each step of the strategy, given its number.
+        transform: Returns the step to execute in place of a step of the strategy.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class SurroundingSteps:
 
     @hookimpl(wrapper=True)
     def finetune_strategy(self) -> Generator[None, Any, Any]:
-        """A list stays a list, so that it is still checked before anything trains."""
+        """Add the steps; a list stays a list, so that the engine still validates it before training."""
         steps = yield
         if isinstance(steps, (list, tuple)):
             between = [each for i, step in enumerate(steps) for each in (*self._before_each(i), self._transform(step))]
@@ -60,29 +60,29 @@ class SurroundingSteps:
     def _iterate_steps(self, steps: Iterable[StrategyStep]) -> Generator[StrategyStep, Any, None]:
         for step in self._before:
             yield step
-        own, answer, number = iter(steps), None, 0
+        own, result, number = iter(steps), None, 0
         while True:
             try:
-                step = own.send(answer) if hasattr(own, "send") else next(own)
+                step = own.send(result) if hasattr(own, "send") else next(own)
             except StopIteration:
                 break
-            for beside in self._before_each(number):  # noqa: UP028 - `yield from` would send it the answers
-                yield beside
-            answer = yield self._transform(step)
+            for extra in self._before_each(number):  # noqa: UP028 - `yield from` would send the results to a tuple
+                yield extra
+            result = yield self._transform(step)
             number += 1
         for step in self._after:
             yield step
 
 
 class _StepCounter:
-    """Knows how many optimizer steps a run has taken."""
+    """A callback that returns the number of optimizer steps of its run when called."""
 
     def __init__(self) -> None:
         self._run: Run | None = None
 
     @hookimpl
     def run_started(self, run: Run) -> None:
-        """Take hold of the run."""
+        """Store the run."""
         self._run = run
 
     def __call__(self) -> int:
@@ -91,13 +91,13 @@ class _StepCounter:
 
 @attrs.frozen(eq=False)
 class StrategyHarness:
-    """One strategy under one check.
+    """Runs one strategy for one check.
 
     Args:
-        label: How messages name the strategy.
+        label: The name of the strategy in messages.
         cls: The strategy's class.
-        options: Its options; each run gets an instance of its own, as another process would.
-        directory: Where runs go; the check may fill it.
+        options: Its options; each run gets a new instance, as in another process.
+        directory: An empty directory for the runs of the check.
     """
 
     label: str
@@ -106,36 +106,36 @@ class StrategyHarness:
     directory: Path
 
     def build_strategy(self) -> Any:
-        """The strategy anew."""
+        """Return a new instance of the strategy."""
         return build_component(self.cls, self.options, where=self.label)
 
     def to_spec(self) -> ComponentSpec:
-        """How another process finds it."""
+        """Return the reference by which another process finds the strategy."""
         return ComponentSpec(f"{self.cls.__module__}:{self.cls.__qualname__}", self.options)
 
     def run(self, *callbacks: Any, model: Any = None, name: str = "run", **settings: Any) -> Result:
         """Run the strategy to its end.
 
         Args:
-            callbacks: What else takes part.
-            model: A `Model` other than the world's.
-            name: Of the run's folder.
-            settings: As for `Engine`.
+            callbacks: Callbacks of the run.
+            model: A `Model` other than that of the fixtures.
+            name: The name of the run directory.
+            settings: Settings as for `Engine`.
 
         Raises:
-            AssertionError: The run stopped; the message holds its reason.
+            AssertionError: The run failed; the message holds the reason.
         """
         return self._run_to_end(self.build_engine(*callbacks, model=model, name=name, **settings))
 
     def build_engine(self, *callbacks: Any, model: Any = None, name: str = "run", **settings: Any) -> Engine:
-        """An engine on the world, its run not yet started."""
-        given = {"batch_size": 16, "cache": "off", "checkpoint_s": 1e9, "page": False, "data": world.make_data()}
+        """Return an engine on the fixtures that has not run yet."""
+        defaults = {"batch_size": 16, "cache": "off", "checkpoint_s": 1e9, "page": False, "data": fixtures.make_data()}
         return Engine(
             strategy=self.build_strategy(),
-            model=world.make_model() if model is None else model,
+            model=fixtures.make_model() if model is None else model,
             callbacks=callbacks,
             out=self.directory / name,
-            **{**given, **settings},
+            **{**defaults, **settings},
         )
 
     def run_interrupted(
@@ -143,46 +143,46 @@ class StrategyHarness:
         points: Iterable[InterruptionPoint],
         make_callbacks: Callable[[], Sequence[Any]] = list,
         *,
-        make_model: Callable[[], Any] = world.make_model,
+        make_model: Callable[[], Any] = fixtures.make_model,
         name: str = "interrupted",
         **settings: Any,
     ) -> Result:
-        """Run the strategy, interrupt it at each of the places and resume it each time, to its end.
+        """Run the strategy to its end; at each of the points interrupt the run and resume it.
 
-        After an optimizer step and after a step of the strategy it is stopped, which saves a checkpoint; anywhere else
-        it is killed, and goes on from the checkpoint before.
+        After an optimizer step and after a strategy step the run is stopped, which saves a checkpoint; between training
+        and recording a strategy step it is killed, and resumes from an earlier checkpoint.
 
         Args:
-            points: Where; each is used once, in the order in which the run passes them.
-            make_callbacks: Gives what else takes part, afresh for each process.
-            make_model: Gives the model for each resumed process.
-            name: Of the run's folder.
-            settings: As for `Engine`.
+            points: The points at which to interrupt, each once.
+            make_callbacks: Returns new callbacks for the first run and each resumed one.
+            make_model: Returns a new model for each resumed run.
+            name: The name of the run directory.
+            settings: Settings as for `Engine`.
         """
-        left, data = set(points), settings.get("data") or world.make_data()
-        clock = _StepCounter()
-        engine = self.build_engine(*make_callbacks(), clock, name=name, **settings)
+        remaining, data = set(points), settings.get("data") or fixtures.make_data()
+        counter = _StepCounter()
+        engine = self.build_engine(*make_callbacks(), counter, name=name, **settings)
         while True:
-            with _set_fault_hook(functools.partial(_interrupt, engine, clock, left)):
+            with _set_fault_hook(functools.partial(_interrupt, engine, counter, remaining)):
                 try:
                     return self._run_to_end(engine)
                 except (_KilledError, StoppedError):
                     pass
-            clock = _StepCounter()
+            counter = _StepCounter()
             engine = Engine.resume(
                 self.directory / name, data=data, model=make_model(), strategy=self.build_strategy(),
-                callbacks=[*make_callbacks(), clock],
+                callbacks=[*make_callbacks(), counter],
             )  # fmt: skip
 
-    def record_points(self, *callbacks: Any, name: str = "places", **settings: Any) -> list[InterruptionPoint]:
-        """Every place that the run passes, in order."""
-        clock, passed = _StepCounter(), list[InterruptionPoint]()
-        with _set_fault_hook(lambda point: passed.append((point, clock()))):
-            self.run(*callbacks, clock, name=name, **settings)
+    def record_points(self, *callbacks: Any, name: str = "points", **settings: Any) -> list[InterruptionPoint]:
+        """Run the strategy, and return every fault-injection point that the run passes, in order."""
+        counter, passed = _StepCounter(), list[InterruptionPoint]()
+        with _set_fault_hook(lambda point: passed.append((point, counter()))):
+            self.run(*callbacks, counter, name=name, **settings)
         return passed
 
     def read_files(self, name: str) -> dict[str, bytes]:
-        """What a run left that must not depend on how it was interrupted."""
+        """Return the content of the files that must not depend on interruptions."""
         return {each: (self.directory / name / each).read_bytes() for each in COMPARED_FILES}
 
     def _run_to_end(self, engine: Engine) -> Result:
@@ -191,12 +191,12 @@ class StrategyHarness:
         except StoppedError:
             raise
         except Exception as error:
-            raise AssertionError(f"{self.label}: the run stopped: {type(error).__name__}: {error}") from error
+            raise AssertionError(f"{self.label}: the run failed: {type(error).__name__}: {error}") from error
 
 
-def choose_interruption_points(places: Iterable[InterruptionPoint]) -> list[InterruptionPoint]:
-    """Where to interrupt a run: one optimizer step before, at (twice), and one after the end of each of its steps."""
-    passed = list(dict.fromkeys(places))
+def choose_interruption_points(points: Iterable[InterruptionPoint]) -> list[InterruptionPoint]:
+    """Return points one optimizer step before, at (twice), and one after the end of each strategy step."""
+    passed = list(dict.fromkeys(points))
     ends = [step for point, step in passed if point == "phase-trained"]
     wanted = {
         each
@@ -207,7 +207,7 @@ def choose_interruption_points(places: Iterable[InterruptionPoint]) -> list[Inte
 
 
 def compare_files(one: dict[str, bytes], other: dict[str, bytes]) -> str:
-    """Empty where two runs left the same; else which files differ, and in which lines."""
+    """Return the files that differ, and from which line; "" if all files are equal."""
     differing = []
     for name in (each for each in one if one[each] != other[each]):
         lines = zip(one[name].splitlines(), other[name].splitlines(), strict=False)
@@ -217,17 +217,17 @@ def compare_files(one: dict[str, bytes], other: dict[str, bytes]) -> str:
 
 
 def copy_parameters(result: Result) -> dict[str, torch.Tensor]:
-    """Every parameter by name, as the run left it."""
+    """Return a copy of every parameter by name after the run."""
     return {name: each.detach().clone() for name, each in result.model.parameters().items()}
 
 
-def _interrupt(engine: Engine, clock: _StepCounter, left: set[InterruptionPoint], point: str) -> None:
-    if (point, clock()) not in left:
+def _interrupt(engine: Engine, counter: _StepCounter, remaining: set[InterruptionPoint], point: str) -> None:
+    if (point, counter()) not in remaining:
         return
-    left.remove((point, clock()))
+    remaining.remove((point, counter()))
     if point == "phase-trained":
         raise _KilledError
-    engine.stop("the kit", exit_code=143)
+    engine.stop("the conformance kit", exit_code=143)
 
 
 @contextlib.contextmanager

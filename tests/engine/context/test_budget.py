@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from simulated_kill import Killed, contents, killed
+from simulated_kill import SimulatedKillError, read_files, run_and_kill
 from tiny import tiny_data, tiny_net
 
 import tuneforge as tf
@@ -137,9 +137,9 @@ def test_the_strategy_is_closed(tmp_path):
 @pytest.mark.parametrize("checkpoint_s", [0.0, 1e9])
 def test_killed_at_any_point_after_the_mark_it_ends_the_same_to_the_bit(tmp_path, budget, checkpoint_s):
     whole = engine(tmp_path / "whole", budget=budget)
-    assert killed(whole.run, -1)
-    expected = contents(tmp_path / "whole")
-    assert contents(engine(tmp_path / "twice", budget=budget).run().run_dir) == expected
+    assert run_and_kill(whole.run, -1)
+    expected = read_files(tmp_path / "whole")
+    assert read_files(engine(tmp_path / "twice", budget=budget).run().run_dir) == expected
     for later in range(0, 40, 3):
         path = tmp_path / f"r{later}"
         marked = 0
@@ -148,38 +148,38 @@ def test_killed_at_any_point_after_the_mark_it_ends_the_same_to_the_bit(tmp_path
             nonlocal marked
             marked += marked > 0 or name == "budget-marked"
             if marked == later + 1:
-                raise Killed
+                raise SimulatedKillError
 
         faults.hook = hook
         try:
             engine(path, budget=budget, checkpoint_s=checkpoint_s).run()
-        except Killed:
+        except SimulatedKillError:
             faults.hook = None
             engine(path, resume=True).run()
         faults.hook = None
-        assert contents(path) == expected, later
+        assert read_files(path) == expected, later
 
 
 def test_seconds_end_at_the_step_that_was_written_down(tmp_path):
     late = {"callbacks": [Late()]}
-    killed(engine(tmp_path / "r", budget="1000s", **late).run, 1, only="budget-marked")
+    run_and_kill(engine(tmp_path / "r", budget="1000s", **late).run, 1, only="budget-marked")
     step = read(tmp_path / "r", "budget.json")["step"]
     assert step == 9
     shutil.copytree(tmp_path / "r", tmp_path / "again")
     engine(tmp_path / "r", resume=True, **late).run()
-    killed(engine(tmp_path / "again", resume=True, **late).run, 3)
+    run_and_kill(engine(tmp_path / "again", resume=True, **late).run, 3)
     engine(tmp_path / "again", resume=True, **late).run()
-    assert contents(tmp_path / "again") == contents(tmp_path / "r")
+    assert read_files(tmp_path / "again") == read_files(tmp_path / "r")
     assert read(tmp_path / "r", "report.json")["stopped_by_budget"] == step
     assert last_answer(tmp_path / "r")["reason"] == f"budget of 1000s spent at step {step}"
     never_killed = engine(tmp_path / "steps", budget=f"{step}steps").run()
     same = ("model.safetensors", "metrics.jsonl", "report.json", "hardest_samples.json")
-    assert contents(never_killed.run_dir, same) == contents(tmp_path / "r", same)
+    assert read_files(never_killed.run_dir, same) == read_files(tmp_path / "r", same)
 
 
 def test_seconds_that_were_spent_are_not_given_back(tmp_path):
     path = tmp_path / "r"
-    killed(engine(path, budget="1h").run, 10, only="step-saved")
+    run_and_kill(engine(path, budget="1h").run, 10, only="step-saved")
     status = read(path, "status.json")
     (path / "status.json").write_text(json.dumps({**status, "state": "failed", "elapsed_s": 3600.0}))
     result = engine(path, resume=True).run()
@@ -189,7 +189,7 @@ def test_seconds_that_were_spent_are_not_given_back(tmp_path):
 
 def test_a_checkpoint_knows_the_seconds(tmp_path):
     path = tmp_path / "r"
-    killed(engine(path, strategy=fit_between).run, 9, only="step-saved")
+    run_and_kill(engine(path, strategy=fit_between).run, 9, only="step-saved")
     (path / "status.json").write_text('{"state": "running"}')
     known = checkpoint.load_latest(path, torch.device("cpu"))[1]["elapsed_s"]
     watch = Watch()
@@ -201,7 +201,7 @@ def test_a_checkpoint_knows_the_seconds(tmp_path):
 
 def test_spent_in_a_step_that_trains_nothing_the_run_ends_after_it_also_when_killed(tmp_path):
     given = {"strategy": fit_between, "callbacks": [Slow(training=False)]}
-    killed(engine(tmp_path / "r", budget="1000s", **given).run, 1, only="budget-marked")
+    run_and_kill(engine(tmp_path / "r", budget="1000s", **given).run, 1, only="budget-marked")
     assert read(tmp_path / "r", "budget.json")["completed_steps"] == 2
     shutil.rmtree(tmp_path / "r" / "checkpoints")  # so that even the first phase is done again
     result = engine(tmp_path / "r", resume=True, **given).run()
@@ -212,9 +212,11 @@ def test_spent_in_a_step_that_trains_nothing_the_run_ends_after_it_also_when_kil
 @pytest.mark.parametrize("checkpoint_s", [0.0, 1e9])
 def test_spent_in_the_evaluation_of_an_epoch_the_run_ends_with_that_epoch_also_when_killed(tmp_path, checkpoint_s):
     given = {"callbacks": [Slow(training=True)]}
-    killed(engine(tmp_path / "r", budget="1000s", checkpoint_s=checkpoint_s, **given).run, 1, only="budget-marked")
+    run_and_kill(
+        engine(tmp_path / "r", budget="1000s", checkpoint_s=checkpoint_s, **given).run, 1, only="budget-marked"
+    )
     assert read(tmp_path / "r", "budget.json")["step"] == 12
     engine(tmp_path / "r", resume=True, **given).run()
     never_killed = engine(tmp_path / "steps", budget="12steps").run()
     same = ("model.safetensors", "metrics.jsonl", "report.json", "hardest_samples.json")
-    assert contents(never_killed.run_dir, same) == contents(tmp_path / "r", same)
+    assert read_files(never_killed.run_dir, same) == read_files(tmp_path / "r", same)

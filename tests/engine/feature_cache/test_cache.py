@@ -415,7 +415,7 @@ def test_a_cache_that_cannot_be_written_costs_only_the_sharing(tune, tmp_path):
 
 
 def test_augmentation_is_a_bank_of_views_and_exact_where_there_are_enough(tune):
-    ways = {"augment": [tf.use("tiny:Shaken")], "optimizer": "sgd"}
+    ways = {"augment": [tf.use("tiny:GaussianJitter")], "optimizer": "sgd"}
     six = attrs.evolve(HEAD, epochs=6)
     banked, said = told(tune, [six], cache_copies=3, **ways)
     assert "3 copies per sample" in said[0]

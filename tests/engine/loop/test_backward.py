@@ -1,6 +1,6 @@
-"""Numbers that are none are found at their step, and memory that runs out costs a repeated step.
+"""NaN and Inf are found at the step that produces them, and running out of memory repeats a step with fewer samples.
 
-The full set of planted numbers: `TUNEFORGE_NANS=20 python -m pytest tests/engine/loop/test_backward.py`.
+The full set of injected values: `TUNEFORGE_NANS=20 python -m pytest tests/engine/loop/test_backward.py`.
 """
 
 import math
@@ -18,12 +18,12 @@ from tuneforge.plugin import ComponentSpec
 
 STEPS = 24
 COUNT = int(os.environ.get("TUNEFORGE_NANS", "2"))
-PLANTED = [2 + place * (STEPS - 2) // COUNT for place in range(COUNT)]
+INJECTED = [2 + number * (STEPS - 2) // COUNT for number in range(COUNT)]
 EPOCHS = [tf.Phase("all", epochs=4, lr=0.01)]
 
 
-class Spoils:
-    """Puts a number that is none where it is told, at one optimizer step; what comes before it is untouched."""
+class NonFinite:
+    """Injects NaN into the loss, a gradient or an input at one optimizer step."""
 
     def __init__(self, kind, step, value=math.nan):
         self.kind, self.step, self.value, self.seen = kind, step, value, []
@@ -51,19 +51,19 @@ class Spoils:
         return result
 
 
-class SpoilsOnce(Spoils):
-    """The same; its hook on a gradient is taken off after the step."""
+class NonFiniteOnce(NonFinite):
+    """`NonFinite` that removes its gradient hook after the step."""
 
     @tf.hookimpl(wrapper=True)
     def train_step(self, run, batch):
         if run.step + 1 > self.step and self.kind == "gradient":
             run.model.parameters()["second.0.weight"]._backward_hooks.clear()
-        result = yield from Spoils.train_step(self, run, batch)
+        result = yield from NonFinite.train_step(self, run, batch)
         return result
 
 
-class LeavesOut:
-    """What the user would do by hand: nothing at all in that step."""
+class SkipsByHand:
+    """Skips one optimizer step as a user would: gradients are dropped and buffers restored."""
 
     def __init__(self, step):
         self.step = step
@@ -90,54 +90,54 @@ def weights(result):
     return result.model.module.state_dict()
 
 
-def same(one, other):
+def are_equal(one, other):
     return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-@pytest.mark.parametrize("step", PLANTED)
+@pytest.mark.parametrize("step", INJECTED)
 @pytest.mark.parametrize("kind", ["loss", "gradient", "input"])
-def test_a_number_that_is_none_halts_the_run_at_its_step_and_names_samples(tune, kind, step):
-    spoils = SpoilsOnce(kind, step)
+def test_nan_halts_the_run_at_its_step_and_names_the_samples(tune, kind, step):
+    nonfinite = NonFiniteOnce(kind, step)
     with pytest.raises(tf.HaltError, match=f"optimizer step {step}[,; ]") as caught:
-        tune(EPOCHS, callbacks=[spoils])
+        tune(EPOCHS, callbacks=[nonfinite])
     assert caught.value.exit_code == 70
     assert "sample" in str(caught.value)
     if kind == "input":
-        assert f"NaN or Inf in the input of {spoils.named}" in str(caught.value)
+        assert f"NaN or Inf in the input of {nonfinite.named}" in str(caught.value)
     if kind == "gradient":
         assert "second.0.weight" in str(caught.value)
 
 
-@pytest.mark.parametrize("step", PLANTED)
-def test_a_step_that_is_left_out_changes_nothing_whatever_was_wrong_in_it(tune, step):
-    by_hand = tune(EPOCHS, callbacks=[LeavesOut(step)], optimizer="sgd")
+@pytest.mark.parametrize("step", INJECTED)
+def test_skipped_step_changes_nothing(tune, step):
+    by_hand = tune(EPOCHS, callbacks=[SkipsByHand(step)], optimizer="sgd")
     for kind in ("loss", "gradient", "input"):
-        result = tune(EPOCHS, callbacks=[SpoilsOnce(kind, step)], on_nan="skip", optimizer="sgd")
+        result = tune(EPOCHS, callbacks=[NonFiniteOnce(kind, step)], on_nan="skip", optimizer="sgd")
         assert result.strategy_steps[0][1].skipped_steps == (step,)
-        assert same(weights(result), weights(by_hand))
+        assert are_equal(weights(result), weights(by_hand))
 
 
-@pytest.mark.parametrize("step", PLANTED)
+@pytest.mark.parametrize("step", INJECTED)
 @pytest.mark.parametrize("kind", ["loss", "gradient", "input"])
-def test_going_back_takes_the_weights_of_the_epochs_beginning_and_half_the_rate(tune, kind, step):
-    rates = []
+def test_rollback_restores_the_epochs_initial_weights_and_halves_the_lr(tune, kind, step):
+    lrs = []
 
-    class Watches:
+    class Recorder:
         @tf.hookimpl
         def epoch_ended(self, run):
-            rates.append(run.history[-1]["lr"])
+            lrs.append(run.history[-1]["lr"])
 
     phase = attrs.evolve(EPOCHS[0], schedule="constant")
-    result = tune([phase], callbacks=[SpoilsOnce(kind, step), Watches(), ComponentSpec("ema")], on_nan="rollback")
+    result = tune([phase], callbacks=[NonFiniteOnce(kind, step), Recorder(), ComponentSpec("ema")], on_nan="rollback")
     assert result.strategy_steps[0][1].skipped_steps == (step,)
-    assert rates == [0.01 if (epoch + 1) * 6 <= step else 0.005 for epoch in range(4)]  # of each epoch's last step
+    assert lrs == [0.01 if (epoch + 1) * 6 <= step else 0.005 for epoch in range(4)]  # of each epoch's last step
     assert all(tensor.isfinite().all() for tensor in weights(result).values())
 
 
 @pytest.mark.parametrize("on_nan", ["skip", "rollback"])
-def test_a_run_that_went_on_and_is_killed_after_that_ends_the_same(tune, tmp_path, monkeypatch, on_nan):
-    given = {"on_nan": on_nan, "checkpoint_s": 0.0, "model": tiny_net()}
-    whole = tune(EPOCHS, callbacks=[SpoilsOnce("loss", 9)], **given)
+def test_run_killed_after_a_skip_or_rollback_resumes_bit_identical(tune, tmp_path, monkeypatch, on_nan):
+    settings = {"on_nan": on_nan, "checkpoint_s": 0.0, "model": tiny_net()}
+    unbroken = tune(EPOCHS, callbacks=[NonFiniteOnce("loss", 9)], **settings)
     seen = []
 
     class KilledError(BaseException):
@@ -151,17 +151,17 @@ def test_a_run_that_went_on_and_is_killed_after_that_ends_the_same(tune, tmp_pat
 
     monkeypatch.setattr(faults, "point", at)
     with pytest.raises(KilledError):
-        tune(EPOCHS, callbacks=[SpoilsOnce("loss", 9)], **{**given, "model": tiny_net()}, data=tiny_data())
+        tune(EPOCHS, callbacks=[NonFiniteOnce("loss", 9)], **{**settings, "model": tiny_net()}, data=tiny_data())
     monkeypatch.undo()
     path = max(tmp_path.glob("run*"))
-    objects = {"data": tiny_data(), "model": tiny_net(), "strategy": EPOCHS, "callbacks": [SpoilsOnce("loss", 9)]}
+    objects = {"data": tiny_data(), "model": tiny_net(), "strategy": EPOCHS, "callbacks": [NonFiniteOnce("loss", 9)]}
     resumed = tf.Engine.resume(path, **objects).run()
-    assert same(weights(resumed), weights(whole))
+    assert are_equal(weights(resumed), weights(unbroken))
     assert resumed.strategy_steps[0][1].skipped_steps == (9,)
 
 
-def test_weights_that_are_no_numbers_halt_a_run_that_leaves_steps_out(tune):
-    class Ruins:
+def test_nan_in_the_weights_halts_a_run_that_skips_steps(tune):
+    class WritesNaN:
         @tf.hookimpl(wrapper=True)
         def optimizer_step(self, run):
             result = yield
@@ -171,11 +171,11 @@ def test_weights_that_are_no_numbers_halt_a_run_that_leaves_steps_out(tune):
             return result
 
     with pytest.raises(tf.HaltError, match="10 steps in succession"):
-        tune([tf.Phase("all", epochs=9, lr=0.01)], callbacks=[Ruins()], on_nan="skip", batch_size=4)
+        tune([tf.Phase("all", epochs=9, lr=0.01)], callbacks=[WritesNaN()], on_nan="skip", batch_size=4)
 
 
-class Plain(nn.Module):
-    """No norm, so that pieces of a batch add up to it; dropout, so that random states count."""
+class WithoutNorm(nn.Module):
+    """A network without BatchNorm, so that micro-batches add up to the batch, and with dropout."""
 
     def __init__(self):
         super().__init__()
@@ -187,7 +187,7 @@ class Plain(nn.Module):
 
 
 class SmallMemory:
-    """Memory for so many samples a pass, from a step on, as a device would tell it: in forward or in backward."""
+    """Raises an out-of-memory error in forward or backward if a pass has more than `most` samples."""
 
     def __init__(self, most, *, start=1, where="forward"):
         self.most, self.start, self.where = most, start, where
@@ -209,8 +209,8 @@ class SmallMemory:
         return loss, outputs
 
 
-class Told:
-    """The user who knows from which step on a smaller pass is needed."""
+class SetsMicroBatch:
+    """Sets the micro-batch size before the step that would run out of memory."""
 
     def __init__(self, most, start):
         self.most, self.start = most, start
@@ -231,30 +231,30 @@ class Told:
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("start", [1, 7])
 @pytest.mark.parametrize("grad_accum_steps", [1, 2])
-def test_memory_that_runs_out_halves_the_pass_and_the_run_equals_one_told_so(tune, where, start, grad_accum_steps):
+def test_oom_halves_the_micro_batch_and_the_run_equals_one_with_that_size(tune, where, start, grad_accum_steps):
     torch.manual_seed(3)
-    given = {"grad_accum_steps": grad_accum_steps, "optimizer": "adamw"}
-    models = [Plain(), Plain()]
+    settings = {"grad_accum_steps": grad_accum_steps, "optimizer": "adamw"}
+    models = [WithoutNorm(), WithoutNorm()]
     models[1].load_state_dict(models[0].state_dict())
-    small = tune(EPOCHS, model=models[0], callbacks=[SmallMemory(5, start=start, where=where)], **given)
-    told = tune(EPOCHS, model=models[1], callbacks=[Told(4, start)], **given)
-    assert same(weights(small), weights(told))
+    small = tune(EPOCHS, model=models[0], callbacks=[SmallMemory(5, start=start, where=where)], **settings)
+    expected = tune(EPOCHS, model=models[1], callbacks=[SetsMicroBatch(4, start)], **settings)
+    assert are_equal(weights(small), weights(expected))
     assert "micro-batch size reduced to 4" in (small.run_dir / "log.txt").read_text()
 
 
-def test_pieces_of_a_batch_add_up_to_the_batch(tune):
+def test_micro_batches_add_up_to_the_batch(tune):
     torch.manual_seed(3)
-    models = [Plain(), Plain()]
+    models = [WithoutNorm(), WithoutNorm()]
     models[1].load_state_dict(models[0].state_dict())
     for model in models:
         model.body[2].p = 0.0
-    whole, pieces = (tune(EPOCHS, model=model, micro_batch=size) for model, size in zip(models, (None, 5), strict=True))
+    whole, split = (tune(EPOCHS, model=model, micro_batch=size) for model, size in zip(models, (None, 5), strict=True))
     for name, tensor in weights(whole).items():
-        torch.testing.assert_close(weights(pieces)[name], tensor, rtol=1e-4, atol=1e-6)
-    assert pieces.report["splits"]["test"]["accuracy"] == whole.report["splits"]["test"]["accuracy"]
+        torch.testing.assert_close(weights(split)[name], tensor, rtol=1e-4, atol=1e-6)
+    assert split.report["splits"]["test"]["accuracy"] == whole.report["splits"]["test"]["accuracy"]
 
 
-def test_memory_for_no_sample_at_all_halts_and_norms_are_told_of(tune):
+def test_oom_of_the_smallest_micro_batch_halts_and_batchnorm_is_noted(tune):
     with pytest.raises(tf.HaltError, match=r"a training pass of 2 sample.*tried to allocate 2 GiB") as caught:
         tune(EPOCHS, callbacks=[SmallMemory(1)])
     assert caught.value.exit_code == 70
@@ -262,43 +262,43 @@ def test_memory_for_no_sample_at_all_halts_and_norms_are_told_of(tune):
     assert "BatchNorm now normalizes with micro-batches" in (result.run_dir / "log.txt").read_text()
 
 
-def test_an_evaluation_that_runs_out_of_memory_is_done_again_in_smaller_passes(tune):
-    class Narrow(Plain):
+def test_oom_in_evaluation_repeats_it_with_smaller_batches(tune):
+    class SmallEvaluation(WithoutNorm):
         def forward(self, inputs):
             if not self.training and len(inputs) > 10:
                 raise torch.OutOfMemoryError("tried to allocate 2 GiB")
             return super().forward(inputs)
 
     torch.manual_seed(3)
-    narrow, plain = Narrow(), Plain()
+    narrow, plain = SmallEvaluation(), WithoutNorm()
     plain.load_state_dict(narrow.state_dict())
     small, whole = (tune(EPOCHS, model=model, cache="off") for model in (narrow, plain))
     assert small.report["splits"]["test"]["confusion"] == whole.report["splits"]["test"]["confusion"]
     assert (small.run_dir / "hardest_samples.json").read_text() == (whole.run_dir / "hardest_samples.json").read_text()
 
 
-def test_a_probe_and_a_fit_that_run_out_of_memory_go_on_in_smaller_passes(tune):
-    class Narrow(Plain):
+def test_oom_in_diagnosis_and_head_fit_continues_with_smaller_batches(tune):
+    class SmallEvaluation(WithoutNorm):
         def forward(self, inputs):
             if not self.training and len(inputs) > 10:
                 raise torch.OutOfMemoryError("tried to allocate 2 GiB")
             return super().forward(inputs)
 
-    def measured(model):
-        readings = []
+    def measure(model):
+        diagnostics = []
 
         def strategy(task):
             for measure in ("gradients", "lrs"):
-                readings.append((yield tf.Diagnosis(measure, measure=measure)).values)
+                diagnostics.append((yield tf.Diagnosis(measure, measure=measure)).values)
             yield tf.HeadFit("head")
 
         result = tune(strategy, model=model)
-        return readings, weights(result), (result.run_dir / "log.txt").read_text()
+        return diagnostics, weights(result), (result.run_dir / "log.txt").read_text()
 
     torch.manual_seed(3)
-    narrow, plain = Narrow(), Plain()
+    narrow, plain = SmallEvaluation(), WithoutNorm()
     plain.load_state_dict(narrow.state_dict())
-    (small, fitted, log), (whole, fitted_whole, _) = measured(narrow), measured(plain)
+    (small, fitted, log), (whole, fitted_whole, _) = measure(narrow), measure(plain)
     for one, other in zip(small, whole, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
     for name, tensor in fitted_whole.items():

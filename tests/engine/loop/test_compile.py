@@ -1,4 +1,4 @@
-"""`--compile`: the phases train what they name, as without it."""
+"""With `--compile` each phase trains the same parameters as without it."""
 
 import shutil
 
@@ -11,7 +11,7 @@ import tuneforge as tf
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler"),
-    pytest.mark.filterwarnings("ignore"),  # of torch's own compiler
+    pytest.mark.filterwarnings("ignore"),  # warnings of torch.compile
 ]
 
 PHASES = [
@@ -27,20 +27,20 @@ def network():
     return nn.Sequential(*layers.values(), nn.ReLU(), nn.Linear(16, 3))
 
 
-def test_what_a_later_phase_thaws_trains_under_compile_as_without(tune):
-    said = []
-    fast = tune(PHASES, model=network(), optimizer="sgd", compile=True, log=said.append)
-    slow = tune(PHASES, model=network(), optimizer="sgd")
-    start = network().state_dict()
-    for name, tensor in fast.model.module.state_dict().items():
-        assert torch.allclose(tensor, slow.model.module.state_dict()[name], atol=1e-4), name
-        assert name == "0.bias" or not torch.equal(tensor, start[name]), name  # a norm takes that bias away
-    spoken = [line for line in said if line.startswith("  compile: ")]
-    assert len(spoken) == len(PHASES)
-    assert all("less than it costs" in line for line in spoken)
+def test_layers_that_a_later_phase_unfreezes_train_when_compiled(tune):
+    lines = []
+    compiled = tune(PHASES, model=network(), optimizer="sgd", compile=True, log=lines.append)
+    eager = tune(PHASES, model=network(), optimizer="sgd")
+    initial = network().state_dict()
+    for name, tensor in compiled.model.module.state_dict().items():
+        assert torch.allclose(tensor, eager.model.module.state_dict()[name], atol=1e-4), name
+        assert name == "0.bias" or not torch.equal(tensor, initial[name]), name  # BatchNorm cancels that bias
+    compile_lines = [line for line in lines if line.startswith("  compile: ")]
+    assert len(compile_lines) == len(PHASES)
+    assert all("less than it costs" in line for line in compile_lines)
 
 
-def test_a_model_that_does_not_compile_is_an_error_that_says_so(tune, monkeypatch):
+def test_model_that_cannot_be_compiled_is_an_error(tune, monkeypatch):
     def broken(network):
         def call(*args, **kwargs):
             raise RuntimeError("no compiler")

@@ -13,7 +13,7 @@ def weights(result):
     return (result.run_dir / "model.safetensors").read_bytes()
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tune):
+def test_same_seed_gives_identical_files_and_another_seed_does_not(tune):
     strategy = [tf.Phase("head", train="head", epochs=1), tf.Phase("all", epochs=2, lr=0.01)]
     one, two, other = (tune(strategy, seed=seed, callbacks=[tf.use("ema")]) for seed in (1, 1, 2))
     assert weights(one) == weights(two)
@@ -22,13 +22,13 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tune):
         assert (one.run_dir / name).read_bytes() == (two.run_dir / name).read_bytes()
 
 
-def test_noise_inside_the_model_does_not_depend_on_what_ran_before(tune):
+def test_dropout_does_not_depend_on_the_callers_random_state(tune):
     one = tune([tf.Phase("all", epochs=2)])
     torch.rand(17)
     assert weights(one) == weights(tune([tf.Phase("all", epochs=2)]))
 
 
-def test_the_folder_holds_what_it_should(tune):
+def test_run_directory_holds_all_files(tune):
     result = tune([tf.Phase("head", train="head", epochs=2)])
     names = {path.name for path in result.run_dir.iterdir()}
     assert names >= {
@@ -52,24 +52,24 @@ def test_the_folder_holds_what_it_should(tune):
     )
 
 
-def test_a_strategy_is_answered_and_decides(tune):
-    heard = []
+def test_strategy_gets_results_and_decides(tune):
+    results = []
 
     def strategy(task):
-        report = yield tf.Phase("head", train="head", epochs=1)
-        heard.append(report)
-        if report.val["recall_min"] < 1.1:
+        head_result = yield tf.Phase("head", train="head", epochs=1)
+        results.append(head_result)
+        if head_result.val["recall_min"] < 1.1:
             yield tf.Phase("more", epochs=1)
 
     result = tune(strategy)
     assert [step.name for step, _ in result.strategy_steps] == ["head", "more"]
-    assert set(heard[0].val["per_class"]) == {"a", "b", "c"}
-    assert len(heard[0].val["confusion"]) == 3
+    assert set(results[0].val["per_class"]) == {"a", "b", "c"}
+    assert len(results[0].val["confusion"]) == 3
     logged = [json.loads(line) for line in (result.run_dir / "steps.jsonl").read_text().splitlines()]
-    assert from_json(json.dumps(logged[0]["result"])).val["recall_min"] == heard[0].val["recall_min"]
+    assert from_json(json.dumps(logged[0]["result"])).val["recall_min"] == results[0].val["recall_min"]
 
 
-def test_early_stop_ends_a_phase_and_says_so_and_best_weights_come_back(tune):
+def test_early_stopping_ends_a_phase_and_restores_the_best_weights(tune):
     phase = tf.Phase("all", epochs=30, lr=0.01, patience=2, restore_best=True)
     result = tune([phase])
     report = result.strategy_steps[0][1]
@@ -80,20 +80,20 @@ def test_early_stop_ends_a_phase_and_says_so_and_best_weights_come_back(tune):
     assert report.val["f1_macro"] == best == result.report["splits"]["val"]["f1_macro"]
 
 
-def test_a_phase_can_be_given_in_steps(tune):
+def test_phase_length_in_optimizer_steps(tune):
     report = tune([tf.Phase("all", steps=8)]).strategy_steps[0][1]
     assert (report.steps, report.epochs) == (8, 2)
 
 
-def test_accumulated_gradients_step_once_for_several_batches(tune):
+def test_gradient_accumulation_steps_once_per_several_batches(tune):
     report = tune([tf.Phase("all", epochs=1)], grad_accum_steps=4).strategy_steps[0][1]
     assert report.steps == 2
 
 
-def test_the_optimizer_keeps_moments_over_phases_and_drops_those_of_the_frozen(tune):
+def test_optimizer_keeps_state_between_phases_and_drops_that_of_frozen_parameters(tune):
     seen = []
 
-    class Watches:
+    class Recorder:
         @tf.hookimpl
         def phase_started(self, run):
             state = run.optimization.optimizer.state
@@ -102,76 +102,76 @@ def test_the_optimizer_keeps_moments_over_phases_and_drops_those_of_the_frozen(t
 
     tune(
         [tf.Phase("a", epochs=1), tf.Phase("b", train="head", epochs=1), tf.Phase("c", epochs=1)],
-        callbacks=[Watches()],
+        callbacks=[Recorder()],
     )
     assert seen == [[], ["head.bias", "head.weight"], ["head.bias", "head.weight"]]
 
 
-def test_rates_follow_layer_decay_and_scales(tune):
-    rates = {}
+def test_learning_rates_follow_layer_decay_and_lr_scales(tune):
+    lrs = {}
 
-    class Watches:
+    class Recorder:
         @tf.hookimpl
         def phase_started(self, run):
             by_id = {id(p): group for group in run.optimization.param_groups() for p in group["params"]}
-            rates.update(
+            lrs.update(
                 {
                     name: (by_id[id(p)]["peak_lr"], by_id[id(p)]["weight_decay"])
                     for name, p in run.model.parameters().items()
                 }
             )
-            rates["groups"] = len(run.optimization.param_groups())
+            lrs["groups"] = len(run.optimization.param_groups())
 
     phase = tf.Phase("a", epochs=1, lr=0.1, layer_decay=0.5, lr_scales={"second.1.weight": 3.0}, weight_decay=0.2)
-    tune([phase], callbacks=[Watches()])
-    assert rates["head.weight"] == (0.1, 0.2)
-    assert rates["second.0.weight"] == (0.05, 0.2)
-    assert rates["second.1.weight"] == (pytest.approx(0.15), 0.0)
-    assert rates["first.0.bias"] == (0.025, 0.0)
-    assert rates["groups"] == 7
+    tune([phase], callbacks=[Recorder()])
+    assert lrs["head.weight"] == (0.1, 0.2)
+    assert lrs["second.0.weight"] == (0.05, 0.2)
+    assert lrs["second.1.weight"] == (pytest.approx(0.15), 0.0)
+    assert lrs["first.0.bias"] == (0.025, 0.0)
+    assert lrs["groups"] == 7
 
 
-def test_what_the_user_says_beats_the_strategy(tune):
+def test_users_optimizer_overrides_the_strategys(tune):
     seen = []
 
-    class Watches:
+    class Recorder:
         @tf.hookimpl
         def phase_started(self, run):
             seen.append(type(run.optimization.optimizer).__name__)
 
     phase = tf.Phase("a", epochs=1, optimizer=tf.use("adamw"))
-    tune([phase], callbacks=[Watches()])
-    tune([phase], callbacks=[Watches()], optimizer="sgd")
+    tune([phase], callbacks=[Recorder()])
+    tune([phase], callbacks=[Recorder()], optimizer="sgd")
     assert seen == ["AdamW", "SGD"]
 
 
-def test_a_fit_solves_the_head_and_moves_nothing_else(tune):
+def test_head_fit_solves_the_head_and_changes_nothing_else(tune):
     net = tiny_net()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     report = tune([tf.HeadFit("probe")], model=net).strategy_steps[0][1]
-    moved = [name for name, tensor in net.state_dict().items() if not torch.equal(before[name], tensor)]
-    assert moved == ["head.weight", "head.bias"]
+    changed = [name for name, tensor in net.state_dict().items() if not torch.equal(before[name], tensor)]
+    assert changed == ["head.weight", "head.bias"]
     assert report.val["accuracy"] > 0.7
 
 
 @pytest.mark.parametrize("measure", ["gradients", "features", "lrs"])
-def test_a_probe_leaves_no_trace(tune, measure):
+def test_diagnosis_has_no_side_effects(tune, measure):
     plain = tune([tf.Phase("a", epochs=1), tf.Phase("b", train="head", epochs=1)])
-    probed = tune(
+    diagnosed = tune(
         [tf.Phase("a", epochs=1), tf.Diagnosis("look", measure=measure), tf.Phase("b", train="head", epochs=1)]
     )
-    assert weights(plain) == weights(probed)
-    readings = probed.strategy_steps[1][1]
-    assert len(readings.values) == (25 if measure == "lrs" else 3)
-    assert all(value >= 0 for value in readings.values.values())
+    assert weights(plain) == weights(diagnosed)
+    diagnostics = diagnosed.strategy_steps[1][1]
+    assert len(diagnostics.values) == (25 if measure == "lrs" else 3)
+    assert all(value >= 0 for value in diagnostics.values.values())
 
 
-def test_a_blend_picks_its_weight_on_validation_and_its_ends_are_exact(tune):
+def test_weight_average_chooses_its_weight_on_validation_and_its_ends_are_exact(tune):
     start = tiny_net()
     before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
     result = tune([tf.Phase("a", epochs=3, lr=0.01), tf.WeightAverage("mix", snapshots=["start", "a"])], model=start)
-    blended = result.strategy_steps[1][1]
-    assert blended.val["f1_macro"] == max(entry["val"]["f1_macro"] for entry in blended.history)
+    averaged = result.strategy_steps[1][1]
+    assert averaged.val["f1_macro"] == max(entry["val"]["f1_macro"] for entry in averaged.history)
     only_start = tune(
         [tf.Phase("a", epochs=1), tf.WeightAverage("mix", snapshots=["start", "a"], weights=[0.0])], model=tiny_net()
     )
@@ -182,27 +182,27 @@ def test_a_blend_picks_its_weight_on_validation_and_its_ends_are_exact(tune):
 def test_class_weights_and_sampling_reach_the_batches(tune):
     seen = []
 
-    class Watches:
+    class Recorder:
         @tf.hookimpl(wrapper=True)
         def train_step(self, batch):
             seen.append((batch.targets, batch.weights))
             result = yield
             return result
 
-    tune([tf.Phase("a", epochs=1, class_weights={"b": 2.0})], callbacks=[Watches()])
+    tune([tf.Phase("a", epochs=1, class_weights={"b": 2.0})], callbacks=[Recorder()])
     targets, factors = (torch.cat(parts) for parts in zip(*seen, strict=True))
     assert factors[targets == 1].unique().item() == pytest.approx(1.5)
     assert factors[targets == 0].unique().item() == pytest.approx(0.75)
     seen.clear()
-    tune([tf.Phase("a", epochs=1, sampling={"a": 0.0, "b": 3.0})], callbacks=[Watches()])
+    tune([tf.Phase("a", epochs=1, sampling={"a": 0.0, "b": 3.0})], callbacks=[Recorder()])
     assert torch.bincount(torch.cat([targets for targets, _ in seen]), minlength=3).tolist() == [0, 72, 24]
 
 
-def test_parts_of_the_training_split_are_mixed_by_share_and_a_strategy_is_told_of_them(tune):
-    seen, told = [], []
+def test_sample_groups_are_mixed_by_weight_and_passed_to_the_strategy(tune):
+    seen, passed = [], []
     data = attrs.evolve(tiny_data(), sample_groups={"old": torch.arange(12), "new": torch.arange(12, 36)})
 
-    class Watches:
+    class Recorder:
         @tf.hookimpl(wrapper=True)
         def train_step(self, batch):
             seen.append(batch.indices)
@@ -211,22 +211,22 @@ def test_parts_of_the_training_split_are_mixed_by_share_and_a_strategy_is_told_o
 
         @tf.hookimpl
         def finetune_strategy(self, task):
-            told.append(dict(task.sample_groups))
+            passed.append(dict(task.sample_groups))
             return [
                 tf.Phase("half", epochs=1, mixture_weights={"old": 0.5}),
                 tf.Phase("none", epochs=1, mixture_weights={"old": 0.0, "new": 1.0}),
             ]
 
-    tune(Watches(), data=data)
+    tune(Recorder(), data=data)
     half, none = torch.cat(seen[:6]), torch.cat(seen[6:])
-    assert told == [{"old": 12, "new": 24}]
+    assert passed == [{"old": 12, "new": 24}]
     assert int((half < 12).sum()) == 48
     assert torch.bincount(half[half < 12]).tolist() == [4] * 12
     assert len(half[half >= 12].unique()) == 48
     assert sorted(none.tolist()) == sorted([*range(12, 36)] * 4)
 
 
-def test_a_mix_of_parts_that_are_not_there_is_an_error_that_names_those_that_are(tune):
+def test_unknown_sample_group_is_an_error_that_lists_the_known_ones(tune):
     data = attrs.evolve(tiny_data(), sample_groups={"old": torch.arange(12)})
     with pytest.raises(tf.DataError, match="does not have.*its sample groups are old"):
         tune([tf.Phase("a", epochs=1, mixture_weights={"new": 0.5})], data=data)
@@ -238,15 +238,15 @@ def test_a_mix_of_parts_that_are_not_there_is_an_error_that_names_those_that_are
         tf.Phase("a", epochs=1, mixture_weights={"new": 0.7, "old": 0.7})
 
 
-def test_a_strategy_says_why_it_asks_and_why_it_ends(tune):
+def test_reasons_of_steps_and_strategy_are_logged_and_reported(tune):
     @tf.component(api=1)
-    class Says:
+    class Reasons:
         @tf.hookimpl
         def finetune_strategy(self):
             yield tf.Phase("a", epochs=1, why="the <head> is new")
             return "nothing is left to gain"
 
-    result = tune(Says(), page=True)
+    result = tune(Reasons(), page=True)
     log, page = (result.run_dir / "log.txt").read_text(), (result.run_dir / "report.html").read_text()
     assert "reason: the <head> is new" in log
     assert "strategy ended: nothing is left to gain" in log
@@ -256,7 +256,7 @@ def test_a_strategy_says_why_it_asks_and_why_it_ends(tune):
     assert result.strategy_steps[0][0].why == "the <head> is new"
 
 
-def test_a_loss_that_is_no_number_halts_the_run(tune, tmp_path):
+def test_nan_loss_halts_the_run(tune, tmp_path):
     with pytest.raises(tf.HaltError, match="training loss is nan"):
         tune([tf.Phase("a", epochs=1, lr=1e30)], optimizer=tf.use("sgd"))
     status = json.loads((tmp_path / "run0" / "status.json").read_text())
@@ -264,24 +264,24 @@ def test_a_loss_that_is_no_number_halts_the_run(tune, tmp_path):
     assert "nan" in status["reason"]
 
 
-def test_two_steps_of_one_name_are_refused(tune):
+def test_two_steps_with_the_same_name_are_refused(tune):
     with pytest.raises(tf.PluginError, match="two steps 'a'"):
         tune([tf.Phase("a", epochs=1), tf.Phase("a", epochs=1)])
 
 
-def test_something_that_is_no_step_is_refused(tune):
+def test_object_that_is_no_step_is_refused(tune):
     with pytest.raises(tf.PluginError, match="no step"):
         tune(lambda task: ["head"])
 
 
-def test_a_run_never_writes_over_another(tune, tmp_path):
+def test_run_never_overwrites_another(tune, tmp_path):
     result = tune([tf.Phase("a", epochs=1)])
     engine = tf.Engine(data=tiny_data(), model=tiny_net(), strategy=[tf.Phase("a", epochs=1)], out=result.run_dir)
     with pytest.raises(tf.FolderError, match="already holds a run"):
         engine.run()
 
 
-def test_a_folder_in_use_names_its_holder(tmp_path):
+def test_run_directory_in_use_names_the_process(tmp_path):
     from tuneforge.engine.storage.run_dir import RunDir
 
     with RunDir(tmp_path / "r"), pytest.raises(tf.FolderError, match=r"process \d+"), RunDir(tmp_path / "r"):
@@ -290,21 +290,21 @@ def test_a_folder_in_use_names_its_holder(tmp_path):
         pass
 
 
-def test_averaged_weights_are_what_is_evaluated_and_kept(tune):
+def test_averaged_weights_are_evaluated_and_saved(tune):
     result = tune([tf.Phase("a", epochs=3, lr=0.05)], callbacks=[tf.use("ema", decay=0.9)])
     assert result.report["splits"]["val"]["loss"] == result.strategy_steps[0][1].val["loss"]
     plain = tune([tf.Phase("a", epochs=3, lr=0.05)])
     assert weights(plain) != weights(result)
 
 
-def test_averages_leave_frozen_weights_alone_to_the_bit(tune):
+def test_weight_averages_leave_frozen_weights_bit_identical(tune):
     net = tiny_net()
     before = net.first[0].weight.clone()
     tune([tf.Phase("head", train="head", epochs=2)], model=net, callbacks=[tf.use("ema", decay=0.5)])
     assert torch.equal(before, net.first[0].weight)
 
 
-def test_metrics_of_a_third_party_fit_as_they_are(tune):
+def test_metric_objects_of_third_parties_can_be_used(tune):
     class Single:
         def __init__(self):
             self.right = torch.tensor(0)
@@ -320,25 +320,25 @@ def test_metrics_of_a_third_party_fit_as_they_are(tune):
         def evaluate(self, run):
             return Single()
 
-    figures = tune([tf.Phase("a", epochs=1)], metrics=["classification", Mine()]).report["splits"]["test"]
-    assert figures["single"] == round(figures["accuracy"] * 30)
+    metrics = tune([tf.Phase("a", epochs=1)], metrics=["classification", Mine()]).report["splits"]["test"]
+    assert metrics["single"] == round(metrics["accuracy"] * 30)
 
 
-def test_a_blend_of_one_snapshot_goes_back_to_it(tune):
+def test_weight_average_of_one_snapshot_restores_it(tune):
     net = tiny_net()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     tune([tf.Phase("a", epochs=1), tf.WeightAverage("back", snapshots=["start"])], model=net)
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
 
 
-def test_rate_factors_of_what_does_not_train_are_refused(tune):
-    with pytest.raises(tf.SelectorError, match="nothing trains"):
+def test_lr_scales_of_frozen_parameters_are_refused(tune):
+    with pytest.raises(tf.SelectorError, match="matches no parameter that trains"):
         tune([tf.Phase("a", train="head", epochs=1, lr_scales={"first": 0.1})])
     with pytest.raises(tf.UsageError, match="at least 0"):
         tf.Phase("a", epochs=1, lr_scales={"head": -1.0})
 
 
-def test_a_clipped_gradient_that_cannot_move_a_tensor_is_no_defect(tune):
+def test_gradient_too_small_to_change_a_tensor_is_a_warning(tune):
     report = tune(
         [tf.Phase("a", epochs=1, lr=1e-3)], optimizer=tf.use("sgd"), callbacks=[tf.use("grad-clip", norm=1e-30)]
     )
@@ -346,17 +346,17 @@ def test_a_clipped_gradient_that_cannot_move_a_tensor_is_no_defect(tune):
 
 
 @pytest.mark.parametrize("wrong", [42, tf.Phase, object()])
-def test_what_is_no_strategy_is_refused_with_a_message(tune, wrong):
+def test_object_that_is_no_strategy_is_refused(tune, wrong):
     with pytest.raises(tf.UsageError, match="is not a strategy"):
         tune(wrong)
 
 
-def test_a_single_phase_is_a_strategy(tune):
+def test_single_phase_is_a_strategy(tune):
     assert tune(tf.Phase("a", epochs=1)).strategy_steps[0][0].name == "a"
 
 
 class Linear(torch.nn.Module):
-    """One layer, so that a step can be computed by hand: (batch, 8) -> (batch, 3)."""
+    """A single linear layer, whose gradients are easy to compute: (batch, 8) -> (batch, 3)."""
 
     def __init__(self):
         super().__init__()
@@ -369,37 +369,37 @@ class Linear(torch.nn.Module):
         return self.head(self.body(inputs))
 
 
-def test_accumulated_batches_move_as_one_large_batch_does_also_where_the_last_group_is_smaller(tune):
+def test_accumulated_batches_equal_one_large_batch_even_if_the_last_is_smaller(tune):
     phase = [tf.Phase("a", steps=1, lr=0.1)]
-    moved = []
-    for given in (
+    updated = []
+    for settings in (
         {"batch_size": 96},
         {"batch_size": 32, "grad_accum_steps": 100},
         {"batch_size": 20, "grad_accum_steps": 5},
     ):
         net = Linear()
-        tune(phase, model=net, optimizer=tf.use("sgd", momentum=0.0), **given)
-        moved.append(net.head.weight.detach().clone())
-    assert moved[0].abs().max() > 0
-    assert torch.allclose(moved[0], moved[1], atol=1e-7)
-    assert torch.allclose(moved[0], moved[2], atol=1e-7)
+        tune(phase, model=net, optimizer=tf.use("sgd", momentum=0.0), **settings)
+        updated.append(net.head.weight.detach().clone())
+    assert updated[0].abs().max() > 0
+    assert torch.allclose(updated[0], updated[1], atol=1e-7)
+    assert torch.allclose(updated[0], updated[2], atol=1e-7)
 
 
-def test_batches_of_one_step_get_noise_of_their_own(tune):
+def test_accumulated_batches_get_different_dropout(tune):
     seen = []
 
-    class Watches:
+    class Recorder:
         @tf.hookimpl(wrapper=True)
         def train_step(self):
             seen.append(torch.rand(1).item())
             result = yield
             return result
 
-    tune([tf.Phase("a", steps=1)], grad_accum_steps=3, callbacks=[Watches()])
+    tune([tf.Phase("a", steps=1)], grad_accum_steps=3, callbacks=[Recorder()])
     assert len(set(seen)) == 3
 
 
-def test_a_blend_on_the_loss_takes_the_least_and_a_nan_never_wins(tune):
+def test_weight_average_minimizes_the_loss_and_never_selects_nan(tune):
     phase = tf.Phase("a", epochs=3, lr=0.01)
     mix = tune([phase, tf.WeightAverage("mix", snapshots=["start", "a"], monitor="loss")]).strategy_steps[1][1]
     assert mix.val["loss"] == min(entry["val"]["loss"] for entry in mix.history)
@@ -419,19 +419,19 @@ def test_a_blend_on_the_loss_takes_the_least_and_a_nan_never_wins(tune):
             return {"odd": next(self.values)}
 
     values = iter([1.0, float("nan"), 0.5, 0.5, 0.5])
-    blend = tf.WeightAverage("mix", snapshots=["start", "a"], weights=[0.0, 1.0], monitor="odd", monitor_mode="max")
+    average = tf.WeightAverage("mix", snapshots=["start", "a"], weights=[0.0, 1.0], monitor="odd", monitor_mode="max")
     chosen = (
-        tune([tf.Phase("a", epochs=1), blend], metrics=["classification", Odd(values)]).strategy_steps[1][1].selection
+        tune([tf.Phase("a", epochs=1), average], metrics=["classification", Odd(values)]).strategy_steps[1][1].selection
     )
     assert chosen["weight"] == 1.0
 
 
-def test_a_figure_whose_direction_nobody_knows_must_be_declared(tune):
+def test_metric_with_unknown_direction_needs_monitor_mode(tune):
     with pytest.raises(tf.UsageError, match="monitor_mode"):
         tune([tf.Phase("a", epochs=1, monitor="perplexity")])
 
 
-def test_infinite_masks_survive_a_blend():
+def test_infinite_masks_survive_a_weight_average():
     from tuneforge.engine.loop.weight_average import average_snapshots, interpolate
 
     mask = {"mask": torch.tensor([0.0, -torch.inf]), "weight": torch.tensor([1.0, 2.0])}
@@ -441,7 +441,7 @@ def test_infinite_masks_survive_a_blend():
         assert state["weight"].tolist() == [2.0, 2.0]
 
 
-def test_what_came_frozen_stays_frozen_and_flags_are_as_they_came(tune):
+def test_parameters_frozen_by_the_user_stay_frozen_and_requires_grad_is_restored(tune):
     net = tiny_net()
     net.first[0].weight.requires_grad_(False)
     before = net.first[0].weight.clone()
@@ -451,7 +451,7 @@ def test_what_came_frozen_stays_frozen_and_flags_are_as_they_came(tune):
     assert "came frozen" in result.model.changes[0]
 
 
-def test_the_callers_random_generator_is_left_as_it_was(tune):
+def test_callers_random_state_is_restored(tune):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -459,7 +459,7 @@ def test_the_callers_random_generator_is_left_as_it_was(tune):
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_an_engine_runs_once(tmp_path):
+def test_engine_runs_once(tmp_path):
     engine = tf.Engine(
         data=tiny_data(), model=tiny_net(), strategy=tf.Phase("a", epochs=1), page=False, out=tmp_path / "a"
     )
@@ -468,7 +468,7 @@ def test_an_engine_runs_once(tmp_path):
         engine.run()
 
 
-def test_fresh_weights_of_any_builder_follow_from_the_seed(tune):
+def test_randomly_initialized_weights_depend_on_the_seed(tune):
     class Builds:
         @tf.hookimpl
         def model_adapt(self):
@@ -481,12 +481,12 @@ def test_fresh_weights_of_any_builder_follow_from_the_seed(tune):
     assert weights(one) != weights(other)
 
 
-def test_the_same_extension_twice_is_refused(tune):
+def test_same_callback_twice_is_refused(tune):
     with pytest.raises(tf.UsageError, match="named twice"):
         tune([tf.Phase("a", epochs=1)], callbacks=[tf.use("ema", decay=0.5), tf.use("ema", decay=0.9)])
 
 
-def test_a_method_that_is_only_named_like_a_hook_is_refused(tune):
+def test_method_with_a_hooks_name_but_without_hookimpl_is_refused(tune):
     class Forgot:
         @tf.hookimpl
         def phase_started(self, run):
@@ -499,7 +499,7 @@ def test_a_method_that_is_only_named_like_a_hook_is_refused(tune):
         tune([tf.Phase("a", epochs=1)], callbacks=[Forgot()])
 
 
-def test_a_component_must_answer_the_hook_it_is_chosen_for(tune):
+def test_component_must_implement_the_hook_it_is_chosen_for(tune):
     with pytest.raises(tf.UsageError, match="does not implement train_step"):
         tune([tf.Phase("a", epochs=1)], loss=_clipper())
 
@@ -510,18 +510,18 @@ def _clipper():
     return GradClip()
 
 
-def test_an_object_that_hides_a_generator_is_answered(tune):
-    heard = []
+def test_iterable_whose_iter_is_a_generator_gets_results(tune):
+    results = []
 
     class Plan:
         def __iter__(self):
-            heard.append((yield tf.Phase("a", epochs=1)))
+            results.append((yield tf.Phase("a", epochs=1)))
 
     tune(lambda task: Plan())
-    assert heard[0].step_name == "a"
+    assert results[0].step_name == "a"
 
 
-def test_a_head_that_does_not_answer_is_found_before_training(tune):
+def test_head_that_does_not_compute_the_output_is_found_before_training(tune):
     class Aux(Linear):
         def __init__(self):
             super().__init__()
@@ -537,12 +537,12 @@ class KeepHead:
         return model
 
 
-def test_a_model_that_cannot_take_the_data_is_found_before_training(tune):
+def test_model_that_does_not_accept_the_data_is_found_before_training(tune):
     with pytest.raises(tf.PluginError, match="does not accept the data"):
         tune([tf.Phase("a", epochs=1)], model=torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 3)))
 
 
-def test_a_model_that_flattens_with_view_runs_without_channels_last(tmp_path):
+def test_model_that_flattens_with_view_runs_without_channels_last(tmp_path):
     class Viewer(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -553,33 +553,33 @@ def test_a_model_that_flattens_with_view_runs_without_channels_last(tmp_path):
             return self.head(self.conv(images).view(len(images), -1))
 
     images, labels = torch.randn(40, 2, 4, 4), torch.arange(40) % 2
-    said = []
+    lines = []
     tf.Engine(
-        data=(images, labels), model=Viewer(), strategy=tf.Phase("a", epochs=1), log=said.append, out=tmp_path / "r"
+        data=(images, labels), model=Viewer(), strategy=tf.Phase("a", epochs=1), log=lines.append, out=tmp_path / "r"
     ).run()
-    assert [line for line in said if "channels-last is off" in line]
+    assert [line for line in lines if "channels-last is off" in line]
 
 
-def test_sgd_goes_on_over_a_thawing(tune):
+def test_sgd_continues_after_layers_are_unfrozen(tune):
     steps = [tf.Phase("head", train="head", epochs=1), tf.Phase("all", epochs=1)]
     assert tune(steps, optimizer="sgd").strategy_steps[1][1].num_frozen == 0
 
 
-def test_one_sample_left_over_joins_the_batch_before(tune):
+def test_single_leftover_sample_joins_the_previous_batch(tune):
     from tiny import blobs
 
     data = attrs.evolve(tiny_data(), train=blobs(97, seed=1))
     assert tune([tf.Phase("a", epochs=1)], data=data).strategy_steps[0][1].steps == 6
 
 
-def test_a_model_that_keeps_tensors_from_evaluation_can_train_on(tune):
+def test_model_that_caches_tensors_in_evaluation_can_continue_training(tune):
     class Caches(Linear):
-        kept = None
+        cached = None
 
         def forward(self, inputs):
-            if self.kept is None or len(self.kept) != len(inputs):
-                self.kept = torch.ones(len(inputs), 1)
-            return super().forward(inputs * self.kept)
+            if self.cached is None or len(self.cached) != len(inputs):
+                self.cached = torch.ones(len(inputs), 1)
+            return super().forward(inputs * self.cached)
 
     assert (
         tune([tf.Phase("a", epochs=2)], model=Caches(), batch_size=16, eval_batch_size=16).strategy_steps[0][1].epochs
@@ -587,7 +587,7 @@ def test_a_model_that_keeps_tensors_from_evaluation_can_train_on(tune):
     )
 
 
-def test_a_module_that_merges_for_evaluation_is_told_to_train_again(tune):
+def test_overridden_train_method_is_called_when_training_continues(tune):
     class Merges(torch.nn.Linear):
         def __init__(self):
             super().__init__(8, 3)
@@ -604,7 +604,7 @@ def test_a_module_that_merges_for_evaluation_is_told_to_train_again(tune):
     assert net.head.calls.count(True) >= 2
 
 
-def test_a_step_that_returns_only_the_loss_is_named(tune):
+def test_train_step_that_returns_only_the_loss_is_an_error(tune):
     class Bare:
         @tf.hookimpl
         def train_step(self, run, batch):
@@ -614,16 +614,16 @@ def test_a_step_that_returns_only_the_loss_is_named(tune):
         tune([tf.Phase("a", epochs=1)], loss=Bare())
 
 
-def test_load_rebuilds_what_an_extension_did_to_the_model(tmp_path):
+def test_load_repeats_the_model_changes_of_a_callback(tmp_path):
     result = tf.Engine(
         data=tf.use("digits", per_class=2, other_share=0.0), strategy=tf.Phase("a", steps=1), page=False,
-        callbacks=["tiny:Doubles"], out=tmp_path / "r",
+        callbacks=["tiny:DoubleHeadInput"], out=tmp_path / "r",
     ).run()  # fmt: skip
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(tf.load(result.run_dir).model.module(images), result.model.module.eval()(images))
 
 
-def test_an_error_after_the_report_leaves_the_run_done(tune, tmp_path):
+def test_error_after_the_report_leaves_the_run_done(tune, tmp_path):
     class Fails:
         @tf.hookimpl
         def run_ended(self):
@@ -634,18 +634,18 @@ def test_an_error_after_the_report_leaves_the_run_done(tune, tmp_path):
     assert json.loads((tmp_path / "run0" / "status.json").read_text())["state"] == "done"
 
 
-def test_no_step_at_all_is_said(tmp_path):
-    said = []
-    tf.Engine(data=tiny_data(), model=tiny_net(), strategy=[], log=said.append, page=False, out=tmp_path / "r").run()
-    assert [line for line in said if "nothing was trained" in line]
+def test_strategy_without_steps_is_noted(tmp_path):
+    lines = []
+    tf.Engine(data=tiny_data(), model=tiny_net(), strategy=[], log=lines.append, page=False, out=tmp_path / "r").run()
+    assert [line for line in lines if "nothing was trained" in line]
 
 
-def test_freezing_a_model_of_fresh_weights_is_said_and_training_all_of_it_is_not(tmp_path):
-    said = {}
+def test_freezing_a_randomly_initialized_model_is_noted(tmp_path):
+    noted = {}
     for strategy in ("freeze-then-unfreeze", "full"):
         lines = []
         data = tf.use("digits", per_class=2, other_share=0.0)
-        model, asked = tf.use("digit-cnn", pretrained=False), tf.use(strategy, epochs=1)
-        tf.Engine(data=data, model=model, strategy=asked, log=lines.append, page=False, out=tmp_path / strategy).run()
-        said[strategy] = any("freezing preserves random weights" in line for line in lines)
-    assert said == {"freeze-then-unfreeze": True, "full": False}
+        model, chosen = tf.use("digit-cnn", pretrained=False), tf.use(strategy, epochs=1)
+        tf.Engine(data=data, model=model, strategy=chosen, log=lines.append, page=False, out=tmp_path / strategy).run()
+        noted[strategy] = any("freezing preserves random weights" in line for line in lines)
+    assert noted == {"freeze-then-unfreeze": True, "full": False}

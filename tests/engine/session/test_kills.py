@@ -1,6 +1,7 @@
-"""A run that is killed anywhere, by whatever means, goes on and ends as if nothing had happened, to the bit.
+"""A run that is killed at any point and resumed ends bit-identical to an unbroken run.
 
-The full set: `TUNEFORGE_KILLS=200 TUNEFORGE_CLOCK_KILLS=50 python -m pytest -m "" tests/engine/session/test_kills.py`.
+Full set: `TUNEFORGE_KILLS=200 TUNEFORGE_CLOCK_KILLS=50 python -m pytest -m ""
+tests/engine/session/test_kills.py`.
 """
 
 import json
@@ -16,7 +17,7 @@ import attrs
 import forked
 import pytest
 import torch
-from simulated_kill import Noisy, contents, every_step, killed
+from simulated_kill import NoisyLoss, every_step_kind, read_files, run_and_kill
 from tiny import blobs, tiny_data
 from torch import nn
 
@@ -28,11 +29,11 @@ from tuneforge.engine.session import resume as memory
 
 KILLS = int(os.environ.get("TUNEFORGE_KILLS", "24"))
 CLOCK_KILLS = int(os.environ.get("TUNEFORGE_CLOCK_KILLS", "2"))
-BORDERS = ("phase-trained", "phase-logged", "phase-saved")
+BOUNDARIES = ("phase-trained", "phase-logged", "phase-saved")
 
 
 class Net(nn.Module):
-    """Norms, dropout, a weight that two layers share, and a body that pays to keep: (b, 8) -> (b, 3)."""
+    """BatchNorm, dropout, a shared weight, and a body that is worth caching: (b, 8) -> (b, 3)."""
 
     def __init__(self):
         super().__init__()
@@ -48,8 +49,8 @@ class Net(nn.Module):
         return self.head(self.third(self.second(self.first(inputs))))
 
 
-class Decoded:
-    """A source that is not in memory, so that workers fetch from it."""
+class NotInMemory:
+    """A data source that is not in memory, so that data workers fetch from it."""
 
     def __init__(self, split):
         self.split = split
@@ -72,16 +73,16 @@ def network():
 
 def data():
     plain = blobs(48, seed=1)
-    return attrs.evolve(tiny_data(), train=tf.Split(Decoded(plain), plain.targets))
+    return attrs.evolve(tiny_data(), train=tf.Split(NotInMemory(plain), plain.targets))
 
 
 def engine(path, *, resume=False, num_workers=0):
-    strategy = partial(every_step, epochs=(5, 3))
-    objects = {"data": data(), "model": network(), "strategy": strategy, "callbacks": [tf.use("ema"), Noisy()]}
+    strategy = partial(every_step_kind, epochs=(5, 3))
+    objects = {"data": data(), "model": network(), "strategy": strategy, "callbacks": [tf.use("ema"), NoisyLoss()]}
     if resume:
         return tf.Engine.resume(path, **objects)
     settings = {"batch_size": 8, "grad_accum_steps": 2, "seed": 3, "page": False, "checkpoint_s": 0.0, "out": path}
-    bank = {"augment": [tf.use("tiny:Shaken")], "cache_copies": 2, "num_workers": num_workers}
+    bank = {"augment": [tf.use("tiny:GaussianJitter")], "cache_copies": 2, "num_workers": num_workers}
     return tf.Engine(**objects, **settings, **bank)
 
 
@@ -95,15 +96,15 @@ def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNEFORGE_CACHE", str(path.parent / "cache"))
-        points = killed(engine(path).run, -1)
-    return contents(path), points
+        points = run_and_kill(engine(path).run, -1)
+    return read_files(path), points
 
 
-def chosen(points, seed):
-    """Where seed `seed` kills: every kind of point in turn, or the last, own and next step of a phase's border."""
+def choose_point(points, seed):
+    """Return where seed `seed` kills: each kind of point in turn, or next to a phase boundary."""
     chance = random.Random(seed)
     if seed % 4 == 0:
-        borders = [place for place, name in enumerate(points) if name in BORDERS]
+        borders = [place for place, name in enumerate(points) if name in BOUNDARIES]
         steps = [place for place, name in enumerate(points) if name == "step"]
         near = chance.choice(borders)
         before = [place for place in steps if place < near][-1:]
@@ -114,37 +115,37 @@ def chosen(points, seed):
     return 1 + chance.choice([place for place, name in enumerate(points) if name == kind])
 
 
-def test_the_points_cover_checkpoints_steps_borders_and_the_cache(whole):
+def test_points_cover_checkpoints_steps_phase_boundaries_and_the_cache(whole):
     kinds = set(whole[1])
-    assert kinds >= {"step", "step-saved", "epoch", "cache.begin", "cache.before-rename", *BORDERS}
+    assert kinds >= {"step", "step-saved", "epoch", "cache.begin", "cache.before-rename", *BOUNDARIES}
     assert len([kind for kind in kinds if kind.startswith("checkpoint.")]) >= 7
 
 
 @pytest.mark.parametrize("seed", range(KILLS))
-def test_killed_anywhere_and_resumed_it_ends_the_same_to_the_bit(whole, tmp_path, seed):
+def test_run_killed_at_any_point_and_resumed_ends_bit_identical(whole, tmp_path, seed):
     expected, points = whole
     path = tmp_path / "r"
-    killed(engine(path, num_workers=2 if seed % 6 == 0 else 0).run, chosen(points, seed))
+    run_and_kill(engine(path, num_workers=2 if seed % 6 == 0 else 0).run, choose_point(points, seed))
     chance = random.Random(seed)
     for _ in range(chance.randint(0, 2)):
         if not done(path):
-            killed(engine(path, resume=True).run, chance.randint(1, len(points) // 2))
+            run_and_kill(engine(path, resume=True).run, chance.randint(1, len(points) // 2))
     if not done(path):
         engine(path, resume=True).run()
-    assert contents(path) == expected
+    assert read_files(path) == expected
 
 
-def test_features_lost_between_kill_and_resume_are_computed_again_to_the_same_bits(whole, tmp_path, monkeypatch):
+def test_cached_features_lost_before_the_resume_are_recomputed_bit_identical(whole, tmp_path, monkeypatch):
     monkeypatch.setenv("TUNEFORGE_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "r"
-    killed(engine(path).run, 1 + [place for place, name in enumerate(whole[1]) if name == "epoch"][2])
+    run_and_kill(engine(path).run, 1 + [place for place, name in enumerate(whole[1]) if name == "epoch"][2])
     monkeypatch.setenv("TUNEFORGE_CACHE", str(tmp_path / "another"))
     engine(path, resume=True).run()
-    assert contents(path) == whole[0]
+    assert read_files(path) == whole[0]
 
 
-def forgetting(patch, name):
-    """One thing is left out of what is put back."""
+def forget(patch, name):
+    """Make `ResumeState.restore` or the phase forget one thing."""
     restore, modes = memory.ResumeState.restore, phase.compute_modes
 
     def restore_without(self, state):
@@ -180,41 +181,41 @@ class _Constant:
         return 1.0
 
 
-MUTANTS = (
+FORGOTTEN = (
     "random state", "sampler position", "requires_grad", "BatchNorm mode", "schedule", "EMA", "log of steps",
     "accumulation",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_restore_that_forgets_something_is_caught_by_this_comparison(whole, tmp_path, monkeypatch, mutant):
-    """The negative control: were the comparison blind to one of these, it would prove nothing."""
+@pytest.mark.parametrize("forgotten", FORGOTTEN)
+def test_incomplete_restore_is_found_by_the_comparison(whole, tmp_path, monkeypatch, forgotten):
+    """The negative control: a comparison that misses one of these would show nothing."""
     expected, points = whole
     path = tmp_path / "r"
     phases = [place for place, name in enumerate(points) if name == "phase-saved"]
     first = (
-        phases[2] if mutant != "schedule" else phases[3]
+        phases[2] if forgotten != "schedule" else phases[3]
     )  # in the second phase, of which much is frozen, or the third
     steps = [place for place, name in enumerate(points) if name == "step-saved" and place > first]
-    killed(engine(path).run, 1 + steps[4])
-    forgetting(monkeypatch, mutant)
+    run_and_kill(engine(path).run, 1 + steps[4])
+    forget(monkeypatch, forgotten)
     try:
         engine(path, resume=True).run()
     except (tf.TuneforgeError, KeyError, ValueError, RuntimeError):
         return
-    assert contents(path) != expected
+    assert read_files(path) != expected
 
 
-def test_a_resume_without_any_mutant_in_those_places_is_the_same(whole, tmp_path, monkeypatch):
+def test_complete_restore_at_the_same_points_is_bit_identical(whole, tmp_path, monkeypatch):
     expected, points = whole
     for place in (2, 3):
         monkeypatch.setenv("TUNEFORGE_CACHE", str(tmp_path / f"cache{place}"))
         path = tmp_path / f"r{place}"
         first = [where for where, name in enumerate(points) if name == "phase-saved"][place]
         steps = [where for where, name in enumerate(points) if name == "step-saved" and where > first]
-        killed(engine(path).run, 1 + steps[4])
+        run_and_kill(engine(path).run, 1 + steps[4])
         engine(path, resume=True).run()
-        assert contents(path) == expected
+        assert read_files(path) == expected
 
 
 COMMAND = [
@@ -226,7 +227,7 @@ RESUME = [sys.executable, "-m", "tuneforge", "resume", "runs/r"]
 
 
 def command(arguments, folder, *, kill_after_s=None):
-    """Run the command in a process group of its own; kill the group by the clock. Exit code, seconds, output."""
+    """Run the command in its own process group, kill it after some time, and return code, seconds and output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TUNEFORGE_CACHE": str(folder / "cache")}
     began = time.monotonic()
     process = forked.Popen(
@@ -251,7 +252,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(CLOCK_KILLS))
-def test_the_command_killed_by_the_clock_and_resumed_ends_the_same(undisturbed, tmp_path, seed):
+def test_command_killed_at_a_random_time_and_resumed_ends_with_the_same_files(undisturbed, tmp_path, seed):
     expected, seconds = undisturbed
     chance = random.Random(seed)
     path = tmp_path / "runs" / "r"

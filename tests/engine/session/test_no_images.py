@@ -1,4 +1,4 @@
-"""The engine knows no images and no classes: a table with numbers to predict, and a model fed a mapping of tensors."""
+"""The engine works without images and classes: regression on a table, and a model with a mapping as input."""
 
 import csv
 
@@ -11,7 +11,7 @@ from tuneforge.__main__ import main
 
 
 class Reader(nn.Module):
-    """Embeds ids, averages those that the mask shows, answers: ids and mask (batch, 6) -> (batch, 2)."""
+    """Averages the embeddings of unmasked ids and classifies them: ids and mask (batch, 6) -> (batch, 2)."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ def sentences(count):
 
 
 @pytest.fixture
-def read(tmp_path):
+def fine_tuned(tmp_path):
     inputs, labels = sentences(300)
     network = Reader()
     result = tf.Engine(
@@ -42,13 +42,13 @@ def read(tmp_path):
         model=network,
         strategy=tf.use("freeze-then-unfreeze", head_epochs=2, epochs=12, lr=0.04, lr_mult=2.0),
         callbacks=["grad-clip"],
-        out=tmp_path / "read",
+        out=tmp_path / "run",
     ).run()
     return result, network
 
 
-def test_a_mapping_of_tensors_is_tuned_frozen_scheduled_and_evaluated(read):
-    result, _ = read
+def test_model_with_a_mapping_as_input_is_fine_tuned_and_evaluated(fine_tuned):
+    result, _ = fine_tuned
     (head, first), (_, second) = result.strategy_steps
     assert head.train == ("head",)
     assert first.num_trainable == 18
@@ -59,14 +59,14 @@ def test_a_mapping_of_tensors_is_tuned_frozen_scheduled_and_evaluated(read):
     assert (result.run_dir / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
-def test_a_mapping_of_tensors_is_predicted_from_the_folder(read):
-    result, network = read
-    tuned = tf.load(result.run_dir, model=network)
+def test_model_with_a_mapping_as_input_predicts_after_load(fine_tuned):
+    result, network = fine_tuned
+    predictor = tf.load(result.run_dir, model=network)
     rows = [{"ids": [1, 2, 3, 15, 0, 0], "mask": [1.0, 1, 1, 1, 0, 0]}, {"ids": [12] * 6, "mask": [1.0] * 6}]
-    assert [answer["class"] for answer in tuned.predict(rows)] == ["1", "0"]
+    assert [each["class"] for each in predictor.predict(rows)] == ["1", "0"]
 
 
-def test_a_regression_on_a_table_is_tuned_from_the_command_line(tmp_path, capsys):
+def test_regression_on_a_table_is_fine_tuned_from_the_command_line(tmp_path, capsys):
     path = tmp_path / "flats.csv"
     generator = torch.Generator().manual_seed(0)
     with path.open("w", newline="") as file:

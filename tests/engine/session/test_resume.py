@@ -1,4 +1,4 @@
-"""What a run that was stopped or killed is resumed with, and what is refused. See also `test_kills.py`."""
+"""Resuming stopped and killed runs, and what is refused. See also `test_kills.py`."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import attrs
 import forked
 import pytest
 import torch
-from simulated_kill import Noisy, contents, every_step, killed
+from simulated_kill import NoisyLoss, every_step_kind, read_files, run_and_kill
 from tiny import TinyNet, tiny_data
 from torch import nn
 
@@ -19,8 +19,8 @@ from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.engine.storage.run_dir import RunDir
 
 
-class Tied(TinyNet):
-    """Norms, dropout, and a weight that two layers share."""
+class SharedWeight(TinyNet):
+    """A network with BatchNorm, dropout, and a weight that two layers share."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ class Tied(TinyNet):
 def network():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return tf.Model.from_module(Tied(), head="head")
+        return tf.Model.from_module(SharedWeight(), head="head")
 
 
 def data():
@@ -42,7 +42,12 @@ def data():
 
 
 def engine(path, *, resume=False, checkpoint_s=0.0):
-    objects = {"data": data(), "model": network(), "strategy": every_step, "callbacks": [tf.use("ema"), Noisy()]}
+    objects = {
+        "data": data(),
+        "model": network(),
+        "strategy": every_step_kind,
+        "callbacks": [tf.use("ema"), NoisyLoss()],
+    }
     if resume:
         return tf.Engine.resume(path, **objects)
     settings = {
@@ -59,53 +64,53 @@ def engine(path, *, resume=False, checkpoint_s=0.0):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "run"
-    points = killed(engine(path).run, -1)
-    return contents(path), points
+    points = run_and_kill(engine(path).run, -1)
+    return read_files(path), points
 
 
-def test_a_run_with_checkpoints_ends_as_one_without(whole, tmp_path):
+def test_checkpoints_do_not_change_the_result(whole, tmp_path):
     engine(tmp_path / "r", checkpoint_s=1e9).run()
-    assert contents(tmp_path / "r") == whole[0]
+    assert read_files(tmp_path / "r") == whole[0]
     assert not (tmp_path / "r" / "checkpoints").exists()
 
 
-def test_a_strategy_that_has_changed_is_refused_with_the_difference(whole, tmp_path):
+def test_changed_strategy_is_refused_with_the_difference(whole, tmp_path):
     path = tmp_path / "r"
-    killed(engine(path).run, len(whole[1]) - 20)
+    run_and_kill(engine(path).run, len(whole[1]) - 20)
     changed = engine(path, resume=True)
 
     def other(task):
         yield tf.Phase("head", train="head", epochs=2, lr=0.03)
 
-    objects = {"data": data(), "model": network(), "strategy": other, "callbacks": [tf.use("ema"), Noisy()]}
+    objects = {"data": data(), "model": network(), "strategy": other, "callbacks": [tf.use("ema"), NoisyLoss()]}
     del changed
     with pytest.raises(tf.UsageError, match=r"lr=0\.03"):
         tf.Engine.resume(path, **objects).run()
 
 
-def test_a_stop_saves_says_how_to_go_on_and_the_rest_is_the_same(whole, tmp_path):
+def test_stopped_run_saves_a_checkpoint_and_resumes_bit_identical(whole, tmp_path):
     path = tmp_path / "r"
-    asked = engine(path, checkpoint_s=1e9)
-    faults.hook = lambda name: asked.stop("SIGTERM", exit_code=143) if name == "epoch" else None
+    running = engine(path, checkpoint_s=1e9)
+    faults.hook = lambda name: running.stop("SIGTERM", exit_code=143) if name == "epoch" else None
     with pytest.raises(tf.StoppedError, match="tuneforge resume") as caught:
-        asked.run()
+        running.run()
     faults.hook = None
     assert caught.value.exit_code == 143
     assert json.loads((path / "status.json").read_text())["state"] == "stopped"
     engine(path, resume=True).run()
-    assert contents(path) == whole[0]
+    assert read_files(path) == whole[0]
 
 
-def test_a_finished_run_is_not_resumed(tmp_path):
+def test_finished_run_is_not_resumed(tmp_path):
     path = tmp_path / "r"
     engine(path).run()
     with pytest.raises(tf.UsageError, match="is done"):
         engine(path, resume=True)
 
 
-def test_a_running_folder_cannot_be_resumed_beside_itself(tmp_path, whole):
+def test_running_run_cannot_be_resumed(tmp_path, whole):
     path = tmp_path / "r"
-    killed(engine(path).run, len(whole[1]) // 2)
+    run_and_kill(engine(path).run, len(whole[1]) // 2)
     with RunDir(path, resume=True), pytest.raises(tf.FolderError, match="in use"):
         engine(path, resume=True).run()
 
@@ -117,7 +122,7 @@ COMMAND = [
 
 
 def command(arguments, folder, *, kill_after=None, number=signal.SIGKILL, begin=forked.Popen):
-    """Run the command line in a process group of its own, and kill the group when a line of metrics is there."""
+    """Run the command line in its own process group, and signal the group when a line contains `kill_after`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TUNEFORGE_CACHE": str(folder / "cache")}
     process = begin(
         arguments, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -142,8 +147,8 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_command_killed_and_resumed_ends_the_same(undisturbed, tmp_path, number, code):
-    """What goes on is an interpreter of its own, with another seed of hashes."""
+def test_command_killed_and_resumed_ends_with_the_same_files(undisturbed, tmp_path, number, code):
+    """The resumed run is another interpreter, with another hash seed."""
     done, out = command([*COMMAND, "--out", "runs/r"], tmp_path, kill_after="epoch 2/", number=number)
     assert done == code, out
     assert ("tuneforge resume" in out) == (number != signal.SIGKILL)
@@ -155,7 +160,7 @@ def test_the_command_killed_and_resumed_ends_the_same(undisturbed, tmp_path, num
 
 
 class Counting(nn.Module):
-    """Counts its forward passes, and draws a number in each."""
+    """Counts its forward passes in a buffer, and draws random numbers in each."""
 
     def __init__(self):
         super().__init__()
@@ -167,7 +172,7 @@ class Counting(nn.Module):
         return self.head(self.body(inputs).relu() + 1e-3 * torch.rand(16))
 
 
-def test_looks_at_the_model_leave_no_trace_in_its_buffers(tmp_path):
+def test_engines_own_forward_passes_leave_buffers_unchanged(tmp_path):
     def counting(path, resume=False):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -179,6 +184,6 @@ def test_looks_at_the_model_leave_no_trace_in_its_buffers(tmp_path):
         return tf.Engine(**objects, batch_size=8, page=False, checkpoint_s=0.0, out=path)
 
     counting(tmp_path / "whole").run()
-    killed(counting(tmp_path / "r").run, 15, only="step-saved")
+    run_and_kill(counting(tmp_path / "r").run, 15, only="step-saved")
     counting(tmp_path / "r", resume=True).run()
-    assert contents(tmp_path / "r") == contents(tmp_path / "whole")
+    assert read_files(tmp_path / "r") == read_files(tmp_path / "whole")
