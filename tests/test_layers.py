@@ -96,7 +96,7 @@ def test_builtins_import_only_public_names():
         assert not private_names(path, "tuneforge.builtin"), path
 
 
-MOVING = {"tuneforge-serve", "tuneforge-datacheck"}
+MOVING = {"tuneforge-datacheck"}
 """Plugins that left the core in the last commits and still import its internals."""
 
 

@@ -13,7 +13,7 @@ import tuneforge as tf
 from tuneforge.exporting import load_bundle, load_inference_model
 from tuneforge.exporting.bundle import list_backends
 from tuneforge.exporting.exporter import export
-from tuneforge.exporting.reference_outputs import evenly_spaced_rows, hash_samples, summarize
+from tuneforge.exporting.reference_outputs import evenly_spaced_rows, hash_samples, summarize_inputs
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +138,9 @@ def test_a_digest_is_of_the_sample_and_nothing_else():
 
 def test_a_picture_is_summed_up_the_same_in_any_batch():
     pictures = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    whole = summarize(pictures)
+    whole = summarize_inputs(pictures)
     assert whole.shape == (6, 18)
-    assert torch.equal(whole[2:3], summarize(pictures[2:3]))
+    assert torch.equal(whole[2:3], summarize_inputs(pictures[2:3]))
     assert torch.allclose(whole[:, 0], pictures.float().mean((1, 2, 3)))
 
 

@@ -32,7 +32,12 @@ from tuneforge.exporting.parity import measure_deviation
 from tuneforge.exporting.reference_outputs import ReferenceData
 from tuneforge.plugin.steps import ComponentSpec
 
-BUNDLE, MODEL_CARD, CHAMPION = "bundle.json", "README.md", "champion.json"
+BUNDLE = "bundle.json"
+"""The file of a bundle that describes it."""
+
+MODEL_CARD = "README.md"
+"""The file of a bundle that holds the model card."""
+
 LAYOUT_VERSION = 1
 """The version of the layout of bundles that this tuneforge writes."""
 
@@ -161,43 +166,55 @@ def load_bundle(
             fix="update tuneforge",
         )
     chosen, forward = _open_first_available(path, record["formats"], backend, device_name)
-    inputs, targets = (
-        create_component(group, ComponentSpec(record[group]["name"], record[group]["options"])) for group in _CONTRACTS
-    )
+    inputs, targets = build_contracts(record)
     return InferenceModel(path, name or record["name"], version, chosen, inputs, targets, record, forward)
 
 
+def build_contracts(record: Mapping[str, Any]) -> tuple[Inputs, Targets]:
+    """Build the `Inputs` and the `Targets` that `bundle.json` or `model.json` records."""
+    inputs, targets = (
+        create_component(group, ComponentSpec(record[group]["name"], record[group]["options"]))
+        for group in ("inputs", "targets")
+    )
+    return inputs, targets
+
+
 def load_inference_model(
-    path: str | Path, *, backend: str = "auto", device_name: str = "auto", model: Any = None
+    path: str | Path,
+    *,
+    backend: str = "auto",
+    device_name: str = "auto",
+    model: Any = None,
+    name: str = "",
+    version: str = "",
 ) -> InferenceModel:
-    """What answers from a folder: a bundle, a finished run, a store's version, or a model of a store (its champion).
+    """Load a bundle or a finished run for inference.
 
     Args:
-        path: The folder.
-        backend: As `load_bundle` takes it; a run has `torch` alone.
-        device_name: Where torch computes.
-        model: The module, where a run was given one as an object.
+        path: The directory of the bundle or the run.
+        backend: As for `load_bundle`; a run has the backend `torch` only.
+        device_name: The device that torch computes on.
+        model: The module, if the run was given one as a Python object.
+        name: The name of the model; by default the name in the bundle, or the name of the run directory.
+        version: The version of the model in a registry.
 
     Raises:
-        FolderError: It is none of these.
+        FolderError: `path` is neither.
     """
     path = Path(path)
-    if (path / CHAMPION).is_file():
-        path = path / str(names.read_json(path / CHAMPION)["version"])
     if (path / BUNDLE).is_file():
-        in_registry = (path.absolute().parent / CHAMPION).is_file()
-        name, version = (path.absolute().parent.name, path.name) if in_registry else ("", "")
         return load_bundle(path, backend=backend, device_name=device_name, name=name, version=version)
     if backend not in ("auto", "torch"):
         raise UsageError(f"a run has no form for '{backend}'", where=str(path), fix="export it: tuneforge export RUN")
     predictor = load(path, model=model, device_name=device_name)
     record = {**names.read_json(path / names.MODEL), "metrics": names.read_json(path / names.REPORT)["splits"]}
-    name = path.absolute().name
-    return InferenceModel(path, name, "", "torch", predictor.inputs, predictor.targets, record, make_forward(predictor))
+    inputs, targets = predictor.inputs, predictor.targets
+    name = name or path.absolute().name
+    return InferenceModel(path, name, version, "torch", inputs, targets, record, make_forward(predictor))
 
 
 def list_backends(path: str | Path) -> tuple[str, ...]:
-    """The backends that a bundle, a store's version or a run has a form for, in order."""
+    """List the backends that a bundle or a run has a format for, in the order of the export."""
     path = Path(path)
     if not (path / BUNDLE).is_file():
         return ("torch",)
@@ -212,9 +229,6 @@ def load_format(name: str) -> ExportFormat:
     """
     built: ExportFormat = create_component("export", ComponentSpec(name))
     return built
-
-
-_CONTRACTS = ("inputs", "targets")
 
 
 def _open_first_available(

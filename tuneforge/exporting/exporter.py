@@ -18,11 +18,12 @@ import tuneforge
 from tuneforge.engine.data.dataset import Data, Split
 from tuneforge.engine.session.predictor import Predictor, load
 from tuneforge.engine.storage import run_dir as names
-from tuneforge.errors import DataError, UsageError
+from tuneforge.errors import UsageError
 from tuneforge.exporting import model_card as card
 from tuneforge.exporting import reference_outputs
 from tuneforge.exporting.atomic_dir import atomic_directory
 from tuneforge.exporting.bundle import BUNDLE, LAYOUT_VERSION, MODEL_CARD, load_format
+from tuneforge.exporting.data_preparation import prepare_run_data
 from tuneforge.exporting.formats import ExportFormat, make_forward
 from tuneforge.exporting.parity import ParityResult, require_parity
 from tuneforge.exporting.thumbnails import write_images
@@ -73,7 +74,7 @@ def export(
         raise UsageError("each export format is named once", where="--format", fix="name one or more formats")
     formats = {each: load_format(each) for each in to}
     predictor = load(run, model=model, device_name="cpu")
-    prepared = prepare_data(predictor, data)
+    prepared = prepare_run_data(predictor, data)
     with atomic_directory(bundle_dir) as directory:
         parities = {
             each: _write_and_verify(each, form, run, model, prepared, directory, log) for each, form in formats.items()
@@ -83,25 +84,6 @@ def export(
         if image_dir is not None:
             write_images(prepared.test, predictor.targets, Path(image_dir))
     return bundle_dir
-
-
-def prepare_data(predictor: Predictor, data: Any = None) -> Data:
-    """The data that a run was tuned and tested on.
-
-    Raises:
-        DataError: They have changed since.
-    """
-    found = predictor.with_data(data).data
-    recorded = names.read_json(predictor.run_dir / names.MODEL)["fingerprints"]
-    changed = [each for each in ("train", "test") if getattr(found, each).fingerprint() != recorded[each]]
-    if changed:
-        raise DataError(
-            f"the {' and the '.join(changed)} split is not what the run was made with",
-            where=str(predictor.run_dir),
-            why="its fingerprint is another one than in model.json, so the run's figures say nothing about it",
-            fix="bring the data back as it was, or tune again",
-        )
-    return found
 
 
 def describe_parity(parity: ParityResult) -> str:

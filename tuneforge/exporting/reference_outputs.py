@@ -39,7 +39,7 @@ class ReferenceData:
     Args:
         probe_inputs: Stored inputs of some test samples, evenly spread over the split.
         probe_outputs: What the model gave for them, float32 (m, k).
-        summaries: Of some inputs that were not trained on, float32 (m, d); see `summarize`.
+        summaries: Of some inputs that were not trained on, float32 (m, d); see `summarize_inputs`.
         predictions: Probabilities or numbers given for these, float32 (m, k).
         train_digests: Digests of the stored training samples, int64, sorted, each once.
         duplicate_fraction: The share of training samples whose stored form occurs more than once among them, (): so
@@ -77,6 +77,10 @@ class ReferenceData:
         probe = {key.removeprefix(_PROBE_PREFIX): tensors.pop(key) for key in names}
         return cls(probe_inputs=probe.get("", probe), **tensors)
 
+    def was_trained_on(self, split: Split) -> Tensor:
+        """Tell for each sample of a split whether the model was trained on it, bool (n,), by the stored inputs."""
+        return torch.isin(hash_samples(split), self.train_digests)
+
 
 def build_reference_data(
     forward: Forward, targets: Targets, *, train: Split, test: Split, reference_splits: Sequence[Split] = ()
@@ -85,7 +89,7 @@ def build_reference_data(
     probe = test.fetch(evenly_spaced_rows(len(test), NUM_PROBES))
     chosen = [each.subset(evenly_spaced_rows(len(each), MAX_REFERENCE_SAMPLES)) for each in (test, *reference_splits)]
     parts = [
-        (summarize(stored), forward(stored))
+        (summarize_inputs(stored), forward(stored))
         for split in chosen
         for _, stored in fetch_batches(split, iter_sequential(len(split), _BATCH), workers=0)
     ]
@@ -109,7 +113,7 @@ def evenly_spaced_rows(count: int, max_rows: int) -> Tensor:
     return torch.linspace(0, count - 1, min(count, max_rows)).round().long()
 
 
-def summarize(stored: TensorTree) -> Tensor:
+def summarize_inputs(stored: TensorTree) -> Tensor:
     """Each stored input of a batch as a few numbers, float32 (b, d): the same numbers for the same input anywhere.
 
     An input of at most 32 numbers is these numbers; of a longer one, such as a picture, they are the mean, the standard

@@ -11,6 +11,7 @@ _NAMES_OF_MODULE = {
         "ComponentCommand",
         "build_config",
         "component_options",
+        "flags_to_table",
         "run_options",
     ),
     "tuneforge.plugin.commands": (

@@ -4,6 +4,7 @@ from tuneforge.errors import ExitCode as ExitCode
 from tuneforge.plugin.command_options import ComponentCommand as ComponentCommand
 from tuneforge.plugin.command_options import build_config as build_config
 from tuneforge.plugin.command_options import component_options as component_options
+from tuneforge.plugin.command_options import flags_to_table as flags_to_table
 from tuneforge.plugin.command_options import run_options as run_options
 from tuneforge.plugin.commands import CommandEntry as CommandEntry
 from tuneforge.plugin.commands import installed_commands as installed_commands

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
+
+Command = TypeVar("Command", bound=Callable[..., Any] | click.Command)
 
 
 class FiniteFloatRange(click.FloatRange):
@@ -19,6 +22,6 @@ class FiniteFloatRange(click.FloatRange):
         return number
 
 
-def json_option(help: str = "End with one JSON object on standard output.") -> Any:  # noqa: A002 - click's word
+def json_option(help: str = "End with one JSON object on standard output.") -> Callable[[Command], Command]:  # noqa: A002
     """The flag `--json`, which every verb has; the function is given it as `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help=help)

@@ -1,4 +1,4 @@
-"""Headless Chromium by the WebDriver protocol, with the standard library alone."""
+"""Headless Chromium by the WebDriver protocol, with the standard library only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def installed() -> bool:
 
 
 class Browser:
-    """A window; what is asked of it raises on any fault of the driver."""
+    """A browser window; a failure of the driver raises an error."""
 
     def __init__(self, session: str) -> None:
         self._session = session
@@ -33,7 +33,7 @@ class Browser:
         return _post(f"{self._session}/execute/sync", {"script": script, "args": []})
 
     def ask(self, path: str, content: Any) -> Any:
-        """Anything else that the protocol offers."""
+        """Send any other command of the protocol."""
         return _post(f"{self._session}{path}", content)
 
     def press(self, keys: str) -> None:
@@ -42,7 +42,7 @@ class Browser:
         _post(f"{self._session}/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": presses}]})
 
     def wait(self, script: str, *, seconds: float = 10) -> Any:
-        """What the script returns as soon as that is true."""
+        """Return the result of the script as soon as it is true."""
         until = time.monotonic() + seconds
         while not (found := self.run(script)):
             assert time.monotonic() < until, (
@@ -52,17 +52,17 @@ class Browser:
         return found
 
     def messages(self) -> list[str]:
-        """What the console complains of."""
+        """Return the messages of the console."""
         return [each["message"] for each in _post(f"{self._session}/se/log", {"type": "browser"})]
 
-    def picture(self, path: Path) -> None:
+    def screenshot(self, path: Path) -> None:
         with urllib.request.urlopen(f"{self._session}/screenshot") as answer:
             path.write_bytes(base64.b64decode(json.load(answer)["value"]))
 
 
 @contextlib.contextmanager
 def browser(profile: Path, *, width: int = 900, height: int = 760) -> Iterator[Browser]:
-    """A window of its own, closed at the end."""
+    """Yield a browser window, and close it at the end."""
     driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
     try:
         port = _port(driver.stdout.readline)

@@ -1,4 +1,4 @@
-"""A small server that speaks enough of the Open Inference Protocol, and /predict, to be tested over the wire."""
+"""A small server with enough of the Open Inference Protocol and /predict for endpoint tests."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
-from tuneforge.engine.session.predictor import Predictor
+from tuneforge import Predictor
 
 
 @contextlib.contextmanager
-def serving(tuned: Predictor, *, busy: int = 0, change=lambda probabilities: probabilities, labels=None):
-    """The address of a server that answers with the model; the first `busy` requests are answered 503."""
-    left = [busy]
+def serving(predictor: Predictor, *, num_busy: int = 0, change=lambda probabilities: probabilities, labels=None):
+    """Yield the URL of a server of the model; the first `num_busy` requests get 503."""
+    left = [num_busy]
 
     def probabilities(stored):
         with torch.inference_mode():
-            outputs = tuned.run.forward(tuned.run.to_device(tuned.inputs.preprocess(stored)))
+            outputs = predictor.run.forward(predictor.run.to_device(predictor.inputs.preprocess(stored)))
         return change(outputs.double().softmax(1))
 
     class Handler(BaseHTTPRequestHandler):
@@ -38,8 +38,8 @@ def serving(tuned: Predictor, *, busy: int = 0, change=lambda probabilities: pro
                 left[0] -= 1
                 self.reply(503, {"error": "the queue is full"})
             elif self.path == "/predict":
-                row = probabilities(tuned.inputs.decode(body)[None])[0]
-                self.reply(200, {**tuned.targets.describe(row.log()), "version": "7"})
+                row = probabilities(predictor.inputs.decode(body)[None])[0]
+                self.reply(200, {**predictor.targets.describe(row.log()), "version": "7"})
             elif self.headers.get("Authorization") == "Bearer wrong":
                 self.reply(401, {"error": "the token is wrong"})
             else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
@@ -141,6 +142,11 @@ class Split:
             digest.update(self.id_of(row).encode(errors="surrogateescape") + b"\0")
         return digest.hexdigest()
 
+    def file_paths(self) -> list[Path] | None:
+        """Return the file of each sample; None if the samples are not read from one file each."""
+        paths = getattr(self.source, "paths", None)
+        return None if paths is None else [Path(each) for each in paths]
+
     def inputs_fingerprint(self) -> str | None:
         """Return the source's fingerprint, computed once; None if the source cannot tell."""
         if self._inputs_digest is None:
@@ -187,6 +193,12 @@ class Subset:
     def fetch(self, indices: Tensor) -> TensorTree:
         """Return the samples at `indices` (b,) of the subset."""
         return self.source.fetch(self.indices[indices])
+
+    @property
+    def paths(self) -> list[str | Path] | None:
+        """The file of each row; None if the other source reads no files."""
+        paths = getattr(self.source, "paths", None)
+        return None if paths is None else [paths[row] for row in self.indices.tolist()]
 
     def fingerprint(self) -> str | None:
         """Return a SHA-256 over the other source's fingerprint and the rows; None if the other source cannot tell."""

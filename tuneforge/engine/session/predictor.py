@@ -115,7 +115,7 @@ def load(path: str | Path, *, model: Any = None, device_name: str = "auto") -> P
         hooks=_build_hooks(config, model, run_record["components"]),
         restoring=True,
     )
-    run.set_data(_placeholder_data(model_record, inputs, targets))
+    run.set_data(placeholder_data(model_record, inputs, targets))
     built = run.hooks.call.model_adapt(run=run, model=None)
     # After the weights are loaded, the model is pretrained on all of its labels.
     run.set_model(attrs.evolve(built, pretrained_labels=built.labels, pretrained=True))
@@ -199,7 +199,7 @@ def _build_contract(group: str, record: dict[str, Any]) -> Any:
     return create_component(group, ComponentSpec(record["name"], record["options"]))
 
 
-def _placeholder_data(record: dict[str, Any], inputs: Inputs, targets: Targets) -> Data:
+def placeholder_data(record: Mapping[str, Any], inputs: Inputs, targets: Targets) -> Data:
     """Return data of the recorded shapes filled with zeros, because model builders read shapes from the data."""
     tensors = {
         name: torch.zeros(2, *shape, dtype=getattr(torch, dtype.removeprefix("torch.")))

@@ -22,10 +22,7 @@ import torch
 from bundles import kept
 from gaussian_clusters import base_run, cloud, rows_of
 from scipy import stats
-from tuneforge_serve.feedback.request_log import RequestLog
-from tuneforge_serve.feedback.retraining import retrain
-from tuneforge_serve.registry.model_registry import ModelRegistry
-from tuneforge_serve.registry.promotion import promote
+from tuneforge_serve import ModelRegistry, RequestLog, promote, retrain
 
 import tuneforge as tf
 
@@ -150,7 +147,7 @@ def setting(request, tmp_path_factory):
         patch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
         made = request.param(tmp_path_factory.mktemp("base"))
     made.store = made.run.parent / "models"
-    promote(made.run, registry=made.store, name="kinds", to=("safetensors",))
+    promote(made.run, registry=made.store, name="kinds", formats=("safetensors",))
     return made
 
 
@@ -164,9 +161,9 @@ def test_what_is_promoted_is_no_worse_on_clean_truth(setting, tmp_path, kind):
         raws, codes = world.batch()
         given, wrong = poisoned(codes, kind, trial)
         labels = store.load().targets.labels
-        with RequestLog(tmp_path / f"{trial}.db") as records:
-            kept(store, records, raws, [labels[code] for code in given])
-            done = retrain(store.root, records, strategy=setting.strategy, run_settings={"page": False})
+        with RequestLog(tmp_path / f"{trial}.db") as request_log:
+            kept(store, request_log, raws, [labels[code] for code in given])
+            done = retrain(store.root, request_log, strategy=setting.strategy, run_settings={"page": False})
         tally.count(done, wrong)
         if done.new_version is not None:
             tally.compare(store, world)

@@ -1,6 +1,6 @@
-"""The records of production keep what was acknowledged, stay below their cap and never mix the two sides.
+"""The request log keeps acknowledged labels, stays below its size, and never mixes training and held-out samples.
 
-TUNEFORGE_FEEDBACK_KILLS sets how often the process that takes labels is killed (3 by default, 50 for the full proof).
+TUNEFORGE_FEEDBACK_KILLS sets how often the labeling process is killed (by default 3 times).
 """
 
 import contextlib
@@ -22,183 +22,189 @@ import tuneforge as tf
 
 KILLS = int(os.environ.get("TUNEFORGE_FEEDBACK_KILLS", "3"))
 
-LABELLER = """
+LABEL_FOREVER = """
 import itertools, sys
 from tuneforge_serve.feedback.request_log import LoggedRequest, RequestLog
-start, records = int(sys.argv[2]), RequestLog(sys.argv[1])
+start, log = int(sys.argv[2]), RequestLog(sys.argv[1])
 for number in itertools.count(start):
-    records.append([LoggedRequest(f"r{number}", "1", b"%d" % number, "text/plain", {"class": "a", "probability": 0.5})])
-    records.label(f"r{number}", f"class {number}")
+    log.append([LoggedRequest(f"r{number}", "1", b"%d" % number, "text/plain", {"class": "a", "probability": 0.5})])
+    log.label(f"r{number}", f"class {number}")
     print(number, flush=True)
 """
 
 
-def exchange(key, *, body=None, probability=0.9, named="a", **given):
+def make_request(key, *, body=None, probability=0.9, predicted="a", **options):
     body = key.encode() if body is None else body
-    return LoggedRequest(key, "1", body, "text/plain", {"class": named, "probability": probability}, **given)
+    return LoggedRequest(key, "1", body, "text/plain", {"class": predicted, "probability": probability}, **options)
 
 
 def test_acknowledged_labels_survive_kill(tmp_path):
     path, acknowledged, started = tmp_path / "requests.db", set(), 0
     for kill in range(KILLS):
         with forked.Popen(
-            [sys.executable, "-c", LABELLER, str(path), str(started)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", LABEL_FOREVER, str(path), str(started)], stdout=subprocess.PIPE, text=True
         ) as process:
             acknowledged.add(int(process.stdout.readline()))
             time.sleep(random.Random(kill).uniform(0.01, 0.2))
             process.kill()
             acknowledged |= {int(line) for line in process.stdout if line.endswith("\n")}
-        started = max(acknowledged) + 2  # one more may have been written and not acknowledged
-        with RequestLog(path) as records:
-            labels = {sample.request.id: sample.label for sample in records.labeled_requests()}
+        started = max(acknowledged) + 2  # one more may have been written without an acknowledgment
+        with RequestLog(path) as request_log:
+            labels = {sample.request.id: sample.label for sample in request_log.labeled_requests()}
             assert {f"r{number}": f"class {number}" for number in acknowledged}.items() <= labels.items()
             assert len(labels) - len(acknowledged) <= kill + 1
     assert len(acknowledged) > KILLS
     assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-def test_commits_wait_for_the_disk(records):
-    assert records._fetch_one("PRAGMA journal_mode") == ("wal",)
-    assert records._fetch_one("PRAGMA synchronous") == (2,)
+def test_commits_wait_for_the_disk(request_log):
+    assert request_log._fetch_one("PRAGMA journal_mode") == ("wal",)
+    assert request_log._fetch_one("PRAGMA synchronous") == (2,)
 
 
-def test_what_was_sent_comes_back_as_it_was(records):
-    sent = exchange("x", body=bytes(range(256)), features=b"1234", time=12.5)
-    assert records.append([sent]) == 1
-    found = records.find("x")
+def test_request_is_read_back_unchanged(request_log):
+    sent = make_request("x", body=bytes(range(256)), features=b"1234", time=12.5)
+    assert request_log.append([sent]) == 1
+    found = request_log.find("x")
     assert (found.body, found.content_type, found.prediction, found.time, found.features) == (
         sent.body, sent.content_type, sent.prediction, 12.5, b"1234",
     )  # fmt: skip
 
 
-def test_a_label_says_what_changed_and_history_is_kept(records):
-    records.append([exchange("x")])
-    assert records.label("x", "b").previous_class is None
-    second = records.label("x", " a ")
+def test_label_reports_the_previous_one_and_history_keeps_all(request_log):
+    request_log.append([make_request("x")])
+    assert request_log.label("x", "b").previous_class is None
+    second = request_log.label("x", " a ")
     assert (second.class_name, second.previous_class, second.agrees) == ("a", "b", True)
-    assert records.history("x") == ["b", "a"]
-    assert [sample.label for sample in records.labeled_requests()] == ["a"]
-    assert records.stats().num_labels == 2
+    assert request_log.history("x") == ["b", "a"]
+    assert [sample.label for sample in request_log.labeled_requests()] == ["a"]
+    assert request_log.stats().num_labels == 2
 
 
-def test_a_class_never_seen_before_is_taken(records):
-    records.append([exchange("x"), exchange("y")])
-    records.label("x", "eleventh")
-    records.label("y", "a")
-    assert records.classes() == ["a", "eleventh"]
+def test_new_class_is_accepted(request_log):
+    request_log.append([make_request("x"), make_request("y")])
+    request_log.label("x", "eleventh")
+    request_log.label("y", "a")
+    assert request_log.classes() == ["a", "eleventh"]
 
 
 @pytest.mark.parametrize("name", ["", "  ", "x" * 101, "a\nb", "a\0b"])
-def test_a_name_that_cannot_be_a_class_is_refused(records, name):
-    records.append([exchange("x")])
-    with pytest.raises(tf.DataError, match="cannot name a class"):
-        records.label("x", name)
-    assert records.history("x") == []
+def test_invalid_class_name_is_refused(request_log, name):
+    request_log.append([make_request("x")])
+    with pytest.raises(tf.DataError, match="cannot be a class name"):
+        request_log.label("x", name)
+    assert request_log.history("x") == []
 
 
-def test_a_label_for_what_is_not_kept_is_refused(records):
-    with pytest.raises(tf.UnknownNameError, match="no request 'x' is kept"):
-        records.label("x", "a")
+def test_label_for_an_unknown_request_is_refused(request_log):
+    with pytest.raises(tf.UnknownNameError, match="the request log has no request 'x'"):
+        request_log.label("x", "a")
 
 
-def test_a_fixed_share_is_held_out_and_the_sides_are_apart(records):
-    records.append([exchange(f"r{number}") for number in range(400)])
+def test_fixed_fraction_is_held_out(request_log):
+    request_log.append([make_request(f"r{number}") for number in range(400)])
     for number in range(400):
-        records.label(f"r{number}", "a")
-    train = {sample.request.id for sample in records.labeled_requests("train")}
-    held_out = {sample.request.id for sample in records.labeled_requests("held-out")}
+        request_log.label(f"r{number}", "a")
+    train = {sample.request.id for sample in request_log.labeled_requests("train")}
+    held_out = {sample.request.id for sample in request_log.labeled_requests("held-out")}
     assert not train & held_out
     assert len(train | held_out) == 400
-    assert 50 <= len(held_out) <= 110  # 0.2 of 400, four deviations around
-    assert records.stats().num_held_out == len(held_out)
+    assert 50 <= len(held_out) <= 110  # 0.2 of 400, within four standard deviations
+    assert request_log.stats().num_held_out == len(held_out)
 
 
-def test_the_same_content_is_on_one_side_and_counts_once_with_its_newest_label(records):
+def test_equal_inputs_are_on_one_side_and_count_once_with_their_last_label(request_log):
     for number in range(40):
-        records.append([exchange(f"a{number}", body=b"%d" % number), exchange(f"b{number}", body=b"%d" % number)])
-        assert records.label(f"a{number}", "a").held_out == records.label(f"b{number}", "b").held_out
-    assert [sample.label for sample in records.labeled_requests()] == ["b"] * 40
-    records.label("a7", "c")
-    assert [sample.label for sample in records.labeled_requests()].count("c") == 1
-    assert len(list(records.labeled_requests())) == 40
+        request_log.append(
+            [make_request(f"a{number}", body=b"%d" % number), make_request(f"b{number}", body=b"%d" % number)]
+        )
+        assert request_log.label(f"a{number}", "a").held_out == request_log.label(f"b{number}", "b").held_out
+    assert [sample.label for sample in request_log.labeled_requests()] == ["b"] * 40
+    request_log.label("a7", "c")
+    assert [sample.label for sample in request_log.labeled_requests()].count("c") == 1
+    assert len(list(request_log.labeled_requests())) == 40
 
 
-def test_one_picture_sent_in_two_ways_counts_as_one(records):
-    records.append([exchange("png", content_digest="same"), exchange("bmp", content_digest="same")])
-    assert records.label("png", "a").held_out == records.label("bmp", "a").held_out
-    assert len(list(records.labeled_requests())) == 1
+def test_one_image_in_two_encodings_counts_once(request_log):
+    request_log.append([make_request("png", content_digest="same"), make_request("bmp", content_digest="same")])
+    assert request_log.label("png", "a").held_out == request_log.label("bmp", "a").held_out
+    assert len(list(request_log.labeled_requests())) == 1
 
 
-def test_a_share_given_later_moves_nothing(tmp_path):
-    with RequestLog(tmp_path / "r.db", held_out_fraction=0.5) as records:
-        records.append([exchange("x")])
-        side = records.label("x", "a").held_out
-    with RequestLog(tmp_path / "r.db", held_out_fraction=0.0) as records:
-        assert records.held_out_fraction == 0.5
-        assert records.label("x", "b").held_out == side
+def test_held_out_fraction_is_fixed_when_the_file_is_created(tmp_path):
+    with RequestLog(tmp_path / "r.db", held_out_fraction=0.5) as request_log:
+        request_log.append([make_request("x")])
+        side = request_log.label("x", "a").held_out
+    with RequestLog(tmp_path / "r.db", held_out_fraction=0.0) as request_log:
+        assert request_log.held_out_fraction == 0.5
+        assert request_log.label("x", "b").held_out == side
 
 
-def test_the_oldest_unlabelled_go_first_and_a_labelled_one_never(tmp_path):
-    with RequestLog(tmp_path / "r.db", max_mb=1) as records:
-        records.append([exchange("old", body=b"old" * 10_000)])
-        records.label("old", "a")
+def test_oldest_unlabeled_requests_are_removed_first_and_labeled_ones_never(tmp_path):
+    with RequestLog(tmp_path / "r.db", max_mb=1) as request_log:
+        request_log.append([make_request("old", body=b"old" * 10_000)])
+        request_log.label("old", "a")
         for number in range(200):
-            assert records.append([exchange(f"r{number}", body=os.urandom(20_000))]) == 1
-        assert records.find("old") is not None
-        assert records.find("r0") is None
-        assert records.find("r199") is not None
-        assert records.num_evicted > 100
-        assert records.stats().used_bytes < 1.1 * 2**20
+            assert request_log.append([make_request(f"r{number}", body=os.urandom(20_000))]) == 1
+        assert request_log.find("old") is not None
+        assert request_log.find("r0") is None
+        assert request_log.find("r199") is not None
+        assert request_log.num_evicted > 100
+        assert request_log.stats().used_bytes < 1.1 * 2**20
     assert (tmp_path / "r.db").stat().st_size < 1.2 * 2**20
 
 
-def test_full_of_labels_it_says_so_and_keeps_no_new_one(tmp_path):
-    with RequestLog(tmp_path / "r.db", max_mb=1) as records:
+def test_log_full_of_labels_drops_new_requests(tmp_path):
+    with RequestLog(tmp_path / "r.db", max_mb=1) as request_log:
         number = 0
-        while not records.is_full:
-            records.append([exchange(f"r{number}", body=os.urandom(50_000))])
-            records.label(f"r{number}", "a")
+        while not request_log.is_full:
+            request_log.append([make_request(f"r{number}", body=os.urandom(50_000))])
+            request_log.label(f"r{number}", "a")
             number += 1
-        assert records.append([exchange("late")]) == 0
-        assert records.num_rejected == 1
-        assert records.stats().num_labeled == number
-        assert records.label("r0", "b").previous_class == "a"
+        assert request_log.append([make_request("late")]) == 0
+        assert request_log.num_rejected == 1
+        assert request_log.stats().num_labeled == number
+        assert request_log.label("r0", "b").previous_class == "a"
 
 
-def test_a_body_of_more_than_a_tenth_of_the_cap_is_not_kept(tmp_path):
-    with RequestLog(tmp_path / "r.db", max_mb=1) as records:
-        records.append([exchange("small")])
-        assert records.append([exchange("large", body=bytes(200_000))]) == 0
-        assert records.find("small") is not None
+def test_body_of_more_than_a_tenth_of_the_limit_is_dropped(tmp_path):
+    with RequestLog(tmp_path / "r.db", max_mb=1) as request_log:
+        request_log.append([make_request("small")])
+        assert request_log.append([make_request("large", body=bytes(200_000))]) == 0
+        assert request_log.find("small") is not None
 
 
-def test_the_least_certain_comes_first_and_labelled_ones_do_not(records):
-    records.append([exchange("sure", probability=0.99), exchange("torn", probability=0.4)])
-    records.append([exchange("half", probability=0.6), exchange("number", named=None, probability=None)])
+def test_least_certain_unlabeled_request_comes_first(request_log):
+    request_log.append([make_request("sure", probability=0.99), make_request("torn", probability=0.4)])
+    request_log.append(
+        [make_request("half", probability=0.6), make_request("number", predicted=None, probability=None)]
+    )
     seen = []
-    while (found := records.least_certain(skip=["half"])) is not None:
+    while (found := request_log.least_certain(skip=["half"])) is not None:
         seen.append(found.id)
-        records.label(found.id, "a")
+        request_log.label(found.id, "a")
     assert seen == ["torn", "sure", "number"]
 
 
-def test_judged_gives_answer_and_truth_of_the_newest(records):
-    records.append([exchange("1", named="a"), exchange("2", named="b"), exchange("3", named="a")])
+def test_labeled_predictions_are_those_of_the_newest_requests(request_log):
+    request_log.append(
+        [make_request("1", predicted="a"), make_request("2", predicted="b"), make_request("3", predicted="a")]
+    )
     for key in "123":
-        records.label(key, "a")
-    assert records.labeled_predictions() == [("a", "a"), ("b", "a"), ("a", "a")]
-    assert records.labeled_predictions(limit=1) == [("a", "a")]
-    assert records.labeled_predictions(version="2") == []
+        request_log.label(key, "a")
+    assert request_log.labeled_predictions() == [("a", "a"), ("b", "a"), ("a", "a")]
+    assert request_log.labeled_predictions(limit=1) == [("a", "a")]
+    assert request_log.labeled_predictions(version="2") == []
 
 
-def test_an_id_is_kept_once(records):
-    assert records.append([exchange("x", body=b"1"), exchange("x", body=b"2")]) == 1
-    assert records.find("x").body == b"1"
+def test_id_is_logged_once(request_log):
+    assert request_log.append([make_request("x", body=b"1"), make_request("x", body=b"2")]) == 1
+    assert request_log.find("x").body == b"1"
 
 
-def test_threads_and_two_openings_share_the_file(records):
-    records.append([exchange(f"r{number}") for number in range(40)])
-    with RequestLog(records.path) as other:
+def test_threads_and_two_connections_share_the_file(request_log):
+    request_log.append([make_request(f"r{number}") for number in range(40)])
+    with RequestLog(request_log.path) as other:
 
         def work(opened, numbers):
             for number in numbers:
@@ -206,7 +212,7 @@ def test_threads_and_two_openings_share_the_file(records):
 
         threads = [
             threading.Thread(target=work, args=(opened, range(start, 40, 4)))
-            for start, opened in enumerate([records, records, other, other])
+            for start, opened in enumerate([request_log, request_log, other, other])
         ]
         for thread in threads:
             thread.start()
@@ -215,7 +221,7 @@ def test_threads_and_two_openings_share_the_file(records):
         assert len(list(other.labeled_requests())) == 40
 
 
-def test_a_file_that_is_no_records_file_is_refused(tmp_path):
+def test_other_file_is_refused(tmp_path):
     (tmp_path / "r.db").write_bytes(b"something else" * 100)
     with pytest.raises(tf.FolderError, match="cannot use"):
         RequestLog(tmp_path / "r.db")
@@ -223,50 +229,50 @@ def test_a_file_that_is_no_records_file_is_refused(tmp_path):
         RequestLog(tmp_path / "none" / "r.db")
 
 
-def test_a_file_of_a_later_kind_is_refused(tmp_path):
+def test_file_of_a_later_format_is_refused(tmp_path):
     RequestLog(tmp_path / "r.db").close()
     later = sqlite3.connect(tmp_path / "r.db")
     later.execute("PRAGMA user_version=9")
     later.close()
-    with pytest.raises(tf.FolderError, match="kind 9"):
+    with pytest.raises(tf.FolderError, match="format 9"):
         RequestLog(tmp_path / "r.db")
 
 
-def test_a_share_of_keys_is_that_share():
+def test_sampled_fraction_of_keys_is_close_to_the_rate():
     assert 0.27 < sum(is_sampled(str(number), 0.3, salt="x") for number in range(4000)) / 4000 < 0.33
     assert not is_sampled("x", 0, salt="x")
     assert is_sampled("x", 1, salt="x")
 
 
-def test_tensors_come_back_as_they_were_sent_and_broken_ones_are_said(records):
+def test_tensors_are_read_back_unchanged_and_broken_ones_are_reported(request_log):
     rows = {"words": torch.arange(6).reshape(2, 3), "size": torch.tensor([[0.5], [-1.0]])}
-    for place in range(2):
-        records.append([LoggedRequest(f"r{place}", "1", encode_row(rows, place), TENSORS, {})])
-    back = records.find("r1").decode(None)
+    for row in range(2):
+        request_log.append([LoggedRequest(f"r{row}", "1", encode_row(rows, row), TENSORS, {})])
+    back = request_log.find("r1").decode(None)
     assert {name: tensor.tolist() for name, tensor in back.items()} == {"words": [3, 4, 5], "size": [-1.0]}
     assert LoggedRequest("x", "1", encode_row(rows["size"], 0), TENSORS, {}).decode(None).tolist() == [0.5]
     with pytest.raises(tf.DataError, match="tensors of request 'x' cannot be read"):
         LoggedRequest("x", "1", b"no tensors", TENSORS, {}).decode(None)
 
 
-def test_a_label_knows_how_many_came_before_it(records):
-    records.append([exchange(each) for each in "abc"])
+def test_label_knows_its_position(request_log):
+    request_log.append([make_request(each) for each in "abc"])
     for each, name in zip("abca", "xyzy", strict=True):
-        records.label(each, name)
-    assert [(each.request.id, each.label_number) for each in records.labeled_requests()] == [
+        request_log.label(each, name)
+    assert [(each.request.id, each.label_number) for each in request_log.labeled_requests()] == [
         ("b", 2),
         ("c", 3),
         ("a", 4),
     ]
 
 
-def test_the_database_of_something_else_is_refused_and_left_as_it_was(tmp_path):
+def test_database_of_another_program_is_refused_and_left_unchanged(tmp_path):
     path = tmp_path / "other.db"
     with contextlib.closing(sqlite3.connect(path)) as other:
         other.execute("CREATE TABLE users (name TEXT)")
         other.commit()
     before = path.read_bytes()
-    with pytest.raises(tf.FolderError, match="a database of something else"):
+    with pytest.raises(tf.FolderError, match="the database of another program"):
         RequestLog(path)
     assert path.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == ["other.db"]

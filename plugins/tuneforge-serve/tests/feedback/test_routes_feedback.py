@@ -1,7 +1,7 @@
-"""Feedback on a running server: labels arrive and last, the page asks for them, and watching says how it stands.
+"""Feedback on a running server: durable labels, the review page, and monitoring of accuracy and drift.
 
-TUNEFORGE_FEEDBACK_KILLS sets how often the server is killed under labels (1 by default, 50 for the full proof);
-TUNEFORGE_SCREENSHOTS names a folder for the picture of the page.
+TUNEFORGE_FEEDBACK_KILLS sets how often the server is killed while it takes labels (by default once);
+TUNEFORGE_SCREENSHOTS names a directory for the screenshot of the page.
 """
 
 import contextlib
@@ -22,20 +22,17 @@ from browser import MISSING, browser, installed
 from bundles import digits as finished_digits
 from bundles import png
 from starlette.requests import Request
-
-import tuneforge as tf
-
-pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
-from tuneforge_serve.endpoint_test import measure as wire
 from tuneforge_serve.endpoint_test.http_client import ServerClient
+from tuneforge_serve.endpoint_test.measure import measure_endpoint, prepare_endpoint_data
 from tuneforge_serve.feedback.request_log import RequestLog, is_sampled
 from tuneforge_serve.server.request_logger import allows_logging
 from tuneforge_serve.server.routes_feedback import SampledRequestLog, feedback_routes
 
+import tuneforge as tf
 from tuneforge.builtin.datasets.demo.digit_images import real_digits
 
 KILLS = int(os.environ.get("TUNEFORGE_FEEDBACK_KILLS", "1"))
-JSON = {"Content_Type": "application/json"}
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -49,154 +46,145 @@ def pngs(count):
     return [(png(image * 15.9375), str(label)) for image, label in zip(images[:count], labels[:count], strict=True)]
 
 
-def kept_by(records, share=1.0):
-    """What a server is given that keeps a share of its requests."""
-    return {"request_log": SampledRequestLog(records, share), "extra_routes": [feedback_routes(records)]}
+def logging_to(request_log, sample_rate=1.0):
+    """Return the options of a server that logs a fraction of its requests."""
+    return {"request_log": SampledRequestLog(request_log, sample_rate), "extra_routes": [feedback_routes(request_log)]}
 
 
 @pytest.fixture
-def served(digits, records, serving):
-    with serving(digits.run_dir, **kept_by(records)) as server:
-        connection = ServerClient(server.url).connect()
-        yield connection, server.url
-        connection.close()
+def served(digits, request_log, serving):
+    with serving(digits.run_dir, **logging_to(request_log)) as server, ServerClient(server.url) as client:
+        yield client, server.url
 
 
-def predict(connection, content):
-    return connection.request("POST", "/predict", content, Content_Type="image/png")[0]
+def predict(client, content):
+    return client.request("POST", "/predict", content, {"Content-Type": "image/png"})[0]
 
 
-def label(connection, request_id, name):
-    return connection.request("POST", "/feedback", json.dumps({"id": request_id, "class": name}).encode(), **JSON)[0]
+def label(client, request_id, name):
+    return client.request("POST", "/feedback", json.dumps({"id": request_id, "class": name}).encode(), JSON)[0]
 
 
-def test_an_answered_request_takes_its_label_at_once(served, records):
-    connection, _ = served
+def test_request_can_be_labeled_at_once(served, request_log):
+    client, _ = served
     ((content, name),) = pngs(1)
-    answer = predict(connection, content)
-    assert label(connection, answer["id"], "eleventh")["previous"] is None
-    second = label(connection, answer["id"], name)
+    answer = predict(client, content)
+    assert label(client, answer["id"], "eleventh")["previous"] is None
+    second = label(client, answer["id"], name)
     assert (second["previous"], second["agrees"]) == ("eleventh", answer["class"] == name)
-    (sample,) = records.labeled_requests()
+    (sample,) = request_log.labeled_requests()
     assert (sample.request.body, sample.request.content_type, sample.label) == (content, "image/png", name)
     assert sample.request.version == answer["version"]
     assert sample.request.prediction["probabilities"] == answer["probabilities"]
 
 
-def infer(connection, pixels, **more):
-    """Ask over the Open Inference Protocol for rows of stored pictures (b, 1, 32, 32)."""
+def infer(client, pixels, **options):
+    """Predict stored images (b, 1, 32, 32) by the Open Inference Protocol."""
     tensor = {"name": "input", "datatype": "UINT8", "shape": list(pixels.shape), "data": pixels.flatten().tolist()}
-    return connection.request(
-        "POST", "/v2/models/run/infer", json.dumps({"inputs": [tensor], **more}).encode(), **JSON
-    )[0]
+    return client.request("POST", "/v2/models/run/infer", json.dumps({"inputs": [tensor], **options}).encode(), JSON)[0]
 
 
-def test_what_goes_over_v2_is_kept_and_labelled_like_the_rest(served, records, digits):
-    connection, _ = served
+def test_v2_requests_are_logged_and_labeled(served, request_log, digits):
+    client, _ = served
     inputs = tf.load(digits.run_dir).inputs
     pixels = torch.stack([inputs.decode(content) for content, _ in pngs(3)])
     alone, named, several = (
-        infer(connection, pixels[:1]),
-        infer(connection, pixels[1:2], id="7"),
-        infer(connection, pixels),
+        infer(client, pixels[:1]),
+        infer(client, pixels[1:2], id="7"),
+        infer(client, pixels),
     )
-    assert (named["id"], infer(connection, pixels[:1], id="7")["id"]) == ("7", "7")  # a client may say it twice
+    assert (named["id"], infer(client, pixels[:1], id="7")["id"]) == ("7", "7")  # a client may repeat its id
     ids = [alone["id"], named["parameters"]["feedback_id"], *(f"{several['id']}-{row}" for row in range(3))]
-    assert [label(connection, each, "3")["previous"] for each in ids] == [None] * 5
-    kept = [records.find(each) for each in ids]
+    assert [label(client, each, "3")["previous"] for each in ids] == [None] * 5
+    kept = [request_log.find(each) for each in ids]
     assert all(torch.equal(each.decode(inputs), pixels[row]) for each, row in zip(kept, (0, 1, 0, 1, 2), strict=True))
     assert [each.prediction["class"] for each in kept] == [
         json.loads(text)["class"] for answer in (alone, named, several) for text in answer["outputs"][1]["data"]
     ]
     ((content, _),) = pngs(1)
-    again = records.find(label(connection, predict(connection, content)["id"], "4")["id"])
-    assert (
-        again.content_digest == kept[0].content_digest
-    )  # sent as a file it is the same content, and its newest label counts
-    assert [each.label for each in records.labeled_requests()] == ["3", "3", "4"]
+    again = request_log.find(label(client, predict(client, content)["id"], "4")["id"])
+    assert again.content_digest == kept[0].content_digest  # the same input sent as a file
+    assert [each.label for each in request_log.labeled_requests()] == ["3", "3", "4"]
     assert again.features == kept[0].features
-    infer(connection, pixels[:1])
-    assert connection.request("GET", "/review/next")[0]["image"].startswith("data:image/png;base64,")
+    infer(client, pixels[:1])
+    assert client.request("GET", "/review/next")[0]["image"].startswith("data:image/png;base64,")
 
 
-def test_what_a_client_does_not_want_kept_is_not(served, records):
-    connection, _ = served
+def test_no_store_requests_are_not_logged(served, request_log):
+    client, _ = served
     ((content, _),) = pngs(1)
-    private = {"Cache_Control": "max-age=0, no-store"}
-    connection.request("POST", "/predict", content, Content_Type="image/png", **private)
+    private = {"Cache-Control": "max-age=0, no-store"}
+    client.request("POST", "/predict", content, {"Content-Type": "image/png", **private})
     tensor = {"name": "input", "datatype": "UINT8", "shape": [1, 1, 32, 32], "data": [0] * 1024}
     body = json.dumps({"inputs": [tensor]}).encode()
-    connection.request("POST", "/v2/models/run/infer", body, **JSON, **private)
-    connection.request(
-        "POST", "/predict", content, Content_Type="application/x-safetensors"
-    )  # a name that is ours alone
-    assert connection.request("GET", "/monitoring")[0]["request_log"]["requests"] <= 1
-    (kept,) = [records.least_certain()]
+    client.request("POST", "/v2/models/run/infer", body, {**JSON, **private})
+    client.request("POST", "/predict", content, {"Content-Type": "application/x-safetensors"})  # an internal type
+    assert client.request("GET", "/monitoring")[0]["request_log"]["requests"] <= 1
+    (kept,) = [request_log.least_certain()]
     assert kept.content_type == "application/octet-stream"
-    assert records.stats().num_requests == 1
+    assert request_log.stats().num_requests == 1
 
 
-def test_the_wire_test_leaves_no_trace_in_the_records(served, records, digits):
-    wire.measure_endpoint(ServerClient(served[1]), wire.prepare_run(digits.run_dir), batch_size=16)
+def test_endpoint_test_is_not_logged(served, request_log, digits):
+    measure_endpoint(served[0], prepare_endpoint_data(digits.run_dir), batch_size=16)
     served[0].request("GET", "/review/next")
-    assert records.stats().num_requests == 0
+    assert request_log.stats().num_requests == 0
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         (b"", "400.*no valid JSON"),
         (b"[]", "400.*an object with id and class"),
         (b'{"id": "x"}', "400.*an object with id and class"),
         (b'{"id": "x", "class": 3}', "400.*class: a text is needed"),
-        (b'{"id": "x", "class": "3"}', "404.*no request 'x' is kept"),
-        (b'{"id": "x", "class": "a\\nb"}', "422.*cannot name a class"),
+        (b'{"id": "x", "class": "3"}', "404.*the request log has no request 'x'"),
+        (b'{"id": "x", "class": "a\\nb"}', "422.*cannot be a class name"),
     ],
 )
-def test_a_wrong_label_is_refused_by_its_field(served, body, said):
-    with pytest.raises(tf.DataError, match=said):
-        served[0].request("POST", "/feedback", body, **JSON)
+def test_wrong_label_is_refused_with_the_field(served, body, message):
+    with pytest.raises(tf.DataError, match=message):
+        served[0].request("POST", "/feedback", body, JSON)
 
 
-def test_the_test_split_over_the_wire_equals_the_offline_report(served, digits):
-    run = wire.prepare_run(digits.run_dir)
-    measured = wire.measure_endpoint(
-        ServerClient(served[1]), run, offline=digits.report["splits"], batch_size=16, concurrency=2
-    )
-    assert len(measured.comparisons["test"]) > 40
-    assert [each for each in measured.comparisons["test"] if not each.equal] == []
+def test_metrics_of_the_endpoint_test_equal_the_offline_report(served, digits):
+    data = prepare_endpoint_data(digits.run_dir)
+    result = measure_endpoint(served[0], data, offline=digits.report["splits"], batch_size=16, concurrency=2)
+    assert len(result.comparisons["test"]) > 40
+    assert [each for each in result.comparisons["test"] if not each.equal] == []
 
 
-def test_only_the_share_is_kept(digits, records, serving):
-    with serving(digits.run_dir, **kept_by(records, share=0.5)) as server:
-        connection = ServerClient(server.url).connect()
-        ids = [predict(connection, content)["id"] for content, _ in pngs(60)]
-        connection.request("GET", "/review/next")
-        connection.close()
-    kept = {each for each in ids if records.find(each) is not None}
+def test_sample_rate_logs_a_fixed_fraction(digits, request_log, serving):
+    with (
+        serving(digits.run_dir, **logging_to(request_log, sample_rate=0.5)) as server,
+        ServerClient(server.url) as client,
+    ):
+        ids = [predict(client, content)["id"] for content, _ in pngs(60)]
+        client.request("GET", "/review/next")
+    kept = {each for each in ids if request_log.find(each) is not None}
     assert 15 <= len(kept) <= 45
     assert kept == {each for each in ids if is_sampled(each, 0.5, salt="sample")}
 
 
-def test_review_gives_the_least_certain_first_with_its_picture(served, records):
-    connection, _ = served
-    answers = sorted((predict(connection, content) for content, _ in pngs(20)), key=lambda each: each["probability"])
-    first, _ = connection.request("GET", "/review/next")
+def test_review_returns_the_least_certain_request_with_its_image(served, request_log):
+    client, _ = served
+    answers = sorted((predict(client, content) for content, _ in pngs(20)), key=lambda each: each["probability"])
+    first, _ = client.request("GET", "/review/next")
     assert (first["id"], first["class"], first["left"]) == (answers[0]["id"], answers[0]["class"], 20)
     assert first["image"].startswith("data:image/png;base64,")
     assert first["classes"] == list("0123456789")
-    second, _ = connection.request("GET", f"/review/next?skip={first['id']}")
+    second, _ = client.request("GET", f"/review/next?skip={first['id']}")
     assert second["id"] == answers[1]["id"]
-    label(connection, first["id"], "new pen")
-    third, _ = connection.request("GET", "/review/next")
+    label(client, first["id"], "new pen")
+    third, _ = client.request("GET", "/review/next")
     assert (third["id"], third["classes"][-1], third["num_labeled"]) == (answers[1]["id"], "new pen", 1)
 
 
-def test_watching_is_on_the_metrics_and_tells_drift(served):
-    connection, url = served
+def test_monitoring_is_part_of_the_prometheus_metrics(served):
+    client, url = served
     for content, name in pngs(40):
-        label(connection, predict(connection, content)["id"], name)
-    (seen,) = connection.request("GET", "/monitoring")[0]["models"]
+        label(client, predict(client, content)["id"], name)
+    (seen,) = client.request("GET", "/monitoring")[0]["models"]
     assert seen["accuracy"]["total"] == 40
     assert seen["accuracy"]["low"] < seen["accuracy"]["proportion"] < seen["accuracy"]["high"]
     with urllib.request.urlopen(f"{url}/metrics") as answer:
@@ -211,23 +199,21 @@ def test_watching_is_on_the_metrics_and_tells_drift(served):
     )
 
 
-def test_acknowledged_labels_survive_the_servers_kill(digits, tmp_path):
+def test_acknowledged_labels_survive_a_kill_of_the_server(digits, tmp_path):
     path, acknowledged, contents = tmp_path / "requests.db", {}, [content for content, _ in pngs(50)]
     for kill in range(KILLS):
         command = [sys.executable, "-m", "tuneforge", "serve", str(digits.run_dir), "--port", "0", "--json"]
-        command += ["--records", str(path)]
+        command += ["--request-log", str(path)]
         with forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             url = json.loads(process.stdout.readline())["url"]
             given = [{} for _ in range(3)]
 
             def work(mine, url=url, kill=kill):
-                connection = ServerClient(url, timeout_s=5).connect()
-                with contextlib.suppress(tf.TryAgainError):
+                with contextlib.suppress(tf.TryAgainError), ServerClient(url, timeout_s=5) as client:
                     for number in range(10_000):
-                        found = predict(connection, contents[number % 50])["id"]
-                        label(connection, found, f"{kill}-{number}")
+                        found = predict(client, contents[number % 50])["id"]
+                        label(client, found, f"{kill}-{number}")
                         mine[found] = f"{kill}-{number}"
-                connection.close()
 
             threads = [threading.Thread(target=work, args=(mine,)) for mine in given]
             for thread in threads:
@@ -240,50 +226,50 @@ def test_acknowledged_labels_survive_the_servers_kill(digits, tmp_path):
                 thread.join()
         for mine in given:
             acknowledged |= mine
-        with RequestLog(path) as records:
-            assert {each: records.history(each)[-1:] for each in acknowledged} == {
+        with RequestLog(path) as request_log:
+            assert {each: request_log.history(each)[-1:] for each in acknowledged} == {
                 each: [name] for each, name in acknowledged.items()
             }
     assert len(acknowledged) > 3 * KILLS
 
 
 @pytest.mark.skipif(not installed(), reason=MISSING)
-def test_a_key_on_the_review_page_confirms_or_corrects(served, records, tmp_path):
-    connection, url = served
-    names = {predict(connection, content)["id"]: name for content, name in pngs(12)}
+def test_keys_of_the_review_page_confirm_or_correct(served, request_log, tmp_path):
+    client, url = served
+    names = {predict(client, content)["id"]: name for content, name in pngs(12)}
     with browser(tmp_path / "profile") as page:
         page.open(f"{url}/review")
         page.wait("return sample !== null && document.getElementById('image').naturalWidth > 0")
         first, answered = page.run("return [sample.id, sample.class]")
         page.press("\ue007")
         page.wait(f"return sample.id !== '{first}'")
-        assert records.history(first) == [answered]
+        assert request_log.history(first) == [answered]
         second = page.run("return sample.id")
         page.press(names[second])
         third = page.wait(f"return sample.id !== '{second}' && sample.id")
-        assert records.history(second) == [names[second]]
+        assert request_log.history(second) == [names[second]]
         page.press("/new pen\ue007")
         fourth = page.wait(f"return sample.id !== '{third}' && sample.id")
-        assert records.history(third) == ["new pen"]
+        assert request_log.history(third) == ["new pen"]
         assert page.run("return sample.classes.includes('new pen')")
         page.press("\ue014")
         page.wait(f"return sample.id !== '{fourth}'")
-        assert records.history(fourth) == []
+        assert request_log.history(fourth) == []
         page.press("\ue012")
         page.wait(f"return sample.id === '{third}'")
         page.press("n")
         page.wait(f"return sample.id !== '{third}'")
-        assert records.history(third) == ["new pen", "new pen"]
-        assert "of 3 labelled answers" in page.wait("return document.getElementById('monitoring').textContent")
+        assert request_log.history(third) == ["new pen", "new pen"]
+        assert "of 3 labeled requests" in page.wait("return document.getElementById('monitoring').textContent")
         if folder := os.environ.get("TUNEFORGE_SCREENSHOTS"):
-            page.picture(Path(folder) / "review.png")
+            page.screenshot(Path(folder) / "review.png")
         assert page.messages() == []
 
 
-def test_the_page_is_safe_with_hostile_names(served, records):
-    connection, _ = served
+def test_review_page_is_safe_with_hostile_names(served, request_log):
+    client, _ = served
     ((content, _),) = pngs(1)
-    label(connection, predict(connection, content)["id"], "<img src=x onerror=alert(1)>")
+    label(client, predict(client, content)["id"], "<img src=x onerror=alert(1)>")
     with urllib.request.urlopen(served[1] + "/review") as answer:
         policy, text = answer.headers["Content-Security-Policy"], answer.read().decode()
     assert "default-src 'none'" in policy
@@ -291,7 +277,7 @@ def test_the_page_is_safe_with_hostile_names(served, records):
     assert "innerHTML" not in text
 
 
-def test_a_wish_not_to_be_kept_is_heard_in_any_of_several_headers():
+def test_no_store_is_found_in_any_of_several_headers():
     def kept(*values):
         headers = [(b"cache-control", value) for value in values]
         return allows_logging(Request({"type": "http", "headers": headers}))

@@ -31,9 +31,9 @@ CHECKS = [
 
 
 @pytest.fixture
-def keeping(records):
+def keeping(request_log):
     """What a server is given that keeps its requests."""
-    return {"request_log": records, "extra_routes": [feedback_routes(records)]}
+    return {"request_log": request_log, "extra_routes": [feedback_routes(request_log)]}
 
 
 def routes_of(app):
@@ -44,22 +44,22 @@ def routes_of(app):
 @pytest.mark.parametrize("kept", [False, True])
 def test_every_route_is_described_and_nothing_else(kept, serving, table_run, keeping):
     with serving(table_run, **(keeping if kept else {})) as server:
-        paths = server.ask("GET", "/openapi.json").json["paths"]
+        paths = server.request("GET", "/openapi.json").json["paths"]
         known = routes_of(server.app)
     assert {(path, method) for path, operations in paths.items() for method in operations} == known
     assert (("/feedback", "post") in known) == kept
 
 
 def test_a_label_is_answered_as_described(serving, table_run, keeping):
-    row = {"size": 1.5, "weight": -0.5, "colour": "red"}
+    row = {"size": 1.5, "weight": -0.5, "color": "red"}
     with serving(table_run, **keeping) as server:
         base = f"http://127.0.0.1:{server.port}"
         schema = schemathesis.openapi.from_url(f"{base}/openapi.json")
         for name in ("apple", "plum"):
-            body = {"id": server.ask("POST", "/predict", row).json["id"], "class": name}
+            body = {"id": server.request("POST", "/predict", row).json["id"], "class": name}
             label = schema["/feedback"]["POST"].Case(body=body, media_type="application/json")
             assert label.call_and_validate(base_url=base, checks=CHECKS).status_code == 200
-        server.ask("POST", "/predict", row)
+        server.request("POST", "/predict", row)
         for path in ("/review/next", "/monitoring"):
             assert schema[path]["GET"].Case().call_and_validate(base_url=base, checks=CHECKS).status_code == 200
 
@@ -80,7 +80,7 @@ def test_the_description_holds(model, serving, request, keeping):
         asked += sum(
             cases_of(each, GenerationMode.POSITIVE, base, count=1) for each in operations if each not in varied
         )
-        assert server.ask("GET", "/v2/health/ready").status == 200
+        assert server.request("GET", "/v2/health/ready").status == 200
     assert asked > CASES // 3
     print(f"\n{model}: {asked} cases")
 

@@ -18,14 +18,11 @@ from tuneforge_serve.server.app import create_app
 from tuneforge_serve.server.model_manager import ServedModel, find_model_sources
 from tuneforge_serve.server.threads import limit_to_one_thread
 
-from tuneforge.engine.storage.safetensors_io import load_tensors, save_tensors
-from tuneforge.exporting import atomic_dir as sealed
-from tuneforge.exporting.bundle import load_inference_model
-from tuneforge.exporting.exporter import export
+from tuneforge.exporting import atomic_dir, export, load_inference_model, load_tensors, save_tensors
 
 SWAPS = int(os.environ.get("TUNEFORGE_SWAPS", "4"))
 CLIENTS = int(os.environ.get("TUNEFORGE_CLIENTS", "8"))
-ROW = {"size": 0.3, "weight": 0.1, "colour": "blue"}
+ROW = {"size": 0.3, "weight": 0.1, "color": "blue"}
 
 
 class Traffic:
@@ -70,20 +67,22 @@ def until(condition, seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-def expected(store) -> dict[str, float]:
+def expected(registry_dir) -> dict[str, float]:
     """Each version's own probability for the row, offline."""
-    found = [next(load_inference_model(each).predict([ROW])) for each in store.bundles]
-    return {str(number): found[number % 2]["probabilities"]["plum"] for number in range(1, store.count + 1)}
+    found = [next(load_inference_model(each).predict([ROW])) for each in registry_dir.bundles]
+    return {
+        str(number): found[number % 2]["probabilities"]["plum"] for number in range(1, registry_dir.num_versions + 1)
+    }
 
 
-def test_versions_swap_under_traffic_and_no_request_fails(store, serving):
-    with serving(store.path, poll_interval_s=0.02) as server, Traffic(server, CLIENTS) as traffic:
+def test_versions_swap_under_traffic_and_no_request_fails(registry_dir, serving):
+    with serving(registry_dir.path, poll_interval_s=0.02) as server, Traffic(server, CLIENTS) as traffic:
         until(lambda: "1" in traffic.versions())
         for _ in range(SWAPS):
-            store.add()
-            store.point()
-            until(lambda: str(store.count) in traffic.versions())
-    probabilities = expected(store)
+            registry_dir.add()
+            registry_dir.set_champion()
+            until(lambda: str(registry_dir.num_versions) in traffic.versions())
+    probabilities = expected(registry_dir)
     assert abs(probabilities["1"] - probabilities["2"]) > 0.01  # the versions can be told apart
     assert not traffic.faults
     assert {status for status, _ in traffic.answers} == {200}
@@ -106,7 +105,7 @@ def disagreeing(folder) -> None:
     path = folder / "model.safetensors"
     tensors, metadata = load_tensors(path)
     save_tensors({name: -tensor for name, tensor in tensors.items()}, path, metadata=metadata)
-    sealed.write_manifest(folder)
+    atomic_dir.write_manifest(folder)
 
 
 def absent(folder) -> None:
@@ -115,19 +114,19 @@ def absent(folder) -> None:
 
 
 @pytest.mark.parametrize("breaks", [damaged, disagreeing, absent])
-def test_a_broken_version_is_refused_and_the_old_one_answers_throughout(store, serving, caplog, breaks):
+def test_a_broken_version_is_refused_and_the_old_one_answers_throughout(registry_dir, serving, caplog, breaks):
     caplog.set_level(logging.INFO, logger="tuneforge.serve")
-    with serving(store.path, poll_interval_s=0.02) as server, Traffic(server, 3) as traffic:
+    with serving(registry_dir.path, poll_interval_s=0.02) as server, Traffic(server, 3) as traffic:
         until(lambda: len(traffic.answers) > 5)
-        breaks(store.add())
-        store.point()
+        breaks(registry_dir.add())
+        registry_dir.set_champion()
         until(lambda: "was refused" in caplog.text)
         seen = len(traffic.answers)
         until(lambda: len(traffic.answers) > seen + 5)
-        index = server.ask("POST", "/v2/repository/index", {}).json
-        asked = server.ask("POST", "/v2/repository/models/fruit/load", {})
-        store.add()
-        store.point()
+        index = server.request("POST", "/v2/repository/index", {}).json
+        asked = server.request("POST", "/v2/repository/models/fruit/load", {})
+        registry_dir.add()
+        registry_dir.set_champion()
         until(lambda: "3" in traffic.versions())
     assert not traffic.faults
     assert {status for status, _ in traffic.answers} == {200}
@@ -135,64 +134,64 @@ def test_a_broken_version_is_refused_and_the_old_one_answers_throughout(store, s
     assert index[0]["version"] == "1"
     assert "'2' was refused" in index[0]["reason"]
     assert asked.status == 400
-    assert str(store.path) not in asked.json["error"]
+    assert str(registry_dir.path) not in asked.json["error"]
     assert "version '1' goes on" in caplog.text
     refused = [record for record in caplog.records if "was refused" in record.message]
     assert len(refused) == 2  # once by the pointer, not again and again; once because it was asked for
 
 
-def test_a_pointer_that_cannot_be_read_changes_nothing(store, serving):
-    with serving(store.path, poll_interval_s=0.02) as server:
-        (store.path / "fruit" / "champion.json").write_text("{")
+def test_a_pointer_that_cannot_be_read_changes_nothing(registry_dir, serving):
+    with serving(registry_dir.path, poll_interval_s=0.02) as server:
+        (registry_dir.path / "fruit" / "champion.json").write_text("{")
         time.sleep(0.2)
-        assert server.ask("POST", "/predict", ROW).json["version"] == "1"
-        store.add()
-        store.point()
-        until(lambda: server.ask("POST", "/predict", ROW).json["version"] == "2")
+        assert server.request("POST", "/predict", ROW).json["version"] == "1"
+        registry_dir.add()
+        registry_dir.set_champion()
+        until(lambda: server.request("POST", "/predict", ROW).json["version"] == "2")
 
 
-def test_going_back_is_a_swap_too_and_an_unloaded_model_stays_away(store, serving):
-    store.add()
-    store.point()
-    with serving(store.path, poll_interval_s=0.02) as server:
-        assert server.ask("POST", "/predict", ROW).json["version"] == "2"
-        store.point(1)
-        until(lambda: server.ask("POST", "/predict", ROW).json["version"] == "1")
-        assert server.ask("POST", "/v2/repository/models/fruit/unload", {}).status == 200
-        store.point(2)
+def test_going_back_is_a_swap_too_and_an_unloaded_model_stays_away(registry_dir, serving):
+    registry_dir.add()
+    registry_dir.set_champion()
+    with serving(registry_dir.path, poll_interval_s=0.02) as server:
+        assert server.request("POST", "/predict", ROW).json["version"] == "2"
+        registry_dir.set_champion(1)
+        until(lambda: server.request("POST", "/predict", ROW).json["version"] == "1")
+        assert server.request("POST", "/v2/repository/models/fruit/unload", {}).status == 200
+        registry_dir.set_champion(2)
         time.sleep(0.2)
-        assert server.ask("POST", "/predict", ROW).status == 404
-        assert server.ask("POST", "/v2/repository/models/fruit/load", {}).json == {"name": "fruit", "version": "2"}
-        assert server.ask("POST", "/predict", ROW).json["version"] == "2"
+        assert server.request("POST", "/predict", ROW).status == 404
+        assert server.request("POST", "/v2/repository/models/fruit/load", {}).json == {"name": "fruit", "version": "2"}
+        assert server.request("POST", "/predict", ROW).json["version"] == "2"
 
 
-def test_a_name_that_is_promoted_first_while_the_server_runs_is_served_too(store, serving):
-    with serving(store.path, poll_interval_s=0.02) as server:
-        store.add("berries")
-        assert server.ask("POST", "/v2/repository/models/berries/load", {}).status == 404  # it has no champion yet
-        store.point(name="berries")
-        until(lambda: len(server.ask("POST", "/v2/repository/index", {}).json) == 2)
-        until(lambda: server.ask("POST", "/predict?model=berries", ROW).status == 200)
-        assert server.ask("POST", "/predict", ROW).json["model"] == "fruit"
-        assert "berries" in str(server.ask("GET", "/openapi.json").json["info"])
+def test_a_name_that_is_promoted_first_while_the_server_runs_is_served_too(registry_dir, serving):
+    with serving(registry_dir.path, poll_interval_s=0.02) as server:
+        registry_dir.add("berries")
+        assert server.request("POST", "/v2/repository/models/berries/load", {}).status == 404  # it has no champion yet
+        registry_dir.set_champion(name="berries")
+        until(lambda: len(server.request("POST", "/v2/repository/index", {}).json) == 2)
+        until(lambda: server.request("POST", "/predict?model=berries", ROW).status == 200)
+        assert server.request("POST", "/predict", ROW).json["model"] == "fruit"
+        assert "berries" in str(server.request("GET", "/openapi.json").json["info"])
 
 
-def test_a_new_name_can_be_loaded_at_once(store, serving):
-    with serving(store.path, poll_interval_s=60) as server:
-        store.add("berries")
-        store.point(name="berries")
-        loaded = server.ask("POST", "/v2/repository/models/berries/load", {})
+def test_a_new_name_can_be_loaded_at_once(registry_dir, serving):
+    with serving(registry_dir.path, poll_interval_s=60) as server:
+        registry_dir.add("berries")
+        registry_dir.set_champion(name="berries")
+        loaded = server.request("POST", "/v2/repository/models/berries/load", {})
         assert loaded.json == {"name": "berries", "version": "2"}
-        assert server.ask("POST", "/predict?model=berries", ROW).json["version"] == "2"
+        assert server.request("POST", "/predict?model=berries", ROW).json["version"] == "2"
 
 
-def test_a_request_that_has_begun_is_answered_by_the_version_it_met(store, serving):
+def test_a_request_that_has_begun_is_answered_by_the_version_it_met(registry_dir, serving):
     """Even where its version was replaced before the forward pass: the batch keeps to it."""
-    with serving(store.path) as server:
+    with serving(registry_dir.path) as server:
         service = server.service
         old = service.models.get("fruit")
-        store.add()
-        store.point()
+        registry_dir.add()
+        registry_dir.set_champion()
         new = service.models.load("fruit")
         stored = old.inputs.decode(ROW)[None]
         results = [service.batcher.submit(each, stored) for each in (old, new, old)]
@@ -201,11 +200,11 @@ def test_a_request_that_has_begun_is_answered_by_the_version_it_met(store, servi
         assert not outputs[0].equal(outputs[1])
 
 
-def test_a_store_that_begins_broken_is_refused_at_start(store, serving):
+def test_a_store_that_begins_broken_is_refused_at_start(registry_dir, serving):
     from tuneforge.errors import FolderError
 
-    damaged(store.path / "fruit" / "1")
-    with pytest.raises(FolderError, match="model.safetensors"), serving(store.path):
+    damaged(registry_dir.path / "fruit" / "1")
+    with pytest.raises(FolderError, match="model.safetensors"), serving(registry_dir.path):
         pass
 
 
@@ -217,7 +216,7 @@ def test_either_backend_answers_alike_and_auto_takes_one_that_was_measured(servi
     for backend in ("torch", "onnxruntime", "auto"):
         with serving(bundle, backend=backend) as server:
             about = server.service.models.get(server.service.models.default_name).about
-            answers[backend] = server.ask("POST", "/predict", ROW).json
+            answers[backend] = server.request("POST", "/predict", ROW).json
         assert about["backend"] == backend or backend == "auto"
         assert f"by {about['backend']}," in caplog.text
     plums = [each["probabilities"]["plum"] for each in answers.values()]

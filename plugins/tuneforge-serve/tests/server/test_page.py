@@ -16,7 +16,7 @@ import pytest
 from browser import MISSING, Browser, browser, installed
 from PIL import Image
 from sklearn.datasets import load_digits
-from tuneforge_serve.feedback.request_log import RequestLog
+from tuneforge_serve import RequestLog
 from tuneforge_serve.server.routes_feedback import feedback_routes
 
 pytestmark = pytest.mark.skipif(not installed(), reason=MISSING)
@@ -134,11 +134,14 @@ def test_a_picture_may_be_chosen_or_dropped_and_a_broken_one_is_explained(window
 
 
 def test_the_page_says_how_the_model_does_at_work(window, serving, table_run, tmp_path):
-    row = {"size": 3, "weight": -2, "colour": "red"}
-    records = RequestLog(tmp_path / "requests.db")
-    with records, serving(table_run, request_log=records, extra_routes=[feedback_routes(records)]) as server:
-        given = server.ask("POST", "/predict", row).json
-        assert server.ask("POST", "/feedback", {"id": given["id"], "class": given["class"]}).status == 200
+    row = {"size": 3, "weight": -2, "color": "red"}
+    request_log = RequestLog(tmp_path / "requests.db")
+    with (
+        request_log,
+        serving(table_run, request_log=request_log, extra_routes=[feedback_routes(request_log)]) as server,
+    ):
+        given = server.request("POST", "/predict", row).json
+        assert server.request("POST", "/feedback", {"id": given["id"], "class": given["class"]}).status == 200
         window.open(f"http://127.0.0.1:{server.port}/")
         window.wait(f"{TEXT.format('monitoring')}.includes('1 labelled')")
         assert "of 1 labelled answers 100.0 % right" in window.run(TEXT.format("watch"))
@@ -148,7 +151,7 @@ def test_the_page_says_how_the_model_does_at_work(window, serving, table_run, tm
 def test_a_row_is_typed_and_the_api_page_opens(window, serving, table_run):
     with serving(table_run) as server:
         window.open(f"http://127.0.0.1:{server.port}/")
-        window.run("document.getElementById('text').value = JSON.stringify({size: 3, weight: -2, colour: 'red'})")
+        window.run("document.getElementById('text').value = JSON.stringify({size: 3, weight: -2, color: 'red'})")
         window.run("document.getElementById('ask').click()")
         assert answer(window) == "apple"
         window.open(f"http://127.0.0.1:{server.port}/docs")

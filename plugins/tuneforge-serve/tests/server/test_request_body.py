@@ -1,4 +1,4 @@
-"""Bad requests: each gets its 4xx, the server stays small, and the next good request is answered."""
+"""Bad requests get a 4xx response, use little memory, and do not disturb the next good request."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ import time
 import zlib
 from pathlib import Path
 
-import pytest
 from tuneforge_serve.server.app import AccessPolicy
-from tuneforge_serve.server.service import LOOPBACK, Limits
+from tuneforge_serve.server.limits import Limits
+from tuneforge_serve.server.service import LOOPBACK
 
-ROW = json.dumps({"size": 1.5, "weight": -0.5, "colour": "red"}).encode()
+ROW = json.dumps({"size": 1.5, "weight": -0.5, "color": "red"}).encode()
 TOKEN = "correct horse battery"
-SMALL = Limits(max_body_bytes=64 * 1024, body_timeout_s=0.4, header_timeout_s=0.4, max_connections=40)
+SMALL = Limits(max_body_bytes=64 * 1024, body_timeout_s=0.4, max_connections=40)
 
 
-def raw(server, *parts: bytes, wait_s: float = 0.0, half_close: bool = False, timeout: float = 10) -> tuple[int, bytes]:
-    """Bytes over a socket, and the status and all of the answer; 0 where the server only closed."""
+def send(server, *parts: bytes, wait_s: float = 0.0, timeout: float = 10) -> tuple[int, bytes]:
+    """Send bytes over a socket, and return the status and the whole response; 0 if the server only closed."""
     with socket.create_connection((server.host, server.port), timeout=timeout) as connection:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server may have answered and closed
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server may have responded and closed
             for part in parts:
                 connection.sendall(part)
                 time.sleep(wait_s)
-        if half_close:
-            connection.shutdown(socket.SHUT_WR)
         content = b""
         try:
             while b"}" not in content and (received := connection.recv(65536)):
@@ -50,7 +48,7 @@ def chunk(data: bytes) -> bytes:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A small PNG file that claims a large picture."""
+    """Return a small PNG file that claims a large image."""
 
     def block(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -60,7 +58,7 @@ def bomb(width: int, height: int) -> bytes:
 
 
 def npy_bomb() -> bytes:
-    """An array file whose header claims terabytes."""
+    """Return an array file whose header claims terabytes."""
     text = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,), }"
     text += b" " * (117 - len(text)) + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
@@ -88,7 +86,7 @@ BODIES = [
     ("deep nesting", post(body=b"[" * 30_000, Content_Type="application/json"), 400),
     ("a number of 10,000 digits", post(body=b"1" * 10_000, Content_Type="application/json"), 400),
     ("no Unicode", post(body=b'"\xff\xfe"', Content_Type="application/json"), 400),
-    ("a wrong type", post(body=b'{"size": [], "weight": {}, "colour": 3}'), 422),
+    ("a wrong type", post(body=b'{"size": [], "weight": {}, "color": 3}'), 422),
     ("a missing column", post(body=b'{"size": 1, "weight": 1}'), 422),
     ("a number beyond the type", post(body=ROW.replace(b"1.5", b"1e300")), 422),
     ("text of a path", post(body=b"/etc/passwd"), 422),
@@ -108,7 +106,7 @@ BODIES = [
     ("a length that is none", post(Content_Length="-1"), 400),
     ("two lengths", post(Content_length="7"), 400),
     ("a bare line feed in a header", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\x00b\r\n\r\n", 400),
-    ("a large head", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 40_000 + b"\r\n\r\n", 431),
+    ("headers without an end", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 40_000, 400),
     ("no object", post("/v2/models/fruit/infer", b"[]"), 400),
     ("a shape that lies", post("/v2/models/fruit/infer", json.dumps({"inputs": [{
         "name": "input", "datatype": "FP32", "shape": [2**40, 4], "data": [1.0]}]}).encode()), 400),
@@ -116,29 +114,29 @@ BODIES = [
 ]  # fmt: skip
 
 
-def test_200_bad_requests_get_their_4xx_and_the_next_good_one_is_answered(serving, table_run, tmp_path):
+def test_200_bad_requests_get_a_4xx_and_good_ones_succeed(serving, table_run, tmp_path):
     path = tmp_path / "fruit"
     path.symlink_to(table_run)
     with serving(path, limits=SMALL) as server:
-        assert raw(server, post())[0] == 200
+        assert send(server, post())[0] == 200
         before = memory_mb()
         seen = 0
         while seen < 200:
             for what, request, status in BODIES:
-                found, answer = raw(server, request)
+                found, answer = send(server, request)
                 assert found == status, (what, answer)
-                if request.startswith((b"POST", b"GET", b"DELETE")) or status in (400, 431):
+                if b"application/json" in answer:  # otherwise it is no HTTP request, which uvicorn refuses by itself
                     error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
                     assert "/etc" not in error.replace("../../etc", ""), what
                     assert "Traceback" not in error
                     assert str(table_run) not in error
                 seen += 1
-            assert raw(server, post())[0] == 200
+            assert send(server, post())[0] == 200
         assert memory_mb() - before < 64
     print(f"\n{seen} bad requests, {memory_mb() - before:.1f} MB more memory")
 
 
-def test_pictures_that_are_bombs_or_broken(serving, digits_run):
+def test_decompression_bombs_and_broken_images_are_refused(serving, digits_run):
     limits = Limits()
     with serving(digits_run, limits=limits) as server:
         before = memory_mb()
@@ -155,111 +153,76 @@ def test_pictures_that_are_bombs_or_broken(serving, digits_run):
                 (content, "image/png"),
                 (json.dumps({"inputs": [base64.b64encode(content).decode()]}), "application/json"),
             ):
-                answer = server.ask(
+                answer = server.request(
                     "POST", "/predict", body if isinstance(body, bytes) else body.encode(), Content_Type=kind
                 )
                 assert answer.status == 422, content[:20]
-                assert "picture" in answer.json["error"]
+                assert "cannot decode" in answer.json["error"]
         assert memory_mb() - before < 64
 
 
-def test_slow_and_half_closed_connections(serving, table_run):
+def test_slow_bodies_time_out(serving, table_run):
     with serving(table_run, limits=SMALL) as server:
-        assert raw(server, post(body=ROW[:10], length=len(ROW)))[0] == 408
-        assert raw(server, b"POST /predict HT")[0] == 408
-        dribble = [post(body=b"", length=10), *(b"x" for _ in range(3))]
-        assert raw(server, *dribble, wait_s=0.2)[0] == 408
-        assert raw(server)[0] == 0  # who says nothing is let go
-        assert raw(server, post(body=ROW[:10], length=len(ROW)), half_close=True)[0] == 400
-        assert raw(server, b"POST /predict HT", half_close=True)[0] == 400
-        assert raw(server, post(), half_close=True)[0] == 200
-        first = post() + b"GET /v2/health/li"  # the head of the next request breaks off on a kept connection
-        with socket.create_connection((server.host, server.port), timeout=5) as connection:
-            connection.sendall(first)
-            content = b""
-            while received := connection.recv(65536):
-                content += received
-        assert content.count(b"HTTP/1.1 200") == 1
-        assert content.count(b"HTTP/1.1 408") == 1
-        assert raw(server, post())[0] == 200
+        assert send(server, post(body=ROW[:10], length=len(ROW)))[0] == 408
+        trickle = [post(body=b"", length=10), *(b"x" for _ in range(3))]
+        assert send(server, *trickle, wait_s=0.2)[0] == 408
+        assert send(server, post())[0] == 200
 
 
-def test_an_answered_body_that_goes_on_is_cut(serving, table_run):
-    """Who is told 413 may finish sending a little, so that it can read the answer, and not go on for ever."""
-    with serving(table_run, limits=SMALL) as server, socket.create_connection((server.host, server.port)) as connection:
-        connection.settimeout(5)
-        connection.sendall(post(body=b"", length=10**12))
-        assert b" 413 " in connection.recv(65536)
-        began = time.monotonic()
-        with pytest.raises(OSError, match="reset|pipe"):
-            send_for(connection, seconds=5)
-        assert time.monotonic() - began < 3
-
-
-def send_for(connection: socket.socket, *, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        connection.sendall(b"x" * 10_000)
-        time.sleep(0.01)
-
-
-def test_connections_above_the_bound_are_told_so(serving, table_run):
-    limits = Limits(max_connections=3, header_timeout_s=5)
-    with serving(table_run, limits=limits) as server:
+def test_too_many_connections_get_503(serving, table_run):
+    with serving(table_run, limits=Limits(max_connections=3)) as server:
         idle = [socket.create_connection((server.host, server.port)) for _ in range(3)]
         time.sleep(0.1)
-        status, answer = raw(server, post())
-        assert status == 503
-        assert b"retry-after: 1" in answer.lower()
+        assert send(server, post())[0] == 503
         for each in idle:
             each.close()
         time.sleep(0.1)
-        assert raw(server, post())[0] == 200
+        assert send(server, post())[0] == 200
 
 
-def test_a_full_queue_and_a_late_answer_say_when_to_come_back(serving, table_run):
+def test_full_queue_and_timeout_get_503_with_retry_after(serving, table_run):
     limits = Limits(max_queue_size=2, max_batch_size=1, request_timeout_s=0.3)
-    gate = threading.Event()
+    released = threading.Event()
     with serving(table_run, limits=limits) as server:
         served = server.service.models.get(server.service.models.default_name)
         forward = served.model._forward
-        served.model._forward = lambda stored: (gate.wait(5), forward(stored))[1]
-        answers = []
+        served.model._forward = lambda stored: (released.wait(5), forward(stored))[1]
+        responses = []
         threads = [
-            threading.Thread(target=lambda: answers.append(server.ask("POST", "/predict", ROW))) for _ in range(6)
+            threading.Thread(target=lambda: responses.append(server.request("POST", "/predict", ROW))) for _ in range(6)
         ]
         for each in threads:
             each.start()
         for each in threads:
             each.join()
-        gate.set()
-        assert {each.status for each in answers} == {503}
-        assert {each.headers["retry-after"] for each in answers} == {"1"}
-        texts = " ".join(each.json["error"] for each in answers)
-        assert "rows wait" in texts
+        released.set()
+        assert {each.status for each in responses} == {503}
+        assert {each.headers["retry-after"] for each in responses} == {"1"}
+        texts = " ".join(each.json["error"] for each in responses)
+        assert "the queue is full" in texts
         assert "within 0.3 s" in texts
         served.model._forward = forward
-        assert server.ask("POST", "/predict", ROW).status == 200
+        assert server.request("POST", "/predict", ROW).status == 200
 
 
-def test_all_bodies_together_are_bounded(serving, table_run):
+def test_size_of_all_bodies_is_limited(serving, table_run):
     limits = Limits(max_total_body_bytes=100_000, max_body_bytes=80_000, body_timeout_s=5)
     with serving(table_run, limits=limits) as server:
         with socket.create_connection((server.host, server.port)) as holding:
             holding.sendall(post(body=b"x" * 70_000, length=75_000))
             time.sleep(0.2)
-            status, answer = raw(server, post(body=b"x" * 60_000))
+            status, answer = send(server, post(body=b"x" * 60_000))
             assert status == 503
             assert b"retry-after" in answer.lower()
         time.sleep(0.2)
-        assert raw(server, post())[0] == 200
+        assert send(server, post())[0] == 200
 
 
 def basic(password: str) -> str:
     return "Basic " + base64.b64encode(f"me:{password}".encode()).decode()
 
 
-def test_without_the_token_nothing_but_health_is_answered(serving, table_run):
+def test_without_the_token_only_health_routes_respond(serving, table_run):
     bad = [
         "",
         "Bearer",
@@ -273,30 +236,30 @@ def test_without_the_token_nothing_but_health_is_answered(serving, table_run):
     ]
     with serving(table_run, access=AccessPolicy(token=TOKEN, hosts=None)) as server:
         for path in ("/", "/metrics", "/docs", "/openapi.json", "/v2", "/v2/models/fruit", "/nowhere"):
-            assert server.ask("GET", path).status == 401
+            assert server.request("GET", path).status == 401
         for given in bad:
-            answer = server.ask("POST", "/predict", ROW, Authorization=given.encode("utf-8").decode("latin-1"))
+            answer = server.request("POST", "/predict", ROW, Authorization=given.encode("utf-8").decode("latin-1"))
             assert answer.status == 401, given
             assert TOKEN not in answer.body.decode()
             assert answer.headers["www-authenticate"].startswith("Basic")
         for good in (f"Bearer {TOKEN}", f"bearer {TOKEN}", basic(TOKEN)):
-            assert server.ask("POST", "/predict", ROW, Authorization=good, Host="anything.example").status == 200
-        assert server.ask("GET", "/v2/health/ready").status == 200
+            assert server.request("POST", "/predict", ROW, Authorization=good, Host="anything.example").status == 200
+        assert server.request("GET", "/v2/health/ready").status == 200
     assert TOKEN not in repr(AccessPolicy(token=TOKEN))
 
 
-def test_this_machine_is_called_by_its_own_names(serving, table_run):
+def test_names_of_this_machine_are_accepted_as_host(serving, table_run):
     with serving(table_run) as server:
         for host in (*LOOPBACK[:2], "[::1]", "localhost:1234", "LOCALHOST"):
-            assert server.ask("GET", "/v2", Host=host).status == 200, host
+            assert server.request("GET", "/v2", Host=host).status == 200, host
         own = f"http://localhost:{server.port}"
-        assert server.ask("POST", "/predict", ROW, Host=own[7:], Origin=own).status == 200
+        assert server.request("POST", "/predict", ROW, Host=own[7:], Origin=own).status == 200
 
 
-def test_a_defect_is_a_500_that_says_nothing_of_its_cause(serving, table_run, caplog):
+def test_defect_is_a_500_without_its_cause(serving, table_run, caplog):
     with serving(table_run) as server:
         server.service.models.index = lambda: 1 / 0
-        answer = server.ask("POST", "/v2/repository/index", b"")
+        answer = server.request("POST", "/v2/repository/index", b"")
     assert answer.status == 500
     assert "division" not in answer.json["error"]
     assert answer.headers["x-request-id"] in answer.json["error"]

@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 from bundles import png
-from tuneforge_serve.feedback.request_log import RequestLog
+from tuneforge_serve import RequestLog
 from tuneforge_serve.server.model_manager import hash_version
 
 import tuneforge as tf
 
-ROW = {"size": 1.5, "weight": -0.5, "colour": "red"}
+ROW = {"size": 1.5, "weight": -0.5, "color": "red"}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def digit() -> bytes:
 def test_a_picture_is_answered_as_the_run_itself_answers_it(serving, digits_run, digit):
     (offline,) = tf.predict(digits_run, [digit])
     with serving(digits_run) as server:
-        answer = server.ask("POST", "/predict", digit, Content_Type="application/x-www-form-urlencoded")
+        answer = server.request("POST", "/predict", digit, Content_Type="application/x-www-form-urlencoded")
     assert answer.status == 200
     assert answer.json["class"] == offline["class"] == "3"
     assert answer.json["probabilities"] == pytest.approx(offline["probabilities"], abs=1e-6)
@@ -36,9 +36,9 @@ def test_a_picture_is_answered_as_the_run_itself_answers_it(serving, digits_run,
 def test_rows_go_over_json_alone_and_together(serving, table_run):
     (offline,) = tf.predict(table_run, [ROW])
     with serving(table_run) as server:
-        alone = server.ask("POST", "/predict", ROW).json
-        raw = server.ask("POST", "/predict", json.dumps(ROW).encode()).json
-        many = server.ask("POST", "/predict", {"inputs": [ROW, {**ROW, "size": -2.0}]}).json
+        alone = server.request("POST", "/predict", ROW).json
+        raw = server.request("POST", "/predict", json.dumps(ROW).encode()).json
+        many = server.request("POST", "/predict", {"inputs": [ROW, {**ROW, "size": -2.0}]}).json
     assert alone["class"] == raw["class"] == offline["class"]
     assert alone["probability"] == pytest.approx(offline["probability"], abs=1e-6)
     assert many["predictions"][0]["probability"] == pytest.approx(offline["probability"], abs=1e-6)
@@ -48,7 +48,7 @@ def test_rows_go_over_json_alone_and_together(serving, table_run):
 
 def test_a_picture_may_come_as_base64(serving, digits_run, digit):
     with serving(digits_run) as server:
-        answer = server.ask("POST", "/predict", {"inputs": [base64.b64encode(digit).decode()]}).json
+        answer = server.request("POST", "/predict", {"inputs": [base64.b64encode(digit).decode()]}).json
     assert answer["predictions"][0]["class"] == "3"
 
 
@@ -56,7 +56,7 @@ def test_errors_name_the_field_and_never_a_path(serving, table_run, digits_run, 
     secret = tmp_path / "secret.png"
     secret.write_bytes(png(np.zeros((8, 8))))
     cases = [
-        ({"inputs": [ROW, {"size": 1, "colour": "red"}]}, 422, "inputs[1]"),
+        ({"inputs": [ROW, {"size": 1, "color": "red"}]}, 422, "inputs[1]"),
         ({**ROW, "weight": "heavy"}, 422, "weight"),
         ({"inputs": []}, 400, "inputs"),
         ({"inputs": 3}, 400, "inputs"),
@@ -65,57 +65,57 @@ def test_errors_name_the_field_and_never_a_path(serving, table_run, digits_run, 
     ]
     with serving(table_run) as server:
         for body, status, words in cases:
-            answer = server.ask("POST", "/predict", body)
+            answer = server.request("POST", "/predict", body)
             assert answer.status == status, body
             assert words in answer.json["error"], body
-        nan = server.ask("POST", "/predict", b'{"size": NaN}', Content_Type="application/json")
+        nan = server.request("POST", "/predict", b'{"size": NaN}', Content_Type="application/json")
         assert nan.status == 400
         assert "NaN" in nan.json["error"]
-        form = server.ask("POST", "/predict", b"--x", Content_Type="multipart/form-data; boundary=x")
+        form = server.request("POST", "/predict", b"--x", Content_Type="multipart/form-data; boundary=x")
         assert form.status == 415
-        unknown = server.ask("POST", "/predict?model=pears", ROW)
+        unknown = server.request("POST", "/predict?model=pears", ROW)
         assert unknown.status == 404
     with serving(digits_run) as server:
         for body in (str(secret).encode(), json.dumps(str(secret)).encode()):
             for kind in ("application/json", "text/plain"):
-                answer = server.ask("POST", "/predict", body, Content_Type=kind)
+                answer = server.request("POST", "/predict", body, Content_Type=kind)
                 assert answer.status in (400, 422)
                 assert str(tmp_path) not in answer.json["error"]
 
 
 def test_a_row_that_breaks_the_model_fails_alone(serving, table_run):
     with serving(table_run) as server:
-        huge = server.ask("POST", "/predict", {**ROW, "size": 1e308})
+        huge = server.request("POST", "/predict", {**ROW, "size": 1e308})
         assert huge.status == 422
         assert "infinity" in huge.json["error"] or "NaN" in huge.json["error"]
-        assert server.ask("POST", "/predict", ROW).status == 200
+        assert server.request("POST", "/predict", ROW).status == 200
 
 
 def test_answered_requests_are_kept_as_they_were_sent(serving, table_run, tmp_path):
-    with RequestLog(tmp_path / "requests.db") as records:
-        with serving(table_run, request_log=records) as server:
-            first = server.ask("POST", "/predict", ROW).json
-            many = server.ask("POST", "/predict", {"inputs": [ROW, {**ROW, "size": 0}]}).json
+    with RequestLog(tmp_path / "requests.db") as request_log:
+        with serving(table_run, request_log=request_log) as server:
+            first = server.request("POST", "/predict", ROW).json
+            many = server.request("POST", "/predict", {"inputs": [ROW, {**ROW, "size": 0}]}).json
             server.service.request_logger.flush()
-            assert records.stats().num_requests == 3
-        kept = records.find(first["id"])
+            assert request_log.stats().num_requests == 3
+        kept = request_log.find(first["id"])
         assert json.loads(kept.body) == ROW
         assert kept.prediction["class"] == first["class"]
         assert kept.version == first["version"]
         assert len(kept.features) > 0
-        second = records.find(many["predictions"][0]["id"])
+        second = request_log.find(many["predictions"][0]["id"])
         assert second.content_digest == kept.content_digest
-        assert second.content_digest != records.find(many["predictions"][1]["id"]).content_digest
+        assert second.content_digest != request_log.find(many["predictions"][1]["id"]).content_digest
 
 
 def test_pages_load_nothing_from_elsewhere(serving, table_run, digits_run):
     with serving(table_run) as server:
-        page, docs = server.ask("GET", "/"), server.ask("GET", "/docs")
+        page, docs = server.request("GET", "/"), server.request("GET", "/docs")
         assert page.status == docs.status == 200
         assert b'<textarea id="text"' in page.body
-        assert b"colour" in page.body
+        assert b"color" in page.body
     with serving(digits_run) as server:
-        page = server.ask("GET", "/")
+        page = server.request("GET", "/")
         assert b'<canvas id="board"' in page.body
     for each in (page, docs):
         assert b"http://" not in each.body.replace(b"http://HOST:PORT", b"")
@@ -126,13 +126,13 @@ def test_pages_load_nothing_from_elsewhere(serving, table_run, digits_run):
 
 def test_metrics_count_requests_batches_and_versions(serving, table_run):
     with serving(table_run) as server:
-        server.ask("POST", "/predict", ROW)
-        server.ask("POST", "/predict", b"")
-        server.ask("GET", "/nowhere/at/all")
-        text = server.ask("GET", "/metrics").body.decode()
+        server.request("POST", "/predict", ROW)
+        server.request("POST", "/predict", b"")
+        server.request("GET", "/nowhere/at/all")
+        text = server.request("GET", "/metrics").body.decode()
         version = server.service.models.list_loaded()[0].version
     assert 'tuneforge_requests_total{path="/predict",status="200"} 1.0' in text
     assert 'tuneforge_requests_total{path="/predict",status="400"} 1.0' in text
     assert 'tuneforge_requests_total{path="other",status="404"} 1.0' in text
-    assert "tuneforge_batch_rows_count 1.0" in text
+    assert "tuneforge_batch_size_count 1.0" in text
     assert f'version="{version}"' in text

@@ -8,7 +8,7 @@ import torch
 import tritonclient.http as tritonclient
 from tritonclient import utils
 
-from tuneforge.exporting.bundle import load_inference_model
+from tuneforge.exporting import load_inference_model
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def faults():
 def test_each_fault_of_a_request_is_named(client):
     server, _ = client
     for body, words in faults():
-        answer = server.ask("POST", "/v2/models/digits/infer", body)
+        answer = server.request("POST", "/v2/models/digits/infer", body)
         assert answer.status == 400, (str(body)[:200], answer.body)
         assert words in answer.json["error"], (str(body)[:200], answer.json)
 
@@ -155,7 +155,7 @@ def test_binary_tensors_are_bounded_by_their_header(client):
     head = {"name": "input", "shape": [1, 1, 32, 32], "datatype": "UINT8", "parameters": {"binary_data_size": 1024}}
     text = json.dumps({"inputs": [head]}).encode()
     path, name = "/v2/models/digits/infer", "Inference_Header_Content_Length"
-    good = server.ask("POST", path, text + bytes(1024), **{name: str(len(text))})
+    good = server.request("POST", path, text + bytes(1024), **{name: str(len(text))})
     assert good.status == 200
     for body, length, words in [
         (text + bytes(1024), "99999", "Content-Length"),
@@ -166,14 +166,14 @@ def test_binary_tensors_are_bounded_by_their_header(client):
         (text, None, "elements"),
     ]:
         headers = {} if length is None else {name: length}
-        answer = server.ask("POST", path, body, **headers)
+        answer = server.request("POST", path, body, **headers)
         assert answer.status == 400, (length, answer.body)
         assert words in answer.json["error"], answer.json
 
 
 def test_a_table_is_served_by_the_same_code_and_refuses_what_is_no_number(serving, table_run):
     servable = load_inference_model(table_run)
-    stored = servable.inputs.decode({"size": 1.0, "weight": 2.0, "colour": "blue"})[None]
+    stored = servable.inputs.decode({"size": 1.0, "weight": 2.0, "color": "blue"})[None]
     with serving(table_run) as server:
         name = server.service.models.default_name
         triton = tritonclient.InferenceServerClient(f"127.0.0.1:{server.port}")

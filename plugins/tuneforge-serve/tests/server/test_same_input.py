@@ -40,7 +40,7 @@ def test_the_test_split_over_the_wire_equals_the_offline_report_to_the_sample(se
     files = sorted((photos / "test").rglob("*.*"))
     offline = list(tf.predict(result.run_dir, files))
     with serving(result.run_dir) as server:
-        wire = [server.ask("POST", "/predict", each.read_bytes()).json for each in files]
+        wire = [server.request("POST", "/predict", each.read_bytes()).json for each in files]
     assert [each["class"] for each in wire] == [each["class"] for each in offline]
     for ours, theirs in zip(wire, offline, strict=True):
         assert ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)

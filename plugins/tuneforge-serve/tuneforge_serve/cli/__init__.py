@@ -1,1 +1,1 @@
-"""Verbs of the command line: serve, promote, models, test-endpoint, retrain."""
+"""The verbs of the command line: serve, promote, models, test-endpoint and retrain."""

@@ -1,4 +1,4 @@
-"""`tuneforge promote`: make a run the champion of a name, if the gate lets it pass."""
+"""`tuneforge promote`: make a run the champion of a model name if the gate accepts it."""
 
 from __future__ import annotations
 
@@ -7,61 +7,67 @@ from pathlib import Path
 
 import click
 
-from tuneforge.plugin.parameter_types import FiniteFloatRange
-
-REFUSED = 3
+from tuneforge.plugin import ExitCode, FiniteFloatRange, json_option
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("run_dir", type=click.Path(path_type=Path), metavar="RUN")
 @click.option(
-    "--store", default="models", show_default=True, type=click.Path(path_type=Path), metavar="DIR", help="The store."
+    "--registry",
+    default="models",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Directory of the model registry.",
 )
-@click.option("--name", metavar="NAME", help="Of the model. [default: what the run's data source is called]")
+@click.option("--name", metavar="NAME", help="Name of the model. [default: the name of the run's data source]")
 @click.option(
-    "--to", multiple=True, metavar="FORMAT", help="What the version holds; repeatable. [default: onnx and safetensors]"
+    "--format",
+    "formats",
+    multiple=True,
+    metavar="FORMAT",
+    help="Export format of the version; repeatable. [default: onnx and safetensors]",
 )
 @click.option(
-    "--new", type=click.Path(path_type=Path), metavar="DIR", help="Held-out files of the new world, one folder a class."
+    "--new-test-set",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Test set of new data: files in one folder per class.",
 )
 @click.option(
-    "--margin",
-    "non_inferiority_margin",
+    "--non-inferiority-margin",
     type=FiniteFloatRange(0, 1),
-    help="Share of right answers to lose at most, old test set. [default: 0.02]",
+    help="Largest accepted loss of accuracy on the old test set. [default: 0.02]",
 )
 @click.option(
-    "--floor",
-    "min_recall",
-    type=FiniteFloatRange(0, 1),
-    help="Least recall of each class, old test set. [default: 0.5]",
+    "--min-recall", type=FiniteFloatRange(0, 1), help="Minimum recall of each class, old test set. [default: 0.5]"
 )
-@click.option("--alpha", type=FiniteFloatRange(0, 1), help="Level of the test that shows a difference. [default: 0.05]")
+@click.option("--alpha", type=FiniteFloatRange(0, 1), help="Level of the superiority test. [default: 0.05]")
 @click.option(
     "--latency-ratio",
     type=FiniteFloatRange(0, min_open=True),
-    help="How many times as long a lone answer may take. [default: 2]",
+    help="Largest accepted ratio of the latencies of a single sample. [default: 2]",
 )
-@click.option("--accept-equal", is_flag=True, help="Promote also where no significant difference is found.")
-@click.option("--json", "as_json", is_flag=True, help="End with one JSON object on standard output.")
+@click.option("--accept-equal", is_flag=True, help="Also promote a run without a significant difference.")
+@json_option()
 def promote(
-    folder: Path,
-    store: Path,
+    run_dir: Path,
+    registry: Path,
     name: str | None,
-    to: tuple[str, ...],
-    new: Path | None,
+    formats: tuple[str, ...],
+    new_test_set: Path | None,
     as_json: bool,
     accept_equal: bool,
     **rule_options: float | None,
 ) -> int:
-    """Make a finished run, or a bundle, the champion of a name, if it is better.
+    """Make a finished run, or a bundle, the champion of a model name if it is better than the current champion.
 
-    The champion's own test split must not be answered worse, no class may fall under the floor, and on the new
-    world's files (without them: on the old test split) the challenger must be significantly better. Exits 3 where the
-    champion stays.
+    On the champion's own test split the run must not be worse by more than the non-inferiority margin, and no class may
+    fall below the minimum recall. On the new test set (without one: on the old test split) it must be significantly
+    better. The exit code is 3 if the run is refused.
     """
-    from tuneforge_serve.registry.gate import GateRules
-    from tuneforge_serve.registry.promotion import promote as promoted
+    from tuneforge_serve import GateRules
+    from tuneforge_serve import promote as promote_run
 
     def log(text: str) -> None:
         click.echo(text, err=as_json)
@@ -69,17 +75,20 @@ def promote(
     rules = GateRules(
         **{key: value for key, value in rule_options.items() if value is not None}, accept_equal=accept_equal
     )
-    done = promoted(folder, registry=store, name=name, to=to or None, new_test_set=new, rules=rules, log=log)
+    result = promote_run(
+        run_dir, registry=registry, name=name, formats=formats or None, new_test_set=new_test_set, rules=rules, log=log
+    )
     if as_json:
-        result = {
-            "name": done.name,
-            "version": done.version,
-            "previous_champion": done.previous_champion,
-            **done.decision.to_dict(),
+        content = {
+            "name": result.name,
+            "version": result.version,
+            "previous_champion": result.previous_champion,
+            **result.decision.to_dict(),
         }
-        click.echo(json.dumps(result))
+        click.echo(json.dumps(content))
     else:
-        click.echo(done.decision.format_table())
-        if done.version is not None:
-            click.echo(f"done: {store / done.name / str(done.version)} is the champion of {done.name}")
-    return 0 if done.version is not None else REFUSED
+        click.echo(result.decision.format_table())
+        if result.version is not None:
+            version_dir = registry / result.name / str(result.version)
+            click.echo(f"done: {version_dir} is the champion of {result.name}")
+    return ExitCode.OK if result.version is not None else ExitCode.TARGET_MISSED

@@ -1,4 +1,4 @@
-"""`tuneforge serve`: models behind HTTP."""
+"""`tuneforge serve`: serve models over HTTP."""
 
 from __future__ import annotations
 
@@ -10,33 +10,41 @@ from typing import Any
 
 import click
 
-from tuneforge.plugin.parameter_types import FiniteFloatRange
+from tuneforge.plugin import FiniteFloatRange, json_option
 
-_TOKEN = "TUNEFORGE_TOKEN"  # noqa: S105 - the name of a variable
+_TOKEN_VARIABLE = "TUNEFORGE_TOKEN"  # noqa: S105 - the name of an environment variable
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path), metavar="RUN|BUNDLE|STORE")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.argument("path", type=click.Path(path_type=Path), metavar="RUN|BUNDLE|REGISTRY")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    default=8000,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="0 picks a free port.",
+)
 @click.option(
     "--backend", default="auto", show_default=True, help="torch or onnxruntime; auto measures which is faster."
 )
-@click.option("--device", default="auto", show_default=True, help="Where torch computes.")
-@click.option("--max-batch", default=32, show_default=True, type=click.IntRange(1), help="Rows of one forward pass.")
+@click.option("--device", default="auto", show_default=True, help="Device that torch computes on.")
+@click.option(
+    "--max-batch-size", default=32, show_default=True, type=click.IntRange(1), help="Most samples of a forward pass."
+)
 @click.option(
     "--max-wait-ms",
     default=5.0,
     show_default=True,
     type=FiniteFloatRange(0),
-    help="Longest wait for company that is on its way.",
+    help="Longest time a request waits for others to join its batch.",
 )
 @click.option(
-    "--max-queue",
+    "--max-queue-size",
     default=512,
     show_default=True,
     type=click.IntRange(1),
-    help="Rows that may wait; more are told to come back.",
+    help="Most samples that wait for a forward pass; with more, requests get 503.",
 )
 @click.option(
     "--max-body-mb",
@@ -46,65 +54,68 @@ _TOKEN = "TUNEFORGE_TOKEN"  # noqa: S105 - the name of a variable
     help="Largest body of a request.",
 )
 @click.option(
-    "--max-connections", default=256, show_default=True, type=click.IntRange(1), help="Connections at a time."
+    "--max-connections",
+    default=256,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Most connections at a time; with more, requests get 503.",
 )
 @click.option(
-    "--timeout",
+    "--timeout-s",
     default=30.0,
     show_default=True,
     type=FiniteFloatRange(0, min_open=True),
-    help="Seconds that an answer may take.",
+    help="Longest time from a complete request to its prediction, in seconds.",
 )
 @click.option(
-    "--body-timeout",
+    "--body-timeout-s",
     default=20.0,
     show_default=True,
     type=FiniteFloatRange(0, min_open=True),
-    help="Seconds that a body may take to arrive.",
+    help="Longest time for a body to arrive, in seconds.",
 )
 @click.option(
-    "--head-timeout",
-    default=10.0,
-    show_default=True,
-    type=FiniteFloatRange(0, min_open=True),
-    help="Seconds that the head of a request may take to arrive.",
-)
-@click.option(
-    "--watch-s",
+    "--poll-interval-s",
     default=0.5,
     show_default=True,
     type=FiniteFloatRange(0, min_open=True),
-    help="Seconds between two looks at a store's champion.",
+    help="Seconds between two checks for a new champion in the registry.",
 )
 @click.option(
-    "--records",
+    "--request-log",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Keep answers in this file, and take labels (/feedback, /review, /monitoring).",
+    help="Log requests to this file, and accept labels (/feedback, /review, /monitoring).",
 )
 @click.option(
-    "--records-mb", default=256.0, show_default=True, type=FiniteFloatRange(1), help="Most megabytes of records."
+    "--request-log-mb",
+    default=256.0,
+    show_default=True,
+    type=FiniteFloatRange(1),
+    help="Largest size of the request log in MB.",
 )
 @click.option(
-    "--sample", default=1.0, show_default=True, type=FiniteFloatRange(0, 1), help="Share of the requests to keep."
+    "--sample-rate", default=1.0, show_default=True, type=FiniteFloatRange(0, 1), help="Fraction of requests to log."
 )
 @click.option(
     "--token-file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help=f"Holds the token that every request must name; or set {_TOKEN}.",
+    help=f"File with the token that every request needs; or set {_TOKEN_VARIABLE}.",
 )
-@click.option("--insecure", is_flag=True, help="Listen at other addresses than this machine's own without a token.")
-@click.option("--json", "as_json", is_flag=True, help="Print the address as one JSON object.")
+@click.option("--insecure", is_flag=True, help="Accept requests from other machines without a token.")
+@json_option("Print the address as one JSON object.")
 def serve(path: Path, host: str, port: int, **values: Any) -> None:
-    """Serve a finished run, a bundle, or the champions of a store.
+    """Serve a finished run, a bundle, or the champions of a registry.
 
-    Open Inference Protocol v2 at /v2, POST /predict for raw inputs, a page to try it at /, the API at /docs.
+    The server speaks the Open Inference Protocol v2 at /v2. POST /predict takes raw inputs such as image files, the
+    page at / lets you try the model, and /docs describes the API. Put a reverse proxy in front of the server if clients
+    that you do not trust can reach it: the proxy handles TLS and slow connections.
     """
-    from tuneforge_serve.server.service import Limits, RequestLogConfig, require_packages
-    from tuneforge_serve.server.service import serve as serve_models
+    from tuneforge_serve import serve as serve_models
+    from tuneforge_serve.server.limits import Limits
+    from tuneforge_serve.server.service import RequestLogConfig
 
-    require_packages()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("tuneforge").setLevel(logging.INFO)
 
@@ -113,36 +124,35 @@ def serve(path: Path, host: str, port: int, **values: Any) -> None:
             click.echo(json.dumps({"url": url, "pid": os.getpid(), "models": models}))
             return
         for each in models:
-            click.echo(f"serving {each['name']}, version {each['version']}, by {each['backend']}")
-        click.echo(f"page: {url}/   API: {url}/docs   stop with Ctrl-C")
+            click.echo(f"serving {each['name']}, version {each['version']}, backend {each['backend']}")
+        click.echo(f"page: {url}/   API: {url}/docs   press Ctrl-C to stop")
 
-    records = values["records"]
+    log_path = values["request_log"]
     serve_models(
         path,
         host=host,
         port=port,
         limits=Limits(
             max_body_bytes=int(values["max_body_mb"] * 2**20),
-            max_batch_size=values["max_batch"],
-            max_queue_size=values["max_queue"],
+            max_batch_size=values["max_batch_size"],
+            max_queue_size=values["max_queue_size"],
             max_wait_s=values["max_wait_ms"] / 1000,
-            request_timeout_s=values["timeout"],
-            body_timeout_s=values["body_timeout"],
-            header_timeout_s=values["head_timeout"],
+            request_timeout_s=values["timeout_s"],
+            body_timeout_s=values["body_timeout_s"],
             max_connections=values["max_connections"],
         ),
         token=_read_token(values["token_file"]),
         insecure=values["insecure"],
         backend=values["backend"],
         device_name=values["device"],
-        poll_interval_s=values["watch_s"],
-        request_log=None if records is None else RequestLogConfig(records, values["sample"], values["records_mb"]),
+        poll_interval_s=values["poll_interval_s"],
+        request_log=log_path and RequestLogConfig(log_path, values["sample_rate"], values["request_log_mb"]),
         on_started=announce,
     )
 
 
 def _read_token(file: Path | None) -> str | None:
-    """The token from a file or from the environment, never from the command line, which other users can see.
+    """Read the token from a file or the environment; never from the command line, which other users can see.
 
     Raises:
         UsageError: The file cannot be read.
@@ -150,7 +160,7 @@ def _read_token(file: Path | None) -> str | None:
     from tuneforge.errors import UsageError
 
     if file is None:
-        return os.environ.get(_TOKEN)
+        return os.environ.get(_TOKEN_VARIABLE)
     try:
         return file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):

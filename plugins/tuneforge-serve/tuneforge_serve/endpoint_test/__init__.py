@@ -1,1 +1,1 @@
-"""A served model, tested from outside."""
+"""Test a running server: send a split to it and compare the metrics of its predictions with the offline report."""

@@ -1,14 +1,15 @@
-"""Connections to a server that speaks JSON over HTTP: kept open, patient with a busy one, in plain words on failure."""
+"""An HTTP client for a server under test: it waits while the server is busy, and explains failures."""
 
 from __future__ import annotations
 
-import json
+import ssl
 import time
-from collections.abc import Mapping
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from threading import Lock
+from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
+
+import httpx
 
 from tuneforge.errors import DataError, TryAgainError, UsageError
 
@@ -16,108 +17,104 @@ _MAX_RETRY_S = 30.0
 
 
 class ServerClient:
-    """A server under test.
+    """A client for one server; threads may share it. Use it as a context manager, or call `close`.
 
     Args:
-        url: Such as `http://127.0.0.1:8000`.
+        url: The address of the server, such as `http://127.0.0.1:8000`.
         token: Sent as a bearer token.
-        timeout_s: Longest wait for an answer.
+        timeout_s: The longest time to wait for a response, in seconds.
 
     Raises:
-        UsageError: The URL is none.
+        UsageError: `url` is not an address of a server.
     """
 
     def __init__(self, url: str, *, token: str | None = None, timeout_s: float = 30.0) -> None:
         parts = urlsplit(url if "//" in url else f"http://{url}")
         try:
-            known = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+            is_address = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
         except ValueError:
-            known = False
-        if not known:
-            raise UsageError(f"'{url}' is no address of a server", where="URL", fix="give http://HOST:PORT")
-        self.url, self.timeout_s = url, timeout_s
-        self._host, self._port, self.path = parts.hostname or "", parts.port, parts.path.rstrip("/")
-        self._kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        self.headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._lock = Lock()
+            is_address = False
+        if not is_address:
+            raise UsageError(f"'{url}' is not an address of a server", where="URL", fix="pass http://HOST:PORT")
+        self.url = url
         self.num_retries = 0
+        self._lock = Lock()
+        self._http = httpx.Client(
+            base_url=parts.geturl().rstrip("/"),
+            headers={} if token is None else {"Authorization": f"Bearer {token}"},
+            timeout=timeout_s,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            trust_env=False,  # a proxy of the environment would be measured instead of the server
+            verify=ssl.create_default_context() if parts.scheme == "https" else False,
+        )
 
-    def connect(self) -> ClientConnection:
-        """A connection that is kept open; each thread has its own."""
-        return ClientConnection(self, self._kind(self._host, self._port, timeout=self.timeout_s))
+    def __enter__(self) -> ServerClient:
+        return self
 
-    def count_retry(self) -> None:
-        """One request was sent again."""
-        with self._lock:
-            self.num_retries += 1
-
-
-class ClientConnection:
-    """One kept connection to a server. Made by `ServerClient.connect`."""
-
-    def __init__(self, server: ServerClient, http: HTTPConnection) -> None:
-        self._server, self._http = server, http
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     def close(self) -> None:
-        """Close it."""
+        """Close every connection."""
         self._http.close()
 
-    def request(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[Any, float]:
-        """The JSON that the server answers, and how long the answer took in seconds.
+    def request(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[Any, float]:
+        """Send a request, and return the JSON of the response and the latency in seconds.
 
-        A busy server (503) is asked again after the time that it names.
+        While the server is busy (503), the request is repeated after the time that the server names.
 
         Raises:
-            TryAgainError: It cannot be reached, does not answer, or stays busy.
-            DataError: It refuses the request; the message holds its reason.
+            TryAgainError: The server cannot be reached, does not respond, or stays busy.
+            DataError: The server refuses the request; the message contains its reason.
         """
         deadline = time.monotonic() + _MAX_RETRY_S
         while True:
-            began = time.perf_counter()
-            status, content, wait_s = self._exchange(method, path, body, headers)
-            took = time.perf_counter() - began
-            if status != 503 or time.monotonic() + wait_s > deadline:
+            start = time.perf_counter()
+            response = self._send(method, path, body, headers)
+            latency_s = time.perf_counter() - start
+            wait_s = _retry_after(response)
+            if response.status_code != 503 or time.monotonic() + wait_s > deadline:
                 break
-            self._server.count_retry()
+            with self._lock:
+                self.num_retries += 1
             time.sleep(wait_s)
-        if status == 503:
-            raise TryAgainError(f"the server at {self._server.url} stays busy", why=_reason(content), fix="try later")
-        if status >= 400:
-            raise DataError(
-                f"the server answers {status} to {method} {path}", where=self._server.url, why=_reason(content)
-            )
+        if response.status_code == 503:
+            raise TryAgainError(f"the server at {self.url} stays busy", why=_reason(response), fix="try again later")
+        if response.status_code >= 400:
+            what = f"the server responds {response.status_code} to {method} {path}"
+            raise DataError(what, where=self.url, why=_reason(response))
         try:
-            return (json.loads(content) if content.strip() else None), took
+            return (response.json() if response.content.strip() else None), latency_s
         except ValueError:
-            raise DataError(f"the answer to {method} {path} is no JSON", where=self._server.url) from None
+            raise DataError(f"the response to {method} {path} is not JSON", where=self.url) from None
 
-    def _exchange(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
-    ) -> tuple[int, bytes, float]:
-        named = {name.replace("_", "-"): value for name, value in headers.items()} | self._server.headers
+    def _send(self, method: str, path: str, body: bytes | None, headers: dict[str, str] | None) -> httpx.Response:
         try:
-            self._http.request(method, self._server.path + path, body, named)
-            response = self._http.getresponse()
-            content = response.read()
-        except (OSError, HTTPException) as error:
-            self._http.close()
+            return self._http.request(method, path, content=body, headers=headers)
+        except httpx.HTTPError as error:
             raise TryAgainError(
-                f"cannot reach the server at {self._server.url}",
+                f"cannot reach the server at {self.url}",
                 why=str(error) or type(error).__name__,
                 fix="start it (tuneforge serve), or check the address",
             ) from None
-        try:
-            wait_s = min(_MAX_RETRY_S, float(response.getheader("Retry-After", "1")))
-        except ValueError:
-            wait_s = 1.0
-        return response.status, content, wait_s
 
 
-def _reason(content: bytes) -> str:
-    """The server's own words for an error, shortened."""
+def _retry_after(response: httpx.Response) -> float:
     try:
-        said = json.loads(content)
-        text = said.get("error", said) if isinstance(said, dict) else said
+        return min(_MAX_RETRY_S, float(response.headers.get("Retry-After", "1")))
+    except ValueError:  # an HTTP date
+        return 1.0
+
+
+def _reason(response: httpx.Response) -> str:
+    """Return the server's error message, at most 300 characters of it."""
+    try:
+        content = response.json()
+        text = content.get("error", content) if isinstance(content, dict) else content
     except ValueError:
-        text = content.decode(errors="replace")
+        text = response.text
     return str(text)[:300]

@@ -1,8 +1,8 @@
-"""The test split sent to a server, and what came back judged as `evaluate` judges: figures, latency, throughput.
+"""Send splits to a server, and compute the metrics, the latencies and the throughput of its predictions.
 
-Files go to `POST /predict` as they are, so that the server's decoding is tested too. What has no file goes to
-`POST /v2/models/NAME/infer` in its stored form, the tensor that both the server and the offline evaluation give to
-`Inputs.preprocess`. Either way each sample must be answered as offline.
+Samples that are files go to `POST /predict` unchanged, so that the server's decoding is tested too. Other samples go to
+`POST /v2/models/NAME/infer` as stored tensors, which both the server and the offline evaluation pass to
+`Inputs.preprocess`. The predictions have to equal the offline ones either way.
 
 Shapes: n samples, k outputs.
 """
@@ -11,57 +11,45 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import attrs
 import torch
-from torch import Tensor
 
-from tuneforge.engine.context.run import Run
-from tuneforge.engine.data.dataset import Split, Targets
-from tuneforge.engine.data.loader import iter_sequential
-from tuneforge.engine.loop.metric_set import resolve_monitor, scalar_metrics
-from tuneforge.engine.model import device
-from tuneforge.engine.session.components import resolve_component
-from tuneforge.engine.session.predictor import load
+from tuneforge import Data, Split, Targets, load
+from tuneforge.comparison import resolve_monitor, scalar_metrics
 from tuneforge.errors import UnknownNameError, UsageError, suggest_name
-from tuneforge.plugin import registry
-from tuneforge.plugin.config import resolve_config
-from tuneforge.plugin.declaration import get_options
-from tuneforge.plugin.hooks import Hooks
-from tuneforge.plugin.steps import ComponentSpec
+from tuneforge.exporting import compute_metrics, prepare_data
+from tuneforge.plugin import ComponentSpec, find_component, get_options, load_component
 from tuneforge_serve.endpoint_test.http_client import ServerClient
 from tuneforge_serve.endpoint_test.senders import (
     EndpointRequest,
     EndpointResponse,
-    ModelMetadata,
     Send,
     fetch_model_metadata,
-    list_sample_files,
     make_file_sender,
     make_v2_sender,
 )
 
-Via = Literal["auto", "predict", "v2"]
+EndpointRoute = Literal["auto", "predict", "v2"]
 
 ROUNDING = 1e-6
-"""Figures that differ by less, relative to 1 or to their size, differ by rounding only."""
+"""Two values of a metric that differ by less, relative to 1 or to their size, count as equal."""
 
-
-_NUM_PROBE_SAMPLES = 16  # samples that tell which figures metrics give
+_NUM_PROBE_SAMPLES = 16  # enough to see the names of the metrics
 
 
 @attrs.frozen
 class MetricComparison:
-    """A figure over the wire beside the same one offline.
+    """The value of a metric on the server and offline.
 
     Args:
-        name: Dotted, such as `per_class.3.recall`.
-        online: Its value over the wire.
-        offline: Its value in the offline report.
+        name: A dotted name, such as `per_class.3.recall`.
+        online: The value for the server's predictions.
+        offline: The value in the offline report.
     """
 
     name: str
@@ -70,30 +58,70 @@ class MetricComparison:
 
     @property
     def equal(self) -> bool:
-        """True where they are the same, or differ by rounding only."""
+        """True if the two values differ by rounding at most."""
         if isinstance(self.online, float) and isinstance(self.offline, (int, float)):
             return math.isclose(self.online, self.offline, rel_tol=ROUNDING, abs_tol=ROUNDING)
         return bool(self.online == self.offline)
 
 
-@attrs.frozen
-class EndpointTestResult:
-    """What a test over the wire found.
+@attrs.frozen(eq=False)
+class EndpointData:
+    """The data and the metrics of an endpoint test.
 
     Args:
-        metrics: Of each split, as `evaluate` gives them.
-        via: `predict` or `v2`.
-        versions: The versions that answered, in order of appearance.
-        num_samples: How many were sent.
-        num_requests: In how many requests.
-        num_retries: Requests that were sent again because the server was busy.
-        seconds: Wall time of all of it.
-        latencies_s: Of each request, sorted.
-        comparisons: Figures of each split beside the offline ones; empty where there is no offline report.
+        data: The splits.
+        metrics: The metrics to compute; empty for those of the data's targets.
+    """
+
+    data: Data
+    metrics: tuple[ComponentSpec, ...] = ()
+
+    def get_split(self, name: str) -> Split:
+        """Return a split by name.
+
+        Raises:
+            UnknownNameError: There is no such split.
+        """
+        known = self.data.splits()
+        if name not in known:
+            raise UnknownNameError(f"there is no split '{name}'", where="--split", fix=suggest_name(name, known))
+        return known[name]
+
+    def with_labels(self, labels: Sequence[str]) -> EndpointData:
+        """Append the classes that only the server knows to the data's own.
+
+        A prediction of such a class is wrong, and the metrics name the class.
+        """
+        known = self.data.targets.labels
+        if not set(labels) > set(known) or self.data.test.targets.ndim != 1:
+            return self
+        extra = [name for name in labels if name not in known]
+        targets: Any = attrs.evolve(self.data.targets, names=(*known, *extra))  # type: ignore[misc]  # an attrs class
+        return attrs.evolve(self, data=attrs.evolve(self.data, targets=targets))
+
+    def compute_metrics(self, split: str, outputs: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        """Compute the metrics of outputs (n, k) with the targets (n, ...) of the same samples."""
+        return compute_metrics(self.data, split, outputs, labels, metrics=self.metrics)
+
+
+@attrs.frozen
+class EndpointTestResult:
+    """The result of an endpoint test.
+
+    Args:
+        metrics: The metrics of each split, as `evaluate` returns them.
+        route: `predict` or `v2`.
+        versions: The versions of the model that responded, in order of appearance.
+        num_samples: The number of samples.
+        num_requests: The number of requests.
+        num_retries: How many requests were repeated because the server was busy.
+        seconds: Wall time of all requests.
+        latencies_s: The latency of each request in seconds, sorted.
+        comparisons: The metrics of each split beside the offline ones; empty without an offline report.
     """
 
     metrics: dict[str, dict[str, Any]]
-    via: str
+    route: str
     versions: tuple[str, ...]
     num_samples: int
     num_requests: int
@@ -103,139 +131,134 @@ class EndpointTestResult:
     comparisons: dict[str, list[MetricComparison]]
 
     def latency_ms(self, percent: float) -> float:
-        """The latency in milliseconds that `percent` of the requests stay within (the nearest rank)."""
+        """Return a percentile of the latencies in milliseconds, by the nearest rank."""
         return 1000 * self.latencies_s[max(0, math.ceil(percent / 100 * len(self.latencies_s)) - 1)]
 
     @property
     def samples_per_second(self) -> float:
-        """Samples a second."""
+        """The throughput."""
         return self.num_samples / self.seconds
 
 
 def measure_endpoint(
     server: ServerClient,
-    run: Run,
+    data: EndpointData,
     *,
     splits: Sequence[str] = ("test",),
     offline: Mapping[str, Mapping[str, Any]] | None = None,
     name: str | None = None,
-    via: Via = "auto",
+    route: EndpointRoute = "auto",
     concurrency: int = 1,
     batch_size: int = 1,
 ) -> EndpointTestResult:
-    """Send whole splits to a server and judge its answers.
+    """Send whole splits to a server and compute the metrics of its predictions.
 
     Args:
-        server: Which.
-        run: With data and metrics (see `Predictor.with_data`); its model is not used.
-        splits: Names of the splits.
-        offline: Figures of the same splits from the offline report, to compare with.
-        name: Of the model; by default the first that the server lists.
-        via: `predict` sends files, `v2` stored tensors, `auto` files where all samples have one.
-        concurrency: Requests under way at a time, each on a connection of its own.
-        batch_size: Samples of one v2 request.
+        server: The server.
+        data: The samples and the metrics.
+        splits: Names of the splits to send.
+        offline: The metrics of the same splits in the offline report, to compare with.
+        name: The name of the model; by default the first one that the server lists.
+        route: `predict` sends files, `v2` sends stored tensors, and `auto` sends files if all samples are files.
+        concurrency: The number of concurrent requests.
+        batch_size: The number of samples of one v2 request.
 
     Raises:
         UnknownNameError: There is no such split.
         DataError: The server refuses a sample, or its classes are not those of the data.
-        TryAgainError: It cannot be reached.
+        TryAgainError: The server cannot be reached.
     """
-    chosen = {split: _get_split(run, split) for split in splits}
-    via = _choose_route(via, chosen.values())
+    files = {split: data.get_split(split).file_paths() for split in splits}
+    route = _choose_route(route, all_files=None not in files.values())
     model = fetch_model_metadata(server, name)
-    send = _make_sender(via, server, model, _extend_targets(run, model.labels))
-    batch_size = batch_size if via == "v2" else 1
+    data = data.with_labels(model.labels)
+    targets = data.data.targets
+    if route == "v2":
+        send = make_v2_sender(server, targets, model)
+    else:
+        send = make_file_sender(server, targets, {split: paths or () for split, paths in files.items()})
+    batch_size = batch_size if route == "v2" else 1
+    chosen = {split: data.get_split(split) for split in splits}
     requests = [
-        (split, each, numbers) for split, each in chosen.items() for numbers in iter_sequential(len(each), batch_size)
+        (split, each, rows)
+        for split, each in chosen.items()
+        for rows in torch.split(torch.arange(len(each)), batch_size)
     ]
-    began = time.perf_counter()
-    responses = list(_send_concurrently(server, send, requests, concurrency))
-    seconds = time.perf_counter() - began
-    metrics = {split: _collect_metrics(run, each, split, responses) for split, each in chosen.items()}
+    start = time.perf_counter()
+    responses = _send_concurrently(send, requests, concurrency)
+    seconds = time.perf_counter() - start
+    metrics = {
+        split: data.compute_metrics(
+            split, torch.cat([each.outputs for each in responses if each.split == split]), chosen[split].targets
+        )
+        for split in splits
+    }
     return EndpointTestResult(
         metrics=metrics,
-        via=via,
+        route=route,
         versions=tuple(dict.fromkeys(each.version for each in responses)),
-        num_samples=sum(len(each) for each in chosen.values()),
+        num_samples=sum(map(len, chosen.values())),
         num_requests=len(responses),
         num_retries=server.num_retries,
         seconds=seconds,
-        latencies_s=tuple(sorted(each.seconds for each in responses)),
-        comparisons={split: compare_metrics(metrics[split], (offline or {}).get(split)) for split in chosen},
+        latencies_s=tuple(sorted(each.latency_s for each in responses)),
+        comparisons={split: compare_metrics(metrics[split], (offline or {}).get(split)) for split in splits},
     )
 
 
-def _choose_route(via: Via, splits: Iterable[Split]) -> Via:
-    """Files or tensors, where that is left to us."""
-    all_files = all(list_sample_files(each) is not None for each in splits)
-    if via == "predict" and not all_files:
-        raise UsageError(
-            "the samples are no files", where="--via predict", fix="use --via v2, which sends them as they are stored"
-        )
-    return ("predict" if all_files else "v2") if via == "auto" else via
-
-
-def _make_sender(via: Via, server: ServerClient, model: ModelMetadata, targets: Targets) -> Send:
-    return make_v2_sender(server, targets, model) if via == "v2" else make_file_sender(targets)
-
-
-def prepare_run(
+def prepare_endpoint_data(
     run_dir: Path | None, *, data: ComponentSpec | None = None, metrics: Sequence[ComponentSpec] = (), model: Any = None
-) -> Run:
-    """A run with the data and the metrics of a finished run, or with others; where there are files, they keep names.
+) -> EndpointData:
+    """Prepare the data and the metrics of a finished run, or other ones.
 
     Args:
-        run_dir: The finished run's folder; None where there is none.
-        data: Where samples come from; needed without a finished run.
-        metrics: By default those of the finished run, or those that fit the data.
-        model: The module, where the run was given one as an object.
+        run_dir: The directory of the finished run, or None.
+        data: The data source; required without a finished run.
+        metrics: By default the metrics of the finished run, or those that fit the data.
+        model: The module, if the run was given one as a Python object.
     """
-    if run_dir is not None:
-        found = load(run_dir, model=model)
-        return found.with_data(_decode_on_demand(data or found.run.config.data), metrics=metrics)
-    assert data is not None
-    run = Run(config=resolve_config({}), run_dir=None, device=device.resolve_device("cpu"), hooks=Hooks())
-    run.hooks.add(resolve_component("data_prepare", _decode_on_demand(data), where="--data")[0])
-    run.hooks.get_provider("data_prepare")
-    run.set_data(run.hooks.call.data_prepare(run=run))
-    for asked in metrics or run.data.targets.metrics:
-        run.hooks.add(resolve_component("evaluate", asked, where="--metrics")[0])
-    return run
+    if run_dir is None:
+        assert data is not None
+        return EndpointData(prepare_data(_without_cache(data)), tuple(metrics))
+    predictor = load(run_dir, model=model)
+    config = predictor.run.config
+    prepared = predictor.with_data(_without_cache(data or config.data)).data
+    return EndpointData(prepared, tuple(metrics) or tuple(config.metrics))
 
 
-def _decode_on_demand(data: ComponentSpec) -> ComponentSpec:
-    """The same source, decoding its files when asked: pictures held in memory have lost the name of their file."""
-    known = get_options(registry.load_component(registry.find_component("data_prepare", data.name)))
-    return attrs.evolve(data, options={**data.options, "memory_mb": 0}) if "memory_mb" in known else data
-
-
-def require_metrics(run: Run, split: str, names: Collection[str]) -> None:
-    """See that metrics give figures of these names for a split, by what they say of its first samples.
+def require_metrics(data: EndpointData, split: str, names: Collection[str]) -> None:
+    """Check that the metrics have these names, on the first samples of a split.
 
     Raises:
-        UnknownNameError: There is no such figure, or no such split.
+        UnknownNameError: There is no such metric, or no such split.
     """
     if not names:
         return
-    first = _get_split(run, split).subset(torch.arange(min(len(_get_split(run, split)), _NUM_PROBE_SAMPLES)))
-    outputs = torch.zeros(len(first), run.data.targets.num_outputs)
-    metrics = scalar_metrics(_compute_metrics(run, split, outputs, first.targets))
+    samples = data.get_split(split)
+    first = samples.subset(torch.arange(min(len(samples), _NUM_PROBE_SAMPLES)))
+    outputs = torch.zeros(len(first), data.data.targets.num_outputs)
+    metrics = scalar_metrics(data.compute_metrics(split, outputs, first.targets))
     for name in names:
         if name not in metrics:
-            raise UnknownNameError(f"there is no figure '{name}'", where="--floor", fix=suggest_name(name, metrics))
+            raise UnknownNameError(
+                f"there is no metric '{name}'", where="--min-metric", fix=suggest_name(name, metrics)
+            )
 
 
 def describe_failures(result: EndpointTestResult, minimums: Mapping[str, float], targets: Targets) -> Iterator[str]:
-    """A sentence for each figure of the first split that is worse than its floor; of errors less is better."""
+    """Yield a sentence for each metric of the first split that is worse than its minimum.
+
+    The minimum of a metric of which less is better, such as a loss, is a maximum.
+    """
     metrics = scalar_metrics(next(iter(result.metrics.values())))
     for name, minimum in minimums.items():
         higher = higher_is_better(targets, name)
         if not (metrics[name] >= minimum if higher else metrics[name] <= minimum):
-            yield f"{name} is {metrics[name]:.4f}, and at {'least' if higher else 'most'} {minimum:g} was asked for"
+            yield f"{name} is {metrics[name]:.4f}, but has to be at {'least' if higher else 'most'} {minimum:g}"
 
 
 def higher_is_better(targets: Targets, name: str) -> bool:
-    """False for errors, such as a loss; a figure that nobody knows is better the more it is."""
+    """Return False for metrics of which less is better; an unknown metric counts as one of which more is better."""
     try:
         return resolve_monitor(targets, name, None)[1] > 0
     except UsageError:
@@ -243,72 +266,38 @@ def higher_is_better(targets: Targets, name: str) -> bool:
 
 
 def compare_metrics(online: Mapping[str, Any], offline: Mapping[str, Any] | None) -> list[MetricComparison]:
-    """Every figure of a split beside the offline one; nothing where there is no offline report."""
+    """Compare every metric of a split with the offline one; return an empty list without an offline report."""
     if offline is None:
         return []
     ours, theirs = dict(_flatten(online)), dict(_flatten(offline))
     return [MetricComparison(name, ours.get(name), theirs.get(name)) for name in dict.fromkeys([*ours, *theirs])]
 
 
-def _get_split(run: Run, name: str) -> Split:
-    known = run.data.splits()
-    if name not in known:
-        raise UnknownNameError(f"there is no split '{name}'", where="--split", fix=suggest_name(name, known))
-    return known[name]
+def _choose_route(route: EndpointRoute, *, all_files: bool) -> EndpointRoute:
+    if route == "predict" and not all_files:
+        raise UsageError(
+            "the samples are not files", where="--route predict", fix="use --route v2, which sends stored tensors"
+        )
+    return ("predict" if all_files else "v2") if route == "auto" else route
 
 
-def _collect_metrics(run: Run, split: Split, name: str, responses: Sequence[EndpointResponse]) -> dict[str, Any]:
-    return _compute_metrics(
-        run, name, torch.cat([each.outputs for each in responses if each.split == name]), split.targets
-    )
+def _without_cache(data: ComponentSpec) -> ComponentSpec:
+    """Return the data source with decoding on demand, because images held in memory have lost their file names."""
+    options = get_options(load_component(find_component("data_prepare", data.name)))
+    return attrs.evolve(data, options={**data.options, "memory_mb": 0}) if "memory_mb" in options else data
 
 
-def _compute_metrics(run: Run, split: str, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
-    run.eval_split = split
-    metrics = run.hooks.call.evaluate(run=run)
-    metrics.update(outputs, targets)
-    run.eval_split = None
-    computed: dict[str, Any] = metrics.compute()
-    return computed
-
-
-def _send_concurrently(
-    server: ServerClient, send: Send, requests: Sequence[EndpointRequest], concurrency: int
-) -> Iterator[EndpointResponse]:
-    """The answers in the order of what is asked, `concurrency` requests under way at a time."""
-    free = [server.connect() for _ in range(min(concurrency, len(requests)))]
-    connections = list(free)
-
-    def work(request: EndpointRequest) -> EndpointResponse:
-        connection = free.pop()
-        try:
-            return send(connection, *request)
-        finally:
-            free.append(connection)
-
-    pool = ThreadPoolExecutor(len(connections))
+def _send_concurrently(send: Send, requests: Sequence[EndpointRequest], concurrency: int) -> list[EndpointResponse]:
+    """Send the requests from `concurrency` threads, and return the responses in the order of the requests."""
+    pool = ThreadPoolExecutor(min(concurrency, len(requests)))
     try:
-        yield from pool.map(work, requests)
+        return list(pool.map(lambda request: send(*request), requests))
     finally:
         pool.shutdown(cancel_futures=True)
-        for connection in connections:
-            connection.close()
-
-
-def _extend_targets(run: Run, labels: Sequence[str]) -> Targets:
-    """The data's targets, with the classes that the server knows beyond them behind the data's own: each such answer
-    is wrong, and has its name in the report.
-    """
-    known = run.data.targets.labels
-    if set(labels) > set(known) and run.data.test.targets.ndim == 1:
-        more = [name for name in labels if name not in known]
-        targets: Any = attrs.evolve(run.data.targets, names=(*known, *more))  # type: ignore[misc]  # an attrs class
-        run.set_data(attrs.evolve(run.data, targets=targets))
-    return run.data.targets
 
 
 def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested figures with dotted names; lists are leaves."""
+    """Yield the leaves of nested metrics with dotted names; a list is a leaf."""
     if not isinstance(value, Mapping):
         yield name, value
         return

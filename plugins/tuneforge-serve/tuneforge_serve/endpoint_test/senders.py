@@ -1,4 +1,4 @@
-"""What sends samples of a split to a server, and reads what it answers as outputs of a model.
+"""Send samples of a split to a server, and turn its predictions back into model outputs.
 
 Shapes: b samples of a request, k outputs.
 """
@@ -16,114 +16,120 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.data.dataset import Split, Subset, Targets, named_tensors
+from tuneforge import Split, Targets
 from tuneforge.errors import DataError
-from tuneforge_serve.endpoint_test.http_client import ClientConnection, ServerClient
+from tuneforge.exporting import named_tensors
+from tuneforge_serve.endpoint_test.http_client import ServerClient
 
 _DATATYPES = {
     torch.uint8: "UINT8", torch.bool: "BOOL", torch.int64: "INT64", torch.int32: "INT32",
     torch.float32: "FP32", torch.float64: "FP64",
 }  # fmt: skip
 
-_NO_STORE = {"Cache_Control": "no-store"}  # a test is no part of what production asked
+_NO_STORE = {"Cache-Control": "no-store"}  # keeps the test out of the request log
 
 
 @attrs.frozen(eq=False)
 class EndpointResponse:
-    """The answer to one request: the split that it is of, outputs (b, k) in float64, version and latency."""
+    """The response to one request.
+
+    Args:
+        split: The name of the split.
+        outputs: Model outputs (b, k), float64.
+        version: The version of the model.
+        latency_s: Seconds from the request to the response.
+    """
 
     split: str
     outputs: Tensor
     version: str
-    seconds: float
+    latency_s: float
 
 
 EndpointRequest = tuple[str, Split, Tensor]
-"""What one request asks: a split's name, the split, and rows of it, int64 (b,)."""
+"""The name of a split, the split, and the rows to send, int64 (b,)."""
 
-Send = Callable[[ClientConnection, str, Split, Tensor], EndpointResponse]
-
-
-def make_file_sender(targets: Targets) -> Send:
-    """What sends the file of a sample as it is."""
-
-    def send(connection: ClientConnection, name: str, split: Split, rows: Tensor) -> EndpointResponse:
-        paths = list_sample_files(split.subset(rows))
-        assert paths is not None
-        content = paths[0].read_bytes()
-        answer, seconds = connection.request(
-            "POST", "/predict", content, Content_Type="application/octet-stream", **_NO_STORE
-        )
-        return EndpointResponse(name, to_outputs(targets, answer)[None], str(answer.get("version", "")), seconds)
-
-    return send
-
-
-def make_v2_sender(server: ServerClient, targets: Targets, model: ModelMetadata) -> Send:
-    """What sends rows of a split in their stored form."""
-    path = f"/v2/models/{quote(model.name)}/infer"
-
-    def send(connection: ClientConnection, name: str, split: Split, rows: Tensor) -> EndpointResponse:
-        inputs = [
-            _v2_tensor(key or model.input_name, tensor) for key, tensor in named_tensors(split.fetch(rows)).items()
-        ]
-        body = json.dumps({"inputs": inputs}).encode()
-        answer, seconds = connection.request("POST", path, body, Content_Type="application/json", **_NO_STORE)
-        outputs = _v2_outputs(answer, targets, model.labels)
-        if len(outputs) != len(rows):
-            raise DataError(f"{len(outputs)} answers to {len(rows)} samples", where=server.url)
-        return EndpointResponse(name, outputs, str(answer.get("model_version", "")), seconds)
-
-    return send
+Send = Callable[[str, Split, Tensor], EndpointResponse]
+"""Sends the rows of an `EndpointRequest`."""
 
 
 @attrs.frozen
 class ModelMetadata:
-    """What a server says of its model: name, what a single input is called, its classes (empty where it says none)."""
+    """What a server says about a model.
+
+    Args:
+        name: The name of the model.
+        input_name: The name of its first input.
+        labels: The class names; empty if the server lists none.
+    """
 
     name: str
     input_name: str
     labels: tuple[str, ...]
 
 
+def make_file_sender(server: ServerClient, targets: Targets, files: Mapping[str, Sequence[Path]]) -> Send:
+    """Return a function that sends the file of one sample to `/predict`.
+
+    Args:
+        server: The server.
+        targets: Describe the outputs.
+        files: The file of each sample, by split.
+    """
+
+    def send(name: str, split: Split, rows: Tensor) -> EndpointResponse:
+        content = files[name][int(rows)].read_bytes()
+        headers = {"Content-Type": "application/octet-stream", **_NO_STORE}
+        prediction, latency_s = server.request("POST", "/predict", content, headers)
+        outputs = to_outputs(targets, prediction)[None]
+        return EndpointResponse(name, outputs, str(prediction.get("version", "")), latency_s)
+
+    return send
+
+
+def make_v2_sender(server: ServerClient, targets: Targets, model: ModelMetadata) -> Send:
+    """Return a function that sends the stored tensors of samples by the Open Inference Protocol."""
+    path = f"/v2/models/{quote(model.name)}/infer"
+
+    def send(name: str, split: Split, rows: Tensor) -> EndpointResponse:
+        tensors = named_tensors(split.fetch(rows))
+        inputs = [_encode_tensor(key or model.input_name, tensor) for key, tensor in tensors.items()]
+        headers = {"Content-Type": "application/json", **_NO_STORE}
+        response, latency_s = server.request("POST", path, json.dumps({"inputs": inputs}).encode(), headers)
+        outputs = _decode_outputs(response, targets, model.labels)
+        if len(outputs) != len(rows):
+            raise DataError(f"{len(outputs)} predictions for {len(rows)} samples", where=server.url)
+        return EndpointResponse(name, outputs, str(response.get("model_version", "")), latency_s)
+
+    return send
+
+
 def fetch_model_metadata(server: ServerClient, name: str | None) -> ModelMetadata:
-    """What a server says of a model; of the first that it lists, where none is named."""
-    connection = server.connect()
-    try:
-        if name is None:
-            listed, _ = connection.request("POST", "/v2/repository/index", b"{}", Content_Type="application/json")
-            if not listed:
-                raise DataError("the server has no model", where=server.url, fix="promote one")
-            name = str(listed[0]["name"])
-        metadata, _ = connection.request("GET", f"/v2/models/{quote(name)}")
-    finally:
-        connection.close()
+    """Return what a server says about a model; about the first one in its list if `name` is None."""
+    if name is None:
+        index, _ = server.request("POST", "/v2/repository/index", b"{}", {"Content-Type": "application/json"})
+        if not index:
+            raise DataError("the server has no model", where=server.url, fix="promote one")
+        name = str(index[0]["name"])
+    metadata, _ = server.request("GET", f"/v2/models/{quote(name)}")
     return ModelMetadata(name, metadata["inputs"][0]["name"], tuple(metadata.get("parameters", {}).get("labels", ())))
 
 
-def list_sample_files(split: Split) -> list[Path] | None:
-    """The file of each sample; None where they are not read from files."""
-    source: Any = split.source
-    rows = torch.arange(len(split))
-    while isinstance(source, Subset):
-        source, rows = source.source, source.indices[rows]
-    paths = getattr(getattr(source, "source", source), "paths", None)  # of files, or of files with replacements
-    return None if paths is None else [Path(paths[row]) for row in rows.tolist()]
-
-
 def to_outputs(targets: Targets, description: Mapping[str, Any]) -> Tensor:
-    """A model output (k,), float64, that `Targets.describe` would describe so: logarithms of probabilities, or numbers.
+    """Return the model output (k,), float64, that `Targets.describe` turns into `description`.
+
+    The output consists of the logarithms of the probabilities, or of standardized numbers.
 
     Raises:
-        DataError: The description is not of these targets.
+        DataError: The description has other classes than the targets.
     """
     by_name = description.get("probabilities")
     if by_name is not None and set(by_name) != set(targets.labels):
         extra, missing = sorted(set(by_name) - set(targets.labels)), sorted(set(targets.labels) - set(by_name))
         raise DataError(
             "the server's classes are not those of the data",
-            why=f"only there: {', '.join(extra) or 'none'}; only in the data: {', '.join(missing) or 'none'}",
-            fix="serve the model of this run, or name its data",
+            why=f"only on the server: {', '.join(extra) or 'none'}; only in the data: {', '.join(missing) or 'none'}",
+            fix="serve the model of this run, or pass the data of the model",
         )
     if by_name is not None:
         values = [math.nan if by_name[name] is None else float(by_name[name]) for name in targets.labels]
@@ -134,14 +140,14 @@ def to_outputs(targets: Targets, description: Mapping[str, Any]) -> Tensor:
 
 
 def _to_logits(probabilities: Tensor, *, exclusive: bool) -> Tensor:
-    """Outputs whose softmax (exclusive) or sigmoid gives these probabilities."""
+    """Return outputs whose softmax (if exclusive) or sigmoid is `probabilities`."""
     tiny = torch.finfo(torch.float64).tiny
     scores = probabilities.clamp_min(tiny).log()
     return scores if exclusive else scores - torch.log1p(-probabilities.clamp_max(1 - 1e-16))
 
 
-def _v2_tensor(name: str, tensor: Tensor) -> dict[str, Any]:
-    """A tensor as the Open Inference Protocol writes it in JSON."""
+def _encode_tensor(name: str, tensor: Tensor) -> dict[str, Any]:
+    """Encode a tensor as the JSON of the Open Inference Protocol."""
     return {
         "name": name,
         "datatype": _DATATYPES[tensor.dtype],
@@ -150,21 +156,21 @@ def _v2_tensor(name: str, tensor: Tensor) -> dict[str, Any]:
     }
 
 
-def _v2_outputs(answer: Mapping[str, Any], targets: Targets, labels: Sequence[str]) -> Tensor:
-    """Model outputs (b, k) for the answers, probabilities or numbers in their unit, in the first output tensor.
+def _decode_outputs(response: Mapping[str, Any], targets: Targets, labels: Sequence[str]) -> Tensor:
+    """Return model outputs (b, k) for the probabilities or numbers in the first output tensor.
 
     Args:
-        answer: Of the server.
-        targets: How outputs are read.
-        labels: The server's classes in its order; empty where it does not say: those of the data then.
+        response: The response of the server.
+        targets: Describe the outputs.
+        labels: The server's classes in its order; empty if it lists none, which then are those of the data.
     """
-    first = answer["outputs"][0]
+    first = response["outputs"][0]
     values = torch.tensor(first["data"], dtype=torch.float64).reshape(first["shape"])
     if values.ndim != 2 or values.shape[1] != targets.num_outputs or (labels and set(labels) != set(targets.labels)):
         raise DataError(
-            f"the server answers with shape {tuple(first['shape'])}",
+            f"the server's output has the shape {tuple(first['shape'])}",
             why=f"the data has {targets.num_outputs} class(es) or number(s): {', '.join(targets.labels)}",
-            fix="serve the model of this run, or name its data",
+            fix="serve the model of this run, or pass the data of the model",
         )
     if targets.labels:
         ordered = values[:, [labels.index(name) for name in targets.labels]] if labels else values

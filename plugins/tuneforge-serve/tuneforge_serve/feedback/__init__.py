@@ -1,1 +1,1 @@
-"""What production says comes back: kept answers, labels, drift, and the next tuning."""
+"""Feedback from production: the request log, labels, monitoring, and retraining."""

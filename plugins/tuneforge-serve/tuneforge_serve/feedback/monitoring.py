@@ -1,10 +1,11 @@
-"""Watching a model at work: accuracy on what got labelled, and drift of confidence and inputs from a reference.
+"""Monitoring of a served model: accuracy on labeled requests, and drift of confidence and inputs.
 
-Drift is a two-sample Kolmogorov-Smirnov test of each number against what the bundle remembers, with Bonferroni's
-correction, which did best among simple tests in Rabanser et al. 2019 (arXiv 1810.11953). A bundle remembers several
-worlds: the test split, and what production sent before each turn. Drift is said where requests are like none of them.
+Drift is detected by a two-sample Kolmogorov-Smirnov test of each feature against the reference in the bundle, with
+Bonferroni's correction, which did best among simple tests in Rabanser et al. 2019 (arXiv 1810.11953). A bundle has
+several references: the test split, and requests from before each retraining round. Recent requests have drifted if they
+differ from all of them.
 
-Shapes: n recent requests, m samples of the reference, d numbers that sum an input up, k classes.
+Shapes: n recent requests, m samples of the reference, d features of an input, k classes.
 """
 
 from __future__ import annotations
@@ -18,31 +19,31 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tuneforge.engine.data.dataset import TensorTree
-from tuneforge.exporting.reference_outputs import ReferenceData, summarize
+from tuneforge import TensorTree
+from tuneforge.exporting import ReferenceData, summarize_inputs
 from tuneforge_serve.feedback.request_log import RequestLog
 
 Doubles = NDArray[np.float64]
 
 DRIFT_ALPHA = 1e-3
-"""A corrected p below this is called drift; it is small because a server is watched all the time."""
+"""Corrected p values below this count as drift; it is small because monitoring tests again and again."""
 
 NUM_RECENT = 500
-"""Requests and labels that are looked at."""
+"""The number of recent requests, and of labeled requests, that are used."""
 
 MIN_REQUESTS = 30
-"""Requests below which nothing is said of drift."""
+"""With fewer requests, drift is not tested."""
 
 
 @attrs.frozen
 class ProportionInterval:
-    """A share with its interval of 95 %.
+    """A proportion with its 95 % interval.
 
     Args:
-        num_correct: How many of them.
-        total: Of how many.
-        low: Lower end.
-        high: Upper end.
+        num_correct: The numerator.
+        total: The denominator.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
     """
 
     num_correct: int
@@ -52,19 +53,19 @@ class ProportionInterval:
 
     @property
     def proportion(self) -> float:
-        """The share itself; NaN of nothing."""
+        """The proportion; NaN if `total` is 0."""
         return self.num_correct / self.total if self.total else math.nan
 
 
 @attrs.frozen
 class DriftTest:
-    """A two-sample test against the reference.
+    """A two-sample test against a reference.
 
     Args:
-        statistic: The largest distance of two distribution functions, 0 to 1.
-        p_value: Corrected for the number of tests, at most 1.
-        feature_index: Which number differs most.
-        num_requests: Recent requests, n.
+        statistic: The largest distance of the two distribution functions, 0 to 1.
+        p_value: The p value, corrected for the number of features, at most 1.
+        feature_index: The feature with the largest distance.
+        num_requests: The number of recent requests, n.
     """
 
     statistic: float
@@ -74,20 +75,21 @@ class DriftTest:
 
     @property
     def is_drift(self) -> bool:
-        """True where the recent requests differ from the reference."""
+        """True if the recent requests differ from the reference."""
         return self.p_value < DRIFT_ALPHA
 
 
 @attrs.frozen
 class MonitoringReport:
-    """How a model does at work.
+    """The monitoring of one version of a model.
 
     Args:
-        version: The model.
-        accuracy: On what got labelled. Where people label the least certain answers, it is lower than over all.
-        confidence_drift: Drift of the largest probability; None without a reference or with few requests.
-        input_drift: Drift of the inputs' summaries, likewise.
-        mean_confidence: Of recent requests; None where there are none.
+        version: The version.
+        accuracy: The accuracy on labeled requests. It underestimates the accuracy on all requests if people label the
+            least certain predictions first.
+        confidence_drift: Drift of the largest probability; None without a reference or with too few requests.
+        input_drift: Drift of the input features; None without a reference or with too few requests.
+        mean_confidence: The mean of the largest probability over recent requests; None without requests.
     """
 
     version: str
@@ -98,11 +100,11 @@ class MonitoringReport:
 
     @property
     def has_drift(self) -> bool:
-        """True where confidence or inputs differ from the reference."""
+        """True if the confidence or the inputs have drifted."""
         return any(each is not None and each.is_drift for each in (self.confidence_drift, self.input_drift))
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON takes it."""
+        """Return the report as JSON data."""
         proportion = None if not self.accuracy.total else self.accuracy.proportion
         return {
             **attrs.asdict(self),
@@ -114,13 +116,13 @@ class MonitoringReport:
 def monitor_version(
     request_log: RequestLog, reference: ReferenceData | None, *, version: str, num_recent: int = NUM_RECENT
 ) -> MonitoringReport:
-    """How a version does at work, by its newest requests.
+    """Compute the monitoring report of a version from its most recent requests.
 
     Args:
-        request_log: What production asked and people said.
-        reference: The reference that the version's bundle carries; without it nothing is said of drift.
-        version: As answers name it.
-        num_recent: Requests, and labels, that are looked at.
+        request_log: The request log.
+        reference: The reference data of the version's bundle; None skips the drift tests.
+        version: The version.
+        num_recent: The number of recent requests, and of labeled requests, to use.
     """
     labeled = request_log.labeled_predictions(limit=num_recent, version=version)
     recent = request_log.recent_features(num_recent, version=version)
@@ -137,7 +139,7 @@ def monitor_version(
         )
     return MonitoringReport(
         version=version,
-        accuracy=wilson_interval(sum(named == label for named, label in labeled), len(labeled)),
+        accuracy=wilson_interval(sum(predicted == label for predicted, label in labeled), len(labeled)),
         confidence_drift=confidence_drift,
         input_drift=input_drift,
         mean_confidence=float(confidences.mean()) if len(confidences) else None,
@@ -145,17 +147,17 @@ def monitor_version(
 
 
 def compute_features(stored: TensorTree) -> list[bytes]:
-    """What drift is measured on, for each stored input of a batch: its summary as float32 bytes."""
-    summaries: Tensor = summarize(stored)
+    """Return the features that drift is tested on, for each stored input of a batch, as float32 bytes."""
+    summaries: Tensor = summarize_inputs(stored)
     return [row.astype(np.float32).tobytes() for row in summaries.numpy()]
 
 
 def find_closest_drift(reference: Tensor, reference_ids: Tensor, recent: Doubles) -> DriftTest | None:
-    """The test against the world that recent rows (n, d) are most like; None where each is too small, or they are few.
+    """Test recent rows against the reference that they differ from least; return None if there are too few rows.
 
     Args:
-        reference: Rows of all worlds (m, d).
-        reference_ids: The world of each (m,).
+        reference: Rows of all references (m, d).
+        reference_ids: The reference that each row belongs to (m,).
         recent: Recent rows (n, d).
     """
     references = (reference[reference_ids == each].double().numpy() for each in torch.unique(reference_ids))
@@ -164,36 +166,30 @@ def find_closest_drift(reference: Tensor, reference_ids: Tensor, recent: Doubles
 
 
 def run_drift_test(reference: Doubles, recent: Doubles) -> DriftTest | None:
-    """Test whether recent rows (n, d) come from where the reference (m, d) does; None for fewer than `MIN_REQUESTS`.
+    """Test whether recent rows (n, d) have the distribution of the reference (m, d).
 
-    Each column has a Kolmogorov-Smirnov test with the asymptotic p; ties make it careful. The smallest p counts,
-    times d.
+    Each feature has a Kolmogorov-Smirnov test with the asymptotic p value, which ties make conservative. The smallest p
+    value counts, multiplied by d.
+
+    Returns:
+        The test; None for fewer than `MIN_REQUESTS` rows.
     """
     from scipy import stats
 
     if min(len(reference), len(recent)) < MIN_REQUESTS:
         return None
-    statistics = np.array([_ks_distance(*columns) for columns in zip(reference.T, recent.T, strict=True)])
-    size = round(len(reference) * len(recent) / (len(reference) + len(recent)))
-    feature_index = int(statistics.argmax())
-    p_value = min(1.0, float(stats.kstwo.sf(statistics[feature_index], size)) * len(statistics))
-    return DriftTest(float(statistics[feature_index]), p_value, feature_index, len(recent))
+    tests = [stats.ks_2samp(*columns, method="asymp") for columns in zip(reference.T, recent.T, strict=True)]
+    feature_index = int(np.argmax([each.statistic for each in tests]))
+    worst = tests[feature_index]
+    p_value = min(1.0, float(worst.pvalue) * len(tests))
+    return DriftTest(float(worst.statistic), p_value, feature_index, len(recent))
 
 
 def wilson_interval(num_correct: int, total: int) -> ProportionInterval:
-    """The interval of 95 % of a share (Wilson 1927), which holds for few and for extreme ones."""
+    """Return the 95 % interval of a proportion (Wilson 1927), which keeps its coverage for small and extreme counts."""
+    from scipy import stats
+
     if not total:
         return ProportionInterval(0, 0, 0.0, 1.0)
-    z = 1.959963984540054
-    proportion, spread = num_correct / total, z * z / total
-    middle = (proportion + spread / 2) / (1 + spread)
-    half = z * math.sqrt(proportion * (1 - proportion) / total + spread / (4 * total)) / (1 + spread)
-    return ProportionInterval(num_correct, total, max(0.0, middle - half), min(1.0, middle + half))
-
-
-def _ks_distance(first: Doubles, second: Doubles) -> float:
-    """The largest distance of the distribution functions of two samples."""
-    first, second = np.sort(first), np.sort(second)
-    places = np.concatenate([first, second])
-    below = (np.searchsorted(each, places, side="right") / len(each) for each in (first, second))
-    return float(np.abs(next(below) - next(below)).max())
+    interval = stats.binomtest(num_correct, total).proportion_ci(method="wilson")
+    return ProportionInterval(num_correct, total, float(interval.low), float(interval.high))

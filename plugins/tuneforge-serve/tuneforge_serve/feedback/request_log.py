@@ -1,7 +1,7 @@
-"""What production asked, what it was answered, and what people say is right: one SQLite file.
+"""The request log: requests, predictions and labels in one SQLite file.
 
-A label that was acknowledged is on the disk: the file is in WAL mode with synchronous=FULL, so a commit returns when
-the log is flushed. One process serves, others may read and label at the same time.
+An acknowledged label is on the disk: the file is in WAL mode with synchronous=FULL, so a commit returns after the WAL
+is flushed. Several processes may read and label while one serves.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tuneforge_serve.feedback.schemas import RequestLogStats as RequestLogStats
 Side = Literal["train", "held-out"]
 
 HELD_OUT_FRACTION = 0.2
-"""Share of the contents that is set aside for the gate, unless told otherwise when the file is made."""
+"""The fraction of the inputs that is held out for the gate by default."""
 
 MAX_CLASS_NAME_LENGTH = 100
-"""Characters that a class may have."""
+"""The most characters of a class name."""
 
 _VERSION = 1
 _EVICTION_BATCH_SIZE = 32
-_MAX_BODY_FRACTION = 0.1  # of the cap, for one request
+_MAX_BODY_FRACTION = 0.1  # of `max_bytes`, for one request
 _WAL_BYTES = 4 * 2**20
 _SCHEMA = """
 CREATE TABLE settings (held_out REAL NOT NULL);
@@ -54,24 +54,25 @@ CREATE INDEX contents ON requests (content) WHERE label IS NOT NULL;
 
 
 class RequestLog:
-    """The file of requests and labels: `with RequestLog(path) as request_log: ...`. Threads may share it.
+    """A log of requests and labels: `with RequestLog(path) as request_log: ...`. Threads may share it.
 
     Args:
-        path: The file; made where there is none.
-        max_mb: Most megabytes in use. Past it the oldest requests without a label go; a labelled one never does.
-        held_out_fraction: Share of the contents that is set aside; counts when the file is made, and stays for its
-            life, so that what was held out once is never trained on.
+        path: The file; it is created if it does not exist.
+        max_mb: Largest used size in MB. Beyond it the oldest requests without a label are removed; a labeled request is
+            never removed.
+        held_out_fraction: The fraction of the inputs that is held out for the gate. It is fixed when the file is
+            created, so that a sample that was held out once is never trained on.
 
     Raises:
-        FolderError: The file cannot be opened, or is none of ours.
+        FolderError: The file cannot be opened, or is not a request log.
     """
 
     def __init__(self, path: str | Path, *, max_mb: float = 256, held_out_fraction: float = HELD_OUT_FRACTION) -> None:
         if not 0 <= held_out_fraction < 1:
             raise UsageError(
-                f"a share of {held_out_fraction} cannot be held out",
+                f"a fraction of {held_out_fraction} cannot be held out",
                 where="held_out_fraction",
-                fix="give at least 0, less than 1",
+                fix="pass a number from 0 to less than 1",
             )
         self.path = Path(path)
         self.max_bytes = int(max_mb * 2**20)
@@ -96,24 +97,24 @@ class RequestLog:
         self.close()
 
     def close(self) -> None:
-        """Close the file; what was acknowledged is in it already."""
+        """Close the file."""
         with self._lock:
             self._db.close()
 
     @property
     def is_full(self) -> bool:
-        """True where the cap is reached and only labelled requests are left, so that no new one is kept."""
+        """True if the log has reached `max_mb` and holds only labeled requests, so that it drops new ones."""
         return (
             self._used_bytes() > self.max_bytes
             and self._fetch_one("SELECT 1 FROM requests WHERE label IS NULL") is None
         )
 
     def append(self, requests: Sequence[LoggedRequest]) -> int:
-        """Keep requests with their answers, all in one commit; make room where the cap is reached.
+        """Append requests in one commit, and remove old ones if the log is too large.
 
         Returns:
-            How many were kept. The others are counted in `num_rejected`: an id that is there already, a body of more
-            than a tenth of the cap, or no room beside what is labelled.
+            The number of appended requests. The others are counted in `num_rejected`: a known id, a body of more than a
+            tenth of `max_mb`, or no room beside labeled requests.
         """
         num_appended = 0
         with self._commit():
@@ -124,11 +125,11 @@ class RequestLog:
         return num_appended
 
     def label(self, request_id: str, class_name: str) -> LabelRecord:
-        """Say which class is right for a request; on return it is on the disk. The last label counts, all are kept.
+        """Label a request durably. The last label counts, and the history keeps all of them.
 
         Raises:
-            UnknownNameError: No request of that id is kept.
-            DataError: The name is empty, too long or not printable.
+            UnknownNameError: The log has no request with this id.
+            DataError: The class name is empty, too long or not printable.
             TryAgainError: The disk is full, or another process holds the file.
         """
         class_name = _validate_class_name(class_name)
@@ -138,9 +139,9 @@ class RequestLog:
             )
             if row is None:
                 raise UnknownNameError(
-                    f"no request '{request_id[:80]}' is kept",
-                    why="only a share of the requests is kept, and the oldest ones go when the file is full",
-                    fix="give the id of a request that the server has answered lately",
+                    f"the request log has no request '{request_id[:80]}'",
+                    why="a sample rate below 1 skips requests, and the oldest ones are removed when the log is full",
+                    fix="pass the id of a recent request",
                 )
             number, previous, held_out, predicted_class = row
             added = self._db.execute(
@@ -159,10 +160,10 @@ class RequestLog:
         )
 
     def labeled_requests(self, side: Side | None = None) -> Iterator[LabeledRequest]:
-        """Labelled samples in the order of their labels, each content once, with the newest label it was given.
+        """Yield labeled samples in the order of their labels; equal inputs once, with their last label.
 
         Args:
-            side: `"train"`, or `"held-out"` for the gate; None gives both. A content is always on the same side.
+            side: `"train"`, or `"held-out"` for the gate; None yields both. Equal inputs are always on the same side.
         """
         newest = self._fetch_all(
             "SELECT label_number FROM requests AS r WHERE label IS NOT NULL AND (? IS NULL OR held_out = ?) "
@@ -172,20 +173,20 @@ class RequestLog:
         )  # fmt: skip
         for (number,) in newest:
             row = self._fetch_one(f"{_SELECT_REQUEST} WHERE label_number = ?", number)
-            if row is not None:  # else it was labelled anew meanwhile
+            if row is not None:  # otherwise it was labeled again in the meantime
                 yield LabeledRequest(_to_logged_request(row[:-2]), row[-2], bool(row[-1]), number)
 
     def history(self, request_id: str) -> list[str]:
-        """Every label that a request was given, oldest first."""
+        """Return every label of a request, oldest first."""
         query = "SELECT name FROM labels JOIN requests ON request = requests.number WHERE id = ? ORDER BY labels.number"
         return [name for (name,) in self._fetch_all(query, request_id)]
 
     def labeled_predictions(self, *, limit: int | None = None, version: str | None = None) -> list[tuple[str, str]]:
-        """Answered class and right class of labelled requests whose answer named a class, newest request first.
+        """Return predicted class and label of labeled requests, newest first, without predictions that name no class.
 
         Args:
-            limit: At most so many.
-            version: Of one model only.
+            limit: The most requests to return.
+            version: Return only requests of this version.
         """
         return self._fetch_all(
             "SELECT predicted_class, label FROM requests WHERE label IS NOT NULL AND predicted_class IS NOT NULL "
@@ -194,14 +195,14 @@ class RequestLog:
         )  # fmt: skip
 
     def recent_features(self, limit: int, *, version: str | None = None) -> list[tuple[float | None, bytes | None]]:
-        """Confidence and features of the newest requests."""
+        """Return confidence and features of the newest requests."""
         return self._fetch_all(
             "SELECT confidence, features FROM requests WHERE ? IS NULL OR version = ? ORDER BY number DESC LIMIT ?",
             version, version, limit,
         )  # fmt: skip
 
     def accuracy_history(self) -> list[tuple[float, bool, str]]:
-        """Time, whether the answer was right, and version, of labelled requests that named a class, oldest first."""
+        """Return time, whether the prediction was correct, and version of labeled requests, oldest first."""
         rows = self._fetch_all(
             "SELECT time, predicted_class = label, version FROM requests "
             "WHERE label IS NOT NULL AND predicted_class IS NOT NULL ORDER BY 1"
@@ -209,10 +210,10 @@ class RequestLog:
         return [(at, bool(is_correct), version) for at, is_correct, version in rows]
 
     def least_certain(self, *, skip: Sequence[str] = ()) -> LoggedRequest | None:
-        """The unlabelled request whose answer was least certain; None where there is none.
+        """Return the unlabeled request with the least certain prediction; None if there is none.
 
         Args:
-            skip: Ids that are passed over.
+            skip: Ids to skip.
         """
         marks = ", ".join("?" * len(skip))
         found = self._fetch_one(
@@ -223,23 +224,23 @@ class RequestLog:
         return None if found is None else self.find(found[0])
 
     def find(self, request_id: str) -> LoggedRequest | None:
-        """The request of that id; None where it is not kept."""
+        """Return the request with this id; None if the log has none."""
         row = self._fetch_one(f"{_SELECT_REQUEST} WHERE id = ?", request_id)
         return None if row is None else _to_logged_request(row[:-2])
 
     def classes(self) -> list[str]:
-        """Classes that labels name, sorted."""
+        """Return the classes of all labels, sorted."""
         return [
             name
             for (name,) in self._fetch_all("SELECT DISTINCT label FROM requests WHERE label IS NOT NULL ORDER BY 1")
         ]
 
     def num_labels(self) -> int:
-        """Labels ever given: what a trigger counts."""
+        """Return the number of labels ever given, which triggers count."""
         return int(self._fetch_one("SELECT COUNT(*) FROM labels")[0])
 
     def stats(self) -> RequestLogStats:
-        """What the file holds."""
+        """Return the size of the log."""
         num_requests = self._fetch_one("SELECT COUNT(*) FROM requests")[0]
         num_labeled, num_held_out = self._fetch_one(
             "SELECT COUNT(*), TOTAL(held_out) FROM requests WHERE label IS NOT NULL"
@@ -251,10 +252,10 @@ class RequestLog:
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             foreign = version == 0 and self._db.execute("SELECT 1 FROM sqlite_master").fetchone() is not None
             if foreign:
-                raise sqlite3.DatabaseError("it is a database of something else")
+                raise sqlite3.DatabaseError("it is the database of another program")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute("PRAGMA fullfsync=ON")  # of macOS, whose fsync leaves data in the drive's memory
+            self._db.execute("PRAGMA fullfsync=ON")  # on macOS a plain fsync leaves data in the cache of the drive
             self._db.execute(f"PRAGMA journal_size_limit={_WAL_BYTES}")
             self._db.execute("BEGIN IMMEDIATE")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -265,12 +266,14 @@ class RequestLog:
                 self._db.execute(f"PRAGMA user_version={_VERSION}")
             self._db.execute("COMMIT")
         except sqlite3.DatabaseError as error:
-            raise FolderError(f"cannot use '{self.path}' for records", why=str(error), fix="name another") from None
+            raise FolderError(
+                f"cannot use '{self.path}' as a request log", why=str(error), fix="choose another file"
+            ) from None
         if version not in (0, _VERSION):
             raise FolderError(
-                f"'{self.path}' has records of kind {version}",
-                why=f"this version of tuneforge reads kind {_VERSION}",
-                fix="use the version of tuneforge that wrote them, or name another file",
+                f"the request log '{self.path}' has format {version}",
+                why=f"this version of tuneforge-serve reads format {_VERSION}",
+                fix="use the version of tuneforge-serve that wrote it, or choose another file",
             )
         self.held_out_fraction = float(self._fetch_one("SELECT held_out FROM settings")[0])
 
@@ -292,7 +295,7 @@ class RequestLog:
         return bool(added.rowcount)
 
     def _make_room(self) -> bool:
-        """Remove the oldest requests without a label until the file is below its cap; False where it cannot be."""
+        """Remove the oldest unlabeled requests until the log fits `max_bytes`; return False if that is impossible."""
         while self._used_bytes() > self.max_bytes:
             query = "SELECT number FROM requests WHERE label IS NULL ORDER BY number LIMIT ?"
             oldest = self._db.execute(query, (_EVICTION_BATCH_SIZE,)).fetchall()
@@ -304,7 +307,7 @@ class RequestLog:
         return True
 
     def _used_bytes(self) -> int:
-        """Bytes of the pages in use."""
+        """Return the size of the used pages in bytes."""
         pages, free, size = (
             self._fetch_one(f"PRAGMA {name}")[0] for name in ("page_count", "freelist_count", "page_size")
         )
@@ -312,7 +315,7 @@ class RequestLog:
 
     @contextlib.contextmanager
     def _commit(self) -> Iterator[None]:
-        """All or nothing, on the disk at the end."""
+        """Run the block in one durable transaction."""
         with self._lock, _translate_errors(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -339,7 +342,7 @@ _SELECT_REQUEST = (
 
 
 def is_sampled(key: str, fraction: float, *, salt: str) -> bool:
-    """True for a fixed share of all keys; the same key always falls on the same side."""
+    """Return True for a fixed fraction of all keys; the result for a key never changes."""
     digest = hashlib.sha256(f"{salt}\0{key}".encode()).digest()
     return int.from_bytes(digest[:8]) < fraction * 2**64
 
@@ -353,10 +356,10 @@ def _validate_class_name(name: str) -> str:
     name = name.strip()
     if not name or len(name) > MAX_CLASS_NAME_LENGTH or not name.isprintable():
         raise DataError(
-            f"{name[:MAX_CLASS_NAME_LENGTH]!r} cannot name a class",
+            f"{name[:MAX_CLASS_NAME_LENGTH]!r} cannot be a class name",
             where="class",
-            why=f"1 to {MAX_CLASS_NAME_LENGTH} printable characters are needed",
-            fix="give the class's name",
+            why=f"a class name has 1 to {MAX_CLASS_NAME_LENGTH} printable characters",
+            fix="pass the name of a class",
         )
     return name
 
@@ -367,5 +370,5 @@ def _translate_errors(path: Path) -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         raise TryAgainError(
-            f"cannot write the records in '{path.name}'", why=str(error), fix="free some space, or wait, and try again"
+            f"cannot write the request log '{path.name}'", why=str(error), fix="free some space, or wait, and try again"
         ) from None

@@ -1,7 +1,7 @@
-"""One turn of the circle: the champion, old data and what production taught make a challenger, and the gate judges.
+"""A retraining round: train the champion on old data and labeled requests, and let the gate decide about the result.
 
-A turn has a folder in the store, `STORE/NAME/rounds/N/`: the new samples as they were at its beginning, the labels that
-did not fit, the run. So a turn can be looked at, and its run resumed, whatever is labelled meanwhile.
+A round has a directory in the registry, `REGISTRY/NAME/rounds/N/`, with the new samples at its start, the label issues
+and the run. The round can be inspected, and its run resumed, whatever is labeled in the meantime.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.data.dataset import Data, Inputs, Split, named_tensors
-from tuneforge.engine.session.engine import Engine
-from tuneforge.engine.session.predictor import Predictor, load
-from tuneforge.engine.storage import run_dir as names
-from tuneforge.engine.storage.safetensors_io import save_tensors
+from tuneforge import Data, Engine, Inputs, Predictor, Split, load
 from tuneforge.errors import DataError, FolderError, UsageError
-from tuneforge.exporting.bundle import BUNDLE
-from tuneforge.plugin.steps import ComponentSpec
+from tuneforge.exporting import (
+    BUNDLE,
+    named_tensors,
+    nonfinite_to_none,
+    read_json,
+    save_tensors,
+    write_json,
+)
+from tuneforge.plugin import ComponentSpec
 from tuneforge_serve.feedback.label_issues import FeedbackLabelIssue, describe_label_issues, find_label_issues
 from tuneforge_serve.feedback.monitoring import MIN_REQUESTS
 from tuneforge_serve.feedback.request_log import LabeledRequest, RequestLog
@@ -34,11 +37,11 @@ from tuneforge_serve.registry.promotion import promote
 from tuneforge_serve.registry.significance import min_num_pairs
 
 ROUND = "retraining-round"
-"""The event that the store's log has for each turn."""
+"""The event of a retraining round in the registry's log."""
 
 MAX_LABEL_ISSUES = 0.1
-"""Share of labels that may not fit their samples. Of 300 real digits of a changed world, all labelled right, at most
-4 % do not seem to; where a fifth are labelled wrong at random, about a fifth do not.
+"""The largest accepted fraction of label issues. Of 300 correctly labeled digits after a shift, at most 4 % are issues;
+with a fifth of the labels wrong at random, about a fifth are.
 """
 
 ROUNDS, NEW, LABEL_ISSUES, RUN = "rounds", "new.safetensors", "label_issues.json", "run"
@@ -47,18 +50,18 @@ _CONTINUED, _WARM_START = "continued", "warm-start"
 
 @attrs.frozen
 class RetrainingRound:
-    """How a turn ended.
+    """The result of a retraining round.
 
     Args:
-        number: Of the turn.
-        num_labeled: Labelled samples, each content once.
-        num_held_out: Those of them that only the gate saw.
+        number: The number of the round.
+        num_labeled: The number of labeled samples; equal inputs count once.
+        num_held_out: The number of those that were held out for the gate.
         label_issues: Labels that do not fit their samples.
-        new_version: The new champion's number; None where the gate refused.
-        previous_champion: The champion at the beginning.
-        decision: What the gate said.
-        round_dir: Of the turn.
-        seconds: It took.
+        new_version: The number of the new champion; None if the gate refused.
+        previous_champion: The champion at the start of the round.
+        decision: The decision of the gate.
+        round_dir: The directory of the round.
+        seconds: The duration of the round.
     """
 
     number: int
@@ -81,39 +84,39 @@ def retrain(
     rules: GateRules | None = None,
     trust_labels: bool = False,
     max_label_issues: float = MAX_LABEL_ISSUES,
-    to: Sequence[str] | None = None,
+    formats: Sequence[str] | None = None,
     run_settings: Mapping[str, Any] | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> RetrainingRound:
-    """Tune the champion on the old data and on what got labelled, and promote the result if the gate lets it pass.
+    """Retrain the champion on its old data and on labeled requests, and promote the result if the gate accepts it.
 
     Args:
-        registry: The store's folder.
-        request_log: Of the server that the champion answers in.
-        name: Of the model; None: the only one that the store has.
-        strategy: By name, `use(...)`, or what else `Engine` takes.
-        rules: Of the gate.
-        trust_labels: Train also on labels that do not fit their samples, judge by them, and have as many as there are.
-        max_label_issues: Share of the labels that may not fit their samples; with more, nothing is trained.
-        to: The forms of the new version; None: those of the champion.
-        run_settings: Of the run, over the champion's, such as `seed` and `device`.
-        log: Where sentences for the user go.
+        registry: The directory of the registry.
+        request_log: The request log of the server.
+        name: The name of the model; None uses the only model of the registry.
+        strategy: A strategy as `Engine` accepts it.
+        rules: The rules of the gate; None uses the defaults.
+        trust_labels: Do not look for label issues; train and test on all labels.
+        max_label_issues: The largest accepted fraction of label issues; with more, nothing is trained.
+        formats: The export formats of the new version; None uses those of the champion.
+        run_settings: Settings of the run that override the champion's, such as `seed` and `device`.
+        log: Called with messages for the user.
 
     Raises:
-        FolderError: The store has no such champion, or its version does not hold what can be tuned.
-        DataError: Too little is labelled, or what is cannot be decoded any more.
+        FolderError: The registry has no such model, or the champion cannot be trained.
+        DataError: There are too few labels, or a labeled request cannot be decoded.
     """
     model_registry = select_model(registry, name)
     rules = rules or GateRules()
     job = _RetrainingJob(
-        model_registry, request_log, strategy, rules, trust_labels, max_label_issues, to, run_settings or {}, log
+        model_registry, request_log, strategy, rules, trust_labels, max_label_issues, formats, run_settings or {}, log
     )
     return job.run()
 
 
 @attrs.frozen(eq=False)
 class _RetrainingJob:
-    """A turn while it goes on; the fields are what `retrain` is given."""
+    """A running retraining round; the fields are arguments of `retrain`."""
 
     registry: ModelRegistry
     request_log: RequestLog
@@ -121,24 +124,26 @@ class _RetrainingJob:
     rules: GateRules
     trust_labels: bool
     max_label_issues: float
-    to: Sequence[str] | None
+    formats: Sequence[str] | None
     run_settings: Mapping[str, Any]
     log: Callable[[str], None]
 
     def run(self) -> RetrainingRound:
-        """From the labels to the decision."""
-        began, registry = time.monotonic(), self.registry
+        """Run the round."""
+        start, registry = time.monotonic(), self.registry
         previous_champion = registry.champion
         if previous_champion is None:
             raise FolderError(
                 f"'{registry.name}' has no champion", where=str(registry.path), fix="tuneforge promote RUN"
             )
         champion = _load_trainable(registry.version_dir(previous_champion))
-        labels = self.request_log.num_labels()  # those given while the turn goes on are for the next one
+        labels = self.request_log.num_labels()  # labels given during the round count for the next one
         samples = LabeledSamples.decode(list(self.request_log.labeled_requests()), champion.inputs)
         self._require_enough_labels(samples)
         number, round_dir = _create_round_dir(registry)
-        self.log(f"turn {number}: {len(samples)} labelled samples, {sum(samples.held_out)} of them for the gate alone")
+        self.log(
+            f"retraining round {number}: {len(samples)} labeled samples, {sum(samples.held_out)} held out for the gate"
+        )
         label_issues = [] if self.trust_labels else self._find_label_issues(champion, samples, round_dir)
         if len(label_issues) > self.max_label_issues * len(samples):
             decision, new_version = self._refuse_labels(label_issues, len(samples), previous_champion), None
@@ -155,13 +160,13 @@ class _RetrainingJob:
             previous_champion=previous_champion,
             decision=decision,
             round_dir=round_dir,
-            seconds=time.monotonic() - began,
+            seconds=time.monotonic() - start,
         )
         registry.log_event(ROUND, **_build_event(retraining_round, labels))
         return retraining_round
 
     def _require_enough_labels(self, samples: LabeledSamples) -> None:
-        """See that a turn can end well, before anything is made."""
+        """Check that the gate can accept the result, before anything is written."""
         num_held_out, min_held_out = (
             sum(samples.held_out),
             0 if self.rules.accept_equal else min_num_pairs(self.rules.alpha),
@@ -174,46 +179,44 @@ class _RetrainingJob:
             else 1
         )
         raise DataError(
-            f"{len(samples)} labelled sample(s) are too few for a turn",
+            f"{len(samples)} labeled sample(s) are too few to retrain",
             where=str(self.request_log.path),
-            why=f"{num_held_out} of them are held out for the gate, which needs {min_held_out} to see any difference, "
-            "and the others are to train on",
+            why=f"{num_held_out} of them are held out for the gate, which needs {min_held_out} for a significant "
+            "difference, and at least one is needed for training",
             fix=f"label about {more} more (POST /feedback, or the page /review)",
         )
 
     def _find_label_issues(
         self, champion: Predictor, samples: LabeledSamples, round_dir: Path
     ) -> list[FeedbackLabelIssue]:
-        """Labels that do not fit, by the champion's features and the old samples, which are trusted."""
+        """Find label issues by the champion's features and the old samples, whose labels are trusted."""
         data = load(_base_run(champion)).with_data().data
         labels = data.targets.labels
         classes = [*labels, *sorted(set(samples.labels) - set(labels))]
-        issues = find_label_issues(champion.run, data.train, samples.to_split(classes), classes)
-        names.write_json(
-            round_dir / LABEL_ISSUES, [{"id": samples.ids[each.row], **attrs.asdict(each)} for each in issues]
-        )
+        issues = find_label_issues(champion, data.train, samples.to_split(classes), classes)
+        write_json(round_dir / LABEL_ISSUES, [{"id": samples.ids[each.row], **attrs.asdict(each)} for each in issues])
         self.log(describe_label_issues(issues, len(samples)))
         return issues
 
     def _refuse_labels(self, issues: Sequence[FeedbackLabelIssue], total: int, previous_champion: int) -> GateDecision:
-        """Refuse labels of which too many do not fit."""
+        """Return a refusal because of too many label issues."""
         fraction, max_fraction = (f"{100 * each:.0f} %" for each in (len(issues) / total, self.max_label_issues))
-        rule = f"at most {max_fraction} of the labels do not fit"
+        rule = f"at most {max_fraction} of the labels are issues"
         decision = make_refusal(
-            "labels",
-            f"{describe_label_issues(issues, total)}, and {max_fraction} are allowed",
+            "label issues",
+            f"{describe_label_issues(issues, total)}, and {max_fraction} is the limit",
             challenger=fraction,
             rule=rule,
         )
         self.registry.log_event(
-            "refused", previous_champion=previous_champion, decision=names.nonfinite_to_none(decision.to_dict())
+            "refused", previous_champion=previous_champion, decision=nonfinite_to_none(decision.to_dict())
         )
         return decision
 
     def _train_and_promote(
         self, champion: Predictor, samples: LabeledSamples, round_dir: Path
     ) -> tuple[GateDecision, int | None]:
-        """Tune, and let the gate judge; the number of the new version, if there is one."""
+        """Train and promote; return the decision and the number of the new version, if there is one."""
         samples.save(round_dir / NEW)
         run_dir = _build_engine(champion, round_dir, self.strategy, self.run_settings, self.log).run().run_dir
         data = load(run_dir).with_data().data
@@ -221,7 +224,7 @@ class _RetrainingJob:
             run_dir,
             registry=self.registry.root,
             name=self.registry.name,
-            to=self.to or _list_formats(champion.run_dir),
+            formats=self.formats or _list_formats(champion.run_dir),
             new_test_set=data.extra_test_splits.get("new"),
             new_targets=data.targets,
             reference_splits=_build_reference_splits(self.registry, samples, data),
@@ -233,14 +236,14 @@ class _RetrainingJob:
 
 @attrs.frozen(eq=False)
 class LabeledSamples:
-    """Labelled samples as the inputs contract stores them; what the data source `continued` reads.
+    """Labeled samples in stored form, as the data source `continued` reads them.
 
     Args:
-        tensors: Each (n, ...), by name; a single one is named ''.
-        labels: The class of each.
-        ids: The request of each.
-        held_out: Whether each is for the gate alone.
-        label_numbers: How many labels had been given when each was, itself counted.
+        tensors: The stored inputs, each (n, ...), by name; a single tensor has the name ''.
+        labels: The label of each sample.
+        ids: The request id of each sample.
+        held_out: Whether each sample is held out for the gate.
+        label_numbers: The position of each label among all labels ever given.
     """
 
     tensors: dict[str, Tensor]
@@ -251,16 +254,16 @@ class LabeledSamples:
 
     @classmethod
     def decode(cls, requests: Sequence[LabeledRequest], inputs: Inputs) -> LabeledSamples:
-        """Decode labelled requests.
+        """Decode labeled requests.
 
         Raises:
-            DataError: There are none, or one cannot be decoded, or they come out in different shapes.
+            DataError: There are none, one cannot be decoded, or they have different shapes.
         """
         if not requests:
-            raise DataError("nothing is labelled", fix="label some requests (POST /feedback, or the page /review)")
+            raise DataError("there are no labels", fix="label some requests (POST /feedback, or the page /review)")
         stored = [named_tensors(each.request.decode(inputs)) for each in requests]
         if any(stored[0][name].shape != each[name].shape for each in stored for name in stored[0]):
-            raise DataError("labelled samples have different shapes", fix="let the inputs' operations give one size")
+            raise DataError("labeled samples have different shapes", fix="use preprocessing that resizes to one shape")
         return cls(
             {name: torch.stack([each[name] for each in stored]) for name in stored[0]},
             [each.label for each in requests],
@@ -273,74 +276,75 @@ class LabeledSamples:
         return len(self.labels)
 
     def without(self, rows: Collection[int]) -> LabeledSamples:
-        """All but some."""
-        return self.take([place for place in range(len(self)) if place not in rows])
+        """Return the samples without some rows."""
+        return self.take([row for row in range(len(self)) if row not in rows])
 
     def take(self, rows: Sequence[int]) -> LabeledSamples:
-        """Some of them."""
+        """Return the samples of some rows."""
         return LabeledSamples(
             {name: tensor[list(rows)] for name, tensor in self.tensors.items()},
-            [self.labels[place] for place in rows],
-            [self.ids[place] for place in rows],
-            [self.held_out[place] for place in rows],
-            [self.label_numbers[place] for place in rows],
+            [self.labels[row] for row in rows],
+            [self.ids[row] for row in rows],
+            [self.held_out[row] for row in rows],
+            [self.label_numbers[row] for row in rows],
         )
 
     def to_split(self, classes: Sequence[str]) -> Split:
-        """As a split; targets are places in `classes`."""
+        """Return the samples as a split, with indices into `classes` as targets."""
         codes = torch.tensor([classes.index(each) for each in self.labels])
         return Split(self.tensors.get("", self.tensors), codes, ids=self.ids)
 
     def save(self, path: Path) -> None:
-        """Write them into a file, whole or not at all."""
+        """Write the samples to a file atomically."""
         metadata = {"labels": self.labels, "ids": self.ids, "held_out": self.held_out}
         save_tensors({f"stored/{name}": each for name, each in self.tensors.items()}, path, metadata=metadata)
 
 
 def select_model(registry: str | Path, name: str | None) -> ModelRegistry:
-    """The model of that name in a store, or the only one there is.
+    """Return a model of a registry, or its only model if `name` is None.
 
     Raises:
-        FolderError: The store has none of that name, or none at all.
-        UsageError: It has several, and none is named.
+        FolderError: The registry has no such model, or no model at all.
+        UsageError: The registry has several models, and `name` is None.
     """
     if name is not None:
         return find_model(registry, name)
     known = list_models(registry)
     if not known:
-        raise FolderError(f"there is no model in the store '{registry}'", where="--store", fix="tuneforge promote RUN")
+        fix = "add one: tuneforge promote RUN"
+        raise FolderError(f"the registry '{registry}' has no model", where="--registry", fix=fix)
     if len(known) > 1:
         listed = ", ".join(each.name for each in known)
-        raise UsageError(f"the store has the models {listed}", where="--name", fix="name one of them")
+        raise UsageError(f"the registry has several models: {listed}", where="--name", fix="choose one of them")
     return known[0]
 
 
-def _load_trainable(folder: Path) -> Predictor:
-    """The champion as a run that answers with a class."""
-    if not (folder / names.WEIGHTS).is_file():
+def _load_trainable(version_dir: Path) -> Predictor:
+    """Load a version that can be retrained: it has safetensors weights, and predicts classes."""
+    if not (version_dir / "model.safetensors").is_file():
         raise FolderError(
-            f"version {folder.name} of '{folder.parent.name}' holds nothing that can be tuned",
-            where=str(folder),
-            why="its safetensors form is missing",
-            fix="promote the run again with --to onnx --to safetensors",
+            f"version {version_dir.name} of '{version_dir.parent.name}' cannot be retrained",
+            where=str(version_dir),
+            why="it contains no safetensors weights",
+            fix="promote the run again with --format onnx --format safetensors",
         )
-    predictor = load(folder)
+    predictor = load(version_dir)
     if "class" not in predictor.targets.describe(torch.zeros(predictor.targets.num_outputs)):
         raise DataError(
-            f"'{folder.parent.name}' does not answer with a class",
-            why="labels name classes, so there is nothing to learn from them",
-            fix="tune again on data of your own: tuneforge run",
+            f"'{version_dir.parent.name}' does not predict classes",
+            why="labels are class names, so they cannot train this model",
+            fix="train on data of your own: tuneforge run",
         )
     return predictor
 
 
-def _list_formats(folder: Path) -> tuple[str, ...]:
-    """The export formats that a version holds."""
-    return tuple(names.read_json(folder / BUNDLE)["formats"])
+def _list_formats(version_dir: Path) -> tuple[str, ...]:
+    """Return the export formats of a version."""
+    return tuple(read_json(version_dir / BUNDLE)["formats"])
 
 
 def _base_run(champion: Predictor) -> Path:
-    """The run or version whose data are the old world: the first of the line."""
+    """Return the run or version with the old data: the first one that later versions were retrained from."""
     data = champion.run.config.data
     return Path(data.options["run"]) if data.name == _CONTINUED else champion.run_dir.absolute()
 
@@ -354,11 +358,12 @@ def _create_round_dir(registry: ModelRegistry) -> tuple[int, Path]:
 
 
 def _build_reference_splits(registry: ModelRegistry, samples: LabeledSamples, data: Data) -> list[Split]:
-    """Labelled samples that were validated or judged on and not trained on, one split for each turn that was promoted
-    and one for this one: what drift is measured from. Those too few to be a reference go with an older turn's.
+    """Return the references for drift: labeled samples of the validation and test sets, one split per promoted round.
+
+    Samples of a round that are too few for a reference are merged with those of the round before.
     """
-    looked = (each for each in (data.val, data.extra_test_splits.get("new")) if each is not None)
-    known = {split.id_of(row) for split in looked for row in range(len(split))}
+    evaluated = (each for each in (data.val, data.extra_test_splits.get("new")) if each is not None)
+    known = {split.id_of(row) for split in evaluated for row in range(len(split))}
     ends = [
         line["labels"] for line in registry.read_events() if line["event"] == ROUND and line["promoted"] is not None
     ]
@@ -383,7 +388,7 @@ def _build_engine(
     run_settings: Mapping[str, Any],
     log: Callable[[str], None],
 ) -> Engine:
-    """A run as the champion's, but for its data, its start and its strategy."""
+    """Build a run with the champion's settings, but with other data, initial weights and strategy."""
     config = champion.run.config
     others = [each for each in config.callbacks if each.name != _WARM_START]
     return Engine(
@@ -398,7 +403,7 @@ def _build_engine(
 
 
 def _build_event(retraining_round: RetrainingRound, num_labels: int) -> dict[str, Any]:
-    """What the store's log keeps of a turn; `num_labels` had been given when it began."""
+    """Return the event of a round for the log; `num_labels` is the number of labels ever given at its start."""
     return {
         "round": retraining_round.number,
         "labels": num_labels,

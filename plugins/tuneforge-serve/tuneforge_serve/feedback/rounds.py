@@ -1,4 +1,4 @@
-"""Turns of the circle one after the other: what begins one, what holds one off, and a picture of all of them."""
+"""Continuous training: the triggers of retraining rounds, and a plot of the accuracy over time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import attrs
 import numpy as np
 
 from tuneforge.errors import TuneforgeError
-from tuneforge.exporting.reference_outputs import ReferenceData
+from tuneforge.exporting import ReferenceData
 from tuneforge_serve.feedback.monitoring import monitor_version
 from tuneforge_serve.feedback.request_log import RequestLog
 from tuneforge_serve.feedback.retraining import ROUND, RetrainingRound
@@ -21,23 +21,22 @@ from tuneforge_serve.registry.model_registry import ModelRegistry
 from tuneforge_serve.registry.significance import min_num_pairs
 
 PLOT = "accuracy.png"
-_WINDOW = 50  # labelled answers that a point of the curve is the mean of
+_WINDOW = 50  # labeled requests that each point of the curve is the mean of
 _MIN_POINTS = 10
 _CHAMPION_EVENTS = ("promoted", "rolled back")
 
 
 @attrs.frozen
 class RetrainingTriggers:
-    """What begins a turn, and what holds it off.
+    """What starts a retraining round, and what every round requires.
 
     Args:
-        num_labels: New labels since the last turn that begin one; None: any number does not.
-        drift: Whether drift of confidence or inputs begins one.
-        min_accuracy: On labelled answers of the champion; a turn begins where the upper end of its interval is under
-            it.
-        min_new_labels: New labels since the last turn without which nothing begins one, so that the same labels are not
-            tuned on twice.
-        min_interval_s: Least seconds between the ends of two turns, so that it cannot run wild.
+        num_labels: Start a round after this many new labels; None disables the trigger.
+        drift: Start a round on drift of the confidence or the inputs.
+        min_accuracy: Start a round if the upper bound of the champion's accuracy on labeled requests is below this;
+            None disables the trigger.
+        min_new_labels: The number of new labels that every round requires, so that no round repeats the one before.
+        min_interval_s: The minimum time between the ends of two rounds in seconds.
     """
 
     num_labels: int | None = 100
@@ -50,7 +49,7 @@ class RetrainingTriggers:
 def check_triggers(
     registry: ModelRegistry, request_log: RequestLog, triggers: RetrainingTriggers, *, now: float | None = None
 ) -> str | None:
-    """Why a turn ought to begin now, in one sentence; None where it ought not to."""
+    """Return the reason to start a retraining round now; None if there is none."""
     last_round = find_last_round(registry)
     num_new = request_log.num_labels() - (0 if last_round is None else int(last_round["labels"]))
     waited_s = (
@@ -61,7 +60,7 @@ def check_triggers(
     if registry.champion is None or num_new < triggers.min_new_labels or waited_s < triggers.min_interval_s:
         return None
     if request_log.stats().num_held_out < min_num_pairs(GateRules().alpha):
-        return None  # the gate could not see a difference
+        return None  # the gate could not find a significant difference
     if triggers.num_labels is not None and num_new >= triggers.num_labels:
         return f"{num_new} new labels"
     if triggers.min_accuracy is None and not triggers.drift:
@@ -69,7 +68,7 @@ def check_triggers(
     report = monitor_version(request_log, ReferenceData.read(registry.version_dir()), version=str(registry.champion))
     if triggers.min_accuracy is not None and report.accuracy.total and report.accuracy.high < triggers.min_accuracy:
         accuracy = f"accuracy {report.accuracy.proportion:.3f} on {report.accuracy.total} labels"
-        return f"{accuracy}, under {triggers.min_accuracy:g}"
+        return f"{accuracy}, below {triggers.min_accuracy:g}"
     if triggers.drift and report.has_drift:
         drifted = [
             name
@@ -86,45 +85,47 @@ def run_rounds(
     triggers: RetrainingTriggers,
     run_round: Callable[[], RetrainingRound],
     *,
-    interval_s: float,
+    poll_interval_s: float,
     log: Callable[[str], None],
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[RetrainingRound]:
-    """Turns as their triggers begin them, for ever; one that fails is said and logged, and held off like any other.
+    """Run retraining rounds forever, each when a trigger starts it.
+
+    A round that fails is logged, and the next one has to wait as long as after a successful round.
 
     Args:
-        registry: Of the model.
-        request_log: Of the server.
-        triggers: What begins a turn.
-        run_round: Does one.
-        interval_s: Seconds between two looks.
-        log: Where sentences for the user go.
-        sleep: Waits so long.
+        registry: The model.
+        request_log: The request log of the server.
+        triggers: What starts a round.
+        run_round: Runs one round.
+        poll_interval_s: Seconds between two checks of the triggers.
+        log: Called with messages for the user.
+        sleep: Waits for a number of seconds.
     """
     while True:
         reason = check_triggers(registry, request_log, triggers)
         if reason is not None:
-            log(f"a turn begins: {reason}")
+            log(f"retraining round started: {reason}")
             try:
                 yield run_round()
             except TuneforgeError as error:
-                log(f"the turn failed: {error}")
+                log(f"retraining round failed: {error}")
                 registry.log_event(
                     ROUND, labels=request_log.num_labels(), promoted=None, reason=str(error), failed=True
                 )
-        sleep(interval_s)
+        sleep(poll_interval_s)
 
 
 def find_last_round(registry: ModelRegistry) -> dict[str, Any] | None:
-    """The log's line of the newest turn."""
+    """Return the last event of a retraining round in the log."""
     return next((event for event in reversed(registry.read_events()) if event["event"] == ROUND), None)
 
 
 def plot_accuracy(registry: ModelRegistry, request_log: RequestLog) -> Path:
-    """Draw accuracy over time with the swaps marked; of labelled requests, in the order in which they were answered.
+    """Plot the accuracy on labeled requests over time, with a line for each decision of the gate.
 
     Returns:
-        The PNG, in the folder of the model's name.
+        The PNG file, in the directory of the model.
     """
     from matplotlib.figure import Figure
 
@@ -140,15 +141,15 @@ def plot_accuracy(registry: ModelRegistry, request_log: RequestLog) -> Path:
     hours = [(at - start) / 3600 for at, _, _ in history]
     axes.plot(hours, _rolling_mean([is_correct for _, is_correct, _ in history]), color="#2f6fc4")
     for at, event in marks:
-        place = (at - start) / 3600
-        swap = event["event"] in _CHAMPION_EVENTS
-        axes.axvline(place, color="#2a9d4a" if swap else "#c0392b", linestyle="-" if swap else ":")
-        if swap:
-            axes.annotate(f"{event['version']}", (place, 1.01), xycoords=("data", "axes fraction"), ha="center")
+        hour = (at - start) / 3600
+        is_promotion = event["event"] in _CHAMPION_EVENTS
+        axes.axvline(hour, color="#2a9d4a" if is_promotion else "#c0392b", linestyle="-" if is_promotion else ":")
+        if is_promotion:
+            axes.annotate(f"{event['version']}", (hour, 1.01), xycoords=("data", "axes fraction"), ha="center")
     axes.set(
         ylim=(0, 1.02),
-        xlabel="hours; a line where a version took over, dotted where the gate refused",
-        ylabel=f"accuracy, last {_WINDOW} labelled",
+        xlabel="hours (line: a version became the champion, dotted: the gate refused one)",
+        ylabel=f"accuracy, last {_WINDOW} labeled requests",
     )
     axes.set_title(registry.name, loc="left", pad=14)
     path = registry.path / PLOT
@@ -157,7 +158,7 @@ def plot_accuracy(registry: ModelRegistry, request_log: RequestLog) -> Path:
 
 
 def _rolling_mean(correct: list[bool]) -> list[float]:
-    """The mean of the last `_WINDOW`, from the tenth on."""
+    """Return the rolling mean over `_WINDOW` requests; NaN for the first ones."""
     sums = np.concatenate([[0.0], np.cumsum(correct)])
     ends = np.arange(1, len(sums))
     starts = np.maximum(ends - _WINDOW, 0)

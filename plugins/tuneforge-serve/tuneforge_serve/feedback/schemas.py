@@ -1,4 +1,4 @@
-"""What the records of production hold: requests with their answers, and labels."""
+"""The entries of the request log: requests with their predictions, and labels."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ import attrs
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from tuneforge.engine.data.dataset import Inputs, TensorTree, named_tensors
+from tuneforge import Inputs, TensorTree
 from tuneforge.errors import DataError
+from tuneforge.exporting import named_tensors
 
 TENSORS = "application/x-safetensors"
-"""The content type of an input that was sent in its stored form."""
+"""The content type of an input that was sent as stored tensors."""
 
 _STORED = "stored/"
 
 
 @attrs.frozen
 class LoggedRequest:
-    """One thing that was asked and what was answered.
+    """One input and its prediction.
 
     Args:
-        id: The request's, by which a label finds it.
-        version: The model that answered.
+        id: The id of the request, by which a label refers to it.
+        version: The version of the model.
         body: The input as it was sent.
-        content_type: What the body is, such as `image/png`; `TENSORS` for what came in its stored form.
-        prediction: Plain data; `class` and `probability`, where it has them, are what it is ranked and judged by.
+        content_type: The type of the body, such as `image/png`; `TENSORS` for stored tensors.
+        prediction: JSON data; `class` and `probability`, if there, are used for the review order and the accuracy.
         time: Seconds since 1970.
-        features: What drift is measured on, float32 bytes; None where nobody asked.
-        content_digest: A digest of what the model saw, so that one picture sent in two ways counts as one; by default
+        features: The features that drift is tested on, float32 bytes; None without them.
+        content_digest: A digest of the stored input, so that one image sent in two encodings counts once; by default
             the SHA-256 of the body.
     """
 
@@ -45,10 +46,10 @@ class LoggedRequest:
     content_digest: str = ""
 
     def decode(self, inputs: Inputs) -> TensorTree:
-        """The stored form of the input, without a sample axis.
+        """Return the stored form of the input, without a sample axis.
 
         Raises:
-            DataError: It cannot be decoded.
+            DataError: The input cannot be decoded.
         """
         if self.content_type != TENSORS:
             return inputs.decode(json.loads(self.body) if self.content_type == "application/json" else self.body)
@@ -60,20 +61,20 @@ class LoggedRequest:
 
 
 def encode_row(stored: TensorTree, row: int) -> bytes:
-    """One row of stored inputs (b, ...) as the body of an exchange of type `TENSORS`."""
+    """Return one row of stored inputs (b, ...) as the body of a request of type `TENSORS`."""
     return save({_STORED + name: tensor[row].contiguous() for name, tensor in named_tensors(stored).items()})
 
 
 @attrs.frozen
 class LabelRecord:
-    """A label as it stands in the file.
+    """A label in the request log.
 
     Args:
-        id: The request's.
-        class_name: The class that is right.
-        previous_class: The label before it; None where it is the first.
-        held_out: True where the sample is for the gate alone.
-        agrees: Whether the answer had been this class; None where the answer named none.
+        id: The id of the request.
+        class_name: The label.
+        previous_class: The previous label; None for the first one.
+        held_out: True if the sample is held out for the gate.
+        agrees: Whether the prediction was this class; None if the prediction was not a class.
     """
 
     id: str
@@ -85,13 +86,13 @@ class LabelRecord:
 
 @attrs.frozen
 class LabeledRequest:
-    """A labelled sample, for training or for the gate.
+    """A labeled sample, for training or for the gate.
 
     Args:
-        request: The request and its answer.
-        label: The class that is right.
-        held_out: True where it is for the gate alone.
-        label_number: How many labels had been given when this one was, itself counted.
+        request: The request and its prediction.
+        label: The label.
+        held_out: True if the sample is held out for the gate.
+        label_number: The position of the label among all labels ever given, from 1.
     """
 
     request: LoggedRequest
@@ -102,14 +103,14 @@ class LabeledRequest:
 
 @attrs.frozen
 class RequestLogStats:
-    """What the file holds.
+    """The size of a request log.
 
     Args:
-        num_requests: Requests kept.
-        num_labeled: Requests with a label.
-        num_held_out: Labelled requests that are set aside.
-        num_labels: Labels ever given, relabelling included.
-        used_bytes: Size of the file in use.
+        num_requests: The number of requests.
+        num_labeled: The number of labeled requests.
+        num_held_out: The number of labeled requests that are held out for the gate.
+        num_labels: The number of labels ever given, corrections included.
+        used_bytes: The used size of the file.
     """
 
     num_requests: int

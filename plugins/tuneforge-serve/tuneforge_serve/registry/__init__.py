@@ -1,1 +1,1 @@
-"""Who answers in production: numbered versions, the gate between them, and the log of who was promoted."""
+"""The model registry: numbered versions, the gate that decides about a new champion, and an event log."""

@@ -1,8 +1,8 @@
-"""The model store: numbered versions of each name, a pointer to the champion, and a log of how it came to be.
+"""The model registry: numbered versions of each model, a pointer to the champion, and an event log.
 
-`STORE/NAME/1/`, `STORE/NAME/2/`, ... are bundles, never changed; `champion.json` names one of them and is replaced as
-a whole; `log.jsonl` only grows. A number is written to the log before it is used, so none is used twice, whatever is
-deleted. The pointer is switched last: whatever is killed before, the old champion answers.
+`REGISTRY/NAME/1/`, `REGISTRY/NAME/2/`, ... are bundles that never change; `champion.json` names one of them and is
+replaced atomically; `log.jsonl` only grows. A number is logged before it is used, so none is used twice, even after a
+version is deleted. The pointer is switched last: if a promotion is killed before, the old champion stays.
 """
 
 from __future__ import annotations
@@ -13,20 +13,32 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tuneforge.engine.storage import fault_injection as faults
-from tuneforge.engine.storage.run_dir import RUN, STATUS
 from tuneforge.errors import FolderError, TryAgainError, UsageError, suggest_name
-from tuneforge.exporting import fsync_path, publish, read_json, write_json
-from tuneforge.exporting.bundle import BUNDLE, CHAMPION, InferenceModel, load_bundle
+from tuneforge.exporting import (
+    BUNDLE,
+    InferenceModel,
+    fsync_path,
+    is_run_dir,
+    load_bundle,
+    publish,
+    read_json,
+    write_json,
+)
+
+CHAMPION = "champion.json"
+"""The file that names the champion's version."""
 
 LOG = "log.jsonl"
 CHALLENGER_DIR = ".challenger"
-"""Where a challenger is written, in the folder of its name, before it has a number."""
+"""The directory of a challenger, beside the versions, before it has a number."""
+
+fault_hook: Callable[[str], None] | None = None
+"""Called at the points where a promotion may be interrupted; a test sets it to interrupt one there."""
 
 _LOCK = ".lock"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -34,68 +46,69 @@ _NUMBER = re.compile(r"[1-9]\d*")
 
 
 class ModelRegistry:
-    """The versions of one name in a store.
+    """The versions of one model in a registry.
 
     Args:
-        root: The store's folder.
-        name: Of the model.
+        root: The directory of the registry.
+        name: The name of the model.
 
     Raises:
-        UsageError: The name cannot be a folder's.
+        UsageError: The name cannot be the name of a directory.
     """
 
     def __init__(self, root: str | Path, name: str) -> None:
         if not _NAME.fullmatch(name):
             raise UsageError(
-                f"'{name}' cannot be a model's name",
+                f"'{name}' cannot be the name of a model",
                 where="--name",
-                why="it is part of addresses and of paths",
-                fix="use letters, digits, '.', '_' and '-', and begin with a letter or a digit",
+                why="the name is part of URLs and paths",
+                fix="use letters, digits, '.', '_' and '-', and start with a letter or a digit",
             )
         self.root, self.name = Path(root), name
         self.path = self.root / name
 
     @property
     def champion(self) -> int | None:
-        """The number of the version that answers; None before the first."""
+        """The number of the champion; None before the first promotion."""
         if not (self.path / CHAMPION).exists():
             return None
         number: int = read_json(self.path / CHAMPION)["version"]
         return number
 
     def versions(self) -> list[int]:
-        """The numbers of the versions that are there, rising."""
+        """Return the numbers of the versions, sorted."""
         if not self.path.is_dir():
             return []
         return sorted(int(each.name) for each in self.path.iterdir() if _NUMBER.fullmatch(each.name) and each.is_dir())
 
     def version_dir(self, number: int | None = None) -> Path:
-        """The folder of a version, or of the champion.
+        """Return the directory of a version, or of the champion.
 
         Raises:
-            FolderError: There is none.
+            FolderError: There is no such version, or no champion.
         """
         number = self.champion if number is None else number
         if number is None or number not in self.versions():
             raise FolderError(
                 f"'{self.name}' has no version {number}" if number is not None else f"'{self.name}' has no champion",
                 where=str(self.path),
-                why=f"there are: {', '.join(map(str, self.versions())) or 'none'}",
-                fix="see them: tuneforge models list",
+                why=f"its versions are: {', '.join(map(str, self.versions())) or 'none'}",
+                fix="list them: tuneforge models list",
             )
         return self.path / str(number)
 
     def load(self, number: int | None = None, *, backend: str = "auto", device_name: str = "auto") -> InferenceModel:
-        """A version, or the champion, ready to answer.
+        """Load a version, or the champion, for inference.
 
         Raises:
-            FolderError: There is none, or it is broken.
+            FolderError: There is no such version, or it is broken.
         """
-        folder = self.version_dir(number)
-        return load_bundle(folder, backend=backend, device_name=device_name, name=self.name, version=folder.name)
+        version_dir = self.version_dir(number)
+        version = version_dir.name
+        return load_bundle(version_dir, backend=backend, device_name=device_name, name=self.name, version=version)
 
     def read_events(self) -> list[dict[str, Any]]:
-        """Every line of the log; one that a kill cut off is passed over."""
+        """Return the events of the log, without a last line that was cut off when a process was killed."""
         if not (self.path / LOG).exists():
             return []
         events = []
@@ -105,63 +118,66 @@ class ModelRegistry:
         return events
 
     def count_uses(self, fingerprint: str) -> int:
-        """How often the test set of that fingerprint has been used to decide."""
+        """Return how often the test set with this fingerprint has been used for a decision."""
         decisions = [event["decision"] for event in self.read_events() if "decision" in event]
         test_sets = [test_set for decision in decisions for test_set in decision["test_sets"].values()]
         return sum(test_set["fingerprint"] == fingerprint for test_set in test_sets)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the store for one promotion; what a killed one left is cleared away.
+        """Lock the model for one promotion, and remove what a killed promotion left.
 
         Raises:
-            FolderError: Another process holds it, or the place cannot be written, or it lies in the folder of a run or
-                of a bundle.
+            FolderError: Another process holds the lock, or the directory cannot be written, or it lies inside a run or
+                a bundle.
         """
         self._require_separate_dir()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / _LOCK).open("a+")
         except OSError as error:
-            raise FolderError(f"cannot write '{self.path}'", where="--store", why=error.strerror or "") from error
-        with lock:  # closing it releases it; the kernel does so for a process that died
+            raise FolderError(f"cannot write '{self.path}'", where="--registry", why=error.strerror or "") from error
+        with lock:  # closing the file releases the lock, as the kernel does when a process dies
             self._acquire_lock(lock.fileno())
             self._clean_up()
             yield
 
     def register(self, bundle_dir: Path, about: Mapping[str, Any]) -> int:
-        """Make a sealed bundle the next version and the champion; the store is locked.
+        """Make a bundle the next version and the champion. Call it inside `lock`.
 
         Args:
-            bundle_dir: The bundle, on the store's file system; it is moved.
-            about: What the log keeps of it: the run, the decision.
+            bundle_dir: The bundle, on the file system of the registry; it is moved.
+            about: What the event contains: the run and the decision.
         """
         known = [*self.versions(), *(event["version"] for event in self.read_events() if "version" in event)]
         number = 1 + max(known, default=0)
         self.log_event("reserved", version=number)
-        faults.point("store.reserved")
+        _pass_fault_point("registry.reserved")
         publish(bundle_dir, self.path / str(number))
-        faults.point("store.placed")
+        _pass_fault_point("registry.published")
         self._set_champion(number, "promoted", about)
         return number
 
-    def rollback(self, to: int | None = None) -> int:
-        """Make an earlier version the champion again: by default the one before.
+    def rollback(self, version: int | None = None) -> int:
+        """Make an earlier version the champion again; by default the previous champion.
+
+        Returns:
+            The number of the version.
 
         Raises:
             FolderError: There is no such version, or it is broken.
-            HaltError: It no longer answers as it did.
+            HaltError: Its outputs differ from the reference outputs.
         """
         with self.lock():
-            number = self._previous_champion() if to is None else to
+            number = self._previous_champion() if version is None else version
             if number == self.champion:
-                raise UsageError(f"version {number} of '{self.name}' is the champion already", where="--to")
+                raise UsageError(f"version {number} of '{self.name}' is already the champion", where="--version")
             self.load(number).verify()
             self._set_champion(number, "rolled back", {})
         return number
 
     def log_event(self, event: str, **about: Any) -> None:
-        """Add a line to the log, and see it on the disk.
+        """Append an event to the log durably.
 
         Raises:
             TryAgainError: The disk is full.
@@ -181,37 +197,36 @@ class ModelRegistry:
             ) from error
 
     def _require_separate_dir(self) -> None:
-        """See that a new store is not made where a run's or a bundle's own files are."""
-        place = self.root.absolute()
-        for each in () if self.path.is_dir() else (place, *place.parents):
-            kinds = {"bundle": (BUNDLE,), "run": (RUN, STATUS)}
-            found = [kind for kind, files in kinds.items() if all((each / file).is_file() for file in files)]
-            if found:
+        """Check that a new registry does not lie inside a run or a bundle."""
+        root = self.root.absolute()
+        for each in () if self.path.is_dir() else (root, *root.parents):
+            kind = "bundle" if (each / BUNDLE).is_file() else "run" if is_run_dir(each) else None
+            if kind is not None:
                 raise FolderError(
-                    f"'{self.root}' lies in the folder of a {found[0]}, so it cannot be a store",
-                    where="--store",
-                    why=f"'{each}' holds a {found[0]}, which is moved, sealed or deleted as a whole",
-                    fix="name a folder of its own, such as models",
+                    f"'{self.root}' lies inside a {kind}, so it cannot be a registry",
+                    where="--registry",
+                    why=f"'{each}' is a {kind}, which is moved or deleted as a whole",
+                    fix="choose another directory, such as models",
                 )
 
     def _set_champion(self, number: int, event: str, about: Mapping[str, Any]) -> None:
-        """Log it, then switch the pointer."""
+        """Log the event, then switch the pointer."""
         self.log_event(event, version=number, previous_champion=self.champion, **about)
-        faults.point("store.logged")
+        _pass_fault_point("registry.logged")
         write_json(self.path / CHAMPION, {"version": number, "previous": self.champion})
         fsync_path(self.path)
-        faults.point("store.pointed")
+        _pass_fault_point("registry.switched")
 
     def _previous_champion(self) -> int:
         previous: int | None = read_json(self.path / CHAMPION)["previous"] if self.champion is not None else None
         if previous is None:
             raise UsageError(
-                f"'{self.name}' has no champion before the present one", where=str(self.path), fix="name one with --to"
+                f"'{self.name}' has no previous champion", where=str(self.path), fix="choose a version with --version"
             )
         return previous
 
     def _clean_up(self) -> None:
-        """Clear away what a killed promotion left, and say in the log that it did not take effect."""
+        """Remove what a killed promotion left, and log that it did not take effect."""
         for each in self.path.glob(".*"):
             if each.is_dir():
                 shutil.rmtree(each)
@@ -227,34 +242,40 @@ class ModelRegistry:
         except OSError:
             holder = os.pread(descriptor, 100, 0).decode(errors="replace") or "another process"
             raise FolderError(
-                f"'{self.path}' is in use", where="--store", why=f"{holder} is promoting", fix="wait for it"
+                f"'{self.path}' is locked", where="--registry", why=f"{holder} is promoting", fix="wait for it"
             ) from None
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()}".encode())
 
 
 def list_models(root: str | Path) -> list[ModelRegistry]:
-    """The models of a store, sorted by name.
+    """List the models of a registry, sorted by name.
 
     Raises:
-        FolderError: There is no such folder.
+        FolderError: There is no such directory.
     """
     root = Path(root)
     if not root.is_dir():
-        raise FolderError(f"there is no store '{root}'", where="--store", fix="tuneforge promote RUN makes one")
+        fix = "create it: tuneforge promote RUN"
+        raise FolderError(f"there is no model registry '{root}'", where="--registry", fix=fix)
     return [ModelRegistry(root, each.name) for each in sorted(root.iterdir()) if (each / LOG).is_file()]
 
 
 def find_model(root: str | Path, name: str) -> ModelRegistry:
-    """The versions of a name that a store has.
+    """Return a model of a registry.
 
     Raises:
-        FolderError: The store has no such name.
+        FolderError: The registry has no such model.
     """
-    known = [store.name for store in list_models(root)]
+    known = [each.name for each in list_models(root)]
     if name not in known:
-        raise FolderError(f"the store has no model '{name}'", where=str(root), fix=suggest_name(name, known))
+        raise FolderError(f"the registry has no model '{name}'", where=str(root), fix=suggest_name(name, known))
     return ModelRegistry(root, name)
+
+
+def _pass_fault_point(name: str) -> None:
+    if fault_hook is not None:
+        fault_hook(name)
 
 
 def _ends_with_newline(descriptor: int, size: int) -> bool:

@@ -1,4 +1,4 @@
-"""Promotion: a run becomes a bundle, the gate judges it as it would be served, and the store admits it or not."""
+"""Promotion: a run becomes a bundle, the gate decides about the bundle, and the registry accepts or refuses it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,36 @@ from typing import Any
 
 import attrs
 
-from tuneforge.engine.data.dataset import Data, Split, Targets
-from tuneforge.engine.session.predictor import load
-from tuneforge.engine.storage import run_dir as names
+from tuneforge import Data, Split, Targets, load
 from tuneforge.errors import PluginError
-from tuneforge.exporting.atomic_dir import verify_manifest
-from tuneforge.exporting.bundle import BUNDLE, InferenceModel, load_bundle
-from tuneforge.exporting.exporter import export, prepare_data
-from tuneforge.exporting.parity import ParityError
+from tuneforge.exporting import (
+    BUNDLE,
+    InferenceModel,
+    ParityError,
+    export,
+    load_bundle,
+    nonfinite_to_none,
+    prepare_bundle_data,
+    prepare_run_data,
+    read_json,
+    verify_manifest,
+)
 from tuneforge_serve.registry.gate import GateDecision, GateRules, PairedSplit, make_refusal, run_gate, same_contract
 from tuneforge_serve.registry.model_registry import CHALLENGER_DIR, ModelRegistry
-from tuneforge_serve.registry.test_sets import list_labeled_files, load_bundle_data, load_labeled_files
+from tuneforge_serve.registry.test_sets import list_labeled_files, load_labeled_files
 
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @attrs.frozen
 class PromotionResult:
-    """How it ended.
+    """The result of a promotion.
 
     Args:
-        decision: What the gate said.
-        name: Of the model.
-        version: Its number, where it was promoted.
-        previous_champion: The champion that it was judged against.
+        decision: The decision of the gate.
+        name: The name of the model.
+        version: The number of the new version; None if the gate refused it.
+        previous_champion: The champion that the gate compared with.
     """
 
     decision: GateDecision
@@ -47,7 +53,7 @@ def promote(
     *,
     registry: str | Path = "models",
     name: str | None = None,
-    to: Sequence[str] | None = None,
+    formats: Sequence[str] | None = None,
     data: Any = None,
     model: Any = None,
     old_test_set: Split | PairedSplit | None = None,
@@ -58,39 +64,39 @@ def promote(
     rules: GateRules | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> PromotionResult:
-    """Make a run, or a bundle of one, the champion of a name if the gate lets it pass.
+    """Make a run, or a bundle, the champion of a model name if the gate accepts it.
 
     Args:
-        run: The folder of a finished run, or of a bundle.
-        registry: The store's folder.
-        name: Of the model; None: what the run's data source is called.
-        to: The forms that the version holds, of a run; None: ONNX where its packages are installed and the network can
-            be written so, and safetensors.
-        data: The run's data, where it was given them as objects.
-        model: The module, where the run was given one as an object.
-        old_test_set: The old world's test split; None: the champion's own, prepared again.
-        old_targets: How its targets are read; by default as the champion reads them.
-        new_test_set: The new world's held-out split, or a folder of its files with one folder a class; None:
-            superiority on the old one decides.
-        new_targets: Of the new split; by default as the challenger reads them.
-        reference_splits: What production sent, as far as the run did not train on it: drift is measured from it too.
-        rules: What the challenger must keep to.
-        log: Where sentences for the user go.
+        run: The directory of a finished run, or of a bundle.
+        registry: The directory of the registry.
+        name: The name of the model; None uses the name of the run's data source.
+        formats: The export formats of the version; None exports to safetensors, and to ONNX if its packages are
+            installed and the model can be exported.
+        data: The run's data, if the run was given them as Python objects.
+        model: The module, if the run was given one as a Python object.
+        old_test_set: The old test set; None prepares the champion's test split again.
+        old_targets: Targets that describe its labels; by default those of the champion.
+        new_test_set: Held-out samples of new data, or a directory with one folder of files per class; None tests
+            superiority on the old test set.
+        new_targets: Targets that describe its labels; by default those of the challenger.
+        reference_splits: Samples from production that the run was not trained on; they become references for drift.
+        rules: The rules of the gate; None uses the defaults.
+        log: Called with messages for the user.
 
     Raises:
         FolderError: The run is not done, or another process is promoting.
-        DataError: The data is no longer what the run or the champion was tested on, or there are no new files.
+        DataError: The data has changed since the run or the champion was tested, or there are no new files.
     """
     gate_inputs = _GateInputs(old_test_set, old_targets, new_test_set, new_targets, rules)
     gate_inputs.require_files()
     model_registry = ModelRegistry(registry, name or _default_name(Path(run)))
     with model_registry.lock():
-        return _PromotionJob(model_registry, Path(run), to, data, model, reference_splits, log).decide(gate_inputs)
+        return _PromotionJob(model_registry, Path(run), formats, data, model, reference_splits, log).decide(gate_inputs)
 
 
 @attrs.frozen(eq=False)
 class _GateInputs:
-    """What a challenger is judged by; the fields are what `promote` is given."""
+    """The test sets and rules of a promotion; the fields are arguments of `promote`."""
 
     old_test_set: Split | PairedSplit | None
     old_targets: Targets | None
@@ -99,12 +105,12 @@ class _GateInputs:
     rules: GateRules | None
 
     def require_files(self) -> None:
-        """See that a folder of new files has some, before anything else is done."""
+        """Check early that a directory of new files contains some."""
         if isinstance(self.new_test_set, (str, Path)):
             list_labeled_files(Path(self.new_test_set))
 
     def load_new_test_set(self, challenger: InferenceModel) -> Split | PairedSplit | None:
-        """The new world, as the challenger stores its inputs."""
+        """Return the new test set, stored as the challenger stores its inputs."""
         if isinstance(self.new_test_set, (str, Path)):
             return load_labeled_files(
                 Path(self.new_test_set), challenger.inputs, self.new_targets or challenger.targets
@@ -114,18 +120,18 @@ class _GateInputs:
 
 @attrs.frozen(eq=False)
 class _PromotionJob:
-    """A promotion while it goes on, in a store that is locked; the fields are what `promote` is given."""
+    """A running promotion of a locked model; the fields are arguments of `promote`."""
 
     registry: ModelRegistry
     run: Path
-    to: Sequence[str] | None
+    formats: Sequence[str] | None
     data: Any
     model: Any
     reference_splits: Sequence[Split]
     log: Callable[[str], None]
 
     def decide(self, gate_inputs: _GateInputs) -> PromotionResult:
-        """Export the run, let the gate judge, and admit the bundle or clear it away."""
+        """Export the run, run the gate, and register or remove the bundle."""
         registry, previous_champion, incoming = (
             self.registry,
             self.registry.champion,
@@ -140,7 +146,7 @@ class _PromotionJob:
         except BaseException:
             shutil.rmtree(incoming, ignore_errors=True)
             raise
-        about = {"run": str(self.run), "decision": names.nonfinite_to_none(decision.to_dict())}
+        about = {"run": str(self.run), "decision": nonfinite_to_none(decision.to_dict())}
         if decision.promoted:
             return PromotionResult(decision, registry.name, registry.register(incoming, about), previous_champion)
         shutil.rmtree(incoming, ignore_errors=True)
@@ -165,13 +171,13 @@ class _PromotionJob:
         )
 
     def _write_bundle(self, incoming: Path) -> Data:
-        """Write the challenger's bundle beside the versions; returns the data it was tuned and tested on."""
+        """Write the challenger's bundle beside the versions, and return its data."""
         run = self.run
         if (run / BUNDLE).is_file():
             verify_manifest(run)
             shutil.copytree(run, incoming)
-            return load_bundle_data(names.read_json(run / BUNDLE), self.data)
-        data = prepare_data(load(run, model=self.model, device_name="cpu"), self.data)
+            return prepare_bundle_data(read_json(run / BUNDLE), self.data)
+        data = prepare_run_data(load(run, model=self.model, device_name="cpu"), self.data)
         options = {
             "out": incoming,
             "name": self.registry.name,
@@ -179,26 +185,26 @@ class _PromotionJob:
             "model": self.model,
             "reference_splits": self.reference_splits,
         }
-        if self.to is None and all(importlib.util.find_spec(each) for each in _ONNX_PACKAGES):
+        if self.formats is None and all(importlib.util.find_spec(each) for each in _ONNX_PACKAGES):
             try:
                 export(run, to=("onnx", "safetensors"), **options, log=self.log)
                 return data
             except ParityError:
                 raise
             except PluginError as error:
-                self.log(f"note: {error.what}, so the version holds safetensors alone ({error.why})")
-        elif self.to is None:
-            self.log("note: without the packages of 'tuneforge[export]' the version holds safetensors alone")
-        export(run, to=self.to or ("safetensors",), **options, log=self.log)
+                self.log(f"note: {error.what}, so the version contains safetensors only ({error.why})")
+        elif self.formats is None:
+            self.log("note: the version contains safetensors only; for ONNX: pip install 'tuneforge[export]'")
+        export(run, to=self.formats or ("safetensors",), **options, log=self.log)
         return data
 
 
 def _default_name(run: Path) -> str:
-    """What the run's data source is called: it stays when the model is tuned again."""
+    """Return the name of the run's data source, which stays the same when the model is retrained."""
     if (run / BUNDLE).is_file():
-        config = names.read_json(run / BUNDLE)["run"]["config"]
+        config = read_json(run / BUNDLE)["run"]["config"]
     else:
-        config = names.read_json(run / names.RUN)["config"]
+        config = read_json(run / "run.json")["config"]
     name = config["data"]["name"]
     return run.absolute().name if "." in name or ":" in name else name.rpartition("/")[2]
 
@@ -206,13 +212,13 @@ def _default_name(run: Path) -> str:
 def _prepare_old_test_set(
     champion: InferenceModel | None, challenger: InferenceModel, data: Data
 ) -> Split | PairedSplit:
-    """The champion's own test split, also as the challenger stores inputs where it does so otherwise."""
+    """Prepare the champion's test split, also stored for the challenger if that has other preprocessing."""
     own = challenger.record["fingerprints"]["test"]
     if champion is None or champion.record["fingerprints"]["test"] == own:
         return data.test
-    before = load_bundle_data(champion.record).test
+    before = prepare_bundle_data(champion.record).test
     if same_contract(champion.inputs, challenger.inputs):
         return before
-    now = load_bundle_data(champion.record, storage_record=challenger.record).test
+    now = prepare_bundle_data(champion.record, storage_record=challenger.record).test
     same = len(now) == len(before) and all(now.id_of(row) == before.id_of(row) for row in range(len(now)))
     return PairedSplit(before, now) if same else before

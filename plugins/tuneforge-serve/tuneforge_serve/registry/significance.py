@@ -1,4 +1,4 @@
-"""Paired comparisons of two models on the same samples.
+"""Paired tests of two models on the same samples, and one-sided bounds for the non-inferiority test.
 
 Shapes: n samples.
 """
@@ -9,24 +9,26 @@ import math
 
 from torch import Tensor
 
+from tuneforge.comparison import paired_t_test
+
 _CONFIDENCE_LEVEL = 0.95
 _MIN_ALPHA = 1e-12
 
 
 def min_num_pairs(alpha: float) -> int:
-    """So many samples are needed at least for McNemar's exact test to find a difference at a level of `alpha`."""
+    """Return the number of samples below which McNemar's exact test cannot reach the significance level `alpha`."""
     return 1 + math.ceil(-math.log2(max(alpha, _MIN_ALPHA)))
 
 
 def accuracy_loss_bound(champion: Tensor, challenger: Tensor) -> tuple[float, float]:
-    """The share of right answers lost, and the upper end of its one-sided 95 % interval.
+    """Return by how much the accuracy drops, and the upper bound of its one-sided 95 % interval.
 
-    The interval for paired shares is Bonett and Price's (2012, J. Educ. Behav. Stat. 37): one answer of each kind of
-    disagreement is added, so that it holds for few of them.
+    The interval for paired proportions is that of Bonett and Price (2012, J. Educ. Behav. Stat. 37): one sample of each
+    kind of disagreement is added, which keeps its coverage when there are few of them.
 
     Args:
-        champion: Right answers of the champion, bool (n,).
-        challenger: Those of the challenger.
+        champion: True where the champion is correct, bool (n,).
+        challenger: True where the challenger is correct, bool (n,).
     """
     from scipy import stats
 
@@ -38,29 +40,33 @@ def accuracy_loss_bound(champion: Tensor, challenger: Tensor) -> tuple[float, fl
 
 
 def error_increase_bound(champion: Tensor, challenger: Tensor) -> tuple[float, float]:
-    """By which share the mean error grew, and the upper end of its one-sided 95 % interval (Student's, paired).
+    """Return the relative increase of the mean error, and the upper bound of its one-sided 95 % interval.
+
+    The interval is that of Student's paired t test.
 
     Args:
         champion: Errors of the champion (n,).
-        challenger: Those of the challenger.
+        challenger: Errors of the challenger (n,).
     """
     from scipy import stats
 
-    more, count = challenger - champion, len(challenger)
     scale = max(float(champion.mean()), 1e-12)
-    mean = float(more.mean())
-    error = float(more.std()) / math.sqrt(count) if count > 1 else math.inf
-    reach = float(stats.t.ppf(_CONFIDENCE_LEVEL, max(count - 1, 1))) * error
-    return mean / scale, (mean + reach) / scale
+    increase = float((challenger - champion).mean())
+    if len(champion) < 2:
+        return increase / scale, math.inf
+    test = stats.ttest_rel(challenger.numpy(), champion.numpy(), alternative="less")
+    bound = float(test.confidence_interval(_CONFIDENCE_LEVEL).high)
+    return increase / scale, bound / scale
 
 
 def superiority_test(champion: Tensor, challenger: Tensor, *, is_classification: bool) -> tuple[bool, float]:
-    """Whether the challenger is ahead, and the two-sided p value of that.
+    """Return whether the challenger is better, and the two-sided p value of the difference.
 
     Args:
-        champion: How wrong each answer of the champion is (n,); 0 is right.
-        challenger: The same of the challenger.
-        is_classification: True for McNemar's exact test on right and wrong; False for a paired t test on the errors.
+        champion: Per-sample losses of the champion (n,); 0 is correct.
+        challenger: Per-sample losses of the challenger (n,).
+        is_classification: True for McNemar's exact test on correct and wrong predictions; False for a paired t test on
+            the losses.
     """
     from scipy import stats
 
@@ -69,7 +75,5 @@ def superiority_test(champion: Tensor, challenger: Tensor, *, is_classification:
             int(((one == 0) & (other != 0)).sum()) for one, other in ((champion, challenger), (challenger, champion))
         )
         return won > lost, float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
-    less = (champion - challenger).numpy()
-    if len(less) < 2 or not less.std():
-        return bool(less.mean() > 0), 1.0
-    return bool(less.mean() > 0), float(stats.ttest_1samp(less, 0.0).pvalue)
+    test = paired_t_test(champion.tolist(), challenger.tolist())
+    return test.mean > 0, 1.0 if test.p_value is None else test.p_value

@@ -1,1 +1,1 @@
-"""The HTTP server: Open Inference Protocol for programs, `/predict` and a page for people."""
+"""The HTTP server: the Open Inference Protocol, `/predict` for raw inputs, feedback, monitoring and pages."""

@@ -1,4 +1,4 @@
-"""The application: its routes, who may ask, what is counted, and errors as JSON."""
+"""The ASGI application: routes, access, metrics, and errors as JSON."""
 
 from __future__ import annotations
 
@@ -25,56 +25,59 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tuneforge_serve.server.dynamic_batcher import DynamicBatcher, InferenceResult
 from tuneforge_serve.server.inference_service import InferenceService
+from tuneforge_serve.server.limits import Limits
 from tuneforge_serve.server.model_manager import ModelManager, ModelSource
-from tuneforge_serve.server.request_body import Limits, RequestError
+from tuneforge_serve.server.request_body import RequestError
 from tuneforge_serve.server.request_logger import RequestLogger, RequestSink
 from tuneforge_serve.server.routes_predict import PredictRoutes
 from tuneforge_serve.server.routes_v2 import V2Routes
 from tuneforge_serve.server.service import LOOPBACK
 
 LOG = logging.getLogger("tuneforge.serve")
-_PUBLIC_PATHS = ("/v2/health/live", "/v2/health/ready")  # what probes ask without a token
+_PUBLIC_PATHS = ("/v2/health/live", "/v2/health/ready")  # probes need no token
 _LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 RouteFactory = Callable[[InferenceService], Sequence[BaseRoute]]
-"""What adds routes to the application, such as those for feedback."""
+"""Returns further routes of the application, such as those for feedback."""
 
 
 class ServerMetrics:
-    """What is counted, for `/metrics`; a registry of its own, so that several servers fit into one process."""
+    """The Prometheus metrics of one server, in a registry of its own, so that one process can run several servers."""
 
     def __init__(self) -> None:
         own = self.registry = CollectorRegistry()
-        self.requests = Counter("tuneforge_requests", "Answers.", ["path", "status"], registry=own)
-        self.seconds = _histogram("request_seconds", "From the head of a request to its answer.", _LATENCY_BUCKETS, own)
+        self.requests = Counter("tuneforge_requests", "Responses.", ["path", "status"], registry=own)
+        self.seconds = _histogram("request_seconds", "From headers to response.", _LATENCY_BUCKETS, own)
         self.queue_seconds = _histogram(
-            "wait_seconds", "From a decoded request to its forward pass.", _LATENCY_BUCKETS, own
+            "queue_seconds", "Time from a decoded request to its forward pass.", _LATENCY_BUCKETS, own
         )
-        self.forward_seconds = _histogram("forward_seconds", "A forward pass.", _LATENCY_BUCKETS, own)
-        self.batch_size = _histogram("batch_rows", "Rows of a forward pass.", _BATCH_SIZE_BUCKETS, own)
-        self.queue_size = Gauge("tuneforge_queue_rows", "Rows that wait.", registry=own)
+        self.forward_seconds = _histogram("forward_seconds", "Duration of a forward pass.", _LATENCY_BUCKETS, own)
+        self.batch_size = _histogram("batch_size", "Samples of a forward pass.", _BATCH_SIZE_BUCKETS, own)
+        self.queue_size = Gauge("tuneforge_queue_size", "Samples that wait for a forward pass.", registry=own)
         self.dropped_requests = Gauge(
-            "tuneforge_dropped", "Requests that should have been kept and were not.", registry=own
+            "tuneforge_dropped_requests",
+            "Requests that could not be logged.",
+            registry=own,
         )
         self.loads = Counter("tuneforge_loads", "Attempts to load a version.", ["model", "result"], registry=own)
         labels = ["model", "version", "backend"]
-        self.served_models = Gauge("tuneforge_model", "1 for the version that answers.", labels, registry=own)
+        self.served_models = Gauge("tuneforge_model", "1 for the version that is served.", labels, registry=own)
         self.num_responses = 0
 
     def observe_batch(self, results: Sequence[InferenceResult]) -> None:
-        """Count the results of a forward pass."""
+        """Count the requests of a forward pass."""
         self.batch_size.observe(results[0].batch_size)
         self.forward_seconds.observe(results[0].forward_s)
         for each in results:
             self.queue_seconds.observe(each.queue_s)
 
     def count_load(self, model: str, succeeded: bool) -> None:
-        """Count an attempt to load."""
-        self.loads.labels(model, "taken over" if succeeded else "refused").inc()
+        """Count an attempt to load a version."""
+        self.loads.labels(model, "loaded" if succeeded else "refused").inc()
 
     def render(self, service: InferenceService) -> bytes:
-        """Everything, as Prometheus reads it."""
+        """Return all metrics in the text format of Prometheus."""
         self.queue_size.set(service.batcher.num_queued_rows)
         self.dropped_requests.set(service.request_logger.num_dropped)
         self.served_models.clear()
@@ -85,40 +88,39 @@ class ServerMetrics:
 
 @attrs.frozen
 class AccessPolicy:
-    """Who may ask.
+    """Which requests are accepted.
 
     Args:
-        token: What every request must name; None where none is needed.
-        hosts: What a request may call the server; None where anything goes. Against pages of other sites whose name
-            was made to point here (DNS rebinding).
+        token: The token that every request has to contain; None requires no token.
+        hosts: The accepted names in the Host header; None accepts every name. The check stops pages of other sites
+            whose name was made to point to this machine (DNS rebinding).
     """
 
     token: str | None = attrs.field(default=None, repr=False)
     hosts: tuple[str, ...] | None = LOOPBACK
 
     def check(self, path: str, method: str, headers: Headers) -> None:
-        """See that a request may be answered.
+        """Check that a request may be processed.
 
         Raises:
-            RequestError: It comes from another site's page, or does not name the token.
+            RequestError: The request comes from the page of another site, or has no valid token.
         """
         if self.hosts is not None and _hostname(headers.get("host", "")) not in self.hosts:
-            raise RequestError(403, "Host: this server answers to " + ", ".join(self.hosts))
+            raise RequestError(403, "Host: the accepted names of this server are " + ", ".join(self.hosts))
         origin = headers.get("origin")
         if method not in ("GET", "HEAD") and origin is not None and _netloc(origin) != headers.get("host"):
-            raise RequestError(403, "Origin: pages of other sites may not ask")
+            raise RequestError(403, "Origin: requests from pages of other sites are refused")
         if (
             self.token is not None
             and path not in _PUBLIC_PATHS
             and not self._has_token(headers.get("authorization", ""))
         ):
             scheme = 'Basic realm="tuneforge", charset="UTF-8"'
-            raise RequestError(
-                401, "Authorization: the token is needed (Bearer, or as a password)", {"WWW-Authenticate": scheme}
-            )
+            message = "Authorization: a token is required (as a bearer token, or as the password)"
+            raise RequestError(401, message, {"WWW-Authenticate": scheme})
 
     def _has_token(self, authorization: str) -> bool:
-        """Compare in constant time."""
+        """Compare the token in constant time."""
         assert self.token is not None
         scheme, _, given = authorization.partition(" ")
         content = given.strip().encode()
@@ -132,27 +134,27 @@ class AccessPolicy:
 
 
 class RequestMiddleware:
-    """What every request passes: it gets a number, is checked, timed and counted, and its errors become JSON.
+    """Middleware that gives every request an id, checks, times and counts it, and turns errors into JSON.
 
     Args:
-        app: What answers.
-        access: Who may ask.
-        metrics: What is counted.
-        max_header_bytes: Largest head of a request.
+        app: The application.
+        access: Which requests are accepted.
+        metrics: The metrics of the server.
+        max_header_bytes: Largest size of the headers of a request.
     """
 
     def __init__(self, app: ASGIApp, access: AccessPolicy, metrics: ServerMetrics, max_header_bytes: int) -> None:
         self._app, self._access, self._metrics, self._max_header_bytes = app, access, metrics, max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Process one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         start, request_id, status = time.perf_counter(), uuid.uuid4().hex, 500
         scope.setdefault("state", {})["id"] = request_id
 
-        async def numbered(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -161,15 +163,15 @@ class RequestMiddleware:
 
         try:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > self._max_header_bytes:
-                raise RequestError(431, "the head of the request is too large")
+                raise RequestError(431, "the headers of the request are too large")
             self._access.check(scope["path"], scope["method"], Headers(scope=scope))
-            await self._app(scope, receive, numbered)
+            await self._app(scope, receive, send_with_id)
         except RequestError as error:
-            await _error_response(error)(scope, receive, numbered)
+            await _error_response(error)(scope, receive, send_with_id)
         except Exception:
-            LOG.exception("request %s failed: a defect of tuneforge or of a plugin", request_id)
-            defect = RequestError(500, f"a defect of the server; its log has more under {request_id}")
-            await _error_response(defect)(scope, receive, numbered)
+            LOG.exception("request %s failed because of a bug in tuneforge or a plugin", request_id)
+            defect = RequestError(500, f"internal server error; see {request_id} in the log of the server")
+            await _error_response(defect)(scope, receive, send_with_id)
         finally:
             path = _route_template(scope)
             self._metrics.num_responses += 1
@@ -189,22 +191,21 @@ def create_app(
     extra_routes: Sequence[RouteFactory] = (),
     discover: Callable[[], Sequence[ModelSource]] = lambda: (),
 ) -> Starlette:
-    """The ASGI application that serves models; every model is loaded and checked when this returns.
+    """Create the ASGI application that serves models; every model is loaded and checked when this returns.
 
     Args:
-        sources: Where the models come from.
-        limits: Bounds.
-        access: Who may ask; by default who calls it by a name of this machine.
-        backend: `auto`, or one that every model has a form for.
-        device_name: Where torch computes.
-        poll_interval_s: Seconds between two looks at the champions' pointers.
-        request_log: Where answered requests are kept.
-        extra_routes: What adds routes, given the service; its `request_logger.flush()` waits until answered requests
-            are kept.
-        discover: Gives the sources that there are now; one with a name that is new is served too.
+        sources: The sources of the models.
+        limits: Limits of the server; None uses the defaults.
+        access: Which requests are accepted; by default those that address the server by a name of this machine.
+        backend: A backend that every model has a format for, or `auto`.
+        device_name: The device that torch computes on.
+        poll_interval_s: Seconds between two checks for a new champion.
+        request_log: The log that requests are appended to; None logs nothing.
+        extra_routes: Functions that return further routes of the service.
+        discover: Returns the current sources; models with a new name are served too.
 
     Raises:
-        TuneforgeError: A model cannot be loaded, or disagrees with its recorded answers.
+        TuneforgeError: A model cannot be loaded, or its outputs differ from its reference outputs.
     """
     limits, access, metrics = limits or Limits(), access or AccessPolicy(), ServerMetrics()
     batcher = _create_batcher(limits, metrics)
@@ -264,13 +265,13 @@ def _lifespan(
         service.models.start_polling(poll_interval_s)
         yield
         service.close()
-        LOG.info("stopped: %d request(s) answered", metrics.num_responses)
+        LOG.info("stopped after %d response(s)", metrics.num_responses)
 
     return lifespan
 
 
 def _route_template(scope: Scope) -> str:
-    """The path with the names of its parameters, so that there are few of them; `other` where nothing answers it."""
+    """Return the path with the names of its parameters, so that label values stay few; `other` for unknown paths."""
     if "endpoint" not in scope:
         return "other"
     values = {value: name for name, value in scope["path_params"].items()}
@@ -291,14 +292,14 @@ async def _on_refusal(request: Request, error: Exception) -> Response:
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
-    """An unknown path or method."""
+    """Return the response to an unknown path or method."""
     assert isinstance(error, HTTPException)
-    what = {404: "there is no such path; see /docs", 405: "the method does not fit the path; see /docs"}
+    what = {404: "there is no such path; see /docs", 405: "the path does not support this method; see /docs"}
     return JSONResponse({"error": what.get(error.status_code, error.detail)}, error.status_code, error.headers)
 
 
 def _hostname(host: str) -> str | None:
-    """The name in a Host header, without the port; None of a malformed one."""
+    """Return the name in a Host header without the port; None if the header is malformed."""
     try:
         return urlsplit(f"//{host}").hostname
     except ValueError:

@@ -1,8 +1,7 @@
-"""Requests that wait together become one forward pass.
+"""Dynamic batching: requests that wait at the same time are computed in one forward pass.
 
-A thread takes what waits whenever it is free. It waits for more only while requests are known to be on their way (they
-arrived and are being decoded), so a lone request never waits for company; and never longer than `max_wait_s` from the
-moment that the oldest of the batch arrived.
+A thread takes the waiting requests whenever it is free. It waits for more only while other requests are being decoded,
+so a single request never waits; and never longer than `max_wait_s` after the oldest request of the batch arrived.
 """
 
 from __future__ import annotations
@@ -20,29 +19,29 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.data.dataset import TensorTree, map_inputs, named_tensors
-from tuneforge.exporting import concatenate_inputs
+from tuneforge import TensorTree, map_inputs
+from tuneforge.exporting import concatenate_inputs, named_tensors
 from tuneforge_serve.server.request_body import busy_error
 
 T = TypeVar("T")
 
 
 class SupportsOutputs(Protocol):
-    """What a batch is computed by: one version of one model."""
+    """A version of a model that computes outputs."""
 
     def outputs(self, stored: TensorTree) -> Tensor:
-        """Outputs (b, k) of stored inputs (b, ...)."""
+        """Return the outputs (b, k) of stored inputs (b, ...)."""
 
 
 @attrs.frozen(eq=False)
 class InferenceResult:
-    """What a request gets back.
+    """The outputs of one request.
 
     Args:
-        outputs: (b, k), float32.
-        queue_s: From arrival to the start of the forward pass.
-        forward_s: The forward pass.
-        batch_size: Of the whole batch that it was part of.
+        outputs: Model outputs (b, k), float32.
+        queue_s: Seconds from the arrival to the start of the forward pass.
+        forward_s: Duration of the forward pass in seconds.
+        batch_size: The number of samples of the whole batch.
     """
 
     outputs: Tensor
@@ -61,22 +60,22 @@ class _QueuedRequest:
     arrival_time: float = attrs.field(factory=time.perf_counter)
 
     def can_batch_with(self, other: _QueuedRequest) -> bool:
-        """True where both can be rows of one batch."""
+        """Return True if both requests can be part of one batch."""
         return self.model is other.model and self.signature == other.signature
 
 
 Submit = Callable[[SupportsOutputs, TensorTree], "Future[InferenceResult]"]
-"""Puts stored inputs (b, ...) into the queue, to be computed by one version."""
+"""Puts stored inputs (b, ...) into the queue of a model."""
 
 
 class DynamicBatcher:
-    """The queue, and the thread that empties it.
+    """A queue of requests, and the thread that computes them.
 
     Args:
-        max_batch_size: Most rows of one forward pass.
-        max_queue_size: Most rows that wait.
-        max_wait_s: Longest wait of a request for others that are on their way.
-        on_batch: Is called with the results of each batch, one a request.
+        max_batch_size: Most samples of a forward pass.
+        max_queue_size: Most samples that wait.
+        max_wait_s: Longest time a request waits for others that are being decoded, in seconds.
+        on_batch: Called with the results of each batch, one per request.
     """
 
     def __init__(
@@ -104,21 +103,21 @@ class DynamicBatcher:
 
     @property
     def num_queued_rows(self) -> int:
-        """Rows that wait."""
+        """The number of samples that wait."""
         return self._num_queued_rows
 
     def check_capacity(self) -> None:
-        """See that more may wait.
+        """Check that the queue is not full.
 
         Raises:
-            RequestError: Too much waits already.
+            RequestError: The queue is full.
         """
         with self._changed:
             self._require_capacity(1)
 
     @contextmanager
     def expect_request(self) -> Iterator[Submit]:
-        """While a request is on its way to the queue: others may wait for it. Gives what puts it there."""
+        """Let other requests wait for this one while the block decodes it; yield the function that submits it."""
         with self._changed:
             self._num_expected += 1
         arrived = False
@@ -138,18 +137,20 @@ class DynamicBatcher:
                     self._changed.notify()
 
     def submit(self, model: SupportsOutputs, stored: TensorTree) -> Future[InferenceResult]:
-        """Put rows into the queue. A cancelled future is not computed.
+        """Put stored inputs (b, ...) into the queue; they are not computed if the future is canceled.
 
         Raises:
-            RequestError: Too much waits already.
+            RequestError: The queue is full.
         """
         return self._enqueue(model, stored, num_expected=0)
 
     def run_task(self, work: Callable[[], T]) -> Future[T]:
-        """Do something else in this thread, before what waits; a model is warmed where it will compute.
+        """Run a function in the thread of the forward passes, before the waiting requests.
+
+        A new version is warmed up there, because torch sets up its thread pools per thread.
 
         Raises:
-            RequestError: It is closed.
+            RequestError: The batcher is closed.
         """
         future: Future[T] = Future()
         with self._changed:
@@ -160,14 +161,14 @@ class DynamicBatcher:
         return future
 
     def close(self) -> None:
-        """Compute what waits, then end the thread."""
+        """Compute the waiting requests, then stop the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join()
 
     def _enqueue(self, model: SupportsOutputs, stored: TensorTree, *, num_expected: int) -> Future[InferenceResult]:
-        """Put rows into the queue; so many cease to be coming in the same moment, so that a lone one waits for none."""
+        """Put a request into the queue, and in the same step lower the number of expected requests."""
         named = named_tensors(stored)
         signature = tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in named.items())
         queued = _QueuedRequest(model, stored, signature, num_rows=len(next(iter(named.values()))))
@@ -180,20 +181,20 @@ class DynamicBatcher:
         return queued.future
 
     def _require_capacity(self, rows: int) -> None:
-        """See that so many more may wait; alone, a request of any size may."""
+        """Check that more samples may wait; an empty queue takes a request of any size."""
         if not self._queue or self._num_queued_rows + rows <= self._max_queue_size:
             return
         self._queue = deque(each for each in self._queue if not each.future.cancelled())
         self._num_queued_rows = sum(each.num_rows for each in self._queue)
         if self._queue and self._num_queued_rows + rows > self._max_queue_size:
-            raise busy_error(f"{self._num_queued_rows} rows wait already")
+            raise busy_error(f"the queue is full ({self._num_queued_rows} samples)")
 
     def _run(self) -> None:
         while work := self._next_task():
             work()
 
     def _next_task(self) -> Callable[[], None] | None:
-        """What to do next; None at the end."""
+        """Wait for the next task; return None at the end."""
         with self._changed:
             while True:
                 if self._tasks:
@@ -214,7 +215,7 @@ class DynamicBatcher:
         return sum(each.num_rows for each in self._queue if each.can_batch_with(first))
 
     def _pop_batch(self, first: _QueuedRequest) -> list[_QueuedRequest]:
-        """The oldest request, and those after it that go with it, as far as the bound of rows allows."""
+        """Remove the oldest request from the queue, with later ones that fit into its batch."""
         batch, rest, rows = [first], [], first.num_rows
         for each in list(self._queue)[1:]:
             if each.can_batch_with(first) and rows + each.num_rows <= self._max_batch_size:
@@ -232,18 +233,18 @@ class DynamicBatcher:
             self._compute(started)
 
     def _compute(self, batch: list[_QueuedRequest]) -> None:
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
             outputs = _forward(batch, self._max_batch_size)
             rows = sum(each.num_rows for each in batch)
             check_num_outputs(outputs, rows)
-        except Exception as error:  # noqa: BLE001 - whatever a model raises is the answer to who asked
+        except Exception as error:  # noqa: BLE001 - the futures pass on whatever a model raises
             self._compute_separately(batch, error)
             return
-        took = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         parts = torch.split(outputs, [each.num_rows for each in batch])
         results = [
-            InferenceResult(part, began - each.arrival_time, took, rows)
+            InferenceResult(part, start - each.arrival_time, seconds, rows)
             for each, part in zip(batch, parts, strict=True)
         ]
         self._on_batch(results)
@@ -251,7 +252,7 @@ class DynamicBatcher:
             each.future.set_result(result)
 
     def _compute_separately(self, batch: list[_QueuedRequest], error: Exception) -> None:
-        """Compute each alone, so that a request that breaks the model fails no other."""
+        """Compute each request by itself, so that one that breaks the model fails no other."""
         if len(batch) == 1:
             batch[0].future.set_exception(error)
             return
@@ -260,13 +261,13 @@ class DynamicBatcher:
 
 
 def check_num_outputs(outputs: Tensor, num_rows: int) -> None:
-    """See that a model gives an answer a row.
+    """Check that a model returns one output per sample.
 
     Raises:
         ValueError: It does not.
     """
     if outputs.ndim == 0 or len(outputs) != num_rows:
-        raise ValueError(f"the model gives outputs {tuple(outputs.shape)} for {num_rows} row(s)")
+        raise ValueError(f"the model returns outputs {tuple(outputs.shape)} for {num_rows} sample(s)")
 
 
 def _run_task(work: Callable[[], T], future: Future[T]) -> None:
@@ -274,12 +275,12 @@ def _run_task(work: Callable[[], T], future: Future[T]) -> None:
         return
     try:
         future.set_result(work())
-    except BaseException as error:  # noqa: BLE001 - whoever waits for it gets it
+    except BaseException as error:  # noqa: BLE001 - the future passes it on
         future.set_exception(error)
 
 
 def _forward(batch: list[_QueuedRequest], max_batch_size: int) -> Tensor:
-    """Outputs of all rows, in order; a request with more rows than a batch may have goes through in pieces."""
+    """Return the outputs of all samples, in order; a request larger than a batch is computed in several passes."""
     model, stored = batch[0].model, _concatenate([each.stored for each in batch])
     rows = sum(each.num_rows for each in batch)
     if rows <= max_batch_size:

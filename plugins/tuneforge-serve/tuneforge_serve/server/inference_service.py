@@ -1,4 +1,4 @@
-"""Where requests meet the model: decoding and describing off the event loop, the queue, and what is kept of it all."""
+"""The inference service that all routes share: decoding in threads, the queue, and the request log."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import TypeVar
 
 import attrs
 
-from tuneforge.engine.data.dataset import TensorTree
+from tuneforge import TensorTree
 from tuneforge_serve.server.dynamic_batcher import DynamicBatcher, InferenceResult
+from tuneforge_serve.server.limits import Limits
 from tuneforge_serve.server.model_manager import ModelManager, ServedModel
-from tuneforge_serve.server.request_body import BodyReader, Limits, RequestError, busy_error
+from tuneforge_serve.server.request_body import BodyReader, RequestError, busy_error
 from tuneforge_serve.server.request_logger import RequestLogger
 from tuneforge_serve.server.threads import limit_to_one_thread
 
 T = TypeVar("T")
 LOG = logging.getLogger("tuneforge.serve")
 _NUM_DECODE_THREADS = 2
-_MAX_INLINE_NUMBERS = 1000  # numbers of an answer that are put into words within a tenth of a millisecond
+_MAX_INLINE_NUMBERS = 1000  # outputs that are described within a tenth of a millisecond
 
 
 @attrs.define(eq=False)
@@ -28,12 +29,12 @@ class InferenceService:
     """What the routes share.
 
     Args:
-        models: Which version answers.
-        limits: Bounds of the server.
+        models: The served models.
+        limits: Limits of the server.
         batcher: The queue before the forward pass.
-        request_logger: Keeps requests and answers.
-        stopping: True once the server has been told to stop.
-        extra_metrics: Further text for `/metrics`, from those who add routes.
+        request_logger: Logs requests and predictions.
+        stopping: True once a signal has told the server to stop.
+        extra_metrics: Functions that return further text for `/metrics`.
     """
 
     models: ModelManager
@@ -51,14 +52,14 @@ class InferenceService:
         self.body_reader = BodyReader(self.limits)
 
     async def infer(self, model: ServedModel, decode: Callable[[], tuple[T, TensorTree]]) -> tuple[T, InferenceResult]:
-        """Decode a request and compute its answer.
+        """Decode a request and compute its outputs.
 
         Args:
-            model: What it is computed by.
-            decode: What the request asks beside its inputs, and these as stored (b, ...); runs in a thread.
+            model: The version of the model.
+            decode: Returns the parsed request and its stored inputs (b, ...); runs in a thread.
 
         Raises:
-            RequestError: The input is none, too much waits, or it takes too long.
+            RequestError: The input is invalid, the queue is full, or the time limit is exceeded.
         """
         self.batcher.check_capacity()
         try:
@@ -68,33 +69,33 @@ class InferenceService:
                     future = submit(model, stored)
                 return asked, await asyncio.wrap_future(future)
         except TimeoutError:
-            raise busy_error(f"there was no answer within {self.limits.request_timeout_s:g} s") from None
+            raise busy_error(f"there was no prediction within {self.limits.request_timeout_s:g} s") from None
         except RequestError:
             raise
         except Exception as error:
-            LOG.exception("model '%s' in version '%s' fails on an input", model.name, model.version)
+            LOG.exception("model '%s' version '%s' fails on an input", model.name, model.version)
             kind = type(error).__name__
-            raise RequestError(422, f"the model cannot compute this input ({kind})") from None
+            raise RequestError(422, f"the model fails on this input ({kind})") from None
 
     async def run_in_pool(self, work: Callable[[], T]) -> T:
-        """Run something short in a thread."""
+        """Run a short function in the thread pool."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     async def run_by_size(self, work: Callable[[], T], count: int) -> T:
-        """Run what takes the longer the more numbers it is about; of few it is sooner done than handed over."""
+        """Run a function whose duration grows with `count`; in the thread pool only if that is worth the overhead."""
         return work() if count <= _MAX_INLINE_NUMBERS else await self.run_in_pool(work)
 
     async def run_in_own_thread(self, work: Callable[[], T]) -> T:
-        """Run something that may take seconds in a thread of its own, such as loading a model."""
+        """Run a function that may take seconds in a new thread, such as loading a model."""
 
-        def alone() -> T:
+        def run_single_threaded() -> T:
             limit_to_one_thread()
             return work()
 
-        return await asyncio.to_thread(alone)
+        return await asyncio.to_thread(run_single_threaded)
 
     def close(self) -> None:
-        """Answer what waits and end every thread."""
+        """Finish the waiting requests, and stop every thread."""
         self.models.close()
         self.batcher.close()
         self._pool.shutdown()

@@ -19,11 +19,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.data.dataset import Inputs, Targets, TensorTree
-from tuneforge.engine.storage import run_dir as names
+from tuneforge import Inputs, Targets, TensorTree
 from tuneforge.errors import FolderError, HaltError, MissingDependencyError, TuneforgeError
-from tuneforge.exporting import atomic_dir as sealed
-from tuneforge.exporting.bundle import BUNDLE, CHAMPION, InferenceModel, list_backends, load_inference_model
+from tuneforge.exporting import BUNDLE, InferenceModel, is_run_dir, list_backends, load_inference_model, read_json
+from tuneforge_serve.registry.model_registry import CHAMPION
 from tuneforge_serve.server.dynamic_batcher import check_num_outputs
 from tuneforge_serve.server.request_body import RequestError
 from tuneforge_serve.server.threads import limit_to_one_thread
@@ -93,7 +92,7 @@ class ModelSource:
 
     def latest_version(self) -> str:
         """The version that ought to answer; empty where there is only one."""
-        return str(names.read_json(self.path / CHAMPION)["version"]) if self.in_registry else ""
+        return str(read_json(self.path / CHAMPION)["version"]) if self.in_registry else ""
 
     def version_dir(self, version: str) -> Path:
         """The folder of a version."""
@@ -106,7 +105,7 @@ def find_model_sources(path: Path) -> list[ModelSource]:
     Raises:
         FolderError: There is none.
     """
-    if any((path / name).is_file() for name in (CHAMPION, BUNDLE, names.STATUS)):
+    if any((path / name).is_file() for name in (CHAMPION, BUNDLE)) or is_run_dir(path):
         return [ModelSource(path.absolute().name, path)]
     found = [ModelSource(each.name, each) for each in sorted(path.glob("*")) if (each / CHAMPION).is_file()]
     if not found:
@@ -286,15 +285,18 @@ class ModelManager:
     def _load_and_verify(self, source: ModelSource, version: str) -> ServedModel:
         """A version that is loaded, warm, and agrees with its recorded answers."""
         version_dir = source.version_dir(version)
+        name, version = source.name, version or _identify_version(version_dir)
         best: tuple[float, ServedModel] | None = None
         for backend in self._backends(version_dir):
             try:
-                model = load_inference_model(version_dir, backend=backend, device_name=self._device_name)
+                model = load_inference_model(
+                    version_dir, backend=backend, device_name=self._device_name, name=name, version=version
+                )
             except MissingDependencyError:
                 if best is None and backend == self._backends(version_dir)[-1]:
                     raise
                 continue
-            candidate = ServedModel(model, source.name, model.version or hash_version(version_dir))
+            candidate = ServedModel(model, name, version)
             model.verify()
             speed = self._warm_up(candidate)
             if best is None or speed < best[0]:
@@ -326,9 +328,15 @@ class ModelManager:
         return self._slots[name]
 
 
+def _identify_version(directory: Path) -> str:
+    """Return the version number of a directory inside a registry; a digest of its content elsewhere."""
+    in_registry = (directory.absolute().parent / CHAMPION).is_file()
+    return directory.name if in_registry else hash_version(directory)
+
+
 def hash_version(directory: Path) -> str:
     """Eight hexadecimal digits that stand for a bundle's or a run's content."""
-    found = (directory / name for name in (sealed.MANIFEST, names.WEIGHTS))
+    found = (directory / name for name in ("manifest.json", "model.safetensors"))
     content = next(path for path in found if path.is_file())
     return hashlib.sha256(content.read_bytes()).hexdigest()[:8]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import tuneforge
 from tuneforge_serve.feedback.request_log import MAX_CLASS_NAME_LENGTH
+from tuneforge_serve.server.limits import Limits
 from tuneforge_serve.server.model_manager import ServedModel
-from tuneforge_serve.server.request_body import Limits
 from tuneforge_serve.server.tensor_codec import TensorSpec, list_input_specs, list_output_specs
 
 _ERRORS = {

@@ -1,4 +1,4 @@
-"""What a request may cost, checked before the work: size, time, and how much waits."""
+"""Request bodies: limits on size and time, and errors that become responses."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import attrs
 from starlette.requests import ClientDisconnect, Request
 
 from tuneforge.errors import TuneforgeError
-from tuneforge_serve.server.limits import Limits as Limits
+from tuneforge_serve.server.limits import Limits
 
 
 class RequestError(Exception):
-    """A request that is answered with an error.
+    """An error that becomes the response to a request.
 
     Args:
-        status: Of HTTP.
-        message: Names the field that is wrong, and no path.
-        headers: Further ones of the answer.
+        status: The HTTP status.
+        message: Names the wrong field, and never a path of this machine.
+        headers: Further headers of the response.
     """
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
@@ -28,21 +28,21 @@ class RequestError(Exception):
 
 
 def busy_error(reason: str) -> RequestError:
-    """The answer of a server that has too much to do."""
+    """Return the error of a busy server."""
     return RequestError(503, f"{reason}; try again in a second", {"Retry-After": "1"})
 
 
 def format_error(error: TuneforgeError, *, field: str = "") -> str:
-    """An error about what a client sent, as one line; errors of the contracts name columns, never paths."""
+    """Return an error about a client's input as one line; such errors name columns, never paths."""
     where = ", ".join(each for each in (field, error.where) if each)
     return "; ".join(each for each in (f"{where}: {error.what}" if where else error.what, error.why, error.fix) if each)
 
 
 class BodyReader:
-    """Reads bodies, and counts what all of them hold.
+    """Reads bodies, and limits their total size.
 
     Args:
-        limits: Of the server.
+        limits: Limits of the server.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -50,7 +50,7 @@ class BodyReader:
 
     @contextmanager
     def reserve(self) -> Iterator[BodyReservation]:
-        """Room for one body; given back at the end, however that comes."""
+        """Reserve memory for one body until the end of the block."""
         reservation = BodyReservation(self)
         try:
             yield reservation
@@ -58,27 +58,27 @@ class BodyReader:
             self._reserved_bytes -= reservation.num_bytes
 
     def add_bytes(self, num_bytes: int) -> None:
-        """Count bytes that arrived.
+        """Count received bytes.
 
         Raises:
             RequestError: All bodies together are too large.
         """
         if self._reserved_bytes + num_bytes > self._limits.max_total_body_bytes:
-            raise busy_error("the server holds as much as it may")
+            raise busy_error("the server holds too many bodies")
         self._reserved_bytes += num_bytes
 
     async def read(self, request: Request, reservation: BodyReservation) -> bytes:
-        """The body of a request.
+        """Read the body of a request.
 
         Raises:
-            RequestError: It is too large, too slow, or breaks off.
+            RequestError: The body is too large, too slow, or incomplete.
         """
         max_bytes = self._limits.max_body_bytes
         too_large = RequestError(413, f"the body is larger than {max_bytes:,} bytes")
-        if int(request.headers.get("content-length", "0")) > max_bytes:  # the HTTP parser has seen that it is a number
+        if int(request.headers.get("content-length", "0")) > max_bytes:  # h11 has checked the number
             raise too_large
         if "content-encoding" in request.headers:
-            raise RequestError(415, "Content-Encoding: compressed bodies are not read; send the body as it is")
+            raise RequestError(415, "Content-Encoding: compressed bodies are not supported")
         parts: list[bytes] = []
         try:
             async with asyncio.timeout(self._limits.body_timeout_s):
@@ -91,18 +91,18 @@ class BodyReader:
             message = f"the body did not arrive within {self._limits.body_timeout_s:g} s"
             raise RequestError(408, message, {"Connection": "close"}) from None
         except ClientDisconnect:
-            raise RequestError(400, "the body broke off") from None
+            raise RequestError(400, "the body is incomplete") from None
         return b"".join(parts)
 
 
 @attrs.define(eq=False)
 class BodyReservation:
-    """Bytes that one request holds."""
+    """The memory of one body."""
 
     _reader: BodyReader
     num_bytes: int = 0
 
     def add(self, count: int) -> None:
-        """Count more of them."""
+        """Count received bytes."""
         self._reader.add_bytes(count)
         self.num_bytes += count

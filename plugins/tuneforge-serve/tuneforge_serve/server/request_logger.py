@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from starlette.requests import Request
 
-from tuneforge.engine.data.dataset import TensorTree, named_tensors
+from tuneforge import TensorTree
+from tuneforge.exporting import named_tensors
 from tuneforge_serve.feedback.monitoring import compute_features
 from tuneforge_serve.feedback.schemas import LoggedRequest
 from tuneforge_serve.server.model_manager import ServedModel

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from tuneforge.engine.data.dataset import Inputs
+from tuneforge import Inputs
 from tuneforge.errors import DataError, TryAgainError, UnknownNameError
 from tuneforge_serve.feedback.monitoring import MonitoringReport, monitor_version
 from tuneforge_serve.feedback.request_log import LabelRecord, LoggedRequest, RequestLog, is_sampled

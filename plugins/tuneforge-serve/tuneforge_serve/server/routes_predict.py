@@ -18,9 +18,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from tuneforge.engine.data.dataset import TensorTree, map_inputs, named_tensors
+from tuneforge import TensorTree, map_inputs
 from tuneforge.errors import DataError
-from tuneforge.exporting import stack_inputs
+from tuneforge.exporting import named_tensors, stack_inputs
 from tuneforge_serve.feedback.schemas import TENSORS
 from tuneforge_serve.server.dynamic_batcher import InferenceResult
 from tuneforge_serve.server.inference_service import InferenceService
@@ -132,7 +132,7 @@ class PredictRoutes:
 def render_page(name: str, **content: Any) -> HTMLResponse:
     """A page of this folder; it may load nothing from anywhere but what the server itself answers."""
     nonce = secrets.token_urlsafe(12)
-    source = files("tuneforge_serve.server.service").joinpath("pages", name).read_text(encoding="utf-8")
+    source = files("tuneforge_serve.server").joinpath("pages", name).read_text(encoding="utf-8")
     text = Environment(autoescape=True).from_string(source).render(nonce=nonce, **content)
     headers = {"Content-Security-Policy": _CONTENT_SECURITY_POLICY.format(nonce), "X-Content-Type-Options": "nosniff"}
     return HTMLResponse(text, headers=headers)

@@ -13,8 +13,8 @@ from starlette.routing import Route
 from torch import Tensor
 
 import tuneforge
-from tuneforge.engine.data.dataset import TensorTree
-from tuneforge.exporting.formats import compute_predictions
+from tuneforge import TensorTree
+from tuneforge.exporting import compute_predictions
 from tuneforge_serve.feedback.schemas import TENSORS, LoggedRequest, encode_row
 from tuneforge_serve.server.inference_service import InferenceService
 from tuneforge_serve.server.model_manager import ServedModel

@@ -125,6 +125,11 @@ class ReplacingImageSource:
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def paths(self) -> Sequence[str | Path]:
+        """The file of each sample."""
+        return self.source.paths
+
     def fetch(self, indices: Tensor) -> Tensor:
         """Stored pictures of `indices` (b,), uint8 (b, c, h, w).
 
