@@ -18,6 +18,7 @@ import torch
 
 import tuneforge as tf
 from tuneforge.engine.loop import diagnosis, train_phase
+from tuneforge.engine.loop.phase_progress import MetricTracker
 from tuneforge.engine.model import freezing, optimizer
 from tuneforge.engine.model.freeze_check import FreezeCheck
 from tuneforge.engine.session import dry_run
@@ -280,12 +281,12 @@ def inject_ignored_selectors(monkeypatch):
 
 
 def inject_empty_reason(monkeypatch):
-    original = train_phase._MetricTracker._find_stop_reason
+    original = MetricTracker._find_stop_reason
 
     def find_stop_reason(self, *, is_complete):
         return " " if original(self, is_complete=is_complete) else ""
 
-    monkeypatch.setattr(train_phase._MetricTracker, "_find_stop_reason", find_stop_reason)
+    monkeypatch.setattr(MetricTracker, "_find_stop_reason", find_stop_reason)
 
 
 FAULTY_ENGINES = [

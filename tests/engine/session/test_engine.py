@@ -230,7 +230,7 @@ def test_unknown_sample_group_is_an_error_that_lists_the_known_ones(tune):
     data = attrs.evolve(tiny_data(), sample_groups={"old": torch.arange(12)})
     with pytest.raises(tf.DataError, match="does not have.*its sample groups are old"):
         tune([tf.Phase("a", epochs=1, mixture_weights={"new": 0.5})], data=data)
-    with pytest.raises(tf.DataError, match="rows that do not exist"):
+    with pytest.raises(tf.DataError, match="rows that the training split does not have"):
         attrs.evolve(tiny_data(), sample_groups={"old": torch.tensor([96])})
     with pytest.raises(tf.UsageError, match="mixture_weights or sampling"):
         tf.Phase("a", epochs=1, mixture_weights={"new": 0.5}, sampling="balanced")

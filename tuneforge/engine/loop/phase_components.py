@@ -15,7 +15,7 @@ _DEFAULT_OPTIMIZER, _DEFAULT_SCHEDULE = ComponentSpec("adamw"), ComponentSpec("c
 
 
 def create_component(group: str, spec: ComponentSpec) -> Any:
-    """Find, load and build a component that takes no part in hooks.
+    """Find, load and build a component that implements no hooks.
 
     Args:
         group: The entry-point group after `tuneforge.`, such as `optimizer`.

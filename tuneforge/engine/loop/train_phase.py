@@ -9,10 +9,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import attrs
-import torch
-from torch import Tensor
-
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.loader import batch_sizes
 from tuneforge.engine.feature_cache.build import try_build_feature_cache
@@ -21,13 +17,12 @@ from tuneforge.engine.loop.compile import compile_forward
 from tuneforge.engine.loop.evaluation import evaluate
 from tuneforge.engine.loop.metric_set import resolve_monitor, scalar_metrics
 from tuneforge.engine.loop.phase_components import PhaseComponents
+from tuneforge.engine.loop.phase_progress import MetricTracker, PhaseProgress
 from tuneforge.engine.loop.sampling import SamplingWeights
 from tuneforge.engine.model.freeze_check import FreezeCheck
 from tuneforge.engine.model.freezing import compute_modes, freeze, select
 from tuneforge.engine.model.module_state import full_state, restore_state
 from tuneforge.engine.storage import fault_injection
-from tuneforge.errors import HaltError, UsageError
-from tuneforge.plugin.names import format_count
 from tuneforge.plugin.results import StrategyStepResult
 from tuneforge.plugin.steps import Phase
 
@@ -51,17 +46,17 @@ def train_phase(
     trainable = select(run.model, phase.train)
     freeze(run.model, trainable)
     modes = compute_modes(run.model, run.example, batchnorm_stats=phase.batchnorm_stats)
-    optimizer, same = components.build_optimizer(phase)
+    optimizer, is_same_optimizer = components.build_optimizer(phase)
     schedule = components.build_schedule(phase)
-    run.optimization.set_param_groups(run.model, phase, trainable, optimizer, same=same)
+    run.optimization.set_param_groups(run.model, phase, trainable, optimizer, same=is_same_optimizer)
     sampling = SamplingWeights.from_phase(run, phase)
     backward_pass = BackwardPass.from_run(run, modes, phase_state["nonfinite"] if phase_state is not None else None)
-    freezes = len(trainable) < len(run.model.parameters())
-    if freezes and not run.model.pretrained:
+    has_frozen = len(trainable) < len(run.model.parameters())
+    if has_frozen and not run.model.pretrained:
         run.log(
             "  note: freezing preserves random weights, because the model is not pretrained; consider --strategy full"
         )
-    tracker = _MetricTracker(phase, *resolve_monitor(run.data.targets, phase.monitor, phase.monitor_mode))
+    tracker = MetricTracker(phase, *resolve_monitor(run.data.targets, phase.monitor, phase.monitor_mode))
     run.phase, run.steps_done, run.progress = phase, 0, 0.0
     run.total_steps = phase.steps or _steps_per_epoch(run) * (phase.epochs or 0)
     if phase_state is None:
@@ -73,7 +68,7 @@ def train_phase(
         progress = PhaseProgress.from_state(phase_state, tracker, backward_pass, run)
         _log_resume_point(run, sampling, progress, schedule)
     freeze_check = state.freeze_check
-    if freezes:
+    if has_frozen:
         save_if_due = functools.partial(state.save, progress)
         run.forward_pass.feature_cache = try_build_feature_cache(
             run, modes, epochs=_num_epochs(run, phase), save_if_due=save_if_due
@@ -82,7 +77,7 @@ def train_phase(
         if run.process_group.world_size == 1 and state.micro_batch_size is None:
             run.forward_pass.compiled_module = compile_forward(run, modes)
         else:
-            run.log("  compile: off, because micro-batches are smaller than a batch")
+            run.log("  compile: off, because each forward pass is smaller than a batch")
 
     while not tracker.stop_reason:
         began = time.perf_counter()
@@ -100,7 +95,7 @@ def train_phase(
 
 
 def _finish_phase(
-    run: Run, phase: Phase, trainable: list[str], tracker: _MetricTracker, backward_pass: BackwardPass
+    run: Run, phase: Phase, trainable: list[str], tracker: MetricTracker, backward_pass: BackwardPass
 ) -> StrategyStepResult:
     """End a phase: check the freezing, restore the best weights if the phase asks for it, and return the result.
 
@@ -207,9 +202,8 @@ def _train_epoch(run: Run, sampling: SamplingWeights, progress: PhaseProgress, s
         run.steps_done += 1
         run.progress = run.steps_done / run.total_steps
         progress.next_batch += len(batches)
-        if (
-            freeze_check.unmoved and run.steps_done.bit_count() == 1
-        ):  # after steps 1, 2, 4, 8: most tensors change at the first
+        # Most tensors change at the first step; a check after steps 1, 2, 4, 8 finds the others at little cost.
+        if freeze_check.unmoved and run.steps_done.bit_count() == 1:
             freeze_check.update(run.model)
         fault_injection.point("step")
         is_exhausted = state.budget.check_exhausted(run)
@@ -221,102 +215,7 @@ def _train_epoch(run: Run, sampling: SamplingWeights, progress: PhaseProgress, s
     return progress.next_epoch(run, complete=progress.next_batch == len(sizes))
 
 
-@attrs.define(eq=False)
-class PhaseProgress:
-    """The progress of a phase: what a checkpoint holds, beside weights and optimizer, for a bit-exact resume.
-
-    Args:
-        tracker: The metrics so far.
-        backward_pass: Computes the gradients of the phase.
-        loss_sum: Sum of the losses of this epoch's samples, on the device.
-        num_samples: Samples of this epoch so far.
-        next_batch: Index of the next batch of the epoch.
-    """
-
-    tracker: _MetricTracker
-    backward_pass: BackwardPass
-    loss_sum: Tensor
-    num_samples: int = 0
-    next_batch: int = 0
-
-    @property
-    def is_best(self) -> bool:
-        """True at the end of an epoch that is the best of the phase so far."""
-        return self.next_batch == 0 and 0 < self.tracker.best_epoch == len(self.tracker.history)
-
-    def next_epoch(self, run: Run, *, complete: bool) -> float:
-        """Begin the next epoch, and return the mean loss of the one that ended.
-
-        Raises:
-            HaltError: The loss is non-finite, or every step of a complete epoch was skipped.
-        """
-        self.loss_sum, self.num_samples = self._all_reduce(run)
-        if not self.num_samples and complete:
-            raise HaltError(
-                "every step of an epoch was skipped",
-                where=f"epoch {run.epoch + 1}",
-                why="a loss or a gradient was NaN or Inf in each of them, so the weights are at fault, not a batch",
-                fix="start a new run with a lower learning rate, or with --callback grad-clip",
-            )
-        earlier = [entry["train"]["loss"] for entry in run.history[-1:]]
-        mean = float(self.loss_sum) / self.num_samples if self.num_samples else next(iter(earlier), 0.0)
-        self.loss_sum, self.num_samples, self.next_batch = torch.zeros_like(self.loss_sum), 0, 0
-        return _check_finite(run, mean)
-
-    def state(self, run: Run) -> dict[str, Any]:
-        """Return the state as tensors and plain data."""
-        freeze_check = run.engine_state.freeze_check
-        assert freeze_check is not None
-        loss, count = self._all_reduce(run)
-        return {
-            "loss": loss,
-            "count": count,
-            "batch": self.next_batch,
-            "steps_done": run.steps_done,
-            "nonfinite": self.backward_pass.nonfinite.state(),
-            "metrics": {name: getattr(self.tracker, name) for name in _TRACKER_FIELDS},
-            "freeze_check": freeze_check.state(),
-        }
-
-    @classmethod
-    def from_state(
-        cls, state: dict[str, Any], tracker: _MetricTracker, backward_pass: BackwardPass, run: Run
-    ) -> PhaseProgress:
-        """Return the progress that `state` described, and set the run's counters of the phase."""
-        for name in _TRACKER_FIELDS:
-            setattr(tracker, name, state["metrics"][name])
-        run.steps_done = state["steps_done"]
-        run.progress = run.steps_done / run.total_steps
-        if not run.process_group.is_main:  # the saved sum is that of all ranks, so only rank 0 continues with it
-            return cls(tracker, backward_pass, torch.zeros_like(state["loss"]), 0, state["batch"])
-        return cls(tracker, backward_pass, state["loss"], state["count"], state["batch"])
-
-    def _all_reduce(self, run: Run) -> tuple[Tensor, int]:
-        """Return the sum of losses and the number of samples over all ranks."""
-        if run.process_group.world_size == 1:
-            return self.loss_sum, self.num_samples
-        loss, count = run.process_group.all_reduce(self.loss_sum, torch.tensor(self.num_samples))
-        return loss, int(count)
-
-
-_TRACKER_FIELDS = ("stop_reason", "best_value", "best_epoch", "best_metrics", "best_state", "metrics", "history")
-
-
-def _check_finite(run: Run, loss: float) -> float:
-    if math.isfinite(loss):
-        return loss
-    assert run.phase is not None
-    raise HaltError(
-        f"the training loss is {loss}",
-        where=f"phase '{run.phase.name}', epoch {run.epoch + 1}",
-        why="a step of this epoch made the weights NaN or Inf",
-        fix="lower the learning rate, add --callback grad-clip, or look for NaN and Inf in the data",
-    )
-
-
-def _record_epoch(
-    run: Run, tracker: _MetricTracker, loss: float, metrics: Mapping[str, Any], *, seconds: float
-) -> None:
+def _record_epoch(run: Run, tracker: MetricTracker, loss: float, metrics: Mapping[str, Any], *, seconds: float) -> None:
     assert run.phase is not None
     run.history.append(
         {
@@ -331,64 +230,3 @@ def _record_epoch(
         }
     )
     run.hooks.call.epoch_ended(run=run)
-
-
-@attrs.define(eq=False)
-class _MetricTracker:
-    """The metrics of a phase: the epochs so far, the best of them, and the reason why the phase ended."""
-
-    phase: Phase
-    monitor: str
-    sign: float
-    stop_reason: str = ""
-    best_value: float = math.nan
-    best_epoch: int = 0
-    best_metrics: Mapping[str, Any] = attrs.field(factory=dict)
-    best_state: dict[str, Tensor] = attrs.field(factory=dict)
-    metrics: Mapping[str, Any] = attrs.field(factory=dict)
-    history: list[dict[str, Any]] = attrs.field(factory=list)
-
-    def update(self, run: Run, loss: float, trainable: list[str], metrics: Mapping[str, Any]) -> None:
-        """Add the metrics of an epoch, and decide whether it is the best so far and whether the phase ends.
-
-        If the phase restores the best weights, trained parameters and all buffers of the best epoch are copied.
-
-        Raises:
-            UsageError: No component computes the monitored metric.
-        """
-        numbers = scalar_metrics(metrics)
-        decides = self.phase.patience is not None or self.phase.restore_best or self.phase.monitor is not None
-        if decides and self.monitor not in numbers:
-            raise UsageError(
-                f"no component computes the metric '{self.monitor}'",
-                where=f"phase '{self.phase.name}'",
-                why="early stopping and best weights depend on it",
-                fix=f"monitor one of {', '.join(sorted(numbers))}",
-            )
-        self.metrics = metrics
-        self.history.append({"epoch": len(self.history) + 1, "train": {"loss": loss}, "val": numbers})
-        value = numbers.get(self.monitor, math.nan)
-        improvement = self.sign * (value - self.best_value)
-        if (
-            self.best_epoch == 0
-            or improvement > self.phase.min_delta
-            or (math.isnan(self.best_value) and not math.isnan(value))
-        ):
-            self.best_value, self.best_epoch, self.best_metrics = value, len(self.history), metrics
-            if self.phase.restore_best:
-                frozen = set(run.model.parameters()) - set(trainable)
-                state = full_state(run.model.module)
-                self.best_state = {name: tensor.clone() for name, tensor in state.items() if name not in frozen}
-        self.stop_reason = self._find_stop_reason(is_complete=run.steps_done >= run.total_steps)
-
-    def _find_stop_reason(self, *, is_complete: bool) -> str:
-        since = len(self.history) - self.best_epoch
-        if self.phase.patience is not None and since >= self.phase.patience:
-            return (
-                f"early stopping: {self.monitor} did not improve for {format_count(since, 'epoch')}, "
-                f"best {self.best_value:.4f}"
-            )
-        if is_complete:
-            epochs, steps = self.phase.epochs, self.phase.steps or 0
-            return f"{format_count(epochs, 'epoch') if epochs else format_count(steps, 'step')} completed"
-        return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,16 +14,9 @@ import torch
 from tuneforge.engine.context.budget import Budget
 from tuneforge.engine.context.distributed import ProcessGroup, open_run_dir
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.loop.diagnosis import diagnose
-from tuneforge.engine.loop.evaluation import evaluate
-from tuneforge.engine.loop.head_fit import fit_head
-from tuneforge.engine.loop.metric_set import HardestSamples
 from tuneforge.engine.loop.phase_components import PhaseComponents, create_component
-from tuneforge.engine.loop.train_phase import train_phase
-from tuneforge.engine.loop.weight_average import Snapshot, average_weights
 from tuneforge.engine.model import device, fsdp
 from tuneforge.engine.model.model import Model
-from tuneforge.engine.model.module_state import full_state
 from tuneforge.engine.session import messages
 from tuneforge.engine.session.components import (
     as_list,
@@ -34,42 +26,37 @@ from tuneforge.engine.session.components import (
     engine_arguments,
     resolve_component,
 )
-from tuneforge.engine.session.dry_run import DryRun, collect_known_steps, validate_step
+from tuneforge.engine.session.dry_run import DryRun, collect_known_steps
 from tuneforge.engine.session.resume import ResumeState, find_checkpoint
 from tuneforge.engine.session.run_log import (
-    NUM_HARDEST_SAMPLES,
     RunLogger,
     build_task_info,
-    describe_hardest_samples,
     describe_model,
     describe_run,
+    write_results,
 )
+from tuneforge.engine.session.strategy_loop import check_step_type, run_strategy
 from tuneforge.engine.storage import checkpoint
 from tuneforge.engine.storage.checkpoint import Checkpoints
 from tuneforge.engine.storage.run_dir import (
-    HARDEST_SAMPLES,
     LOG,
     METRICS,
     MODEL,
-    REPORT,
     RUN,
     STATUS,
     STRATEGY_STEPS,
     TIMINGS,
-    WEIGHTS,
     RunDir,
     read_json,
 )
-from tuneforge.engine.storage.safetensors_io import get_state_dict, save_tensors
-from tuneforge.errors import PluginError, StoppedError, UsageError
+from tuneforge.errors import StoppedError, UsageError
 from tuneforge.plugin.config import GROUP_BY_KEY, REPEATABLE_COMPONENT_KEYS, RunConfig, resolve_config
-from tuneforge.plugin.hooks import Hooks, RegisteredComponent, iterate_strategy
+from tuneforge.plugin.hooks import Hooks, RegisteredComponent
 from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.results import AnyStrategyStepResult
-from tuneforge.plugin.steps import ComponentSpec, Diagnosis, HeadFit, Phase, StrategyStep, WeightAverage
+from tuneforge.plugin.steps import ComponentSpec, StrategyStep
 
 _REPORT_CALLBACK = "report-page"
-_STEP_TYPES = (Phase, HeadFit, Diagnosis, WeightAverage)
 
 
 @attrs.frozen(eq=False)
@@ -238,7 +225,7 @@ class Engine:
         """Execute the run from its first hook to its last."""
         run.hooks.call.run_started(run=run)
         _prepare_data(run)
-        _log_lines(run, messages.format_data(self.config.data.name, run.data))
+        messages.log_lines(run, messages.format_data(self.config.data.name, run.data))
         resume_state = ResumeState(
             run,
             run_dir,
@@ -251,7 +238,7 @@ class Engine:
         # A model that is built for a checkpoint loads no weights, so only model.json knows whether it was pretrained.
         self._prepare_model(run, pretrained=None if state is None else read_json(run_dir.path / MODEL)["pretrained"])
         run.restoring = False
-        _log_lines(run, messages.format_model(self.config.model.name, run.model))
+        messages.log_lines(run, messages.format_model(self.config.model.name, run.model))
         if state is None:
             run_dir.truncate(dict.fromkeys((STRATEGY_STEPS, METRICS, TIMINGS), 0))
             run_dir.write(MODEL, describe_model(run))
@@ -264,16 +251,16 @@ class Engine:
         if self._stop_error is not None:
             resume_state.save(None)
         self._budget.start()
-        stop_reason = self._run_strategy(run, resume_state)
+        stop_reason = run_strategy(run, resume_state)
 
         _restore_requires_grad(run.model)
         if not resume_state.completed_steps:
             run.log("note: the strategy yielded no step, so nothing was trained")
-        report = _write_report(run, run_dir, stop_reason)
+        report = write_results(run, run_dir, stop_reason)
         run_dir.write_status("done", elapsed_s=self._budget.elapsed_s())
         if run_dir.writable:
             checkpoint.delete_unpinned(run_dir.path)
-        _log_lines(run, messages.format_checkpoints(resume_state.checkpoints))
+        messages.log_lines(run, messages.format_checkpoints(resume_state.checkpoints))
         run.hooks.call.run_ended(run=run)
         run.process_group.barrier()  # a rank that exits early would break collectives of the others
         return Result(run_dir.path, report, run.model, tuple(resume_state.completed_steps))
@@ -294,7 +281,7 @@ class Engine:
         if self._resume_dir is None:
             run_dir.write(RUN, describe_run(run, self._members))
         run_dir.write_status("running", elapsed_s=self._budget.previous_s)
-        _log_lines(run, messages.format_run(run_dir.path, process_group.world_size, shard=self.config.shard))
+        messages.log_lines(run, messages.format_run(run_dir.path, process_group.world_size, shard=self.config.shard))
         return run
 
     def _create_hooks(self, observers: Iterable[RegisteredComponent] = ()) -> Hooks:
@@ -337,53 +324,6 @@ class Engine:
         for hook in ("train_step", "finetune_strategy", "optimizer_step"):
             run.hooks.get_provider(hook)
 
-    def _run_strategy(self, run: Run, resume_state: ResumeState) -> str:
-        """Execute the strategy's steps one after the other, and send each result back to the strategy.
-
-        In a resumed run the steps that were completed before are replayed: the strategy gets their logged results, and
-        must ask for the same steps again.
-
-        Returns:
-            The reason why it ended, if the strategy or the budget gives one; else "".
-        """
-        member = run.hooks.get_provider("finetune_strategy")
-        assert resume_state.task is not None
-        steps_or_generator = run.hooks.call.finetune_strategy(task=resume_state.task)
-        planned = steps_or_generator if isinstance(steps_or_generator, (list, tuple)) else ()
-        for number, step in enumerate(planned, start=1):
-            validate_step(run, _check_step_type(step, member))
-            run.log(f"plan: {messages.format_step(step, f'{number}/{len(planned)}')}")
-        steps = iterate_strategy(member, steps_or_generator)
-        result: AnyStrategyStepResult | None = None
-        number = 0
-        while True:
-            num_completed = self._budget.completed_steps = len(resume_state.completed_steps)
-            is_next = number == num_completed and resume_state.phase_state is None
-            if is_next and (exhausted := self._budget.check_exhausted(run)):
-                run.log(f"stopping: {exhausted}")
-                steps.close()
-                return "the budget was spent"
-            try:
-                step = _check_step_type(steps.send(result), member)
-            except StopIteration as end:
-                if end.value:
-                    run.log(f"strategy ended: {end.value}")
-                return str(end.value or "")
-            number += 1
-            if number <= num_completed:
-                result = resume_state.replay_step(number - 1, step)
-                continue
-            _check_step_name(step, resume_state.snapshots, member)
-            run.log(messages.format_step(step, f"{number}/{len(planned)}" if planned else ""))
-            if step.why:
-                run.log(f"  reason: {step.why}")
-            later_phases = itertools.takewhile(lambda each: isinstance(each, Phase), planned[number:])
-            run.engine_state.next_phases = tuple(later_phases)
-            result = _execute_step(run, step, resume_state)
-            run.process_group.broadcast(list(full_state(run.model.module).values()))
-            _log_lines(run, messages.format_step_result(result))
-            resume_state.add_step_result(step, result)
-
     def prepare(self) -> Run:
         """Return the run with prepared data and model; nothing is trained or written. `run` can no longer be called."""
         self._has_run = True  # a model object of the caller has been adapted
@@ -400,7 +340,7 @@ class Engine:
 
     def dry_run(self) -> DryRun:
         """Return the steps that are known before the first is executed; nothing is trained or written."""
-        return collect_known_steps(self.prepare(), _check_step_type, self._log or (lambda text: None))
+        return collect_known_steps(self.prepare(), check_step_type, self._log or (lambda text: None))
 
     def _add_component(self, key: str, value: Any) -> ComponentSpec:
         hook = GROUP_BY_KEY[key]
@@ -444,65 +384,3 @@ def _restore_requires_grad(model: Model) -> None:
     """Set `requires_grad` of every parameter to what it was when the model was built."""
     for name, parameter in model.parameters().items():
         parameter.requires_grad_(name not in model.user_frozen)
-
-
-def _execute_step(run: Run, step: StrategyStep, resume_state: ResumeState) -> AnyStrategyStepResult:
-    phase_state, resume_state.phase_state = resume_state.phase_state, None
-    if isinstance(step, Phase):
-        return train_phase(run, step, resume_state.components, phase_state)
-    if isinstance(step, HeadFit):
-        return fit_head(run, step)
-    if isinstance(step, Diagnosis):
-        return diagnose(run, step, resume_state.components)
-    return average_weights(run, step, resume_state.snapshots)
-
-
-def _check_step_type(step: Any, member: RegisteredComponent) -> StrategyStep:
-    if type(step) not in _STEP_TYPES:
-        raise PluginError(
-            f"{member.label} asked for {step!r:.80}, which is no step",
-            why=f"steps are {', '.join(kind.__name__ for kind in _STEP_TYPES)}",
-            fix="yield each step by itself" if isinstance(step, (list, tuple)) else "",
-        )
-    return step  # type: ignore[no-any-return]  # just checked
-
-
-def _check_step_name(step: StrategyStep, snapshots: Mapping[str, Snapshot], member: RegisteredComponent) -> None:
-    if step.name in snapshots:
-        raise PluginError(
-            f"{member.label} names two steps '{step.name}'",
-            why="reports and WeightAverage refer to a step by its name; 'start' is taken",
-            fix="give each step its own name",
-        )
-
-
-def _write_report(run: Run, run_dir: RunDir, stop_reason: str) -> dict[str, Any]:
-    """Evaluate every split but the training split; write the weights, `report.json` and the hardest samples."""
-    hardest = HardestSamples(NUM_HARDEST_SAMPLES)
-    splits = {
-        "val": evaluate(run, run.data.val, "val"),
-        "test": evaluate(run, run.data.test, "test", hardest=hardest),
-    }
-    splits |= {name: evaluate(run, split, name) for name, split in run.data.extra_test_splits.items()}
-    weights = fsdp.gather_state(get_state_dict(run.model.module), keep=run_dir.writable)
-    if run_dir.writable:
-        save_tensors(weights, run_dir.path / WEIGHTS, metadata={"labels": run.model.labels})
-    report: dict[str, Any] = {
-        "strategy": run.hooks.get_provider("finetune_strategy").name,
-        "stop_reason": stop_reason,
-        "monitor": run.data.targets.monitor,
-        "primary_metrics": list(run.data.targets.primary_metrics),
-        "num_samples": {name: len(split) for name, split in run.data.splits().items()},
-        "splits": splits,
-    }
-    if (exhausted_at := run.engine_state.budget.exhausted_at) is not None:
-        report["stopped_by_budget"] = exhausted_at[0]
-    run_dir.write(REPORT, report)
-    run_dir.write(HARDEST_SAMPLES, describe_hardest_samples(run, run.data.test, hardest))
-    _log_lines(run, messages.format_metrics(splits, run.data.targets.primary_metrics))
-    return report
-
-
-def _log_lines(run: Run, lines: Iterable[str]) -> None:
-    for line in lines:
-        run.log(line)

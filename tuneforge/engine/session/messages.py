@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Data
 from tuneforge.engine.loop.metric_set import scalar_metrics
 from tuneforge.engine.model.model import Model
@@ -16,6 +17,12 @@ from tuneforge.plugin.results import AnyStrategyStepResult, Diagnostics, Strateg
 from tuneforge.plugin.steps import Diagnosis, HeadFit, Phase, StrategyStep, WeightAverage
 
 _MAX_CLASSES = 30  # rows of the table by class
+
+
+def log_lines(run: Run, lines: Iterable[str]) -> None:
+    """Log several lines."""
+    for line in lines:
+        run.log(line)
 
 
 def format_run(run_dir: Path, world_size: int, *, shard: bool) -> Iterable[str]:

@@ -13,7 +13,7 @@ import torch
 
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.loop.phase_components import PhaseComponents
-from tuneforge.engine.loop.train_phase import PhaseProgress
+from tuneforge.engine.loop.phase_progress import PhaseProgress
 from tuneforge.engine.loop.weight_average import Snapshot, take_snapshot
 from tuneforge.engine.model import fsdp
 from tuneforge.engine.model.module_state import full_state, restore_state

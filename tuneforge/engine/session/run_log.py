@@ -13,11 +13,14 @@ import torch
 import tuneforge
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Inputs, Split, Targets, named_tensors
+from tuneforge.engine.loop.evaluation import evaluate
 from tuneforge.engine.loop.metric_set import HardestSamples
 from tuneforge.engine.loop.train_phase import planned_epochs
+from tuneforge.engine.model import fsdp
 from tuneforge.engine.session import messages
 from tuneforge.engine.session.components import describe_member
-from tuneforge.engine.storage.run_dir import METRICS, TIMINGS, RunDir
+from tuneforge.engine.storage.run_dir import HARDEST_SAMPLES, METRICS, REPORT, TIMINGS, WEIGHTS, RunDir
+from tuneforge.engine.storage.safetensors_io import get_state_dict, save_tensors
 from tuneforge.plugin import registry
 from tuneforge.plugin.config import config_to_dict, parse_budget
 from tuneforge.plugin.declaration import get_option_values
@@ -103,6 +106,33 @@ def describe_model(run: Run) -> dict[str, Any]:
         "fingerprints": {name: split.fingerprint() for name, split in run.data.splits().items()},
         "notes": list(run.data.notes),
     }
+
+
+def write_results(run: Run, run_dir: RunDir, stop_reason: str) -> dict[str, Any]:
+    """Evaluate every split but the training split; write the weights, `report.json` and the hardest samples."""
+    hardest = HardestSamples(NUM_HARDEST_SAMPLES)
+    splits = {
+        "val": evaluate(run, run.data.val, "val"),
+        "test": evaluate(run, run.data.test, "test", hardest=hardest),
+    }
+    splits |= {name: evaluate(run, split, name) for name, split in run.data.extra_test_splits.items()}
+    weights = fsdp.gather_state(get_state_dict(run.model.module), keep=run_dir.writable)
+    if run_dir.writable:
+        save_tensors(weights, run_dir.path / WEIGHTS, metadata={"labels": run.model.labels})
+    report: dict[str, Any] = {
+        "strategy": run.hooks.get_provider("finetune_strategy").name,
+        "stop_reason": stop_reason,
+        "monitor": run.data.targets.monitor,
+        "primary_metrics": list(run.data.targets.primary_metrics),
+        "num_samples": {name: len(split) for name, split in run.data.splits().items()},
+        "splits": splits,
+    }
+    if (exhausted_at := run.engine_state.budget.exhausted_at) is not None:
+        report["stopped_by_budget"] = exhausted_at[0]
+    run_dir.write(REPORT, report)
+    run_dir.write(HARDEST_SAMPLES, describe_hardest_samples(run, run.data.test, hardest))
+    messages.log_lines(run, messages.format_metrics(splits, run.data.targets.primary_metrics))
+    return report
 
 
 def describe_hardest_samples(run: Run, split: Split, hardest: HardestSamples) -> list[dict[str, Any]]:
