@@ -1,4 +1,4 @@
-"""A disk that is full at one write, or from there on; and a run so small that it can meet every one of them."""
+"""A simulated disk that is full at one write or from then on, and a run small enough to fail at each of its writes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tuneforge.plugin import StrategyStep
 
 @tf.component(api=1)
 class Few:
-    """The blobs, with 32 to train on."""
+    """The tiny dataset with 32 training samples."""
 
     @tf.hookimpl
     def data_prepare(self, run: tf.Run) -> tf.Data:
@@ -32,7 +32,7 @@ class Few:
 
 @tf.component(api=1)
 class Net:
-    """A body that pays to keep, and a head: (batch, 8) -> (batch, 3)."""
+    """A body that is worth caching, and a head: (batch, 8) -> (batch, 3)."""
 
     @tf.hookimpl
     def model_adapt(self, run: tf.Run, model: tf.Model | None) -> tf.Model:
@@ -44,7 +44,7 @@ class Net:
 
 @tf.component(api=1)
 class Two:
-    """A phase on a frozen part, whose values are kept, and one that trains all."""
+    """A phase with a cached frozen body, and one that trains everything."""
 
     @tf.hookimpl
     def finetune_strategy(self, task: tf.TaskInfo) -> list[StrategyStep]:
@@ -52,13 +52,13 @@ class Two:
 
 
 class Disk:
-    """Stands between the code and the files below some folders; it counts what can need space, and can be full.
+    """Intercepts writes below some directories, counts those that can need space, and can be full.
 
-    What counts: to open a file to write, each write that reaches the system, fsync, rename, mkdir, and to grow a file
-    by truncating it. A write that fails writes half of its bytes first, as a real one does.
+    Counted are: opening a file to write, each write that reaches the system, fsync, rename, mkdir, and growing a file
+    by truncation. A write that fails writes half of its bytes first, as on a real disk.
 
     Args:
-        roots: Folders that lie on it, and all below them.
+        roots: Directories on the disk.
     """
 
     def __init__(self, *roots: Path) -> None:
@@ -69,30 +69,30 @@ class Disk:
         self.names: dict[int, str] = {}
 
     def watches(self, path: Any) -> bool:
-        """True for what lies on it."""
+        """Return True for a path on the disk."""
         if not isinstance(path, (str, os.PathLike)):
             return False
         whole = os.path.abspath(path)
         return any(whole == root or whole.startswith(root + os.sep) for root in self.roots)
 
     def refuses(self, kind: str, path: Any) -> bool:
-        """Count something that needs space; True where there is none."""
+        """Count an operation that needs space; return True if there is none."""
         self.passed.append((kind, os.path.basename(os.path.abspath(path))))
         number = len(self.passed)
         return number == self.full_at or (self.to_stay and 0 < self.full_at < number)
 
     def need(self, kind: str, path: Any) -> None:
-        """The same; it raises."""
+        """Count an operation that needs space; raise if there is none."""
         if self.refuses(kind, path):
             raise no_space(path)
 
     @contextmanager
     def mounted(self, *, full_at: int = 0, to_stay: bool = False) -> Iterator[None]:
-        """While this lasts, every write below the folders passes here.
+        """Intercept every write below the directories.
 
         Args:
-            full_at: The number of the write that fails, from 1; 0: none.
-            to_stay: So do all that follow.
+            full_at: The number of the write that fails, from 1; 0 for none.
+            to_stay: True if all later writes fail too.
         """
         self.passed, self.full_at, self.to_stay = [], full_at, to_stay
         with _doors(self):
@@ -104,7 +104,7 @@ def no_space(path: Any) -> OSError:
 
 
 def _doors(disk: Disk) -> AbstractContextManager[Any]:
-    """Every door through which a Python program writes."""
+    """Patch every function by which a Python program writes."""
     opened, made_fd = io.open, os.open
 
     class Raw(io.FileIO):

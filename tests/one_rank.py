@@ -1,7 +1,7 @@
-"""What one rank of `engine/context/test_distributed.py` does: `python one_rank.py FOLDER OUT PLAN`.
+"""One rank of `engine/context/test_distributed.py`: `python one_rank.py FOLDER OUT PLAN`.
 
-PLAN is JSON: `stop` is the optimizer step after which the process dies, 0 for never; `resume` goes on; `spoil` is a
-step whose loss is no number on the last rank; `full` is a step at which the last rank's memory runs out.
+PLAN is JSON: `stop` is the optimizer step after which the process dies, 0 for never; `resume` resumes; `spoil` is a
+step whose loss is NaN on the last rank; `full` is a step at which the last rank's memory runs out.
 """
 
 import json
@@ -31,7 +31,7 @@ STRATEGY = [
 
 
 class Net(nn.Module):
-    """No norm and no dropout; a branch that nobody trains, as an auxiliary head is: (b, 8) -> (b, 3)."""
+    """A network without norm and dropout, and with an unused branch, as auxiliary heads are: (b, 8) -> (b, 3)."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 @tf.component(api=1)
 class Notes:
-    """Writes down which samples each step saw, and the weights at the end of each phase."""
+    """Records the samples of each step, and the weights at the end of each phase."""
 
     folder: str = tf.option(help="Where.")
 

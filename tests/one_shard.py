@@ -1,9 +1,9 @@
-"""What one rank of `engine/model/test_fsdp.py` does: `python one_shard.py FOLDER PLANS`, one plan after the other.
+"""One rank of `engine/model/test_fsdp.py`: `python one_shard.py FOLDER PLANS` executes one plan after the other.
 
-PLANS is JSON, plans by name: `settings` of the engine; `optimizer` and its `arguments`; `callbacks` by name;
-`strategy` by name, or `steps`, what is done between the two phases; `net`, of this file; `stop`, the optimizer step
-after which the run ends as if it had been killed, or `kill`, after which the process is; `resume`; `spoil` and `full`,
-the steps at which the loss of the last rank is no number, and its memory runs out.
+PLANS is JSON, plans by name: `settings` of the engine; `optimizer` and its `arguments`; `callbacks` by name; `strategy`
+by name, or `steps` between the two phases; `net`, of this file; `stop`, the optimizer step after which the run ends as
+if it had been killed, or `kill`, after which the process is; `resume`; `spoil` and `full`, the steps at which the loss
+of the last rank is NaN, and its memory runs out.
 """
 
 import json
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Blocks, a scale of one number, and a branch that nobody trains: (b, 8) -> (b, 3)."""
+    """Residual blocks, a scalar parameter, and a branch that is never used: (b, 8) -> (b, 3)."""
 
     def __init__(self):
         super().__init__()
@@ -64,7 +64,7 @@ class Tied(Net):
 
 
 class Borrowing(Net):
-    """The stem's weights are used without a call of the stem."""
+    """The stem's weights are used without calling the stem."""
 
     def forward(self, inputs):
         x = inputs @ self.stem.weight.T
@@ -72,7 +72,7 @@ class Borrowing(Net):
 
 
 class Normed(Net):
-    """Batch statistics after the stem."""
+    """BatchNorm after the stem."""
 
     def __init__(self):
         super().__init__()
@@ -83,15 +83,15 @@ NETS = {"net": Net, "tied": Tied, "borrowing": Borrowing, "normed": Normed}
 
 
 class Killed(BaseException):
-    """The run ends here."""
+    """Ends the run as a kill does."""
 
 
 @tf.component(api=1)
 class Notes:
-    """Writes down the whole weights after each optimizer step, and what this rank holds at each phase's end."""
+    """Records the full weights after each optimizer step, and how much this rank holds at the end of each phase."""
 
     folder: str = tf.option(help="Where.")
-    spoil: int = tf.option(default=-1, help="Step whose loss is no number, on the last rank.")
+    spoil: int = tf.option(default=-1, help="Step whose loss is NaN, on the last rank.")
     full: int = tf.option(default=-1, help="Step at which the last rank's memory runs out.")
 
     @tf.hookimpl(wrapper=True)
@@ -158,7 +158,7 @@ def objects(folder, plan):
 
 
 def work(folder, plan):
-    """Do one plan in its folder; what the run says last, where it ends with an error."""
+    """Execute one plan in its directory; write the error that ends the run, if one does."""
     folder.mkdir(parents=True, exist_ok=True)
     end = plan.get("stop") or plan.get("kill")
     steps = 0
@@ -186,7 +186,7 @@ def work(folder, plan):
 
 
 def reductions():
-    """What FSDP2 makes of a gradient of 1 on each rank: as it comes, and told to sum as the engine tells it."""
+    """Return what FSDP2 makes of a gradient of 1 on each rank, by default and with the engine's settings."""
     ProcessGroup.from_env()
     found = []
     for sums in (False, True):

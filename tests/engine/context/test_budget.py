@@ -1,4 +1,4 @@
-"""A budget ends a run at one step, and a run that was killed after that step was written down ends there too."""
+"""A budget ends a run at one step, also if the run is killed after the step was recorded, and resumed."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from tuneforge.plugin.config import parse_budget
 
 
 @pytest.fixture(autouse=True)
-def no_fault_is_left():
+def reset_faults():
     yield
     faults.hook = None
 
@@ -27,7 +27,7 @@ def two_phases(task):
 
 
 class Slow:
-    """Takes long in evaluation, by the budget: after the `HeadFit`, where nothing trains, or at the end of epoch 2."""
+    """Takes long in evaluation, by the clock of the budget: after the `HeadFit`, or at the end of epoch 2."""
 
     def __init__(self, *, training):
         self.training = training
@@ -39,7 +39,7 @@ class Slow:
 
 
 class Late:
-    """A long ninth step, by the clock of the budget."""
+    """Takes long in the ninth step, by the clock of the budget."""
 
     @tf.hookimpl(wrapper=True)
     def train_step(self, run):
@@ -47,8 +47,8 @@ class Late:
         return (yield)
 
 
-class Watch:
-    """Sees what the budget knew when the run went on."""
+class BudgetRecorder:
+    """Stores the seconds that the budget knew when the run was resumed."""
 
     @tf.hookimpl
     def epoch_ended(self, run):
@@ -77,7 +77,7 @@ def last_answer(path):
     return json.loads((path / "steps.jsonl").read_text().splitlines()[-1])["result"]
 
 
-def test_what_a_budget_says():
+def test_budget_is_parsed():
     said = {text: parse_budget(text) for text in ("60s", "5m", "2h", "0.5h", "20epochs", "1epoch", "500steps")}
     assert list(said.values()) == [
         ("seconds", 60), ("seconds", 300), ("seconds", 7200), ("seconds", 1800), ("epochs", 20), ("epochs", 1),
@@ -86,12 +86,12 @@ def test_what_a_budget_says():
 
 
 @pytest.mark.parametrize("text", ["60", "soon", "0s", "-5s", "1.5epochs", "0steps", "5 s", "5d", ""])
-def test_what_is_no_budget_is_refused_with_what_is_one(text):
+def test_invalid_budget_is_refused_with_an_example(text):
     with pytest.raises(tf.OptionError, match="60s, 5m, 2h, 20epochs or 500steps"):
         tf.Engine(budget=text)
 
 
-def test_the_phase_ends_after_the_step_and_the_run_as_usual(tmp_path):
+def test_exhausted_budget_ends_the_phase_after_the_step_and_the_run_finishes(tmp_path):
     told = []
 
     def strategy(task):
@@ -108,19 +108,19 @@ def test_the_phase_ends_after_the_step_and_the_run_as_usual(tmp_path):
     assert "stopping: budget of 8steps spent at step 8" in (tmp_path / "r" / "log.txt").read_text()
 
 
-def test_a_run_within_its_budget_says_nothing_of_it(tmp_path):
+def test_run_within_its_budget_does_not_report_it(tmp_path):
     result = engine(tmp_path / "r", strategy=fit_between, budget="13steps").run()
     assert len(result.strategy_steps) == 3
     assert "stopped_by_budget" not in result.report
 
 
-def test_epochs_are_counted_over_the_run(tmp_path):
+def test_budget_counts_epochs_over_the_whole_run(tmp_path):
     result = engine(tmp_path / "r", budget="3epochs").run()
     assert [answer.epochs for _, answer in result.strategy_steps] == [1, 2]
     assert result.report["stopped_by_budget"] == 18
 
 
-def test_the_strategy_is_closed(tmp_path):
+def test_strategy_generator_is_closed(tmp_path):
     closed = []
 
     def strategy(task):
@@ -135,7 +135,7 @@ def test_the_strategy_is_closed(tmp_path):
 
 @pytest.mark.parametrize("budget", ["7steps", "12steps", "2epochs"])
 @pytest.mark.parametrize("checkpoint_s", [0.0, 1e9])
-def test_killed_at_any_point_after_the_mark_it_ends_the_same_to_the_bit(tmp_path, budget, checkpoint_s):
+def test_run_killed_after_its_budget_was_exhausted_resumes_bit_identical(tmp_path, budget, checkpoint_s):
     whole = engine(tmp_path / "whole", budget=budget)
     assert run_and_kill(whole.run, -1)
     expected = read_files(tmp_path / "whole")
@@ -160,7 +160,7 @@ def test_killed_at_any_point_after_the_mark_it_ends_the_same_to_the_bit(tmp_path
         assert read_files(path) == expected, later
 
 
-def test_seconds_end_at_the_step_that_was_written_down(tmp_path):
+def test_budget_in_seconds_ends_at_the_recorded_step(tmp_path):
     late = {"callbacks": [Late()]}
     run_and_kill(engine(tmp_path / "r", budget="1000s", **late).run, 1, only="budget-marked")
     step = read(tmp_path / "r", "budget.json")["step"]
@@ -177,7 +177,7 @@ def test_seconds_end_at_the_step_that_was_written_down(tmp_path):
     assert read_files(never_killed.run_dir, same) == read_files(tmp_path / "r", same)
 
 
-def test_seconds_that_were_spent_are_not_given_back(tmp_path):
+def test_seconds_of_earlier_processes_count(tmp_path):
     path = tmp_path / "r"
     run_and_kill(engine(path, budget="1h").run, 10, only="step-saved")
     status = read(path, "status.json")
@@ -187,30 +187,30 @@ def test_seconds_that_were_spent_are_not_given_back(tmp_path):
     assert read(path, "status.json")["elapsed_s"] >= 3600
 
 
-def test_a_checkpoint_knows_the_seconds(tmp_path):
+def test_checkpoint_stores_the_seconds_spent(tmp_path):
     path = tmp_path / "r"
     run_and_kill(engine(path, strategy=fit_between).run, 9, only="step-saved")
     (path / "status.json").write_text('{"state": "running"}')
     known = checkpoint.load_latest(path, torch.device("cpu"))[1]["elapsed_s"]
-    watch = Watch()
+    watch = BudgetRecorder()
     objects = {"data": tiny_data(), "model": tiny_net(), "strategy": fit_between}
     tf.Engine.resume(path, observers=[watch], **objects).run()
     assert watch.previous_s == known > 0
     assert read(path, "status.json")["elapsed_s"] > known
 
 
-def test_spent_in_a_step_that_trains_nothing_the_run_ends_after_it_also_when_killed(tmp_path):
+def test_budget_exhausted_in_a_head_fit_ends_the_run_after_it(tmp_path):
     given = {"strategy": fit_between, "callbacks": [Slow(training=False)]}
     run_and_kill(engine(tmp_path / "r", budget="1000s", **given).run, 1, only="budget-marked")
     assert read(tmp_path / "r", "budget.json")["completed_steps"] == 2
-    shutil.rmtree(tmp_path / "r" / "checkpoints")  # so that even the first phase is done again
+    shutil.rmtree(tmp_path / "r" / "checkpoints")  # so that even the first phase runs again
     result = engine(tmp_path / "r", resume=True, **given).run()
     assert [step.name for step, _ in result.strategy_steps] == ["head", "fit"]
     assert result.report["stopped_by_budget"] == 6
 
 
 @pytest.mark.parametrize("checkpoint_s", [0.0, 1e9])
-def test_spent_in_the_evaluation_of_an_epoch_the_run_ends_with_that_epoch_also_when_killed(tmp_path, checkpoint_s):
+def test_budget_exhausted_in_evaluation_ends_the_run_with_that_epoch(tmp_path, checkpoint_s):
     given = {"callbacks": [Slow(training=True)]}
     run_and_kill(
         engine(tmp_path / "r", budget="1000s", checkpoint_s=checkpoint_s, **given).run, 1, only="budget-marked"

@@ -1,4 +1,4 @@
-"""Several processes learn what one would, from the same batches in the same order.
+"""Several processes train as one would, on the same batches in the same order.
 
 The full set: `TUNEFORGE_RANKS=1 python -m pytest -m "" tests/engine/context/test_distributed.py`.
 """
@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parents[2] / "one_rank.py"
 
 
 def ranks(size, folder, out, **plan):
-    """Run so many ranks beside each other and give their exit codes and what they said."""
+    """Run this many ranks beside each other; return their exit codes and outputs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -42,7 +42,7 @@ def ranks(size, folder, out, **plan):
 
 
 def batches(folder):
-    """The rows of each global batch, by optimizer step: the last that was seen of each, ranks in order."""
+    """Return the rows of each global batch by optimizer step, ranks in order."""
     seen = {}
     for path in sorted(folder.glob("seen-*.jsonl")):
         for line in map(json.loads, path.read_text().splitlines()):
@@ -55,61 +55,61 @@ def weights(folder, phase):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     codes, said = ranks(1, folder, folder / "run")
     assert codes == [0], said
     return folder
 
 
-def close(one, other):
+def allclose(one, other):
     assert set(one) == set(other)
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("size", [2, 3] if FULL else [3])
-def test_ranks_end_each_phase_as_one_process_does_on_the_same_batches(alone, tmp_path, size):
+def test_ranks_train_on_the_batches_of_one_process_to_the_same_weights(one_process, tmp_path, size):
     codes, said = ranks(size, tmp_path, tmp_path / "run")
     assert codes == [0] * size, said
-    assert batches(tmp_path) == batches(alone)
+    assert batches(tmp_path) == batches(one_process)
     for phase in ("head", "all"):
-        close(weights(alone, phase), weights(tmp_path, phase))
-    mine, theirs = (json.loads((each / "run/report.json").read_text())["splits"] for each in (tmp_path, alone))
+        allclose(weights(one_process, phase), weights(tmp_path, phase))
+    mine, theirs = (json.loads((each / "run/report.json").read_text())["splits"] for each in (tmp_path, one_process))
     assert mine["test"]["confusion"] == theirs["test"]["confusion"]
-    lines = [(each / "run/metrics.jsonl").read_text().splitlines() for each in (tmp_path, alone)]
+    lines = [(each / "run/metrics.jsonl").read_text().splitlines() for each in (tmp_path, one_process)]
     assert len(lines[0]) == len(lines[1]) == 4
     assert "feature cache: on" in (tmp_path / "run/log.txt").read_text()
 
 
 @pytest.mark.parametrize(("first", "second", "stop"), [(2, 3, 2), (3, 1, 11), (1, 2, 13)][: None if FULL else 1])
-def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path, first, second, stop):
+def test_run_resumes_with_another_world_size(one_process, tmp_path, first, second, stop):
     codes, _ = ranks(first, tmp_path, tmp_path / "run", stop=stop)
     assert set(codes) == {9}
     codes, said = ranks(second, tmp_path, tmp_path / "run", resume=True)
     assert codes == [0] * second, said
-    assert batches(tmp_path).keys() == batches(alone).keys()
+    assert batches(tmp_path).keys() == batches(one_process).keys()
     for phase in ("head", "all"):
-        close(weights(alone, phase), weights(tmp_path, phase))
+        allclose(weights(one_process, phase), weights(tmp_path, phase))
 
 
-def test_a_number_that_is_none_on_one_rank_is_left_out_on_all_and_said_by_the_first(tmp_path):
+def test_non_finite_loss_on_one_rank_skips_the_step_on_all(tmp_path):
     codes, said = ranks(2, tmp_path, tmp_path / "run", spoil=12, on_nan="skip")
     assert codes == [0, 0], said
     assert "the training loss is nan" in (tmp_path / "run/log.txt").read_text()
     assert "skipped step: phase 'all'" in (tmp_path / "run/log.txt").read_text()
 
 
-@pytest.mark.skipif(not FULL, reason="part of the full set; a pass made smaller is tested in test_gradients.py")
-def test_memory_that_runs_out_on_one_rank_makes_all_passes_smaller(alone, tmp_path):
+@pytest.mark.skipif(not FULL, reason="part of the full set; test_backward.py tests micro-batches")
+def test_out_of_memory_on_one_rank_halves_the_micro_batches_of_all(one_process, tmp_path):
     codes, said = ranks(2, tmp_path, tmp_path / "run", full=12)
     assert codes == [0, 0], said
     assert "micro-batch size reduced" in (tmp_path / "run/log.txt").read_text()
-    close(weights(alone, "all"), weights(tmp_path, "all"))
+    allclose(weights(one_process, "all"), weights(tmp_path, "all"))
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(tmp_path):
+def test_torchrun_restarts_a_killed_rank_and_the_run_resumes(tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2",
         "--monitor-interval", "0.1", "--no-python", sys.executable, "-c", RESTARTED, str(tmp_path),

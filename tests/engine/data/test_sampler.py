@@ -8,32 +8,32 @@ from tuneforge.engine.data.sampler import EpochSampler, Permutation, SampleRNG, 
 
 
 @given(st.integers(1, 500), st.integers(0, 2**64 - 1))
-def test_a_permutation_holds_every_member_once(size, key):
+def test_permutation_contains_every_element_once(size, key):
     assert sorted(Permutation(size, key)(np.arange(size))) == list(range(size))
 
 
-def test_a_permutation_can_be_asked_anywhere_at_a_billion():
+def test_permutation_of_a_billion_is_evaluated_at_any_position():
     positions = np.array([0, 1, 999_999_999])
     members = Permutation(10**9, 7)(positions)
     assert len(set(members.tolist())) == 3
     assert np.array_equal(Permutation(10**9, 7)(positions[1:2]), members[1:2])
 
 
-def test_the_order_is_a_pure_function_of_seed_and_epoch():
+def test_epoch_order_is_a_pure_function_of_seed_and_epoch():
     whole = EpochSampler(100, 3, 5).indices(0, 100)
     assert torch.equal(EpochSampler(100, 3, 5).indices(40, 60), whole[40:60])
     assert not torch.equal(EpochSampler(100, 3, 6).indices(0, 100), whole)
     assert not torch.equal(EpochSampler(100, 4, 5).indices(0, 100), whole)
 
 
-def test_orders_look_random():
+def test_epoch_orders_look_random():
     first = torch.stack([EpochSampler(1000, 0, epoch).indices(0, 1)[0] for epoch in range(2000)]).double()
     assert abs(first.mean() - 499.5) < 4 * 288.7 / 2000**0.5
     neighbours = torch.cat([EpochSampler(1000, 0, epoch).indices(0, 1000).diff().eq(1) for epoch in range(50)])
-    assert neighbours.sum() < 100  # one in a thousand by chance: 50
+    assert neighbours.sum() < 100  # 50 are expected by chance
 
 
-def test_weighted_sampling_draws_each_pool_as_often_as_asked():
+def test_weighted_sampling_draws_each_group_as_often_as_asked():
     pools = (torch.arange(2), torch.arange(2, 10))
     rows = EpochSampler(10, 0, 0, (6, 4), pools).indices(0, 10)
     counts = torch.bincount(rows, minlength=10)
@@ -43,7 +43,7 @@ def test_weighted_sampling_draws_each_pool_as_often_as_asked():
     assert torch.equal(EpochSampler(10, 0, 0, (6, 4), pools).indices(3, 7), rows[3:7])
 
 
-def test_a_samples_noise_does_not_depend_on_its_batch():
+def test_random_numbers_of_a_sample_do_not_depend_on_its_batch():
     alone = SampleRNG(1, 2, torch.tensor([7])).uniform("flip", 3)
     among = SampleRNG(1, 2, torch.tensor([5, 7, 9])).uniform("flip", 3)
     assert torch.equal(alone[0], among[1])
@@ -51,7 +51,7 @@ def test_a_samples_noise_does_not_depend_on_its_batch():
     assert not torch.equal(SampleRNG(1, 2, torch.tensor([7])).uniform("turn", 3), alone)
 
 
-def test_noise_is_uniform_and_normal():
+def test_sample_rng_is_uniform_and_normal():
     noise = SampleRNG(0, 0, torch.arange(2000))
     uniform = noise.uniform("u", 50)
     assert uniform.shape == (2000, 50)
@@ -65,7 +65,7 @@ def test_noise_is_uniform_and_normal():
     assert normal.isfinite().all()
 
 
-def test_a_key_depends_on_every_part_and_their_order():
+def test_derived_seed_depends_on_every_part_and_their_order():
     keys = {derive_seed(1, "a"), derive_seed("a", 1), derive_seed(1, "b"), derive_seed(2, "a"), derive_seed(1, "a", 0)}
     assert len(keys) == 5
     assert derive_seed(0) == derive_seed(0)

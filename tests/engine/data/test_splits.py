@@ -1,4 +1,4 @@
-"""Splits: what identifies them, and the batches that an epoch is cut into."""
+"""Splits and their fingerprints, and the batches of an epoch."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tuneforge.engine.data.sampler import EpochSampler
 INPUTS, TARGETS = torch.arange(12.0).reshape(4, 3), torch.tensor([0, 1, 0, 1])
 
 
-class Elsewhere:
+class OnDemandSource:
     """A source that is not in memory."""
 
     def __init__(self, name):
@@ -28,8 +28,8 @@ class Elsewhere:
         return self.name
 
 
-class Silent:
-    """A source that cannot say what it holds."""
+class SourceWithoutFingerprint:
+    """A source that cannot tell what it holds."""
 
     def __len__(self):
         return 4
@@ -38,7 +38,7 @@ class Silent:
         return INPUTS[indices]
 
 
-def test_the_fingerprint_of_inputs_follows_their_bytes_and_nothing_else():
+def test_fingerprint_of_inputs_depends_on_their_values_alone():
     print_of = tf.Split(INPUTS, TARGETS).inputs_fingerprint()
     assert len(print_of) == 64
     assert tf.Split(INPUTS.clone(), 1 - TARGETS, ids=list("abcd")).inputs_fingerprint() == print_of
@@ -46,36 +46,36 @@ def test_the_fingerprint_of_inputs_follows_their_bytes_and_nothing_else():
     assert len({print_of, *(tf.Split(each, TARGETS).inputs_fingerprint() for each in others)}) == 6
 
 
-def test_a_mappings_order_does_not_change_its_fingerprint():
+def test_order_of_a_mapping_does_not_change_its_fingerprint():
     one, other = {"a": INPUTS, "b": INPUTS + 1}, {"b": INPUTS + 1, "a": INPUTS}
     swapped = {"a": INPUTS + 1, "b": INPUTS}
     prints = [tf.Split(each, TARGETS).inputs_fingerprint() for each in (one, other, swapped)]
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_a_split_is_identified_by_inputs_targets_and_ids():
+def test_fingerprint_of_a_split_covers_inputs_targets_and_ids():
     ids = list("abcd")
     splits = [
         tf.Split(INPUTS, TARGETS, ids=ids),
         tf.Split(INPUTS + 1, TARGETS, ids=ids),
         tf.Split(INPUTS, 1 - TARGETS, ids=ids),
         tf.Split(INPUTS, TARGETS, ids=list("abce")),
-        tf.Split(Elsewhere("one"), TARGETS, ids=ids),
-        tf.Split(Elsewhere("two"), TARGETS, ids=ids),
-        tf.Split(Silent(), TARGETS, ids=ids),
+        tf.Split(OnDemandSource("one"), TARGETS, ids=ids),
+        tf.Split(OnDemandSource("two"), TARGETS, ids=ids),
+        tf.Split(SourceWithoutFingerprint(), TARGETS, ids=ids),
     ]
     assert len({split.fingerprint() for split in splits}) == len(splits)
-    assert tf.Split(Elsewhere("one"), TARGETS, ids=ids).fingerprint() == splits[4].fingerprint()
+    assert tf.Split(OnDemandSource("one"), TARGETS, ids=ids).fingerprint() == splits[4].fingerprint()
 
 
-def test_what_is_taken_of_a_source_is_identified_by_its_rows():
-    whole = tf.Split(Elsewhere("one"), TARGETS)
+def test_fingerprint_of_a_subset_covers_its_rows():
+    whole = tf.Split(OnDemandSource("one"), TARGETS)
     first, again, other = (whole.subset(torch.tensor(rows)) for rows in ([0, 2], [0, 2], [2, 0]))
     assert first.inputs_fingerprint() == again.inputs_fingerprint() != other.inputs_fingerprint()
 
 
-def test_a_source_that_cannot_say_has_no_fingerprint():
-    split = tf.Split(Silent(), TARGETS)
+def test_source_without_fingerprint_gives_none():
+    split = tf.Split(SourceWithoutFingerprint(), TARGETS)
     assert split.inputs_fingerprint() is None
     assert split.subset(torch.tensor([0])).inputs_fingerprint() is None
 
@@ -92,12 +92,12 @@ def test_a_source_that_cannot_say_has_no_fingerprint():
         (3, 1, [1, 1, 1]),
     ],
 )
-def test_one_sample_left_over_joins_the_batch_before(size, batch_size, sizes):
+def test_single_remaining_sample_joins_the_batch_before(size, batch_size, sizes):
     assert list(batch_sizes(size, batch_size)) == sizes
 
 
 @given(st.integers(1, 400), st.integers(1, 50), st.data())
-def test_an_epoch_can_be_begun_at_any_batch(size, batch_size, data):
+def test_epoch_can_begin_at_any_batch(size, batch_size, data):
     order, sizes = EpochSampler(size, 1, 2), batch_sizes(size, batch_size)
     start = data.draw(st.integers(0, len(sizes)))
     rows = list(iter_sampled(order, batch_size, start=start))
@@ -105,7 +105,7 @@ def test_an_epoch_can_be_begun_at_any_batch(size, batch_size, data):
     assert torch.equal(torch.cat([*rows, torch.empty(0, dtype=torch.int64)]), order.indices(sum(sizes[:start]), size))
 
 
-def test_a_billion_samples_are_cut_without_a_list():
+def test_batches_of_a_billion_samples_need_no_list():
     sizes = batch_sizes(10**9 + 1, 32)
     assert (len(sizes), sizes[0], sizes[-1]) == (31_250_000, 32, 33)
     assert next(iter_sequential(10**9, 4)).tolist() == [0, 1, 2, 3]

@@ -1,4 +1,4 @@
-"""Processes that decode ahead: the order, what they survive, and that none outlives its run.
+"""Data workers: the order of batches, what workers survive, and that none outlives its run.
 
 The full set:
 `TUNEFORGE_SIGNALS=40 TUNEFORGE_WORKER_KILLS=100 python -m pytest -m "" tests/engine/data/test_workers.py`.
@@ -32,7 +32,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 class Numbers:
-    """Each sample is its row; what fetches is told by the second number."""
+    """Each sample is its row number and the id of the process that fetches it."""
 
     def __init__(self, size=100):
         self.size = size
@@ -45,7 +45,7 @@ class Numbers:
 
 
 class Broken(Numbers):
-    """Raises what it is told, where row 7 is asked for."""
+    """Raises an error when row 7 is fetched."""
 
     def __init__(self, error):
         super().__init__()
@@ -58,7 +58,7 @@ class Broken(Numbers):
 
 
 class Deadly(Numbers):
-    """Kills the process that fetches row 7, as the system does where memory runs out."""
+    """Kills the process that fetches row 7, as the system does when memory runs out."""
 
     def fetch(self, rows):
         if 7 in rows:
@@ -68,7 +68,7 @@ class Deadly(Numbers):
 
 @pytest.fixture
 def workers():
-    """Make processes that are gone after the test."""
+    """Create workers that are closed after the test."""
     made = []
 
     def make(count, *sources):
@@ -80,31 +80,31 @@ def workers():
         each.close()
 
 
-def seen(workers, source, *, size=4, rows=100):
-    """Rows in the order in which they come, and the processes that fetched them."""
+def fetch_rows(workers, source, *, size=4, rows=100):
+    """Return the rows in the order in which they arrive, and the processes that fetched them."""
     given = list(workers.fetch_batches(source, iter_sequential(rows, size)))
     assert all(torch.equal(chosen, stored[:, 0]) for chosen, stored in given)
     return torch.cat([chosen for chosen, _ in given]).tolist(), {int(stored[0, 1]) for _, stored in given}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_batches_come_in_the_order_that_is_asked(workers, count):
+def test_batches_arrive_in_the_requested_order(workers, count):
     source = Numbers()
-    rows, processes = seen(workers(count, source), source)
+    rows, processes = fetch_rows(workers(count, source), source)
     assert rows == list(range(100))
     assert len(processes) == count
     assert os.getpid() not in processes
 
 
-def test_the_same_processes_serve_every_pass_and_every_source(workers):
+def test_same_workers_serve_every_pass_and_every_source(workers):
     one, other = Numbers(), Numbers(30)
     kept = workers(2, one, other)
-    first = seen(kept, one)[1]
-    assert seen(kept, other, rows=30) == (list(range(30)), first)
-    assert seen(kept, one)[1] == first
+    first = fetch_rows(kept, one)[1]
+    assert fetch_rows(kept, other, rows=30) == (list(range(30)), first)
+    assert fetch_rows(kept, one)[1] == first
 
 
-def test_a_pass_may_be_left_and_another_begun_in_the_middle_of_one(workers):
+def test_pass_can_be_abandoned_and_passes_can_overlap(workers):
     source = Numbers()
     kept = workers(2, source)
     outer = kept.fetch_batches(source, iter_sequential(100, 4))
@@ -112,44 +112,44 @@ def test_a_pass_may_be_left_and_another_begun_in_the_middle_of_one(workers):
     for chosen, _ in kept.fetch_batches(source, iter_sequential(100, 4)):
         if 20 in chosen:
             break
-    assert seen(kept, source)[0] == list(range(100))
+    assert fetch_rows(kept, source)[0] == list(range(100))
     rest = [chosen for chosen, _ in outer]
     assert torch.cat(begun + rest).tolist() == list(range(100))
 
 
-def test_a_source_that_they_do_not_know_is_fetched_here(workers):
+def test_unknown_source_is_fetched_in_the_main_process(workers):
     known, other = Numbers(), Numbers()
     split = tf.Split(other, torch.zeros(100))
     given = list(iter_batches(split, iter_sequential(100, 50), lambda rows, stored: stored, workers=workers(2, known)))
     assert {int(stored[0, 1]) for stored in given} == {os.getpid()}
 
 
-def test_what_the_data_lacks_is_said_as_without_processes(workers):
-    source = Broken(tf.DataError("no picture", where="row 7", why="it is broken", fix="repair it"))
+def test_data_error_is_raised_as_without_workers(workers):
+    source = Broken(tf.DataError("no image", where="row 7", why="it is broken", fix="repair it"))
     with pytest.raises(tf.DataError) as caught:
-        seen(workers(2, source), source)
+        fetch_rows(workers(2, source), source)
     assert caught.value.format_lines() == source.error.format_lines()
 
 
-def test_an_error_of_a_plugin_keeps_its_trace(workers):
+def test_error_of_a_plugin_keeps_its_traceback(workers):
     source = Broken(ZeroDivisionError("by nothing"))
     with pytest.raises(tf.PluginError, match=r"(?s)ZeroDivisionError: by nothing.*in fetch"):
-        seen(workers(2, source), source)
+        fetch_rows(workers(2, source), source)
 
 
-def test_a_batch_that_kills_every_process_ends_the_run_and_the_others_go(workers):
+def test_batch_that_kills_every_worker_ends_the_run_and_all_workers(workers):
     source = Deadly()
     kept = workers(2, source)
     with pytest.raises(tf.TryAgainError, match="3 workers have died.*SIGKILL") as caught:
-        seen(kept, source)
+        fetch_rows(kept, source)
     assert caught.value.exit_code == 75
-    assert multiprocess_children() == 0
+    assert num_child_processes() == 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_killed_processes_are_replaced_and_the_order_stays(count):
-    source, said, order = Numbers(), [], []
-    kept = Workers(count, [source], said.append)
+def test_killed_workers_are_replaced_and_the_order_stays(count):
+    source, messages, order = Numbers(), [], []
+    kept = Workers(count, [source], messages.append)
     for number, (rows, stored) in enumerate(kept.fetch_batches(source, iter_sequential(100, 4))):
         assert torch.equal(rows, stored[:, 0])
         order += rows.tolist()
@@ -157,21 +157,21 @@ def test_killed_processes_are_replaced_and_the_order_stays(count):
             os.kill(process.pid, signal.SIGKILL)
     kept.close()
     assert order == list(range(100))
-    assert len(said) > 10
-    assert {line.partition("; ")[0] for line in said} == {"  warning: a data worker died (SIGKILL)"}
+    assert len(messages) > 10
+    assert {line.partition("; ")[0] for line in messages} == {"  warning: a data worker died (SIGKILL)"}
 
 
-def multiprocess_children():
+def num_child_processes():
     return len(multiprocessing.active_children())
 
 
-def test_processes_end_with_what_holds_them():
+def test_workers_end_when_their_owner_is_collected():
     source = Numbers()
     kept = Workers(2, [source])
-    seen(kept, source)
-    assert multiprocess_children() == 2
+    fetch_rows(kept, source)
+    assert num_child_processes() == 2
     del kept
-    assert multiprocess_children() == 0
+    assert num_child_processes() == 0
 
 
 HOLDER = """
@@ -188,41 +188,41 @@ print(*{pid for _, pid in kept.fetch_batches(source, iter(torch.arange(8).split(
 """
 
 
-def alive(pid):
-    """True where a process is there and runs: it is no zombie that nobody has looked at."""
+def is_alive(pid):
+    """Return True if a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def gone(pids, within_s=5.0):
+def wait_until_dead(pids, within_s=5.0):
     ends = time.monotonic() + within_s
-    while any(map(alive, pids)) and time.monotonic() < ends:
+    while any(map(is_alive, pids)) and time.monotonic() < ends:
         time.sleep(0.02)
-    return not any(map(alive, pids))
+    return not any(map(is_alive, pids))
 
 
 @LINUX
 @pytest.mark.parametrize(("last", "code"), [("os.kill(os.getpid(), 9)", -9), ("os._exit(3)", 3), ("", 0), ("1 / 0", 1)])
-def test_no_process_outlives_its_run_however_it_ends(last, code):
+def test_no_worker_outlives_its_run(last, code):
     command = [sys.executable, "-W", "error", "-c", HOLDER + last]
     done = forked.run(command, capture_output=True, text=True, timeout=60, check=False)
     pids = [int(each) for each in done.stdout.split()]
     assert len(pids) == 2, done.stderr
-    assert gone(pids)
+    assert wait_until_dead(pids)
     assert done.returncode == code
 
 
 @LINUX
-def test_signals_that_stop_a_run_pass_them_by(workers):
+def test_workers_ignore_signals_that_stop_a_run(workers):
     source = Numbers()
     kept = workers(2, source)
-    pids = seen(kept, source)[1]
+    pids = fetch_rows(kept, source)[1]
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGINT)
-    assert seen(kept, source)[1] == pids
+    assert fetch_rows(kept, source)[1] == pids
 
 
 SMALL_NET = """
@@ -240,7 +240,7 @@ class SmallNet:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder of small pictures, and a small model beside it."""
+    """A directory of small images, and a small model beside it."""
     root = tmp_path_factory.mktemp("signals")
     (root / "small_net.py").write_text(SMALL_NET)
     chance = np.random.default_rng(0)
@@ -279,7 +279,7 @@ def results(path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_a_run_is_the_same_in_memory_from_disk_and_with_processes(place, tmp_path, monkeypatch, suffix):
+def test_run_is_bit_identical_in_memory_from_disk_and_with_workers(place, tmp_path, monkeypatch, suffix):
     photos = tmp_path / "photos"
     for path in (place / "photos").glob("*/*/*.png"):
         copy = photos / path.parent.name / f"{path.stem}.{suffix}"
@@ -295,11 +295,11 @@ def test_a_run_is_the_same_in_memory_from_disk_and_with_processes(place, tmp_pat
         tf.Engine(data=data, model="small_net:SmallNet", strategy=plan, out=tmp_path / name, **settings).run()
         left[name] = results(tmp_path / name)
     assert left["held"] == left["streamed"] == left["two"]
-    assert multiprocess_children() == 0
+    assert num_child_processes() == 0
 
 
-def disturbed(place, out, at, num_killed):
-    """What a run leaves some of whose processes were killed at the `at`-th point that it passed; the points."""
+def run_with_killed_workers(place, out, at, num_killed):
+    """Run while workers are killed at the `at`-th fault injection point; return the results and the points passed."""
     passed, killed = [], []
 
     def hook(name):
@@ -320,29 +320,29 @@ def disturbed(place, out, at, num_killed):
     return results(out), passed, killed, (out / "log.txt").read_text().count("a new one replaces it")
 
 
-def test_a_run_whose_processes_are_killed_ends_the_same_to_the_bit(place, tmp_path, monkeypatch):
+def test_run_whose_workers_are_killed_is_bit_identical(place, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(place))
-    expected, passed, _, told = disturbed(place, tmp_path / "whole", 0, 0)
-    assert told == 0
+    expected, passed, _, logged = run_with_killed_workers(place, tmp_path / "whole", 0, 0)
+    assert logged == 0
     replaced = 0
     for number in range(WORKER_KILLS):
         at = 1 + number * (len(passed) - 1) // WORKER_KILLS
-        found, _, killed, told = disturbed(place, tmp_path / str(number), at, 1 + number % 2)
+        found, _, killed, logged = run_with_killed_workers(place, tmp_path / str(number), at, 1 + number % 2)
         assert found == expected, passed[at - 1]
-        assert told <= len(killed)
-        replaced += told
+        assert logged <= len(killed)
+        replaced += logged
     assert replaced >= WORKER_KILLS // 2
-    assert multiprocess_children() == 0
+    assert num_child_processes() == 0
 
 
 def wait_for(path, process, *, lines):
-    """Wait until a file of the run is there and has so many lines."""
+    """Wait until a file of the run has this many lines."""
     while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= lines):
         time.sleep(0.002)
 
 
-def in_group(group):
-    """Processes of a group that run."""
+def processes_of_group(group):
+    """Return the running processes of a process group."""
     stats = [(path, path / "stat") for path in Path("/proc").iterdir() if path.name.isdigit()]
     found = []
     for path, stat in stats:
@@ -355,16 +355,16 @@ def in_group(group):
     return found
 
 
-def undisturbed(place):
-    """What a run leaves."""
+def uninterrupted_run(place):
+    """Return the results of a run that nothing interrupts."""
     process = command(place, *run_words("whole", 0))
     text = process.communicate(timeout=120)[0]
     assert process.returncode == 0, text
     return results(place / "whole")
 
 
-def stopped_and_resumed(place, point):
-    """What a run leaves that was stopped by a signal to all its processes, and went on."""
+def run_stopped_and_resumed(place, point):
+    """Return the results of a run that was stopped by a signal to its process group, and resumed."""
     chance = random.Random(point)
     workers, number = (0, 2)[point % 2], (signal.SIGTERM, signal.SIGINT)[point // 2 % 2]
     out = place / f"stopped {point}"
@@ -374,7 +374,7 @@ def stopped_and_resumed(place, point):
     time.sleep(chance.uniform(0, 0.1))
     os.killpg(process.pid, number)
     text = process.communicate(timeout=120)[0]
-    assert gone(in_group(process.pid))
+    assert wait_until_dead(processes_of_group(process.pid))
     assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number], text
     assert (out / "checkpoints").exists()
     again = command(place, "resume", out)
@@ -385,8 +385,8 @@ def stopped_and_resumed(place, point):
 
 @LINUX
 @pytest.mark.slow
-def test_a_signal_to_all_its_processes_saves_the_run_and_it_goes_on_to_the_bit(place):
+def test_run_stopped_by_a_signal_to_its_process_group_resumes_bit_identical(place):
     with ThreadPoolExecutor(2) as pool:
-        expected = pool.submit(undisturbed, place)
-        ends = list(pool.map(stopped_and_resumed, [place] * SIGNALS, range(SIGNALS)))
+        expected = pool.submit(uninterrupted_run, place)
+        ends = list(pool.map(run_stopped_and_resumed, [place] * SIGNALS, range(SIGNALS)))
     assert [point for point, end in enumerate(ends) if end != expected.result()] == []

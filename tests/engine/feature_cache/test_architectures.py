@@ -1,4 +1,4 @@
-"""Freeze-then-unfreeze on twelve families of torchvision: each frozen tensor is proved to stay by the run itself."""
+"""Freeze-then-unfreeze on twelve families of torchvision; the run's own freeze check verifies the frozen tensors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The frozen prefix: one look at the data, the same figures, and none where it is not right or does not pay."""
+"""The feature cache: one pass over the data, the same results, and no cache where it would be wrong or slower."""
 
 import os
 import random
@@ -19,16 +19,16 @@ from tuneforge.engine.storage import fault_injection as faults
 
 
 @pytest.fixture(autouse=True)
-def cheap_counts(monkeypatch):
-    """The small world's layers are cheap; here that does not matter."""
+def cache_cheap_layers(monkeypatch):
+    """Cache the layers of small models, although that would not pay."""
     monkeypatch.setattr(feature_cache_build, "MIN_MACS_PER_BYTE", 0.0)
     monkeypatch.setattr(feature_cache_build, "MIN_MACS_PER_BYTE_ON_DISK", 0.0)
 
 
-def told(tune, strategy, **given):
-    said = []
-    result = tune(strategy, log=said.append, **given)
-    return result, [line.strip() for line in said if line.strip().startswith("feature cache: o")]
+def run_and_log(tune, strategy, **given):
+    messages = []
+    result = tune(strategy, log=messages.append, **given)
+    return result, [line.strip() for line in messages if line.strip().startswith("feature cache: o")]
 
 
 def weights(result):
@@ -38,19 +38,19 @@ def weights(result):
 PHASES = [tf.Phase("head", train="head", epochs=3, lr=0.02), tf.Phase("top", train="groups[-2:]", epochs=3, lr=0.02)]
 
 
-def test_cached_and_uncached_phases_agree_and_repeat_to_the_bit(tune):
-    cached, said = told(tune, PHASES, optimizer="sgd")
-    again, _ = told(tune, PHASES, optimizer="sgd")
-    plain, silent = told(tune, PHASES, cache="off", optimizer="sgd")
-    assert [line.partition(" (")[0] for line in said] == ["feature cache: on", "feature cache: on"]
+def test_cached_and_uncached_phases_agree_and_are_deterministic(tune):
+    cached, messages = run_and_log(tune, PHASES, optimizer="sgd")
+    again, _ = run_and_log(tune, PHASES, optimizer="sgd")
+    plain, silent = run_and_log(tune, PHASES, cache="off", optimizer="sgd")
+    assert [line.partition(" (")[0] for line in messages] == ["feature cache: on", "feature cache: on"]
     assert [line.partition(",")[0] for line in silent] == ["feature cache: off", "feature cache: off"]
     for name, tensor in weights(cached).items():
         assert torch.equal(tensor, weights(again)[name])
         assert torch.allclose(tensor, weights(plain)[name], atol=1e-5)
 
 
-class Counting:
-    """A source that counts the samples it is asked for."""
+class CountingSource:
+    """A source that counts the samples that are fetched."""
 
     def __init__(self, split):
         self.split, self.looks = split, 0
@@ -63,10 +63,10 @@ class Counting:
         return self.split.fetch(indices)
 
 
-def test_each_sample_is_looked_at_once_however_many_epochs(tune):
+def test_each_sample_is_fetched_once_for_any_number_of_epochs(tune):
     looks = {}
     for epochs in (2, 20):
-        source = Counting(tiny_data().train)
+        source = CountingSource(tiny_data().train)
         data = attrs.evolve(tiny_data(), train=tf.Split(source, tiny_data().train.targets))
         tune([tf.Phase("head", train="head", epochs=epochs)], data=data)
         looks[epochs] = source.looks
@@ -74,14 +74,14 @@ def test_each_sample_is_looked_at_once_however_many_epochs(tune):
 
 
 def reason(tune, network, phase=None, **given):
-    _, said = told(tune, [phase or tf.Phase("head", train="head", epochs=2)], model=network, **given)
-    (line,) = said
+    _, messages = run_and_log(tune, [phase or tf.Phase("head", train="head", epochs=2)], model=network, **given)
+    (line,) = messages
     assert line.startswith("feature cache: off, because ")
     return line
 
 
 class Body(nn.Module):
-    """What the cases below vary: (batch, 8) -> (batch, 3)."""
+    """The base of the cases below: (batch, 8) -> (batch, 3)."""
 
     def __init__(self):
         super().__init__()
@@ -122,7 +122,7 @@ class Always(Body):
 
 
 class InPlace(Body):
-    """A frozen value that a trained part overwrites, and that is read again afterwards."""
+    """A frozen value that a trained part overwrites in place, and that is read again afterwards."""
 
     def __init__(self):
         super().__init__()
@@ -135,7 +135,7 @@ class InPlace(Body):
 
 
 class Viewer(Body):
-    """A shape crosses the border."""
+    """A shape crosses the cut."""
 
     def forward(self, inputs):
         features = self.body(inputs)
@@ -144,7 +144,7 @@ class Viewer(Body):
 
 
 class DrawsInPython(Body):
-    """Layer drop with a generator that a trace does not see: the branch of the trace would be taken for ever."""
+    """Layer drop with a generator that a trace does not see: it would record one branch for good."""
 
     def between(self, features):
         return features if random.random() < 0.5 else -features
@@ -170,39 +170,39 @@ class Odd(Body):
         (Branches, "cannot be traced"),
     ],
 )
-def test_a_model_that_cannot_be_split_trains_uncached_and_says_why(tune, network, words):
+def test_model_that_cannot_be_split_trains_uncached_and_logs_why(tune, network, words):
     assert words in reason(tune, network())
 
 
 @pytest.mark.parametrize("network", [Viewer, Body, Skips, Functional, Always])
-def test_a_model_that_can_be_split_is_and_gives_the_same(tune, network):
+def test_model_that_can_be_split_is_cached_and_trains_the_same(tune, network):
     phase = [tf.Phase("head", train="head", epochs=2, lr=0.05)]
-    one, said = told(tune, phase, model=network())
-    two, _ = told(tune, phase, model=network(), cache="off")
-    assert said[0].startswith("feature cache: on")
+    one, messages = run_and_log(tune, phase, model=network())
+    two, _ = run_and_log(tune, phase, model=network(), cache="off")
+    assert messages[0].startswith("feature cache: on")
     for name, tensor in weights(one).items():
         assert torch.allclose(tensor, weights(two)[name], atol=1e-5)
 
 
-def test_a_value_that_training_overwrites_is_not_read_stale(tune):
+def test_value_overwritten_in_place_by_training_is_not_cached(tune):
     phase = tf.Phase("x", train=("middle", "head"), epochs=2, lr=0.05)
-    one, said = told(tune, [phase], model=tf.Model.from_module(InPlace(), head="head"))
-    two, _ = told(tune, [phase], model=tf.Model.from_module(InPlace(), head="head"), cache="off")
-    assert said[0].startswith("feature cache: on")
+    one, messages = run_and_log(tune, [phase], model=tf.Model.from_module(InPlace(), head="head"))
+    two, _ = run_and_log(tune, [phase], model=tf.Model.from_module(InPlace(), head="head"), cache="off")
+    assert messages[0].startswith("feature cache: on")
     for name, tensor in weights(one).items():
         assert torch.allclose(tensor, weights(two)[name], atol=1e-6)
 
 
-def test_hooks_and_moving_norms_are_not_cached(tune):
+def test_forward_hooks_and_updating_batchnorm_are_not_cached(tune):
     hooked = tiny_net()
     hooked.first.register_forward_hook(lambda module, args, output: None)
     assert "forward hooks" in reason(tune, hooked)
     moving = tf.Phase("head", train="head", epochs=2, batchnorm_stats="updating")
-    _, said = told(tune, [moving], model=tiny_net())
-    assert said[0].startswith("feature cache: on")  # of what lies before the first norm that moves
+    _, messages = run_and_log(tune, [moving], model=tiny_net())
+    assert messages[0].startswith("feature cache: on")  # for the layers before the first norm that updates
 
 
-def test_a_component_that_needs_the_inputs_turns_it_off(tune):
+def test_component_that_needs_inputs_turns_the_cache_off(tune):
     class Teacher:
         needs_inputs = True
 
@@ -215,7 +215,7 @@ def test_a_component_that_needs_the_inputs_turns_it_off(tune):
     assert "needs the model's inputs" in reason(tune, tiny_net(), callbacks=[Teacher()])
 
 
-def test_a_cheap_prefix_or_a_large_border_stays_out_of_the_way(tune, monkeypatch):
+def test_cheap_backbone_or_large_features_are_not_cached(tune, monkeypatch):
     monkeypatch.setattr(feature_cache_build, "MIN_MACS_PER_BYTE", 1e9)
     assert "so cheap" in reason(tune, tiny_net())
     monkeypatch.setattr(feature_cache_build, "MIN_MACS_PER_BYTE", 0.0)
@@ -223,23 +223,23 @@ def test_a_cheap_prefix_or_a_large_border_stays_out_of_the_way(tune, monkeypatch
     assert "more than --cache-mb 0" in reason(tune, tiny_net(), cache_mb=0, cache_disk_mb=0)
 
 
-def test_weights_and_sampling_reach_cached_batches(tune):
+def test_class_weights_and_sampling_apply_to_cached_batches(tune):
     phase = tf.Phase("head", train="head", epochs=2, class_weights={"b": 3.0}, sampling={"a": 0.0})
-    one, said = told(tune, [phase])
-    two, _ = told(tune, [phase], cache="off")
-    assert said[0].startswith("feature cache: on")
+    one, messages = run_and_log(tune, [phase])
+    two, _ = run_and_log(tune, [phase], cache="off")
+    assert messages[0].startswith("feature cache: on")
     assert torch.allclose(weights(one)["head.weight"], weights(two)["head.weight"], atol=1e-6)
 
 
-def test_a_split_of_odd_size_is_filled_to_the_last_sample(tune):
+def test_split_of_odd_size_is_cached_to_the_last_sample(tune):
     data = attrs.evolve(tiny_data(), train=tiny_data().train.subset(torch.arange(67)))
-    one, _ = told(tune, PHASES[:1], data=data)
-    two, _ = told(tune, PHASES[:1], data=data, cache="off")
+    one, _ = run_and_log(tune, PHASES[:1], data=data)
+    two, _ = run_and_log(tune, PHASES[:1], data=data, cache="off")
     assert torch.allclose(weights(one)["head.weight"], weights(two)["head.weight"], atol=1e-6)
 
 
-def counted(network):
-    """The network with a count of the samples that its first layer was given, by its own forward."""
+def count_samples(network):
+    """Return the network with a count of the samples that its first layer gets, counted by its own forward."""
     network.looks = 0
     plain = network.first[0].forward
 
@@ -253,14 +253,14 @@ def counted(network):
 
 
 HEAD = tf.Phase("head", train="head", epochs=3, lr=0.02)
-TRIAL = 40  # samples of the trials on two or three samples, before anything is trusted: an upper bound
+VERIFICATION_SAMPLES = 40  # upper bound on the samples with which a split model is verified
 
 
-def test_another_strategy_and_another_seed_find_the_features_and_compute_none(tune):
-    _, said = told(tune, [HEAD], model=counted(tiny_net()))
-    assert said[0].endswith("the frozen backbone runs once per sample")
+def test_another_strategy_or_seed_reuses_features_from_disk(tune):
+    _, messages = run_and_log(tune, [HEAD], model=count_samples(tiny_net()))
+    assert messages[0].endswith("the frozen backbone runs once per sample")
     for given in ({"seed": 5}, {"optimizer": "sgd"}):
-        network = counted(tiny_net())
+        network = count_samples(tiny_net())
         looks = {}
 
         def before(task, network=network, looks=looks):
@@ -268,27 +268,27 @@ def test_another_strategy_and_another_seed_find_the_features_and_compute_none(tu
             yield attrs.evolve(HEAD, name="other", epochs=2)
             looks["after"] = network.looks
 
-        _, said = told(tune, before, model=network, **given)
-        assert said[0].endswith("no new features are computed")
-        assert looks["after"] - looks["before"] <= TRIAL + 2 * 64  # one batch of each split, to compare
+        _, messages = run_and_log(tune, before, model=network, **given)
+        assert messages[0].endswith("no new features are computed")
+        assert looks["after"] - looks["before"] <= VERIFICATION_SAMPLES + 2 * 64  # one batch of each split is verified
 
 
-def test_features_found_on_disk_give_the_same_bytes_as_computed_ones(tune):
-    one, _ = told(tune, [HEAD])
-    two, said = told(tune, [HEAD])
-    three, memory = told(tune, [HEAD], cache="memory")
-    assert said[0].endswith("no new features are computed")
+def test_features_from_disk_give_bit_identical_weights(tune):
+    one, _ = run_and_log(tune, [HEAD])
+    two, messages = run_and_log(tune, [HEAD])
+    three, memory = run_and_log(tune, [HEAD], cache="memory")
+    assert messages[0].endswith("no new features are computed")
     assert memory[0].endswith("the frozen backbone runs once per sample")
     for name, tensor in weights(one).items():
         assert torch.equal(tensor, weights(two)[name])
         assert torch.equal(tensor, weights(three)[name])
 
 
-def test_past_the_memory_budget_features_are_mapped_and_give_the_same_bytes(tune):
-    one, _ = told(tune, [HEAD])
-    two, said = told(tune, [HEAD], cache_mb=0)
-    three, _ = told(tune, [HEAD], cache_mb=0)
-    assert said[0].startswith("feature cache: on")
+def test_memory_mapped_features_give_bit_identical_weights(tune):
+    one, _ = run_and_log(tune, [HEAD])
+    two, messages = run_and_log(tune, [HEAD], cache_mb=0)
+    three, _ = run_and_log(tune, [HEAD], cache_mb=0)
+    assert messages[0].startswith("feature cache: on")
     for name, tensor in weights(one).items():
         assert torch.equal(tensor, weights(two)[name])
         assert torch.equal(tensor, weights(three)[name])
@@ -297,23 +297,23 @@ def test_past_the_memory_budget_features_are_mapped_and_give_the_same_bytes(tune
 A, B, C, D = (letter * 64 for letter in "abcd")
 
 
-def store_of(tmp_path, limit_mb=100):
+def make_disk_cache(tmp_path, limit_mb=100):
     return store.DiskCache(tmp_path / "cache", limit_mb)
 
 
-def test_what_the_key_does_not_hold_is_found_by_the_guard(tune, tmp_path):
-    told(tune, [HEAD], cache_dir=tmp_path)
+def test_changed_features_are_found_by_recomputing_one_batch(tune, tmp_path):
+    run_and_log(tune, [HEAD], cache_dir=tmp_path)
     for entry in store.DiskCache(tmp_path, 100).entries():
         (value,), _ = store.DiskCache(tmp_path, 100).get(entry.path.name, use_mmap=False)
         changed = value * (1 + 1e-6)
         shutil.rmtree(entry.path)
         store.DiskCache(tmp_path, 100).put(entry.path.name, [(changed,)], entry.metadata)
     with pytest.raises(tf.HaltError, match="not what the model computes now"):
-        told(tune, [HEAD], cache_dir=tmp_path)
+        run_and_log(tune, [HEAD], cache_dir=tmp_path)
 
 
-def test_every_broken_entry_is_found_and_made_again(tune, tmp_path):
-    expected = weights(told(tune, [HEAD], cache_dir=tmp_path)[0])
+def test_damaged_entry_is_detected_and_computed_again(tune, tmp_path):
+    expected = weights(run_and_log(tune, [HEAD], cache_dir=tmp_path)[0])
     chance = random.Random(0)
     for number in range(40):
         entries = store.DiskCache(tmp_path, 100).entries()
@@ -329,13 +329,13 @@ def test_every_broken_entry_is_found_and_made_again(tune, tmp_path):
             sum(store.DiskCache(tmp_path, 100).get(each.path.name, use_mmap=False)[0] is None for each in entries) == 1
         )
         assert len(store.DiskCache(tmp_path, 100).entries()) == 1
-        result, _ = told(tune, [HEAD], cache_dir=tmp_path)
+        result, _ = run_and_log(tune, [HEAD], cache_dir=tmp_path)
         for name, tensor in weights(result).items():
             assert torch.equal(tensor, expected[name])
 
 
-def test_the_least_recently_used_entry_goes_first_and_what_dead_processes_left(tmp_path):
-    kept = store_of(tmp_path, limit_mb=2)
+def test_least_recently_used_entry_and_leftovers_are_deleted(tmp_path):
+    kept = make_disk_cache(tmp_path, limit_mb=2)
     others = [kept.entry_dir("notes"), kept.directory / "photos", kept.entry_dir(".x.1.part")]
     for other in others:
         other.mkdir(parents=True)
@@ -349,11 +349,11 @@ def test_the_least_recently_used_entry_goes_first_and_what_dead_processes_left(t
     assert [entry.path.name for entry in kept.entries()] == [B, D]
     assert not kept.entry_dir(f".{D}.999999.part").exists()
     kept.clear()
-    assert all(other.is_dir() for other in others)  # what is not ours is never touched
+    assert all(other.is_dir() for other in others)  # other directories are never touched
 
 
-def test_an_entry_that_another_process_wrote_first_stays(tmp_path):
-    kept = store_of(tmp_path)
+def test_entry_that_another_process_wrote_first_stays(tmp_path):
+    kept = make_disk_cache(tmp_path)
     kept.put(A, [(torch.arange(3.0),)], {"by": "first"})
     kept.put(A, [(torch.arange(3.0),)], {"by": "second"})
     (entry,) = kept.entries()
@@ -361,8 +361,8 @@ def test_an_entry_that_another_process_wrote_first_stays(tmp_path):
     assert [path.name for path in kept.entry_dir("").iterdir()] == [A]
 
 
-def test_an_entry_in_use_outlives_its_deletion(tmp_path):
-    kept = store_of(tmp_path)
+def test_entry_in_use_stays_readable_after_deletion(tmp_path):
+    kept = make_disk_cache(tmp_path)
     kept.put(A, [(torch.arange(5.0),), (torch.arange(2.0),)], {})
     (value,), _ = kept.get(A, use_mmap=True)
     assert kept.clear() > 0
@@ -370,8 +370,8 @@ def test_an_entry_in_use_outlives_its_deletion(tmp_path):
 
 
 @pytest.mark.parametrize("kill", range(1, 5))
-def test_a_process_killed_while_it_writes_leaves_nothing_that_is_found(tmp_path, kill):
-    kept = store_of(tmp_path)
+def test_process_killed_while_writing_leaves_no_partial_entry(tmp_path, kill):
+    kept = make_disk_cache(tmp_path)
     passed = iter(range(1, 10))
 
     class Killed(BaseException):
@@ -389,53 +389,53 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_is_found(tmp_path,
     assert (values is None or values[0].tolist() == [0, 1, 2], trouble) == (True, "")
 
 
-def test_a_full_disk_costs_the_sharing_and_not_the_run(tune, tmp_path):
+def test_full_disk_prevents_sharing_but_not_the_run(tune, tmp_path):
     def full(name):
         if name == "cache.values-written":
             raise OSError(28, "No space left on device")
 
-    expected = weights(told(tune, [HEAD], cache="memory")[0])
-    said = []
+    expected = weights(run_and_log(tune, [HEAD], cache="memory")[0])
+    messages = []
     faults.hook = full
-    result = tune([HEAD], cache_dir=tmp_path, log=said.append)
+    result = tune([HEAD], cache_dir=tmp_path, log=messages.append)
     faults.hook = None
     assert any(
         "feature cache: not written to disk, because the cache cannot be written (No space left" in line
-        for line in said
+        for line in messages
     )
     assert list((tmp_path / "features").iterdir()) == []
     for name, tensor in weights(result).items():
         assert torch.equal(tensor, expected[name])
 
 
-def test_a_cache_that_cannot_be_written_costs_only_the_sharing(tune, tmp_path):
+def test_unwritable_cache_prevents_sharing_but_not_the_run(tune, tmp_path):
     (tmp_path / "file").write_text("")
-    _, said = told(tune, [HEAD], cache_dir=tmp_path / "file")
-    assert said[-1].startswith("feature cache: on")
+    _, messages = run_and_log(tune, [HEAD], cache_dir=tmp_path / "file")
+    assert messages[-1].startswith("feature cache: on")
 
 
-def test_augmentation_is_a_bank_of_views_and_exact_where_there_are_enough(tune):
+def test_augmented_copies_are_reused_and_exact_if_there_is_one_per_epoch(tune):
     ways = {"augment": [tf.use("tiny:GaussianJitter")], "optimizer": "sgd"}
     six = attrs.evolve(HEAD, epochs=6)
-    banked, said = told(tune, [six], cache_copies=3, **ways)
-    assert "3 copies per sample" in said[0]
+    banked, messages = run_and_log(tune, [six], cache_copies=3, **ways)
+    assert "3 copies per sample" in messages[0]
     assert banked.strategy_steps[0][1].num_augmented_copies == 3
-    exact, said = told(tune, [six], cache_copies=6, **ways)
-    assert "random augmentation cost no more than 6 cached augmented copies" in said[0]
+    exact, messages = run_and_log(tune, [six], cache_copies=6, **ways)
+    assert "random augmentation cost no more than 6 cached augmented copies" in messages[0]
     assert exact.strategy_steps[0][1].num_augmented_copies == 0
-    again, said = told(tune, [six], cache_copies=3, **ways)
-    assert said[0].endswith("no new features are computed")
+    again, messages = run_and_log(tune, [six], cache_copies=3, **ways)
+    assert messages[0].endswith("no new features are computed")
     first = attrs.evolve(HEAD, epochs=4, schedule="constant")
-    short, _ = told(tune, [first], cache_copies=3, **ways)
+    short, _ = run_and_log(tune, [first], cache_copies=3, **ways)
     assert torch.equal(weights(banked)["head.weight"], weights(again)["head.weight"])
     losses = [
         [entry["train"]["loss"] for entry in each.strategy_steps[0][1].history] for each in (banked, exact, short)
     ]
-    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-5)  # an epoch's view is the epoch's own augmentation
-    assert losses[0][3] != pytest.approx(losses[1][3], rel=1e-5)  # the fourth sees the first view again
+    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-5)  # the first copies are the epochs' own augmentations
+    assert losses[0][3] != pytest.approx(losses[1][3], rel=1e-5)  # the fourth epoch uses the first copy again
 
 
-def test_an_augmentation_that_mixes_samples_is_not_banked(tune):
+def test_augmentation_that_mixes_samples_is_not_cached(tune):
     class Pairs:
         def augment(self, run, batch):
             return batch
@@ -445,7 +445,7 @@ def test_an_augmentation_that_mixes_samples_is_not_banked(tune):
 
 
 class Exported(nn.Module):
-    """What `torch.fx` cannot trace and `torch.export` can: Python over a shape, and starred arguments."""
+    """A model that `torch.export` can trace and `torch.fx` cannot: Python code over a shape, and starred arguments."""
 
     def __init__(self):
         super().__init__()
@@ -463,13 +463,13 @@ class Exported(nn.Module):
 
 
 @pytest.mark.parametrize("train", ["head", ("middle", "head")])
-def test_what_fx_cannot_trace_is_exported_and_gives_the_same(tune, train):
+def test_model_that_fx_cannot_trace_is_exported_and_trains_the_same(tune, train):
     with pytest.raises(Exception, match=r"symbolically traced|Proxy|proxy|iter"):
         torch.fx.Tracer().trace(Exported())
     phase = [tf.Phase("x", train=train, epochs=2, lr=0.05)]
-    one, said = told(tune, phase, model=tf.Model.from_module(Exported(), head="head"), optimizer="sgd")
-    two, _ = told(tune, phase, model=tf.Model.from_module(Exported(), head="head"), optimizer="sgd", cache="off")
-    assert said[0].startswith("feature cache: on")
+    one, messages = run_and_log(tune, phase, model=tf.Model.from_module(Exported(), head="head"), optimizer="sgd")
+    two, _ = run_and_log(tune, phase, model=tf.Model.from_module(Exported(), head="head"), optimizer="sgd", cache="off")
+    assert messages[0].startswith("feature cache: on")
     for name, tensor in weights(one).items():
         assert torch.allclose(tensor, weights(two)[name], atol=1e-5)
 
@@ -480,20 +480,20 @@ GRADUAL = [
 
 
 @pytest.mark.parametrize("cache", ["auto", "memory"])
-def test_one_look_serves_every_phase_of_a_plan_that_moves_the_border(tune, monkeypatch, cache):
+def test_one_pass_extracts_features_for_every_phase_of_a_plan(tune, monkeypatch, cache):
     def one_by_one(task):
         for phase in GRADUAL:
             _ = yield phase
 
-    network = counted(tiny_net())
-    planned, said = told(tune, GRADUAL, model=network, optimizer="sgd", cache=cache)
-    assert [line.rpartition("; ")[2] for line in said] == [
+    network = count_samples(tiny_net())
+    planned, messages = run_and_log(tune, GRADUAL, model=network, optimizer="sgd", cache=cache)
+    assert [line.rpartition("; ")[2] for line in messages] == [
         "the frozen backbone runs once per sample",
         "no new features are computed",
     ]
     monkeypatch.setenv("TUNEFORGE_CACHE", os.environ["TUNEFORGE_CACHE"] + "/other")
-    asked, said = told(tune, one_by_one, optimizer="sgd", cache=cache)
-    assert [line.rpartition("; ")[2] for line in said] == [
+    asked, messages = run_and_log(tune, one_by_one, optimizer="sgd", cache=cache)
+    assert [line.rpartition("; ")[2] for line in messages] == [
         "the frozen backbone runs once per sample",
         "the frozen backbone runs once per sample",
     ]
@@ -501,22 +501,22 @@ def test_one_look_serves_every_phase_of_a_plan_that_moves_the_border(tune, monke
         assert torch.equal(tensor, weights(asked)[name])
 
 
-def test_fit_takes_its_features_from_the_same_look(tune):
-    _, said = told(tune, [HEAD, tf.HeadFit("fit", l2=0.1)])
-    assert [line.rpartition("; ")[2] for line in said] == [
+def test_head_fit_uses_features_of_the_phase_before(tune):
+    _, messages = run_and_log(tune, [HEAD, tf.HeadFit("fit", l2=0.1)])
+    assert [line.rpartition("; ")[2] for line in messages] == [
         "the frozen backbone runs once per sample",
         "no new features are computed",
     ]
 
 
-def test_one_epoch_is_cached_only_where_another_run_can_use_it(tune):
+def test_phase_of_one_epoch_is_cached_only_on_disk(tune):
     once = attrs.evolve(HEAD, epochs=1)
     assert "each sample is used only once" in reason(tune, tiny_net(), once, cache="memory")
-    _, said = told(tune, [once])
-    assert said[0].endswith("the frozen backbone runs once per sample")
+    _, messages = run_and_log(tune, [once])
+    assert messages[0].endswith("the frozen backbone runs once per sample")
 
 
-def test_a_stop_while_features_are_computed_saves_and_the_rest_is_the_same(tune, tmp_path):
+def test_run_stopped_while_extracting_features_resumes_bit_identical(tune, tmp_path):
     data = {"data": tiny_data(), "batch_size": 16, "page": False, "cache": "memory"}
     whole = tf.Engine(strategy=tf_plan, model=tiny_net(), out=tmp_path / "whole", **data).run()
     asked = tf.Engine(strategy=tf_plan, model=tiny_net(), out=tmp_path / "r", **data)
@@ -539,7 +539,7 @@ def tf_plan(task):
     yield HEAD
 
 
-def test_features_of_a_source_that_changed_while_it_was_read_are_not_shared(tune, tmp_path, monkeypatch):
+def test_features_of_a_source_that_changed_during_the_run_are_not_shared(tune, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_cache_build, "MIN_MACS_PER_BYTE", 0.0)
     monkeypatch.setattr(feature_cache_build, "MIN_MACS_PER_BYTE_ON_DISK", 0.0)
 

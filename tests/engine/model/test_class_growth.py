@@ -1,4 +1,4 @@
-"""Another set of classes: rows of the head go by name, and before the first step the old classes answer as they did.
+"""A changed set of classes: rows of the head are matched by name, so logits of old classes are kept.
 
 Shapes: b samples, k classes.
 """
@@ -34,7 +34,7 @@ def data_of_classes(names: tuple[str, ...], *, seed: int = 1) -> tf.Data:
 
 
 def module(num_outputs: int = 10, *, features: int = 32) -> nn.Sequential:
-    """(b, 12) -> (b, k), with statistics that training moves."""
+    """Return a network (b, 12) -> (b, k) with BatchNorm statistics."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         body = nn.Sequential(nn.Linear(12, features), nn.BatchNorm1d(features), nn.ReLU())
@@ -43,7 +43,7 @@ def module(num_outputs: int = 10, *, features: int = 32) -> nn.Sequential:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory):
-    """A finished run of an mlp on ten classes."""
+    """A finished run of an MLP with ten classes."""
     return tf.Engine(
         data=data_of_classes(TEN),
         model=tf.use("mlp", hidden=(32,)),
@@ -53,19 +53,19 @@ def start(tmp_path_factory: pytest.TempPathFactory):
     ).run()
 
 
-def before_the_first_step(names: tuple[str, ...], model) -> tf.Run:
+def run_before_training(names: tuple[str, ...], model) -> tf.Run:
     return tf.Engine(data=data_of_classes(names, seed=2), model=model, page=False).prepare()
 
 
-def answers(run: tf.Run, inputs: torch.Tensor) -> torch.Tensor:
-    """Logits (b, k)."""
+def logits(run: tf.Run, inputs: torch.Tensor) -> torch.Tensor:
+    """Return logits (b, k)."""
     run.model.module.eval()
     with torch.no_grad():
         return run.forward(run.prepare_inputs(inputs))
 
 
-def places(names: tuple[str, ...]) -> tuple[list[int], list[int]]:
-    """Where the classes that both know stand among `names`, and among the ten."""
+def class_positions(names: tuple[str, ...]) -> tuple[list[int], list[int]]:
+    """Return the positions of the classes known to both, among `names` and among the ten."""
     kept = [name for name in names if name in TEN]
     return [names.index(name) for name in kept], [TEN.index(name) for name in kept]
 
@@ -74,8 +74,8 @@ NEW_SETS = pytest.mark.parametrize("names", [ELEVEN, SHUFFLED, ONE_DROPPED, TEN[
 
 
 @pytest.fixture(scope="module")
-def exact(start, tmp_path_factory: pytest.TempPathFactory):
-    """Its weights as multiples of 1/64: with inputs that are whole numbers no sum rounds, whatever the kernel."""
+def rounded_start(start, tmp_path_factory: pytest.TempPathFactory):
+    """The run with weights rounded to multiples of 1/64: with integer inputs no kernel rounds a sum."""
     tensors, metadata = load_tensors(start.run_dir / "model.safetensors")
     path = tmp_path_factory.mktemp("exact") / "weights.safetensors"
     save_tensors({name: (64 * each).round() / 64 for name, each in tensors.items()}, path, metadata=metadata)
@@ -84,11 +84,11 @@ def exact(start, tmp_path_factory: pytest.TempPathFactory):
 
 @NEW_SETS
 @pytest.mark.parametrize("num", [1, 7, 64])
-def test_old_classes_answer_as_before_to_the_bit(exact, names, num):
+def test_logits_of_old_classes_are_bit_identical(rounded_start, names, num):
     inputs = (2 * samples(num, seed=3)).round()
-    weights = tf.use("mlp", hidden=(32,), weights=exact)
-    before, after = (answers(before_the_first_step(each, weights), inputs) for each in (TEN, names))
-    new, old = places(names)
+    weights = tf.use("mlp", hidden=(32,), weights=rounded_start)
+    before, after = (logits(run_before_training(each, weights), inputs) for each in (TEN, names))
+    new, old = class_positions(names)
     assert after.shape == (num, len(names))
     assert torch.equal(after[:, new], before[:, old])
     chances, restricted = after.double().softmax(1)[:, new], before.double()[:, old].softmax(1)
@@ -96,20 +96,20 @@ def test_old_classes_answer_as_before_to_the_bit(exact, names, num):
 
 
 @NEW_SETS
-def test_the_weights_of_a_finished_run_are_a_start_whose_answers_differ_by_rounding_alone(start, names):
-    # Each row's weights are the same bits, but a matrix product rounds a column by where it stands in the matrix.
+def test_logits_of_old_classes_differ_only_by_rounding(start, names):
+    # The weights of each row are bit-identical, but how a matrix product rounds depends on the row's position.
     inputs = samples(64, seed=3)
-    grown = before_the_first_step(names, tf.use("mlp", hidden=(32,), weights=start.run_dir / "model.safetensors"))
+    grown = run_before_training(names, tf.use("mlp", hidden=(32,), weights=start.run_dir / "model.safetensors"))
     tuned = tf.load(start.run_dir).run
-    new, old = places(names)
+    new, old = class_positions(names)
     assert torch.equal(grown.model.head_module().weight[new], tuned.model.head_module().weight[old])
-    before = answers(tuned, inputs)[:, old]
-    assert (answers(grown, inputs)[:, new] - before).abs().max() <= 1e-6 * before.abs().max()
+    before = logits(tuned, inputs)[:, old]
+    assert (logits(grown, inputs)[:, new] - before).abs().max() <= 1e-6 * before.abs().max()
 
 
 @tf.component(api=1)
-class Looks:
-    """Keeps the head with which the last phase started."""
+class HeadRecorder:
+    """Stores the head with which the last phase started."""
 
     seen: ClassVar[dict[str, torch.Tensor]] = {}
 
@@ -129,54 +129,54 @@ def grow(model, names, folder, *, strategy=None):
         data=data_of_classes(names, seed=2),
         model=model,
         strategy=strategy or plain,
-        callbacks=[Looks()],
+        callbacks=[HeadRecorder()],
         page=False,
         out=folder,
     ).run()
     return result, told
 
 
-def test_a_run_starts_from_the_ten_rows_and_tells_the_strategy_which_they_are(start, tmp_path):
+def test_run_starts_from_the_old_rows_and_names_them_to_the_strategy(start, tmp_path):
     weights = start.run_dir / "model.safetensors"
     result, told = grow(tf.use("mlp", hidden=(32,), weights=weights), SHUFFLED, tmp_path / "run")
     old = tf.load(start.run_dir).model.head_module()
-    new, kept = places(SHUFFLED)
-    assert torch.equal(Looks.seen["weight"][new], old.weight[kept])
-    assert torch.equal(Looks.seen["bias"][new], old.bias[kept])
+    new, kept = class_positions(SHUFFLED)
+    assert torch.equal(HeadRecorder.seen["weight"][new], old.weight[kept])
+    assert torch.equal(HeadRecorder.seen["bias"][new], old.bias[kept])
     assert told[0].old_classes == tuple(SHUFFLED[place] for place in new)
     assert told[0].classes == SHUFFLED
     assert result.model.labels == SHUFFLED
     assert "randomly initialized: 'other'" in " ".join(result.model.changes)
 
 
-def test_the_fresh_row_does_not_speak_first(start):
+def test_randomly_initialized_row_never_predicts_first(start):
     inputs = samples(64, seed=3)
-    grown = before_the_first_step(ELEVEN, tf.use("mlp", hidden=(32,), weights=start.run_dir / "model.safetensors"))
-    after = answers(grown, inputs)
+    grown = run_before_training(ELEVEN, tf.use("mlp", hidden=(32,), weights=start.run_dir / "model.safetensors"))
+    after = logits(grown, inputs)
     assert after[:, 10].abs().max() < after[:, :10].abs().max() / 4
     assert grown.model.head_module().bias[10] == 0
 
 
-def test_a_module_whose_labels_are_named_keeps_its_rows_and_one_without_names_does_not():
-    named = before_the_first_step(ELEVEN, tf.Model.from_module(module(), labels=TEN)).model
-    nameless = before_the_first_step(ELEVEN, module()).model
+def test_module_keeps_its_rows_only_if_its_labels_are_named():
+    named = run_before_training(ELEVEN, tf.Model.from_module(module(), labels=TEN)).model
+    nameless = run_before_training(ELEVEN, module()).model
     old = module().head.weight
     assert torch.equal(named.head_module().weight[:10], old)
     assert not (nameless.head_module().weight[:10] == old).any()
     assert nameless.changes[-1] == "head: 10 -> 11 outputs, all randomly initialized"
 
 
-def test_the_model_of_a_loaded_run_is_a_start_whose_every_row_is_known(tmp_path):
+def test_model_of_a_loaded_run_has_all_rows_pretrained(tmp_path):
     first, _ = grow(module(), TEN, tmp_path / "first", strategy=[tf.Phase("all", epochs=1)])
     loaded = tf.load(first.run_dir, model=module(3)).model
     assert loaded.pretrained_labels == TEN
     before = loaded.head_module().weight.detach().clone()
     _, told = grow(loaded, ELEVEN, tmp_path / "second")
-    assert torch.equal(Looks.seen["weight"][:10], before)
+    assert torch.equal(HeadRecorder.seen["weight"][:10], before)
     assert told[0].old_classes == TEN
 
 
-def test_a_model_that_began_with_fresh_weights_is_pretrained_once_it_is_loaded(start):
+def test_model_trained_from_scratch_is_pretrained_once_it_is_loaded(start):
     assert tf.load(start.run_dir).model.pretrained
     assert tf.load(start.run_dir).model.pretrained_labels == TEN
 
@@ -187,11 +187,11 @@ def test_growing_twice_keeps_the_rows_of_both(start, tmp_path):
     twelve = ("another", *ELEVEN)
     inputs = samples(16, seed=4)
     again = tf.use("mlp", hidden=(32,), weights=first.run_dir / "model.safetensors")
-    after = answers(before_the_first_step(twelve, again), inputs)
-    torch.testing.assert_close(after[:, 1:], answers(tf.load(first.run_dir).run, inputs), rtol=1e-5, atol=1e-6)
+    after = logits(run_before_training(twelve, again), inputs)
+    torch.testing.assert_close(after[:, 1:], logits(tf.load(first.run_dir).run, inputs), rtol=1e-5, atol=1e-6)
 
 
-def test_the_digit_network_grows_from_the_weights_of_a_run(tmp_path):
+def test_digit_cnn_grows_from_the_weights_of_a_run(tmp_path):
     pictures = torch.rand(22, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
     def data(names):
@@ -203,7 +203,7 @@ def test_the_digit_network_grows_from_the_weights_of_a_run(tmp_path):
     first = tf.Engine(data=data(TEN), strategy=steps, out=tmp_path / "run", **common).run()
     start = tf.use("digit-cnn", weights=first.run_dir / "model.safetensors")
     grown = tf.Engine(data=data(SHUFFLED), model=start, **common).prepare()
-    new, old = places(SHUFFLED)
-    after, before = answers(grown, pictures), answers(tf.load(first.run_dir).run, pictures)
+    new, old = class_positions(SHUFFLED)
+    after, before = logits(grown, pictures), logits(tf.load(first.run_dir).run, pictures)
     assert torch.equal(grown.model.head_module().weight[new], tf.load(first.run_dir).model.head_module().weight[old])
     torch.testing.assert_close(after[:, new], before[:, old], rtol=1e-5, atol=1e-5)

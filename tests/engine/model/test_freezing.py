@@ -1,4 +1,4 @@
-"""Rows 2 to 4, 6 and 12 of the known defects of others: what is frozen stays, what trains moves."""
+"""Known issues 2 to 4, 6 and 12 of other tools: frozen tensors do not change, trained ones do."""
 
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ def state(model):
 @pytest.mark.parametrize(
     "optimizer", [tf.use("adamw", weight_decay=0.5), tf.use("sgd", momentum=0.9, weight_decay=0.5)]
 )
-def test_a_frozen_backbone_keeps_weights_and_statistics_to_the_bit(tune, optimizer):
+def test_frozen_backbone_keeps_its_weights_and_batchnorm_statistics(tune, optimizer):
     net = tiny_net()
     before = state(net)
     tune([tf.Phase("all", epochs=1), tf.Phase("head", train="head", epochs=2)], model=net, optimizer=optimizer)
@@ -27,7 +27,7 @@ def test_a_frozen_backbone_keeps_weights_and_statistics_to_the_bit(tune, optimiz
     assert moved == ["head.weight", "head.bias"]
 
 
-def test_momentum_from_an_earlier_phase_moves_nothing_that_is_frozen_later(tune):
+def test_momentum_of_an_earlier_phase_does_not_change_frozen_weights(tune):
     net = tiny_net()
     seen = {}
 
@@ -41,7 +41,7 @@ def test_momentum_from_an_earlier_phase_moves_nothing_that_is_frozen_later(tune)
     assert moved == ["head.weight", "head.bias"]
 
 
-def test_a_users_train_call_does_not_wake_frozen_norms(tune):
+def test_train_call_of_a_user_does_not_unfreeze_batchnorm_statistics(tune):
     class CallsTrain:
         @tf.hookimpl(wrapper=True)
         def train_step(self, run):
@@ -66,7 +66,7 @@ def test_a_users_train_call_does_not_wake_frozen_norms(tune):
     assert torch.equal(before["first.1.running_mean"], net.first[1].running_mean)
 
 
-def test_moving_norms_adapt_their_statistics_and_nothing_else(tune):
+def test_updating_batchnorm_changes_statistics_and_nothing_else(tune):
     net = tiny_net()
     before = state(net)
     tune([tf.Phase("head", train="head", epochs=1, batchnorm_stats="updating")], model=net)
@@ -75,7 +75,7 @@ def test_moving_norms_adapt_their_statistics_and_nothing_else(tune):
     assert not {"first.0.weight", "first.1.weight"} & moved
 
 
-def test_code_that_writes_to_a_frozen_weight_is_caught(tune):
+def test_callback_that_writes_to_a_frozen_weight_halts_the_run(tune):
     class Meddles:
         @tf.hookimpl
         def epoch_ended(self, run):
@@ -86,7 +86,7 @@ def test_code_that_writes_to_a_frozen_weight_is_caught(tune):
         tune([tf.Phase("head", train="head", epochs=1)], callbacks=[Meddles()])
 
 
-def test_code_that_restores_a_trained_weight_is_caught(tune):
+def test_callback_that_restores_a_trained_weight_halts_the_run(tune):
     class Restores:
         @tf.hookimpl(wrapper=True)
         def optimizer_step(self, run):
@@ -100,7 +100,7 @@ def test_code_that_restores_a_trained_weight_is_caught(tune):
         tune([tf.Phase("head", train="head", epochs=1)], callbacks=[Restores()])
 
 
-def test_twin_zero_biases_are_both_trained(tune):
+def test_equal_zero_biases_are_both_trained(tune):
     class Twins(nn.Module):
         def __init__(self):
             super().__init__()
@@ -118,7 +118,7 @@ def test_twin_zero_biases_are_both_trained(tune):
     assert result.strategy_steps[0][1].never_updated == ()
 
 
-def test_a_tensor_that_never_gets_a_gradient_is_listed_not_refused(tune):
+def test_parameter_without_a_gradient_is_reported_as_never_updated(tune):
     class Auxiliary(TinyNet):
         def __init__(self):
             super().__init__()
@@ -129,12 +129,12 @@ def test_a_tensor_that_never_gets_a_gradient_is_listed_not_refused(tune):
     assert result.strategy_steps[0][1].never_updated == ("aux.weight", "aux.bias")
 
 
-def test_a_selector_that_matches_nothing_stops_the_run(tune):
+def test_selector_without_a_match_stops_the_run(tune):
     with pytest.raises(tf.SelectorError, match="did you mean 'second'"):
         tune([tf.Phase("x", train="seccond", epochs=1)])
 
 
-def test_thawed_and_frozen_again_is_frozen(tune):
+def test_layer_frozen_again_after_unfreezing_stays_frozen(tune):
     net = tiny_net()
     seen = []
 
@@ -148,13 +148,13 @@ def test_thawed_and_frozen_again_is_frozen(tune):
     assert same == [False, True, True]
 
 
-def test_the_report_counts_what_trained_and_what_did_not(tune):
+def test_report_counts_trainable_and_frozen_parameters(tune):
     report = tune([tf.Phase("head", train="head", epochs=1)]).strategy_steps[0][1]
     assert (report.num_trainable, report.num_frozen) == (51, sum(p.numel() for p in TinyNet().parameters()) - 51)
     assert report.reason == "1 epoch completed"
 
 
-def test_the_test_split_is_seen_once(tune):
+def test_test_split_is_evaluated_once(tune):
     seen = []
 
     class Watches:
@@ -166,5 +166,5 @@ def test_the_test_split_is_seen_once(tune):
     assert seen == ["val", "val", "val", "val", "test"]
 
 
-def test_the_data_of_the_small_world_can_be_learnt(tune):
+def test_small_dataset_can_be_learned(tune):
     assert tune([tf.Phase("all", epochs=12, lr=0.01)], data=tiny_data()).report["splits"]["test"]["accuracy"] > 0.9

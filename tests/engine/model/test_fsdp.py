@@ -1,4 +1,4 @@
-"""Ranks that each hold a part of the model learn what one process does that holds it whole, step by step.
+"""Training a sharded model equals training in one process, step by step.
 
 The full set, also with three ranks: `TUNEFORGE_RANKS=1 python -m pytest tests/engine/model/test_fsdp.py`.
 """
@@ -28,7 +28,7 @@ SAME = {
         "spoil": 4, "settings": {"on_nan": "rollback", "micro_batch": 20, "grad_accum_steps": 2},
     },
 }  # fmt: skip
-"""Plans that end, and must give what one process gives."""
+"""Plans that finish, and must equal one process."""
 
 MORE = {
     "tied": {"net": "tied"},
@@ -49,7 +49,7 @@ REFUSED = {
 
 
 def ranks(size, folder, **plans):
-    """Do the plans on so many ranks, one after the other in the same processes; their exit codes and what they said."""
+    """Run the plans on this many ranks, one after the other; return exit codes and outputs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -82,7 +82,7 @@ def assert_same_steps(one, other):
             torch.testing.assert_close(other[step][name], tensor, rtol=1e-4, atol=1e-5, msg=f"{name}, step {step}")
 
 
-def answers(folder):
+def outputs(folder):
     return [json.loads(line)["result"] for line in (folder / "run/steps.jsonl").read_text().splitlines()]
 
 
@@ -91,7 +91,7 @@ def log(folder):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     for name, plan in {**SAME, **(MORE if FULL else {})}.items():
         one_shard.work(folder / name, plan)
@@ -100,7 +100,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[2, 3] if FULL else [2])
 def sharded(request, tmp_path_factory):
-    """What the ranks left: one process begins `taken-over`, and ends what they began as `handed-over`."""
+    """What the ranks wrote. One process begins `taken-over`, and finishes `handed-over`, which they began."""
     folder = tmp_path_factory.mktemp("sharded")
     one_shard.work(folder / "taken-over", {**SAME["plain"], "stop": 5})
     plans = {
@@ -114,42 +114,42 @@ def sharded(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [*SAME, *(MORE if FULL else ())])
-def test_each_step_is_that_of_one_process(alone, sharded, name):
+def test_each_sharded_step_equals_that_of_one_process(one_process, sharded, name):
     folder, _ = sharded
-    assert_same_steps(alone / name, folder / name)
-    one, other = (load_tensors(each / name / "run/model.safetensors")[0] for each in (alone, folder))
+    assert_same_steps(one_process / name, folder / name)
+    one, other = (load_tensors(each / name / "run/model.safetensors")[0] for each in (one_process, folder))
     for key, tensor in one.items():
         torch.testing.assert_close(other[key], tensor, rtol=1e-4, atol=1e-5)
-    assert [each.get("never_updated") for each in answers(alone / name)] == [
-        each.get("never_updated") for each in answers(folder / name)
+    assert [each.get("never_updated") for each in outputs(one_process / name)] == [
+        each.get("never_updated") for each in outputs(folder / name)
     ]
 
 
 @pytest.mark.parametrize("name", ["handed-over", "taken-over"])
-def test_a_run_goes_on_whether_or_not_its_model_was_sharded(alone, sharded, name):
+def test_run_resumes_with_or_without_sharding(one_process, sharded, name):
     folder, _ = sharded
-    assert_same_steps(alone / "plain", folder / name)
+    assert_same_steps(one_process / "plain", folder / name)
     assert "resumed from checkpoint" in log(folder / name)
     assert "sharded: " in log(folder / name)
     assert "note: --shard has no effect on one process" in log(folder / name)
 
 
-def test_gloo_averages_as_fsdp_asks_and_sums_as_the_engine_asks(sharded):
+def test_gradients_are_averaged_by_default_and_summed_by_the_engine(sharded):
     folder, size = sharded
     for rank in range(size):
         assert json.loads((folder / f"reductions-{rank}.json").read_text()) == [[1.0], [size]]
 
 
-def test_a_rank_holds_its_part_of_weights_and_moments(sharded):
+def test_rank_holds_its_shard_of_weights_and_optimizer_state(sharded):
     folder, size = sharded
     held = [json.loads((folder / f"plain/held-all-{rank}.json").read_text()) for rank in range(size)]
-    assert sum(own for own, _ in held) == held[0][1] + size - 1  # a single number is whole on each
+    assert sum(own for own, _ in held) == held[0][1] + size - 1  # a scalar is replicated on every rank
     assert max(own for own, _ in held) < 1.2 * held[0][1] / size
 
 
-def test_probes_read_what_they_read_in_one_process(alone, sharded):
+def test_diagnoses_equal_those_of_one_process(one_process, sharded):
     folder, _ = sharded
-    for one, other in list(zip(answers(alone / "steps"), answers(folder / "steps"), strict=True))[1:-3]:
+    for one, other in list(zip(outputs(one_process / "steps"), outputs(folder / "steps"), strict=True))[1:-3]:
         pairs = list(zip(one["values"]["$map"], other["values"]["$map"], strict=True))
         assert pairs
         for (key, value), (other_key, other_value) in pairs:
@@ -157,26 +157,26 @@ def test_probes_read_what_they_read_in_one_process(alone, sharded):
             assert other_value == pytest.approx(value, rel=1e-3, abs=1e-6)
 
 
-def test_a_loss_that_is_no_number_on_one_rank_stops_all_before_the_backward_pass(sharded):
+def test_non_finite_loss_on_one_rank_stops_all_before_backward(sharded):
     folder, _ = sharded
     assert "rolled back to the beginning of the epoch: phase 'all'" in log(folder / "steps")
     assert "the training loss is nan" in log(folder / "steps")
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_would_be_wrong_in_silence_is_refused(sharded, name):
+def test_unsupported_combination_is_refused(sharded, name):
     folder, size = sharded
     for rank in range(size):
         assert REFUSED[name][1] in (folder / name / f"error-{rank}.txt").read_text()
 
 
-def test_a_sharded_model_cannot_be_compiled():
+def test_sharded_model_cannot_be_compiled():
     with pytest.raises(tf.UsageError, match="--compile cannot be combined with --shard"):
         tf.Engine(shard=True, compile=True)
 
 
 @pytest.mark.skipif(not FULL, reason="part of the full set")
-def test_norms_see_what_they_see_on_ranks_that_hold_the_whole_model(tmp_path):
+def test_batchnorm_statistics_equal_those_of_replicated_ranks(tmp_path):
     plans = {"whole": {"net": "normed", "settings": {"shard": False}}, "parts": {"net": "normed"}}
     codes, said = ranks(2, tmp_path, **plans)
     assert codes == [0, 0], said
@@ -184,18 +184,18 @@ def test_norms_see_what_they_see_on_ranks_that_hold_the_whole_model(tmp_path):
 
 
 @pytest.mark.skipif(not FULL, reason="part of the full set")
-def test_memory_that_runs_out_ends_the_run_with_what_to_do(tmp_path):
+def test_out_of_memory_ends_a_sharded_run_with_advice(tmp_path):
     codes, _ = ranks(2, tmp_path, full={"full": 4})
-    assert codes[0] != 0  # its peer has gone
+    assert codes[0] != 0  # the other rank has died
     assert "a sharded run ran out of memory" in (tmp_path / "full/error-1.txt").read_text()
     assert "--micro-batch" in (tmp_path / "full/error-1.txt").read_text()
 
 
 @pytest.mark.skipif(not FULL, reason="part of the full set")
 @pytest.mark.parametrize(("first", "second", "kill"), [(2, 3, 4), (3, 2, 5), (2, 1, 7)])
-def test_a_killed_run_goes_on_with_another_number_of_ranks(alone, tmp_path, first, second, kill):
+def test_killed_sharded_run_resumes_with_another_world_size(one_process, tmp_path, first, second, kill):
     codes, _ = ranks(first, tmp_path, killed={**SAME["plain"], "kill": kill})
     assert set(codes) == {9}
     codes, said = ranks(second, tmp_path, killed={**SAME["plain"], "resume": True})
     assert codes == [0] * second, said
-    assert_same_steps(alone / "plain", tmp_path / "killed")
+    assert_same_steps(one_process / "plain", tmp_path / "killed")

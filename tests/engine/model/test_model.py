@@ -13,7 +13,7 @@ def model():
     return tf.Model.from_module(TinyNet())
 
 
-def test_groups_are_found_from_the_structure(model):
+def test_layer_groups_are_inferred_from_the_structure(model):
     assert [group.name for group in model.groups] == ["first", "second", "head"]
     assert model.head == "head"
 
@@ -36,23 +36,23 @@ def test_selectors(model, selector, expected):
     assert select(model, [selector]) == expected
 
 
-def test_all_selects_everything_and_selectors_are_joined(model):
+def test_all_selects_everything_and_selectors_are_combined(model):
     assert len(select(model, ["all"])) == 10
     assert select(model, ["head", "groups[0]"])[-1] == "head.bias"
 
 
 @pytest.mark.parametrize("selector", ["heat", "groups[7:]", "conv*", "re:^x", "groups[9]"])
-def test_a_selector_that_matches_nothing_is_an_error(model, selector):
+def test_selector_without_a_match_is_an_error(model, selector):
     with pytest.raises(tf.SelectorError, match="matches no parameter"):
         select(model, [selector])
 
 
-def test_a_near_miss_is_offered(model):
+def test_similar_selector_is_suggested(model):
     with pytest.raises(tf.SelectorError, match="did you mean 'second'"):
         select(model, ["secnd"])
 
 
-def test_a_parameter_outside_all_groups_is_refused():
+def test_parameter_outside_all_groups_is_refused():
     with pytest.raises(tf.PluginError, match="no layer group"):
         tf.Model(TinyNet(), groups=[tf.LayerGroup("head", ["head"])], head="head")
 
@@ -64,7 +64,7 @@ def trained_modes(model, trained, **policy):
     return {path: module.training for path, module in model.module.named_modules()}
 
 
-def test_a_frozen_backbone_is_deterministic(model):
+def test_frozen_backbone_is_in_eval_mode(model):
     modes_by_path = trained_modes(model, ["head"])
     assert not any(modes_by_path[path] for path in ("first.1", "first.3", "second.1", "second.3"))
     assert modes_by_path["head"]
@@ -78,17 +78,17 @@ def test_dropout_follows_the_dataflow(model):
     assert modes_by_path["second.3"]
 
 
-def test_a_norm_with_any_frozen_parameter_keeps_its_statistics(model):
+def test_norm_with_any_frozen_parameter_keeps_its_statistics(model):
     modes_by_path = trained_modes(model, ["biases"])
     assert not modes_by_path["first.1"]
     assert modes_by_path["first.3"]
 
 
-def test_moving_norms_are_a_policy(model):
+def test_batchnorm_stats_updating_keeps_norms_in_training_mode(model):
     assert trained_modes(model, ["head"], batchnorm_stats="updating")["first.1"]
 
 
-def test_looking_at_the_dataflow_changes_nothing(model):
+def test_observing_the_dataflow_changes_nothing(model):
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -100,7 +100,7 @@ def test_looking_at_the_dataflow_changes_nothing(model):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.module.state_dict().items())
 
 
-def test_dropout_after_a_trained_embedding_runs_in_training_mode_though_it_comes_first_in_the_module_list():
+def test_dropout_after_a_trained_embedding_is_in_training_mode():
     class Reversed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -116,19 +116,19 @@ def test_dropout_after_a_trained_embedding_runs_in_training_mode_though_it_comes
     assert not trained_modes(model, ["head"])["drop"]
 
 
-def test_selectors_with_a_mark_in_front_take_away(model):
+def test_selectors_with_an_exclamation_mark_exclude(model):
     assert select(model, ["head", "!biases"]) == ["head.weight"]
     assert select(model, ["!norms", "!head"]) == ["first.0.weight", "first.0.bias", "second.0.weight", "second.0.bias"]
     with pytest.raises(tf.SelectorError):
         select(model, ["head", "!all"])
 
 
-def test_two_groups_of_one_name_are_refused():
+def test_two_groups_with_one_name_are_refused():
     with pytest.raises(tf.PluginError, match="names must differ"):
         tf.Model(TinyNet(), groups=[tf.LayerGroup("a", ["first", "second"]), tf.LayerGroup("a", ["head"])], head="head")
 
 
-def test_a_norm_after_the_head_has_a_group_of_its_own():
+def test_norm_after_the_head_has_its_own_group():
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()

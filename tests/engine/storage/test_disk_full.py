@@ -1,8 +1,8 @@
-"""A disk that is full at any one write costs nothing that was saved, and after a resume nothing at all.
+"""A disk that is full at any write loses nothing that was saved, and after a resume nothing at all.
 
-A sample of the writes; all of them, each failing once and from there on, and a real full disk of every size:
-`TUNEFORGE_DISK=all python -m pytest tests/engine/storage/test_disk_full.py`. The real one mounts a tmpfs in a
-namespace of its own, which needs Linux and the right to make one.
+By default some of the writes fail. All of them, each once and for good, and a real full disk of every size:
+`TUNEFORGE_DISK=all python -m pytest tests/engine/storage/test_disk_full.py`. The real disk is a tmpfs
+mounted in a namespace, which needs Linux and the permission to create one.
 """
 
 import json
@@ -36,7 +36,7 @@ WAYS = {
 
 
 class Place:
-    """A folder that lies on the disk, with the run and the cache in it; commands run beside it."""
+    """A directory on the simulated disk with the run and the cache; commands run beside it."""
 
     def __init__(self, base, way):
         self.base = base
@@ -53,27 +53,27 @@ class Place:
     def contents(self):
         return {name: (self.run / name).read_bytes() for name in COMPARED}
 
-    def left(self):
-        """Every file and folder; names of cache entries are as they are, for they are hashes of what they hold."""
+    def remaining_files(self):
+        """Return every file and directory; cache entries are comparable, because their names are hashes."""
         return sorted(str(path.relative_to(self.base)) for path in (self.base / "disk").rglob("*"))
 
-    def whole(self):
-        """Steps of the checkpoints there; a broken one is an error."""
+    def checkpoint_steps(self):
+        """Return the steps of the checkpoints; raise if one is damaged."""
         return [checkpoint.verify(path).step for path in sorted(self.run.glob("checkpoints/[0-9]*"))]
 
 
 @pytest.fixture(scope="module", params=WAYS)
-def unhurt(request, tmp_path_factory):
-    """What a run leaves that had space, with the writes that it passed."""
+def uninterrupted(request, tmp_path_factory):
+    """Return what a run with enough space writes, and its writes in order."""
     with pytest.MonkeyPatch.context() as patch:
         place = Place(tmp_path_factory.mktemp("unhurt") / "w", request.param).begin(patch)
         with place.disk.mounted():
             assert main(place.command) == 0
-        return request.param, place.contents(), place.left(), place.disk.passed
+        return request.param, place.contents(), place.remaining_files(), place.disk.passed
 
 
-def chosen(passed):
-    """All writes, or some of each kind spread over the run: the first, the last, and what lies between."""
+def select_writes(passed):
+    """Return all writes, or some of each kind spread over the run: the first, the last, and some between."""
     if ALL:
         return [(number, to_stay) for number in range(1, len(passed) + 1) for to_stay in (False, True)]
     spread = [1 + round(place * (len(passed) - 1) / (SAMPLES - 1)) for place in range(SAMPLES)]
@@ -84,15 +84,15 @@ def renamed_checkpoints(passed):
     return sum(kind == "rename" and "-step-" in name for kind, name in passed)
 
 
-def hurt(place, number, to_stay, capsys, passed):
-    """Run into the full disk at a write, then go on with space; what was said by then."""
+def run_with_full_disk(place, number, to_stay, capsys, passed):
+    """Fill the disk at a write, then resume with space; return what was logged by then."""
     with place.disk.mounted(full_at=number, to_stay=to_stay):
         code = main(place.command)
     out, err = capsys.readouterr()
     at = f"write {number} ({passed[number - 1]}), {'to stay' if to_stay else 'once'}: {out[-300:]}{err}"
     assert code in (0, 75), at
     assert "Traceback" not in out + err, at
-    steps = place.whole()
+    steps = place.checkpoint_steps()
     if renamed_checkpoints(passed[: number - 1]) and code == 75:
         assert steps, at
         assert checkpoint.load_latest(place.run, CPU)[2] == [], at
@@ -106,24 +106,25 @@ def hurt(place, number, to_stay, capsys, passed):
     return code, out, at
 
 
-def test_a_disk_full_at_any_write_costs_nothing_after_a_resume(unhurt, tmp_path, monkeypatch, capsys):
-    way, contents, left, passed = unhurt
+def test_disk_full_at_any_write_loses_nothing_after_resume(uninterrupted, tmp_path, monkeypatch, capsys):
+    way, contents, remaining_files, passed = uninterrupted
     survived, stopped = 0, 0
-    for number, to_stay in chosen(passed):
+    for number, to_stay in select_writes(passed):
         place = Place(tmp_path / f"{number} {to_stay}", way).begin(monkeypatch)
-        code, out, at = hurt(place, number, to_stay, capsys, passed)
+        code, out, at = run_with_full_disk(place, number, to_stay, capsys, passed)
         survived, stopped = survived + (code == 0), stopped + (code == 75)
         assert place.contents() == contents, at
         log = (place.run / "log.txt").read_text()
         assert log.endswith("\n"), at
         times = [json.loads(line) for line in (place.run / "timings.jsonl").read_text().splitlines()]
         assert [each["epoch"] for each in times] == [1, 2], at
-        missing, more = set(left) - set(place.left()), set(place.left()) - set(left)
+        expected, found = set(remaining_files), set(place.remaining_files())
+        missing, more = expected - found, found - expected
         assert not more, (at, more)
         if missing == {"disk/run/report.html"}:
             assert "warning: the run is done, but cannot write" in out, at
             assert main(["report", "disk/run"]) == 0
-            assert place.left() == left, at
+            assert place.remaining_files() == remaining_files, at
         elif missing:
             assert all(name.startswith("disk/cache") for name in missing), (at, missing)
             assert "not shared with other runs: the cache cannot be written (No space left" in out, at
@@ -133,8 +134,8 @@ def test_a_disk_full_at_any_write_costs_nothing_after_a_resume(unhurt, tmp_path,
             print(f"\n{way}: {survived + stopped} of {2 * len(passed)} ({len(passed)} writes), {stopped} exited 75")
 
 
-def logged(path, full_at):
-    """What a log holds of three lines; the writes that were passed before the second one."""
+def write_log(path, full_at):
+    """Return the content of a log of three lines, and the writes before the second one."""
     disk = Disk(path)
     with disk.mounted(full_at=full_at), RunDir(path / "r") as place:
         place.write_status("running")
@@ -145,14 +146,14 @@ def logged(path, full_at):
     return (path / "r" / "log.txt").read_text().splitlines(), passed
 
 
-def test_a_log_that_lost_lines_says_so_and_holds_no_half_of_one(tmp_path):
-    lines, passed = logged(tmp_path / "unhurt", 0)
+def test_log_reports_lost_lines_and_has_no_partial_line(tmp_path):
+    lines, passed = write_log(tmp_path / "unhurt", 0)
     assert lines == ["one", "two", "three"]
-    lines, _ = logged(tmp_path / "hurt", passed + 1)
+    lines, _ = write_log(tmp_path / "hurt", passed + 1)
     assert lines == ["one", "(1 line(s) are missing here: the disk was full)", "three"]
 
 
-def test_what_a_killed_process_left_half_written_is_gone_when_the_run_goes_on(tmp_path):
+def test_temporary_files_of_a_killed_process_are_deleted_on_resume(tmp_path):
     part, other = tmp_path / ".report.json.4711.part", tmp_path / ".notes.part"
     part.write_text("{")
     other.write_text("mine")
@@ -161,7 +162,7 @@ def test_what_a_killed_process_left_half_written_is_gone_when_the_run_goes_on(tm
         assert other.exists()
 
 
-# What is made from a finished run
+# Commands on a finished run
 
 COMMANDS = {
     "page": ["report", "disk/run"],
@@ -172,7 +173,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with a run that is done."""
+    """Return a directory with a finished run."""
     with pytest.MonkeyPatch.context() as patch:
         place = Place(tmp_path_factory.mktemp("finished") / "f", "with a page").begin(patch)
         assert main(place.command) == 0
@@ -180,7 +181,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_that_meets_a_full_disk_leaves_all_as_it_was(finished, tmp_path, monkeypatch, capsys, name):
+def test_command_on_a_full_disk_changes_nothing(finished, tmp_path, monkeypatch, capsys, name):
     def files(base):
         return {str(path.relative_to(base)): path.read_bytes() for path in base.rglob("*") if path.is_file()}
 
@@ -193,7 +194,7 @@ def test_a_command_that_meets_a_full_disk_leaves_all_as_it_was(finished, tmp_pat
     with disk.mounted():
         assert main(COMMANDS[name]) == 0
     expected, passed = set(files(base)), disk.passed
-    for number, to_stay in chosen(passed):
+    for number, to_stay in select_writes(passed):
         disk, base = copied(f"{number} {to_stay}")
         before = files(base)
         capsys.readouterr()
@@ -255,8 +256,8 @@ for limit in ("size=64m", *limits):
 """
 
 
-def mounts():
-    """True where this user may mount a disk of its own."""
+def can_mount():
+    """Return True if this user may mount a disk."""
     if sys.platform != "linux":
         return False
     tried = ["unshare", "-rm", "sh", "-c", "mount -t tmpfs -o size=4k tmpfs /mnt"]
@@ -266,15 +267,15 @@ def mounts():
         return False
 
 
-def limits():
-    """Disks from one page to more than enough, and with so many files and folders."""
+def disk_sizes():
+    """Return disks from one page to more than enough, and with as many files and directories."""
     pages, files = (range(1, 120), range(2, 60)) if ALL else ((30,), (25,))
     return [*(f"size={4 * each}k" for each in pages), *(f"size=64m,nr_inodes={each}" for each in files)]
 
 
-@pytest.mark.skipif(not mounts(), reason="needs the right to mount a disk")
-def test_a_real_disk_of_any_size_costs_nothing_after_a_resume(tmp_path, capsys):
-    given = json.dumps([[*RUN, *WAYS["features in memory"], "--out", "disk/run"], COMPARED, limits()])
+@pytest.mark.skipif(not can_mount(), reason="needs permission to mount a disk")
+def test_real_disk_of_any_size_loses_nothing_after_resume(tmp_path, capsys):
+    given = json.dumps([[*RUN, *WAYS["features in memory"], "--out", "disk/run"], COMPARED, disk_sizes()])
     done = subprocess.run(
         ["unshare", "-rm", sys.executable, "-W", "error", "-c", MOUNTED, given],
         cwd=tmp_path,
@@ -285,7 +286,7 @@ def test_a_real_disk_of_any_size_costs_nothing_after_a_resume(tmp_path, capsys):
     )
     assert done.returncode == 0, done.stderr
     told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [each[0] for each in told[1:]] == limits()
+    assert [each[0] for each in told[1:]] == disk_sizes()
     for limit, code, out, err, steps, again, same, more in told:
         at = (limit, out[-300:], err, again)
         assert code in (0, 75), at
@@ -299,7 +300,7 @@ def test_a_real_disk_of_any_size_costs_nothing_after_a_resume(tmp_path, capsys):
             print(f"\nreal disks: {len(codes)} of {len(codes)}, {codes.count(75)} exited 75")
 
 
-# What is printed
+# Output
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -7,7 +7,7 @@ from tuneforge.engine.storage.safetensors_io import _DTYPES
 from tuneforge.exporting import load_tensors, save_tensors
 
 
-def of_every_type():
+def tensors_of_every_type():
     values = torch.arange(-3, 12)
     return {f"tensor of {dtype}": values.to(dtype).reshape(3, 5) for dtype in _DTYPES} | {
         "a": torch.randn(4, 3, dtype=torch.float64),
@@ -17,8 +17,8 @@ def of_every_type():
     }
 
 
-def test_the_bytes_are_those_of_the_formats_own_library_and_read_back_the_same(tmp_path):
-    tensors = of_every_type()
+def test_file_equals_that_of_the_safetensors_library_and_reads_back(tmp_path):
+    tensors = tensors_of_every_type()
     save_tensors(tensors, tmp_path / "t.safetensors", metadata={"b": 1, "a": [2]})
     plain = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     expected = save(plain, metadata={"tuneforge": '{"a": [2], "b": 1}'})
@@ -30,7 +30,7 @@ def test_the_bytes_are_those_of_the_formats_own_library_and_read_back_the_same(t
         assert torch.equal(read[name].reshape(-1).view(torch.uint8), plain[name].reshape(-1).view(torch.uint8))
 
 
-def test_tensors_that_share_memory_are_each_stored_whole(tmp_path):
+def test_tensors_that_share_memory_are_stored_separately(tmp_path):
     base = torch.randn(4, 4)
     save_tensors({"base": base, "row": base[1], "conj": torch.view_as_complex(base.view(8, 2)).conj()}, tmp_path / "t")
     read, _ = load_tensors(tmp_path / "t")
@@ -39,7 +39,7 @@ def test_tensors_that_share_memory_are_each_stored_whole(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2, dtype=torch.complex128), torch.eye(2).to_sparse()])
-def test_what_the_format_does_not_have_is_named_and_the_old_file_stays(tmp_path, wrong):
+def test_unsupported_type_is_named_and_the_old_file_stays(tmp_path, wrong):
     save_tensors({"w": torch.ones(2)}, tmp_path / "t")
     with pytest.raises(tf.UsageError, match="'odd' cannot be stored"):
         save_tensors({"w": torch.zeros(2), "odd": wrong}, tmp_path / "t")
