@@ -1,4 +1,4 @@
-"""The statistics of a race against scipy and numbers worked by hand."""
+"""Statistics over seeds against scipy and values computed by hand."""
 
 import math
 
@@ -10,7 +10,7 @@ from tuneforge.comparison.paired_tests import ALPHA, ci_half_width, holm_correct
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 30])
-def test_the_paired_test_and_its_interval_are_scipys(count):
+def test_the_paired_test_and_its_interval_equal_scipys(count):
     generator = np.random.default_rng(count)
     first, second = generator.normal(0.9, 0.02, count), generator.normal(0.89, 0.02, count)
     found, known = paired_t_test(first, second), stats.ttest_rel(first, second)
@@ -21,7 +21,7 @@ def test_the_paired_test_and_its_interval_are_scipys(count):
     assert found.std == pytest.approx(np.std(first - second, ddof=1))
 
 
-def test_a_textbook_case_by_hand():
+def test_a_textbook_case_equals_the_value_computed_by_hand():
     found = paired_t_test(
         [0.90, 0.92, 0.94], [0.88, 0.91, 0.91]
     )  # differences 0.02, 0.01, 0.03: t = 0.02 / (0.01 / sqrt(3))
@@ -43,47 +43,47 @@ def test_one_seed_is_not_tested():
     assert found.mean == pytest.approx(0.1)
 
 
-def test_differences_without_spread_are_not_tested_however_large():
+def test_differences_without_variance_are_not_tested_however_large():
     found = paired_t_test([0.9, 0.9, 0.9], [0.1, 0.1, 0.1])
     assert (found.p_value, found.ci_low, found.ci_high) == (None, None, None)
     assert found.reason_untested == "every seed gives the same difference"
     assert paired_t_test([0.3, 0.1 + 0.2, 0.3], [0.1, 0.1, 0.1]).p_value is None, "they differ by rounding only"
 
 
-def test_equal_figures_are_no_difference():
+def test_equal_values_are_no_difference():
     found = paired_t_test([0.9, 0.8], [0.9, 0.8])
     assert (found.mean, found.ci_low, found.ci_high, found.p_value) == (0.0, 0.0, 0.0, 1.0)
 
 
-def test_holms_correction_of_known_numbers():
+def test_holms_correction_equals_known_values():
     assert holm_correction([0.01, 0.04, 0.03, 0.005], num_comparisons=4) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm_correction([0.6, 0.7], num_comparisons=2) == pytest.approx([1.0, 1.0])
     assert holm_correction([], num_comparisons=0) == []
 
 
-def test_comparisons_without_a_p_count_for_the_correction():
+def test_comparisons_without_a_p_value_count_for_the_correction():
     assert holm_correction([None, 0.01, 0.02], num_comparisons=3) == [None, pytest.approx(0.03), pytest.approx(0.04)]
     assert holm_correction([0.01], num_comparisons=5) == pytest.approx([0.05])
 
 
 @pytest.mark.parametrize(("pairs", "quantile"), [(2, 12.7062), (3, 4.3027), (10, 2.2622)])
-def test_how_far_an_interval_reaches(pairs, quantile):
+def test_the_half_width_of_the_confidence_interval_equals_known_values(pairs, quantile):
     assert ci_half_width(pairs) == pytest.approx(quantile / math.sqrt(pairs), rel=1e-4)
 
 
-def test_the_spread_is_that_of_a_sample():
+def test_the_standard_deviation_is_that_of_a_sample():
     assert mean_and_std([1.0, 2.0, 3.0]) == (2.0, 1.0)
     assert mean_and_std([4.0]) == (4.0, None)
 
 
-def test_the_correction_keeps_races_of_equals_from_having_a_winner():
-    """A baseline and three equals, 400 races: some entrant is called different in 7 % of them; uncorrected, in 14 %."""
+def test_the_correction_keeps_comparisons_of_equals_from_having_a_winner():
+    """A baseline and three equals, 400 times: one differs significantly in 7 %; uncorrected: 14 %."""
     generator = np.random.default_rng(0)
-    called, uncorrected = 0, 0
+    corrected, uncorrected = 0, 0
     for _ in range(400):
         base, *others = generator.normal(size=(4, 5))
         p_values = [paired_t_test(each, base).p_value for each in others]
-        called += min(holm_correction(p_values, num_comparisons=3)) < ALPHA
+        corrected += min(holm_correction(p_values, num_comparisons=3)) < ALPHA
         uncorrected += min(p_values) < ALPHA
-    assert called / 400 < 0.075
+    assert corrected / 400 < 0.075
     assert uncorrected / 400 > 0.1

@@ -199,7 +199,7 @@ def test_python_objects_and_zero_processes_are_refused(working_dir):
 def test_a_budget_in_seconds_comes_with_a_note_on_the_shared_threads(working_dir):
     Path("go").touch()
     table = tf.compare(GATES, **SMALL, seeds=1, budget="60s", num_processes=2, out="r").table
-    assert "note: 2 runs at a time, each with 1 thread(s): 60s are worth less so" in table
+    assert "note: 2 runs at a time, each with 1 thread(s): 60s allow fewer steps" in table
 
 
 def test_errors_keep_their_parts_when_a_process_sends_them_to_another():

@@ -1,4 +1,4 @@
-"""`tuneforge compare`: race strategies at equal cost, or compare finished runs."""
+"""`tuneforge compare`: compare strategies at equal cost, or compare finished runs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SEEDS = 3
 
 
 def _compare(runs: tuple[str, ...], resume: str | None, as_json: bool, **values: Any) -> int:
-    """Race strategies on the same data at equal cost, or compare finished runs; it decides on validation.
+    """Compare strategies on the same data at equal cost, or compare finished runs, on the validation split.
 
-    Options of an entrant follow its name: full:lr=3e-4:epochs=20; a list stands in brackets. With greedy-soup among the
-    strategies, the weights of the others are averaged too. All other flags are those of run.
+    Options of a strategy follow its name: full:lr=3e-4:epochs=20; lists are in brackets. With greedy-soup among the
+    strategies, the weights of the others are averaged too. All other flags are those of tuneforge run.
 
     \b
     tuneforge compare --strategies lp-ft,full,head-only --seeds 3 --budget 20epochs
@@ -37,7 +37,7 @@ def _compare(runs: tuple[str, ...], resume: str | None, as_json: bool, **values:
         _require_unset(ctx, values, allowed=("baseline", "out"), reason="finished runs are compared as they are")
         comparison = _compare_runs(runs, values)
     elif resume is not None:
-        _require_unset(ctx, values, allowed=("num_processes",), reason="a race goes on as it was begun")
+        _require_unset(ctx, values, allowed=("num_processes",), reason="a study is resumed with its own options")
         comparison = _run_study(
             lambda log: _load_study(resume, log), Path(resume), num_processes=num_processes, as_json=as_json
         )
@@ -59,7 +59,7 @@ def _compare(runs: tuple[str, ...], resume: str | None, as_json: bool, **values:
 def _run_study(
     make: Callable[[Callable[[str], None]], Study], out: Path | None, *, num_processes: int, as_json: bool
 ) -> Comparison:
-    """Run a race; Ctrl-C and SIGTERM save the runs that are under way and stop."""
+    """Run a study; Ctrl-C and SIGTERM save checkpoints of the active runs and stop."""
     return make(lambda text: click.echo(text, err=as_json)).run(out, _execute, num_processes=num_processes)
 
 
@@ -75,7 +75,7 @@ def _build_study(ctx: click.Context, values: dict[str, Any], log: Callable[[str]
 
     config = build_config(ctx, values)
     if "strategy" in ctx.meta["tuneforge.file"]:
-        log("note: the strategy of the file takes no part; --strategies does")
+        log("note: the strategy of the file is ignored; --strategies names those to compare")
     return Study(
         values["strategies"] or "",
         seeds=_SEEDS if values["seeds"] is None else values["seeds"],
@@ -100,7 +100,7 @@ def _compare_runs(runs: tuple[str, ...], values: dict[str, Any]) -> Comparison:
 
 
 def _require_unset(ctx: click.Context, values: dict[str, Any], *, allowed: tuple[str, ...], reason: str) -> None:
-    """Nothing may be asked for that would be ignored.
+    """Check that no flag is given that would be ignored.
 
     Raises:
         UsageError: The message names the flags.
@@ -110,7 +110,7 @@ def _require_unset(ctx: click.Context, values: dict[str, Any], *, allowed: tuple
     given = {parameter.name: parameter.opts[0] for parameter in ctx.command.get_params(ctx) if parameter.opts}
     asked = [given[name] for name, value in values.items() if value not in (None, False, ()) and name not in allowed]
     if asked:
-        raise UsageError(f"{reason}, so {', '.join(asked)} cannot be asked for", fix="leave that out")
+        raise UsageError(f"{reason}, so {', '.join(asked)} cannot be given", fix="remove that")
 
 
 compare = ComponentCommand(
@@ -119,16 +119,20 @@ compare = ComponentCommand(
     help=_compare.__doc__,
     params=[
         click.Argument(["runs"], metavar="[RUN]...", nargs=-1),
-        click.Option(["--strategies"], metavar="NAME[:OPTION=VALUE]...,...", help="Who takes part."),
-        click.Option(["--seeds"], type=int, help=f"How many runs of each, from --seed on. [default: {_SEEDS}]"),
-        click.Option(["--baseline"], metavar="NAME", help="Whom the others are tested against. [default: the first]"),
-        click.Option(["--halving"], is_flag=True, help="Drop the worse half after half the budget, and so on."),
+        click.Option(["--strategies"], metavar="NAME[:OPTION=VALUE]...,...", help="Strategies to compare."),
         click.Option(
-            ["--num-processes"], type=click.IntRange(min=1), help="Processes that share the runs. [default: 1]"
+            ["--seeds"], type=int, help=f"Number of seeds per strategy, counted from --seed. [default: {_SEEDS}]"
         ),
-        click.Option(["--resume"], metavar="RACE", help="Go on with the race in this folder."),
-        click.Option(["--out"], metavar="FOLDER", help="The race's folder; none: a new one under runs/."),
+        click.Option(
+            ["--baseline"], metavar="NAME", help="Strategy that the others are tested against. [default: the first]"
+        ),
+        click.Option(["--halving"], is_flag=True, help="Successive halving: drop the worse half after each round."),
+        click.Option(
+            ["--num-processes"], type=click.IntRange(min=1), help="Worker processes that share the runs. [default: 1]"
+        ),
+        click.Option(["--resume"], metavar="STUDY", help="Resume the study in this directory."),
+        click.Option(["--out"], metavar="DIR", help="Study directory. [default: a new one under runs/]"),
         *(each for each in run_options() if each.name not in _EXCLUDED_OPTIONS),
-        click.Option(["--json", "as_json"], is_flag=True, help="End with one JSON object on standard output."),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object on standard output at the end."),
     ],
 )

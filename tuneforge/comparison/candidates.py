@@ -1,4 +1,4 @@
-"""Who takes part in a race: strategies by name, with options, or as Python objects, each with a name of its own."""
+"""The candidates of a study: strategies by name, with options, or as Python objects, each with a unique name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tuneforge.plugin.declaration import get_options
 from tuneforge.plugin.steps import ComponentSpec, Diagnosis, HeadFit, Phase, WeightAverage
 
 SOUP = "greedy-soup"
-"""Stands among the strategies for the average of the others' weights."""
+"""The name that stands among the strategies for the average of the others' weights."""
 
 _SEPARATOR = re.compile(r",(?![^\[\]]*\])")
 _OPTION = re.compile(r":(?=[A-Za-z][\w-]*=)")
@@ -25,13 +25,13 @@ _MAX_DIR_NAME_LENGTH = 80
 
 @attrs.frozen(eq=False)
 class Candidate:
-    """A strategy that takes part.
+    """A strategy that is compared.
 
     Args:
-        name: As the table shows it.
-        dir_name: Of its runs, inside the race's.
-        strategy: What the engine is given.
-        spec: How the configuration records it.
+        name: The name in the table.
+        dir_name: The directory of its runs, inside the study directory.
+        strategy: The strategy as `Engine` takes it.
+        spec: The strategy as the configuration records it.
     """
 
     name: str
@@ -41,9 +41,9 @@ class Candidate:
 
 
 def parse_strategies(text: str) -> list[ComponentSpec]:
-    """Strategies as a command line writes them: `lp-ft,full:lr=3e-4:epochs=20,wise-ft:weights=[0.5,1],mine:Name`.
+    """Parse strategies of a command line: `lp-ft,full:lr=3e-4:epochs=20,wise-ft:weights=[0.5,1],mine:Name`.
 
-    Commas part the strategies, each `:option=value` belongs to the one before it, and a list stands in brackets.
+    Commas separate strategies, each `:option=value` belongs to the strategy before it, and lists are in brackets.
     """
     specs = []
     for each in filter(None, (part.strip() for part in _SEPARATOR.split(text))):
@@ -54,14 +54,14 @@ def parse_strategies(text: str) -> list[ComponentSpec]:
 
 
 def normalize_strategies(strategies: Any) -> list[tuple[str | None, Any]]:
-    """Each strategy as the engine takes it, with its name where the caller gave one.
+    """Return each strategy as `Engine` takes it, with its name if the caller gave one.
 
     Args:
-        strategies: Text as `parse_strategies` takes it, or a list of such texts, `use(...)`, instances, functions of
-            the task and lists of steps; or a mapping of these by name.
+        strategies: Text for `parse_strategies`, or a list of such texts, `use(...)`, instances, functions of the task
+            and lists of steps; or a mapping from names to these.
 
     Raises:
-        UsageError: One of them can be read only once.
+        UsageError: A strategy is an iterator, which can be read only once.
     """
     if isinstance(strategies, Mapping):
         named: list[tuple[str | None, Any]] = [(str(name), _parse_single(each)) for name, each in strategies.items()]
@@ -71,31 +71,31 @@ def normalize_strategies(strategies: Any) -> list[tuple[str | None, Any]]:
     for _, each in named:
         if isinstance(each, Iterator):
             raise UsageError(
-                f"a strategy of the race is {type(each).__name__}, which can be read only once",
-                why="every seed begins it anew",
-                fix="give the function itself, or a list of steps",
+                f"a strategy is a {type(each).__name__}, which can be read only once",
+                why="every seed reads its steps again",
+                fix="pass the function itself, or a list of steps",
             )
     return named
 
 
 def build_candidates(strategies: Sequence[tuple[str | None, Any]], specs: Sequence[ComponentSpec]) -> list[Candidate]:
-    """The entrants, each with a name and a folder of its own.
+    """Return the candidates, each with a unique name and directory.
 
     Args:
-        strategies: As `normalize_strategies` gives them.
-        specs: How a configuration records each, its options complete.
+        strategies: The result of `normalize_strategies`.
+        specs: Each strategy as the configuration records it, with all options.
 
     Raises:
-        UsageError: Two have the same name.
+        UsageError: Two candidates have the same name.
     """
     candidates: list[Candidate] = []
     for (name, strategy), use in zip(strategies, specs, strict=True):
         label = name or _candidate_name(use, strategy)
         if any(label == other.name for other in candidates):
             raise UsageError(
-                f"two entrants of the race are '{label}'",
+                f"two candidates are named '{label}'",
                 where="--strategies",
-                fix='leave one out, or name them in Python: compare({"one": ..., "other": ...})',
+                fix='remove one, or name them in Python: compare({"one": ..., "other": ...})',
             )
         candidates.append(
             Candidate(label, _unique_dir_name(label, {other.dir_name for other in candidates}), strategy, use)
@@ -104,13 +104,15 @@ def build_candidates(strategies: Sequence[tuple[str | None, Any]], specs: Sequen
 
 
 def choose_baseline(baseline: str | None, names: Sequence[str]) -> str:
-    """The entrant that others are compared with: the one asked for, else the first.
+    """Return the name of the baseline: the requested candidate, or the first.
 
     Raises:
-        UnknownNameError: None has that name.
+        UnknownNameError: No candidate has that name.
     """
     if baseline is not None and baseline not in names:
-        raise UnknownNameError(f"no entrant is '{baseline}'", where="--baseline", fix=suggest_name(baseline, names))
+        raise UnknownNameError(
+            f"no candidate is named '{baseline}'", where="--baseline", fix=suggest_name(baseline, names)
+        )
     return baseline if baseline is not None else names[0]
 
 
@@ -119,12 +121,12 @@ def _parse_single(strategy: Any) -> Any:
         return strategy
     specs = parse_strategies(strategy)
     if len(specs) != 1:
-        raise UsageError(f"'{strategy}' is {len(specs)} strategies under one name", where="strategies")
+        raise UsageError(f"'{strategy}' names {len(specs)} strategies instead of one", where="strategies")
     return specs[0]
 
 
 def _candidate_name(spec: ComponentSpec, strategy: Any) -> str:
-    """The strategy's name with those of its options that are not the default."""
+    """Return the name of the strategy with the options that differ from their default."""
     if is_object(spec.name):
         steps = strategy if isinstance(strategy, (list, tuple)) else [strategy]
         known = [each.name for each in steps if isinstance(each, (Phase, HeadFit, Diagnosis, WeightAverage))]
@@ -138,7 +140,7 @@ def _candidate_name(spec: ComponentSpec, strategy: Any) -> str:
 
 
 def _format_value(value: Any) -> str:
-    """An option's value as `parse_strategies` takes it."""
+    """Return the value of an option in the syntax of `parse_strategies`."""
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(_format_value, value))}]"
     if isinstance(value, Mapping):
@@ -149,8 +151,8 @@ def _format_value(value: Any) -> str:
 
 
 def _unique_dir_name(name: str, used_names: Iterable[str]) -> str:
-    """A folder's name from an entrant's, unlike those that are taken, in small letters too."""
-    plain = _UNSAFE.sub("-", name).strip("-.")[:_MAX_DIR_NAME_LENGTH] or "entrant"
+    """Return a directory name for a candidate that differs from `used_names`, even where case does not count."""
+    plain = _UNSAFE.sub("-", name).strip("-.")[:_MAX_DIR_NAME_LENGTH] or "candidate"
     known = {each.casefold() for each in (*used_names, "soup")}
     tries = (plain if number == 1 else f"{plain}-{number}" for number in range(1, len(known) + 2))
     return next(each for each in tries if each.casefold() not in known)

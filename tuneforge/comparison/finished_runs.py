@@ -1,4 +1,4 @@
-"""Finished runs side by side: grouped by what they were told, paired by seed where their data are the same."""
+"""Comparison of finished runs: grouped by configuration, and paired by seed and validation samples."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ _IGNORED_SETTINGS = {
     "seed", "data-seed", "out", "page", "device", "num-workers", "keep", "checkpoint-s", "checkpoint-steps", "cache",
     "cache-mb", "cache-disk-mb", "cache-dir", "memory-format",
 }  # fmt: skip
-"""Settings that make no other recipe of a run."""
+"""Settings that do not distinguish candidates."""
 
 _STEPS = "strategy.steps"
 
 
 def compare_runs(run_dirs: Sequence[Path], *, baseline: str | None = None, out: Path | None = None) -> Comparison:
-    """Compare finished runs: those told the same but for the seed are one entrant.
+    """Compare finished runs: runs whose configurations are equal but for the seed are one candidate.
 
     Args:
-        run_dirs: Of the runs.
-        baseline: Name of an entrant, or a folder of one of its runs; None: the first.
-        out: Where results, table and picture are written; None: nowhere.
+        run_dirs: The run directories.
+        baseline: The name of a candidate, or the directory of one of its runs; None is the first.
+        out: The directory for results, table and plot; None writes nothing.
 
     Raises:
-        FolderError: A folder holds no finished run.
-        UsageError: They are judged by different figures, or no two of them were validated on the same samples.
+        FolderError: A directory holds no finished run.
+        UsageError: The runs monitor different metrics, or were not validated on the same samples.
     """
     groups = _group_by_config(
         [(FinishedRun.read(path), names.read_json(path / names.RUN)["config"]) for path in run_dirs]
@@ -60,69 +60,69 @@ def compare_runs(run_dirs: Sequence[Path], *, baseline: str | None = None, out: 
 def require_no_study_options(
     strategies: Any, engine_options: Mapping[str, Any], *, halving: bool, budget: str | None
 ) -> None:
-    """Finished runs are compared as they are.
+    """Check that nothing is asked of finished runs but to be compared.
 
     Raises:
-        UsageError: Something of a race was asked for too.
+        UsageError: An option of a study was given too.
     """
     asked = [*engine_options, *(name for name, value in (("strategies", strategies), ("halving", halving)) if value)]
     if asked or budget:
         raise UsageError(
-            "finished runs are compared as they are, so nothing else can be asked of them",
+            "finished runs are compared as they are, so options of new runs cannot be given",
             where=", ".join(asked or ["budget"]),
-            fix="give run folders alone, or strategies alone",
+            fix="give either run directories or strategies",
         )
 
 
 def _summarize_candidate(name: str, runs: Sequence[FinishedRun]) -> CandidateResult:
     bad = [str(run.run_dir) for run in runs if math.isnan(run.value)]
-    state, reason = (FAILED, f"its {runs[0].monitor} is no number in {', '.join(bad)}") if bad else (RANKED, "")
+    state, reason = (FAILED, f"its {runs[0].monitor} is NaN in {', '.join(bad)}") if bad else (RANKED, "")
     return CandidateResult(name, tuple(runs), state=state, reason=reason, total_s=sum(run.seconds for run in runs))
 
 
 def _group_by_config(runs: Iterable[tuple[FinishedRun, Mapping[str, Any]]]) -> dict[str, list[FinishedRun]]:
-    """Runs by what they were told, each group under the strategy's name with what sets it apart; the same run once."""
+    """Group runs by configuration, under the strategy's name with the options that differ; equal runs count once."""
     groups: dict[str, list[FinishedRun]] = {}
-    told: dict[str, dict[str, str]] = {}
+    settings_of: dict[str, dict[str, str]] = {}
     for run, config in runs:
-        recipe = _flatten(
+        settings = _flatten(
             {key: value for key, value in config.items() if key.replace("_", "-") not in _IGNORED_SETTINGS}
         )
         if is_object(
-            recipe["strategy.name"]
-        ):  # any function and list of steps: only what it asked for tells them apart
-            recipe |= _read_steps(run.run_dir)
-        key = json.dumps(recipe, sort_keys=True)
-        told[key] = recipe
+            settings["strategy.name"]
+        ):  # functions and lists of steps differ only by the steps that they yielded
+            settings |= _read_steps(run.run_dir)
+        key = json.dumps(settings, sort_keys=True)
+        settings_of[key] = settings
         if all(run.pairing_key != other.pairing_key for other in groups.setdefault(key, [])):
             groups[key].append(run)
-    labels = _name_configs(told)
+    labels = _name_configs(settings_of)
     alike = [key for key in groups if list(labels.values()).count(labels[key]) > 1]
     labels |= {key: f"{labels[key]} ({groups[key][0].run_dir})" for key in alike}
     return {labels[key]: found for key, found in groups.items()}
 
 
 def _read_steps(run_dir: Path) -> dict[str, str]:
-    """The steps that a run was asked for: their names, and all of them."""
+    """Return the strategy steps of a run: their names, and their content."""
     steps = [line["step"] for line in names.read_jsonl(run_dir / names.STRATEGY_STEPS)]
     return {"strategy.name": "+".join(step["name"] for step in steps) or "steps", _STEPS: json.dumps(steps)}
 
 
 def _name_configs(configs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """A name for each recipe: its strategy, and what differs between those of that strategy."""
-    strategies = {key: recipe["strategy.name"] for key, recipe in configs.items()}
+    """Return a name for each configuration: its strategy, and what differs between those of that strategy."""
+    strategies = {key: settings["strategy.name"] for key, settings in configs.items()}
     labels = {}
-    for key, recipe in configs.items():
+    for key, settings in configs.items():
         rivals = [configs[other] for other, name in strategies.items() if name == strategies[key]]
         differing = [each for each in dict.fromkeys(each for rival in rivals for each in rival)
                      if each != _STEPS and len({rival.get(each) for rival in rivals}) > 1]  # fmt: skip
-        words = [f"{each.removeprefix('strategy.')}={recipe.get(each, 'none')}" for each in differing]
+        words = [f"{each.removeprefix('strategy.')}={settings.get(each, 'none')}" for each in differing]
         labels[key] = ":".join([strategies[key], *words])
     return labels
 
 
 def _flatten(table: Any, prefix: str = "") -> dict[str, str]:
-    """A nested table as one of dotted keys, its values as text."""
+    """Return a nested table as a flat one with dotted keys and values as text."""
     if isinstance(table, Mapping):
         items: Iterable[tuple[str, Any]] = table.items()
     elif isinstance(table, list) and any(isinstance(each, Mapping) for each in table):
@@ -136,10 +136,10 @@ def _flatten(table: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _keep_common_validation(groups: Mapping[str, list[FinishedRun]]) -> tuple[dict[str, list[FinishedRun]], list[str]]:
-    """Those runs that were validated on samples on which every group was, and notes on the others.
+    """Return the runs whose validation samples every group has, and notes on the others.
 
     Raises:
-        UsageError: There are no such samples.
+        UsageError: No validation samples are common to all groups.
     """
     prints = [{run.fingerprints["val"] for run in runs} for runs in groups.values()]
     common = set.intersection(*prints)
@@ -149,13 +149,13 @@ def _keep_common_validation(groups: Mapping[str, list[FinishedRun]]) -> tuple[di
             for name, own in _pair_with_names(groups, prints)
         ]
         raise UsageError(
-            "\n".join(["these runs were validated on different samples, so their figures cannot be compared", *found]),
+            "\n".join(["these runs were validated on different samples, so their metrics cannot be compared", *found]),
             where="fingerprints of the validation split in model.json",
-            fix="tune both on the same data with the same --data-seed, or evaluate them on one set: tuneforge evaluate",
+            fix="train both on the same data with the same --data-seed, or use tuneforge evaluate with the same --data",
         )
     kept = {name: [run for run in runs if run.fingerprints["val"] in common] for name, runs in groups.items()}
     out = [str(run.run_dir) for runs in groups.values() for run in runs if run.fingerprints["val"] not in common]
-    notes = [f"note: left out, because the others were validated on other samples: {', '.join(out)}"] if out else []
+    notes = [f"note: excluded, because the others were validated on other samples: {', '.join(out)}"] if out else []
     return kept, notes
 
 

@@ -1,4 +1,4 @@
-"""Which learning rate to begin with: the loss after one step at each of a range of rates, and what follows from it."""
+"""Learning rate range test: the loss after one optimizer step at each of a range of learning rates."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 @attrs.frozen
 class LRFindResult:
-    """What a range of learning rates does to the loss.
+    """The losses by learning rate and the suggestion.
 
     Args:
-        losses: Loss after one optimizer step, by rate, in rising order; NaN or infinite where the step broke it.
-        smoothed: The same, smoothed over neighbours; up to the first that is no number.
-        lowest_lr: The rate at which the smoothed loss is least.
-        steepest_lr: The rate at which it falls most over the logarithm of the rate.
-        suggestion: What follows from that; None where no rate lowers the loss.
-        reason: Why, in a sentence.
-        num_trained: Numbers that would train.
+        losses: The loss after one optimizer step by learning rate, in ascending order; may be NaN or Inf.
+        smoothed: The losses smoothed over neighbors, up to the first non-finite one.
+        lowest_lr: The learning rate with the lowest smoothed loss.
+        steepest_lr: The learning rate at which the smoothed loss decreases most per log(lr).
+        suggestion: The suggested learning rate; None if none lowers the loss.
+        reason: The reason for the suggestion.
+        num_trained: The number of parameters that would train.
     """
 
     losses: Mapping[float, float]
@@ -40,10 +40,10 @@ class LRFindResult:
     num_trained: int = 0
 
     def plot(self, path: str | Path) -> None:
-        """Write a picture of the loss over the rate: PNG, or what the name's ending says.
+        """Write a plot of the loss against the learning rate: PNG, or the format of the file's suffix.
 
         Raises:
-            UsageError: It cannot be written there.
+            UsageError: The file cannot be written.
         """
         from matplotlib.figure import Figure
 
@@ -57,29 +57,30 @@ class LRFindResult:
         axes.legend()
         try:
             figure.savefig(path, dpi=150)
-        except (ValueError, OSError) as error:  # ValueError: an ending that stands for no kind of picture
-            fix = "name a .png file in a folder that is there"
-            raise UsageError(f"cannot draw '{path}'", where="--plot", why=str(error), fix=fix) from None
+        except (ValueError, OSError) as error:  # ValueError: the suffix is no image format
+            fix = "name a .png file in an existing directory"
+            raise UsageError(f"cannot write the plot '{path}'", where="--plot", why=str(error), fix=fix) from None
 
 
 def lr_find(engine: Engine, *, train: str | tuple[str, ...] | list[str] = "all", batches: int = 5) -> LRFindResult:
-    """Look for the learning rate of a phase that trains what `train` selects, with the engine's data and model.
+    """Suggest a learning rate for a phase that trains `train`, with the data and model of an engine.
 
-    The range test of Smith 2015 (arXiv 1506.01186), but each rate starts from the same weights, so that a rate is not
-    judged by what the rates before it have done, and nothing has moved afterwards: weights, buffers, modes and random
-    generators are those from before, to the bit.
+    This is the range test of Smith 2015 (arXiv 1506.01186), except that each learning rate starts from the same
+    weights, so that the result of one does not depend on those before it. Weights, buffers, modes and random
+    generators are bit-identical before and after.
 
-    The suggestion is the rate at which the smoothed loss falls most steeply, fastai's `steep` (Howard and Gugger 2020,
-    arXiv 2002.04688). On a quadratic that is half the rate of the best step. One step knows nothing of momentum m,
-    which in the long run multiplies a rate by 1 / (1 - m): the suggestion is divided by that.
+    The suggestion is the learning rate at which the smoothed loss decreases most steeply, fastai's `steep` (Howard and
+    Gugger 2020, arXiv 2002.04688). On a quadratic that is half the learning rate of the best step. A single step does
+    not show momentum m, which in the long run multiplies the learning rate by 1 / (1 - m), so the suggestion is
+    multiplied by 1 - m.
 
     Args:
-        engine: Made for this call: an engine that has looked does not run.
-        train: Selectors, as `Phase` takes them.
-        batches: Training batches over which each rate's loss is averaged.
+        engine: An engine for this call only; its `run` cannot be called afterwards.
+        train: Selectors as in `Phase`.
+        batches: The number of training batches over which each loss is averaged.
 
     Raises:
-        SelectorError: Nothing is selected.
+        SelectorError: `train` selects no parameter.
     """
     step = Diagnosis("lr-find", measure="lrs", train=train, batches=batches)
     losses, momentum, num_trained = measure_lrs(engine.prepare(), step)
@@ -87,32 +88,32 @@ def lr_find(engine: Engine, *, train: str | tuple[str, ...] | list[str] = "all",
 
 
 def suggest_lr(losses: Mapping[float, float], *, momentum: float = 0.0) -> LRFindResult:
-    """What follows from losses by rate, the first of which is a number.
+    """Suggest a learning rate from losses, the first of which is finite.
 
     Args:
-        losses: By rate, evenly spaced in the logarithm, in rising order.
-        momentum: The optimizer's.
+        losses: Losses by learning rate, evenly spaced in log(lr), in ascending order.
+        momentum: The momentum of the optimizer.
     """
     smoothed = _smooth(losses)
     lowest = min(smoothed, key=lambda rate: smoothed[rate])
     rates, values = list(smoothed), list(smoothed.values())
     end = rates.index(lowest)
     if end == 0:
-        return LRFindResult(losses, smoothed, lowest, None, None, f"no rate lowers the loss below {values[0]:.4g}")
+        return LRFindResult(
+            losses, smoothed, lowest, None, None, f"no learning rate lowers the loss below {values[0]:.4g}"
+        )
     slopes = [values[place + 1] - values[max(place - 1, 0)] for place in range(end)]
     steepest = rates[slopes.index(min(slopes))]
-    reason = "where the loss after one step falls most steeply"
+    reason = "where the loss after one step decreases most steeply"
     if momentum:
-        reason = (
-            f"a step at {steepest:.1e} is {reason}, and momentum {momentum:g} makes {1 / (1 - momentum):.3g} of one"
-        )
+        reason = f"{steepest:.1e} is {reason}, and momentum {momentum:g} multiplies it by {1 / (1 - momentum):.3g}"
     if lowest == list(losses)[-1]:
-        reason += "; it still falls at the highest rate that was tried"
+        reason += "; it still decreases at the highest learning rate"
     return LRFindResult(losses, smoothed, lowest, steepest, steepest * (1 - momentum), reason)
 
 
 def _smooth(losses: Mapping[float, float]) -> dict[float, float]:
-    """Each loss with half the weight, its two neighbours with a quarter; up to the first that is no number."""
+    """Smooth with weights 1/4, 1/2, 1/4, up to the first non-finite loss."""
     rates = list(losses)
     broken = next((place for place, rate in enumerate(rates) if not math.isfinite(losses[rate])), len(rates))
     values = [losses[rate] for rate in rates[:broken]]
@@ -124,7 +125,7 @@ def _smooth(losses: Mapping[float, float]) -> dict[float, float]:
 
 
 def _plot_limits(result: LRFindResult) -> tuple[float, float]:
-    """The losses worth seeing: from the least to as far above the first as that lies above the least."""
+    """Return the range of losses to plot: from the lowest to somewhat above the first, which hides diverging ones."""
     first, least = next(iter(result.losses.values())), min(result.smoothed.values())
     margin = max(first - least, 1e-3 * abs(first)) / 2
     return least - margin / 2, first + 2 * margin

@@ -1,11 +1,11 @@
-"""Greedy soup: the average of tuned models, each added where validation does not fall; nothing is trained.
+"""Greedy soup: an average of fine-tuned models, each added if the validation metric does not get worse.
 
-Wortsman et al. 2022, "Model soups", arXiv 2203.05482, recipe 1: the models are sorted by validation, the best one is
-the soup, and each further one joins it if the uniform average with it is at least as good on validation.
+Wortsman et al. 2022, "Model soups", arXiv 2203.05482, recipe 1: the models are sorted by the validation metric, the
+best one is the first ingredient, and each further one is added if the uniform average with it is at least as good.
 
-The running statistics of a BatchNorm are averaged with the weights and not computed again from data, so that nothing
-but validation is looked at; where that does not fit, validation falls and the model stays out. Counts are the last
-one's.
+BatchNorm running statistics are averaged with the weights and not recomputed from data, so that only the validation
+split is used; where that does not fit, the metric gets worse and the model is not added. Batch counts are those of the
+last model.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _COPIED_FILES = (names.RUN, names.MODEL, TASK)
 
 @attrs.define(eq=False)
 class _Soup:
-    """What is in the soup so far.
+    """The soup so far.
 
     Args:
-        state: The average of the ingredients.
-        metrics: Of it on validation.
-        ingredients: Runs that it is made of, the first one the best.
+        state: The average of the ingredients' weights.
+        metrics: Its metrics on the validation split.
+        ingredients: The runs that were averaged, the best one first.
     """
 
     state: Snapshot
@@ -55,19 +55,19 @@ def greedy_soup(
     metrics: Iterable[Any] = (),
     device_name: str = "auto",
 ) -> dict[str, Any]:
-    """Make the soup of some runs and save it as the folder of a run that is done; that of the same runs is read.
+    """Build the soup of some runs and save it as the directory of a finished run, or read that of the same runs.
 
     Args:
-        runs: Finished runs on the same data, judged by the same figure.
-        soup_dir: Where it is written: `tuneforge predict`, `evaluate` and `report` take it as they take a run.
-        data: The data source, where the runs were given one as an object.
-        model: The module, where they were given one as an object; it stays as it is.
-        metrics: Metrics that they were given as objects.
-        device_name: Where to compute.
+        runs: Finished runs on the same data that monitor the same metric.
+        soup_dir: The output directory, which `tuneforge predict`, `evaluate` and `report` accept as a run.
+        data: The data source, if the runs were given it as an object.
+        model: The module, if the runs were given it as an object; it is not changed.
+        metrics: The metrics that the runs were given as objects.
+        device_name: The device to compute on.
 
     Returns:
-        `value` on validation, names of the `ingredients`, of the runs `candidates`, the best first, and of those
-        `skipped`: their model has another shape than the best one's.
+        The `value` on the validation split and the names of the `ingredients`, of all `candidates`, best first, and
+        of those `skipped` because their model has another shape than the best one's.
     """
     ordered = sorted(runs, key=lambda run: sort_key(run.value, run.mode))
     if (soup_dir / names.STATUS).exists():
@@ -92,16 +92,16 @@ def greedy_soup(
 
 
 def _build_greedily(run: Run, ordered: Sequence[FinishedRun]) -> _Soup:
-    """Add one model after the other, each where the figure does not fall."""
+    """Add one model after the other if the metric does not get worse."""
     monitor, mode = ordered[0].monitor, ordered[0].mode
     state, _ = load_tensors(ordered[0].run_dir / names.WEIGHTS)
     soup = _Soup(state, _evaluate_state(run, state), [ordered[0]])
     for each in ordered[1:]:
         state, _ = load_tensors(each.run_dir / names.WEIGHTS)
-        tasted = interpolate(soup.state, state, 1 / (len(soup.ingredients) + 1))
-        figures = _evaluate_state(run, tasted)
-        if sort_key(figures[monitor], mode) <= sort_key(soup.metrics[monitor], mode):
-            soup = _Soup(tasted, figures, [*soup.ingredients, each])
+        average = interpolate(soup.state, state, 1 / (len(soup.ingredients) + 1))
+        metrics = _evaluate_state(run, average)
+        if sort_key(metrics[monitor], mode) <= sort_key(soup.metrics[monitor], mode):
+            soup = _Soup(average, metrics, [*soup.ingredients, each])
     return soup
 
 
@@ -111,14 +111,14 @@ def _evaluate_state(run: Run, state: Snapshot) -> dict[str, Any]:
 
 
 def _signature(run: FinishedRun) -> tuple[Any, ...]:
-    """What models must share to be averaged: classes, contracts, and the name and shape of every tensor."""
+    """Return what models must share to be averaged: labels, inputs, and the name and shape of every tensor."""
     record = names.read_json(run.run_dir / names.MODEL)
     tensors, _ = load_tensors(run.run_dir / names.WEIGHTS)
     return (*(record[key] for key in _MUST_MATCH), {name: tensor.shape for name, tensor in tensors.items()})
 
 
 def _save(soup: _Soup, summary: Mapping[str, Any], soup_dir: Path, *, labels: Sequence[str]) -> None:
-    """Write the folder; the status comes last, so that a half-written one is made again."""
+    """Write the directory; the status comes last, so that a partial one is built again."""
     best = soup.ingredients[0]
     soup_dir.mkdir(parents=True, exist_ok=True)
     for name in _COPIED_FILES:

@@ -1,4 +1,4 @@
-"""What figures of a few seeds can say: mean and spread, the paired t test, and Holm's correction for many tests."""
+"""Statistics over seeds: mean and std, the paired t test, and Holm's correction for several comparisons."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import attrs
 import numpy as np
 
 ALPHA = 0.05
-"""A corrected p below this is called a difference; intervals are those of 1 - ALPHA."""
+"""Significance level of corrected p values; confidence intervals are those of 1 - ALPHA."""
 
-_ROUNDING = 1e-9  # differences that vary by less than this share of the figures vary by rounding only
+_ROUNDING = 1e-9  # differences that vary by less than this fraction of the values vary by rounding only
 
 
 @attrs.frozen
 class PairedTest:
-    """The difference of two series of figures that belong together pair by pair.
+    """The difference of two series of paired values.
 
     Args:
-        num_pairs: Number of pairs.
-        mean: Of first - second.
-        std: Standard deviation of the differences; None for one pair.
-        ci_low: Lower end of the interval of 1 - ALPHA around the mean, by itself, not corrected; None without a test.
-        ci_high: Upper end.
-        p_value: Two-sided, not corrected; None without a test.
-        reason_untested: Why there is no test; empty where there is one.
+        num_pairs: The number of pairs.
+        mean: The mean of first - second.
+        std: The standard deviation of the differences; None for one pair.
+        ci_low: Lower end of the confidence interval of the mean, not corrected; None without a test.
+        ci_high: Upper end of the confidence interval.
+        p_value: Two-sided p value, not corrected; None without a test.
+        reason_untested: Why there is no test; empty if there is one.
     """
 
     num_pairs: int
@@ -38,21 +38,21 @@ class PairedTest:
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and standard deviation with n - 1 (None for one value)."""
+    """Return the mean, and the standard deviation with n - 1 (None for one value)."""
     mean = float(np.mean(values))
     return mean, float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def paired_t_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
-    """Student's paired t test: t = mean / (sd / sqrt(n)) of the differences, with n - 1 degrees of freedom.
+    """Compute Student's paired t test, scipy's `ttest_rel`.
 
     Args:
-        first: Figures, one a seed.
-        second: Those of the other, in the same order of seeds.
+        first: Values (n,), one per seed.
+        second: Values (n,) of the other candidate, in the same order of seeds.
 
     Returns:
-        The test; or why there is none, where there is one pair, or every pair differs by the same, so that there is no
-        spread to measure the difference by. Equal figures throughout are p = 1.
+        The test; without p value if there is one pair, or if all pairs differ by the same amount, because then there
+        is no variance to compare the difference with. If all pairs are equal, p is 1.
     """
     from scipy import stats
 
@@ -71,15 +71,15 @@ def paired_t_test(first: Sequence[float], second: Sequence[float]) -> PairedTest
 
 
 def holm_correction(p_values: Sequence[float | None], *, num_comparisons: int) -> list[float | None]:
-    """P values corrected for several comparisons (Holm 1979): the i-th smallest times (comparisons - i), never falling.
+    """Correct p values for several comparisons (Holm 1979).
 
     Args:
-        p_values: One a comparison; None where there was no test.
-        num_comparisons: How many there were to begin with, at least as many as p values; one that was dropped on the
-            way counts, as if its p were 1.
+        p_values: One per comparison; None where there was no test.
+        num_comparisons: The number of planned comparisons, at least the number of p values; a dropped candidate counts
+            as if its p were 1.
 
     Returns:
-        Corrected values in the same order, at most 1; None stays None.
+        The i-th smallest value times (comparisons - i), monotone and at most 1, in the order of `p_values`.
     """
     order = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
@@ -91,7 +91,7 @@ def holm_correction(p_values: Sequence[float | None], *, num_comparisons: int) -
 
 
 def ci_half_width(num_pairs: int) -> float:
-    """Half the width of an interval of 1 - ALPHA, in standard deviations of the differences, for 2 pairs or more."""
+    """Return half the width of the confidence interval in standard deviations of the differences (2 or more pairs)."""
     from scipy import stats
 
     return float(stats.t.ppf(1 - ALPHA / 2, num_pairs - 1)) / math.sqrt(num_pairs)

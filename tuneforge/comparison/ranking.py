@@ -1,4 +1,4 @@
-"""Who is first and whether that means something: decided on validation alone, from the folders of finished runs."""
+"""Ranking and significance, computed from finished runs on the validation split alone."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no significant difference"
 
 @attrs.frozen(eq=False)
 class FinishedRun:
-    """What a finished run's folder says to a judge: figures of validation and cost, and nothing of the test split.
+    """The validation metric and the cost of a finished run; nothing of the test split.
 
     Args:
-        run_dir: Of the run.
-        seed: Of the run.
-        monitor: The figure that decides.
-        mode: `"max"` or `"min"`: whether more of it is better.
-        value: That figure on validation, with the weights that the run left; NaN where it is no number.
-        epochs: Passes over the training split.
-        steps: Optimizer steps.
-        seconds: What tuning took, evaluation included.
-        stopped_by_budget: Its budget stopped it.
-        fingerprints: Fingerprint of each split.
+        run_dir: The run directory.
+        seed: The seed of the run.
+        monitor: The name of the monitored metric, which decides.
+        mode: `"max"` if higher is better, or `"min"`.
+        value: The monitored metric on the validation split with the final weights; may be NaN.
+        epochs: The number of passes over the training split.
+        steps: The number of optimizer steps.
+        seconds: The duration of training, evaluation included.
+        stopped_by_budget: Whether the budget stopped the run.
+        fingerprints: The fingerprint of each split.
     """
 
     run_dir: Path
@@ -51,17 +51,17 @@ class FinishedRun:
 
     @classmethod
     def read(cls, path: Path) -> FinishedRun:
-        """Read it.
+        """Read a run directory.
 
         Raises:
-            FolderError: The folder holds no finished run, or one without a figure to judge it by.
+            FolderError: The directory holds no finished run, or its report lacks the monitored metric.
         """
         require_done(path)
         report, status = names.read_json(path / names.REPORT), names.read_json(path / names.STATUS)
         monitor, val = report["monitor"], report["splits"]["val"]
         if monitor not in val:
             raise FolderError(
-                f"'{path}' has no figure '{monitor}' of validation", where=names.REPORT, fix="leave this run out"
+                f"'{path}' has no metric '{monitor}' of the validation split", where=names.REPORT, fix="omit this run"
             )
         epochs = list(names.read_jsonl(path / names.METRICS))
         seconds = status.get("elapsed_s") or sum(line["seconds"] for line in names.read_jsonl(path / names.TIMINGS))
@@ -80,22 +80,22 @@ class FinishedRun:
 
     @property
     def pairing_key(self) -> tuple[int, str]:
-        """What two runs must share to be a pair: the seed and the validation samples."""
+        """The seed and the validation samples, which two runs must share to be a pair."""
         return self.seed, self.fingerprints["val"]
 
 
 @attrs.frozen(eq=False)
 class CandidateResult:
-    """An entrant with its runs.
+    """A candidate with its runs.
 
     Args:
-        name: Of the entrant.
-        runs: Finished ones, one a seed, all at the same budget.
-        budget: Of each; None: each ran to its own end.
-        round_number: The rung of a halving in which they ran; 1 without one.
+        name: The name of the candidate.
+        runs: Its finished runs, one per seed, all with the same budget.
+        budget: The budget of each run, or None.
+        round_number: The round of successive halving in which they ran; 1 without halving.
         state: `RANKED`, `DROPPED` or `FAILED`.
         reason: Why it is not ranked.
-        total_s: Seconds of all its runs, earlier rungs included.
+        total_s: Seconds of all its runs, earlier rounds included.
     """
 
     name: str
@@ -108,36 +108,36 @@ class CandidateResult:
 
     @property
     def values(self) -> list[float]:
-        """The figure that decides, of each run."""
+        """The monitored metric of each run."""
         return [run.value for run in self.runs]
 
     @property
     def mean(self) -> float:
-        """Of the figure; NaN without a run."""
+        """The mean of the monitored metric; NaN without runs."""
         return mean_and_std(self.values)[0] if self.runs else math.nan
 
     @property
     def std(self) -> float | None:
-        """Of the figure over seeds; None for fewer than two."""
+        """The standard deviation of the monitored metric over seeds; None for fewer than two runs."""
         return mean_and_std(self.values)[1] if self.runs else None
 
     def mean_cost(self, cost: str) -> float:
-        """The mean of `epochs`, `steps` or `seconds` of its runs."""
+        """Return the mean of `epochs`, `steps` or `seconds` over its runs."""
         return mean_and_std([float(getattr(run, cost)) for run in self.runs])[0] if self.runs else math.nan
 
 
 @attrs.frozen(eq=False)
 class Ranking:
-    """The decision.
+    """The ranking of all candidates with the tests against the baseline.
 
     Args:
-        results: The best first; then those dropped, the last one first; then those that failed.
-        monitor: The figure that decided.
-        mode: Whether more of it is better.
-        baseline: The entrant that the others are compared with.
-        num_comparisons: For how many the p values are corrected.
-        differences: Of each ranked entrant to the baseline, by name; none where there is nothing to compare.
-        corrected_p_values: P after Holm's correction, by name; None without a test.
+        results: The best first; then the dropped candidates, the last one first; then those that failed.
+        monitor: The name of the monitored metric.
+        mode: `"max"` if higher is better, or `"min"`.
+        baseline: The candidate that the others are compared with.
+        num_comparisons: The number of comparisons for which the p values are corrected.
+        differences: The paired test of each ranked candidate against the baseline, by name.
+        corrected_p_values: P values after Holm's correction, by name; None without a test.
     """
 
     results: tuple[CandidateResult, ...]
@@ -150,16 +150,16 @@ class Ranking:
 
     @property
     def winner(self) -> CandidateResult:
-        """The entrant with the best mean, which need not be significantly better than any other."""
+        """The candidate with the best mean, which need not be significantly better than any other."""
         return self.results[0]
 
     @property
     def ranked(self) -> list[CandidateResult]:
-        """Those that came through."""
+        """The candidates that finished all rounds."""
         return [row for row in self.results if row.state == RANKED]
 
     def describe_verdict(self, result: CandidateResult) -> str:
-        """What can be said of an entrant beside the baseline, in a few words."""
+        """Return the verdict on a candidate against the baseline in a few words."""
         if result.state != RANKED:
             return f"{result.state}: {result.reason}" if result.reason else result.state
         if result.name == self.baseline:
@@ -175,20 +175,20 @@ class Ranking:
 
 
 def rank_candidates(results: Sequence[CandidateResult], *, baseline: str, num_comparisons: int) -> Ranking:
-    """Rank the entrants by their mean on validation and test each against the baseline, pair by pair.
+    """Rank candidates by their mean on the validation split, and test each against the baseline in pairs.
 
     Args:
-        results: In the order in which they entered; the earlier one is first where means are equal.
-        baseline: Name of the entrant that the others are compared with.
-        num_comparisons: How many entrants there were to compare with it.
+        results: The candidates; of equal means the earlier one is first.
+        baseline: The name of the candidate that the others are compared with.
+        num_comparisons: The number of candidates that were to be compared with it.
 
     Raises:
-        UsageError: No entrant came through, or runs are judged by different figures.
+        UsageError: Every candidate failed, or runs monitor different metrics.
     """
     monitor, mode = require_common_monitor([run for row in results for run in row.runs])
     ordered = tuple(sorted(results, key=lambda row: _rank_key(row, mode)))
     if not ordered or ordered[0].state != RANKED:
-        raise UsageError("no entrant came through, so there is nothing to compare", fix="see the reasons above")
+        raise UsageError("every candidate failed, so there is nothing to compare", fix="see the reasons above")
     known = {row.name: row for row in ordered if row.state == RANKED}
     differences = {}
     if baseline in known:
@@ -202,35 +202,35 @@ def rank_candidates(results: Sequence[CandidateResult], *, baseline: str, num_co
 
 
 def require_common_monitor(runs: Sequence[FinishedRun]) -> tuple[str, str]:
-    """The figure by which all of these runs are judged, and whether more of it is better.
+    """Return the monitored metric that all of these runs share, and its mode.
 
     Raises:
-        UsageError: They have not the same, or there is no run.
+        UsageError: The runs monitor different metrics, or there is no run.
     """
     found = {(run.monitor, run.mode): run.run_dir for run in runs}
     if len(found) != 1:
         shown = ", ".join(f"'{monitor}' ({folder})" for (monitor, _), folder in found.items())
         raise UsageError(
-            f"runs are judged by different figures: {shown}" if found else "there is no finished run to compare",
-            fix="compare runs of one kind of task",
+            f"the runs monitor different metrics: {shown}" if found else "there is no finished run to compare",
+            fix="compare runs of the same task",
         )
     return next(iter(found))
 
 
 def sort_by_mean(results: Sequence[CandidateResult], mode: str) -> list[CandidateResult]:
-    """These rows with the best mean first; equal ones stay in order."""
+    """Return the results with the best mean first; equal ones stay in order."""
     return sorted(results, key=lambda row: sort_key(row.mean, mode))
 
 
 def sort_key(value: float, mode: str) -> float:
-    """What is smaller is better, by the figure of that mode; what is no number is last."""
+    """Return a key that sorts the better value first and NaN last."""
     if math.isnan(value):
         return math.inf
     return -value if mode == "max" else value
 
 
 def read_test_metrics(result: CandidateResult, monitor: str) -> dict[str, Any]:
-    """The figure on the test split of each run, with mean and spread: the only thing here that looks at that split."""
+    """Return the metric of each run on the test split, with mean and std; nothing else here reads that split."""
     reports = [names.read_json(run.run_dir / names.REPORT) for run in result.runs]
     found = [report["splits"].get("test", {}).get(monitor) for report in reports]
     if any(value is None for value in found):
@@ -240,7 +240,7 @@ def read_test_metrics(result: CandidateResult, monitor: str) -> dict[str, Any]:
 
 
 def describe_data_differences(results: Sequence[CandidateResult]) -> Iterator[str]:
-    """What must be known of the data before figures are compared."""
+    """Yield notes on differences between the data of runs."""
     prints: dict[tuple[int, str], set[str]] = {}
     for run in (run for row in results for run in row.runs):
         prints.setdefault(run.pairing_key, set()).add(run.fingerprints["train"])
@@ -253,7 +253,7 @@ def _rank_key(result: CandidateResult, mode: str) -> tuple[int, int, float]:
 
 
 def _compare_to_baseline(result: CandidateResult, baseline: CandidateResult) -> PairedTest | None:
-    """Of the seeds that both have, or None where they share none."""
+    """Test a candidate against the baseline on the seeds that both have; None if they share none."""
     own, other = ({run.pairing_key: run.value for run in each.runs} for each in (result, baseline))
     units = [unit for unit in own if unit in other]
     return paired_t_test([own[unit] for unit in units], [other[unit] for unit in units]) if units else None

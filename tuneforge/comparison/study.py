@@ -1,11 +1,11 @@
-"""A race of strategies on the same data at equal cost, decided on validation, each strategy with several seeds.
+"""A study: strategies on the same data at equal cost, with several seeds each, ranked on the validation split.
 
-`Study.run` is the story. Everything lies in one folder: `study.json` (the configuration, written once), an ordinary
-run's folder for each entrant and seed, and at the end `results.json`, `costs.json`, `table.txt` and `cost.svg`. What
-was done is found there again, so a race that was stopped or killed goes on when it is asked for again. Several
-processes may share its runs (see `worker_pool`); the table is that of one with as many threads a run.
+`Study.run` reads from top to bottom. The study directory holds `study.json` (the configuration, written once), a run
+directory for each candidate and seed, and at the end `results.json`, `costs.json`, `table.txt` and `cost.svg`. Runs
+that are done are read from there, so a study that was stopped or killed is resumed by the same call. Several processes
+may share its runs (see `worker_pool`); the results are those of one process with as many threads per run.
 
-A run that needs a frozen prefix which no run before it did computes it for all, in its own seconds.
+The first run that needs the features of a frozen backbone computes and caches them for all, within its own time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from tuneforge.engine.storage.run_dir import RunDir
 from tuneforge.errors import FolderError, StoppedError, TuneforgeError, UsageError
 from tuneforge.plugin.config import RunConfig, config_to_dict, parse_budget, resolve_config
 
-_PER_RUN_SETTINGS = ("strategy", "seed", "out")  # what differs between the runs of a race
+_PER_RUN_SETTINGS = ("strategy", "seed", "out")  # what differs between the runs of a study
 
 
 def compare(
@@ -61,32 +61,34 @@ def compare(
     log: Callable[[str], None] | None = None,
     **engine_options: Any,
 ) -> Comparison:
-    """Race strategies at equal cost, or compare runs that are finished.
+    """Compare strategies at equal cost, or compare finished runs.
 
-    It decides on validation; the test split is read once, after the decision, for the winner and the baseline.
+    Candidates are ranked on the validation split. The test split is read once, after the decision, for the winner and
+    the baseline.
 
     Args:
-        strategies: Names, `"full:lr=3e-4"`, `use(...)`, instances, functions of the task, or a mapping of any of these
-            by name. `"greedy-soup"` among them stands for the average of the others' weights.
-        runs: Folders of finished runs, in place of strategies.
-        seeds: How many, from `seed` (0) on; or which.
-        budget: What each run may spend, such as `20epochs`, `500steps` or `60s`; None: each runs to its own end.
-        baseline: The entrant that others are tested against; None: the first.
-        halving: Drop the worse half after half the budget, a quarter, and so on; each rung starts again.
-        out: The race's folder, new or that of the same race; None: a new one under `runs/`, or the same race's that was
-            not done.
-        num_processes: Processes of this machine that share the runs, each with its share of threads. Under torchrun its
-            ranks share them, and `out` is a folder that all machines see; each of them gets the comparison.
-        log: Where sentences for the user go.
-        engine_options: What `Engine` takes: `data`, `model`, `batch_size`, ... All runs share `data_seed`, and so
-            their splits.
+        strategies: Names, `"full:lr=3e-4"`, `use(...)`, instances, functions of the task, or a mapping from names to
+            any of these. `"greedy-soup"` among them stands for the average of the others' weights.
+        runs: Directories of finished runs, instead of strategies.
+        seeds: The number of seeds, counted from `seed` (0), or a list of seeds.
+        budget: The budget of each run, such as `20epochs`, `500steps` or `60s`; None lets each run to its own end.
+        baseline: The candidate that the others are tested against; None is the first.
+        halving: Use successive halving: drop the worse half after a quarter of the budget, after half of it, and so
+            on; each round starts new runs.
+        out: The study directory, new or that of the same study; None is a new one under `runs/`, or that of the same
+            study if it is unfinished.
+        num_processes: The number of worker processes on this machine that share the runs, each with its share of the
+            threads. A script calls this under `if __name__ == "__main__":`, because the workers import it.
+        log: Called with each log line.
+        engine_options: Keywords of `Engine`, such as `data`, `model` and `batch_size`. All runs share `data_seed`, and
+            so their splits.
 
     Raises:
-        UsageError: Names, options or settings are wrong, or the folder holds another race.
-        TuneforgeError: No entrant came through; what made the first one fail.
+        UsageError: Names, options or settings are wrong, or the directory holds another study.
+        TuneforgeError: Every candidate failed; this is the error of the first one.
     """
     if num_processes < 1:
-        raise UsageError(f"{num_processes} processes cannot hold a race", where="--num-processes", fix="give 1 or more")
+        raise UsageError(f"{num_processes} processes cannot run a study", where="--num-processes", fix="use 1 or more")
     if runs:
         finished.require_no_study_options(strategies, engine_options, halving=halving, budget=budget)
         return finished.compare_runs([Path(run) for run in runs], baseline=baseline, out=_path(out))
@@ -103,20 +105,20 @@ def compare(
 
 
 class Study:
-    """A race before it is run.
+    """A comparison of strategies, before or after it is run.
 
     Args:
-        strategies: As `compare` takes them.
-        seeds: How many, or which.
-        budget: Of each run of the last rung.
-        baseline: Name of an entrant, or None.
-        halving: Drop the worse half after each rung.
-        engine_options: What `Engine` takes besides.
-        log: Where sentences for the user go.
+        strategies: As for `compare`.
+        seeds: The number of seeds, or a list of them.
+        budget: The budget of each run of the last round.
+        baseline: The name of a candidate, or None.
+        halving: Drop the worse half after each round.
+        engine_options: Other keywords of `Engine`.
+        log: Called with each log line.
 
     Raises:
-        UsageError: What was asked for makes no race.
-        OptionError: An option of an entrant or a setting is wrong.
+        UsageError: The arguments do not describe a study.
+        OptionError: An option of a candidate or a setting is wrong.
     """
 
     def __init__(
@@ -131,12 +133,14 @@ class Study:
         log: Callable[[str], None] | None = None,
     ) -> None:
         if "strategy" in engine_options:
-            raise UsageError("a race takes strategies, not a strategy", where="strategy", fix="compare([...])")
+            raise UsageError("a comparison takes strategies, not a strategy", where="strategy", fix="compare([...])")
         named = normalize_strategies(strategies)
         competing = [(name, each) for name, each in named if _strategy_name(each) != SOUP]
         if not competing:
             raise UsageError(
-                "a race needs strategies", where="--strategies", fix="name some: --strategies lp-ft,full,head-only"
+                "there are no strategies to compare",
+                where="--strategies",
+                fix="name some: --strategies lp-ft,full,head-only",
             )
         self._log = log or (lambda text: None)
         self._engine_options = {key: value for key, value in engine_options.items() if key not in _PER_RUN_SETTINGS}
@@ -159,20 +163,20 @@ class Study:
 
     @classmethod
     def from_dir(cls, path: Path, *, log: Callable[[str], None] | None = None) -> Study:
-        """The race whose folder this is.
+        """Return the study of a study directory.
 
         Raises:
-            FolderError: It is none, or it was given Python objects.
+            FolderError: The directory holds no study, or one that was given Python objects.
         """
         if path.is_dir() and not (path / STUDY).exists():
-            raise FolderError(f"'{path}' holds no race", where="--resume", fix="name one, such as runs/race-...")
+            raise FolderError(f"'{path}' holds no study", where="--resume", fix="name one, such as runs/study-...")
         record = names.read_json(path / STUDY, "candidates", "config", "seeds")
         if has_objects(record):
             raise FolderError(
-                f"the race in '{path}' was given Python objects",
+                f"the study in '{path}' was given Python objects",
                 where=STUDY,
-                why="a folder holds names and options, not objects",
-                fix=f"go on with {resume_command(path, record)}",
+                why="a directory holds names and options, not objects",
+                fix=f"resume it with {resume_command(path, record)}",
             )
         config = resolve_config(record["config"], where=str(path / STUDY))
         uses = {name: resolve_config({"strategy": table}).strategy for name, table in record["candidates"].items()}
@@ -237,7 +241,7 @@ class Study:
         return min(num_processes, len(self.candidates) * len(self._seeds))
 
     def build_record(self) -> dict[str, Any]:
-        """The content of `study.json`: all that decides the race."""
+        """Return the content of `study.json`: everything that determines the results."""
         return normalize_record(
             {
                 "candidates": {
@@ -325,7 +329,7 @@ class Study:
         self._log(f"{name}: {outcome.monitor} {outcome.value:.4f} on validation, {cost}")
 
     def _record_outcome(self, trial: Trial, outcome: FinishedRun | TuneforgeError) -> None:
-        """Note in an entrant's row what came of a run."""
+        """Add the outcome of a run to the results of its candidate."""
         row = self._results[trial.candidate.name]
         if isinstance(outcome, TuneforgeError):
             self._errors.append(outcome)
@@ -336,7 +340,7 @@ class Study:
             self._results[row.name] = attrs.evolve(row, runs=(*row.runs, outcome), total_s=spent_s)
 
     def _copy_engine_options(self) -> dict[str, Any]:
-        """What an engine is given; a module is a copy, because tuning changes it."""
+        """Return the keywords of `Engine`; a module is copied, because training changes it."""
         model = self._engine_options.get("model")
         copied = {"model": copy.deepcopy(model)} if isinstance(model, (nn.Module, Model)) else {}
         return {**self._engine_options, **copied}
@@ -348,7 +352,7 @@ class Study:
         for name in select_dropped(
             [row for row in self._results.values() if row.round_number == round_number], baseline=self.baseline
         ):
-            reason = f"after rung {round_number} of {len(self.round_budgets)}, {budget} each"
+            reason = f"after round {round_number} of {len(self.round_budgets)}, {budget} each"
             self._results[name] = attrs.evolve(self._results[name], state=DROPPED, reason=reason)
             self._log(f"{name}: dropped {reason}")
 
@@ -359,7 +363,11 @@ class Study:
         soup = (
             self._make_soup([run for row in ranking.ranked for run in row.runs], path) if self._includes_soup else None
         )
-        notes = [] if soup is None else [f"note: of the soup's test nobody looked: tuneforge evaluate {path / 'soup'}"]
+        notes = (
+            []
+            if soup is None
+            else [f"note: the soup was not evaluated on the test split; to do so: tuneforge evaluate {path / 'soup'}"]
+        )
         if (
             self._num_processes > 1
             and self._config.budget is not None
@@ -368,7 +376,7 @@ class Study:
             each = (
                 f"{self._num_processes} runs at a time, each with {threads_per_process(self._num_processes)} thread(s)"
             )
-            notes.append(f"note: {each}: {self._config.budget} are worth less so than to a run alone, equally for all")
+            notes.append(f"note: {each}: {self._config.budget} allow fewer steps than in a run alone, equally for all")
         more = {"seeds": self._seeds, "round_budgets": self.round_budgets if self._halving else None}
         return summarize(ranking, notes=notes, soup=soup, study_dir=path, extra=more)
 
@@ -385,25 +393,25 @@ class Study:
 
     @contextlib.contextmanager
     def _track_status(self, run_dir: RunDir) -> Iterator[None]:
-        """Keep in the race's folder how the race stands; a stop says how to go on."""
+        """Keep the status of the study in its directory; a stop logs how to resume."""
         run_dir.write_status("running")
         try:
             yield
             run_dir.write_status("done")
         except StoppedError as error:
             run_dir.write_status("stopped", reason=error.what)
-            how = f"go on with: {resume_command(run_dir.path, self.build_record())}"
+            how = f"resume with: {resume_command(run_dir.path, self.build_record())}"
             raise StoppedError(error.what, exit_code=error.exit_code, fix=how) from error
         except BaseException as error:
             stopped = not isinstance(error, Exception)
             run_dir.write_status("stopped" if stopped else "failed", reason=str(error) or type(error).__name__)
             if stopped:
-                self._log(f"go on with: {resume_command(run_dir.path, self.build_record())}")
+                self._log(f"resume with: {resume_command(run_dir.path, self.build_record())}")
             raise
 
 
 def engine_options_from_config(config: RunConfig) -> dict[str, Any]:
-    """A configuration as keywords of `Engine`, without what differs between the runs of a race, or their budget."""
+    """Return a configuration as keywords of `Engine`, without budget and what differs between the runs of a study."""
     given = {name: getattr(config, name) for name in COMPONENT_KEYS} | config.settings()
     return {name: value for name, value in given.items() if name not in ("out", "budget")}
 
@@ -411,7 +419,7 @@ def engine_options_from_config(config: RunConfig) -> dict[str, Any]:
 def _parse_seeds(value: int | Sequence[int], first: int) -> list[int]:
     seeds = list(range(first, first + value)) if isinstance(value, int) else [int(seed) for seed in value]
     if not seeds or len(set(seeds)) < len(seeds):
-        raise UsageError(f"{value} are no seeds for a race", where="--seeds", fix="give 1 or more, all different")
+        raise UsageError(f"{value} is not a valid value for seeds", where="--seeds", fix="use 1 or more, all different")
     return seeds
 
 

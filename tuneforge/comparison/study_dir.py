@@ -1,4 +1,4 @@
-"""The folder of a race: its record, whether two races are the same, and how to go on with one."""
+"""The study directory: its record, whether two studies are equal, and how to resume one."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from tuneforge.errors import FolderError, UsageError
 from tuneforge.plugin.config import GROUP_BY_KEY
 
 STUDY = "study.json"
-_ARRAYS = "arrays"  # data that was handed over, under the name of the component that knows it
+_ARRAYS = "arrays"  # the component of arrays and datasets in memory
 
 
 def normalize_record(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A race's table as `study.json` gives it back."""
+    """Return the record of a study as `study.json` gives it back."""
     plain: dict[str, Any] = json.loads(json.dumps(nonfinite_to_none({"tuneforge": tuneforge.__version__, **table})))
     return plain
 
 
 def resume_command(study_dir: Path, record: Mapping[str, Any]) -> str:
-    """What goes on with a race."""
+    """Return the command, or a description of the call, that resumes a study."""
     if has_objects(record):
         return f"the same call of compare(...), with out={str(study_dir)!r}"
     return f"tuneforge compare --resume {shlex.quote(str(study_dir))}"
 
 
 def find_unfinished(record: Mapping[str, Any], runs_dir: Path = Path("runs")) -> Path | None:
-    """The folder under `runs/` of the very same race that is neither done nor running, the newest; None without one.
+    """Return the newest directory under `runs/` of an equal study that is neither done nor running, or None.
 
-    A race that was given Python objects is never found so: that they are the same cannot be told.
+    A study that was given Python objects is never found, because whether they are the same is unknown.
     """
     if has_objects(record):
         return None
@@ -50,17 +50,17 @@ def find_unfinished(record: Mapping[str, Any], runs_dir: Path = Path("runs")) ->
 
 
 def write_or_verify_record(study_dir: Path, record: Mapping[str, Any]) -> None:
-    """Write `study.json`, or see that it is this race's.
+    """Write `study.json`, or check that the one that exists is equal.
 
     Raises:
-        FolderError: A run or something else lies there.
-        UsageError: Another race lies there; the message says what differs.
+        FolderError: The directory holds a run or other files.
+        UsageError: The directory holds another study; the message lists what differs.
     """
     if (study_dir / names.RUN).exists():
-        raise FolderError(f"'{study_dir}' holds a run, not a race", where="--out", fix="name another folder")
+        raise FolderError(f"'{study_dir}' holds a run, not a study", where="--out", fix="name another directory")
     if not (study_dir / STUDY).exists():
         if any(not each.name.startswith(".") for each in study_dir.iterdir()):
-            raise FolderError(f"'{study_dir}' holds something else", where="--out", fix="name a new or an empty folder")
+            raise FolderError(f"'{study_dir}' holds other files", where="--out", fix="name a new or an empty directory")
         names.write_json(study_dir / STUDY, record)
         return
     before = names.read_json(study_dir / STUDY)
@@ -72,22 +72,22 @@ def write_or_verify_record(study_dir: Path, record: Mapping[str, Any]) -> None:
     ]
     if lines:
         raise UsageError(
-            "\n".join([f"'{study_dir}' holds another race", *lines]),
+            "\n".join([f"'{study_dir}' holds another study", *lines]),
             where="--out",
-            fix=f"go on with that one: {resume_command(study_dir, before)}; or name another folder",
+            fix=f"resume that one: {resume_command(study_dir, before)}; or name another directory",
         )
 
 
 def _flatten_settings(record: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a race by dotted keys: the entrants' names, and the options of those that `other` has too."""
+    """Return what determines a study by dotted keys: candidates, and the options of those that `other` has too."""
     candidates = record["candidates"]
     both = {name: options for name, options in candidates.items() if name in other["candidates"]}
-    told = {key: value for key, value in record.items() if key not in ("tuneforge", "candidates")}
-    return _flatten({"candidates": ", ".join(candidates), **both, **told})
+    settings = {key: value for key, value in record.items() if key not in ("tuneforge", "candidates")}
+    return _flatten({"candidates": ", ".join(candidates), **both, **settings})
 
 
 def _flatten(table: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested table as one of dotted keys."""
+    """Return a nested table as a flat one with dotted keys."""
     if not isinstance(table, Mapping):
         return {prefix: table}
     flat: dict[str, Any] = {}
@@ -97,14 +97,14 @@ def _flatten(table: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def has_objects(record: Mapping[str, Any]) -> bool:
-    """True where a race was given Python objects, so that its folder alone cannot begin a run."""
+    """Return True if a study was given Python objects, which its directory does not hold."""
     parts = [*record["candidates"].values(), *(value for key, value in record["config"].items() if key in GROUP_BY_KEY)]
     entries = [each["name"] for part in parts for each in (part if isinstance(part, list) else [part])]
     return _ARRAYS in entries or any(is_object(name) for name in entries)
 
 
 def new_study_dir() -> Path:
-    """A folder under `runs/` named by the time, which is not there yet."""
-    stamp = time.strftime("race-%Y%m%d-%H%M%S")
+    """Return a directory under `runs/` that does not exist yet, named by the time."""
+    stamp = time.strftime("study-%Y%m%d-%H%M%S")
     tries = (stamp if number == 1 else f"{stamp}-{number}" for number in range(1, 10_000))
     return next(path for path in (Path("runs") / name for name in tries) if not path.exists())

@@ -1,4 +1,4 @@
-"""Successive halving: what each rung of a race may spend, and who falls after it."""
+"""Successive halving (Jamieson and Talwalkar 2016): the budget of each round, and the candidates it drops."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _UNITS = {"seconds": "s", "epochs": "epochs", "steps": "steps"}
 
 
 def plan_halving(budget: str | None, num_candidates: int) -> list[str | None]:
-    """The budget of each rung of a halving: twice that of the one before it, the last one whole.
+    """Return the budget of each round: twice that of the round before it, the last one whole.
 
     Raises:
-        UsageError: There is no budget, or too little to halve so often.
+        UsageError: There is no budget, or it is too small to be halved that often.
     """
     if budget is None:
-        raise UsageError("a halving needs a budget", where="--halving", fix="give one, such as --budget 20epochs")
+        raise UsageError("--halving needs a budget", where="--halving", fix="give one, such as --budget 20epochs")
     count = max(1, math.ceil(math.log2(num_candidates)))
     kind, amount = parse_budget(budget)
     amounts = [amount / 2 ** (count - number) for number in range(1, count)]
     if kind != "seconds" and amounts and min(amounts) < 1:
         raise UsageError(
-            f"a budget of {budget} cannot be halved {count - 1} times, as {num_candidates} entrants need",
+            f"a budget of {budget} cannot be halved {count - 1} times, as {num_candidates} candidates need",
             where="--budget",
             fix=f"give at least {2 ** (count - 1)}{_UNITS[kind]}",
         )
@@ -34,11 +34,11 @@ def plan_halving(budget: str | None, num_candidates: int) -> list[str | None]:
 
 
 def select_dropped(results: Sequence[CandidateResult], *, baseline: str) -> list[str]:
-    """Names of the worse half, by their mean; the baseline stays to be compared with.
+    """Return the names of the worse half by their mean; the baseline is never dropped.
 
     Args:
-        results: Of all who ran in a rung.
-        baseline: An entrant's name.
+        results: The results of all candidates of a round.
+        baseline: The name of the baseline.
     """
     through = [row for row in results if row.state not in (DROPPED, FAILED)]
     if not through:

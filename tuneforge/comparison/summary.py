@@ -1,4 +1,4 @@
-"""A comparison in words, in numbers for programs, and as a table; times are kept apart from figures."""
+"""The result of a comparison as text, as JSON and as a table; times are stored apart from metrics."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _UNKNOWN = "-"
 
 @attrs.frozen(eq=False)
 class Comparison:
-    """What a comparison leaves; as text it is the table with the decision.
+    """The result of a comparison; `str` gives the table with the decision.
 
     Args:
-        study_dir: Where the files lie; None where none were written.
+        study_dir: The directory of the files; None if none were written.
         results: The content of `results.json`: everything but times.
-        costs: The content of `costs.json`: seconds by entrant.
-        table: What a person reads.
+        costs: The content of `costs.json`: seconds by candidate.
+        table: The table and the decision as text.
     """
 
     study_dir: Path | None
@@ -50,7 +50,7 @@ class Comparison:
 
     @property
     def winner(self) -> str:
-        """The entrant with the best mean on validation; `results` says whether it is significantly better."""
+        """The candidate with the best validation mean; `results` holds whether it is significantly better."""
         return str(self.results["winner"])
 
     def __str__(self) -> str:
@@ -59,14 +59,14 @@ class Comparison:
 
 def summarize(ranking: Ranking, *, notes: Iterable[str], soup: Mapping[str, Any] | None, study_dir: Path | None,
              extra: Mapping[str, Any]) -> Comparison:  # fmt: skip
-    """Put a decision into words and numbers; then, and only then, look at the test split of winner and baseline.
+    """Build and write the results of a ranking; only then read the test metrics of winner and baseline.
 
     Args:
-        ranking: The decision.
-        notes: What else must be known.
-        soup: The average of the entrants, if one was made.
-        study_dir: Where to write; None: nowhere.
-        extra: What `results.json` holds besides, such as seeds.
+        ranking: The ranking.
+        notes: Further notes.
+        soup: The summary of the model soup, or None.
+        study_dir: The output directory; None writes nothing.
+        extra: Further content of `results.json`, such as seeds.
     """
     notes = [*notes, *_collect_notes(ranking)]
     chosen = {row.name: row for row in ranking.ranked if row.name in (ranking.winner.name, ranking.baseline)}
@@ -83,22 +83,22 @@ def summarize(ranking: Ranking, *, notes: Iterable[str], soup: Mapping[str, Any]
 
 
 def describe_decision(ranking: Ranking) -> str:
-    """The decision: who is first, and whether the figures show it to be better than the baseline."""
+    """Return the decision: the best candidate, and whether it is significantly better than the baseline."""
     first, monitor = ranking.winner, ranking.monitor
-    opening = f"first on validation: {first.name}, {monitor} {_format_mean_std(first.mean, first.std)}"
+    opening = f"best on validation: {first.name}, {monitor} {_format_mean_std(first.mean, first.std)}"
     others = {row.name: ranking.describe_verdict(row) for row in ranking.ranked if row.name != ranking.baseline}
     if not others:
-        return f"{opening}; there is no other to compare it with"
+        return f"{opening}; there is no other candidate to compare it with"
     if first.name == ranking.baseline:
         worse = [name for name, verdict in others.items() if verdict == WORSE]
         untested = all(verdict.startswith("not tested") for verdict in others.values())
-        beaten = f"significantly worse: {', '.join(worse)}" if worse else "no significant difference to any other"
+        beaten = f"significantly worse: {', '.join(worse)}" if worse else "no significant difference from any other"
         return f"{opening}; it is the baseline; {'nothing was tested' if untested else beaten}"
     verdict = others[first.name]
     if verdict in (BETTER, NO_DIFFERENCE):
-        words = "significantly better than" if verdict == BETTER else "no significant difference to"
+        words = "significantly better than" if verdict == BETTER else "no significant difference from"
         return f"{opening}; {words} {ranking.baseline} ({_describe_test(ranking, first.name)})"
-    return f"{opening}; {verdict}, so it may be first by chance"
+    return f"{opening}; {verdict}, so it may be best by chance"
 
 
 def _describe_test(ranking: Ranking, name: str) -> str:
@@ -116,33 +116,33 @@ def _collect_notes(ranking: Ranking) -> Iterator[str]:
     ranked = ranking.ranked
     pairs = {each.num_pairs for each in ranking.differences.values()}
     if ranking.baseline not in {row.name for row in ranked}:
-        yield f"note: the baseline '{ranking.baseline}' did not come through, so nothing was tested"
+        yield f"note: the baseline '{ranking.baseline}' failed, so nothing was tested"
     elif max(pairs, default=2) < 2:
-        yield "note: one seed, so there is no test: a difference may be chance; ask for more with --seeds"
+        yield "note: one seed, so there is no test: a difference may be chance; use more with --seeds"
     elif pairs:
         most = max(pairs)
         yield (
-            f"note: with {most} seeds an interval reaches {ci_half_width(most):.1f} standard deviations of the "
-            f"differences each way (with 10: {ci_half_width(10):.1f}); it is about other seeds on these samples, "
-            "not about other samples"
+            f"note: with {most} seeds a confidence interval extends {ci_half_width(most):.1f} standard deviations of "
+            f"the differences to each side (with 10 seeds: {ci_half_width(10):.1f}); it holds for other seeds on "
+            "the same samples, not for other samples"
         )
     early = [f"{row.name} after {row.mean_cost(kind):.3g}" for row in ranked if (kind := _unspent_budget_kind(row))]
     if early:
         yield (
-            f"note: some ended by themselves before their {ranked[0].budget} were spent, as their own options say: "
+            f"note: some finished before their budget of {ranked[0].budget}, as their own options determine: "
             f"{', '.join(early)}"
         )
 
 
 def _unspent_budget_kind(row: CandidateResult) -> str:
-    """The kind of budget that an entrant has left over; empty where it has none."""
+    """Return the kind of budget that a candidate did not use up, or an empty string."""
     kind, amount = parse_budget(row.budget) if row.budget is not None else ("epochs", 0.0)
     spent = any(run.stopped_by_budget for run in row.runs) or row.mean_cost(kind) >= amount
     return "" if spent else kind
 
 
 def _build_results(ranking: Ranking, folder: Path | None) -> dict[str, Any]:
-    """Everything that does not depend on the clock."""
+    """Return everything that does not depend on time measurements."""
     return {
         "monitor": ranking.monitor,
         "mode": ranking.mode,
@@ -186,21 +186,20 @@ def _relative(run: Path, folder: Path | None) -> str:
 
 
 def _format_lines(ranking: Ranking, soup: Mapping[str, Any] | None, test: Mapping[str, Any]) -> Iterator[str]:
-    head = ["entrant", ranking.monitor, "sd", "seeds", "epochs", "seconds", f"to {ranking.baseline}", "p (Holm)"]
+    head = ["candidate", ranking.monitor, "std", "seeds", "epochs", "seconds", f"vs. {ranking.baseline}", "p (Holm)"]
     rows = [_format_cells(ranking, row) for row in ranking.results]
     if soup is not None and soup.get("value") is not None:
-        words = (
-            f"average of {len(soup['ingredients'])} of {len(soup['candidates'])} runs, chosen on validation: not tested"
-        )
+        counts = f"{len(soup['ingredients'])} of {len(soup['candidates'])} runs"
+        words = f"average of {counts}, chosen on the validation split: not tested"
         rows.insert(len(ranking.ranked), [soup["name"], format_metric(soup["value"]), *[_UNKNOWN] * 6, words])
     yield from format_table([*head, "verdict"], rows, right=range(1, len(head)))
     yield ""
     yield describe_decision(ranking)
     for name, found in test.items():
         shown = "none" if found["mean"] is None else _format_mean_std(found["mean"], found["std"])
-        yield f"test, looked at after the decision: {name}, {ranking.monitor} {shown}"
+        yield f"test split, read after the decision: {name}, {ranking.monitor} {shown}"
     total = sum(row.total_s for row in ranking.results)
-    yield f"cost: {format_duration(total)} of tuning"
+    yield f"cost: {format_duration(total)} of training"
 
 
 def _format_cells(ranking: Ranking, row: CandidateResult) -> list[str]:
@@ -208,14 +207,14 @@ def _format_cells(ranking: Ranking, row: CandidateResult) -> list[str]:
     shown = _UNKNOWN if difference is None else f"{difference.mean:+.4f}"
     if difference is not None and difference.ci_low is not None and difference.ci_high is not None:
         shown += f" ({difference.ci_low:+.4f}, {difference.ci_high:+.4f})"
-    told = bool(row.runs) and row.state != FAILED
+    has_value = bool(row.runs) and row.state != FAILED
     return [
         row.name,
-        format_metric(row.mean) if told else _UNKNOWN,
-        format_metric(row.std) if told and row.std is not None else _UNKNOWN,
+        format_metric(row.mean) if has_value else _UNKNOWN,
+        format_metric(row.std) if has_value and row.std is not None else _UNKNOWN,
         str(len(row.runs)),
-        f"{row.mean_cost('epochs'):.3g}" if told else _UNKNOWN,
-        f"{row.mean_cost('seconds'):.3g}" if told else _UNKNOWN,
+        f"{row.mean_cost('epochs'):.3g}" if has_value else _UNKNOWN,
+        f"{row.mean_cost('seconds'):.3g}" if has_value else _UNKNOWN,
         shown,
         _format_p_value(p),
         ranking.describe_verdict(row),
