@@ -14,10 +14,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge import Data, DataError, Model, Source, Split, TensorTree, load, map_inputs
-from tuneforge.builtin.datasets.row_splits import split_train_val
-from tuneforge.builtin.targets import ClassTargets
+from tuneforge import Data, DataError, Model, SampleRNG, Source, Split, TensorTree, load, map_inputs
 from tuneforge.exporting import concatenate_inputs, load_tensors
+from tuneforge.plugin import find_component, load_component
 
 _INPUTS_PREFIX = "stored/"
 
@@ -81,14 +80,14 @@ def merge_new_samples(run: Path, new: NewSamples, *, val: float, min_samples_per
         DataError: The old data have no classes, or no new sample is left to train on.
     """
     old = load(run).with_data().data
-    if not isinstance(old.targets, ClassTargets):
+    if not isinstance(old.targets, load_component(find_component("targets", "classes"))):
         raise DataError(
             "only data with one class a sample can be continued",
             where="--data.run",
             why=f"the run's targets are {type(old.targets).__name__}",
             fix="join the data yourself and tune on them",
         )
-    names, notes = _merge_class_names(old.targets.names, new, min_samples_per_class)
+    names, notes = _merge_class_names(old.targets.labels, new, min_samples_per_class)
     codes = torch.tensor([names.index(each) if each in names else -1 for each in new.labels], dtype=torch.int64)
     train, held = _split_train_val(new.select_rows(held_out=False, classes=names), codes, val=val, seed=seed)
     longer = _append_samples(old.train, new, train, codes)
@@ -173,15 +172,21 @@ def _merge_class_names(old: tuple[str, ...], new: NewSamples, fewest: int) -> tu
 
 
 def _split_train_val(rows: Tensor, codes: Tensor, *, val: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows for training and for validation, of each class its share."""
-    pools = [rows[codes[rows] == code] for code in sorted(set(codes[rows].tolist()))]
-    if not pools:
+    """Split rows into training and validation, each class in the same proportion; a single row is for training."""
+    groups = [rows[codes[rows] == code] for code in sorted(set(codes[rows].tolist()))]
+    if not groups:
         raise DataError(
             "there is no new sample to train on",
             where="--data.new",
             fix="label some requests (POST /feedback, /review)",
         )
-    return split_train_val(pools, val=val, seed=seed, where="--data.new")
+    parts = []
+    for group in groups:
+        shuffled = group[SampleRNG(seed, 0, group).uniform("split").argsort(stable=True)]
+        num_val = min(max(round(val * len(group)), 1), len(group) - 1) if val > 0 else 0
+        parts.append(torch.split(shuffled, [len(group) - num_val, num_val]))
+    train, held_out = (torch.cat(part).sort().values for part in zip(*parts, strict=True))
+    return train, held_out
 
 
 def _append_samples(old: Split, new: NewSamples, rows: Tensor, codes: Tensor) -> Split:

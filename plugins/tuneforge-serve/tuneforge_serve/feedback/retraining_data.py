@@ -33,7 +33,7 @@ class ContinualData:
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
         """Prepare the old data again, read the new samples, and join them."""
-        from tuneforge.builtin.datasets.new_samples import merge_new_samples, read_new_samples
+        from tuneforge_serve.feedback.new_samples import merge_new_samples, read_new_samples
 
         return merge_new_samples(
             self.run, read_new_samples(self.new), val=self.val, min_samples_per_class=self.fewest, seed=run.data_seed
@@ -56,6 +56,6 @@ class WarmStart:
         model = yield
         if run.restoring:
             return model
-        from tuneforge.builtin.datasets.new_samples import load_warm_start
+        from tuneforge_serve.feedback.new_samples import load_warm_start
 
         return load_warm_start(model, self.run)
