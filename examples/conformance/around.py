@@ -1,6 +1,6 @@
 """Rows 14 to 16: broken plugins, start-up, and validation folders with other classes than training.
 
-The first two are seen in a fresh interpreter, which runs this file as a script.
+The first two run in a new interpreter, which runs this file as a script.
 """
 
 import importlib
@@ -17,10 +17,10 @@ FRESH_S = 300
 
 
 def row_14(peer: Any) -> None:
-    """A distribution whose plugin raises when it is imported harms nobody who does not name it.
+    """A distribution whose plugin raises on import breaks nothing that does not name it.
 
-    What groups of entry points a tool asks for is seen by running it, where it does not say (`groups`); a plugin that
-    raises is then planted in each.
+    The entry-point groups that a library reads are found by running it, unless it names them (`groups`); a plugin that
+    raises is then installed in each.
     """
     from case import Fails, NotThereError
 
@@ -48,7 +48,7 @@ def row_15(peer: Any) -> None:
 
 
 def row_16(peer: Any) -> None:
-    """A validation folder with a class that training lacks is refused; one that lacks a class is read by names."""
+    """A validation folder with a class that training lacks is refused; one that lacks a class is matched by name."""
     from case import Fails, NotThereError, PassesWithNote
 
     if not hasattr(peer, "folders"):
@@ -83,10 +83,10 @@ def _module(peer: Any) -> str:
 
 
 def _fresh(*arguments: str, path: str = "") -> str:
-    """This script in a fresh interpreter; what it printed.
+    """Run this script in a new interpreter, and return its output.
 
     Raises:
-        RuntimeError: It stopped; the last line of what it said.
+        RuntimeError: It failed; with the last line of its output.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in (path, *sys.path) if each)}
     command = [sys.executable, __file__, *arguments]
@@ -97,7 +97,7 @@ def _fresh(*arguments: str, path: str = "") -> str:
 
 
 def _plant(place: Path, groups: list[str]) -> None:
-    """A distribution with an entry in each group, of a module that raises."""
+    """Install a distribution with an entry in each group, whose module raises."""
     about = place / "broken_plugin-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-plugin\nVersion: 1.0\n")
@@ -107,7 +107,7 @@ def _plant(place: Path, groups: list[str]) -> None:
 
 
 def _used(module: str, name: str) -> None:
-    """Use a tool a little."""
+    """Run a small training job with a library."""
     sys.path.insert(0, str(HERE))
     (peer,) = (each for each in importlib.import_module(module).peers() if each.name == name)
     with TemporaryDirectory() as folder:
@@ -121,7 +121,7 @@ def _used(module: str, name: str) -> None:
 
 
 def _groups(module: str, name: str, packages: tuple[str, ...]) -> list[str]:
-    """Groups of entry points that the tool's own code asks for while it is imported and used."""
+    """Return the entry-point groups that the library's own code reads while it is imported and used."""
     import importlib.metadata as metadata
 
     asked: set[str] = set()
@@ -142,7 +142,7 @@ def _groups(module: str, name: str, packages: tuple[str, ...]) -> list[str]:
 
 
 def _help(command: str) -> bool:
-    """True where `--help` imports torch."""
+    """Return whether `--help` imports torch."""
     module, _, function = command.partition(":")
     sys.argv = [module.partition(".")[0], "--help"]
     try:

@@ -1,8 +1,8 @@
-"""The case that every tool is given: the head trains first, then all layers; and what a witness sees of it.
+"""The job of every library: the head trains first, then all layers; and an observer of it.
 
-Only torch is needed here. The witness hangs on the network itself, so it sees the same of every tool.
+Only torch is needed. The observer uses hooks of the network itself, so it sees the same of every library.
 
-Shapes: b samples in a batch, 8 numbers a sample, 3 classes.
+Shapes: b samples in a batch, 8 features per sample, 3 classes.
 """
 
 import random
@@ -23,33 +23,33 @@ STEPS_AN_EPOCH = SAMPLES // BATCH
 
 
 class Fails(Exception):  # noqa: N818 - it reads as the row's verdict
-    """The tool has the defect; the message says how it showed."""
+    """The library has the issue; the message says how it showed."""
 
 
 class PassesWithNote(Exception):  # noqa: N818 - it reads as the row's verdict
-    """The tool passes, with something to say about it."""
+    """The library passes, with a note."""
 
 
 class NotThereError(Exception):
-    """The tool has no such feature, so the row does not apply."""
+    """The library has no such feature, so the row does not apply."""
 
 
 class KilledError(BaseException):
-    """Stands for SIGKILL: no tool may catch it."""
+    """Simulates SIGKILL, so no library may catch it."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a tool is asked to do.
+    """What a library is to train.
 
     Args:
         phases: What trains in each epoch, `"head"` or `"all"`.
         optimizer: `"adamw"` or `"sgd"` (momentum 0.9).
         decay: Weight decay.
-        schedule: The tool's name of a schedule of the rate; None: constant.
+        schedule: The library's name of a learning-rate schedule; None: constant.
         shuffle: Draw samples in random order.
         compiled: Compile the network.
-        apart: Give each block of the backbone its own rate when it unfreezes.
+        apart: Give each block of the backbone its own learning rate when it is unfrozen.
     """
 
     phases: tuple[str, ...] = ("head", "all", "all")
@@ -62,18 +62,18 @@ class Plan:
 
 
 class Peer(Protocol):
-    """A tool under test."""
+    """A library under test."""
 
     name: str
 
     def version(self) -> str:
-        """Of the package."""
+        """Return the version of the package."""
 
     def schedules(self) -> tuple[str, ...]:
-        """Names of the schedules that row 5 goes through."""
+        """Return the names of the schedules of row 5."""
 
     def fit(self, net: "Net", plan: Plan, folder: Path, *, resume: bool = False) -> None:
-        """Train as the tool's documentation would; checkpoints go into `folder`, where `resume` finds them."""
+        """Train as the library's documentation shows; checkpoints go into `folder`, where `resume` finds them."""
 
     def ranks(self, folder: Path) -> None:
         """Row 10: an unfreezing on two ranks. Raises `Fails`."""
@@ -82,12 +82,12 @@ class Peer(Protocol):
         """Row 11: run the learning-rate finder."""
 
     def pattern(self, net: "Net", folder: Path) -> str:
-        """Row 12: freeze or unfreeze by a pattern that matches nothing; gives what is said."""
+        """Row 12: freeze or unfreeze by a pattern that matches nothing; return the message."""
 
     def reasons(self, net: "Net", folder: Path, *, asked: bool = False) -> None:
-        """Row 13: train until early stopping ends a phase; what is printed and logged is looked at.
+        """Row 13: train until early stopping ends a phase; output and log are examined.
 
-        With `asked` the tool is told to speak up, where it has an option for that.
+        With `asked` the library is told to log the reason, if it has an option for that.
         """
 
 
@@ -101,15 +101,15 @@ class Twins(nn.Module):
         nn.init.zeros_(self.two.bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The sum of both answers."""
+        """Return the sum of both outputs."""
         return torch.tanh(self.one(inputs)) + torch.tanh(self.two(inputs))
 
 
 class Net(nn.Module):
-    """(b, 8) -> (b, 3): a backbone with norms, dropout and two equal biases, and a head.
+    """(b, 8) -> (b, 3): a backbone with BatchNorm, dropout and two equal biases, and a head.
 
     Args:
-        dropout: Share that the dropouts drop.
+        dropout: Dropout probability.
         backwards: Register the twins in the opposite order; names and values stay the same.
     """
 
@@ -128,13 +128,13 @@ class Net(nn.Module):
         self.head = nn.Linear(16, 3)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The logits."""
+        """Return the logits."""
         logits: Tensor = self.head(self.backbone(inputs))
         return logits
 
 
 def network(dropout: float = 0.0, *, backwards: bool = False) -> Net:
-    """The network with the weights it always comes with, its norms set by other data."""
+    """Return the network with its initial weights and BatchNorm statistics of other data."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = Net(dropout, backwards=backwards).train()
@@ -145,53 +145,53 @@ def network(dropout: float = 0.0, *, backwards: bool = False) -> Net:
 
 
 def samples(count: int = SAMPLES, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Points (count, 8) around three centres, and their classes; the first number of each is its own."""
+    """Return points (count, 8) around three centers, and their classes; the first feature of each is unique."""
     centres = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)) * 2
     classes = torch.arange(count) % 3
     return centres[classes] + torch.randn(count, 8, generator=torch.Generator().manual_seed(seed)), classes
 
 
 def loaders(plan: Plan) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Loaders of torch for training and validation."""
+    """Return torch's loaders for training and validation."""
     train, val = TensorDataset(*samples()), TensorDataset(*samples(24, seed=2))
     return DataLoader(train, BATCH, shuffle=plan.shuffle), DataLoader(val, BATCH)
 
 
 def optimizer_of(plan: Plan, parameters: Any) -> torch.optim.Optimizer:
-    """The plan's optimizer of torch, at 0.01."""
+    """Return the plan's optimizer, with learning rate 0.01."""
     if plan.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=plan.decay)
     return torch.optim.AdamW(parameters, lr=0.01, weight_decay=plan.decay)
 
 
 def seeded() -> None:
-    """What a training script does first, and a resumed one does again."""
+    """Set the seeds, as a training script does at its start, also when it resumes."""
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
 
 
 def state_of(net: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by name, copied."""
+    """Return copies of every parameter and buffer by name."""
     return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
 
 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors that are not bit-identical."""
+    """Return the names of the tensors that are not bit-identical."""
     return [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
 
 
 @dataclass
 class Witness:
-    """What the network's own hooks saw.
+    """Records what the network's own hooks see.
 
     Args:
         phases: What trains in each epoch.
         kill_at: Training steps after which the process is "killed".
         starts: Every tensor at the first training step of each epoch.
         batches: The samples of each training step, by their first number.
-        faults: What was wrong in the forward passes of frozen phases.
-        begun: Training steps begun before this witness looked.
+        faults: Faults in the forward passes of frozen phases.
+        begun: Training steps started before this observer was added.
     """
 
     phases: tuple[str, ...]
@@ -201,7 +201,7 @@ class Witness:
     faults: set[str] = field(default_factory=set)
 
     def step(self, net: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Before each forward pass of the network; those of validation have no gradients."""
+        """Record a forward pass of the network before it runs; those of validation have no gradients."""
         if not torch.is_grad_enabled() or (not net.training and not self._frozen()):
             return
         if self.kill_at == len(self.batches):
@@ -215,12 +215,12 @@ class Witness:
         return epoch < len(self.phases) and self.phases[epoch] == "head"
 
     def dropout(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """After a dropout of the backbone."""
+        """Check a dropout layer of the backbone."""
         if torch.is_grad_enabled() and self._frozen() and not torch.equal(args[0], output):
             self.faults.add("dropout is on in the frozen backbone")
 
     def norm(self, module: nn.BatchNorm1d, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """After a norm of the backbone."""
+        """Check a BatchNorm layer of the backbone."""
         if torch.is_grad_enabled() and self._frozen():
             mean, variance = module.running_mean, module.running_var
             expected = F.batch_norm(args[0], mean, variance, module.weight, module.bias, eps=module.eps)
@@ -230,7 +230,7 @@ class Witness:
 
 @contextmanager
 def watched(net: Net, plan: Plan, *, kill_at: int | None = None) -> Iterator[Witness]:
-    """Hang a witness on a network."""
+    """Add an observer to a network."""
     witness = Witness(plan.phases, kill_at)
     handles = [net.register_forward_pre_hook(witness.step)]
     for module in net.backbone.modules():

@@ -16,7 +16,7 @@ FEW = 6
 
 
 def _tool(peer: Any) -> tuple[Any, Any, Any]:
-    """The tool as the kills know it, what it is asked, and its run that nobody interrupts."""
+    """Return the library as in `../kills`, its job, and its uninterrupted run."""
     found = [each for each in table.tools() if each.name == peer.name]
     if not found:
         raise NotThereError("not among the kills")
@@ -25,7 +25,7 @@ def _tool(peer: Any) -> tuple[Any, Any, Any]:
 
 
 def row_17(peer: Any) -> None:
-    """A file of the newest checkpoint is cut in half, or has one other bit: found, and the one before is used."""
+    """A truncated file or a flipped bit in the newest checkpoint is detected, and the one before is used."""
     tool, job, expected = _tool(peer)
     lines = table.damaged(tool, job, expected)
     stops = [line for line in lines if "stops with" in line]
@@ -39,7 +39,7 @@ def row_17(peer: Any) -> None:
 
 
 def row_18(peer: Any) -> None:
-    """One checkpoint is kept; killed at each file operation of a save: one complete checkpoint is always there."""
+    """With one checkpoint kept and kills at each file operation of a save, a complete one always exists."""
     tool, _, expected = _tool(peer)
     if not getattr(tool, "deletes", True):
         raise NotThereError("deletes none")
@@ -53,7 +53,7 @@ def row_18(peer: Any) -> None:
 
 
 def row_19(peer: Any) -> None:
-    """Killed and resumed, the record of metrics has each step, or epoch, once."""
+    """After a kill and a resume, the record of metrics has each step, or epoch, once."""
     tool, job, expected = _tool(peer)
     if not tool.log:
         raise NotThereError("keeps no record by itself")
@@ -67,7 +67,7 @@ def row_19(peer: Any) -> None:
 
 
 def row_20(peer: Any) -> None:
-    """A second run into the folder of one that goes on is refused."""
+    """A second run in the folder of a running one is refused."""
     tool, job, expected = _tool(peer)
     with trial.begun(tool, job) as here:
         go = here.place / "go"
@@ -95,6 +95,6 @@ def row_20(peer: Any) -> None:
 
 
 def _written(folder: Path) -> dict[str, tuple[int, int]]:
-    """Of each file which one it is, and when it was written last: both runs would write the same into it."""
+    """Return the inode and modification time of each file, because both runs would write the same content."""
     found = {name: (folder / name).stat() for name, _ in world.sizes(folder)}
     return {name: (each.st_ino, each.st_mtime_ns) for name, each in found.items()}

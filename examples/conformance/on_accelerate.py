@@ -1,4 +1,4 @@
-"""accelerate: a loop of one's own with `save_state`, `load_state`, `skip_first_batches`; it freezes nothing itself."""
+"""accelerate: a hand-written loop with `save_state`, `load_state`, `skip_first_batches`; it does not freeze."""
 
 import warnings
 from pathlib import Path
@@ -21,35 +21,35 @@ SCHEDULES: dict[str, Any] = {
 
 
 class Progress:
-    """Registered for checkpointing: how many steps are done."""
+    """The number of completed steps, registered for checkpointing."""
 
     done = 0
 
     def state_dict(self) -> dict[str, int]:
-        """For the checkpoint."""
+        """Return the state for the checkpoint."""
         return {"done": self.done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """From it."""
+        """Load the state."""
         self.done = state["done"]
 
 
 class Accelerate:
-    """Its loop is the user's; the guide's is taken, with its seedable sampler."""
+    """The loop of its guide, with its seedable sampler."""
 
     name, freezes = "accelerate", False
     packages, command = ("accelerate",), "accelerate.commands.accelerate_cli:main"
 
     def version(self) -> str:
-        """Of the package."""
+        """Return the version of the package."""
         return str(accelerate.__version__)
 
     def schedules(self) -> tuple[str, ...]:
-        """Of torch."""
+        """Return schedules of torch."""
         return tuple(SCHEDULES)
 
     def fit(self, net: Net, plan: Plan, folder: Path, *, resume: bool = False) -> None:
-        """The loop; a checkpoint after each step."""
+        """Run the loop, with a checkpoint after each step."""
         project = ProjectConfiguration(str(folder), automatic_checkpoint_naming=True)
         loading = DataLoaderConfiguration(use_seedable_sampler=True)
         accelerator = Accelerator(cpu=True, project_config=project, dataloader_config=loading)
@@ -75,16 +75,16 @@ class Accelerate:
                 accelerator.save_state()
 
     def rates(self, net: Net, folder: Path) -> None:
-        """It has none."""
+        """It has no learning-rate finder."""
         raise NotThereError("has no finder")
 
     def reasons(self, net: Net, folder: Path, *, asked: bool = False) -> None:
-        """The loop is the user's."""
+        """The loop is the user's, so there is nothing to test."""
         raise NotThereError("its loop is the user's")
 
 
 def peers() -> list[Accelerate]:
-    """What is installed."""
+    """Return the library, if it is installed."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     return [Accelerate()]

@@ -24,15 +24,15 @@ class Fastai:
     packages, command = ("fastai", "fastcore"), None
 
     def version(self) -> str:
-        """Of the package."""
+        """Return the version of the package."""
         return str(fastai.__version__)
 
     def schedules(self) -> tuple[str, ...]:
-        """Its own."""
+        """Return its own schedules."""
         return ("fit_one_cycle", "fit_flat_cos")
 
     def learner(self, net: Net, plan: Plan, folder: Path) -> Any:
-        """A learner of two parameter groups, or of one for each block."""
+        """Return a learner with two parameter groups, or with one for each block."""
 
         def blocks(model: nn.Module) -> list[list[nn.Parameter]]:
             backbone = net.backbone
@@ -46,7 +46,7 @@ class Fastai:
         )  # fmt: skip
 
     def fit(self, net: Net, plan: Plan, folder: Path, *, resume: bool = False) -> None:
-        """Phase after phase; resumed, the last file is loaded and `start_epoch` skips what was done."""
+        """Train phase after phase; a resume loads the last file, and `start_epoch` skips completed epochs."""
         learner = self.learner(net, plan, folder)
         phases = [(what, len(list(epochs))) for what, epochs in groupby(plan.phases)]
         number, done = self.found(folder) if resume else (0, 0)
@@ -64,7 +64,7 @@ class Fastai:
             file, done = "", 0
 
     def found(self, folder: Path) -> tuple[int, int]:
-        """The phase of the last file, and its epochs done."""
+        """Return the phase of the last file and its completed epochs."""
         files = sorted((folder / "models").glob("phase-*.pth"), key=lambda path: path.stat().st_mtime_ns)
         if not files:
             return 0, 0
@@ -72,11 +72,11 @@ class Fastai:
         return int(phase), int(epoch) + 1
 
     def ranks(self, folder: Path) -> None:
-        """Left to Accelerate, which is a tool of its own."""
+        """It leaves this to accelerate, which has its own column."""
         raise NotThereError("left to Accelerate")
 
     def rates(self, net: Net, folder: Path) -> None:
-        """`lr_find`."""
+        """Run `lr_find`."""
         learner = self.learner(net, Plan(), folder)
         with learner.no_bar():
             learner.lr_find(num_it=12, show_plot=False)
@@ -86,7 +86,7 @@ class Fastai:
         raise NotThereError("freezes groups by number")
 
     def reasons(self, net: Net, folder: Path, *, asked: bool = False) -> None:
-        """`EarlyStoppingCallback` as it comes."""
+        """Use `EarlyStoppingCallback` with its defaults."""
         learner = self.learner(net, Plan(), folder)
         learner.freeze()
         stopping = EarlyStoppingCallback("valid_loss", min_delta=10.0, patience=1)
@@ -94,7 +94,7 @@ class Fastai:
             learner.fit(5, 0.01, cbs=stopping)
 
     def folders(self, root: Path, val: str) -> dict[str, int]:
-        """Row 16: `ImageDataLoaders.from_folder`; the number of each class of the validation folder."""
+        """Row 16: `ImageDataLoaders.from_folder`; return the index of each class of the validation folder."""
         from fastai.vision.data import ImageDataLoaders
 
         found = ImageDataLoaders.from_folder(root, train="train", valid=val, bs=4, num_workers=0)
@@ -103,6 +103,6 @@ class Fastai:
 
 
 def peers() -> list[Fastai]:
-    """What is installed."""
+    """Return the library, if it is installed."""
     warnings.filterwarnings("ignore")  # about devices and workers that the case does without
     return [Fastai()]

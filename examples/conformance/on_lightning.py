@@ -42,7 +42,7 @@ class Module(pl.LightningModule):
         self.net, self.plan, self.lr = net, plan, 0.01
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The loss."""
+        """Return the loss."""
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
@@ -50,7 +50,7 @@ class Module(pl.LightningModule):
         self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """What requires a gradient, as the documentation of the callback asks."""
+        """Return an optimizer of what requires a gradient, as the callback's documentation asks."""
         optimizer = optimizer_of(self.plan, filter(lambda each: each.requires_grad, self.parameters()))
         if self.plan.schedule is None:
             return optimizer
@@ -58,18 +58,18 @@ class Module(pl.LightningModule):
 
 
 class Phases(BaseFinetuning):
-    """Freeze the backbone, its norms with it, and unfreeze it at the border."""
+    """Freeze the backbone with its BatchNorm, and unfreeze it at the boundary."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
 
     def freeze_before_training(self, module: Module) -> None:
-        """Before the optimizer is made."""
+        """Freeze before the optimizer is built."""
         self.freeze(module.net.backbone, train_bn=False)
 
     def finetune_function(self, module: Module, epoch: int, optimizer: torch.optim.Optimizer) -> None:
-        """At the beginning of each epoch."""
+        """Unfreeze at the start of the second phase."""
         phases = self.plan.phases
         if epoch == 0 or phases[epoch] == phases[epoch - 1]:
             return
@@ -83,28 +83,28 @@ class Phases(BaseFinetuning):
 
 
 class Lightning:
-    """Lightning by itself."""
+    """Lightning without further callbacks."""
 
     name = "Lightning"
     packages: tuple[str, ...] = ("lightning", "lightning_fabric")
     command: str | None = "lightning.fabric.cli:_main"
 
     def version(self) -> str:
-        """Of the package."""
+        """Return the version of the package."""
         return str(pl.__version__)
 
     def schedules(self) -> tuple[str, ...]:
-        """Of torch."""
+        """Return schedules of torch."""
         return tuple(SCHEDULES)
 
     def callbacks(self, plan: Plan, folder: Path) -> list[Any]:
-        """Freezing, and checkpoints after each step and each epoch."""
+        """Return callbacks that freeze, and checkpoints after each step and each epoch."""
         each_step = ModelCheckpoint(folder, "step-{step}", every_n_train_steps=1, save_top_k=-1)
         each_epoch = ModelCheckpoint(folder, "epoch-{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
         return [Phases(plan), each_step, each_epoch]
 
     def fit(self, net: Net, plan: Plan, folder: Path, *, resume: bool = False) -> None:
-        """`Trainer.fit`, with the newest checkpoint's path where it resumes."""
+        """Call `Trainer.fit`, with the newest checkpoint's path to resume."""
         module = Module(net, plan)
         files = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
         newest = str(files[-1]) if resume and files else None
@@ -114,7 +114,7 @@ class Lightning:
         trainer.fit(torch.compile(module) if plan.compiled else module, loader, val, ckpt_path=newest)
 
     def trainer(self, folder: Path, callbacks: list[Any], *, epochs: int, **given: Any) -> pl.Trainer:
-        """A trainer that prints no bar."""
+        """Return a trainer without a progress bar."""
         settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, **given}
         return pl.Trainer(
             max_epochs=epochs, default_root_dir=folder, callbacks=callbacks, enable_model_summary=False,
@@ -122,7 +122,7 @@ class Lightning:
         )  # fmt: skip
 
     def ranks(self, folder: Path) -> None:
-        """Two processes of strategy `ddp`, then of the one that looks for unused parameters."""
+        """Run two processes with strategy `ddp`, then with the one that finds unused parameters."""
         said = []
         for strategy in ("ddp", "ddp_find_unused_parameters_true"):
             place = folder / strategy
@@ -133,7 +133,7 @@ class Lightning:
         raise Fails("; ".join(said))
 
     def one_of_ranks(self, strategy: str, folder: Path) -> str:
-        """What goes wrong under a strategy; empty where nothing does."""
+        """Return what goes wrong with a strategy; empty if nothing does."""
         command = [sys.executable, __file__, self.name, strategy, str(folder)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=RANKS_S, check=False)
@@ -149,7 +149,7 @@ class Lightning:
         return f"the ranks drift apart in {len(differing)} tensors" if differing else ""
 
     def rank(self, strategy: str, folder: Path) -> None:
-        """What each process does."""
+        """Run one rank."""
         seeded()
         plan, net = Plan(), network()
         trainer = self.trainer(
@@ -160,7 +160,7 @@ class Lightning:
         torch.save(parameters, folder / f"rank-{trainer.global_rank}.pt")  # noqa: TID251 - read back by `ranks`
 
     def rates(self, net: Net, folder: Path) -> None:
-        """`Tuner.lr_find`."""
+        """Run `Tuner.lr_find`."""
         plan = Plan()
         module = Module(net, plan)
         trainer = self.trainer(folder, [], epochs=3, enable_checkpointing=False)
@@ -171,7 +171,7 @@ class Lightning:
         raise NotThereError("freezes modules, not patterns")
 
     def reasons(self, net: Net, folder: Path, *, asked: bool = False) -> None:
-        """`EarlyStopping` as it comes, or asked to tell."""
+        """Use `EarlyStopping` with its defaults, or verbose."""
         plan = Plan(phases=("head", *["all"] * 5))
         stopping = EarlyStopping("val_loss", min_delta=10.0, patience=1, verbose=asked)
         trainer = self.trainer(folder, [Phases(plan), stopping], epochs=6, enable_checkpointing=False)
@@ -187,13 +187,13 @@ class Scheduler(Lightning):
     command = None
 
     def version(self) -> str:
-        """Of the package."""
+        """Return the version of the package."""
         import finetuning_scheduler
 
         return str(finetuning_scheduler.__version__)
 
     def callbacks(self, plan: Plan, folder: Path) -> list[Any]:
-        """Phases by epoch, and a checkpoint an epoch, which is what its own kind of checkpoint can do."""
+        """Return phases by epoch, and its checkpoint callback, which saves once per epoch."""
         from finetuning_scheduler import FinetuningScheduler, FTSCheckpoint
 
         schedule = _two_phases(plan)
@@ -204,7 +204,7 @@ class Scheduler(Lightning):
         return [scheduler, FTSCheckpoint(folder, monitor="val_loss", save_top_k=-1, save_on_train_epoch_end=True)]
 
     def pattern(self, net: Net, folder: Path) -> str:
-        """A schedule whose expression matches nothing."""
+        """Use a schedule whose expression matches nothing."""
         from finetuning_scheduler import FinetuningScheduler
 
         plan = Plan()
@@ -215,7 +215,7 @@ class Scheduler(Lightning):
         return ""
 
     def reasons(self, net: Net, folder: Path, *, asked: bool = False) -> None:
-        """Phases that end on early stopping, its default."""
+        """Use phases that end on early stopping, its default."""
         from finetuning_scheduler import FinetuningScheduler, FTSEarlyStopping
 
         schedule = {0: {"params": [r"net.head.*"]}, 1: {"params": [r"net.backbone.*"], "lr": 0.005}}
@@ -225,7 +225,7 @@ class Scheduler(Lightning):
 
 
 def _two_phases(plan: Plan) -> dict[int, dict[str, Any]]:
-    """The head up to the border, the backbone too from there."""
+    """Return a schedule: the head until the boundary, then all layers."""
     border, end = plan.phases.index("all"), len(plan.phases)
     return {
         0: {"params": [r"net.head.*"], "max_transition_epoch": border},
@@ -234,7 +234,7 @@ def _two_phases(plan: Plan) -> dict[int, dict[str, Any]]:
 
 
 def peers() -> list[Lightning]:
-    """Those that are installed."""
+    """Return those that are installed."""
     warnings.filterwarnings("ignore")  # about workers, loggers and devices that the case does without
     found: list[Lightning] = [Lightning()]
     try:

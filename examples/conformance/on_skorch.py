@@ -29,15 +29,15 @@ class Skorch:
     packages, command = ("skorch",), None
 
     def version(self) -> str:
-        """Of the package."""
+        """Return the version of the package."""
         return str(skorch.__version__)
 
     def schedules(self) -> tuple[str, ...]:
-        """Of torch, through its `LRScheduler`."""
+        """Return schedules of torch, through its `LRScheduler`."""
         return tuple(SCHEDULES)
 
     def classifier(self, net: Net, plan: Plan, callbacks: list[Any], *, epochs: int, verbose: int = 0) -> Any:
-        """A classifier around the network, validated on the case's split."""
+        """Return a classifier around the network, validated on the job's split."""
         groups = [(f"backbone.{name}*", {"lr": 0.005 / n}) for n, name in enumerate(("stem", "twins.one", "twins"), 1)]
         momentum = {"optimizer__momentum": 0.9} if plan.optimizer == "sgd" else {}
         more = {"verbose": verbose, "compile": plan.compiled, **momentum}
@@ -50,7 +50,7 @@ class Skorch:
         )  # fmt: skip
 
     def callbacks(self, plan: Plan) -> list[Any]:
-        """Freeze and unfreeze where the phases change; epochs count from 1."""
+        """Return callbacks that freeze and unfreeze where the phases change; epochs count from 1."""
         found: list[Any] = []
         for epoch, what in enumerate(plan.phases, start=1):
             if epoch == 1 or what != plan.phases[epoch - 2]:
@@ -61,7 +61,7 @@ class Skorch:
         return [(f"callback-{number}", each) for number, each in enumerate(found)]
 
     def fit(self, net: Net, plan: Plan, folder: Path, *, resume: bool = False) -> None:
-        """`fit`; resumed, a `LoadInitState` begins from the checkpoint, for the epochs that are left."""
+        """Call `fit`; a resume starts from the checkpoint with `LoadInitState`, for the remaining epochs."""
         saving = Checkpoint(dirname=str(folder), monitor=None)
         last = [("saving", saving), *([("loading", LoadInitState(saving))] if resume else [])]
         done = 0
@@ -70,25 +70,25 @@ class Skorch:
         self.classifier(net, plan, [*self.callbacks(plan), *last], epochs=len(plan.phases) - done).fit(*samples())
 
     def ranks(self, folder: Path) -> None:
-        """Left to Accelerate, which is a tool of its own."""
+        """It leaves this to accelerate, which has its own column."""
         raise NotThereError("left to Accelerate")
 
     def rates(self, net: Net, folder: Path) -> None:
-        """It has none."""
+        """It has no learning-rate finder."""
         raise NotThereError("has no finder")
 
     def pattern(self, net: Net, folder: Path) -> str:
-        """A `Freezer` whose pattern matches nothing."""
+        """Use a `Freezer` whose pattern matches nothing."""
         self.classifier(net, Plan(), [Freezer("backbon.*")], epochs=1).fit(*samples())
         return "ignored in silence"
 
     def reasons(self, net: Net, folder: Path, *, asked: bool = False) -> None:
-        """`EarlyStopping` as it comes."""
+        """Use `EarlyStopping` with its defaults."""
         stopping = EarlyStopping(patience=1, threshold=10.0, threshold_mode="abs")
         self.classifier(net, Plan(), [Freezer("backbone.*"), stopping], epochs=5, verbose=1).fit(*samples())
 
 
 def peers() -> list[Skorch]:
-    """What is installed."""
+    """Return the library, if it is installed."""
     warnings.filterwarnings("ignore")  # about what the case does without
     return [Skorch()]

@@ -1,4 +1,4 @@
-"""transformers' Trainer around a plain module: `save_steps=1`, `resume_from_checkpoint`; it freezes nothing itself."""
+"""transformers' Trainer around a plain module: `save_steps=1`, `resume_from_checkpoint`; it does not freeze."""
 
 import warnings
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 
 class Named(Dataset[Any]):
-    """Samples under the names that the model asks for."""
+    """Samples by the names of the model's arguments."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.x, self.y = x, y
@@ -34,13 +34,13 @@ class WithLoss(nn.Module):
         self.net = net
 
     def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Loss and logits."""
+        """Return loss and logits."""
         logits = self.net(inputs)
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
 class InOrder(Trainer):
-    """Samples in their order, where the case asks for that."""
+    """Samples in order, if the plan does not shuffle."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SequentialSampler(train_dataset or self.train_dataset)
@@ -53,15 +53,15 @@ class Transformers:
     packages, command = ("transformers",), "transformers.cli.transformers:main"
 
     def version(self) -> str:
-        """Of the package."""
+        """Return the version of the package."""
         return str(transformers.__version__)
 
     def schedules(self) -> tuple[str, ...]:
-        """Its own names."""
+        """Return its own names."""
         return ("linear", "cosine", "polynomial", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
 
     def trainer(self, net: Net, plan: Plan, folder: Path, **given: Any) -> Trainer:
-        """A trainer that saves each step."""
+        """Return a trainer that saves after each step."""
         callbacks = given.pop("callbacks", [])
         settings = {
             "num_train_epochs": len(plan.phases), "save_steps": 1, "eval_strategy": "epoch", "logging_steps": 1,
@@ -78,16 +78,16 @@ class Transformers:
         )  # fmt: skip
 
     def fit(self, net: Net, plan: Plan, folder: Path, *, resume: bool = False) -> None:
-        """`Trainer.train`."""
+        """Call `Trainer.train`."""
         newest = get_last_checkpoint(str(folder)) if resume else None
         self.trainer(net, plan, folder).train(resume_from_checkpoint=newest)
 
     def rates(self, net: Net, folder: Path) -> None:
-        """It has none."""
+        """It has no learning-rate finder."""
         raise NotThereError("has no finder")
 
     def reasons(self, net: Net, folder: Path, *, asked: bool = False) -> None:
-        """`EarlyStoppingCallback` as it comes."""
+        """Use `EarlyStoppingCallback` with its defaults."""
         stopping = EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=10.0)
         best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_strategy": "epoch"}
         plan = Plan(phases=("all",) * 6)
@@ -95,6 +95,6 @@ class Transformers:
 
 
 def peers() -> list[Transformers]:
-    """What is installed."""
+    """Return the library, if it is installed."""
     warnings.filterwarnings("ignore")
     return [Transformers()]

@@ -1,4 +1,4 @@
-"""tuneforge: the checks of its conformance kit, on the strategy that does what the case asks for."""
+"""tuneforge: the checks of its conformance kit, on a strategy that does the same."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ class Tuneforge:
     groups = tuple(f"tuneforge.{name}" for name in GROUPS)
 
     def version(self) -> str:
-        """Of the package."""
+        """Return the version of the package."""
         return tf.__version__
 
     def row(self, number: int) -> None:
@@ -37,7 +37,7 @@ class Tuneforge:
                     raise Fails(str(error)) from error
 
     def use(self, folder: Path) -> None:
-        """Row 14: commands that list and look, and a run; `plugins check` is there to find what is broken."""
+        """Row 14: commands that list and show, and a run; `plugins check` exists to find what is broken."""
         from tuneforge.__main__ import main
 
         few = ["--data.per-class", "2", "--data.other-share", "0", "--strategy", "head-only", "--strategy.epochs", "1"]
@@ -47,7 +47,7 @@ class Tuneforge:
                 raise RuntimeError(f"tuneforge {' '.join(command)} fails")
 
     def folders(self, root: Path, val: str) -> dict[str, int]:
-        """Row 16: `image-folder`; the number of each class of the validation folder."""
+        """Row 16: `image-folder`; return the index of each class of the validation folder."""
         place = root / f"only-{val}"
         place.mkdir()
         for name, split in {"train": "train", "val": val, "test": "val"}.items():
@@ -58,7 +58,7 @@ class Tuneforge:
 
 
 def peers() -> list[Tuneforge]:
-    """What is installed, where it has the kit."""
+    """Return tuneforge, if it is installed."""
     try:
         import tuneforge.testing  # noqa: F401
     except ImportError:

@@ -1,9 +1,9 @@
-"""Rows 1 to 9 and 11 to 13 on a tool, in terms of what `case.Peer` can do; row 10 is each tool's own.
+"""Rows 1 to 9 and 11 to 13 for a library, in terms of `case.Peer`; row 10 is in each library's module.
 
-Rows 14 to 16 are in `around.py`, rows 17 to 20 in `killed.py`. A tool that freezes nothing itself (`freezes = False`)
-is asked rows 5, 7 and 8 of a run that trains all layers.
+Rows 14 to 16 are in `around.py`, rows 17 to 20 in `killed.py`. For a library that does not freeze (`freezes =
+False`), rows 5, 7 and 8 are tested on a run that trains all layers.
 
-Each function returns where the tool passes, and raises `Fails` or `NotThereError` where it does not.
+Each function returns if the library passes, and raises `Fails` or `NotThereError` if not.
 """
 
 import contextlib
@@ -38,11 +38,11 @@ from torch import Tensor
 
 BORDER = STEPS_AN_EPOCH
 KILLS = {BORDER - 1: "1 step before", BORDER: "at", BORDER + 1: "1 step after", 2 * BORDER: "1 epoch after"}
-"""Training steps after which the process is killed, and where that is from the border of the two phases."""
+"""Training steps after which the process is killed, and their position relative to the boundary of the two phases."""
 
 
 def whole(peer: Peer, plan: Plan, *, net: Net | None = None) -> tuple[Net, Witness]:
-    """A run that nobody interrupts."""
+    """Return an uninterrupted run."""
     net = network() if net is None else net
     with TemporaryDirectory() as folder, watched(net, plan) as witness:
         seeded()
@@ -51,7 +51,7 @@ def whole(peer: Peer, plan: Plan, *, net: Net | None = None) -> tuple[Net, Witne
 
 
 def interrupted(peer: Peer, plan: Plan, kill_at: int, *, fresh: Callable[[], Net] = network) -> tuple[Net, Witness]:
-    """A run that is killed and resumed as the tool documents, with a network and a process's seeds anew."""
+    """Return a run that is killed and resumed as documented, with a new network and the seeds set again."""
     with TemporaryDirectory() as folder:
         net = network()
         with watched(net, plan, kill_at=kill_at), contextlib.suppress(KilledError):
@@ -66,18 +66,18 @@ def interrupted(peer: Peer, plan: Plan, kill_at: int, *, fresh: Callable[[], Net
 
 
 def apart(one: Net, other: Net) -> list[str]:
-    """Names of the parameters in which two runs differ by more than rounding."""
+    """Return the names of the parameters in which two runs differ by more than rounding."""
     ended = dict(other.named_parameters())
     return [name for name, each in one.named_parameters() if not torch.allclose(each, ended[name], 1e-4, 1e-6)]
 
 
 def plan_for(peer: Peer, **given: Any) -> Plan:
-    """The plan of two phases, or of one for a tool that freezes nothing itself."""
+    """Return a plan of two phases, or of one for a library that does not freeze."""
     return Plan(**given) if getattr(peer, "freezes", True) else Plan(phases=("all",) * 3, **given)
 
 
 def row_1(peer: Peer) -> None:
-    """Killed around the border and resumed, the run ends with the same weights."""
+    """A run that is killed around the boundary and resumed ends with the same weights."""
     plan, wrong = Plan(), []
     expected, _ = whole(peer, plan)
     for kill_at, place in KILLS.items():
@@ -99,7 +99,7 @@ def _how(net: Net, witness: Witness, differing: list[str]) -> str:
 
 
 def row_2(peer: Peer) -> None:
-    """Norms of the frozen backbone keep their statistics, over validation too, and normalize with them."""
+    """BatchNorm layers of the frozen backbone keep their statistics, also over validation, and normalize with them."""
     plan = Plan(phases=("head", "head", "all"))
     _, witness = whole(peer, plan)
     moved = [name for name in changed(witness.starts[0], witness.starts[2]) if "running" in name]
@@ -117,7 +117,7 @@ def row_3(peer: Peer) -> None:
 
 
 def row_4(peer: Peer) -> None:
-    """Frozen weights keep still under decay and momentum, also where they are frozen again after training."""
+    """Frozen weights do not change by weight decay and momentum, also when they are frozen again after training."""
     wrong = []
     for optimizer in ("adamw", "sgd"):
         plan = Plan(("head", "all", *peer_again(peer), "all"), optimizer, decay=0.5)
@@ -132,19 +132,19 @@ def row_4(peer: Peer) -> None:
 
 
 def peer_again(peer: Peer) -> tuple[str, ...]:
-    """A phase that freezes the backbone again, where the tool can do that."""
+    """Add a phase that freezes the backbone again, if the library can."""
     return ("head",) if getattr(peer, "freezes_again", True) else ()
 
 
 def _weights(net: Net) -> set[str]:
-    """Names of the backbone's weights and biases, without its norms, which row 2 looks at."""
+    """Return the names of the backbone's weights and biases, without BatchNorm, which row 2 tests."""
     return {f"backbone.{name}" for name in ("stem.0.weight", "stem.0.bias")} | {
         f"backbone.twins.{name}" for name, _ in net.backbone.get_submodule("twins").named_parameters()
     }
 
 
 def row_5(peer: Peer) -> None:
-    """Each schedule goes through the border, and through a resume in the epoch after it."""
+    """Each schedule works across the boundary, and through a resume in the epoch after it."""
     wrong, refused, resumes = [], [], not _resumed_apart(peer, plan_for(peer))
     for schedule in peer.schedules():
         try:
@@ -165,13 +165,13 @@ def row_5(peer: Peer) -> None:
 
 
 def _resumed_apart(peer: Peer, plan: Plan) -> list[str]:
-    """What ends elsewhere in a run that is killed an epoch after the border."""
+    """Return what differs at the end of a run that is killed an epoch after the boundary."""
     expected, _ = whole(peer, plan)
     return apart(expected, interrupted(peer, plan, 2 * BORDER)[0])
 
 
 def row_6(peer: Peer) -> None:
-    """Two equal biases that unfreeze together, each block with its own rate, both train."""
+    """Two equal biases that are unfrozen together, each block with its own learning rate, both train."""
     net, witness = whole(peer, Plan(apart=True))
     still = {"backbone.twins.one.bias", "backbone.twins.two.bias"} - set(changed(witness.starts[1], state_of(net)))
     if still:
@@ -179,7 +179,7 @@ def row_6(peer: Peer) -> None:
 
 
 def row_7(peer: Peer) -> None:
-    """Resumed with modules registered in another order, every tensor ends where it would have."""
+    """After a resume with modules registered in another order, every tensor ends with the same values."""
     plan = plan_for(peer)
     expected, _ = whole(peer, plan)
     straight, _ = interrupted(peer, plan, 2 * BORDER)
@@ -191,7 +191,7 @@ def row_7(peer: Peer) -> None:
 
 
 def row_8(peer: Peer) -> None:
-    """After a resume come the samples that would have come."""
+    """After a resume, the order of samples is that of the uninterrupted run."""
     plan = plan_for(peer, shuffle=True)
     _, expected = whole(peer, plan)
     epochs = [expected.batches[start : start + BORDER] for start in range(0, 3 * BORDER, BORDER)]
@@ -207,7 +207,7 @@ def row_8(peer: Peer) -> None:
 
 
 def row_9(peer: Peer) -> None:
-    """Compiled, what unfreezes trains."""
+    """Unfrozen layers train when the network is compiled."""
     net = network()
     before = state_of(net)
     with TemporaryDirectory() as folder:
@@ -219,7 +219,7 @@ def row_9(peer: Peer) -> None:
 
 
 def row_10(peer: Peer) -> None:
-    """Two ranks go through the border and stay equal."""
+    """Two ranks stay equal across the boundary."""
     with TemporaryDirectory() as folder:
         peer.ranks(Path(folder))
 
@@ -248,7 +248,7 @@ def _random_state() -> dict[str, np.ndarray]:
 
 
 def row_12(peer: Peer) -> None:
-    """A pattern that matches nothing is refused, with near names."""
+    """A pattern that matches nothing is refused, and near names are suggested."""
     with TemporaryDirectory() as folder:
         said = ""
         try:
@@ -265,7 +265,7 @@ def row_12(peer: Peer) -> None:
 
 
 def row_13(peer: Peer) -> None:
-    """Where early stopping ends a phase or training, somebody is told why."""
+    """When early stopping ends a phase or training, the reason is printed or logged."""
     if _speaks(peer, asked=False):
         return
     if _speaks(peer, asked=True):
@@ -274,7 +274,7 @@ def row_13(peer: Peer) -> None:
 
 
 def _speaks(peer: Peer, *, asked: bool) -> bool:
-    """True where something that is printed or logged says that early stopping ended a phase or training."""
+    """Return whether output or log says that early stopping ended a phase or training."""
     out = io.StringIO()
     handler = logging.StreamHandler(out)
     loggers = [logging.getLogger(), *map(logging.getLogger, SPEAKERS)]
@@ -290,10 +290,10 @@ def _speaks(peer: Peer, *, asked: bool) -> bool:
 
 
 SPEAKERS = ("lightning", "lightning.pytorch", "finetuning_scheduler", "transformers", "accelerate")
-"""Loggers that may keep what they say to themselves."""
+"""Loggers that may not propagate their records."""
 
 REASONS = ("early stop", "not improve", "did not improve", "no improvement", "stopping since")
-"""Words by which a tool may say that it stopped because nothing improved."""
+"""Words by which a library may say that it stopped because nothing improved."""
 
 ROWS: dict[int, Callable[[Peer], None]] = {
     1: row_1, 2: row_2, 3: row_3, 4: row_4, 5: row_5, 6: row_6, 7: row_7, 8: row_8, 9: row_9, 10: row_10,
@@ -301,9 +301,9 @@ ROWS: dict[int, Callable[[Peer], None]] = {
     18: killed.row_18, 19: killed.row_19, 20: killed.row_20,
 }  # fmt: skip
 OF_FREEZING = (1, 2, 3, 4, 6, 9, 10, 12)
-"""Rows that do not apply to a tool that freezes nothing itself."""
+"""Rows that do not apply to a library that does not freeze."""
 
 
 def equal_states(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    """Names of the parameters in which two ranks differ."""
+    """Return the names of the parameters in which two ranks differ."""
     return [name for name, each in one.items() if not torch.allclose(each, other[name], 1e-5, 1e-7)]

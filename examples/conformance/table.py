@@ -1,6 +1,6 @@
-"""Print who passes what: rows 1 to 20 of the known defects, on each tool that is installed here.
+"""Print the results for known issues 1 to 20, for each library that is installed.
 
-Nothing is installed and nothing downloaded. A tool that cannot be imported has no column. Run it from anywhere:
+Nothing is installed or downloaded. A library that cannot be imported has no column. Run it from anywhere:
 
     python examples/conformance/table.py [--rows 1,2,3] [--only Lightning]
 """
@@ -38,18 +38,18 @@ TITLES = {
 }  # fmt: skip
 
 OWN = 13
-"""The last row that tuneforge's own kit has checks for."""
+"""The last row for which tuneforge's own conformance kit has checks."""
 
 
 def peers() -> Iterable[Any]:
-    """The tools that can be imported, in turn."""
+    """Yield the libraries that can be imported."""
     for package, module in MODULES.items():
         if importlib.util.find_spec(package) is not None:
             yield from importlib.import_module(module).peers()
 
 
 def verdict(peer: Any, number: int, *, debug: bool) -> str:
-    """One cell of the table."""
+    """Return one cell of the table."""
     if number in OF_FREEZING and not getattr(peer, "freezes", True):
         return "n/a: does not freeze"
     try:
@@ -69,11 +69,11 @@ def verdict(peer: Any, number: int, *, debug: bool) -> str:
 
 
 def main() -> None:
-    """Run every row on every tool."""
+    """Run every row for every library."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="numbers, joined by commas")
-    parser.add_argument("--only", help="one tool, by its name")
-    parser.add_argument("--debug", action="store_true", help="print what a tool raised")
+    parser.add_argument("--only", help="one library, by its name")
+    parser.add_argument("--debug", action="store_true", help="print the exception of a library")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
-"""Kill every tool that is installed at the same places, resume it as its documentation says, and print what came of it.
+"""Kill every installed library at the same points, resume it as its documentation says, and print the results.
 
-Nothing is installed and nothing downloaded. A tool that cannot be imported has no column. Run it from anywhere:
+Nothing is installed or downloaded. A library that cannot be imported has no column. Run it from anywhere:
 
     python examples/kills/kills.py [--kills 24] [--seed 0] [--only Lightning] [--phases] [--details]
 """
@@ -32,7 +32,7 @@ CYCLE = ("forward", "backward", "saving", "stepped", "file", "border", "validati
 
 
 def tools(only: str | None = None) -> list[Tool]:
-    """What can be imported here."""
+    """Return the libraries that can be imported."""
     found: list[Tool] = []
     for package, module in MODULES.items():
         if importlib.util.find_spec(package) is not None:
@@ -44,7 +44,7 @@ def tools(only: str | None = None) -> list[Tool]:
 
 
 def kills(count: int, seed: int) -> list[Kill]:
-    """Where to kill, the same for every tool; past the first epoch, after which all of them have saved once."""
+    """Return where to kill, the same for every library; after the first epoch, when all have saved once."""
     chance, found = random.Random(seed), []
     for number in range(count):
         place, step = CYCLE[number % len(CYCLE)], chance.randint(STEPS_AN_EPOCH + 1, STEPS - 2)
@@ -59,13 +59,13 @@ def kills(count: int, seed: int) -> list[Kill]:
 
 
 def share(found: Iterable[Any]) -> str:
-    """How many of them."""
+    """Return how many of them are true, as text."""
     listed = list(found)
     return f"{sum(map(bool, listed))} of {len(listed)}"
 
 
 def rows(tool: Tool, expected: Whole, outcomes: list[Outcome]) -> dict[str, str]:
-    """The cells of a tool."""
+    """Return the cells of a library."""
     done = [each for each in outcomes if not each.error]
     helped = [each.helped for each in outcomes if each.helped is not None]
     errors = sorted({each.error.partition(":")[0] for each in outcomes if each.error})
@@ -94,12 +94,12 @@ def _in_brackets(text: str) -> str:
 
 
 def redone(outcome: Outcome) -> int:
-    """Steps that were lost to the kill."""
+    """Return the number of steps that the kill lost."""
     return max(0, outcome.kill.step - outcome.start)
 
 
 def damaged(tool: Tool, job: Job, expected: Whole) -> list[str]:
-    """What a resume does when a file of the newest checkpoint is cut in half, or has another bit; a line a case."""
+    """Return how a resume handles a truncated file or a flipped bit in the newest checkpoint; a line per case."""
     kill, lines = Kill("forward", 33), []
     with begun(tool, job) as trial:
         first = killed(trial, kill, expected)
@@ -122,7 +122,7 @@ def damaged(tool: Tool, job: Job, expected: Whole) -> list[str]:
 
 
 def summary(lines: list[str]) -> str:
-    """What `damaged` found, in one."""
+    """Return the lines of `damaged` as one summary."""
     ends = {
         "goes on from step": "continue from the one before", "stops with": "stop with an error",
         "TAKEN": "are used without an error and end differently", "starts from scratch": "start from scratch",
@@ -133,7 +133,7 @@ def summary(lines: list[str]) -> str:
 
 
 HARMS = (0.0, 0.3, 0.5, 0.7)
-"""0: the file is cut in half; else where in it a bit is another one."""
+"""0: the file is truncated to half; otherwise the position in the file of the flipped bit."""
 
 
 def _harm(path: Path, part: float) -> None:
@@ -155,11 +155,11 @@ def _verdict(found: Outcome, usual: Outcome, same: bool) -> str:
 
 
 def rotation(tool: Tool, expected: Whole) -> tuple[int, int, int]:
-    """One checkpoint kept; killed at each file operation of a save and by its bytes.
+    """Keep one checkpoint, and kill at each file operation of a save and within its bytes.
 
     Returns:
-        How many kills there were, after how many a resume goes on from a checkpoint, and after how many one that is
-        whole is there: the resume goes on from one, or does once the newest is deleted by hand.
+        The number of kills, after how many a resume continues from a checkpoint, and after how many a complete one
+        exists: the resume continues from one, possibly after deleting the newest by hand.
     """
     job = Job(keep=1)
     step = 30 if tool.each_step else 36
@@ -177,9 +177,9 @@ def _with(expected: Whole, step: int, count: int) -> Whole:
 
 
 def cost_ms(tool: Tool) -> str:
-    """What a save takes: from an optimizer step to the next one, or to validation, with a save in it and without.
+    """Return the time of a save: from an optimizer step to the next one, or to validation, with a save and without.
 
-    A tool that saves by epoch does so between validation and the next step.
+    A library that saves by epoch does so between validation and the next step.
     """
     gaps: dict[bool, list[float]] = {True: [], False: []}
     for saving in (True, False) * 3:
@@ -198,7 +198,7 @@ GAPS = {True: "gaps", False: "rests"}
 
 
 def measured(tool: Tool, asked: argparse.Namespace) -> dict[str, str]:
-    """All cells of a tool."""
+    """Return all cells of a library."""
     job = Job(phases=asked.phases)
     expected = whole(tool, job)
     outcomes = [interrupted(tool, job, kill, expected) for kill in kills(asked.kills, asked.seed)]
@@ -218,13 +218,13 @@ def measured(tool: Tool, asked: argparse.Namespace) -> dict[str, str]:
 
 
 def main() -> None:
-    """Print the table, a row a question, and what each tool said to a damaged checkpoint before it."""
+    """Print how each library handles a damaged checkpoint, then the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="one tool, by its name")
+    parser.add_argument("--only", help="one library, by its name")
     parser.add_argument("--phases", action="store_true", help="the head first, then all layers")
-    parser.add_argument("--quick", action="store_true", help="the kills alone")
+    parser.add_argument("--quick", action="store_true", help="only the kills")
     parser.add_argument("--details", action="store_true", help="print each kill")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")

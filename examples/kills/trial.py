@@ -1,6 +1,6 @@
-"""Runs of a tool, each in a process of its own that may be killed; and what a resumed run is compared in.
+"""Runs of a library, each in a process of its own that may be killed, and the comparison of resumed runs.
 
-A process is forked from one that has imported the tool and done nothing else, so that a run costs no imports.
+A process is forked from one that has only imported the library, so that a run costs no imports.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ HANGS_S = 120
 
 @dataclass
 class Process:
-    """One process of a run, when it is over.
+    """One finished process of a run.
 
     Args:
-        signal: What killed it; 0: it left by itself.
-        error: What it raised, in a line; empty: nothing.
-        ended: Digests of weights and optimizer, the log, and what a save costs; empty where it did not end.
+        signal: The signal that killed it; 0: it exited.
+        error: The exception it raised, on one line; empty: none.
+        ended: Digests of weights and optimizer, the log, and the time of saves; empty if it did not finish.
         seen: Samples of each training step.
-        said: All that it printed.
+        said: Its output.
     """
 
     signal: int
@@ -46,12 +46,12 @@ class Process:
 
 @dataclass
 class Trial:
-    """A folder in which one run is begun, killed and resumed.
+    """A folder in which one run is started, killed and resumed.
 
     Args:
-        tool: The tool.
-        job: What it is asked.
-        place: Gets `run`, which the tool writes into, and `tmp`, the temporary folder of its processes.
+        tool: The library.
+        job: The training job.
+        place: Gets `run`, which the library writes into, and `tmp`, the temporary folder of its processes.
     """
 
     tool: Tool
@@ -61,15 +61,15 @@ class Trial:
 
     @property
     def folder(self) -> Path:
-        """The tool's."""
+        """Return the folder that the library writes into."""
         return self.place / "run"
 
     def go(self, *, resume: bool = False, **witness: Any) -> Process:
-        """Begin the run, or go on with it, and wait until that process is over."""
+        """Start or resume the run, and wait for the process."""
         return self.wait(self.begin(resume=resume, **witness))
 
     def begin(self, *, resume: bool = False, **witness: Any) -> tuple[int, int]:
-        """Start the process; gives its id and its number."""
+        """Start the process; return its id and its number."""
         number = self.started
         self.started += 1
         child = os.fork()
@@ -78,7 +78,7 @@ class Trial:
         return child, number
 
     def wait(self, begun: tuple[int, int]) -> Process:
-        """Until it is over."""
+        """Wait for the process."""
         child, number = begun
         _, status = os.waitpid(child, 0)
         killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
@@ -90,7 +90,7 @@ class Trial:
         return Process(killed, error, ended, seen, _text(self.place / f"said-{number}.txt"))
 
     def _child(self, number: int, resume: bool, witness: dict[str, Any]) -> None:
-        """What the forked process does; it never returns."""
+        """Run in the forked process; never returns."""
         code = 1
         try:
             signal.alarm(HANGS_S)
@@ -127,13 +127,13 @@ def _text(path: Path) -> str:
 
 @contextlib.contextmanager
 def begun(tool: Tool, job: Job) -> Iterator[Trial]:
-    """A trial in a folder that is thrown away."""
+    """Yield a trial in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="kills-") as place:
         yield Trial(tool, job, Path(place))
 
 
 def ready(tool: Tool) -> None:
-    """Import here whatever a run of the tool imports, so that each forked process finds it."""
+    """Import whatever a run of the library imports, before processes are forked."""
     with begun(tool, Job()) as trial:
         trial.go()
         for name in json.loads(_text(trial.place / "modules.json") or "[]"):
@@ -144,13 +144,13 @@ def ready(tool: Tool) -> None:
 
 @dataclass(frozen=True)
 class Whole:
-    """The run that nobody interrupts.
+    """The uninterrupted run.
 
     Args:
-        ended: As of a `Process`.
-        seen: As of a `Process`.
-        files: Names of all files that it leaves, below the tool's folder and below the temporary one.
-        again: It was the same bit for bit when it was run again, as far as `Process.ended` and `seen` go.
+        ended: As in `Process`.
+        seen: As in `Process`.
+        files: Names of all files at the end, below the library's folder and below the temporary one.
+        again: Whether a second run was bit-identical, as far as `Process.ended` and `seen` show.
     """
 
     ended: dict[str, Any]
@@ -159,15 +159,15 @@ class Whole:
     again: bool
 
     def operations(self, step: int) -> int:
-        """File operations of the save after a step."""
+        """Return the file operations of the save after a step."""
         return int(self.ended["operations"].get(str(step), 0))
 
 
 def whole(tool: Tool, job: Job) -> Whole:
-    """Run it twice.
+    """Run it twice without interruption.
 
     Raises:
-        RuntimeError: It does not end, or not after the steps that it was asked for.
+        RuntimeError: It does not finish, or not after the expected number of steps.
     """
     ready(tool)
     runs = []
@@ -185,19 +185,19 @@ def whole(tool: Tool, job: Job) -> Whole:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run that was killed and resumed compares with the one that was not.
+    """A run that was killed and resumed, compared with the uninterrupted one.
 
     Args:
         kill: Where it was killed.
-        error: What the resume raised; empty: nothing.
-        start: The step that the resume went on from; -1 where it did not end.
-        weights: The same bit for bit.
-        optimizer: The same bit for bit.
-        log: Each step, or epoch, once; None where the tool keeps no record.
-        once: Every sample of each epoch once.
-        order: The same samples in the same order.
-        litter: Files that the other run does not leave.
-        helped: Where the resume raised: what came of another one, with the newest checkpoint deleted by hand.
+        error: The exception of the resume; empty: none.
+        start: The step from which the resume continued; -1 if it did not finish.
+        weights: Whether they are bit-identical.
+        optimizer: Whether its state is bit-identical.
+        log: Whether each step, or epoch, is recorded once; None if the library keeps no record.
+        once: Whether every sample comes once per epoch.
+        order: Whether the same samples come in the same order.
+        litter: Files that the uninterrupted run does not leave.
+        helped: If the resume failed: the outcome after deleting the newest checkpoint by hand.
     """
 
     kill: Kill
@@ -213,7 +213,7 @@ class Outcome:
 
 
 def interrupted(tool: Tool, job: Job, kill: Kill, expected: Whole) -> Outcome:
-    """Kill it there, resume it, compare.
+    """Kill the run, resume it, and compare.
 
     Raises:
         RuntimeError: It was not killed.
@@ -231,7 +231,7 @@ def interrupted(tool: Tool, job: Job, kill: Kill, expected: Whole) -> Outcome:
 
 
 def killed(trial: Trial, kill: Kill, expected: Whole) -> Process:
-    """The process that is killed there."""
+    """Return the process that was killed."""
     kill = kill.at_save((trial.job.interval or 1) if trial.tool.each_step else STEPS_AN_EPOCH)
     operations = expected.operations(kill.step)
     first = trial.go(kill=kill, largest=expected.ended["largest"], operations=operations)
@@ -241,7 +241,7 @@ def killed(trial: Trial, kill: Kill, expected: Whole) -> Process:
 
 
 def compared(trial: Trial, kill: Kill, first: Process, last: Process, expected: Whole) -> Outcome:
-    """What the processes of a trial come to."""
+    """Return the outcome of a trial."""
     if not last.ended:
         return Outcome(kill, last.error or "killed", -1, False, False, None, False, False, ())
     start = STEPS - len(last.seen)

@@ -1,4 +1,4 @@
-"""accelerate: a loop of one's own with `save_state`, `load_state` and `skip_first_batches`, as its guide shows it."""
+"""accelerate: a hand-written loop with `save_state`, `load_state` and `skip_first_batches`, as its guide shows."""
 
 import warnings
 from pathlib import Path
@@ -16,32 +16,32 @@ from world import BATCH, DECAY, EPOCHS, LR, STEPS, STEPS_AN_EPOCH, Ended, Job, N
 
 
 class Progress:
-    """Registered for checkpointing: how many steps are done."""
+    """The number of completed steps, registered for checkpointing."""
 
     done = 0
 
     def state_dict(self) -> dict[str, int]:
-        """For the checkpoint."""
+        """Return the state for the checkpoint."""
         return {"done": self.done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """From it."""
+        """Load the state."""
         self.done = state["done"]
 
 
 class Accelerate:
-    """Its loop is the user's; the guide's is taken, with its seedable sampler."""
+    """The loop of its guide, with its seedable sampler."""
 
     own_generator = False
     name, each_step, freezes, log = "accelerate", True, False, ""
     records: tuple[str, ...] = ()
 
     def version(self) -> str:
-        """Of the package."""
+        """Return the version of the package."""
         return str(accelerate.__version__)
 
     def fit(self, net: Net, folder: Path, job: Job, *, resume: bool) -> Ended:
-        """The loop."""
+        """Run the loop."""
         project = ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, total_limit=job.keep)
         loading = DataLoaderConfiguration(use_seedable_sampler=True)
         accelerator = Accelerator(cpu=True, project_config=project, dataloader_config=loading)
@@ -72,25 +72,25 @@ class Accelerate:
         return Ended(optimizer.state_dict(), None)
 
     def validate(self, model: nn.Module, val: Any) -> None:
-        """After each epoch."""
+        """Validate after each epoch."""
         model.eval()
         with torch.no_grad():
             for x, _ in val:
                 model(x)
 
     def newest(self, folder: Path) -> Path | None:
-        """The folder of the greatest number."""
+        """Return the folder with the largest number."""
         found = sorted((folder / "checkpoints").iterdir(), key=lambda path: int(path.name.rpartition("_")[2]))
         return found[-1] if found else None
 
 
 class AccelerateAndGenerator(Accelerate):
-    """With a generator of the loader's own, so that a loader that begins does not draw from torch's one."""
+    """With a generator for the loader, so that starting a loader does not draw from torch's generator."""
 
     name, own_generator = "accelerate + loader's generator", True
 
 
 def tools() -> list[Accelerate]:
-    """Both ways."""
+    """Return both variants."""
     warnings.filterwarnings("ignore")
     return [Accelerate(), AccelerateAndGenerator()]

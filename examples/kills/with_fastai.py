@@ -19,18 +19,18 @@ from world import BATCH, DECAY, EPOCHS, LR, Ended, Job, Net, train_set, val_set
 
 
 class Fastai:
-    """fastai's Learner; each phase is a call of `fit_one_cycle`, and the script keeps count of them."""
+    """fastai's Learner; each phase is a call of `fit_one_cycle`, and the script counts them."""
 
     deletes = False
     name, each_step, freezes, log = "fastai", False, True, "epoch"
     records: tuple[str, ...] = ()
 
     def version(self) -> str:
-        """Of the package."""
+        """Return the version of the package."""
         return str(fastai.__version__)
 
     def fit(self, net: Net, folder: Path, job: Job, *, resume: bool) -> Ended:
-        """Phase after phase; resumed, the last file is loaded and `start_epoch` skips what was done."""
+        """Train phase after phase; a resume loads the last file, and `start_epoch` skips completed epochs."""
         loaders = DataLoaders(DataLoader(train_set(), BATCH, shuffle=True), DataLoader(val_set(), BATCH))
         learner = Learner(
             loaders, net, loss_func=nn.CrossEntropyLoss(), path=folder, wd=DECAY, train_bn=False,
@@ -55,7 +55,7 @@ class Fastai:
         return Ended(learner.opt.state_dict(), self.logged(folder, phases[0][1]))
 
     def found(self, folder: Path) -> tuple[int, int]:
-        """The phase of the last file, and its epochs done."""
+        """Return the phase of the last file and its completed epochs."""
         files = sorted((folder / "models").glob("phase-*.pth"), key=lambda path: path.stat().st_mtime_ns)
         if not files:
             return 0, 0
@@ -63,10 +63,10 @@ class Fastai:
         return int(phase), int(epoch) + 1
 
     def logged(self, folder: Path, first: int) -> list[int]:
-        """Epochs of the log, counted over both phases.
+        """Return the epochs of the log, counted over both phases.
 
-        A header stands before each call of `fit`; what `start_epoch` skips has a line of number and time, without
-        values, which is passed over here.
+        Each call of `fit` writes a header; epochs that `start_epoch` skips have a line without
+        values, which is ignored.
         """
         found: list[int] = []
         with (folder / "history.csv").open() as file:
@@ -77,12 +77,12 @@ class Fastai:
         return found
 
     def newest(self, folder: Path) -> Path | None:
-        """The last file."""
+        """Return the last file."""
         found = (folder / "models").glob("phase-*.pth")
         return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def tools() -> list[Fastai]:
-    """What is here."""
+    """Return the library, if it can be imported."""
     warnings.filterwarnings("ignore")
     return [Fastai()]

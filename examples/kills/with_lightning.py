@@ -28,7 +28,7 @@ class Module(pl.LightningModule):
         self.net = net
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
-        """The loss, logged each step."""
+        """Return the loss, logged each step."""
         loss = F.cross_entropy(self.net(batch[0]), batch[1])
         self.log("loss", loss, on_step=True, on_epoch=False)
         return loss
@@ -38,7 +38,7 @@ class Module(pl.LightningModule):
         self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> Any:
-        """AdamW and a cosine by step."""
+        """Return AdamW with a cosine schedule by step."""
         trained = [each for each in self.parameters() if each.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=DECAY)
         schedule = lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -49,43 +49,43 @@ class Phases(BaseFinetuning):
     """The head first, then all layers."""
 
     def freeze_before_training(self, module: Module) -> None:
-        """Before the optimizer is made."""
+        """Freeze before the optimizer is built."""
         self.freeze(module.net.body, train_bn=False)
 
     def finetune_function(self, module: Module, epoch: int, optimizer: torch.optim.Optimizer) -> None:
-        """At the beginning of each epoch."""
+        """Unfreeze at the start of the second phase."""
         if epoch == EPOCHS // 2:
             self.unfreeze_and_add_param_group(module.net.body, optimizer, lr=LR / 2)
 
 
 class RandomStates(Callback):
-    """What Lightning leaves to the user: random states go into the checkpoint, and back before the first batch."""
+    """Saves the random states in the checkpoint, and restores them before the first batch."""
 
     def __init__(self) -> None:
         self.found: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Of torch, numpy and Python."""
+        """Return the random states of torch, numpy and Python."""
         kind, keys, *rest = np.random.get_state()
         numbers = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]  # what a load without pickled code takes
         return {"torch": torch.get_rng_state(), "numpy": numbers, "python": random.getstate()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep them for the first batch: until then the trainer itself draws."""
+        """Keep them until the first batch, because the trainer draws numbers before it."""
         self.found = state
 
     def on_fit_start(self, trainer: Any, module: Any) -> None:
-        """Put them back before the loader begins, where the checkpoint is of an epoch's end."""
+        """Restore them before the loader starts, if the checkpoint is from the end of an epoch."""
         self.put_back()
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        """Put them back after the loader has begun, where the checkpoint is of an epoch's middle."""
+        """Restore them after the loader has started, if the checkpoint is from the middle of an epoch."""
         if batch_idx > 0:
             self.put_back()
         self.found = None
 
     def put_back(self) -> None:
-        """What was loaded, if anything was."""
+        """Restore what was loaded, if anything was."""
         if self.found is not None:
             kind, keys, *rest = self.found["numpy"]
             torch.set_rng_state(self.found["torch"])
@@ -94,17 +94,17 @@ class RandomStates(Callback):
 
 
 class Lightning:
-    """Lightning by itself."""
+    """Lightning without further callbacks."""
 
     name, each_step, freezes, log = "Lightning", True, True, "step"
     records: tuple[str, ...] = ("run/logs/",)
 
     def version(self) -> str:
-        """Of the package."""
+        """Return the version of the package."""
         return str(pl.__version__)
 
     def callbacks(self, folder: Path, job: Job) -> list[Any]:
-        """Checkpoints by step: the last ones by number of step, and `last.ckpt`."""
+        """Return the checkpoint callback: the last ones by step, and `last.ckpt`."""
         found: list[Any] = [Phases()] if job.phases else []
         if job.interval is not None:
             saving = {"monitor": "step", "mode": "max", "save_top_k": job.keep, "save_last": True}
@@ -112,7 +112,7 @@ class Lightning:
         return found
 
     def fit(self, net: Net, folder: Path, job: Job, *, resume: bool) -> Ended:
-        """`Trainer.fit`."""
+        """Call `Trainer.fit`."""
         logger = CSVLogger(folder, name="logs", flush_logs_every_n_steps=1)
         trainer = pl.Trainer(
             max_epochs=EPOCHS, accelerator="cpu", devices=1, logger=logger, log_every_n_steps=1,
@@ -124,7 +124,7 @@ class Lightning:
         return Ended(trainer.optimizers[0].state_dict(), self.logged(folder))
 
     def logged(self, folder: Path) -> list[int]:
-        """Steps of all versions of the log, in turn."""
+        """Return the steps of all versions of the log."""
         found: list[int] = []
         for path in sorted(folder.glob("logs/version_*/metrics.csv")):
             with path.open() as file:
@@ -132,33 +132,33 @@ class Lightning:
         return found
 
     def newest(self, folder: Path) -> Path | None:
-        """What `"last"` takes; the file of the same step is beside it."""
+        """Return the checkpoint of `"last"`; the file of the same step is beside it."""
         return max(folder.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 class LightningAndRandomStates(Lightning):
-    """With a callback of one's own for the random states."""
+    """With a callback for the random states."""
 
     name = "Lightning + random states"
 
     def callbacks(self, folder: Path, job: Job) -> list[Any]:
-        """That one too."""
+        """Return the callbacks, with that one."""
         return [RandomStates(), *super().callbacks(folder, job)]
 
 
 class Scheduler(Lightning):
-    """finetuning-scheduler: a schedule of two phases; its own kind of checkpoint is one of epochs."""
+    """finetuning-scheduler: a schedule of two phases; its checkpoint is by epoch."""
 
     name, each_step, only_phases = "finetuning-scheduler", False, True
 
     def version(self) -> str:
-        """Of the package."""
+        """Return the version of the package."""
         import finetuning_scheduler
 
         return str(finetuning_scheduler.__version__)
 
     def callbacks(self, folder: Path, job: Job) -> list[Any]:
-        """Phases by epoch, without a return to the best, so that every tool takes the same steps."""
+        """Return phases by epoch, without restoring the best, so that every library takes the same steps."""
         from finetuning_scheduler import FinetuningScheduler, FTSCheckpoint
 
         schedule = {
@@ -174,7 +174,7 @@ class Scheduler(Lightning):
 
 
 def tools() -> list[Lightning]:
-    """Lightning in both ways, and finetuning-scheduler where it is installed."""
+    """Return both variants of Lightning, and finetuning-scheduler if it is installed."""
     warnings.filterwarnings("ignore")  # about workers and devices that the case does without
     installed = importlib.util.find_spec("finetuning_scheduler") is not None
     return [Lightning(), LightningAndRandomStates(), *([Scheduler()] if installed else [])]

@@ -21,11 +21,11 @@ class Skorch:
     records: tuple[str, ...] = ()
 
     def version(self) -> str:
-        """Of the package."""
+        """Return the version of the package."""
         return str(skorch.__version__)
 
     def fit(self, net: Net, folder: Path, job: Job, *, resume: bool) -> Ended:
-        """`fit`; resumed, a `LoadInitState` begins from the checkpoint, for the epochs that are left."""
+        """Call `fit`; a resume starts from the checkpoint with `LoadInitState`, for the remaining epochs."""
         policy = torch.optim.lr_scheduler.CosineAnnealingLR
         callbacks: list[Any] = [("schedule", LRScheduler(policy, T_max=STEPS, step_every="batch"))]
         if job.phases:
@@ -45,11 +45,11 @@ class Skorch:
         return Ended(classifier.optimizer_.state_dict(), [row["epoch"] for row in classifier.history])
 
     def newest(self, folder: Path) -> Path | None:
-        """The one checkpoint: the whole folder."""
+        """Return the only checkpoint: the whole folder."""
         return folder if any(folder.iterdir()) else None
 
 
 def tools() -> list[Skorch]:
-    """What is here."""
+    """Return the library, if it can be imported."""
     warnings.filterwarnings("ignore")
     return [Skorch()]

@@ -13,7 +13,7 @@ from world import BATCH, DECAY, EPOCHS, LR, Ended, Job, Net, samples
 
 
 class Named(Dataset[Any]):
-    """Samples under the names that the model asks for."""
+    """Samples by the names of the model's arguments."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.x, self.y = x, y
@@ -33,7 +33,7 @@ class WithLoss(nn.Module):
         self.net = net
 
     def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Loss and logits."""
+        """Return loss and logits."""
         logits = self.net(inputs)
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
@@ -45,11 +45,11 @@ class Transformers:
     records: tuple[str, ...] = ()
 
     def version(self) -> str:
-        """Of the package."""
+        """Return the version of the package."""
         return str(transformers.__version__)
 
     def fit(self, net: Net, folder: Path, job: Job, *, resume: bool) -> Ended:
-        """`Trainer.train`."""
+        """Call `Trainer.train`."""
         saving: dict[str, Any] = {"save_strategy": "no"}
         if job.interval is not None:
             saving = {"save_strategy": "steps", "save_steps": job.interval, "save_total_limit": job.keep}
@@ -66,12 +66,12 @@ class Transformers:
         return Ended(optimizer.state_dict(), [row["step"] for row in trainer.state.log_history if "loss" in row])
 
     def newest(self, folder: Path) -> Path | None:
-        """The folder of the greatest number."""
+        """Return the folder with the largest number."""
         found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
         return found[-1] if found else None
 
 
 def tools() -> list[Transformers]:
-    """What is here."""
+    """Return the library, if it can be imported."""
     warnings.filterwarnings("ignore")
     return [Transformers()]

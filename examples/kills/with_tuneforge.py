@@ -11,28 +11,28 @@ from tuneforge.sklearn import data_from_arrays
 
 
 class Kept:
-    """Keeps what the optimizer remembers when the run is over."""
+    """Keeps the optimizer's state at the end of the run."""
 
     state: Any = None
 
     @tf.hookimpl
     def run_ended(self, run: tf.Run) -> None:
-        """Weights and report are written."""
+        """Keep the state."""
         self.state = run.optimization.state(run.model)
 
 
 class Tuneforge:
-    """Its engine from Python; what is kept of the frozen part is off, so that every step is a step of the network."""
+    """Its engine from Python, with the feature cache off, so that every step runs the whole network."""
 
     name, each_step, freezes, log = "tuneforge", True, True, "epoch"
     records: tuple[str, ...] = ()
 
     def version(self) -> str:
-        """Of the package."""
+        """Return the version of the package."""
         return tf.__version__
 
     def fit(self, net: Net, folder: Path, job: Job, *, resume: bool) -> Ended:
-        """One phase, or two."""
+        """Train one phase, or two."""
         kept, (x, y), (x_val, y_val) = Kept(), samples(), samples(24, seed=2)
         common = {"schedule": "cosine", "optimizer": "adamw", "weight_decay": DECAY}
         steps = [tf.Phase("all", epochs=EPOCHS, lr=LR, **common)]
@@ -53,10 +53,10 @@ class Tuneforge:
         return Ended(kept.state, [json.loads(line)["epoch"] for line in lines])
 
     def newest(self, folder: Path) -> Path | None:
-        """The last folder of checkpoints."""
+        """Return the last checkpoint."""
         return max((folder / "checkpoints").iterdir(), default=None)
 
 
 def tools() -> list[Tuneforge]:
-    """What is here."""
+    """Return the library, if it can be imported."""
     return [Tuneforge()]

@@ -1,8 +1,9 @@
-"""What every tool is given: a network, its data, what to train; and a witness that can kill the process.
+"""The job of every library: a network, its data, what to train; and an observer that can kill the process.
 
-Only torch is needed here. The witness hangs on the network and on torch's optimizers, so it sees the same of all tools.
+Only torch is needed. The observer uses hooks of the network and of torch's optimizers, so it sees the same of every
+library.
 
-Shapes: b samples in a batch, 9 numbers a sample (its own number, then 8 features), 3 classes.
+Shapes: b samples in a batch, 9 numbers per sample (its index, then 8 features), 3 classes.
 """
 
 import hashlib
@@ -33,11 +34,11 @@ LR, DECAY = 0.01, 0.05
 
 @dataclass(frozen=True)
 class Job:
-    """What a tool is asked to do.
+    """What a library is to train.
 
     Args:
-        interval: Optimizer steps between two checkpoints; None: no checkpoints. A tool that saves only between epochs
-            saves after each.
+        interval: Optimizer steps between two checkpoints; None: no checkpoints. A library that saves only between
+            epochs saves after each.
         keep: Checkpoints kept.
         phases: The head alone for half of the epochs, then all layers.
     """
@@ -49,10 +50,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """What a tool has when training is over.
+    """What a library has at the end of training.
 
     Args:
-        optimizer: What its optimizer remembers.
+        optimizer: The optimizer's state.
         log: The steps (or epochs) of its record of metrics, as a reader finds them in its files; None: it keeps none.
     """
 
@@ -61,30 +62,30 @@ class Ended:
 
 
 class Tool(Protocol):
-    """A tool under test."""
+    """A library under test."""
 
     name: str
     each_step: bool
-    """It can save within an epoch."""
+    """Whether it can save within an epoch."""
     freezes: bool
-    """It has a way to train the head first."""
+    """Whether it can train the head first."""
     log: str
-    """What its record of metrics has a line for: `step`, `epoch`, or empty where it keeps none."""
+    """What a line of its metrics is for: `step`, `epoch`, or empty if it keeps none."""
     records: tuple[str, ...]
-    """Beginnings of the paths of records that each start of a run has anew, and that are no litter."""
+    """Prefixes of log files that each start writes anew, which are not counted as leftover."""
 
     def version(self) -> str:
-        """Of the package."""
+        """Return the version of the package."""
 
     def fit(self, net: "Net", folder: Path, job: Job, *, resume: bool) -> Ended:
-        """Train as the tool's documentation would; `resume` goes on from what lies in `folder`."""
+        """Train as the library's documentation shows; `resume` continues from `folder`."""
 
     def newest(self, folder: Path) -> Path | None:
-        """The checkpoint that a resume takes, a file or a folder; None: there is none."""
+        """Return the checkpoint that a resume uses, a file or a folder; None: there is none."""
 
 
 class Net(nn.Module):
-    """(b, 9) -> (b, 3): norms and dropout in a body, and a head."""
+    """(b, 9) -> (b, 3): a body with BatchNorm and dropout, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,20 +96,20 @@ class Net(nn.Module):
         self.head = nn.Linear(96, 3)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The logits."""
+        """Return the logits."""
         logits: Tensor = self.head(self.body(inputs[:, 1:]))
         return logits
 
 
 def network() -> Net:
-    """The network with the weights it always begins with."""
+    """Return the network with its initial weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Net()
 
 
 def samples(count: int = SAMPLES, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Points around three centres, with each sample's own number before them: (count, 9); and their classes."""
+    """Return points around three centers, each after its index: (count, 9); and their classes."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     classes = torch.arange(count) % 3
@@ -117,24 +118,24 @@ def samples(count: int = SAMPLES, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def train_set() -> TensorDataset:
-    """The samples to train on."""
+    """Return the training samples."""
     return TensorDataset(*samples())
 
 
 def val_set() -> TensorDataset:
-    """The samples to validate on."""
+    """Return the validation samples."""
     return TensorDataset(*samples(24, seed=2))
 
 
 def seeded() -> None:
-    """What a training script does first, and a resumed one does again."""
+    """Set the seeds, as a training script does at its start, also when it resumes."""
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
 
 
 def digest(value: Any) -> str:
-    """A hash of nested plain data and tensors, of every bit of them."""
+    """Return a hash of nested plain data and tensors, of all their bits."""
     found = hashlib.sha256()
     _feed(found, value)
     return found.hexdigest()
@@ -157,14 +158,14 @@ def _feed(found: Any, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Kill:
-    """When a process dies.
+    """When a process is killed.
 
     Args:
         place: `forward`, `backward` and `stepped` of a training step, the `validating` that follows it, the `saving`
-            that follows it (after a share of the largest file's bytes), or a `file` operation of that (after a share
-            of them).
-        step: Of this process, counted from 1.
-        share: Of the bytes, or of the file operations.
+            that follows it (after a fraction of the largest file's bytes), or a `file` operation of that (after a
+            fraction of them).
+        step: Step of this process, counted from 1.
+        share: Fraction of the bytes, or of the file operations.
     """
 
     place: str
@@ -172,7 +173,7 @@ class Kill:
     share: float = 0.5
 
     def at_save(self, every: int) -> "Kill":
-        """The same at a step after which the tool saves, where it is about a save."""
+        """Return the same kill at a step after which the library saves, if it is about a save."""
         if self.place not in ("saving", "file"):
             return self
         step = min(math.ceil(self.step / every), (STEPS - 1) // every) * every
@@ -181,13 +182,13 @@ class Kill:
 
 @dataclass
 class Witness:
-    """Sees every training step of a process, and kills it when the time has come.
+    """Observes every training step of a process, and kills it at the given point.
 
     Args:
         net: The network.
-        folder: Where the tool writes; file operations elsewhere are nobody's business.
-        seen: File that gets the samples of each training step, a line each.
-        kill: When to die.
+        folder: Where the library writes; other file operations are ignored.
+        seen: File for the samples of each training step, one line per step.
+        kill: When to kill.
         largest: Bytes of the largest file of a checkpoint.
         operations: File operations of a save.
         pause: A file to wait for at step `pause_at`.
@@ -212,7 +213,7 @@ class Witness:
     _validated: float = 0.0
 
     def watch(self) -> None:
-        """Take a place on the network, on torch's optimizers and on Python's file operations, for good."""
+        """Add hooks to the network, to torch's optimizers and to Python's file operations; they stay."""
         self.net.register_forward_pre_hook(self._forward)
         self.net.head.weight.register_hook(self._backward)
         register_optimizer_step_post_hook(lambda optimizer, args, kwargs: self._stepped())
@@ -223,7 +224,7 @@ class Witness:
 
     def _forward(self, net: nn.Module, args: tuple[Any, ...]) -> None:
         if not isinstance(args[0], Tensor):
-            return  # a tracer's stand-in
+            return  # a proxy of torch.fx
         self.gaps.setdefault(self.step, time.perf_counter() - self._since)
         if not (torch.is_grad_enabled() and self.net.head.training):
             if self._due("validating"):
@@ -268,7 +269,7 @@ class Witness:
                 die()
 
     def _ours(self, event: str, args: tuple[Any, ...]) -> bool:
-        """True for something that changes a file or a folder of the run or its temporary folder."""
+        """Return whether an event changes a file of the run or of its temporary folder."""
         if event == "open" and not int(args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return False
         return any(isinstance(each, (str, os.PathLike)) and str(self.folder.parent) in str(each) for each in args) or (
@@ -280,12 +281,12 @@ OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link
 
 
 def die() -> None:
-    """As `kill -9` would have it."""
+    """Kill this process as `kill -9` does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def sizes(folder: Path) -> list[tuple[str, int]]:
-    """Every file below a folder, and its bytes."""
+    """Return every file below a folder with its size in bytes."""
     found = []
     for base, _, names in os.walk(folder):
         for name in names:
