@@ -96,11 +96,7 @@ def test_builtins_import_only_public_names():
         assert not private_names(path, "tuneforge.builtin"), path
 
 
-MOVING = {"tuneforge-datacheck"}
-"""Plugins that left the core in the last commits and still import its internals."""
-
-
-@pytest.mark.parametrize("plugin", sorted({path.name for path in PLUGINS.iterdir()} - MOVING))
+@pytest.mark.parametrize("plugin", sorted(path.name for path in PLUGINS.iterdir()))
 def test_plugins_import_only_public_names(plugin):
     for path in sorted((PLUGINS / plugin).glob(f"{plugin.replace('-', '_')}/**/*.py")):
         assert not private_names(path, "tuneforge_"), path

@@ -35,6 +35,16 @@ _NAMES_OF_MODULE = {
         "option",
     ),
     "tuneforge.plugin.hookspecs": ("hookimpl",),
+    "tuneforge.plugin.image_decoding": (
+        "IMAGE_FORMATS",
+        "MAX_IMAGE_BYTES",
+        "MAX_IMAGE_PIXELS",
+        "convert_to_upright",
+    ),
+    "tuneforge.plugin.image_scan": (
+        "ImageScan",
+        "scan_images",
+    ),
     "tuneforge.plugin.parameter_types": (
         "FiniteFloatRange",
         "json_option",

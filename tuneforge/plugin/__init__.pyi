@@ -21,6 +21,12 @@ from tuneforge.plugin.declaration import get_options as get_options
 from tuneforge.plugin.declaration import gt as gt
 from tuneforge.plugin.declaration import option as option
 from tuneforge.plugin.hookspecs import hookimpl as hookimpl
+from tuneforge.plugin.image_decoding import IMAGE_FORMATS as IMAGE_FORMATS
+from tuneforge.plugin.image_decoding import MAX_IMAGE_BYTES as MAX_IMAGE_BYTES
+from tuneforge.plugin.image_decoding import MAX_IMAGE_PIXELS as MAX_IMAGE_PIXELS
+from tuneforge.plugin.image_decoding import convert_to_upright as convert_to_upright
+from tuneforge.plugin.image_scan import ImageScan as ImageScan
+from tuneforge.plugin.image_scan import scan_images as scan_images
 from tuneforge.plugin.parameter_types import FiniteFloatRange as FiniteFloatRange
 from tuneforge.plugin.parameter_types import json_option as json_option
 from tuneforge.plugin.registry import ComponentEntry as ComponentEntry

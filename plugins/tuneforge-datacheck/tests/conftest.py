@@ -1,4 +1,4 @@
-"""Fixtures that the core's tests have too."""
+"""Fixtures shared with the tests of the core."""
 
 from shared_fixtures import own_cache, plant, shared_cache, tune
 

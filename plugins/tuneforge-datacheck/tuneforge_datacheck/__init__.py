@@ -1,1 +1,1 @@
-"""What is wrong with data and with foreign weights, found before anything is trained on them."""
+"""Check image data before training: unusable files, duplicates and near-duplicates, class issues, label issues."""

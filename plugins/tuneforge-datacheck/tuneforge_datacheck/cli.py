@@ -1,4 +1,4 @@
-"""`tuneforge data`: what is wrong with data, before anything is trained on it."""
+"""The command `tuneforge data`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tuneforge.plugin.parameter_types import FiniteFloatRange
+from tuneforge.plugin import ExitCode, FiniteFloatRange, json_option
 
 if TYPE_CHECKING:
     from tuneforge_datacheck.check import Findings
 
-ISSUES, REPORT, CLEANED_CSV = "issues.json", "issues.html", "cleaned.csv"
-_FIXES = ("files", "copies", "labels")
+ISSUES_FILE, REPORT_FILE, CLEANED_FILE = "issues.json", "issues.html", "cleaned.csv"
+_FIXES = ("files", "duplicates", "labels")
 
 
 @click.group()
 def data() -> None:
-    """Find what is wrong with pictures before anything is trained on them."""
+    """Find issues of image data before training."""
 
 
 @data.command()
@@ -30,94 +30,108 @@ def data() -> None:
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("data-check"),
     show_default=True,
-    help="Folder for issues.json, issues.html and, with --fix, cleaned.csv.",
+    help="Directory for issues.json, issues.html and, with --fix, cleaned.csv.",
 )
-@click.option("--all", "every", is_flag=True, help="Print a line for every file, also those that are fine.")
+@click.option("--show-all", is_flag=True, help="Print a line for every file, including those without issues.")
 @click.option(
     "--fix",
     is_flag=False,
     flag_value="all",
-    metavar="[all|files,copies,labels]",
-    help="Write a cleaned list that a run can use; no file is touched. Alone: all that is advised.",
+    metavar="[all|files,duplicates,labels]",
+    help="Write cleaned.csv, which lists the files to train on; no file is changed. Without a value: all.",
 )
 @click.option(
-    "--undo", is_flag=True, help="Take the cleaned list back, and files that a run has quarantined; no check."
+    "--undo", is_flag=True, help="Remove cleaned.csv and move back the files that a run has quarantined; no check."
 )
 @click.option(
-    "--run", type=click.Path(path_type=Path), help="Judge labels by the features of this finished run's model."
-)
-@click.option("--near/--no-near", default=True, help="Compare every picture with every other for near copies.")
-@click.option("--image", default="path", show_default=True, help="CSV: column of the pictures' paths.")
-@click.option("--label", default="label", show_default=True, help="CSV: column of the class names.")
-@click.option("--split", default="split", show_default=True, help="CSV: column that says train, val or test.")
-@click.option("--root", type=click.Path(path_type=Path), help="CSV: folder that relative paths start from.")
-@click.option(
-    "--memory-mb", type=click.IntRange(64, 2**20), default=300, show_default=True, help="Memory to look at a file."
+    "--run", type=click.Path(path_type=Path), help="Check labels with the features of this finished run's model."
 )
 @click.option(
-    "--seconds", type=FiniteFloatRange(min=0.1), default=4.0, show_default=True, help="Time to look at a file."
+    "--near-duplicates/--no-near-duplicates", default=True, help="Compare every image with every other. [default: on]"
 )
-@click.option("--json", "as_json", is_flag=True, help="Print issues.json.")
+@click.option("--image", default="path", show_default=True, help="CSV: column of image paths.")
+@click.option("--label", default="label", show_default=True, help="CSV: column of class names.")
+@click.option("--split", default="split", show_default=True, help="CSV: column of splits (train, val or test).")
+@click.option("--root", type=click.Path(path_type=Path), help="CSV: directory that relative paths start from.")
+@click.option(
+    "--memory-mb",
+    type=click.IntRange(64, 2**20),
+    default=300,
+    show_default=True,
+    help="Memory limit for opening a file, in MB.",
+)
+@click.option(
+    "--timeout-s",
+    type=FiniteFloatRange(min=0.1),
+    default=4.0,
+    show_default=True,
+    help="Time limit for opening a file, in seconds.",
+)
+@json_option("Print the content of issues.json.")
 def check(
     path: Path,
     out: Path,
-    every: bool,
+    show_all: bool,
     fix: str | None,
     undo: bool,
     run: Path | None,
-    near: bool,
+    near_duplicates: bool,
     image: str,
     label: str,
     split: str,
     root: Path | None,
     memory_mb: int,
-    seconds: float,
+    timeout_s: float,
     as_json: bool,
 ) -> int:
-    """Look at every file of DIR (a folder a class, or train, val and test of them) or of a CSV: a line for each issue.
+    """Check every image of DIR or of a CSV file and print a line for each issue.
 
-    Found are files that cannot be used, copies, exact and near, across splits and within, classes that differ between
-    splits, and labels that are likely wrong. Exits 65 where something should be left out and no list was written.
+    DIR contains one folder per class, or folders train, val and test of them. The check finds unusable files,
+    duplicates and near-duplicates within and across splits, classes that differ between splits, and label issues.
+    The exit code is 65 if files should be excluded and --fix was not given.
 
     \b
     tuneforge data check photos
     tuneforge data check photos --fix
     tuneforge run --data image-csv --data.path data-check/cleaned.csv
     """
-    from tuneforge.errors import DataError, UsageError
-    from tuneforge_datacheck import check as story
+    from tuneforge import UsageError
+    from tuneforge_datacheck.check import check_images
     from tuneforge_datacheck.files import CsvColumns
 
     if undo:
         _undo(path, out, root)
-        return 0
-    kinds = _parse_fixes(fix)
+        return ExitCode.OK
+    fixes = _parse_fixes(fix)
     if out.resolve().is_relative_to(path.resolve()):
         raise UsageError(
-            f"'{out}' lies among the pictures", where="--out", why="they would be checked next time", fix="name another"
+            f"'{out}' is inside the data",
+            where="--out",
+            why="the next check would list the files in it",
+            fix="name another directory",
         )
     _prepare_output_dir(out)
-    columns = CsvColumns(image, label, split, root)
-    findings = story.check_images(
+    findings = check_images(
         path,
-        columns=columns,
+        columns=CsvColumns(image, label, split, root),
         run=run,
         memory_mb=memory_mb,
-        timeout_s=seconds,
-        near_duplicates=near,
+        timeout_s=timeout_s,
+        near_duplicates=near_duplicates,
         log=lambda text: click.echo(text, err=True),
     )
-    _write(findings, out, kinds, memory_mb, seconds)
+    _write_files(findings, out, fixes, memory_mb, timeout_s)
     if as_json:
         click.echo(json.dumps(findings.to_dict()))
     else:
-        _print(findings, out, show_all=every, kinds=kinds)
-    advised = any(issue.action == "exclude" for issue in findings.issues)
-    return DataError.exit_code if advised and not kinds else 0
+        _print(findings, out, show_all=show_all, fixes=fixes)
+    has_exclusions = any(issue.action == "exclude" for issue in findings.issues)
+    return ExitCode.BAD_DATA if has_exclusions and not fixes else ExitCode.OK
 
 
 def _parse_fixes(text: str | None) -> list[str]:
-    from tuneforge.errors import UsageError, suggest_name
+    from tuneforge import UsageError
+    from tuneforge.errors import suggest_name
 
     if text is None:
         return []
@@ -128,73 +142,67 @@ def _parse_fixes(text: str | None) -> list[str]:
     return fixes
 
 
-def _write(findings: Findings, out: Path, kinds: list[str], memory_mb: int, timeout_s: float) -> None:
-    """The files of the check."""
-    from tuneforge.engine.storage.run_dir import atomic_write, write_json
+def _write_files(findings: Findings, out: Path, fixes: list[str], memory_mb: int, timeout_s: float) -> None:
+    from tuneforge.exporting import atomic_write, write_json
     from tuneforge_datacheck.check import to_cleaned_csv
     from tuneforge_datacheck.report import render_report
 
-    write_json(out / ISSUES, findings.to_dict())
-    atomic_write(
-        out / REPORT,
-        render_report(findings, memory_mb=memory_mb, timeout_s=timeout_s).encode(errors="backslashreplace"),
-    )
-    if kinds:
-        atomic_write(out / CLEANED_CSV, to_cleaned_csv(findings, kinds).encode(errors="surrogateescape"))
+    write_json(out / ISSUES_FILE, findings.to_dict())
+    html = render_report(findings, memory_mb=memory_mb, timeout_s=timeout_s)
+    atomic_write(out / REPORT_FILE, html.encode(errors="backslashreplace"))
+    if fixes:
+        atomic_write(out / CLEANED_FILE, to_cleaned_csv(findings, fixes).encode(errors="surrogateescape"))
 
 
 def _prepare_output_dir(out: Path) -> None:
-    """Make the folder; another one's content is not written over."""
-    from tuneforge.errors import FolderError
+    """Create the directory; the content of another one is not overwritten."""
+    from tuneforge import FolderError
 
-    if out.exists() and any(out.iterdir()) and not (out / ISSUES).exists():
+    if out.exists() and any(out.iterdir()) and not (out / ISSUES_FILE).exists():
         raise FolderError(
-            f"'{out}' holds something else",
+            f"'{out}' contains other files",
             where="--out",
-            why="it is neither empty nor the folder of a check",
-            fix="name another folder",
+            why="it is neither empty nor the output of a check",
+            fix="name another directory",
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        from tuneforge.engine.storage.run_dir import write_error
-
-        raise write_error(out, error) from None
+        raise FolderError(f"cannot create '{out}'", where="--out", why=error.strerror or "") from None
 
 
-def _print(findings: Findings, out: Path, *, show_all: bool, kinds: list[str]) -> None:
+def _print(findings: Findings, out: Path, *, show_all: bool, fixes: list[str]) -> None:
     from tuneforge_datacheck.check import select_remaining
     from tuneforge_datacheck.report import format_issue
 
     for issue in findings.issues:
         click.echo(format_issue(issue))
     if show_all:
-        wrong = {issue.path for issue in findings.issues}
+        with_issues = {issue.path for issue in findings.issues}
         for file in findings.usable:
-            if file.id not in wrong:
-                click.echo(f"{file.id}: fine")
+            if file.id not in with_issues:
+                click.echo(f"{file.id}: ok")
     for note in findings.notes:
         click.echo(f"note: {note}")
-    click.echo(
-        f"{len(findings.usable):,} of {len(findings.files):,} files can be used; {len(findings.issues):,} issues"
-    )
-    remain = select_remaining(findings, kinds or _FIXES)
-    advice = f"advice on {', '.join(kinds)}" if kinds else "advice"
-    click.echo(f"left after the {advice}: {len(remain):,} of {len(findings.files):,}")
-    click.echo(f"page: {shlex.quote(str(out / REPORT))}")
-    if kinds:
-        cleaned = shlex.quote(str(out / CLEANED_CSV))
-        click.echo(f"next: tuneforge run --data image-csv --data.path {cleaned} --data.checked {out / ISSUES}")
+    num_files = len(findings.files)
+    click.echo(f"{len(findings.usable):,} of {num_files:,} files can be used; {len(findings.issues):,} issues")
+    remaining = select_remaining(findings, fixes or _FIXES)
+    click.echo(f"files to train on after fixing {', '.join(fixes or _FIXES)}: {len(remaining):,} of {num_files:,}")
+    click.echo(f"report: {shlex.quote(str(out / REPORT_FILE))}")
+    if fixes:
+        cleaned, issues = (shlex.quote(str(out / name)) for name in (CLEANED_FILE, ISSUES_FILE))
+        click.echo(f"next: tuneforge run --data image-csv --data.path {cleaned} --data.checked {issues}")
 
 
 def _undo(path: Path, out: Path, root: Path | None) -> None:
-    from tuneforge.builtin.datasets.images.file_check import restore_quarantined_files
-    from tuneforge.errors import DataError, escape_name
+    from tuneforge import DataError
+    from tuneforge.errors import escape_name
+    from tuneforge_datacheck.quarantine import restore_quarantined_files
 
     if not path.exists():
         raise DataError("there is no such file or folder", where=str(path), fix="check the path")
-    if (out / CLEANED_CSV).exists():
-        (out / CLEANED_CSV).unlink()
-        click.echo(f"removed {out / CLEANED_CSV}")
+    if (out / CLEANED_FILE).exists():
+        (out / CLEANED_FILE).unlink()
+        click.echo(f"removed {out / CLEANED_FILE}")
     for name in restore_quarantined_files(root or (path if path.is_dir() else path.parent)):
-        click.echo(f"back in its place: {escape_name(name)}")
+        click.echo(f"moved back: {escape_name(name)}")

@@ -1,28 +1,40 @@
-"""Every entry of a data folder or a CSV file, each with what it is: a check passes nothing over."""
+"""List every file of an image folder or a CSV file with its split and its label, including files that a run ignores."""
 
 from __future__ import annotations
 
+import csv
 import os
 import stat
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
 
-from tuneforge.builtin.datasets.images.image_files import EXTENSIONS, find_images_in_csv, find_split_folders
-from tuneforge.errors import DataError, escape_name
+from tuneforge import DataError
+from tuneforge.errors import escape_name, suggest_name
+
+EXTENSIONS = frozenset(
+    (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+)
+"""Extensions of the files that `--data image-folder` reads."""
+
+SPLIT_NAMES = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""Names of split folders and values of a split column, as `--data image-folder` and `image-csv` read them."""
 
 
 @attrs.frozen
 class DataFile:
-    """One entry.
+    """One file of the data.
 
     Args:
-        name: Its path below the root, as it is.
-        split: `train`, `val` or `test`; empty where the data is not divided.
-        label: Name of its class; empty where it is in none.
-        unused_reason: Why a run would not use it; empty where it would.
+        name: Path relative to the root, as the file system has it.
+        split: `train`, `val` or `test`; empty if the data has no splits yet.
+        label: Name of its class; empty if it is in no class folder.
+        unused_reason: Why a run would ignore the file; empty if a run would use it.
     """
 
     name: str
@@ -32,19 +44,19 @@ class DataFile:
 
     @property
     def id(self) -> str:
-        """The name as text that can be printed anywhere."""
+        """The name with unprintable characters escaped."""
         return escape_name(self.name)
 
 
 @attrs.frozen
 class CsvColumns:
-    """Which columns of a CSV file mean what.
+    """Names of the columns of a CSV file.
 
     Args:
-        image: Of paths.
-        label: Of class names.
-        split: Of splits.
-        root: What relative paths start from; None: the file's own folder.
+        image: Column of image paths.
+        label: Column of class names.
+        split: Column of splits.
+        root: Directory that relative paths start from; None for the directory of the CSV file.
     """
 
     image: str = "path"
@@ -54,124 +66,206 @@ class CsvColumns:
 
 
 def list_files(path: Path, columns: CsvColumns | None = None) -> tuple[Path, list[DataFile]]:
-    """What names start from, and every entry in the order of names.
+    """List every file, without opening any.
 
     Args:
-        path: A folder of class folders, one of folders train, val and test of them, or a CSV file.
-        columns: Of the CSV file.
+        path: A folder of class folders, a folder with folders train, val and test of class folders, or a CSV file.
+        columns: Names of the columns of the CSV file.
+
+    Returns:
+        The directory that names are relative to, and the files sorted by name (of a CSV file: in the order of rows,
+        grouped by split).
 
     Raises:
-        DataError: There is nothing at the path, or it cannot be read.
+        DataError: Nothing exists at the path, or it cannot be read.
     """
     if path.is_dir():
-        found = list(_list_directory(path))
-        if not found:
-            raise DataError(f"'{escape_name(path)}' is empty", where="DIR", fix="name a folder that holds pictures")
-        return path, found
+        files = list(_list_directory(path))
+        if not files:
+            raise DataError(f"'{escape_name(path)}' is empty", where="DIR", fix="name a folder that contains images")
+        return path, files
     columns = columns or CsvColumns()
-    root = columns.root or path.parent
-    listed = find_images_in_csv(
-        path,
-        image=columns.image,
-        label=columns.label,
-        split=columns.split,
-        root=root,
-        where="DIR|CSV",
-        keep_missing=True,
-    )
-    divided = set(listed.by_split) != {"train"}
-    return root, [
-        DataFile(name, split if divided else "", label)
-        for split, listing in listed.by_split.items()
-        for name, label in zip(listing.names, _class_names(listing.classes, list(listing.class_indices)), strict=True)
-    ]
+    return columns.root or path.parent, _list_csv(path, columns)
 
 
 def find_empty_classes(path: Path, files: list[DataFile]) -> list[tuple[str, str]]:
-    """Split and label of each class folder in which no file is one that a run would use."""
+    """Return split and label of each class folder that contains no file that a run would use."""
     if not path.is_dir():
         return []
     used = {(file.split, file.label) for file in files if not file.unused_reason}
-    splits = find_split_folders(path, Counter(), [], where="DIR")
-    divided = splits != {"train": ""}
+    splits = find_split_folders(path)
+    has_splits = splits != {"train": ""}
     known = [
-        (split if divided else "", escape_name(entry.name))
-        for split, below in splits.items()
-        for entry in sorted(os.scandir(path / below), key=lambda entry: os.fsencode(entry.name))
+        (split if has_splits else "", escape_name(entry.name))
+        for split, folder in splits.items()
+        for entry in sorted(os.scandir(path / folder), key=lambda entry: os.fsencode(entry.name))
         if entry.is_dir() and not entry.name.startswith(".")
     ]
     return [each for each in known if each not in used]
 
 
-def _class_names(classes: dict[str, int], codes: list[int]) -> Iterator[str]:
-    names = list(classes)
-    return (names[code] for code in codes)
+def find_split_folders(root: Path) -> dict[str, str]:
+    """Map each split to the name of its folder; `{"train": ""}` if the images are not divided into splits.
+
+    A folder named train is a split if it contains folders and no image; otherwise it is the class of that name.
+
+    Raises:
+        DataError: Two folders name the same split, or the root cannot be read.
+    """
+    folders = [entry.name for entry in _scan_directory(root) if _is_folder(entry)]
+    by_split: dict[str, list[str]] = {}
+    for name in folders:
+        if split := SPLIT_NAMES.get(name.lower()):
+            by_split.setdefault(split, []).append(name)
+    trains = by_split.get("train", [])
+    if len(trains) != 1 or not _contains_only_class_folders(root / trains[0]):
+        return {"train": ""}
+    for split, names in by_split.items():
+        if len(names) > 1:
+            both = " and ".join(f"'{escape_name(name)}'" for name in names)
+            raise DataError(f"{both} both name the split {split}", where="DIR", fix="keep one of the folders")
+    return {split: names[0] for split, names in by_split.items()}
+
+
+def _contains_only_class_folders(folder: Path) -> bool:
+    entries = list(_scan_directory(folder))
+    return any(map(_is_folder, entries)) and not any(_is_image(entry) for entry in entries)
+
+
+def _scan_directory(folder: Path) -> list[os.DirEntry[str]]:
+    """Return the entries that are not hidden, sorted by the bytes of their names."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(
+                (entry for entry in entries if not entry.name.startswith(".")),
+                key=lambda entry: os.fsencode(entry.name),
+            )
+    except OSError as error:
+        raise DataError(
+            f"cannot read the folder '{escape_name(folder)}'", why=error.strerror or "", fix="check its permissions"
+        ) from None
+
+
+def _list_csv(path: Path, columns: CsvColumns) -> list[DataFile]:
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            header = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=max(",;\t", key=header.count))
+            names = list(reader.fieldnames or ())
+            for column in (columns.image, columns.label):
+                _require_column(column, names, path)
+            files = [_parse_row(row, reader.line_num, path, columns) for row in reader]
+    except (OSError, csv.Error) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"cannot read '{escape_name(path)}'", where="DIR|CSV", why=why, fix="name a CSV file") from None
+    if not files:
+        raise DataError(f"'{escape_name(path)}' has no rows", where="DIR|CSV", fix="add one row per image")
+    order = {split: number for number, split in enumerate(dict.fromkeys(file.split for file in files))}
+    files.sort(key=lambda file: order[file.split])
+    return files if set(order) != {"train"} else [attrs.evolve(file, split="") for file in files]
+
+
+def _parse_row(row: dict[str, str | None], line: int, path: Path, columns: CsvColumns) -> DataFile:
+    image, label = row[columns.image], row[columns.label]
+    if not image or not label or not image.strip() or not label.strip():
+        raise DataError(
+            f"row at line {line} has no {'path' if not image else 'label'}",
+            where=escape_name(path),
+            fix="give every row a path and a label, or remove it",
+        )
+    text = (row[columns.split] or "").strip() if columns.split in row else "train"
+    split = SPLIT_NAMES.get(text.lower())
+    if split is None:
+        raise DataError(
+            f"row at line {line} has the split '{escape_name(text)}'",
+            where=escape_name(path),
+            fix="write train, val or test",
+        )
+    return DataFile(image, split, escape_name(label.strip()))
+
+
+def _require_column(name: str, columns: list[str], path: Path) -> None:
+    if name not in columns:
+        raise DataError(
+            f"'{escape_name(path)}' has no column '{name}'",
+            where="DIR|CSV",
+            why=f"its first row names {', '.join(map(escape_name, columns)) or 'nothing'}",
+            fix=f"{suggest_name(name, columns)}; --image and --label name the columns",
+        )
 
 
 def _list_directory(root: Path) -> Iterator[DataFile]:
-    splits = {below: split for split, below in find_split_folders(root, Counter(), [], where="DIR").items()}
-    divided = "" not in splits
+    split_of_folder = {folder: split for split, folder in find_split_folders(root).items()}
+    has_splits = "" not in split_of_folder
     for name, why in _walk(root):
         parts = name.split(os.sep)
-        split = splits.get(parts[0], "") if divided else ""
-        if divided and not split:
-            yield DataFile(name, "", "", why or "it is beside the folders train, val and test")
+        split = split_of_folder.get(parts[0], "") if has_splits else ""
+        if has_splits and not split:
+            yield DataFile(name, "", "", why or "it is outside the folders train, val and test")
             continue
-        inside = parts[1:] if divided else parts
+        inside = parts[1:] if has_splits else parts
         label = escape_name(inside[0]) if len(inside) > 1 else ""
         yield DataFile(name, split, label, why or _unused_reason(name, label))
 
 
 def _unused_reason(name: str, label: str) -> str:
     if os.path.splitext(name)[1].lower() not in EXTENSIONS:
-        return "it is no picture by its name"
-    return "" if label else "it is in no class's folder"
+        return "it has no image file extension"
+    return "" if label else "it is not in a class folder"
 
 
 def _walk(root: Path) -> Iterator[tuple[str, str]]:
-    """The name of every entry that is no folder, hidden ones apart, and why it cannot be used, if that is plain.
+    """Yield the name of every visible entry that is not a folder, and why it cannot be used if its type says so.
 
-    Links to folders are followed, each folder entered once.
+    Links to folders are followed; each folder is entered once.
     """
     seen: set[tuple[int, int]] = set()
-    waiting = [""]
-    while waiting:
-        below = waiting.pop()
+    pending = [""]
+    while pending:
+        folder = pending.pop()
         try:
-            status = os.stat(root / below)
-            entries = sorted(os.scandir(root / below), key=lambda entry: os.fsencode(entry.name))
+            status = os.stat(root / folder)
+            entries = sorted(os.scandir(root / folder), key=lambda entry: os.fsencode(entry.name))
         except OSError as error:
-            yield below or ".", f"it cannot be read: {error.strerror}"
+            yield folder or ".", f"it cannot be read: {error.strerror}"
             continue
         if (status.st_dev, status.st_ino) in seen:
-            yield below, "it is a link to a folder that was looked at already"
+            yield folder, "it is a link to a folder that was listed already"
             continue
         seen.add((status.st_dev, status.st_ino))
         folders = []
         for entry in entries:
-            name = os.path.join(below, entry.name)
+            name = os.path.join(folder, entry.name)
             if entry.name.startswith("."):
                 continue
             if _is_folder(entry):
                 folders.append(name)
             else:
                 yield name, _special_file_reason(root / name)
-        waiting += folders[::-1]
+        pending += folders[::-1]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:
+    except OSError:  # a loop of links
+        return False
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file() and os.path.splitext(entry.name)[1].lower() in EXTENSIONS
+    except OSError:  # a loop of links
         return False
 
 
 def _special_file_reason(path: Path) -> str:
-    """Why an entry cannot be used, where its kind says so."""
+    """Return why an entry that is not a regular file cannot be used; empty for a regular file."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        link = "it is a link that leads nowhere" if path.is_symlink() else "it cannot be read"
+        link = "it is a broken link" if path.is_symlink() else "it cannot be read"
         return f"{link}: {error.strerror}"
     if stat.S_ISREG(mode):
         return ""

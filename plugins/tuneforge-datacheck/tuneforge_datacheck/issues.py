@@ -1,4 +1,4 @@
-"""What a check found, as plain data: one issue a file, and what is advised about it."""
+"""Issues as plain data: one per file or class, with the suggested action."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ Action = Literal["exclude", "review", "none"]
 
 FIXES: dict[str, tuple[str, ...]] = {
     "files": ("unusable", "not used"),
-    "copies": ("exact duplicate", "near-duplicate", "leak", "conflicting labels"),
+    "duplicates": ("exact duplicate", "near-duplicate", "leak", "conflicting labels"),
     "labels": ("label issue",),
 }
-"""What `--fix` can be told to leave out, and the kinds of issue that each means."""
+"""Values of `--fix`, and the kinds of issue whose files each excludes."""
 
 MIN_CLASS_SIZE = 5
-"""Pictures under which a class is too small to be divided and judged."""
+"""A class with fewer images is reported: it is too small to be split and to have its labels checked."""
 
 SPLIT_PRIORITY = {"test": 0, "val": 1, "train": 2, "": 2}
-"""Of copies in several splits, which split keeps its own."""
+"""Of duplicates in several splits, those in the split with the lowest number are kept."""
 
 
 @attrs.frozen
 class Issue:
-    """One thing that is wrong.
+    """One issue of a file or of a class.
 
     Args:
-        kind: Of issue.
-        path: The file, as printable text; empty where a whole class is meant.
-        split: Of it; empty where the data is not divided.
-        label: Of it.
-        why: Completes "because ...".
-        action: What is advised.
-        related: Further files that it concerns.
-        score: How sure it is, 0 to 1; None where there is no doubt.
+        kind: Kind of issue.
+        path: Printable name of the file; empty for an issue of a class.
+        split: Split of the file or class; empty if the data has no splits yet.
+        label: Class of the file, or the class itself.
+        why: The reason, in words that complete "because ...".
+        action: Suggested action.
+        related: Printable names of further files that are concerned.
+        score: Similarity of near-duplicates or confidence of a label issue, 0 to 1; None if the issue is certain.
     """
 
     kind: Kind
@@ -55,64 +55,70 @@ class Issue:
     score: float | None = None
 
 
-def make_file_issue(file: DataFile, kind: Kind, why: str, action: Action, **more: object) -> Issue:
-    """An issue of one file."""
-    return Issue(kind, file.id, file.split, file.label, why, action, **more)  # type: ignore[arg-type]  # related, score
+def make_file_issue(
+    file: DataFile,
+    kind: Kind,
+    why: str,
+    action: Action,
+    *,
+    related: tuple[str, ...] = (),
+    score: float | None = None,
+) -> Issue:
+    """Return an issue of one file; arguments are those of `Issue`."""
+    return Issue(kind, file.id, file.split, file.label, why, action, related, score)
 
 
 def find_duplicate_issues(members: Mapping[int, DataFile], pairs: Sequence[DuplicatePair]) -> Iterator[Issue]:
-    """Issues of files that show the same picture; those of the test are kept, then those of validation.
+    """Yield the issues of one group of files that show the same image.
 
-    Each is named beside the one that it is most like, because pairs join in chains whose ends may be less alike: beside
-    one whose split is kept, where it is like one.
+    Files in the test split are kept, then those in the validation split. Pairs join in chains whose ends can be less
+    similar, so each issue names the most similar file: one in a split that is kept, if the file pairs with any.
 
     Args:
-        members: Two or more, by their places.
-        pairs: The pairs that join them.
+        members: Two or more files by index.
+        pairs: The pairs of duplicates that connect them.
     """
-    ordered = sorted(members, key=lambda place: SPLIT_PRIORITY[members[place].split])
+    ordered = sorted(members, key=lambda index: SPLIT_PRIORITY[members[index].split])
     if len({file.label for file in members.values()}) > 1:
         yield from _find_conflicting_labels(ordered, members, pairs)
         return
     first = members[ordered[0]]
-    for place in ordered[1:]:
-        file = members[place]
+    for index in ordered[1:]:
+        file = members[index]
         kept = {each for each, other in members.items() if SPLIT_PRIORITY[other.split] < SPLIT_PRIORITY[file.split]}
-        nearest, pair = _most_similar(place, pairs, kept)
+        nearest, pair = _most_similar(index, pairs, kept)
         other = members[nearest]
-        named = (
-            f"it has the same bytes as '{other.id}'" if pair.exact else f"it is nearly the same picture as '{other.id}'"
-        )
+        relation = f"it is an exact duplicate of '{other.id}'" if pair.exact else f"it nearly equals '{other.id}'"
         score = None if pair.exact else pair.correlation
         if nearest in kept:
-            why = f"{named}, which is in {other.split}"
+            why = f"{relation}, which is in {other.split}"
             yield make_file_issue(file, "leak", why, "exclude", related=(other.id,), score=score)
         elif kept:
-            why = f"{named}, and through it as '{first.id}', which is in {first.split}"
+            why = f"{relation}, which is connected by near-duplicates to '{first.id}' in {first.split}"
             yield make_file_issue(file, "leak", why, "exclude", related=(other.id, first.id), score=score)
         elif pair.exact:
-            yield make_file_issue(file, "exact duplicate", named, "exclude", related=(other.id,))
+            yield make_file_issue(file, "exact duplicate", relation, "exclude", related=(other.id,))
         else:
-            advised: Action = "exclude" if not file.split else "none"  # a division could put them on both sides
-            yield make_file_issue(file, "near-duplicate", named, advised, related=(other.id,), score=score)
+            action: Action = "exclude" if not file.split else "none"  # a later split could separate the two
+            yield make_file_issue(file, "near-duplicate", relation, action, related=(other.id,), score=score)
 
 
 def _find_conflicting_labels(
     ordered: Sequence[int], members: Mapping[int, DataFile], pairs: Sequence[DuplicatePair]
 ) -> Iterator[Issue]:
-    """Issues of files that show the same picture under several labels, the nearest named first."""
-    names = " and ".join(f"'{label}'" for label in sorted({file.label for file in members.values()}))
-    same = all(each.exact for each in pairs)
-    for place in ordered:
-        file = members[place]
-        nearest, pair = _most_similar(place, pairs)
+    """Yield the issues of files that show the same image with different labels; the most similar is named first."""
+    labels = " and ".join(f"'{label}'" for label in sorted({file.label for file in members.values()}))
+    all_exact = all(pair.exact for pair in pairs)
+    for index in ordered:
+        file = members[index]
+        nearest, pair = _most_similar(index, pairs)
         leaks = file.split != members[ordered[0]].split
-        action: Action = "exclude" if leaks or (same and file.split in ("", "train")) else "review"
-        others = (nearest, *(each for each in ordered if each not in (place, nearest)))
+        action: Action = "exclude" if leaks or (all_exact and file.split in ("", "train")) else "review"
+        others = (nearest, *(each for each in ordered if each not in (index, nearest)))
         yield make_file_issue(
             file,
             "conflicting labels",
-            f"the same picture is labelled {names}",
+            f"the same image has the labels {labels}",
             action,
             related=tuple(members[each].id for each in others),
             score=None if pair.exact else pair.correlation,
@@ -120,36 +126,41 @@ def _find_conflicting_labels(
 
 
 def _most_similar(
-    place: int, copies: Sequence[DuplicatePair], preferred: Container[int] = ()
+    index: int, pairs: Sequence[DuplicatePair], preferred: Container[int] = ()
 ) -> tuple[int, DuplicatePair]:
-    """The file that one is most like, of those preferred where it is like any; and how much."""
-    pairs = [
-        (each.second if each.first == place else each.first, each)
-        for each in copies
-        if place in (each.first, each.second)
+    """Return the most similar file that `index` pairs with, one of `preferred` if there is any, and their pair."""
+    candidates = [
+        (pair.second if pair.first == index else pair.first, pair)
+        for pair in pairs
+        if index in (pair.first, pair.second)
     ]
-    return max(pairs, key=lambda pair: (pair[0] in preferred, pair[1].exact, pair[1].correlation))
+    return max(candidates, key=lambda each: (each[0] in preferred, each[1].exact, each[1].correlation))
 
 
 def find_class_issues(files: Sequence[DataFile], empty: Sequence[tuple[str, str]]) -> Iterator[Issue]:
-    """Issues of whole classes: empty, tiny, or not in every split."""
+    """Yield the issues of classes that are empty, small, or not in every split.
+
+    Args:
+        files: The usable files.
+        empty: Split and label of the class folders without a usable file.
+    """
     counts = count_by_class(files)
     for split, label in empty:
-        yield Issue("class", "", split, label, "its folder holds no picture that can be used", "review")
-    learnt = counts.get("train") or counts.get("") or {}
+        yield Issue("class", "", split, label, "its folder contains no usable image", "review")
+    train_labels = counts.get("train") or counts.get("") or {}
     for split, by_label in counts.items():
         for label, count in sorted(by_label.items()):
             if split in ("", "train") and count < MIN_CLASS_SIZE:
-                yield Issue("class", "", split, label, f"it has {count} picture{'s' * (count > 1)}", "review")
-            elif label not in learnt:
-                yield Issue("class", "", split, label, f"{split} has it, train has not", "review")
+                yield Issue("class", "", split, label, f"it has {count} image{'s' * (count > 1)}", "review")
+            elif label not in train_labels:
+                yield Issue("class", "", split, label, f"it occurs in {split} but not in train", "review")
         if split not in ("", "train"):
-            for label in sorted(set(learnt) - set(by_label)):
-                yield Issue("class", "", split, label, f"train has it, {split} has not", "review")
+            for label in sorted(set(train_labels) - set(by_label)):
+                yield Issue("class", "", split, label, f"it occurs in train but not in {split}", "review")
 
 
 def count_by_class(files: Sequence[DataFile]) -> Mapping[str, Mapping[str, int]]:
-    """Pictures by split and class."""
+    """Count images by split and class."""
     counts: dict[str, Counter[str]] = {}
     for file in files:
         counts.setdefault(file.split, Counter())[file.label] += 1

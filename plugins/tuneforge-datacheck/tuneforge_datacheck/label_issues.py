@@ -1,6 +1,6 @@
-"""Labels that are likely wrong: confident learning (Northcutt, Jiang and Chuang 2021) on out-of-fold probabilities.
+"""Find label issues by confident learning (Northcutt, Jiang and Chuang 2021).
 
-Shapes: n pictures, f features, k classes.
+Shapes: n samples, f features, k classes.
 """
 
 from __future__ import annotations
@@ -14,96 +14,97 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-Rows = NDArray[np.int64]
+Indices = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 NUM_FOLDS = 5
 MIN_SKILL = 0.5
-"""Skill of the out-of-fold model, over naming the most frequent class, under which its doubts say more about itself."""
+"""Minimum `LabelIssues.skill` at which label issues are reported; below it most of them would be the model's errors."""
 
-_MIN_PROBABILITY_RATIO = 4.0  # so many times more likely than its label is what a sample seems to be
 _NUM_NEIGHBORS = 11
 _NUM_COMPONENTS = 30
 
 
 @attrs.frozen(eq=False)
 class LabelIssues:
-    """What out-of-fold predictions say about labels.
+    """Label issues, and how well the model that found them predicts the labels.
 
     Args:
-        rows: Samples whose label is likely wrong, the surest first.
-        suggested_codes: The class that each of them seems to be of.
-        margins: Probability of that class less that of the label.
-        accuracy: Share of labels that the predictions agree with.
-        skill: The same on a scale from 0, for always naming the most frequent class, to 1.
-        num_judged: How many samples were judged; those of tiny classes are not.
+        rows: Samples whose label is likely wrong, the most likely first.
+        suggested_classes: The predicted class of each of them.
+        margins: Predicted probability of that class minus that of the label.
+        accuracy: Fraction of the checked labels that the cross-validated predictions equal.
+        skill: Accuracy rescaled so that always predicting the most frequent class is 0 and a perfect prediction is 1.
+        num_checked: Number of samples whose label was checked; classes with fewer than `NUM_FOLDS` samples are not.
     """
 
-    rows: Rows
-    suggested_codes: Rows
+    rows: Indices
+    suggested_classes: Indices
     margins: NDArray[np.float64]
     accuracy: float
     skill: float
-    num_judged: int
+    num_checked: int
 
 
-def find_label_issues(features_nf: Floats, codes: Rows, *, seed: int = 0) -> LabelIssues | None:
-    """Which labels are likely wrong; None where fewer than two classes have enough samples to say.
+def find_label_issues(features_nf: Floats, labels: Indices, *, seed: int = 0) -> LabelIssues | None:
+    """Find samples whose label is likely wrong.
 
-    Probabilities come from the nearest neighbours among the principal components of the features, in five folds, and
-    are taken relative to what each class's own members have, as confident learning does. A label is doubted where
-    another class is four times as likely by that. On digits with 10 % wrong labels this finds more of them, and fewer
-    others, than pruning as many as the estimated joint distribution says (the paper's "prune by class").
+    Cross-validated class probabilities come from the nearest neighbors among the principal components of the features.
+    A label is an issue if another class is four times as likely, each relative to the mean of the class's own samples.
 
     Args:
-        features_nf: What the labels are judged by.
-        codes: The class of each sample, int64 (n,).
-        seed: Of the folds.
+        features_nf: Features of each sample.
+        labels: Class index of each sample, int64 of shape (n,).
+        seed: Seed of the folds and of the principal components.
+
+    Returns:
+        The label issues; None if fewer than two classes have `NUM_FOLDS` samples.
     """
-    counts = np.bincount(codes)
-    judged = np.flatnonzero(counts[codes] >= NUM_FOLDS)
-    classes, own = np.unique(codes[judged], return_inverse=True)
+    counts = np.bincount(labels)
+    checked = np.flatnonzero(counts[labels] >= NUM_FOLDS)
+    classes, own_n = np.unique(labels[checked], return_inverse=True)
     if len(classes) < 2:
         return None
-    probabilities_nk = _out_of_fold_probabilities(features_nf[judged], own, seed)
-    every = np.arange(len(own))
-    normalized_nk = _normalize_by_self_confidence(probabilities_nk, own)
-    own_n = normalized_nk[every, own]
-    normalized_nk[every, own] = 0
-    named = np.flatnonzero(normalized_nk.max(axis=1) > _MIN_PROBABILITY_RATIO * own_n)
-    best = normalized_nk[named].argmax(axis=1)
-    margins = probabilities_nk[named, best] - probabilities_nk[named, own[named]]
+    probabilities_nk = predict_out_of_fold(features_nf[checked], own_n, seed=seed)
+    confidence_k = [probabilities_nk[own_n == label, label].mean() for label in range(len(classes))]
+    normalized_nk = probabilities_nk / np.maximum(confidence_k, 1e-9)
+    every = np.arange(len(own_n))
+    own_confidence_n = normalized_nk[every, own_n]
+    normalized_nk[every, own_n] = 0
+    wrong = np.flatnonzero(normalized_nk.max(axis=1) > 4 * own_confidence_n)
+    best = normalized_nk[wrong].argmax(axis=1)
+    margins = probabilities_nk[wrong, best] - probabilities_nk[wrong, own_n[wrong]]
     order = np.argsort(-margins, kind="stable")
-    accuracy = float((probabilities_nk.argmax(axis=1) == own).mean())
-    base = float(np.bincount(own).max() / len(own))
+    accuracy = float((probabilities_nk.argmax(axis=1) == own_n).mean())
+    baseline = float(np.bincount(own_n).max() / len(own_n))
     return LabelIssues(
-        rows=judged[named][order],
-        suggested_codes=classes[best][order],
+        rows=checked[wrong][order],
+        suggested_classes=classes[best][order],
         margins=margins[order],
         accuracy=accuracy,
-        skill=(accuracy - base) / (1 - base),
-        num_judged=len(judged),
+        skill=(accuracy - baseline) / (1 - baseline),
+        num_checked=len(checked),
     )
 
 
-def pixel_features(colors_nyxc: NDArray[np.uint8]) -> Floats:
-    """The simplest features: small pictures as they are (n, f), on the scale 0 to 1."""
-    flat = colors_nyxc.reshape(len(colors_nyxc), -1)
+def pixel_features(colors_nhwc: NDArray[np.uint8]) -> Floats:
+    """Return the pixels of thumbnails as features (n, f), scaled to the range 0 to 1."""
+    flat = colors_nhwc.reshape(len(colors_nhwc), -1)
     return np.asarray(flat / 255, dtype=np.float32)
 
 
 def extract_run_features(run_dir: Path, paths: Sequence[str]) -> Floats:
-    """What the model of a finished run gives to its head for each picture (n, f).
+    """Compute the inputs of the head of a finished run's model for each image (n, f).
 
-    A model that was tuned on these very labels has seen the wrong ones too, and finds fewer of them.
+    A model that was fine-tuned on these labels has fitted the wrong ones too, so its features show fewer of them.
 
     Raises:
-        FolderError: The folder holds no finished run.
-        DataError: A picture cannot be decoded.
+        FolderError: The directory contains no finished run.
+        DataError: An image cannot be decoded.
     """
     import torch
 
-    from tuneforge.engine.session.predictor import load
+    from tuneforge import load
 
     predictor = load(run_dir)
     features: list[Any] = []
@@ -119,27 +120,21 @@ def extract_run_features(run_dir: Path, paths: Sequence[str]) -> Floats:
     return np.asarray(torch.cat([each.flatten(1).float().cpu() for each in features]).numpy(), dtype=np.float32)
 
 
-def _out_of_fold_probabilities(features_nf: Floats, codes: Rows, seed: int) -> NDArray[np.float64]:
-    """Probability of each class for each sample (n, k), by a model that has not seen the sample."""
+def predict_out_of_fold(features_nf: Floats, labels: Indices, *, seed: int) -> NDArray[np.float64]:
+    """Predict class probabilities (n, k) of each sample by a model that was fitted on the other folds."""
     from sklearn.decomposition import PCA
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
 
-    smallest_fold = len(codes) - -(-len(codes) // NUM_FOLDS)
-    components = max(1, min(_NUM_COMPONENTS, features_nf.shape[1], smallest_fold - 1))
+    smallest_fit = len(labels) - -(-len(labels) // NUM_FOLDS)
+    num_components = max(1, min(_NUM_COMPONENTS, features_nf.shape[1], smallest_fit - 1))
     model = make_pipeline(
-        PCA(components, random_state=seed),
-        KNeighborsClassifier(min(_NUM_NEIGHBORS, smallest_fold), weights="distance"),
+        PCA(num_components, random_state=seed),
+        KNeighborsClassifier(min(_NUM_NEIGHBORS, smallest_fit), weights="distance"),
     )
     folds = StratifiedKFold(NUM_FOLDS, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # PCA of pictures that are all the same divides by 0
-        probabilities = cross_val_predict(model, features_nf, codes, cv=folds, method="predict_proba")
+        warnings.simplefilter("ignore", RuntimeWarning)  # PCA of images that are all equal divides by 0
+        probabilities = cross_val_predict(model, features_nf, labels, cv=folds, method="predict_proba")
     return np.asarray(probabilities, dtype=np.float64)
-
-
-def _normalize_by_self_confidence(probabilities_nk: NDArray[np.float64], codes: Rows) -> NDArray[np.float64]:
-    """Each probability over the mean that the class's own members have (n, k): what it is for a usual member is 1."""
-    own_k = [probabilities_nk[codes == label, label].mean() for label in range(probabilities_nk.shape[1])]
-    return np.asarray(probabilities_nk / np.maximum(own_k, 1e-9), dtype=np.float64)

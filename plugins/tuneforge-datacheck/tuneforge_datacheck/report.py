@@ -1,4 +1,4 @@
-"""The page of a check: one file that needs nothing else, with pictures of what was found."""
+"""Render the result of a check: a self-contained HTML report with thumbnails, and one line per issue for terminals."""
 
 from __future__ import annotations
 
@@ -9,47 +9,43 @@ from pathlib import Path
 
 import jinja2
 
-from tuneforge.builtin.datasets.images.scan import inspect_image, render_preview
 from tuneforge.errors import escape_name
-from tuneforge.sandbox import Sandbox
+from tuneforge.plugin import scan_images
 from tuneforge_datacheck.check import Findings
 from tuneforge_datacheck.issues import Issue, count_by_class
 
 MAX_SHOWN = 60
-"""Issues of each kind that the page shows with pictures; `issues.json` has all of them."""
+"""Maximum number of issues of each kind in the report; `issues.json` lists all of them."""
 
 _TITLES = {
-    "unusable": "Files that cannot be used",
-    "leak": "Copies across splits",
-    "conflicting labels": "The same picture with two labels",
-    "label issue": "Labels that are likely wrong",
-    "exact duplicate": "The same file twice",
-    "near-duplicate": "Nearly the same picture",
+    "unusable": "Unusable files",
+    "leak": "Duplicates across splits",
+    "conflicting labels": "Duplicates with different labels",
+    "label issue": "Label issues",
+    "exact duplicate": "Exact duplicates",
+    "near-duplicate": "Near-duplicates",
     "class": "Classes",
     "not used": "Files that a run does not use",
 }
-_ABOUT = {
-    "leak": "A model is tested on what it has learnt from, so its test figures are too good.",
-    "label issue": "Other pictures that look like these are labelled otherwise. Look before you leave them out.",
-    "near-duplicate": "Harmless within training; a division of the data could put them on both sides.",
+_DESCRIPTIONS = {
+    "leak": "The training split contains these validation or test images, so metrics on them are too optimistic.",
+    "label issue": "A model that was fitted on the other images predicts another class. Review the images before you "
+    "exclude them.",
+    "near-duplicate": "Near-duplicates within one split are harmless; a random split could separate them.",
 }
 
 
 def render_report(findings: Findings, *, memory_mb: int, timeout_s: float) -> str:
-    """The HTML; pictures are decoded in a process with limits, and everything that is shown is escaped.
+    """Return the HTML report; images are decoded in sandboxed processes and all text is escaped.
 
     Args:
-        findings: Of a check.
-        memory_mb: Memory of that process, in MB.
-        timeout_s: Time for a picture.
+        findings: Result of a check.
+        memory_mb: Memory limit of the processes that decode images, in MB.
+        timeout_s: Time limit for each image, in seconds.
     """
     by_kind = {kind: [issue for issue in findings.issues if issue.kind == kind] for kind in _TITLES}
     shown_issues = {kind: issues[:MAX_SHOWN] for kind, issues in by_kind.items() if issues}
-    named = {each for issues in shown_issues.values() for issue in issues for each in (issue.path, *issue.related[:1])}
-    with Sandbox(
-        f"{inspect_image.__module__}:{inspect_image.__name__}", memory_mb=memory_mb, timeout_s=timeout_s
-    ) as process:
-        thumbnails = _render_thumbnails(process, findings, named)
+    ids = {each for issues in shown_issues.values() for issue in issues for each in (issue.path, *issue.related[:1])}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -59,14 +55,14 @@ def render_report(findings: Findings, *, memory_mb: int, timeout_s: float) -> st
     )
     html = environment.get_template("report.html.j2").render(
         root=escape_name(findings.root),
-        files=len(findings.files),
-        usable=len(findings.usable),
+        num_files=len(findings.files),
+        num_usable=len(findings.usable),
         notes=findings.notes,
         sections=[
-            (kind, _TITLES[kind], _ABOUT.get(kind, ""), issues, len(by_kind[kind]))
+            (kind, _TITLES[kind], _DESCRIPTIONS.get(kind, ""), issues, len(by_kind[kind]))
             for kind, issues in shown_issues.items()
         ],
-        thumbnails=thumbnails,
+        thumbnails=_render_thumbnails(findings, ids, memory_mb=memory_mb, timeout_s=timeout_s),
         classes=_count_classes(findings),
         splits=[split or "all" for split in count_by_class(findings.usable)],
     )
@@ -74,22 +70,24 @@ def render_report(findings: Findings, *, memory_mb: int, timeout_s: float) -> st
 
 
 def format_issue(issue: Issue) -> str:
-    """One line for a terminal: the file or class, the reason, the advice."""
-    place = issue.path or "class '{}'{}".format(issue.label, f" of {issue.split}" if issue.split else "")
+    """Return one line: the file or class, the reason and the suggested action."""
+    subject = issue.path or "class '{}'{}".format(issue.label, f" of {issue.split}" if issue.split else "")
     score = "" if issue.score is None else f" ({100 * issue.score:.0f} %)"
-    advice = "" if issue.action == "none" else f"; {issue.action}"
-    return f"{place}: {issue.why}{score}{advice}"
+    action = "" if issue.action == "none" else f"; {issue.action}"
+    return f"{subject}: {issue.why}{score}{action}"
 
 
-def _render_thumbnails(process: Sandbox, findings: Findings, ids: Iterable[str]) -> dict[str, str]:
+def _render_thumbnails(findings: Findings, ids: Iterable[str], *, memory_mb: int, timeout_s: float) -> dict[str, str]:
+    """Return a PNG in base64 for each of the usable files among `ids`."""
     names = {file.id: file.name for file in findings.usable}
-    wanted = {each: names[each] for each in sorted(ids) if each in names}
-    made = ((each, render_preview(process, os.path.join(findings.root, name))) for each, name in wanted.items())
-    return {each: png for each, png in made if png is not None}
+    shown = [each for each in sorted(ids) if each in names]
+    paths = [os.path.join(findings.root, names[each]) for each in shown]
+    scans = scan_images(paths, preview=True, memory_mb=memory_mb, timeout_s=timeout_s)
+    return {each: scan.preview for each, scan in zip(shown, scans, strict=True) if scan.preview is not None}
 
 
 def _count_classes(findings: Findings) -> list[tuple[str, list[int]]]:
-    """Each class with its number of pictures in every split."""
+    """Return each class with its number of images in every split."""
     counts = count_by_class(findings.usable)
     labels = sorted({label for by_label in counts.values() for label in by_label})
     return [(label, [by_label.get(label, 0) for by_label in counts.values()]) for label in labels]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -17,8 +16,8 @@ import torch
 from tuneforge import Data, DataError, FolderError, Split
 from tuneforge.builtin.datasets.images.image_files import ImageIndex, ImageList
 from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
-from tuneforge.builtin.datasets.images.scan import ScanResult, scan
 from tuneforge.errors import escape_name
+from tuneforge.plugin import ImageScan, scan_images
 
 if TYPE_CHECKING:
     from tuneforge import Run
@@ -104,7 +103,7 @@ def _check_files_locally(
 
 
 def quarantine_files(root: Path, unusable: dict[str, str]) -> None:
-    """Move files into the hidden folder `.quarantine` below the data; `restore_quarantined_files` moves them back.
+    """Move files into the hidden folder `.quarantine` of the data; `tuneforge data check --undo` moves them back.
 
     Args:
         root: What names start from.
@@ -134,32 +133,6 @@ def quarantine_files(root: Path, unusable: dict[str, str]) -> None:
                 why=error.strerror or "",
                 fix="use --data.on-error skip, which moves nothing",
             ) from None
-
-
-def restore_quarantined_files(root: Path) -> list[str]:
-    """Move what was set aside below `root` back to where it was; the names of what came back.
-
-    A file that is in the way stays, and what would replace it stays set aside.
-    """
-    place, back, left = root / QUARANTINE_DIR, [], []
-    if not (place / QUARANTINE_LOG).exists():
-        return []
-    for line in (place / QUARANTINE_LOG).read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        source, target = place / Path(entry["to"]).name, root / entry["from"]
-        if not os.path.lexists(source):
-            continue
-        if os.path.lexists(target):
-            left.append(line)
-            continue
-        source.rename(target)
-        back.append(entry["from"])
-    (place / QUARANTINE_LOG).write_text("".join(line + "\n" for line in left), encoding="utf-8")
-    if not left:
-        (place / QUARANTINE_LOG).unlink()
-        with contextlib.suppress(OSError):  # what else lies there stays
-            place.rmdir()
-    return back
 
 
 def mark_duplicates(data: Data, duplicate_sets: Sequence[Iterable[str]], *, by: str) -> Data:
@@ -231,7 +204,7 @@ def _scan_files(found: ImageIndex, inputs: ImageInputs, memory_mb: int) -> FileC
     first: dict[bytes, str] = {}
     more: dict[bytes, list[str]] = {}
     for listing in found.by_split.values():
-        for name, verdict in zip(listing.names, scan(listing.paths, memory_mb=memory_mb), strict=True):
+        for name, verdict in zip(listing.names, scan_images(listing.paths, memory_mb=memory_mb), strict=True):
             why = verdict.why or _explain_if_too_large(inputs, verdict)
             if why:
                 result.unusable[name] = why
@@ -244,7 +217,7 @@ def _scan_files(found: ImageIndex, inputs: ImageInputs, memory_mb: int) -> FileC
     return result
 
 
-def _explain_if_too_large(inputs: ImageInputs, verdict: ScanResult) -> str:
+def _explain_if_too_large(inputs: ImageInputs, verdict: ImageScan) -> str:
     try:
         inputs.check_size(verdict.size[1], verdict.size[0], "it")
     except DataError as error:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from tuneforge import DataError, Inputs, between, component, gt, option
 from tuneforge.builtin.checks import POSITIVE_STDS
-from tuneforge.builtin.datasets.images.exif_orientation import FORMATS, MAX_BYTES, MAX_PIXELS, convert_to_upright
 from tuneforge.builtin.datasets.images.preprocess import (
     OPS_CHECK,
     OPS_HELP,
@@ -33,6 +32,7 @@ from tuneforge.builtin.datasets.images.preprocess import (
     parse_ops,
 )
 from tuneforge.builtin.datasets.images.sample_names import describe_raw
+from tuneforge.plugin import IMAGE_FORMATS, MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, convert_to_upright
 
 _MIN_PREVIEW_SIZE = 96  # pixels; smaller pictures are enlarged for people
 
@@ -59,9 +59,11 @@ class ImageInputs(Inputs):
         "the first resize makes of it; 1 is fastest, 0 decodes all of it.",
         check=between(0, 8),
     )
-    max_bytes: int = option(default=MAX_BYTES, help="Largest file that is read, in bytes.", check=gt(0))
+    max_bytes: int = option(default=MAX_IMAGE_BYTES, help="Largest file that is read, in bytes.", check=gt(0))
     max_pixels: int = option(
-        default=MAX_PIXELS, help="Largest picture that is decoded or made, in pixels.", check=between(1, MAX_PIXELS)
+        default=MAX_IMAGE_PIXELS,
+        help="Largest picture that is decoded or made, in pixels.",
+        check=between(1, MAX_IMAGE_PIXELS),
     )
 
     @property
@@ -192,7 +194,7 @@ class ImageInputs(Inputs):
 
     def _open_image(self, file: IO[bytes], name: str) -> Image.Image:
         try:
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(file, formats=IMAGE_FORMATS)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise _decode_error(name, error) from None
         except Exception as error:  # noqa: BLE001 - PIL raises whatever a hostile file makes it raise
@@ -240,7 +242,7 @@ def _decode_error(name: str, error: BaseException) -> DataError:
     return DataError(
         f"cannot decode {name}",
         why=kind if kind.strip() else type(error).__name__,
-        fix=f"repair or remove it; {', '.join(FORMATS)} are read",
+        fix=f"repair or remove it; {', '.join(IMAGE_FORMATS)} are read",
     )
 
 

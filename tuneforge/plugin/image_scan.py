@@ -1,6 +1,6 @@
-"""Whether each file is a picture that can be read, found in processes with limits before anything is trained.
+"""Check in sandboxed processes whether each file is an image that can be decoded.
 
-Imports no torch: a process that looks at a file is small, and starts at once.
+Imports no torch, so that a sandboxed process starts quickly and stays small.
 """
 
 from __future__ import annotations
@@ -20,44 +20,44 @@ import attrs
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tuneforge import DataError
-from tuneforge.builtin.datasets.images.exif_orientation import (
-    FORMATS,
-    MAX_BYTES,
-    MAX_PIXELS,
+from tuneforge.errors import DataError, escape_name
+from tuneforge.plugin.image_decoding import (
+    IMAGE_FORMATS,
+    MAX_IMAGE_BYTES,
+    MAX_IMAGE_PIXELS,
     check_bit_depth,
     convert_to_upright,
 )
-from tuneforge.errors import escape_name
-from tuneforge.plugin import Sandbox
+from tuneforge.sandbox import Sandbox
 
-MEMORY_MB = 300
-TIMEOUT_S = 4.0
 GRAY_THUMBNAIL_SIZE, COLOR_THUMBNAIL_SIZE = 48, 24
-"""Sides of the two small pictures that are made of each file on request, in pixels."""
+"""Side lengths of the two thumbnails, in pixels."""
 
+_MEMORY_MB = 300
+_TIMEOUT_S = 4.0
 _PREVIEW_SIZE = 128
 _CHUNK_SIZE = 256
-_MAX_FILES_FOR_ONE_PROCESS = 64  # files, for which a second process would not pay
+_MAX_FILES_FOR_ONE_PROCESS = 64  # starting a second process takes longer than this many files
 _FILE_TYPE_BY_MAGIC = {
     b"%PDF": "a PDF", b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "a gzip archive", b"\x7fELF": "a program",
     b"MZ": "a program", b"<svg": "an SVG", b"<?xml": "XML", b"<!DOCTYPE": "HTML", b"<html": "HTML", b"#!": "a script",
     b"8BPS": "a Photoshop file", b"%!PS": "PostScript", b"SQLite": "a database", b"\x80\x02": "a pickle",
-    b"\x00\x00\x01\x00": "an icon", b"version https://git-lfs": "a pointer of Git LFS, not the file itself",
+    b"\x00\x00\x01\x00": "an icon", b"version https://git-lfs": "a Git LFS pointer, not the file itself",
 }  # fmt: skip
 
 
 @attrs.frozen
-class ScanResult:
-    """What looking at a file gave.
+class ImageScan:
+    """The result of opening one file.
 
     Args:
-        why: Why it cannot be used; empty where it can.
-        size: Width and height, in pixels; (0, 0) where it cannot be used.
+        why: Why the file cannot be used, in words that complete "because ..."; empty if it can.
+        size: Width and height in pixels; (0, 0) if the file cannot be used.
         format: Format and mode, such as `JPEG CMYK`.
-        digest: SHA-256 of its bytes.
-        gray_hw: The picture in small, uint8 (48, 48); None unless asked for.
-        color_hwc: The same in colours, uint8 (24, 24, 3).
+        digest: SHA-256 of the file's bytes, in hexadecimal.
+        gray_hw: Grayscale thumbnail, uint8 of shape (48, 48); None unless requested.
+        color_hwc: RGB thumbnail, uint8 of shape (24, 24, 3); None unless requested.
+        preview: PNG of at most 128 x 128 pixels for display, in base64; None unless requested.
     """
 
     why: str = ""
@@ -66,18 +66,27 @@ class ScanResult:
     digest: str = ""
     gray_hw: np.ndarray[Any, Any] | None = None
     color_hwc: np.ndarray[Any, Any] | None = None
+    preview: str | None = None
 
 
-def scan(
-    paths: Sequence[str], *, thumbnails: bool = False, memory_mb: int = MEMORY_MB, timeout_s: float = TIMEOUT_S
-) -> Iterator[ScanResult]:
-    """A verdict on each file, in order, whatever the files are: none ends or holds up the process that asks.
+def scan_images(
+    paths: Sequence[str],
+    *,
+    thumbnails: bool = False,
+    preview: bool = False,
+    memory_mb: int = _MEMORY_MB,
+    timeout_s: float = _TIMEOUT_S,
+) -> Iterator[ImageScan]:
+    """Open each file in a sandboxed process and yield the results in order.
+
+    No file, however hostile, raises here, ends this process or blocks it for longer than `timeout_s`.
 
     Args:
-        paths: Of the files.
-        thumbnails: Make the two small pictures of each, too.
-        memory_mb: Memory of each process that looks, in MB.
-        timeout_s: Time for a file.
+        paths: The files.
+        thumbnails: Also make the two thumbnails of each file.
+        preview: Also make the preview of each file.
+        memory_mb: Memory limit of each process, in MB.
+        timeout_s: Time limit for each file, in seconds.
     """
     count = min(4, os.cpu_count() or 1) if len(paths) > _MAX_FILES_FOR_ONE_PROCESS else 1
     idle: queue.SimpleQueue[Sandbox] = queue.SimpleQueue()
@@ -85,12 +94,12 @@ def scan(
     for each in processes:
         idle.put(each)
 
-    def look(path: str) -> ScanResult:
+    def scan(path: str) -> ImageScan:
         process = idle.get()
         try:
-            return _to_scan_result(process.call(path=path, thumbnails=thumbnails))
+            return _to_image_scan(process.call(path=path, thumbnails=thumbnails, preview=preview))
         except DataError as error:
-            return ScanResult(why=escape_name(error.what))
+            return ImageScan(why=escape_name(error.what))
         finally:
             idle.put(process)
 
@@ -98,7 +107,7 @@ def scan(
     try:
         with ThreadPoolExecutor(count) as pool:
             while block := list(islice(waiting, _CHUNK_SIZE)):
-                yield from pool.map(look, block)
+                yield from pool.map(scan, block)
     finally:
         for each in processes:
             each.close()
@@ -109,24 +118,27 @@ def inspect_image(
     *,
     thumbnails: bool = False,
     preview: bool = False,
-    max_bytes: int = MAX_BYTES,
-    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_IMAGE_BYTES,
+    max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> dict[str, Any]:
-    """Read and decode one file; runs in the process with limits.
+    """Read and decode one file; `scan_images` calls this function in the sandboxed process.
 
     Args:
-        path: Of the file.
-        thumbnails: Make the two small pictures.
-        preview: Make a PNG of it for people, at most 128 pixels wide and high.
-        max_bytes: Largest file that is read.
-        max_pixels: Largest picture that is decoded.
+        path: The file.
+        thumbnails: Also make the two thumbnails.
+        preview: Also make the preview.
+        max_bytes: Size of the largest file that is read, in bytes.
+        max_pixels: Size of the largest image that is decoded, in pixels.
+
+    Returns:
+        The fields of an `ImageScan` as JSON values.
 
     Raises:
-        DataError: It cannot be used, in words that complete "because ...".
+        DataError: The file cannot be used; the message completes "because ...".
     """
     content = _read_content(path, max_bytes)
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
         if image.width * image.height > max_pixels:
             raise DataError(
                 f"it is {image.width}x{image.height} pixels large; at most {max_pixels:,} pixels are decoded"
@@ -142,25 +154,18 @@ def inspect_image(
         raise DataError(_guess_file_type(content)) from None
     except Exception as error:  # noqa: BLE001 - PIL raises whatever a hostile file makes it raise
         raise DataError(f"it is broken: {str(error).strip() or type(error).__name__}") from None
-    return {"size": size, "kind": kind, "digest": hashlib.sha256(content).hexdigest(), **made}
+    return {"size": size, "format": kind, "digest": hashlib.sha256(content).hexdigest(), **made}
 
 
-def render_preview(process: Sandbox, path: str) -> str | None:
-    """A PNG of a file for people, in base64, made by a process of `inspect_image`; None where it cannot be read."""
-    try:
-        return str(process.call(path=path, preview=True)["preview"])
-    except DataError:
-        return None
-
-
-def _to_scan_result(answer: dict[str, Any]) -> ScanResult:
-    gray, color = (_decode_array(answer.get(key)) for key in ("gray", "color"))
-    return ScanResult(
-        size=(answer["size"][0], answer["size"][1]),
-        format=answer["kind"],
-        digest=answer["digest"],
+def _to_image_scan(response: dict[str, Any]) -> ImageScan:
+    gray, color = (_decode_array(response.get(key)) for key in ("gray", "color"))
+    return ImageScan(
+        size=(response["size"][0], response["size"][1]),
+        format=response["format"],
+        digest=response["digest"],
         gray_hw=None if gray is None else gray.reshape(GRAY_THUMBNAIL_SIZE, GRAY_THUMBNAIL_SIZE),
         color_hwc=None if color is None else color.reshape(COLOR_THUMBNAIL_SIZE, COLOR_THUMBNAIL_SIZE, 3),
+        preview=response.get("preview"),
     )
 
 
@@ -169,7 +174,7 @@ def _decode_array(text: str | None) -> np.ndarray[Any, Any] | None:
 
 
 def _read_content(path: str, max_bytes: int) -> bytes:
-    """All bytes of a file, bounded before they are read; a FIFO is never waited for."""
+    """Return the content of a regular file of at most `max_bytes` bytes; opening a FIFO does not block."""
     try:
         _require_regular_file(os.stat(path))
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -199,17 +204,16 @@ def _guess_file_type(content: bytes) -> str:
         if start.startswith(magic):
             return f"it is {name}"
     if content[4:8] == b"ftyp":
-        return "it is HEIC, AVIF or a film, which are not read"
+        return "it is HEIC, AVIF or a video, which are not read"
     if not content.strip(b"\0"):
-        return "it holds nothing but zeros"
-    return f"it is no picture of a format that is read ({', '.join(FORMATS)})"
+        return "it contains only zeros"
+    return f"it is not an image of a supported format ({', '.join(IMAGE_FORMATS)})"
 
 
 def _make_previews(image: Image.Image, *, thumbnails: bool, preview: bool) -> dict[str, str]:
     made: dict[str, str] = {}
-    plain = convert_to_upright(_downscale(image, _PREVIEW_SIZE)).convert(
-        "RGB"
-    )  # always: not every mode that is decoded converts
+    # Without a thumbnail or preview too, because some modes that PIL decodes cannot be converted to RGB.
+    plain = convert_to_upright(_downscale(image, _PREVIEW_SIZE)).convert("RGB")
     if thumbnails:
         gray = plain.convert("L").resize((GRAY_THUMBNAIL_SIZE, GRAY_THUMBNAIL_SIZE), Image.Resampling.BOX)
         color = plain.resize((COLOR_THUMBNAIL_SIZE, COLOR_THUMBNAIL_SIZE), Image.Resampling.BOX)
@@ -222,9 +226,9 @@ def _make_previews(image: Image.Image, *, thumbnails: bool, preview: bool) -> di
     return made
 
 
-def _downscale(image: Image.Image, least: int) -> Image.Image:
-    """The picture at a whole fraction of its size, no side under `least` pixels by that; takes little memory."""
-    factor = min(image.width, image.height) // least
+def _downscale(image: Image.Image, min_side: int) -> Image.Image:
+    """Reduce the image by an integer factor that leaves both sides at least `min_side` pixels, using little memory."""
+    factor = min(image.width, image.height) // min_side
     if factor < 2:
         return image
     if image.mode.startswith("I"):

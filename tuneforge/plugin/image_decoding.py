@@ -1,18 +1,21 @@
-"""PIL's picture of a file, made plain: upright, 8 bits a channel, opaque. Imports no torch."""
+"""Limits on image files, and the conversion of a PIL image to an upright, opaque one with 8 bits a channel.
+
+Imports no torch, so that a sandboxed process starts quickly and stays small.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image
 
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-"""File formats that are read; PIL knows many more, some of which start other programs."""
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+"""File formats that are read. PIL knows many more, some of which start other programs."""
 
-MAX_BYTES = 64 * 2**20
-"""Largest file that is read."""
+MAX_IMAGE_BYTES = 64 * 2**20
+"""Size of the largest file that is read, in bytes."""
 
-MAX_PIXELS = 89_478_485
-"""Largest picture that is decoded; above it PIL warns of a decompression bomb."""
+MAX_IMAGE_PIXELS = 89_478_485
+"""Size of the largest image that is decoded, in pixels; above it PIL warns of a decompression bomb."""
 
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE_BY_ORIENTATION = {
@@ -27,10 +30,10 @@ _TRANSPOSE_BY_ORIENTATION = {
 
 
 def convert_to_upright(image: Image.Image) -> Image.Image:
-    """The picture that a decoded file shows: turned as its EXIF block says, over white, 8 bits a channel.
+    """Return the image turned as its EXIF orientation says, composited over white, with 8 bits a channel.
 
     Raises:
-        ValueError: Its numbers have no agreed range.
+        ValueError: The pixel values are floating point, or exceed 16 bits, so their range is unknown.
     """
     turn = _TRANSPOSE_BY_ORIENTATION.get(_get_exif_orientation(image))
     plain = _flatten_alpha(_convert_to_8_bits(image))
@@ -38,13 +41,13 @@ def convert_to_upright(image: Image.Image) -> Image.Image:
 
 
 def check_bit_depth(image: Image.Image) -> None:
-    """Refuse numbers that are neither 8 nor 16 bits a channel, without a copy of the picture.
+    """Raise unless the image has 8 or 16 bits a channel; the image is not copied.
 
     Raises:
-        ValueError: They have no agreed range.
+        ValueError: The pixel values are floating point, or exceed 16 bits.
     """
     if image.mode == "F":
-        raise ValueError("floating point pictures have no agreed range")
+        raise ValueError("floating point images have no agreed range")
     if image.mode.startswith("I"):
         low, high = image.getextrema()
         if low < 0 or high > 65535:  # type: ignore[operator]  # one channel, so two numbers
@@ -52,7 +55,7 @@ def check_bit_depth(image: Image.Image) -> None:
 
 
 def _flatten_alpha(image: Image.Image) -> Image.Image:
-    """The picture over white, where it has transparent parts."""
+    """Composite the image over white if it has transparency."""
     if not image.has_transparency_data:
         return image
     layer = image.convert("RGBA")
@@ -61,7 +64,7 @@ def _flatten_alpha(image: Image.Image) -> Image.Image:
 
 
 def _convert_to_8_bits(image: Image.Image) -> Image.Image:
-    """The picture with 8 bits a channel; 16 bits are scaled, where PIL would cut them off."""
+    """Scale 16 bits a channel to 8; PIL's own conversion would clip them."""
     check_bit_depth(image)
     if not image.mode.startswith("I"):
         return image
@@ -70,7 +73,7 @@ def _convert_to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _get_exif_orientation(image: Image.Image) -> int:
-    """EXIF's number, 1 to 8; a broken EXIF block has none."""
+    """Return the EXIF orientation, 1 to 8; 1 if the EXIF block is broken."""
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # noqa: BLE001 - PIL raises whatever a hostile block makes it raise
