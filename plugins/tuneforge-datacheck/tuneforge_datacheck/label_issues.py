@@ -1,4 +1,4 @@
-"""Find label issues by confident learning (Northcutt, Jiang and Chuang 2021).
+"""Find label issues by confident learning (Northcutt, Jiang and Chuang 2021), as cleanlab implements it.
 
 Shapes: n samples, f features, k classes.
 """
@@ -50,7 +50,8 @@ def find_label_issues(features_nf: Floats, labels: Indices, *, seed: int = 0) ->
     """Find samples whose label is likely wrong.
 
     Cross-validated class probabilities come from the nearest neighbors among the principal components of the features.
-    A label is an issue if another class is four times as likely, each relative to the mean of the class's own samples.
+    `cleanlab.filter.find_label_issues` then estimates from them how many labels of each class are wrong, and picks the
+    samples of each class that are least likely to belong to it ("prune by class").
 
     Args:
         features_nf: Features of each sample.
@@ -60,19 +61,19 @@ def find_label_issues(features_nf: Floats, labels: Indices, *, seed: int = 0) ->
     Returns:
         The label issues; None if fewer than two classes have `NUM_FOLDS` samples.
     """
+    from cleanlab.filter import find_label_issues as find_by_cleanlab
+
     counts = np.bincount(labels)
     checked = np.flatnonzero(counts[labels] >= NUM_FOLDS)
     classes, own_n = np.unique(labels[checked], return_inverse=True)
     if len(classes) < 2:
         return None
     probabilities_nk = predict_out_of_fold(features_nf[checked], own_n, seed=seed)
-    confidence_k = [probabilities_nk[own_n == label, label].mean() for label in range(len(classes))]
-    normalized_nk = probabilities_nk / np.maximum(confidence_k, 1e-9)
-    every = np.arange(len(own_n))
-    own_confidence_n = normalized_nk[every, own_n]
-    normalized_nk[every, own_n] = 0
-    wrong = np.flatnonzero(normalized_nk.max(axis=1) > 4 * own_confidence_n)
-    best = normalized_nk[wrong].argmax(axis=1)
+    # Of cleanlab's filters "prune_by_class" finds most: with 10 % wrong labels in scikit-learn's digits, seeds 0 to 9,
+    # its recall is 0.93 (0.88 with the default filter) at a precision of 0.93 (0.94). In one process, because cleanlab
+    # would otherwise fork, which is unsafe once torch has started threads.
+    wrong = np.flatnonzero(find_by_cleanlab(own_n, probabilities_nk, filter_by="prune_by_class", n_jobs=1))
+    best = probabilities_nk[wrong].argmax(axis=1)
     margins = probabilities_nk[wrong, best] - probabilities_nk[wrong, own_n[wrong]]
     order = np.argsort(-margins, kind="stable")
     accuracy = float((probabilities_nk.argmax(axis=1) == own_n).mean())
