@@ -134,10 +134,10 @@ def test_endpoint_test_is_not_logged(served, request_log, digits):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"", "400.*no valid JSON"),
+        (b"", "400.*not valid JSON"),
         (b"[]", "400.*an object with id and class"),
         (b'{"id": "x"}', "400.*an object with id and class"),
-        (b'{"id": "x", "class": 3}', "400.*class: a text is needed"),
+        (b'{"id": "x", "class": 3}', "400.*class: a string is required"),
         (b'{"id": "x", "class": "3"}', "404.*the request log has no request 'x'"),
         (b'{"id": "x", "class": "a\\nb"}', "422.*cannot be a class name"),
     ],
@@ -260,7 +260,7 @@ def test_keys_of_the_review_page_confirm_or_correct(served, request_log, tmp_pat
         page.press("n")
         page.wait(f"return sample.id !== '{third}'")
         assert request_log.history(third) == ["new pen", "new pen"]
-        assert "of 3 labeled requests" in page.wait("return document.getElementById('monitoring').textContent")
+        assert "on 3 labeled requests" in page.wait("return document.getElementById('monitoring').textContent")
         if folder := os.environ.get("TUNEFORGE_SCREENSHOTS"):
             page.screenshot(Path(folder) / "review.png")
         assert page.messages() == []

@@ -1,6 +1,6 @@
-"""The OpenAPI description holds: schemathesis asks what it says, and what it does not say.
+"""Schemathesis tests the server against its OpenAPI document, with valid and invalid requests.
 
-`TUNEFORGE_CASES=2000` asks so many times in all; by default far fewer.
+`TUNEFORGE_CASES=2000` sets the number of requests; by default there are far fewer.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ CHECKS = [
 
 
 @pytest.fixture
-def keeping(request_log):
-    """What a server is given that keeps its requests."""
+def logging(request_log):
+    """The options of a server that logs its requests."""
     return {"request_log": request_log, "extra_routes": [feedback_routes(request_log)]}
 
 
 def routes_of(app):
-    """Path and method of everything that the application answers."""
+    """Return path and method of every route."""
     return {(route.path, each.lower()) for route in app.routes for each in route.methods if each != "HEAD"}
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_every_route_is_described_and_nothing_else(kept, serving, table_run, keeping):
-    with serving(table_run, **(keeping if kept else {})) as server:
+@pytest.mark.parametrize("is_logged", [False, True])
+def test_document_describes_every_route_and_no_other(is_logged, serving, table_run, logging):
+    with serving(table_run, **(logging if is_logged else {})) as server:
         paths = server.request("GET", "/openapi.json").json["paths"]
         known = routes_of(server.app)
     assert {(path, method) for path, operations in paths.items() for method in operations} == known
-    assert (("/feedback", "post") in known) == kept
+    assert (("/feedback", "post") in known) == is_logged
 
 
-def test_a_label_is_answered_as_described(serving, table_run, keeping):
+def test_label_response_fits_the_document(serving, table_run, logging):
     row = {"size": 1.5, "weight": -0.5, "color": "red"}
-    with serving(table_run, **keeping) as server:
+    with serving(table_run, **logging) as server:
         base = f"http://127.0.0.1:{server.port}"
         schema = schemathesis.openapi.from_url(f"{base}/openapi.json")
         for name in ("apple", "plum"):
@@ -65,29 +65,29 @@ def test_a_label_is_answered_as_described(serving, table_run, keeping):
 
 
 @pytest.mark.parametrize("model", ["table", "digits"])
-def test_the_description_holds(model, serving, request, keeping):
-    with serving(request.getfixturevalue(f"{model}_run"), **keeping) as server:
-        server.service.models.unload = lambda name: server.service.models.get(name)  # else nothing is left to ask
+def test_responses_fit_the_document(model, serving, request, logging):
+    with serving(request.getfixturevalue(f"{model}_run"), **logging) as server:
+        server.service.models.unload = lambda name: server.service.models.get(name)  # keeps the model
         base = f"http://127.0.0.1:{server.port}"
         schema = schemathesis.openapi.from_url(f"{base}/openapi.json")
         operations = [found.ok() for found in schema.get_all_operations()]
-        assert len(operations) == len(routes_of(server.app)) - 1  # all but the description itself
+        assert len(operations) == len(routes_of(server.app)) - 1  # all except the document itself
         varied = [each for each in operations if len(each.body) or len(each.path_parameters) or len(each.query)]
-        share = CASES // (2 * 2 * len(varied))  # of two models and two modes
-        count = max(1, share * 4 // 3)  # some operations have only so many different cases
-        asked = sum(cases_of(each, GenerationMode.POSITIVE, base, count=count) for each in varied)
-        asked += sum(cases_of(each, GenerationMode.NEGATIVE, base, count=count) for each in varied)
-        asked += sum(
+        share = CASES // (2 * 2 * len(varied))  # two models and two modes
+        count = max(1, share * 4 // 3)  # some operations have few different cases
+        num_cases = sum(cases_of(each, GenerationMode.POSITIVE, base, count=count) for each in varied)
+        num_cases += sum(cases_of(each, GenerationMode.NEGATIVE, base, count=count) for each in varied)
+        num_cases += sum(
             cases_of(each, GenerationMode.POSITIVE, base, count=1) for each in operations if each not in varied
         )
         assert server.request("GET", "/v2/health/ready").status == 200
-    assert asked > CASES // 3
-    print(f"\n{model}: {asked} cases")
+    assert num_cases > CASES // 3
+    print(f"\n{model}: {num_cases} cases")
 
 
 def cases_of(operation, mode, base: str, *, count: int) -> int:
-    """Ask so many cases of an operation, and check each answer; how many it could make up."""
-    asked = 0
+    """Send generated cases of an operation, check each response, and return their number."""
+    num_cases = 0
 
     @seed(0)
     @settings(
@@ -98,10 +98,10 @@ def cases_of(operation, mode, base: str, *, count: int) -> int:
         suppress_health_check=list(HealthCheck),
     )
     @given(case=operation.as_strategy(generation_mode=mode))
-    def ask(case):
-        nonlocal asked
-        asked += 1
+    def send(case):
+        nonlocal num_cases
+        num_cases += 1
         case.call_and_validate(base_url=base, checks=CHECKS, timeout=20)
 
-    ask()
-    return asked
+    send()
+    return num_cases

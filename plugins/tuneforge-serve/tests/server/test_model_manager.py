@@ -1,6 +1,6 @@
-"""Versions change under traffic: every answer is that of exactly the version it names, and a bad one is refused.
+"""Versions change under traffic: every prediction is that of the version it names, and a broken version is refused.
 
-`TUNEFORGE_SWAPS=30 TUNEFORGE_CLIENTS=32` runs the full proof; by default there are fewer of both.
+`TUNEFORGE_SWAPS=30 TUNEFORGE_CLIENTS=32` runs the full test; by default there are fewer of both.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ ROW = {"size": 0.3, "weight": 0.1, "color": "blue"}
 
 
 class Traffic:
-    """Clients that ask one after the other on kept connections, until told to stop."""
+    """Clients that send one request after the other on open connections, until told to stop."""
 
     def __init__(self, server, count: int) -> None:
-        self.answers: list[tuple[int, dict]] = []
+        self.responses: list[tuple[int, dict]] = []
         self.faults: list[BaseException] = []
         self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(server.connect(),)) for _ in range(count)]
+        self._threads = [threading.Thread(target=self._send_requests, args=(server.connect(),)) for _ in range(count)]
 
     def __enter__(self) -> Traffic:
         for each in self._threads:
@@ -45,15 +45,15 @@ class Traffic:
             each.join(30)
 
     def versions(self) -> set[str]:
-        return {answer["version"] for status, answer in list(self.answers) if status == 200}
+        return {response["version"] for status, response in list(self.responses) if status == 200}
 
-    def _ask(self, connection: http.client.HTTPConnection) -> None:
+    def _send_requests(self, connection: http.client.HTTPConnection) -> None:
         body = json.dumps(ROW).encode()
         try:
             while not self._over.is_set():
                 connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
                 response = connection.getresponse()
-                self.answers.append((response.status, json.loads(response.read())))
+                self.responses.append((response.status, json.loads(response.read())))
         except (OSError, http.client.HTTPException) as error:
             self.faults.append(error)
         finally:
@@ -63,7 +63,7 @@ class Traffic:
 def until(condition, seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
 
 
@@ -75,7 +75,7 @@ def expected(registry_dir) -> dict[str, float]:
     }
 
 
-def test_versions_swap_under_traffic_and_no_request_fails(registry_dir, serving):
+def test_no_request_fails_while_versions_change(registry_dir, serving):
     with serving(registry_dir.path, poll_interval_s=0.02) as server, Traffic(server, CLIENTS) as traffic:
         until(lambda: "1" in traffic.versions())
         for _ in range(SWAPS):
@@ -85,62 +85,62 @@ def test_versions_swap_under_traffic_and_no_request_fails(registry_dir, serving)
     probabilities = expected(registry_dir)
     assert abs(probabilities["1"] - probabilities["2"]) > 0.01  # the versions can be told apart
     assert not traffic.faults
-    assert {status for status, _ in traffic.answers} == {200}
+    assert {status for status, _ in traffic.responses} == {200}
     assert traffic.versions() == set(probabilities)
-    for _, answer in traffic.answers:
-        assert answer["probabilities"]["plum"] == pytest.approx(probabilities[answer["version"]], abs=1e-5)
-    print(f"\n{SWAPS} swaps, {CLIENTS} clients, {len(traffic.answers)} answers, 0 failed")
+    for _, response in traffic.responses:
+        assert response["probabilities"]["plum"] == pytest.approx(probabilities[response["version"]], abs=1e-5)
+    print(f"\n{SWAPS} swaps, {CLIENTS} clients, {len(traffic.responses)} responses, 0 failed")
 
 
 def damaged(folder) -> None:
-    """A bit of the weights flips on the disk."""
+    """Flip a bit of the weights."""
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
 
 
-def disagreeing(folder) -> None:
-    """The weights are others than those whose answers were recorded, in a bundle that is whole."""
+def different(folder) -> None:
+    """Change the weights, so that a bundle with valid hashes differs from its reference outputs."""
     path = folder / "model.safetensors"
     tensors, metadata = load_tensors(path)
     save_tensors({name: -tensor for name, tensor in tensors.items()}, path, metadata=metadata)
     atomic_dir.write_manifest(folder)
 
 
-def absent(folder) -> None:
-    """Half of it was never copied."""
+def incomplete(folder) -> None:
+    """Remove a file, as if the bundle had been copied in part."""
     (folder / "bundle.json").unlink()
 
 
-@pytest.mark.parametrize("breaks", [damaged, disagreeing, absent])
-def test_a_broken_version_is_refused_and_the_old_one_answers_throughout(registry_dir, serving, caplog, breaks):
+@pytest.mark.parametrize("breaks", [damaged, different, incomplete])
+def test_broken_version_is_refused_and_the_old_one_stays(registry_dir, serving, caplog, breaks):
     caplog.set_level(logging.INFO, logger="tuneforge.serve")
     with serving(registry_dir.path, poll_interval_s=0.02) as server, Traffic(server, 3) as traffic:
-        until(lambda: len(traffic.answers) > 5)
+        until(lambda: len(traffic.responses) > 5)
         breaks(registry_dir.add())
         registry_dir.set_champion()
         until(lambda: "was refused" in caplog.text)
-        seen = len(traffic.answers)
-        until(lambda: len(traffic.answers) > seen + 5)
+        seen = len(traffic.responses)
+        until(lambda: len(traffic.responses) > seen + 5)
         index = server.request("POST", "/v2/repository/index", {}).json
         asked = server.request("POST", "/v2/repository/models/fruit/load", {})
         registry_dir.add()
         registry_dir.set_champion()
         until(lambda: "3" in traffic.versions())
     assert not traffic.faults
-    assert {status for status, _ in traffic.answers} == {200}
+    assert {status for status, _ in traffic.responses} == {200}
     assert traffic.versions() == {"1", "3"}
     assert index[0]["version"] == "1"
     assert "'2' was refused" in index[0]["reason"]
     assert asked.status == 400
     assert str(registry_dir.path) not in asked.json["error"]
-    assert "version '1' goes on" in caplog.text
+    assert "version '1' stays" in caplog.text
     refused = [record for record in caplog.records if "was refused" in record.message]
-    assert len(refused) == 2  # once by the pointer, not again and again; once because it was asked for
+    assert len(refused) == 2  # once by polling, and once on request
 
 
-def test_a_pointer_that_cannot_be_read_changes_nothing(registry_dir, serving):
+def test_unreadable_champion_file_changes_nothing(registry_dir, serving):
     with serving(registry_dir.path, poll_interval_s=0.02) as server:
         (registry_dir.path / "fruit" / "champion.json").write_text("{")
         time.sleep(0.2)
@@ -150,7 +150,7 @@ def test_a_pointer_that_cannot_be_read_changes_nothing(registry_dir, serving):
         until(lambda: server.request("POST", "/predict", ROW).json["version"] == "2")
 
 
-def test_going_back_is_a_swap_too_and_an_unloaded_model_stays_away(registry_dir, serving):
+def test_rollback_is_loaded_and_an_unloaded_model_stays_unloaded(registry_dir, serving):
     registry_dir.add()
     registry_dir.set_champion()
     with serving(registry_dir.path, poll_interval_s=0.02) as server:
@@ -165,7 +165,7 @@ def test_going_back_is_a_swap_too_and_an_unloaded_model_stays_away(registry_dir,
         assert server.request("POST", "/predict", ROW).json["version"] == "2"
 
 
-def test_a_name_that_is_promoted_first_while_the_server_runs_is_served_too(registry_dir, serving):
+def test_new_model_of_the_registry_is_served(registry_dir, serving):
     with serving(registry_dir.path, poll_interval_s=0.02) as server:
         registry_dir.add("berries")
         assert server.request("POST", "/v2/repository/models/berries/load", {}).status == 404  # it has no champion yet
@@ -176,7 +176,7 @@ def test_a_name_that_is_promoted_first_while_the_server_runs_is_served_too(regis
         assert "berries" in str(server.request("GET", "/openapi.json").json["info"])
 
 
-def test_a_new_name_can_be_loaded_at_once(registry_dir, serving):
+def test_new_model_can_be_loaded_at_once(registry_dir, serving):
     with serving(registry_dir.path, poll_interval_s=60) as server:
         registry_dir.add("berries")
         registry_dir.set_champion(name="berries")
@@ -185,8 +185,8 @@ def test_a_new_name_can_be_loaded_at_once(registry_dir, serving):
         assert server.request("POST", "/predict?model=berries", ROW).json["version"] == "2"
 
 
-def test_a_request_that_has_begun_is_answered_by_the_version_it_met(registry_dir, serving):
-    """Even where its version was replaced before the forward pass: the batch keeps to it."""
+def test_request_keeps_the_version_it_started_with(registry_dir, serving):
+    """The version may be replaced before the forward pass."""
     with serving(registry_dir.path) as server:
         service = server.service
         old = service.models.get("fruit")
@@ -200,7 +200,7 @@ def test_a_request_that_has_begun_is_answered_by_the_version_it_met(registry_dir
         assert not outputs[0].equal(outputs[1])
 
 
-def test_a_store_that_begins_broken_is_refused_at_start(registry_dir, serving):
+def test_broken_registry_is_refused_at_start(registry_dir, serving):
     from tuneforge.errors import FolderError
 
     damaged(registry_dir.path / "fruit" / "1")
@@ -208,23 +208,23 @@ def test_a_store_that_begins_broken_is_refused_at_start(registry_dir, serving):
         pass
 
 
-def test_either_backend_answers_alike_and_auto_takes_one_that_was_measured(serving, table_run, tmp_path, caplog):
+def test_backends_agree_and_auto_picks_one(serving, table_run, tmp_path, caplog):
     pytest.importorskip("onnxruntime")
     caplog.set_level(logging.INFO, logger="tuneforge.serve")
     bundle = export(table_run, to=("onnx", "safetensors"), out=tmp_path / "bundle", name="fruit")
-    answers = {}
+    responses = {}
     for backend in ("torch", "onnxruntime", "auto"):
         with serving(bundle, backend=backend) as server:
             about = server.service.models.get(server.service.models.default_name).about
-            answers[backend] = server.request("POST", "/predict", ROW).json
+            responses[backend] = server.request("POST", "/predict", ROW).json
         assert about["backend"] == backend or backend == "auto"
-        assert f"by {about['backend']}," in caplog.text
-    plums = [each["probabilities"]["plum"] for each in answers.values()]
+        assert f"({about['backend']})" in caplog.text
+    plums = [each["probabilities"]["plum"] for each in responses.values()]
     assert plums == pytest.approx([plums[0]] * 3, abs=1e-5)
-    assert len({each["version"] for each in answers.values()}) == 1
+    assert len({each["version"] for each in responses.values()}) == 1
 
 
-def test_every_answer_is_computed_in_one_thread_and_the_others_keep_to_one_core(digits_run, monkeypatch):
+def test_one_thread_computes_and_the_others_keep_to_one_core(digits_run, monkeypatch):
     seen = []
 
     def outputs(self, stored):

@@ -31,7 +31,7 @@ def window(tmp_path_factory):
 
 
 def draw(window: Browser, *strokes: list[tuple[float, float]], pointer: str) -> None:
-    """Strokes on the board, in shares of its width from its middle."""
+    """Draw strokes on the board, in fractions of its width from its center."""
     board = window.ask("/element", {"using": "css selector", "value": "#board"})
     width = window.run("return document.getElementById('board').clientWidth")
     steps = []
@@ -50,14 +50,14 @@ def choose(window: Browser, file: Path) -> None:
     window.ask(f"/element/{reference}/value", {"text": str(file)})
 
 
-def answer(window: Browser, *, after: str = "none") -> str:
-    """The class that the page shows, once a request with another number than `after` was answered."""
+def predicted_class(window: Browser, *, after: str = "none") -> str:
+    """Return the class that the page shows, once the id of the request differs from `after`."""
     window.wait(f"const about = {TEXT.format('about')[7:]}; return about && !about.endsWith({json.dumps(after)})")
-    return window.run(TEXT.format("answer"))
+    return window.run(TEXT.format("prediction"))
 
 
-def number(window: Browser) -> str:
-    """Of the request that the page shows the answer of."""
+def request_id(window: Browser) -> str:
+    """Return the id of the request that the page shows."""
     return window.run(TEXT.format("about")).rpartition(" ")[2]
 
 
@@ -67,43 +67,43 @@ THREE[0] += [(0.18, 0.08), (0.22, 0.24), (0.02, 0.36), (-0.22, 0.3)]
 ZERO = [[(0.2 * np.sin(angle), -0.34 * np.cos(angle)) for angle in np.linspace(0, 2 * np.pi, 17).tolist()]]
 
 
-def test_a_drawn_digit_is_named(window, serving, digits_run, tmp_path):
+def test_drawn_digit_is_recognized(window, serving, digits_run, tmp_path):
     with serving(digits_run) as server:
         window.open(f"http://127.0.0.1:{server.port}/")
         seen = "none"
         for strokes, digit, pointer in ((SEVEN, "7", "mouse"), (ZERO, "0", "touch"), (THREE, "3", "mouse")):
             window.run("document.getElementById('clear').click()")
             draw(window, *strokes, pointer=pointer)
-            assert answer(window, after=seen) == digit
-            seen = number(window)
+            assert predicted_class(window, after=seen) == digit
+            seen = request_id(window)
         about = window.run(TEXT.format("about"))
         assert server.service.models.list_loaded()[0].version in about
-        assert re.search(r"in \d+\.\d ms", about)
+        assert re.search(r"latency \d+\.\d ms", about)
         shown = window.run("return [...document.querySelectorAll('#bars tr')].map((row) => row.innerText)")
         assert shown[0].startswith("3")
         assert len(shown) == 10
-        picture = Path(os.environ.get("TUNEFORGE_SCREENSHOTS", tmp_path)) / "serve.png"
-        window.picture(picture)
-        assert picture.stat().st_size < 100_000
+        screenshot = Path(os.environ.get("TUNEFORGE_SCREENSHOTS", tmp_path)) / "serve.png"
+        window.screenshot(screenshot)
+        assert screenshot.stat().st_size < 100_000
         assert window.messages() == []
 
 
-def test_the_keyboard_alone_will_do(window, serving, digits_run):
+def test_keyboard_is_sufficient(window, serving, digits_run):
     with serving(digits_run) as server:
         window.open(f"http://127.0.0.1:{server.port}/")
         window.press(TAB * 2)  # the link, then the board
         assert window.run("return document.activeElement.id") == "board"
         window.press(UP * 9 + " " + DOWN * 18 + " " + ENTER)
-        assert answer(window) == "1"
+        assert predicted_class(window) == "1"
         window.press(ESCAPE + ENTER)
-        assert "nothing on the board" in window.run(TEXT.format("fault"))
+        assert "The board is empty" in window.run(TEXT.format("fault"))
         names = window.run(
             "return [...document.querySelectorAll('button, input, canvas')].map((each) => "
             "(each.getAttribute('aria-label') || each.labels?.[0]?.innerText || each.innerText).trim())"
         )
         assert len(names) == 5
         assert all(names)
-        window.press(TAB * 3)  # Ask, Clear, the file
+        window.press(TAB * 3)  # Predict, Clear, the file
         assert window.run("return document.activeElement.id") == "file"
         assert window.messages() == []
 
@@ -116,24 +116,24 @@ document.getElementById("drop").dispatchEvent(new DragEvent("drop", {{ dataTrans
 """
 
 
-def test_a_picture_may_be_chosen_or_dropped_and_a_broken_one_is_explained(window, serving, digits_run, tmp_path):
+def test_image_can_be_chosen_or_dropped_and_a_broken_one_is_explained(window, serving, digits_run, tmp_path):
     three, broken = tmp_path / "three.png", tmp_path / "broken.png"
     Image.fromarray((load_digits().images[3] * 255 / 16).astype(np.uint8)).save(three)
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"not an image")
     with serving(digits_run) as server:
         window.open(f"http://127.0.0.1:{server.port}/")
         choose(window, three)
-        assert answer(window) == "3"
-        seen = number(window)
+        assert predicted_class(window) == "3"
+        seen = request_id(window)
         window.run(DROP.format(base64.b64encode(three.read_bytes()).decode()))
-        assert answer(window, after=seen) == "3"
+        assert predicted_class(window, after=seen) == "3"
         choose(window, broken)
-        window.wait(f"{TEXT.format('fault')}.includes('cannot decode the picture')")
-        (complaint,) = window.messages()
-        assert "422" in complaint
+        window.wait(f"{TEXT.format('fault')}.includes('cannot decode')")
+        (message,) = window.messages()
+        assert "422" in message
 
 
-def test_the_page_says_how_the_model_does_at_work(window, serving, table_run, tmp_path):
+def test_page_shows_the_monitoring(window, serving, table_run, tmp_path):
     row = {"size": 3, "weight": -2, "color": "red"}
     request_log = RequestLog(tmp_path / "requests.db")
     with (
@@ -143,17 +143,17 @@ def test_the_page_says_how_the_model_does_at_work(window, serving, table_run, tm
         given = server.request("POST", "/predict", row).json
         assert server.request("POST", "/feedback", {"id": given["id"], "class": given["class"]}).status == 200
         window.open(f"http://127.0.0.1:{server.port}/")
-        window.wait(f"{TEXT.format('monitoring')}.includes('1 labelled')")
-        assert "of 1 labelled answers 100.0 % right" in window.run(TEXT.format("watch"))
+        window.wait(f"{TEXT.format('monitoring')}.includes('1 labeled')")
+        assert "accuracy 100.0 % on 1 labeled requests" in window.run(TEXT.format("monitoring"))
         assert window.messages() == []
 
 
-def test_a_row_is_typed_and_the_api_page_opens(window, serving, table_run):
+def test_row_can_be_typed_and_the_api_page_opens(window, serving, table_run):
     with serving(table_run) as server:
         window.open(f"http://127.0.0.1:{server.port}/")
         window.run("document.getElementById('text').value = JSON.stringify({size: 3, weight: -2, color: 'red'})")
-        window.run("document.getElementById('ask').click()")
-        assert answer(window) == "apple"
+        window.run("document.getElementById('predict').click()")
+        assert predicted_class(window) == "apple"
         window.open(f"http://127.0.0.1:{server.port}/docs")
         assert "/predict" in window.run("return document.body.innerText")
         assert window.messages() == []

@@ -21,7 +21,7 @@ def digit() -> bytes:
     return png(load_digits().images[3] * 255 / 16)
 
 
-def test_a_picture_is_answered_as_the_run_itself_answers_it(serving, digits_run, digit):
+def test_image_gets_the_prediction_of_the_run(serving, digits_run, digit):
     (offline,) = tf.predict(digits_run, [digit])
     with serving(digits_run) as server:
         answer = server.request("POST", "/predict", digit, Content_Type="application/x-www-form-urlencoded")
@@ -33,7 +33,7 @@ def test_a_picture_is_answered_as_the_run_itself_answers_it(serving, digits_run,
     assert 0 < answer.json["forward_ms"] <= answer.json["ms"]
 
 
-def test_rows_go_over_json_alone_and_together(serving, table_run):
+def test_rows_are_sent_as_json_alone_and_as_a_list(serving, table_run):
     (offline,) = tf.predict(table_run, [ROW])
     with serving(table_run) as server:
         alone = server.request("POST", "/predict", ROW).json
@@ -46,7 +46,7 @@ def test_rows_go_over_json_alone_and_together(serving, table_run):
     assert len({many["id"], *(each["id"] for each in many["predictions"])}) == 3
 
 
-def test_a_picture_may_come_as_base64(serving, digits_run, digit):
+def test_image_may_be_base64_encoded(serving, digits_run, digit):
     with serving(digits_run) as server:
         answer = server.request("POST", "/predict", {"inputs": [base64.b64encode(digit).decode()]}).json
     assert answer["predictions"][0]["class"] == "3"
@@ -83,15 +83,15 @@ def test_errors_name_the_field_and_never_a_path(serving, table_run, digits_run, 
                 assert str(tmp_path) not in answer.json["error"]
 
 
-def test_a_row_that_breaks_the_model_fails_alone(serving, table_run):
+def test_row_with_an_overflow_fails_alone(serving, table_run):
     with serving(table_run) as server:
         huge = server.request("POST", "/predict", {**ROW, "size": 1e308})
         assert huge.status == 422
-        assert "infinity" in huge.json["error"] or "NaN" in huge.json["error"]
+        assert "Inf" in huge.json["error"] or "NaN" in huge.json["error"]
         assert server.request("POST", "/predict", ROW).status == 200
 
 
-def test_answered_requests_are_kept_as_they_were_sent(serving, table_run, tmp_path):
+def test_requests_are_logged_as_they_were_sent(serving, table_run, tmp_path):
     with RequestLog(tmp_path / "requests.db") as request_log:
         with serving(table_run, request_log=request_log) as server:
             first = server.request("POST", "/predict", ROW).json

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, judged by NVIDIA's client as it is."""
+"""The Open Inference Protocol, tested with NVIDIA's client."""
 
 import json
 
@@ -13,10 +13,10 @@ from tuneforge.exporting import load_inference_model
 
 @pytest.fixture(scope="module")
 def digits(digits_run):
-    servable = load_inference_model(digits_run)
+    model = load_inference_model(digits_run)
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (5, 1, 32, 32), dtype=np.uint8)
-    return pixels, servable.targets, servable.outputs(torch.from_numpy(pixels))
+    return pixels, model.targets, model.outputs(torch.from_numpy(pixels))
 
 
 @pytest.fixture
@@ -52,16 +52,16 @@ def test_health_metadata_and_index(client):
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_infer_gives_the_answers_of_the_run(client, digits, binary):
+def test_infer_returns_the_predictions_of_the_run(client, digits, binary):
     server, triton = client
     pixels, targets, outputs = digits
     wanted = [
         tritonclient.InferRequestedOutput("probabilities", binary_data=binary),
-        tritonclient.InferRequestedOutput("answer", binary_data=binary),
+        tritonclient.InferRequestedOutput("prediction", binary_data=binary),
     ]
     result = triton.infer("digits", [tensor(pixels, binary=binary)], outputs=wanted, request_id="mine")
     np.testing.assert_allclose(result.as_numpy("probabilities"), outputs.softmax(1).numpy(), atol=1e-6)
-    answers = [json.loads(each) for each in result.as_numpy("answer")]
+    answers = [json.loads(each) for each in result.as_numpy("prediction")]
     assert [each["class"] for each in answers] == [targets.describe(each)["class"] for each in outputs]
     response = result.get_response()
     assert response["id"] == "mine"
@@ -69,13 +69,13 @@ def test_infer_gives_the_answers_of_the_run(client, digits, binary):
     assert response["model_version"] == server.service.models.list_loaded()[0].version
 
 
-def test_without_outputs_all_come_and_concurrent_requests_each_get_their_own(client, digits):
+def test_all_outputs_are_returned_by_default_and_concurrent_requests_are_kept_apart(client, digits):
     _, triton = client
     pixels, _, outputs = digits
     pending = [triton.async_infer("digits", [tensor(pixels[row : row + 1], binary=True)]) for row in range(5)]
     for row, each in enumerate(pending):
         result = each.get_result()
-        assert result.as_numpy("answer").shape == (1,)
+        assert result.as_numpy("prediction").shape == (1,)
         np.testing.assert_allclose(
             result.as_numpy("probabilities"), outputs[row : row + 1].softmax(1).numpy(), atol=1e-6
         )
@@ -99,7 +99,7 @@ def test_unload_and_load(client, digits):
 
 
 def faults():
-    """Requests with one thing wrong, and the word that the message has to hold."""
+    """Return requests with one fault each, and a word of the expected message."""
     good = {"name": "input", "shape": [1, 1, 32, 32], "datatype": "UINT8", "data": [0] * 1024}
     one = lambda **changed: {"inputs": [{**good, **changed}]}  # noqa: E731
     return [
@@ -135,9 +135,9 @@ def faults():
         ({**one(), "id": "x" * 300}, "id"),
         ({**one(), "outputs": "all"}, "outputs"),
         ({**one(), "outputs": [{"name": "logits"}]}, "outputs[0].name"),
-        ({**one(), "outputs": [{"name": "answer"}] * 2}, "outputs[1].name"),
-        ({**one(), "outputs": [{"name": "answer", "parameters": {"classification": 3}}]}, "classification"),
-        ({**one(), "outputs": [{"name": "answer", "parameters": {"binary_data": 1}}]}, "binary_data"),
+        ({**one(), "outputs": [{"name": "prediction"}] * 2}, "outputs[1].name"),
+        ({**one(), "outputs": [{"name": "prediction", "parameters": {"classification": 3}}]}, "classification"),
+        ({**one(), "outputs": [{"name": "prediction", "parameters": {"binary_data": 1}}]}, "binary_data"),
         ({**one(), "parameters": {"binary_data_output": "yes"}}, "binary_data_output"),
     ]
 
@@ -150,7 +150,7 @@ def test_each_fault_of_a_request_is_named(client):
         assert words in answer.json["error"], (str(body)[:200], answer.json)
 
 
-def test_binary_tensors_are_bounded_by_their_header(client):
+def test_binary_tensors_must_have_the_size_in_the_header(client):
     server, _ = client
     head = {"name": "input", "shape": [1, 1, 32, 32], "datatype": "UINT8", "parameters": {"binary_data_size": 1024}}
     text = json.dumps({"inputs": [head]}).encode()
@@ -171,16 +171,16 @@ def test_binary_tensors_are_bounded_by_their_header(client):
         assert words in answer.json["error"], answer.json
 
 
-def test_a_table_is_served_by_the_same_code_and_refuses_what_is_no_number(serving, table_run):
-    servable = load_inference_model(table_run)
-    stored = servable.inputs.decode({"size": 1.0, "weight": 2.0, "color": "blue"})[None]
+def test_table_model_is_served_and_refuses_nan(serving, table_run):
+    model = load_inference_model(table_run)
+    stored = model.inputs.decode({"size": 1.0, "weight": 2.0, "color": "blue"})[None]
     with serving(table_run) as server:
         name = server.service.models.default_name
         triton = tritonclient.InferenceServerClient(f"127.0.0.1:{server.port}")
         given = tritonclient.InferInput("input", list(stored.shape), "FP32")
         given.set_data_from_numpy(stored.numpy())
         result = triton.infer(name, [given])
-        expected = servable.outputs(stored).softmax(1).numpy()
+        expected = model.outputs(stored).softmax(1).numpy()
         np.testing.assert_allclose(result.as_numpy("probabilities"), expected, atol=1e-6)
         given.set_data_from_numpy(np.full(stored.shape, np.nan, dtype=np.float32))
         with pytest.raises(utils.InferenceServerException, match="NaN"):

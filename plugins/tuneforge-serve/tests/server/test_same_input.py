@@ -1,4 +1,4 @@
-"""The served model is fed as the tuned one was: files of any size over the wire give the offline report."""
+"""The server preprocesses files of any size as the offline evaluation does."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import tuneforge as tf
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Digits as pictures of many sizes and kinds, in folders."""
+    """Digits as images of many sizes and formats, in folders."""
     folder = tmp_path_factory.mktemp("photos")
     digits, rng = load_digits(), np.random.default_rng(0)
     for label in range(3):
         for number, row in enumerate(np.flatnonzero(digits.target == label)[:24]):
             split = ("train", "val", "test")[number % 3]
-            place = folder / split / f"class{label}"
-            place.mkdir(parents=True, exist_ok=True)
+            class_dir = folder / split / f"class{label}"
+            class_dir.mkdir(parents=True, exist_ok=True)
             pixels = Image.fromarray((digits.images[row] * 255 / 16).astype(np.uint8))
-            picture = pixels.resize(tuple(map(int, rng.integers(20, 90, 2)))).convert(("L", "RGB")[number % 2])
-            picture.save(place / f"{number}{('.png', '.jpg', '.bmp')[number // 3 % 3]}")
+            image = pixels.resize(tuple(map(int, rng.integers(20, 90, 2)))).convert(("L", "RGB")[number % 2])
+            image.save(class_dir / f"{number}{('.png', '.jpg', '.bmp')[number // 3 % 3]}")
     return folder
 
 
-def test_the_test_split_over_the_wire_equals_the_offline_report_to_the_sample(serving, photos, tmp_path):
+def test_served_predictions_of_the_test_split_equal_the_offline_ones(serving, photos, tmp_path):
     data = tf.use("image-folder", path=photos, size=32)
     result = tf.Engine(
         data=data,
@@ -40,10 +40,10 @@ def test_the_test_split_over_the_wire_equals_the_offline_report_to_the_sample(se
     files = sorted((photos / "test").rglob("*.*"))
     offline = list(tf.predict(result.run_dir, files))
     with serving(result.run_dir) as server:
-        wire = [server.request("POST", "/predict", each.read_bytes()).json for each in files]
-    assert [each["class"] for each in wire] == [each["class"] for each in offline]
-    for ours, theirs in zip(wire, offline, strict=True):
+        online = [server.request("POST", "/predict", each.read_bytes()).json for each in files]
+    assert [each["class"] for each in online] == [each["class"] for each in offline]
+    for ours, theirs in zip(online, offline, strict=True):
         assert ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
-    right = Counter(answer["class"] == file.parent.name for answer, file in zip(wire, files, strict=True))
-    assert right[True] / len(files) == result.report["splits"]["test"]["accuracy"]
+    correct = Counter(answer["class"] == file.parent.name for answer, file in zip(online, files, strict=True))
+    assert correct[True] / len(files) == result.report["splits"]["test"]["accuracy"]
     assert len(files) == 24

@@ -1,7 +1,7 @@
-"""Which version of which model answers: loaded, warmed and checked beside the old one, then put in its place.
+"""The served models: a new version is loaded, warmed up and checked beside the old one, then replaces it.
 
-A request keeps the version that it met first: it is decoded, computed and described by that one, whatever happens to
-the model meanwhile. An old version goes when its last answer is out.
+A request keeps the version it started with for decoding, the forward pass and the description, whatever is loaded
+in the meantime. An old version is freed after its last response.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _MAX_TIMED_RUNS, _MAX_TIMED_S = 15, 0.3
 
 @attrs.frozen(eq=False)
 class ServedModel:
-    """A version that answers.
+    """A loaded version of a model.
 
     Args:
-        model: What computes.
-        name: Of the model.
-        version: Its number in a store; elsewhere the beginning of a digest of its weights.
+        model: The loaded model.
+        name: The name of the model.
+        version: The version number in a registry; elsewhere the start of a digest of the weights.
     """
 
     model: InferenceModel
@@ -47,27 +47,27 @@ class ServedModel:
 
     @property
     def inputs(self) -> Inputs:
-        """How raw things become tensors."""
+        """The preprocessing of the model."""
         return self.model.inputs
 
     @property
     def targets(self) -> Targets:
-        """How answers are read."""
+        """The targets of the model."""
         return self.model.targets
 
     @property
     def about(self) -> dict[str, str]:
-        """Name, version and backend."""
+        """Name, version and backend of the model."""
         return {"name": self.name, "version": self.version, "backend": self.model.backend}
 
     def outputs(self, stored: TensorTree) -> Tensor:
-        """Outputs (b, k) of stored inputs (b, ...)."""
+        """Compute the outputs (b, k) of stored inputs (b, ...)."""
         return self.model.outputs(stored)
 
-    def example(self, rows: int) -> TensorTree:
-        """Stored inputs of nothing in particular, of the right shapes and types."""
+    def example(self, num_samples: int) -> TensorTree:
+        """Return stored inputs of zeros."""
         tensors = {
-            name: torch.zeros(rows, *shape, dtype=getattr(torch, dtype))
+            name: torch.zeros(num_samples, *shape, dtype=getattr(torch, dtype))
             for name, (shape, dtype) in self.model.input_specs.items()
         }
         return tensors.get("", tensors)
@@ -75,11 +75,11 @@ class ServedModel:
 
 @attrs.frozen
 class ModelSource:
-    """Where the versions of a model come from.
+    """The source of the versions of a model.
 
     Args:
-        name: Of the model.
-        path: A bundle, a run's folder, or a model of a store.
+        name: The name of the model.
+        path: A bundle, a run directory, or a model of a registry.
     """
 
     name: str
@@ -87,23 +87,23 @@ class ModelSource:
 
     @property
     def in_registry(self) -> bool:
-        """True where a pointer says which version is the champion."""
+        """True if the model belongs to a registry."""
         return (self.path / CHAMPION).is_file()
 
     def latest_version(self) -> str:
-        """The version that ought to answer; empty where there is only one."""
+        """Return the champion's version; an empty string outside a registry."""
         return str(read_json(self.path / CHAMPION)["version"]) if self.in_registry else ""
 
     def version_dir(self, version: str) -> Path:
-        """The folder of a version."""
+        """Return the directory of a version."""
         return self.path / version if version else self.path
 
 
 def find_model_sources(path: Path) -> list[ModelSource]:
-    """What a path offers: one model, or all those of a store.
+    """Return the model at a path, or all models of a registry.
 
     Raises:
-        FolderError: There is none.
+        FolderError: There is no model.
     """
     if any((path / name).is_file() for name in (CHAMPION, BUNDLE)) or is_run_dir(path):
         return [ModelSource(path.absolute().name, path)]
@@ -111,15 +111,15 @@ def find_model_sources(path: Path) -> list[ModelSource]:
     if not found:
         raise FolderError(
             f"there is nothing to serve in '{path}'",
-            why="it is neither a finished run, nor a bundle, nor a store with a champion",
-            fix="name a run's folder (tuneforge run), a bundle (tuneforge export) or a store (tuneforge promote)",
+            why="it is not a finished run, a bundle, or a registry with a champion",
+            fix="pass a run (tuneforge run), a bundle (tuneforge export) or a registry (tuneforge promote)",
         )
     return found
 
 
 @attrs.define(eq=False)
 class _Slot:
-    """One model's place: what answers now, what was asked last, and why it is not there."""
+    """The state of one model: the loaded version, the last version tried, and why it is not loaded."""
 
     source: ModelSource
     current: ServedModel | None = None
@@ -133,13 +133,13 @@ class ModelManager:
     """The models of a server by name.
 
     Args:
-        sources: Where they come from.
-        backend: `auto` opens every form that a version has, and keeps the one that answers a lone row fastest.
-        device_name: Where torch computes.
-        max_batch_size: Rows of the largest batch, for warming up.
-        on_load: Is called after each attempt to load, with the model's name and whether it answers now.
-        discover: Gives the sources that there are now; those with a new name are served too.
-        compute: Calls something in the thread that computes answers; a new version is warmed there.
+        sources: The sources of the models.
+        backend: `auto` loads every format of a version, and keeps the fastest one for a single sample.
+        device_name: The device that torch computes on.
+        max_batch_size: The largest batch, for the warm-up.
+        on_load: Called after each attempt to load, with the model's name and whether it succeeded.
+        discover: Returns the current sources; models with a new name are served too.
+        compute: Calls a function in the thread of the forward passes, where a new version is warmed up.
     """
 
     def __init__(
@@ -167,29 +167,29 @@ class ModelManager:
 
     @property
     def default_name(self) -> str:
-        """The name that `/predict` takes where none is given."""
+        """The model that `/predict` uses by default."""
         return next(iter(self._slots))
 
     def get(self, name: str, version: str | None = None) -> ServedModel:
-        """The version that answers now.
+        """Return the loaded version of a model.
 
         Raises:
-            RequestError: There is no such model, or it answers in another version.
+            RequestError: There is no such model, or another version is loaded.
         """
         slot = self._slot(name)
         model = slot.current
         if model is None:
             raise RequestError(404, f"model '{name}' is not loaded" + (f": {slot.reason}" if slot.reason else ""))
         if version is not None and version != model.version:
-            raise RequestError(404, f"model '{name}' answers in version '{model.version}', not '{version[:80]}'")
+            raise RequestError(404, f"model '{name}' has version '{model.version}', not '{version[:80]}'")
         return model
 
     def list_loaded(self) -> list[ServedModel]:
-        """Every version that answers now."""
+        """Return every loaded version."""
         return [slot.current for slot in self._slots.values() if slot.current is not None]
 
     def index(self) -> list[dict[str, str]]:
-        """Each model with its version, state and reason, as the protocol lists them."""
+        """Return the repository index of the protocol: each model with its version, state and reason."""
         rows = []
         for name, slot in self._slots.items():
             version = {} if slot.current is None else {"version": slot.current.version}
@@ -198,14 +198,14 @@ class ModelManager:
         return rows
 
     def reason(self, name: str) -> str:
-        """Why the newest version of a model does not answer; empty where it does."""
+        """Return why the champion of a model is not loaded; an empty string if it is."""
         return self._slot(name).reason
 
     def load(self, name: str) -> ServedModel:
-        """Load the newest version beside the old one and let it take over.
+        """Load the champion beside the old version, and replace that.
 
         Raises:
-            TuneforgeError: It cannot be loaded, or disagrees with its own recorded answers; the old one goes on.
+            TuneforgeError: It cannot be loaded, or its outputs differ from its reference outputs.
         """
         if name not in self._slots:
             self._add_new_models()
@@ -215,19 +215,19 @@ class ModelManager:
             return self._load(slot)
 
     def unload(self, name: str) -> None:
-        """Let a model answer no more."""
+        """Unload a model."""
         slot = self._slot(name)
         with slot.lock:
             slot.current, slot.is_unloaded, slot.reason = None, True, "unloaded"
         LOG.info("model '%s' is unloaded", name)
 
     def start_polling(self, interval_s: float) -> None:
-        """Follow the champions' pointers in a thread, until `close`."""
-        self._poll_thread = threading.Thread(target=self._poll, args=(interval_s,), name="watch", daemon=True)
+        """Check for new champions in a thread, until `close`."""
+        self._poll_thread = threading.Thread(target=self._poll, args=(interval_s,), name="registry-poll", daemon=True)
         self._poll_thread.start()
 
     def close(self) -> None:
-        """Stop watching; a load that is going on ends first."""
+        """Stop the thread, after a load in progress."""
         self._stopped.set()
         if self._poll_thread is not None:
             self._poll_thread.join()
@@ -240,50 +240,57 @@ class ModelManager:
                 self._load_if_changed(slot)
 
     def _add_new_models(self) -> None:
-        """Give every name that was promoted first while the server runs its place; the mapping is replaced whole."""
+        """Add models that were promoted for the first time while the server runs."""
         with self._discover_lock:
             try:
                 new = {each.name: _Slot(each) for each in self._discover() if each.name not in self._slots}
-            except (TuneforgeError, OSError):  # a store that cannot be read now is read again
+            except (TuneforgeError, OSError):  # the registry is read again at the next poll
                 return
             self._slots = {**self._slots, **new}
         for name in new:
-            LOG.info("model '%s' is new in the store", name)
+            LOG.info("model '%s' is new in the registry", name)
 
     def _load_if_changed(self, slot: _Slot) -> None:
-        """Load what the pointer names, where that is new. What was refused is tried again only when it is asked for."""
+        """Load a new champion. A refused version is tried again on request only."""
         try:
-            newest = slot.source.latest_version()
-            if newest == slot.last_version:
+            champion = slot.source.latest_version()
+            if champion == slot.last_version:
                 return
             with slot.lock:
-                if not (slot.is_unloaded or newest == slot.last_version or self._stopped.is_set()):
+                if not (slot.is_unloaded or champion == slot.last_version or self._stopped.is_set()):
                     self._load(slot)
-        except Exception:  # noqa: BLE001 - logged where it was refused; a pointer that cannot be read is read again
+        except Exception:  # noqa: BLE001 - `_load` logs it, and an unreadable champion.json is read again
             return
 
     def _load(self, slot: _Slot) -> ServedModel:
         name, old = slot.source.name, slot.current
         version = slot.source.latest_version()
         slot.last_version = version
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
             served = self._load_and_verify(slot.source, version)
         except Exception as error:
             slot.reason = f"version '{version or 'new'}' was refused: {_public_reason(error)}"
-            going_on = "nothing answers" if old is None else f"version '{old.version}' goes on"
-            LOG.error("model '%s': %s; %s (%s)", name, slot.reason, going_on, error, exc_info=_is_unexpected(error))
+            kept = "no version is loaded" if old is None else f"version '{old.version}' stays"
+            LOG.error("model '%s': %s; %s (%s)", name, slot.reason, kept, error, exc_info=_is_unexpected(error))
             self._on_load(name, False)
             raise
         slot.current, slot.reason = served, ""
-        before = "" if old is None else f" in place of '{old.version}'"
-        took = time.perf_counter() - began
-        LOG.info("model '%s' answers in version '%s'%s (%s, %.1f s)", name, served.version, before, _via(served), took)
+        before = "" if old is None else f" replaces '{old.version}'"
+        seconds = time.perf_counter() - start
+        LOG.info(
+            "model '%s' version '%s'%s: loaded in %.1f s (%s)",
+            name,
+            served.version,
+            before,
+            seconds,
+            served.model.backend,
+        )
         self._on_load(name, True)
         return served
 
     def _load_and_verify(self, source: ModelSource, version: str) -> ServedModel:
-        """A version that is loaded, warm, and agrees with its recorded answers."""
+        """Load a version, check it against its reference outputs, and warm it up."""
         version_dir = source.version_dir(version)
         name, version = source.name, version or _identify_version(version_dir)
         best: tuple[float, ServedModel] | None = None
@@ -305,12 +312,12 @@ class ModelManager:
         return best[1]
 
     def _warm_up(self, model: ServedModel) -> float:
-        """Seconds that a lone row takes, after every kernel has been used once, also at the largest batch."""
+        """Run every batch size once, and return the median seconds of a single sample."""
 
         def seconds(rows: int) -> float:
-            example, began = model.example(rows), time.perf_counter()
+            example, start = model.example(rows), time.perf_counter()
             check_num_outputs(model.outputs(example), rows)
-            return time.perf_counter() - began
+            return time.perf_counter() - start
 
         for rows in dict.fromkeys((self._max_batch_size, 2, 1)):
             self._compute(partial(seconds, rows))
@@ -335,20 +342,16 @@ def _identify_version(directory: Path) -> str:
 
 
 def hash_version(directory: Path) -> str:
-    """Eight hexadecimal digits that stand for a bundle's or a run's content."""
+    """Return eight hexadecimal digits of a digest of a bundle or a run."""
     found = (directory / name for name in ("manifest.json", "model.safetensors"))
     content = next(path for path in found if path.is_file())
     return hashlib.sha256(content.read_bytes()).hexdigest()[:8]
 
 
-def _via(model: ServedModel) -> str:
-    return f"by {model.model.backend}"
-
-
 def _public_reason(error: Exception) -> str:
-    """Why a version was refused, as any client may read it: the log alone has paths."""
+    """Return why a version was refused, without paths, because clients may read it."""
     if isinstance(error, HaltError):
-        return "it disagrees with its own recorded answers"
+        return "its outputs differ from its reference outputs"
     if isinstance(error, MissingDependencyError):
         return error.what
     return "its files are missing, damaged or unreadable"

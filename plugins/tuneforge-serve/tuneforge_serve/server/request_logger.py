@@ -1,4 +1,4 @@
-"""What is kept of requests and their answers, and who puts it into the records."""
+"""The request logger: appends requests to the request log in a thread of its own."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ _MAX_QUEUED = 1024
 
 
 class RequestSink(Protocol):
-    """What a server puts requests and answers into, such as `tuneforge_serve.feedback.request_log.RequestLog`."""
+    """A log of requests and predictions, such as `RequestLog`."""
 
     def append(self, requests: Sequence[LoggedRequest]) -> int:
-        """Keep them in one commit; how many were kept."""
+        """Append requests in one commit, and return how many were appended."""
 
 
 class RequestLogger:
-    """Puts requests into the records from a thread, many in one commit, so that no answer waits for the disk.
+    """Appends requests to a log in a thread, several per commit, so that no response waits for the disk.
 
     Args:
-        sink: Where they go; None keeps nothing.
+        sink: The log; None logs nothing.
     """
 
     def __init__(self, sink: RequestSink | None) -> None:
         self.sink, self.num_dropped = sink, 0
         self._queue: queue.Queue[LoggedRequest | threading.Event | None] = queue.Queue(_MAX_QUEUED)
-        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
         self._thread.start()
 
     def log(self, requests: Sequence[LoggedRequest]) -> None:
-        """Keep inputs with their answers soon; they are dropped and counted where the disk cannot follow."""
+        """Log requests soon; they are dropped and counted if the disk is too slow."""
         if self.sink is None:
             return
         for each in requests:
@@ -53,26 +53,26 @@ class RequestLogger:
                 self.num_dropped += 1
 
     def flush(self) -> None:
-        """Wait until everything given so far is on the disk."""
+        """Wait until all requests logged so far are on the disk."""
         done = threading.Event()
         self._queue.put(done)
         done.wait()
 
     def close(self) -> None:
-        """Keep what waits, then end the thread."""
+        """Log the waiting requests, then stop the thread."""
         self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
         while True:
-            taken = [self._queue.get()]
+            batch = [self._queue.get()]
             while not self._queue.empty():
-                taken.append(self._queue.get())
-            self._write([each for each in taken if isinstance(each, LoggedRequest)])
-            for each in taken:
+                batch.append(self._queue.get())
+            self._write([each for each in batch if isinstance(each, LoggedRequest)])
+            for each in batch:
                 if isinstance(each, threading.Event):
                     each.set()
-            if None in taken:
+            if None in batch:
                 return
 
     def _write(self, requests: list[LoggedRequest]) -> None:
@@ -82,18 +82,18 @@ class RequestLogger:
             self.sink.append(requests)
         except Exception:
             self.num_dropped += len(requests)
-            LOG.exception("%d request(s) were not kept", len(requests))
+            LOG.exception("%d request(s) were not logged", len(requests))
 
 
 def allows_logging(request: Request) -> bool:
-    """False where the client asks that nothing of it is stored: `Cache-Control: no-store` (RFC 9111, 5.2.1.5)."""
+    """Return False if the client forbids it: `Cache-Control: no-store` (RFC 9111, 5.2.1.5)."""
     asked = ",".join(request.headers.getlist("cache-control")).lower().split(",")
     return "no-store" not in (each.strip() for each in asked)
 
 
-def make_ids(request_id: str, count: int, *, several: bool) -> list[str]:
-    """The number of each input of a request: the request's own, or where it has several, that and its place."""
-    return [f"{request_id}-{index}" for index in range(count)] if several else [request_id]
+def make_ids(request_id: str, count: int, *, is_list: bool) -> list[str]:
+    """Return the id of each input of a request: that of the request, with the index of the input if it is a list."""
+    return [f"{request_id}-{index}" for index in range(count)] if is_list else [request_id]
 
 
 def build_logged_requests(
@@ -103,14 +103,14 @@ def build_logged_requests(
     stored: TensorTree,
     predictions: Sequence[dict[str, Any]],
 ) -> list[LoggedRequest]:
-    """What is kept of a request.
+    """Return the entries of the request log for a request.
 
     Args:
-        model: What answered.
-        ids: Of each input.
-        sent: Body and content type of each.
-        stored: What the model saw (b, ...).
-        predictions: Of each.
+        model: The version of the model.
+        ids: The id of each input.
+        sent: Body and content type of each input.
+        stored: The stored inputs (b, ...).
+        predictions: The prediction of each input.
     """
     return [
         LoggedRequest(
@@ -129,7 +129,7 @@ def build_logged_requests(
 
 
 def _hash_row(stored: TensorTree, row: int) -> str:
-    """Of what the model saw, so that one picture sent in two ways is one content."""
+    """Hash a stored input, so that one image sent in two encodings has one digest."""
     digest = hashlib.sha256()
     for name, tensor in sorted(named_tensors(stored).items()):
         digest.update(name.encode() + b"\0" + tensor[row].contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -1,4 +1,4 @@
-"""What people say of the answers: `/feedback` takes labels, `/review` asks for them, `/monitoring` says how it is."""
+"""Routes for feedback: `/feedback` takes labels, `/review` asks for them, `/monitoring` reports accuracy and drift."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ from tuneforge_serve.server.request_body import RequestError, busy_error, format
 from tuneforge_serve.server.routes_predict import render_page
 from tuneforge_serve.server.tensor_codec import parse_json
 
-_CACHE_S = 2.0  # what watching says is at most so old
+_CACHE_S = 2.0  # the longest time that a monitoring report is cached
 _MAX_SKIPPED = 500
 _MAX_LIKELY_CLASSES = 5
-_MAX_TEXT_LENGTH = 2000  # characters of an input that is no picture
+_MAX_TEXT_LENGTH = 2000  # characters of an input that is not an image
 
 
 class SampledRequestLog:
-    """Keeps a share of the requests: always the same ones, by their ids.
+    """Logs a fraction of the requests, which depends on their ids only.
 
     Args:
-        request_log: Where they are kept.
-        sample_rate: How many of them, 0 to 1.
+        request_log: The request log.
+        sample_rate: The fraction, 0 to 1.
     """
 
     def __init__(self, request_log: RequestLog, sample_rate: float) -> None:
         self.request_log, self.sample_rate = request_log, sample_rate
 
     def append(self, requests: Sequence[LoggedRequest]) -> int:
-        """Keep those that belong to the share, in one commit; how many were kept."""
+        """Append the sampled requests in one commit, and return how many were appended."""
         return self.request_log.append(
             [each for each in requests if is_sampled(each.id, self.sample_rate, salt="sample")]
         )
 
 
 def feedback_routes(request_log: RequestLog) -> RouteFactory:
-    """What adds the routes for feedback to an application that keeps its requests in `request_log`."""
+    """Return a function that adds the routes for feedback to an application that logs to `request_log`."""
     return lambda service: FeedbackRoutes(service, request_log).routes()
 
 
@@ -57,8 +57,8 @@ class FeedbackRoutes:
     """The routes for feedback.
 
     Args:
-        service: Knows the models, and keeps requests.
-        request_log: Where the requests are kept.
+        service: The inference service.
+        request_log: The request log.
     """
 
     def __init__(self, service: InferenceService, request_log: RequestLog) -> None:
@@ -69,7 +69,7 @@ class FeedbackRoutes:
         service.extra_metrics.append(lambda: generate_latest(registry))
 
     def routes(self) -> list[BaseRoute]:
-        """Paths and what answers them."""
+        """Return the routes."""
         return [
             Route("/feedback", self.label, methods=["POST"]),
             Route("/review", self.review),
@@ -78,14 +78,14 @@ class FeedbackRoutes:
         ]
 
     async def label(self, request: Request) -> Response:
-        """Take the right class for a request: `{"id": ..., "class": ...}`; on the answer it is on the disk."""
+        """Label a request: `{"id": ..., "class": ...}`; the response is sent once the label is on the disk."""
         with self._service.body_reader.reserve() as holding:
             content = parse_json(await self._service.body_reader.read(request, holding), "the request")
         if not isinstance(content, dict) or set(content) != {"id", "class"}:
-            raise RequestError(400, "an object with id and class is needed, and nothing else")
+            raise RequestError(400, "an object with id and class, and nothing else, is required")
         for field, value in content.items():
             if not isinstance(value, str) or not value.strip():
-                raise RequestError(400, f"{field}: a text is needed")
+                raise RequestError(400, f"{field}: a string is required")
         try:
             label = await self._service.run_in_own_thread(lambda: self._store_label(content["id"], content["class"]))
         except UnknownNameError as error:
@@ -98,36 +98,40 @@ class FeedbackRoutes:
         return JSONResponse({"id": label.id, "class": label.class_name, **known})
 
     async def review(self, request: Request) -> Response:
-        """A page that shows the least certain answers one at a time."""
+        """Return the page to label uncertain predictions."""
         return render_page("review.html")
 
     async def next(self, request: Request) -> Response:
-        """The least certain answer without a label; ids given as `skip` are passed over."""
+        """Return the unlabeled request with the least certain prediction, without the ids in `skip`."""
         skip = request.query_params.getlist("skip")[-_MAX_SKIPPED:]
         return JSONResponse(await self._service.run_in_pool(lambda: self._find_next(skip)))
 
     async def monitor(self, request: Request) -> Response:
-        """How each model does at work."""
+        """Return the monitoring report of each model."""
         return JSONResponse(await self._service.run_in_pool(self._monitor_all))
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """What Prometheus reads."""
+        """Yield the metrics for Prometheus."""
         stats = self._request_log.stats()
-        logged = GaugeMetricFamily("tuneforge_logged_requests", "Requests that are kept, by state.", labels=["state"])
+        logged = GaugeMetricFamily("tuneforge_logged_requests", "Logged requests by state.", labels=["state"])
         logged.add_metric(["all"], stats.num_requests)
         logged.add_metric(["labeled"], stats.num_labeled)
         logged.add_metric(["held out"], stats.num_held_out)
         yield logged
-        yield GaugeMetricFamily("tuneforge_request_log_bytes", "Bytes that the records use.", stats.used_bytes)
+        yield GaugeMetricFamily("tuneforge_request_log_bytes", "Used size of the request log.", stats.used_bytes)
         yield GaugeMetricFamily(
-            "tuneforge_request_log_full", "1 where only labelled requests are left.", self._request_log.is_full
+            "tuneforge_request_log_full", "1 if only labeled requests are left.", self._request_log.is_full
         )
-        yield GaugeMetricFamily("tuneforge_evicted", "Requests removed to make room.", self._request_log.num_evicted)
+        yield GaugeMetricFamily(
+            "tuneforge_evicted_requests", "Requests removed from the log.", self._request_log.num_evicted
+        )
         accuracy = GaugeMetricFamily(
-            "tuneforge_labeled_accuracy", "Of labelled answers, with 95 %.", labels=["model", "version", "bound"]
+            "tuneforge_labeled_accuracy",
+            "Accuracy with its 95 % interval.",
+            labels=["model", "version", "bound"],
         )
         drift = GaugeMetricFamily(
-            "tuneforge_drift_p", "Corrected p of a two-sample test.", labels=["model", "version", "of"]
+            "tuneforge_drift_p_value", "Corrected p value of the drift test.", labels=["model", "version", "of"]
         )
         for model in self._service.models.list_loaded():
             report, own = self._monitor_model(model), [model.name, model.version]
@@ -146,7 +150,7 @@ class FeedbackRoutes:
         yield drift
 
     def _store_label(self, request_id: str, name: str) -> LabelRecord:
-        self._service.request_logger.flush()  # what was answered a moment ago may still wait to be kept
+        self._service.request_logger.flush()  # a recent request may not be logged yet
         label = self._request_log.label(request_id, name)
         self._cache = {}
         return label
@@ -196,14 +200,14 @@ class FeedbackRoutes:
 
 
 def _render_input(request: LoggedRequest, inputs: Inputs | None) -> dict[str, str | None]:
-    """What was asked, for a person: a picture as a data URI, or text."""
+    """Render an input for a person: an image as a data URI, or text."""
     text = (
         request.body.decode(errors="replace")[:_MAX_TEXT_LENGTH] if request.content_type == "application/json" else ""
     )
     try:
         stored = None if inputs is None else request.decode(inputs)
     except DataError as error:
-        return {"image": None, "text": text or f"it cannot be shown: {error.what}"}
+        return {"image": None, "text": text or f"cannot be shown: {error.what}"}
     png = None if inputs is None or stored is None else inputs.render_image(stored)
     if png is None:
         return {

@@ -1,4 +1,4 @@
-"""`/predict` for raw inputs as people have them, and the pages."""
+"""`/predict` for raw inputs, and the pages."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from tuneforge import TensorTree, map_inputs
 from tuneforge.errors import DataError
 from tuneforge.exporting import named_tensors, stack_inputs
 from tuneforge_serve.feedback.schemas import TENSORS
+from tuneforge_serve.server.api_description import build_document
 from tuneforge_serve.server.dynamic_batcher import InferenceResult
 from tuneforge_serve.server.inference_service import InferenceService
 from tuneforge_serve.server.model_manager import ServedModel
-from tuneforge_serve.server.openapi import build_document
 from tuneforge_serve.server.request_body import RequestError, format_error
 from tuneforge_serve.server.request_logger import allows_logging, build_logged_requests, make_ids
 from tuneforge_serve.server.tensor_codec import parse_json, require_finite
 
-_MAX_EXAMPLE_NUMBERS = 64  # of an example that a page shows
+_MAX_EXAMPLE_NUMBERS = 64  # in the example of the page
 _CONTENT_SECURITY_POLICY = (
     "default-src 'none'; img-src blob: data:; connect-src 'self'; style-src 'nonce-{0}'; script-src 'nonce-{0}'"
 )
@@ -41,10 +41,10 @@ class RawInput:
     """One input as it was sent.
 
     Args:
-        body: Bytes of a file, or JSON.
-        content_type: Of these bytes.
-        value: What the inputs contract decodes: the bytes, or what the JSON means.
-        field: What messages call it.
+        body: The bytes of a file, or JSON.
+        content_type: The type of the body.
+        value: What `Inputs.decode` takes: the bytes, or the decoded JSON.
+        field: The name of the input in error messages.
     """
 
     body: bytes
@@ -54,17 +54,17 @@ class RawInput:
 
 
 class PredictRoutes:
-    """The routes for people.
+    """The routes for raw inputs, and the pages.
 
     Args:
-        service: Takes requests in and brings answers.
+        service: The inference service.
     """
 
     def __init__(self, service: InferenceService) -> None:
         self._service = service
 
     def routes(self) -> list[Route]:
-        """Paths and what answers them."""
+        """Return the routes."""
         return [
             Route("/", self.page),
             Route("/docs", self.docs),
@@ -73,7 +73,7 @@ class PredictRoutes:
         ]
 
     async def page(self, request: Request) -> Response:
-        """Draw or drop a picture, or write a row, and see the answer."""
+        """Return the page to try a model with a drawing, an image file or a table row."""
         model = self._requested_model(request)
         images = await self._service.run_in_pool(lambda: takes_images(model))
         return render_page(
@@ -85,52 +85,54 @@ class PredictRoutes:
         )
 
     async def docs(self, request: Request) -> Response:
-        """The description of the server for people."""
+        """Return the description of the API as a page."""
         return render_page("docs.html", api=self._openapi_document(request))
 
     async def openapi(self, request: Request) -> Response:
-        """The description of the server for programs."""
+        """Return the description of the API as JSON."""
         return JSONResponse(self._openapi_document(request))
 
     async def predict(self, request: Request) -> Response:
-        """The answer for one raw input (its bytes are the body), or for several (`{"inputs": [...]}` as JSON)."""
-        service, model, began = self._service, self._requested_model(request), time.perf_counter()
+        """Predict one raw input, whose bytes are the body, or several (`{"inputs": [...]}` as JSON)."""
+        service, model, start = self._service, self._requested_model(request), time.perf_counter()
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind.startswith("multipart/"):
-            raise RequestError(415, "Content-Type: forms are not read; send the file itself (curl --data-binary @FILE)")
+            raise RequestError(415, "Content-Type: forms are not supported; send the file (curl --data-binary @FILE)")
         with service.body_reader.reserve() as reservation:
             body = await service.body_reader.read(request, reservation)
-            (raws, many, stored), result = await service.infer(model, lambda: _parse_request(body, kind, model))
+            (raw_inputs, is_list, stored), result = await service.infer(
+                model, lambda: _parse_request(body, kind, model)
+            )
             request_id = request.state.id
-            ids = make_ids(request_id, len(raws), several=many)
+            ids = make_ids(request_id, len(raw_inputs), is_list=is_list)
             outputs = result.outputs
             predictions = await service.run_by_size(
                 lambda: [model.targets.describe(row) for row in outputs], outputs.numel()
             )
             if service.request_logger.sink is not None and allows_logging(request):
-                sent = [(raw.body, raw.content_type) for raw in raws]
+                sent = [(raw.body, raw.content_type) for raw in raw_inputs]
                 service.request_logger.log(
                     await service.run_in_pool(lambda: build_logged_requests(model, ids, sent, stored, predictions))
                 )
-        about = {"id": request_id, "model": model.name, "version": model.version, **_format_timings(result, began)}
-        if not many:
+        about = {"id": request_id, "model": model.name, "version": model.version, **_format_timings(result, start)}
+        if not is_list:
             return JSONResponse({**predictions[0], **about})
         return JSONResponse(
             {"predictions": [{**each, "id": own} for each, own in zip(predictions, ids, strict=True)], **about}
         )
 
     def _requested_model(self, request: Request) -> ServedModel:
-        """The version of the model that the query names, or of the first one."""
+        """Return the model that the query names, or the first one."""
         models = self._service.models
         return models.get(request.query_params.get("model", models.default_name))
 
     def _openapi_document(self, request: Request) -> dict[str, Any]:
-        service = self._service
-        return build_document(service.models.list_loaded(), service.limits, feedback=_takes_feedback(request))
+        names = [each.name for each in self._service.models.list_loaded()]
+        return build_document(names, feedback=_takes_feedback(request))
 
 
 def render_page(name: str, **content: Any) -> HTMLResponse:
-    """A page of this folder; it may load nothing from anywhere but what the server itself answers."""
+    """Render a page, which may load nothing from other servers."""
     nonce = secrets.token_urlsafe(12)
     source = files("tuneforge_serve.server").joinpath("pages", name).read_text(encoding="utf-8")
     text = Environment(autoescape=True).from_string(source).render(nonce=nonce, **content)
@@ -139,12 +141,12 @@ def render_page(name: str, **content: Any) -> HTMLResponse:
 
 
 def takes_images(model: ServedModel) -> bool:
-    """True where the model's inputs are pictures."""
+    """Return True if the inputs of the model are images."""
     return model.inputs.render_image(map_inputs(model.example(1), lambda tensor: tensor[0])) is not None
 
 
 def make_example(model: ServedModel) -> str:
-    """An input as JSON, to begin with; empty where there is no short one."""
+    """Return an example input as JSON; an empty string if there is no short one."""
     inputs = model.inputs
     if inputs.tabular and (columns := getattr(inputs, "columns", ())):
         known = getattr(inputs, "categories", ((),) * len(columns))
@@ -159,19 +161,19 @@ def make_example(model: ServedModel) -> str:
 
 
 def _takes_feedback(request: Request) -> bool:
-    """True where the application has the routes for feedback."""
+    """Return True if the application has the routes for feedback."""
     return any(getattr(route, "path", "") == "/feedback" for route in request.app.routes)
 
 
 def _parse_request(
     body: bytes, kind: str, model: ServedModel
 ) -> tuple[tuple[list[RawInput], bool, TensorTree], TensorTree]:
-    """The raw inputs, whether they came as a list, and their stored form (b, ...)."""
+    """Return the raw inputs, whether they were a list, and their stored form (b, ...)."""
     if not body:
         raise RequestError(400, "the body is empty")
-    raws, many = _parse_inputs(body, kind)
-    stored = _collate([_decode(raw, model) for raw in raws])
-    return (raws, many, stored), stored
+    raw_inputs, is_list = _parse_inputs(body, kind)
+    stored = _collate([_decode(raw, model) for raw in raw_inputs])
+    return (raw_inputs, is_list, stored), stored
 
 
 def _parse_inputs(body: bytes, kind: str) -> tuple[list[RawInput], bool]:
@@ -181,26 +183,26 @@ def _parse_inputs(body: bytes, kind: str) -> tuple[list[RawInput], bool]:
     if not (isinstance(value, Mapping) and set(value) == {"inputs"}):
         return [_parse_input(value, "the body")], False
     if not isinstance(value["inputs"], list) or not value["inputs"]:
-        raise RequestError(400, "inputs: a list of inputs is needed")
-    return [_parse_input(each, f"inputs[{place}]") for place, each in enumerate(value["inputs"])], True
+        raise RequestError(400, "inputs: a list of inputs is required")
+    return [_parse_input(each, f"inputs[{index}]") for index, each in enumerate(value["inputs"])], True
 
 
 def _parse_input(value: Any, field: str) -> RawInput:
-    """A JSON value as an input: a text is the base64 of a file, never the name of one."""
+    """Parse a JSON value as an input; a string is a base64-encoded file, never a file name."""
     if isinstance(value, str):
         try:
             content = base64.b64decode(value, validate=True)
         except (binascii.Error, ValueError):
-            raise RequestError(422, f"{field}: a text has to be the base64 of a file") from None
+            raise RequestError(422, f"{field}: a string has to be a base64-encoded file") from None
         return RawInput(content, "application/octet-stream", content, field)
     if not isinstance(value, (Mapping, list)):
-        raise RequestError(422, f"{field}: a row, a list of numbers, or the base64 of a file is needed")
+        raise RequestError(422, f"{field}: a table row, a list of numbers, or a base64-encoded file is required")
     return RawInput(json.dumps(value).encode(), "application/json", value, field)
 
 
 def _decode(raw: RawInput, model: ServedModel) -> TensorTree:
     try:
-        with np.errstate(over="ignore"):  # what a smaller type cannot hold becomes infinite, which is refused below
+        with np.errstate(over="ignore"):  # an overflow becomes Inf, which is refused below
             stored = model.inputs.decode(raw.value)
     except DataError as error:
         raise RequestError(422, format_error(error, field=raw.field)) from None
@@ -210,13 +212,13 @@ def _decode(raw: RawInput, model: ServedModel) -> TensorTree:
 
 
 def _collate(samples: list[TensorTree]) -> TensorTree:
-    """Stored samples without a sample axis as one batch."""
+    """Stack stored samples into a batch."""
     try:
         return stack_inputs(samples)
     except (RuntimeError, KeyError):
-        raise RequestError(422, "inputs: those of one request need equal shapes") from None
+        raise RequestError(422, "inputs: the inputs of one request need equal shapes") from None
 
 
-def _format_timings(result: InferenceResult, began: float) -> dict[str, float]:
-    seconds = {"ms": time.perf_counter() - began, "queue_ms": result.queue_s, "forward_ms": result.forward_s}
+def _format_timings(result: InferenceResult, start: float) -> dict[str, float]:
+    seconds = {"ms": time.perf_counter() - start, "queue_ms": result.queue_s, "forward_ms": result.forward_s}
     return {name: round(1000 * value, 3) for name, value in seconds.items()}

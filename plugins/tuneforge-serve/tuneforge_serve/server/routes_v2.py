@@ -1,4 +1,4 @@
-"""The Open Inference Protocol (version 2) over REST, with the extensions for binary tensors and the repository."""
+"""The Open Inference Protocol (version 2), with its extensions for binary tensors and the model repository."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class V2Routes:
     """The routes under `/v2`.
 
     Args:
-        service: Takes requests in and brings answers.
+        service: The inference service.
     """
 
     def __init__(self, service: InferenceService) -> None:
         self._service = service
 
     def routes(self) -> list[Route]:
-        """Paths and what answers them."""
+        """Return the routes."""
         model, version = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
         return [
             Route("/v2", self.server),
@@ -59,20 +59,20 @@ class V2Routes:
         ]
 
     async def server(self, request: Request) -> Response:
-        """Name, version and extensions."""
+        """Return name, version and extensions of the server."""
         return JSONResponse({"name": "tuneforge", "version": tuneforge.__version__, "extensions": EXTENSIONS})
 
     async def live(self, request: Request) -> Response:
-        """Whether the process answers at all."""
+        """Return whether the server is running."""
         return JSONResponse({"live": True})
 
     async def ready(self, request: Request) -> Response:
-        """Whether requests are welcome: some model answers, and the server is not about to stop."""
+        """Return whether the server accepts requests: a model is loaded, and the server is not stopping."""
         ready = bool(self._service.models.list_loaded()) and not self._service.stopping
         return JSONResponse({"ready": ready}, 200 if ready else 400)
 
     async def metadata(self, request: Request) -> Response:
-        """What a model takes and gives."""
+        """Return the inputs and outputs of a model."""
         model = self._requested_model(request)
         about = {
             "name": model.name,
@@ -85,11 +85,11 @@ class V2Routes:
         return JSONResponse({**about, "parameters": {"labels": labels}} if labels else about)
 
     async def model_ready(self, request: Request) -> Response:
-        """Whether a model answers, in that version where one is named."""
+        """Return whether a model is loaded, in the requested version if the path names one."""
         return JSONResponse({"name": self._requested_model(request).name, "ready": True})
 
     async def infer(self, request: Request) -> Response:
-        """Answers for tensors in their stored form."""
+        """Predict stored tensors."""
         model, service = self._requested_model(request), self._service
         with service.body_reader.reserve() as reservation:
             body = await service.body_reader.read(request, reservation)
@@ -99,7 +99,7 @@ class V2Routes:
             )
             is_logged = service.request_logger.sink is not None and allows_logging(request)
 
-            def answer() -> Response:
+            def respond() -> Response:
                 described = (
                     [model.targets.describe(row) for row in result.outputs]
                     if infer_request.wants_text or is_logged
@@ -110,35 +110,35 @@ class V2Routes:
                 return _build_response(infer_request, request.state.id, model, result.outputs, described)
 
             return await (
-                service.run_in_pool(answer) if is_logged else service.run_by_size(answer, result.outputs.numel())
+                service.run_in_pool(respond) if is_logged else service.run_by_size(respond, result.outputs.numel())
             )
 
     async def index(self, request: Request) -> Response:
-        """The models, and whether each answers."""
+        """Return the models and their states."""
         content = await self._read_json_object(request)
         ready = content.get("ready", False)
         if not isinstance(ready, bool):
-            raise RequestError(400, "ready: true or false is needed")
+            raise RequestError(400, "ready: true or false is required")
         rows = self._service.models.index()
         return JSONResponse([row for row in rows if row["state"] == "READY" or not ready])
 
     async def load(self, request: Request) -> Response:
-        """Load a model's newest version; where that fails, the old one goes on."""
+        """Load the champion of a model; the old version stays if that fails."""
         parameters = (await self._read_json_object(request)).get("parameters", {})
         if not isinstance(parameters, Mapping) or parameters:
-            raise RequestError(400, "parameters: a model is loaded as it was promoted, no other content is taken")
+            raise RequestError(400, "parameters: a model is loaded as it was promoted, so no parameters are accepted")
         name = request.path_params["name"]
         try:
             model = await self._service.run_in_own_thread(lambda: self._service.models.load(name))
         except RequestError:
             raise
-        except Exception:  # noqa: BLE001 - logged where the version was refused, with what a client need not know
-            reason = self._service.models.reason(name) or "its pointer cannot be read"
+        except Exception:  # noqa: BLE001 - the reason in the log may contain paths
+            reason = self._service.models.reason(name) or "champion.json cannot be read"
             raise RequestError(400, f"model '{name}' was not loaded: {reason}") from None
         return JSONResponse({"name": model.name, "version": model.version})
 
     async def unload(self, request: Request) -> Response:
-        """Let a model answer no more; what waits for it is answered."""
+        """Unload a model, after its waiting requests."""
         await self._read_json_object(request)
         name = request.path_params["name"]
         await self._service.run_in_own_thread(lambda: self._service.models.unload(name))
@@ -148,22 +148,22 @@ class V2Routes:
         return self._service.models.get(request.path_params["name"], request.path_params.get("version"))
 
     async def _read_json_object(self, request: Request) -> Mapping[str, Any]:
-        """The JSON object of a request of the repository, which may be empty."""
+        """Read the JSON object of a request, which may be empty."""
         with self._service.body_reader.reserve() as reservation:
             body = await self._service.body_reader.read(request, reservation)
         content = parse_json(body, "the request") if body.strip() else {}
         if not isinstance(content, Mapping):
-            raise RequestError(400, "the request is no JSON object")
+            raise RequestError(400, "the request is not a JSON object")
         return content
 
 
 @attrs.frozen
 class _InferRequest:
-    """What a request wants.
+    """A parsed request.
 
     Args:
-        id: That the client gave it; empty where it gave none.
-        outputs: Each with whether it is wanted as bytes.
+        id: The client's id of the request; may be empty.
+        outputs: The requested outputs, each with whether it is requested as binary data.
     """
 
     id: str
@@ -171,18 +171,18 @@ class _InferRequest:
 
     @property
     def wants_text(self) -> bool:
-        """True where the answer for people is wanted."""
+        """True if the described prediction is requested."""
         return any(spec.dtype == "bytes" for spec, _ in self.outputs)
 
 
 def _parse_infer_request(
     body: bytes, header_length: str | None, model: ServedModel
 ) -> tuple[tuple[_InferRequest, TensorTree], TensorTree]:
-    """The checked request, and its stored tensors (b, ...)."""
+    """Return the parsed request, and its stored tensors (b, ...)."""
     request, binary = split_body(body, header_length)
     request_id = request.get("id", "")
     if not isinstance(request_id, str) or len(request_id) > 256:
-        raise RequestError(400, "id: a text of at most 256 characters is needed")
+        raise RequestError(400, "id: a string of at most 256 characters is required")
     wanted = _parse_outputs(request, list_output_specs(model))
     specs = list_input_specs(model)
     found = read_inputs(request, binary, list(specs.values()))
@@ -194,8 +194,8 @@ def _parse_infer_request(
 def _build_logged_requests(
     request_id: str, model: ServedModel, stored: TensorTree, predictions: list[dict[str, Any]]
 ) -> list[LoggedRequest]:
-    """What the records keep of a request; each row is an input of its own."""
-    ids = make_ids(request_id, len(predictions), several=len(predictions) > 1)
+    """Return the entries of the request log; each row is one entry."""
+    ids = make_ids(request_id, len(predictions), is_list=len(predictions) > 1)
     sent = [(encode_row(stored, row), TENSORS) for row in range(len(predictions))]
     return build_logged_requests(model, ids, sent, stored, predictions)
 
@@ -205,7 +205,7 @@ def _parse_outputs(request: Mapping[str, Any], specs: list[TensorSpec]) -> list[
     everywhere = _flag(parameters, "binary_data_output", "the request")
     requested = request.get("outputs", [])
     if not isinstance(requested, list):
-        raise RequestError(400, "outputs: a list is needed")
+        raise RequestError(400, "outputs: a list is required")
     if not requested:
         return [(spec, everywhere) for spec in specs]
     known = {spec.name: spec for spec in specs}
@@ -213,7 +213,7 @@ def _parse_outputs(request: Mapping[str, Any], specs: list[TensorSpec]) -> list[
     for index, each in enumerate(requested):
         name = each.get("name") if isinstance(each, Mapping) else None
         if not isinstance(name, str) or name not in known or any(spec.name == name for spec, _ in wanted):
-            raise RequestError(400, f"outputs[{index}].name: some of {', '.join(known)} is needed, each once")
+            raise RequestError(400, f"outputs[{index}].name: one of {', '.join(known)} is required, each at most once")
         own = _parameters(each, f"output '{name}'")
         if unknown := [key for key in own if key.startswith(("shared_memory", "classification"))]:
             raise RequestError(400, f"output '{name}': {unknown[0][:40]} is not supported")
@@ -225,7 +225,7 @@ def _parse_outputs(request: Mapping[str, Any], specs: list[TensorSpec]) -> list[
 def _parameters(entry: Mapping[str, Any], field: str) -> Mapping[str, Any]:
     parameters = entry.get("parameters", {})
     if not isinstance(parameters, Mapping):
-        raise RequestError(400, f"{field}: parameters is no object")
+        raise RequestError(400, f"{field}: parameters is not an object")
     return parameters
 
 
@@ -245,15 +245,15 @@ def _build_response(
         return compute_predictions(model.targets, outputs).float().numpy()
 
     parts = [encode_output(spec, values(spec), binary=binary) for spec, binary in infer_request.outputs]
-    answer: dict[str, Any] = {
+    response: dict[str, Any] = {
         "model_name": model.name,
         "model_version": model.version,
         "id": infer_request.id or request_id,
     }
-    if infer_request.id:  # clients use their ids again and again, so feedback goes by ours
-        answer["parameters"] = {"feedback_id": request_id}
-    answer["outputs"] = [head for head, _ in parts]
-    content = json.dumps(answer, allow_nan=False).encode()
+    if infer_request.id:  # client ids need not be unique, so feedback refers to the server's id
+        response["parameters"] = {"feedback_id": request_id}
+    response["outputs"] = [head for head, _ in parts]
+    content = json.dumps(response, allow_nan=False).encode()
     if not any(binary for _, binary in infer_request.outputs):
         return Response(content, media_type="application/json")
     headers = {"Inference-Header-Content-Length": str(len(content))}
