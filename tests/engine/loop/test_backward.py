@@ -262,6 +262,19 @@ def test_oom_of_the_smallest_micro_batch_halts_and_batchnorm_is_noted(tune):
     assert "BatchNorm now normalizes with micro-batches" in (result.run_dir / "log.txt").read_text()
 
 
+def test_oom_without_a_message_halves_the_micro_batch(tune):
+    class Exhausted:
+        @tf.hookimpl(wrapper=True)
+        def train_step(self, batch):
+            if len(batch.indices) > 8:
+                raise MemoryError
+            result = yield
+            return result
+
+    result = tune(EPOCHS, callbacks=[Exhausted()])
+    assert "micro-batch size reduced to 8" in (result.run_dir / "log.txt").read_text()
+
+
 def test_oom_in_evaluation_repeats_it_with_smaller_batches(tune):
     class SmallEvaluation(WithoutNorm):
         def forward(self, inputs):

@@ -649,3 +649,31 @@ def test_freezing_a_randomly_initialized_model_is_noted(tmp_path):
         tf.Engine(data=data, model=model, strategy=chosen, log=lines.append, page=False, out=tmp_path / strategy).run()
         noted[strategy] = any("freezing preserves random weights" in line for line in lines)
     assert noted == {"freeze-then-unfreeze": True, "full": False}
+
+
+def test_run_json_marks_python_objects_without_source_paths(tune):
+    class Observer:
+        @tf.hookimpl
+        def phase_started(self, run):
+            pass
+
+    result = tune([tf.Phase("a", epochs=1)], callbacks=[Observer()])
+    text = (result.run_dir / "run.json").read_text()
+    record = json.loads(text)
+    names = [record["config"][key]["name"] for key in ("data", "model", "strategy")]
+    assert names == ["object:data", "object:model", "object:strategy"]
+    assert [each["name"] for each in record["components"]] == [*names, "object:callback"]
+    assert "tuneforge.engine" not in text
+    assert tf.load(result.run_dir, model=tiny_net()).model.head == "head"
+
+
+def test_load_asks_again_for_a_callback_object_that_adapts_the_model(tune):
+    class Adapter:
+        @tf.hookimpl(wrapper=True)
+        def model_adapt(self, run):
+            model = yield
+            return model
+
+    result = tune([tf.Phase("a", epochs=1)], callbacks=[Adapter()])
+    with pytest.raises(tf.FolderError, match="was given this component as a Python object"):
+        tf.load(result.run_dir, model=tiny_net())

@@ -187,3 +187,12 @@ def test_engines_own_forward_passes_leave_buffers_unchanged(tmp_path):
     run_and_kill(counting(tmp_path / "r").run, 15, only="step-saved")
     counting(tmp_path / "r", resume=True).run()
     assert read_files(tmp_path / "r") == read_files(tmp_path / "whole")
+
+
+def test_resumed_run_knows_that_its_model_is_pretrained(tmp_path):
+    settings = {"data": tf.use("digits", per_class=2, other_share=0.0), "page": False, "checkpoint_s": 0.0}
+    strategy = tf.use("head-only", epochs=2)
+    run_and_kill(tf.Engine(**settings, strategy=strategy, out=tmp_path / "r").run, 1, only="step-saved")
+    lines = []
+    tf.Engine.resume(tmp_path / "r", log=lines.append).run()
+    assert not [line for line in lines if "random weights" in line]

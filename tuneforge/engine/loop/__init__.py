@@ -1,1 +1,1 @@
-"""Training and evaluation: what one step of a strategy does."""
+"""Training, evaluation and the other steps of a strategy."""

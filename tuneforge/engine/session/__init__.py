@@ -1,1 +1,1 @@
-"""A whole run: `Engine`, resume, the run's log, the dry run, and loading a finished run."""
+"""The engine, resume, the records of a run, the dry run, and loading of finished runs."""
