@@ -1,1 +1,1 @@
-"""What `production_loop.py` is made of: worlds that change, and clients of a server."""
+"""The domains and the clients of `production_loop.py`."""

@@ -1,4 +1,4 @@
-"""A server as a process, and clients that ask it; the standard library is enough."""
+"""A server process and its clients, with the standard library."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-from production.worlds import Sample
+from production.domains import Sample
 
 
 class Client:
-    """Asks a server, one request at a time."""
+    """Sends requests to a server, one at a time."""
 
     def __init__(self, url: str) -> None:
         self.url = url
 
     def post(self, path: str, body: bytes, kind: str) -> Any:
-        """The JSON that the server answers."""
-        with urlopen(Request(self.url + path, body, {"Content-Type": kind}), timeout=30) as answer:
-            return json.load(answer)
+        """Return the JSON of the response."""
+        with urlopen(Request(self.url + path, body, {"Content-Type": kind}), timeout=30) as response:
+            return json.load(response)
 
     def predict(self, body: bytes) -> dict[str, Any]:
-        """The prediction for an image."""
-        found: dict[str, Any] = self.post("/predict", body, "image/png")
-        return found
+        """Return the prediction for an image."""
+        prediction: dict[str, Any] = self.post("/predict", body, "image/png")
+        return prediction
 
     def label(self, request: str, name: str) -> None:
-        """Say which class was right."""
+        """Label a request."""
         self.post("/feedback", json.dumps({"id": request, "class": name}).encode(), "application/json")
 
     def accuracy(self, samples: list[Sample]) -> float:
-        """The share of samples that is answered right."""
+        """Return the accuracy on samples."""
         return sum(self.predict(body)["class"] == name for body, name in samples) / len(samples)
 
 
-class Busy(threading.Thread):
-    """A client that asks without a pause, and counts what is not answered."""
+class BackgroundClient(threading.Thread):
+    """A client that sends requests continuously, and counts failures."""
 
     def __init__(self, client: Client, samples: list[Sample]) -> None:
         super().__init__(daemon=True)
         self.client, self.samples = client, samples
-        self.asked = self.lost = 0
+        self.num_requests = self.num_lost = 0
         self.over = threading.Event()
         self.versions: list[str] = []
 
-    def __enter__(self) -> Busy:
+    def __enter__(self) -> BackgroundClient:
         self.start()
         return self
 
@@ -59,23 +59,23 @@ class Busy(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        """Ask until it is over."""
+        """Send requests until the block ends."""
         while not self.over.wait(0.05):
-            body, _ = self.samples[self.asked % len(self.samples)]
-            self.asked += 1
+            body, _ = self.samples[self.num_requests % len(self.samples)]
+            self.num_requests += 1
             try:
                 version = self.client.predict(body)["version"]
             except OSError:
-                self.lost += 1
+                self.num_lost += 1
                 continue
             if version not in self.versions:
                 self.versions.append(version)
 
 
 @contextlib.contextmanager
-def serving(store: Path, records: Path) -> Iterator[str]:
-    """The address of a server of a store, which keeps its requests and is stopped at the end."""
-    arguments = ["serve", str(store), "--port", "0", "--records", str(records), "--json"]
+def run_server(registry: Path, request_log: Path) -> Iterator[str]:
+    """Yield the address of a server of a model registry that logs its requests."""
+    arguments = ["serve", str(registry), "--port", "0", "--request-log", str(request_log), "--json"]
     with subprocess.Popen(
         [sys.executable, "-m", "tuneforge", *arguments], stdout=subprocess.PIPE, text=True
     ) as process:
@@ -86,9 +86,9 @@ def serving(store: Path, records: Path) -> Iterator[str]:
             process.terminate()
 
 
-def command(*arguments: Any, good: tuple[int, ...] = (0,)) -> str:
-    """What a command of tuneforge prints; an exit code that is not among the good ones ends it all."""
+def run_command(*arguments: Any, exit_codes: tuple[int, ...] = (0,)) -> str:
+    """Return the output of a command of tuneforge; exit if it fails."""
     done = subprocess.run([sys.executable, "-m", "tuneforge", *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode not in good:
+    if done.returncode not in exit_codes:
         raise SystemExit(f"tuneforge {' '.join(map(str, arguments))}:\n{done.stdout}{done.stderr}")
     return done.stdout

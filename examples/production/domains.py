@@ -1,4 +1,4 @@
-"""Real digits that a model has not seen, as four changed worlds show them."""
+"""Real digits that a model has not seen, in the training domain and in shifted ones."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ NEW_CLASS = "A"
 
 
 def plain(counts: np.ndarray, side: int = 8) -> Image.Image:
-    """Light ink on dark, as the model was tuned on it, of ink counts (8, 8)."""
+    """Return light ink on dark, as in the training data, from ink counts (8, 8)."""
     small = Image.fromarray((counts * 15.9375).astype(np.uint8))
     return small if side == 8 else small.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def inverted(counts: np.ndarray) -> Image.Image:
-    """Dark ink on light."""
+    """Return dark ink on light."""
     return Image.fromarray(255 - np.asarray(plain(counts)))
 
 
 def rotated(counts: np.ndarray) -> Image.Image:
-    """Turned by 40 degrees."""
+    """Return the digit rotated by 40 degrees."""
     return plain(counts, 32).rotate(40)
 
 
 def new_pen(counts: np.ndarray) -> Image.Image:
-    """Written with a much broader pen."""
+    """Return the digit written with a much broader pen."""
     return plain(counts, 64).filter(ImageFilter.MaxFilter(13))
 
 
 class Production:
-    """What production sends, each digit once a world.
+    """The samples of production, each digit once per domain.
 
     Args:
-        base: The run whose training, validation and test digits are left out.
+        base: The run whose training, validation and test digits are excluded.
     """
 
     def __init__(self, base: Path) -> None:
@@ -51,12 +51,12 @@ class Production:
         free = [index for index in range(len(self.labels)) if f"real/{index}" not in used]
         self.free = np.random.default_rng(0).permutation(free)
 
-    def digits(self, look: Callable[[np.ndarray], Image.Image], start: int, stop: int) -> list[Sample]:
-        """Some of the free digits, as a world shows them."""
-        return [(_png(look(self.images[index])), str(self.labels[index])) for index in self.free[start:stop]]
+    def digits(self, domain: Callable[[np.ndarray], Image.Image], start: int, stop: int) -> list[Sample]:
+        """Return some of the unused digits in a domain."""
+        return [(_png(domain(self.images[index])), str(self.labels[index])) for index in self.free[start:stop]]
 
     def letters(self, start: int, stop: int) -> list[Sample]:
-        """A class never seen before: a letter in many fonts."""
+        """Return samples of a new class: a letter in many fonts."""
         drawn = character_images().glyphs[CHARACTERS.index(NEW_CLASS)].reshape(-1, 8, 8)
         return [(_png(plain(each)), NEW_CLASS) for each in drawn[start:stop]]
 
