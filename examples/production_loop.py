@@ -22,7 +22,7 @@ def retrain(client: Client, registry: Path, options: list[object], domain: str, 
     while client.predict(unseen[0][0])["version"] != champion:
         time.sleep(0.1)
     endpoint = ["test-endpoint", client.url, "--run", registry.parent / "base", "--batch-size", 8, "--json"]
-    old = json.loads(run_command(*endpoint))["splits"]["test"]["accuracy"]
+    old = json.loads(run_command(*endpoint))["metrics"]["test"]["accuracy"]
     decision = next(line for line in output.splitlines() if "promoted:" in line)
     return f"{domain:<15} {before:7.1%} {client.accuracy(unseen):7.1%} {old:8.1%}   {champion}  {decision}"
 
