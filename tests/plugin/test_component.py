@@ -81,7 +81,7 @@ def test_a_value_of_the_wrong_type_is_an_error_that_quotes_it(name, value):
 def test_python_constructors_are_held_to_the_same_rules():
     with pytest.raises(tf.OptionError, match="out of range"):
         Every(count=0)
-    with pytest.raises(tf.OptionError, match="must be of this kind: number"):
+    with pytest.raises(tf.OptionError, match="must be of type: number"):
         Every(rate="fast")
     assert Every(many=[1, 2]).many == (1, 2)
 

@@ -1,6 +1,6 @@
-"""What a plugin is, how it is found, and what it may use: components, options, steps, verbs. Imports no torch.
+"""The plugin API: components, options, strategy steps, commands and the registry. It does not import torch.
 
-Names are imported when first used; `__init__.pyi` names them for type checkers.
+Names are imported on first use; `__init__.pyi` lists them for type checkers.
 """
 
 from tuneforge.lazy_names import lazy_names

@@ -1,4 +1,4 @@
-"""Flags that are read twice: first which components, from flags and file; then the options of those components."""
+"""Flags for components: the first pass finds the components, the second one parses their options."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from tuneforge.plugin.names import option_prefix
 SHORT_FORMS = ("epochs", "lr")
 _COMPONENT_KEYS = {**SINGLE_COMPONENT_KEYS, **REPEATABLE_COMPONENT_KEYS}
 _HELP = {
-    "data": "Where samples come from.", "model": "What builds the model.",
-    "adapt": "What changes the model, in order.", "loss": "The training loss (fills train_step).",
-    "metrics": "Metrics to compute in evaluation.", "strategy": "What says what to do.",
-    "schedule": "Course of the learning rate, in place of the strategy's.",
-    "optimizer": "The optimizer, in place of the strategy's.", "callback": "A callback that takes part in the run.",
-    "augment": "A random change of training inputs.",
+    "data": "Data source.", "model": "Model.",
+    "adapt": "Adapter that changes the model, such as another head.", "loss": "Training loss.",
+    "metrics": "Metrics of evaluation.", "strategy": "Fine-tuning strategy.",
+    "schedule": "Learning rate schedule; replaces that of the strategy.",
+    "optimizer": "Optimizer; replaces that of the strategy.", "callback": "Callback.",
+    "augment": "Random augmentation of training inputs.",
 }  # fmt: skip
 
 
 @attrs.frozen
 class SelectedComponent:
-    """A component that the command line or the file names.
+    """A component that the command line or the configuration file names.
 
     Args:
         key: `strategy`, `callback`, ...
-        name: As given.
-        prefix: What its options begin with on the command line.
+        name: The name as written.
+        prefix: The prefix of its options on the command line.
         file_options: Its options in the file.
     """
 
@@ -57,25 +57,25 @@ class SelectedComponent:
 
 
 class ComponentCommand(click.Command):
-    """A command that has, beside its own options, those of the components it is told to use."""
+    """A command that has the options of the selected components besides its own."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Find the components first, then parse with their options known."""
+        """Find the components first, then parse the arguments with their options."""
         picks = [key for key in _COMPONENT_KEYS if any(parameter.name == key for parameter in self.params)]
         ctx.meta["tuneforge.file"] = self.load_base_config(ctx, args)
         ctx.meta["tuneforge.chosen"] = list(_select_components(args, ctx.meta["tuneforge.file"], picks))
         return super().parse_args(ctx, args)
 
     def load_base_config(self, ctx: click.Context, args: list[str]) -> dict[str, Any]:
-        """The table that flags go over: the file's."""
+        """Return the table that flags update: that of the configuration file."""
         return config_table_from_args(args)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The command's own parameters and the components'."""
+        """Return the parameters of the command and of the components."""
         return [*super().get_params(ctx), *self._component_options(ctx)]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The command's own options, then a section for each component."""
+        """Write the options of the command, then a section for each component."""
         own = super().get_params(ctx)
         records = [record for parameter in own if (record := parameter.get_help_record(ctx))]
         with formatter.section("Options"):
@@ -93,7 +93,7 @@ class ComponentCommand(click.Command):
 
 
 def component_options(*keys: str, fallback: str = "") -> list[click.Parameter]:
-    """Flags that pick components; `fallback` says what happens without one, where that is not the usual."""
+    """Return the flags that select components; `fallback` describes the default where it is not the usual one."""
     notes = {key: f" [default: {fallback}]" if fallback else _default_note(key) for key in keys}
     return [
         click.Option(
@@ -104,27 +104,27 @@ def component_options(*keys: str, fallback: str = "") -> list[click.Parameter]:
 
 
 def run_options() -> list[click.Parameter]:
-    """Flags that pick components, and the run's own settings."""
+    """Return the flags that select components, and those of the settings of a run."""
     short = [
-        click.Option([f"--{key}", f"short_{key}"], metavar="VALUE", help=f"Short for --strategy.{key}.")
+        click.Option([f"--{key}", f"short_{key}"], metavar="VALUE", help=f"Short form of --strategy.{key}.")
         for key in SHORT_FORMS
     ]
     settings = [_setting(option) for option in get_options(Settings).values()]
-    config = click.Option(["--config"], metavar="FILE", help="A TOML file with any of these; flags beat it.")
+    config = click.Option(["--config"], metavar="FILE", help="TOML file with any of these options; flags override it.")
     return [*component_options(*_COMPONENT_KEYS), *short, *settings, config]
 
 
 def build_config(ctx: click.Context, values: Mapping[str, Any]) -> RunConfig:
-    """The run configuration that parsed flags describe, over the file's.
+    """Build the run configuration from parsed flags and the configuration file, which flags override.
 
     Raises:
-        UsageError: A short form names an option that the strategy does not have, or flags contradict.
+        UsageError: A short form names an option that the strategy does not have, or flags contradict each other.
     """
     return resolve_config(merge_config(ctx.meta["tuneforge.file"], flags_to_table(ctx, values)))
 
 
 def flags_to_table(ctx: click.Context, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The table that parsed flags alone describe.
+    """Return the configuration table that the parsed flags describe.
 
     Raises:
         UsageError: A short form names an option that the strategy does not have.
@@ -150,14 +150,14 @@ def flags_to_table(ctx: click.Context, values: Mapping[str, Any]) -> dict[str, A
 
 
 def format_default(option: Option) -> str:
-    """`[default: 1]` or `[required]`, as help shows it."""
+    """Return `[default: 1]` or `[required]` for the help."""
     if option.required:
         return "[required]"
     return f"[default: {format_value(option.default)}]"
 
 
 def format_value(value: Any) -> str:
-    """An option's value as a user would write it."""
+    """Return the value of an option in the syntax of the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (tuple, list)):
@@ -208,7 +208,7 @@ def _python_name(chosen: SelectedComponent, option: Option) -> str:
 
 
 def _python_prefix(chosen: SelectedComponent) -> str:
-    """What click calls the options of a component: an identifier that no setting has."""
+    """Return a prefix for the parameter names of a component's options that no setting has."""
     return re.sub(r"\W", "_", f"dotted__{chosen.key}__{chosen.name}__")
 
 
@@ -242,13 +242,13 @@ def _apply_short_forms(ctx: click.Context, flags: dict[str, Any], values: Mappin
 
 
 def config_table_from_args(args: list[str]) -> dict[str, Any]:
-    """The table of the file that a command line names with `--config`; empty where it names none."""
+    """Return the table of the file given by `--config`, or an empty table."""
     path = next(flag_values(args, "--config"), None)
     return read_config_file(Path(path)) if path is not None else {}
 
 
 def _select_components(args: list[str], file: Mapping[str, Any], keys: list[str]) -> Iterator[SelectedComponent]:
-    """The components whose options this command line can have: named, or used with a dotted flag; and the strategy."""
+    """Yield the components whose options are accepted: those named or with a dotted flag, and the strategy."""
     for key in keys:
         named = list(flag_values(args, f"--{key}"))
         in_file = list_component_entries(file.get(key))
@@ -267,7 +267,7 @@ def _select_components(args: list[str], file: Mapping[str, Any], keys: list[str]
 
 
 def flag_values(args: list[str], flag: str) -> Iterator[str]:
-    """What a command line gives for a flag, each time that it is there."""
+    """Yield each value that a command line gives for a flag."""
     for index, arg in enumerate(args):
         if arg == flag and index + 1 < len(args):
             yield args[index + 1]

@@ -1,4 +1,4 @@
-"""Verbs of the command line that other distributions ship, found without importing them.
+"""Commands that other distributions add to the command line, found without importing them.
 
 A distribution adds a verb with an entry point of the group `tuneforge.command`; its value is a `click.Command`:
 

@@ -1,4 +1,4 @@
-"""What one run is told: defaults, under a TOML file, under flags; resolved once and frozen."""
+"""The configuration of a run: defaults, updated by a TOML file, updated by flags; resolved once and immutable."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SINGLE_COMPONENT_KEYS = {
     "data": "data_prepare", "model": "model_adapt", "loss": "train_step", "strategy": "finetune_strategy",
     "schedule": "lr_schedule", "optimizer": "optimizer",
 }  # fmt: skip
-"""Keys that name one component, with the group it is found in."""
+"""Keys that name one component, with its entry-point group."""
 
 REPEATABLE_COMPONENT_KEYS = {
     "adapt": "model_adapt",
@@ -26,7 +26,7 @@ REPEATABLE_COMPONENT_KEYS = {
     "callback": "callback",
     "augment": "augment",
 }
-"""Keys that name any number of components, with the group they are found in."""
+"""Keys that name any number of components, with their entry-point group."""
 
 GROUP_BY_KEY = {**SINGLE_COMPONENT_KEYS, **REPEATABLE_COMPONENT_KEYS}
 
@@ -35,10 +35,10 @@ _SECONDS_PER_UNIT = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def parse_budget(text: str) -> tuple[str, float]:
-    """What a budget limits, `seconds`, `epochs` or `steps`, and to how many.
+    """Return the unit of a budget (`seconds`, `epochs` or `steps`) and the amount.
 
     Raises:
-        ValueError: The text is no budget.
+        ValueError: The text is not a budget.
     """
     found = _BUDGET_PATTERN.fullmatch(text)
     if found is None or not float(found[1] or found[3]):
@@ -62,92 +62,93 @@ _BUDGET_CHECK = Check(
 
 @component(api=1)
 class Settings:
-    """The run's own settings, beside the components it names."""
+    """The settings of a run besides its components."""
 
-    batch_size: int = option(default=32, help="Samples a training step.", check=ge(1))
-    eval_batch_size: int | None = option(
-        default=None, help="Samples a forward pass in evaluation; none: 256.", check=ge(1)
-    )
-    grad_accum_steps: int = option(
-        default=1, help="Batches whose gradients are averaged into one optimizer step.", check=ge(1)
-    )
+    batch_size: int = option(default=32, help="Batch size of training.", check=ge(1))
+    eval_batch_size: int | None = option(default=None, help="Batch size of evaluation; none: 256.", check=ge(1))
+    grad_accum_steps: int = option(default=1, help="Gradient accumulation: batches per optimizer step.", check=ge(1))
     micro_batch: int | None = option(
         default=None,
-        help="Samples of a forward and backward pass, where fewer than a batch; none: a whole batch, and fewer from "
-        "where memory runs out.",
+        help="Samples per forward and backward pass; none: the batch size, and half as many whenever memory runs out.",
         check=ge(1),
     )
     on_nan: Literal["halt", "skip", "rollback"] = option(
         default="halt",
-        help="When a loss or a gradient is no number: end the run, leave that step out, or also go back to the "
-        "beginning of the epoch with half the rate.",
+        help="If a loss or gradient is NaN or Inf: halt the run, skip the step, or roll back to the start of the epoch "
+        "and halve the learning rate.",
     )
-    seed: int = option(default=0, help="Of the split, the order, the augmentation and every fresh weight.", check=ge(0))
+    seed: int = option(default=0, help="Seed of splits, shuffling, augmentation and initialization.", check=ge(0))
     data_seed: int | None = option(
-        default=None, help="Of the split and of data that is made; none: --seed. Keep it to compare seeds.", check=ge(0)
+        default=None, help="Seed of splits and generated data; none: --seed. Fix it to compare seeds.", check=ge(0)
     )
-    device: str = option(default="auto", help="auto, cpu, cuda, cuda:1, mps, xla, or any device torch knows.")
-    num_workers: int = option(
-        default=0, help="Processes that decode ahead where the data is not in memory.", check=ge(0)
-    )
+    device: str = option(default="auto", help="auto, cpu, cuda, cuda:1, mps, xla or any other torch device.")
+    num_workers: int = option(default=0, help="Worker processes that load data that is not in memory.", check=ge(0))
     precision: Literal["fp32", "bf16"] = option(default="fp32", help="Precision of the forward pass (autocast).")
     compile: bool = option(
-        default=False, help="Compile the forward pass of each phase (torch.compile); changes the last bits."
+        default=False, help="Use torch.compile for the forward pass of each phase; results are not bit-identical."
     )
     shard: bool = option(
         default=False,
-        help="Split the weights and what the optimizer keeps of them among the ranks of torchrun (FSDP2), for models "
-        "that do not fit.",
+        help="Shard weights and optimizer state over the ranks of torchrun (FSDP2), for models that do not fit on one "
+        "device.",
     )
     memory_format: Literal["auto", "contiguous", "channels-last"] = option(
-        default="auto", help="Layout of 4-D tensors; auto: channels-last where the model has 4-D weights."
+        default="auto", help="Memory format of 4-D tensors; auto: channels-last if the model has 4-D weights."
     )
     cache: Literal["auto", "memory", "off"] = option(
         default="auto",
-        help="Keep what the frozen part of the model gives for each sample, where that pays; auto: on disk too, shared "
+        help="Cache the features of the frozen backbone where that saves time; auto: in memory and on disk, shared "
         "between runs.",
     )
-    cache_mb: int = option(default=2048, help="Memory for that, in MB; more is mapped from disk.", check=ge(0))
-    cache_disk_mb: int = option(
-        default=10_240, help="Disk for that, in MB; the least recently used goes first.", check=ge(0)
+    cache_mb: int = option(
+        default=2048, help="Memory of the feature cache, in MB; the rest is memory-mapped.", check=ge(0)
     )
-    cache_dir: Path | None = option(default=None, help="Folder for that; none: the user's cache folder.")
+    cache_disk_mb: int = option(
+        default=10_240,
+        help="Disk space of the feature cache, in MB; the least recently used entries are removed.",
+        check=ge(0),
+    )
+    cache_dir: Path | None = option(
+        default=None, help="Directory of the feature cache; none: the user's cache directory."
+    )
     cache_copies: int = option(
-        default=4, help="Fixed augmented views of each sample that a longer frozen phase goes through.", check=ge(1)
+        default=4,
+        help="Augmented copies of each sample that are cached for a phase with a frozen backbone.",
+        check=ge(1),
     )
     budget: str | None = option(
         default=None,
-        help="Stop tuning once this is spent: 60s, 5m, 2h, 20epochs or 500steps; none: no limit.",
+        help="Stop training after 60s, 5m, 2h, 20epochs or 500steps, for example; none: no limit.",
         check=_BUDGET_CHECK,
     )
-    checkpoint_s: float = option(default=60.0, help="Seconds between two checkpoints.", check=ge(0))
+    checkpoint_s: float = option(default=60.0, help="Seconds between checkpoints.", check=ge(0))
     checkpoint_steps: int | None = option(
-        default=None, help="Optimizer steps between two checkpoints, should they come first; none: time.", check=ge(1)
+        default=None, help="Optimizer steps between checkpoints, if that is sooner; none: only by time.", check=ge(1)
     )
     keep: int = option(
         default=2,
-        help="Checkpoints kept while the run goes on, beside that of the best epoch and those with a file 'pinned'.",
+        help="Number of checkpoints to keep, besides the best one and those that contain a file 'pinned'.",
         check=ge(1),
     )
-    page: bool = option(default=True, help="Write report.html when the run is done.")
-    out: Path | None = option(default=None, help="Folder of the run; none: a new one under runs/.")
+    page: bool = option(default=True, help="Write report.html at the end of the run.")
+    out: Path | None = option(default=None, help="Run directory; none: a new one under runs/.")
 
 
 @attrs.frozen(kw_only=True, eq=True)
 class RunConfig(Settings):
-    """Everything that decides a run.
+    """Everything that determines a run.
 
     Args:
-        data: Where samples come from.
-        model: What builds the model.
-        adapt: What changes it, in order.
-        loss: What computes the loss; None: what fits the targets.
-        metrics: What computes the figures; empty: what fits the targets.
-        strategy: What says what to do.
-        callbacks: What else takes part (`--callback`).
-        augment: Random changes of training inputs, in order.
-        schedule: Course of the rate, over what the strategy asks; None: the strategy's.
-        optimizer: Over what the strategy asks; None: the strategy's, else adamw.
+        data: The data source.
+        model: The component that builds the model.
+        adapt: Adapters that change the model, in order.
+        loss: The loss; None is the default of the targets.
+        metrics: The metrics; empty is the default of the targets.
+        strategy: The fine-tuning strategy.
+        callbacks: Callbacks (`--callback`).
+        augment: Random augmentations of training inputs, in order.
+        schedule: The learning rate schedule, which replaces that of the strategy; None keeps it.
+        optimizer: The optimizer, which replaces that of the strategy; None keeps it (by default adamw).
     """
 
     data: ComponentSpec = ComponentSpec("digits")
@@ -162,16 +163,16 @@ class RunConfig(Settings):
     optimizer: ComponentSpec | None = None
 
     def settings(self) -> dict[str, Any]:
-        """The plain settings as JSON-able values, by Python name."""
+        """Return the settings as JSON values, by Python name."""
         values = {name: getattr(self, name) for name in get_options(Settings)}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """The table of a configuration file, its keys checked.
+    """Read a configuration file and check its keys.
 
     Raises:
-        UsageError: It cannot be read, is no TOML, or has an unknown key.
+        UsageError: The file cannot be read, is not TOML, or has an unknown key.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -180,17 +181,17 @@ def read_config_file(path: Path) -> dict[str, Any]:
             f"cannot read '{path}'", where="--config", why=error.strerror or str(error), fix="check the path"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"'{path}' is not TOML", where="--config", why=str(error), fix="mend that line") from None
+        raise UsageError(f"'{path}' is not TOML", where="--config", why=str(error), fix="correct that line") from None
     for key in table:
         check_key(key, where=str(path))
     return table
 
 
 def check_key(key: str, *, where: str) -> None:
-    """Refuse a key that no configuration has.
+    """Raise an error for a key that no configuration has.
 
     Raises:
-        UnknownNameError: The message offers the nearest.
+        UnknownNameError: The key is unknown; the message suggests the nearest one.
     """
     known = [*GROUP_BY_KEY, *(each.key for each in get_options(Settings).values())]
     if key.replace("_", "-") not in known:
@@ -198,7 +199,7 @@ def check_key(key: str, *, where: str) -> None:
 
 
 def merge_config(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags over the file's table: a component named by a flag drops the file's options of another one."""
+    """Update a file's table by flags; a flag that names another component drops the file's options of that key."""
     table = {key.replace("_", "-"): value for key, value in file.items()}
     for key, value in flags.items():
         if key in SINGLE_COMPONENT_KEYS:
@@ -211,12 +212,12 @@ def merge_config(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str,
 
 
 def resolve_config(table: Mapping[str, Any], *, where: str = "") -> RunConfig:
-    """The configuration that a table of settings and components describes.
+    """Build the configuration that a table of settings and components describes.
 
     Args:
-        table: By key, as a file has it: `{"seed": 1, "strategy": {"name": "full", "epochs": 3}}`; a component may
-            also be a bare name.
-        where: What messages name.
+        table: A table as in a file: `{"seed": 1, "strategy": {"name": "full", "epochs": 3}}`; a component may also be
+            a name.
+        where: The source that error messages name.
 
     Raises:
         UnknownNameError: A key is unknown.
@@ -237,13 +238,13 @@ def resolve_config(table: Mapping[str, Any], *, where: str = "") -> RunConfig:
 
 
 def default_name(key: str) -> str | None:
-    """The component that a key names when nobody says otherwise."""
+    """Return the default component of a key, or None."""
     default = attrs.fields_dict(RunConfig)[key].default
     return default.name if default is not None else None
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """The table that `resolve_config` turns into an equal configuration; what is None is left out."""
+    """Return the table from which `resolve_config` builds an equal configuration; None values are omitted."""
     names = {each.name: each.key for each in get_options(Settings).values()}
     table: dict[str, Any] = {names[name]: value for name, value in config.settings().items() if value is not None}
     for key in SINGLE_COMPONENT_KEYS:
@@ -258,14 +259,14 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def config_to_toml(config: RunConfig) -> str:
-    """A file that runs the same."""
+    """Return the configuration as a TOML file."""
     import tomli_w
 
     return tomli_w.dumps(config_to_dict(config))
 
 
 def list_component_entries(value: Any) -> list[dict[str, Any]]:
-    """The components under a key of a table, each as a table with its name; a bare name or one alone will do."""
+    """Return the components of a key as tables with a name; the value may also be one name or one table."""
     items = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
     return [dict(item) if isinstance(item, Mapping) else {"name": item} for item in items]
 
@@ -300,7 +301,7 @@ def _merge_entry(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merge_entries(low: Any, high: Any, key: str) -> list[dict[str, Any]]:
-    """Components named by flags follow the file's; options of one the file named already go over the file's."""
+    """Append the components of flags to those of the file; options of the same component are updated."""
     out = [_to_entry(each, where=key) for each in low]
     for each in (_to_entry(value, where=key) for value in high):
         place = next((index for index, known in enumerate(out) if known.get("name") == each.get("name")), None)

@@ -1,4 +1,4 @@
-"""Declare a component and its options once; help, parsing, schema and checks all read that declaration."""
+"""Declaration of components and their options, from which help, parsing, JSON Schema and checks are derived."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import attrs
 from tuneforge.errors import OptionError, UnknownNameError, suggest_name
 
 API_VERSION = 1
-"""The version of the plugin contract this tuneforge speaks."""
+"""The version of the plugin API that this tuneforge supports."""
 
 _CHECK_KEY, _HELP_KEY = "tuneforge_check", "tuneforge_help"
 RESERVED_NAMES = frozenset({"name"})  # the key that names the component in a configuration file
@@ -26,12 +26,12 @@ C = TypeVar("C", bound=type)
 
 @attrs.frozen
 class Check:
-    """A rule for an option's value, readable by people and by JSON Schema.
+    """A rule for the value of an option, as text and as JSON Schema.
 
     Args:
         text: Completes the sentence "must be ...".
-        test: True for an acceptable value.
-        schema: The same rule in JSON Schema's words.
+        test: Returns True for a valid value.
+        schema: The same rule as JSON Schema.
     """
 
     text: str
@@ -40,42 +40,42 @@ class Check:
 
 
 def gt(low: float) -> Check:
-    """Greater than `low`."""
+    """Return a check for values greater than `low`."""
     return Check(f"greater than {low}", lambda value: bool(value > low), {"exclusiveMinimum": low})
 
 
 def ge(low: float) -> Check:
-    """At least `low`."""
+    """Return a check for values of at least `low`."""
     return Check(f"at least {low}", lambda value: bool(value >= low), {"minimum": low})
 
 
 def between(low: float, high: float) -> Check:
-    """From `low` to `high`, both included."""
+    """Return a check for values from `low` to `high`, both included."""
     return Check(f"from {low} to {high}", lambda value: bool(low <= value <= high), {"minimum": low, "maximum": high})
 
 
 def option(*, default: Any = attrs.NOTHING, help: str, check: Check | None = None) -> Any:  # noqa: A002 - click's word
-    """One option of a component: `lr: float = option(default=1e-3, help="Peak rate.", check=gt(0))`.
+    """Declare an option of a component: `lr: float = option(default=1e-3, help="Peak learning rate.", check=gt(0))`.
 
-    All by keyword, because that is how type checkers learn which options have a default.
+    Arguments are keyword-only, because type checkers see from them which options have a default.
 
     Args:
-        default: The value when nobody says otherwise; an option without one is required.
-        help: One sentence for `--help`, the docs and the schema.
-        check: A rule beyond the type, such as `gt(0)`; it is not applied to None.
+        default: The default value; an option without one is required.
+        help: One sentence for `--help`, the documentation and the schema.
+        check: A rule besides the type, such as `gt(0)`; it is not applied to None.
     """
     return attrs.field(default=default, validator=_validate, metadata={_HELP_KEY: help, _CHECK_KEY: check})
 
 
 @typing.dataclass_transform(field_specifiers=(option,), frozen_default=True, kw_only_default=True, eq_default=False)
 def component(*, api: int) -> Callable[[C], C]:
-    """Make a class a component: its annotated `option(...)` fields become read-only keyword arguments.
+    """Turn a class into a component: its annotated `option(...)` fields become read-only keyword arguments.
 
-    Instances compare by identity, because pluggy keeps plugins in sets and compares them. What a component
-    must remember while a run goes on belongs in `run.state(self)`, which checkpoints save.
+    Instances compare by identity, because pluggy stores plugins in sets. State that a component needs during a run
+    belongs in `run.state(self)`, which checkpoints save.
 
     Args:
-        api: The version of the plugin contract that the class was written for; today `1`.
+        api: The version of the plugin API that the class was written for; at present `1`.
 
     Raises:
         OptionError: A field is not declared with `option`, or has a reserved name.
@@ -98,14 +98,14 @@ def component(*, api: int) -> Callable[[C], C]:
 
 @attrs.frozen
 class Option:
-    """What one option of a component is, for help, schema and parsing.
+    """An option of a component, for help, schema and parsing.
 
     Args:
         name: The Python name, such as `head_epochs`.
         type: The resolved annotation.
-        default: `attrs.NOTHING` where the option is required.
+        default: The default value; `attrs.NOTHING` if the option is required.
         help: One sentence.
-        check: A rule beyond the type, or None.
+        check: A rule besides the type, or None.
     """
 
     name: str
@@ -121,12 +121,12 @@ class Option:
 
     @property
     def required(self) -> bool:
-        """True where there is no default."""
+        """True if there is no default."""
         return self.default is attrs.NOTHING
 
 
 def get_options(cls: type) -> dict[str, Option]:
-    """The options of a component class, by Python name, in order of declaration."""
+    """Return the options of a component class by Python name, in order of declaration."""
     hints = _get_type_hints(cls)
     return {
         field.name: Option(
@@ -142,18 +142,18 @@ def get_options(cls: type) -> dict[str, Option]:
 
 
 def get_option_values(instance: Any) -> dict[str, Any]:
-    """The option values of an instance, by Python name, as plain data (paths as text)."""
+    """Return the option values of an instance by Python name, as plain data (paths as text)."""
     values = {name: getattr(instance, name) for name in get_options(type(instance))}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def build_component(cls: type, values: Mapping[str, Any], *, where: str) -> Any:
-    """Construct a component from option values that a user gave.
+    """Construct a component from option values of a user.
 
     Args:
         cls: A class made by `component`.
-        values: By option name, with dashes or underscores. Text is parsed to the option's type, unless that is text.
-        where: What the messages name, such as `--strategy` or a file and key; `--` for flags without a prefix.
+        values: Values by option name, with dashes or underscores. Text is parsed to the type of the option.
+        where: The source that error messages name, such as `--strategy`; `--` for flags without a prefix.
 
     Raises:
         UnknownNameError: The component has no such option.
@@ -171,10 +171,10 @@ def build_component(cls: type, values: Mapping[str, Any], *, where: str) -> Any:
 
 
 def find_option(known: Mapping[str, Option], key: str, *, where: str, owner: str) -> Option:
-    """The option that `key` names, with dashes or underscores.
+    """Return the option that `key` names, with dashes or underscores.
 
     Raises:
-        UnknownNameError: There is none; the message offers the nearest.
+        UnknownNameError: There is no such option; the message suggests the nearest one.
     """
     found = known.get(key.replace("-", "_"))
     if found is None:
@@ -185,10 +185,10 @@ def find_option(known: Mapping[str, Option], key: str, *, where: str, owner: str
 
 
 def parse_option(declared: Option, value: Any, *, where: str) -> Any:
-    """Turn a value from a command line, a file or Python into the option's type, and check it.
+    """Convert a value from the command line, a file or Python to the type of the option, and check it.
 
     Raises:
-        OptionError: It cannot be turned into that type without loss, or breaks the option's rule.
+        OptionError: The value cannot be converted without loss, or breaks the rule of the option.
     """
     try:
         converted = _convert(value, declared.type)
@@ -196,7 +196,7 @@ def parse_option(declared: Option, value: Any, *, where: str) -> Any:
         raise OptionError(
             f"{value!r} is not a valid value for '{declared.key}'",
             where=where,
-            why=f"it must be of this kind: {describe_type(declared.type)}",
+            why=f"it must be of type: {describe_type(declared.type)}",
             fix=_suggest_fix(declared, where),
         ) from None
     if declared.check is not None and converted is not None and not declared.check.test(converted):
@@ -212,11 +212,11 @@ def parse_option(declared: Option, value: Any, *, where: str) -> Any:
 def _suggest_fix(declared: Option, where: str) -> str:
     shown = where.startswith("--") and not declared.required and declared.default not in (None, (), {})
     example = f", for example {where} {declared.default}" if shown else ""
-    return f"give a value that fits{example}; it means: {declared.help}"
+    return f"give a valid value{example}; the option means: {declared.help}"
 
 
 def build_json_schema(cls: type) -> dict[str, Any]:
-    """The JSON Schema (2020-12) of a component's options as a configuration file writes them."""
+    """Return the JSON Schema (2020-12) of the options of a component in a configuration file."""
     known = get_options(cls)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -230,7 +230,7 @@ def build_json_schema(cls: type) -> dict[str, Any]:
 
 
 def describe_type(annotation: Any) -> str:
-    """A type in a user's words: `integer`, `number`, `one of 'a', 'b'`, `list of text`."""
+    """Describe a type to a user: `integer`, `number`, `one of 'a', 'b'`, `list of text`."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):
         return " or ".join("none" if arg is type(None) else describe_type(arg) for arg in args)
@@ -254,7 +254,7 @@ def _get_type_hints(cls: type) -> dict[str, Any]:
 
 
 def _validate(instance: Any, field: attrs.Attribute[Any], value: Any) -> None:
-    """Hold constructor calls from Python to the same rules as flags and files."""
+    """Apply the rules of flags and files to constructor calls from Python."""
     declared = get_options(type(instance))[field.name]
     converted = parse_option(declared, value, where=f"{type(instance).__name__}({field.name}=...)")
     object.__setattr__(instance, field.name, converted)

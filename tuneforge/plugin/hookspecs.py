@@ -1,7 +1,7 @@
-"""The hook points: the whole contract between the engine and its plugins, on one page.
+"""The hook specifications: the interface between the engine and its plugins.
 
-Every hook takes one subject, so that signatures never have to change: what a plugin may know hangs on it.
-How results combine is said in each docstring and enforced in `tuneforge.plugin.hooks`.
+Every hook takes one main argument, whose attributes hold all that a plugin may use, so that signatures stay stable.
+Each docstring says how results are combined; `tuneforge.plugin.hooks` enforces it.
 """
 
 from __future__ import annotations
@@ -25,85 +25,86 @@ hookspec = pluggy.HookspecMarker("tuneforge")
 hookimpl = pluggy.HookimplMarker("tuneforge")
 
 PROVIDER_HOOKS = ("data_prepare", "train_step", "finetune_strategy", "optimizer_step")
-"""Hooks that exactly one component answers; any number may wrap them."""
+"""Hooks that exactly one component implements; any number may wrap them."""
 
 CHAINED_HOOKS = ("model_adapt", "evaluate")
-"""Hooks that every component answers in turn, in the order in which the user named them."""
+"""Hooks that all components implement in turn, in the order in which the user named them."""
 
 COMPONENT_GROUPS = ("data_prepare", "model_adapt", "train_step", "evaluate", "finetune_strategy", "callback")
-"""Entry-point groups (after `tuneforge.`) of components that take part in a run through hooks."""
+"""Entry-point groups (after `tuneforge.`) of components that implement hooks."""
 
 NON_HOOK_GROUPS = ("lr_schedule", "optimizer", "augment", "export", "inputs", "targets")
-"""Entry-point groups (after `tuneforge.`) of parts that a run or a step asks for by name."""
+"""Entry-point groups (after `tuneforge.`) of components that a run or a step refers to by name."""
 
 
 class HookSpecs:
-    """What a component may implement, in the order in which a run calls it."""
+    """The hooks that a component may implement, in the order in which a run calls them."""
 
     @hookspec
     def run_started(self, run: Run) -> None:
-        """Observe: configuration, folder and components exist; data and model do not yet."""
+        """Observe the start: configuration, run directory and components exist; data and model do not yet."""
 
     @hookspec(firstresult=True)
     def data_prepare(self, run: Run) -> Data:  # type: ignore[empty-body]  # a contract has no body
-        """Provide the splits and the contracts of inputs and targets. Exactly one provider."""
+        """Return the splits with inputs and targets. Exactly one component implements it."""
 
     @hookspec(firstresult=True)
     def model_adapt(self, run: Run, model: Model | None) -> Model:  # type: ignore[empty-body]
-        """Build or change the model. A chain: the first gets `model=None` and builds, each next gets the last result.
+        """Build or change the model. The first component gets `model=None` and builds it; the next ones change it.
 
-        When `run.restoring` is true the weights follow from the run folder: build the shape, load nothing.
-        Returning None is an error.
+        If `run.restoring` is true, the weights are loaded from the run directory afterwards: build the architecture
+        without loading weights. Returning None is an error.
         """
 
     @hookspec(firstresult=True)
     def finetune_strategy(self, task: TaskInfo) -> Iterable[StrategyStep]:  # type: ignore[empty-body]
-        """Say what to do: an iterable of steps, or a generator whose `yield` returns each step's answer.
+        """Return an iterable of steps, or a generator whose `yield` returns the result of each step.
 
-        Exactly one provider. It never sees the live model or the test split.
+        Exactly one component implements it. It has no access to the model or the test split.
         """
 
     @hookspec
     def phase_started(self, run: Run) -> None:
-        """Observe: `run.phase` is about to train; freezing, modes and optimizer are set."""
+        """Observe that `run.phase` is about to train; freezing, modes and optimizer are set."""
 
     @hookspec(firstresult=True)
     def train_step(self, run: Run, batch: Batch) -> tuple[Tensor, Any]:  # type: ignore[empty-body]
-        """Compute the loss of one batch. Exactly one provider; wrappers add to its loss.
+        """Compute the loss of one batch. Exactly one component implements it; wrappers add to its loss.
 
-        Call `run.forward(batch.inputs)`, never the module: in a frozen phase the engine runs only what changes.
+        Call `run.forward(batch.inputs)`, not the module, because the engine skips the frozen backbone if its features
+        are cached.
 
         Returns:
-            The scalar loss (mean over the batch), and the model's outputs.
+            The scalar loss (mean over the batch), and the outputs of the model.
         """
 
     @hookspec(firstresult=True)
     def optimizer_step(self, run: Run) -> None:
-        """Apply the gradients. The engine's own; wrap it to clip, perturb or average."""
+        """Apply the gradients. The engine implements it; wrap it to clip gradients or average weights."""
 
     @hookspec(firstresult=True)
     def evaluate(self, run: Run) -> Metrics:  # type: ignore[empty-body]
-        """Give a fresh accumulator with `update(outputs, targets)` and `compute()` for one pass over a split.
+        """Return a new metric object with `update(outputs, targets)` and `compute()` for one pass over a split.
 
-        Figures of all components are merged; the same figure from two of them is an error.
+        The metrics of all components are merged; the same metric from two of them is an error.
         """
 
     @hookspec
     def evaluation_started(self, run: Run) -> None:
-        """Observe: a split is about to be evaluated (averaged weights are swapped in here)."""
+        """Observe that a split is about to be evaluated; averaged weights are swapped in here."""
 
     @hookspec
     def evaluation_ended(self, run: Run) -> None:
-        """Observe: the split has been evaluated."""
+        """Observe that the split has been evaluated."""
 
     @hookspec
     def epoch_ended(self, run: Run) -> None:
-        """Observe: an epoch was trained and evaluated; its figures are in `run.history[-1]`."""
+        """Observe that an epoch was trained and evaluated; its metrics are in `run.history[-1]`."""
 
     @hookspec
     def phase_ended(self, run: Run) -> None:
-        """Observe: the phase's training is over and proved; best weights are not restored yet."""
+        """Observe that the phase has ended and passed the freeze check; best weights are not restored yet."""
 
     @hookspec
     def run_ended(self, run: Run) -> None:
-        """Observe: model and report are written."""
+        """Observe that model and report are written."""

@@ -1,4 +1,4 @@
-"""The metrics of all components of a run as one accumulator."""
+"""The metrics of all components of a run as one metric object."""
 
 from __future__ import annotations
 
@@ -10,52 +10,52 @@ from tuneforge.plugin.names import to_kebab_case
 
 
 class MergedMetrics:
-    """The metrics of all components as one, each figure once.
+    """The metrics of several components as one metric object, each name once.
 
     Args:
-        owned: Each accumulator with the label of the component that gave it.
+        owned: Each metric object with the label of the component that returned it.
 
     Raises:
-        PluginError: A component gave something that is no accumulator.
+        PluginError: A component returned something else than a metric object.
     """
 
     def __init__(self, owned: list[tuple[str, Any]]) -> None:
         for owner, metrics in owned:
             if not (hasattr(metrics, "update") and hasattr(metrics, "compute")):
                 raise PluginError(
-                    f"{owner} gave {type(metrics).__name__}, which is no accumulator of figures",
+                    f"{owner} returned {type(metrics).__name__}, which is not a metric object",
                     why="evaluate(run) must return an object with update(outputs, targets) and compute()",
                 )
         self._owned = owned
 
     def update(self, outputs: Any, targets: Any) -> None:
-        """Pass a batch to every accumulator."""
+        """Pass a batch to every metric object."""
         for _, metrics in self._owned:
             metrics.update(outputs, targets)
 
     def compute(self) -> dict[str, Any]:
-        """All figures as plain data.
+        """Return all metrics as plain data.
 
         Raises:
-            PluginError: Two components give the same figure.
+            PluginError: Two components compute a metric of the same name.
         """
-        figures: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         owners: dict[str, str] = {}
         for owner, metrics in self._owned:
             for name, value in _named_metrics(metrics).items():
-                if name in figures:
+                if name in values:
                     raise PluginError(
-                        f"the figure '{name}' comes from two components",
+                        f"the metric '{name}' comes from two components",
                         where=f"{owners[name]} and {owner}",
-                        why="a report can hold it only once",
+                        why="a report can hold a metric only once",
                         fix="name one of the two with --metrics",
                     )
-                figures[name], owners[name] = to_plain(value), owner
-        return figures
+                values[name], owners[name] = to_plain(value), owner
+        return values
 
 
 def to_plain(value: Any) -> Any:
-    """Tensors and numpy values as plain numbers and lists; everything else as it is."""
+    """Convert tensors and numpy values to plain numbers and lists; return everything else unchanged."""
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

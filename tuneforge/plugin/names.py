@@ -1,4 +1,4 @@
-"""Names that users type, made from class names, and counted nouns. Imports only `re`, to keep the command line fast."""
+"""Names that users type, derived from class names, and counted nouns. Imports only `re`, so that help stays fast."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 
 
 def to_kebab_case(name: str) -> str:
-    """`FreezeThenUnfreeze` -> `freeze-then-unfreeze`, `DigitCNN` -> `digit-cnn`, `WiseFT` -> `wise-ft`."""
+    """Return a class name in kebab case: `FreezeThenUnfreeze` -> `freeze-then-unfreeze`, `DigitCNN` -> `digit-cnn`."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower().replace("_", "-")
 
 
 def option_prefix(reference: str) -> str:
-    """What a repeatable component's options begin with: `ema` for `pkg/ema`, `stay-near` for `module:StayNear`."""
+    """Return the option prefix of a repeatable component: `ema` for `pkg/ema`, `my-loss` for `module:MyLoss`."""
     return to_kebab_case(reference.rpartition(":")[2]) if ":" in reference else reference.rpartition("/")[2]
 
 

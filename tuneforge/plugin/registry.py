@@ -1,4 +1,4 @@
-"""Names to component classes, over entry points: listing imports no plugin, loading imports exactly one."""
+"""The registry of components, based on entry points: listing imports no plugin, loading imports exactly one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tuneforge.plugin.names import to_kebab_case
 GROUP_PREFIX = "tuneforge."
 BUILTIN_DISTRIBUTION = "tuneforge"
 
-# Spelt out here, not imported: listing names must not import pluggy. A test keeps them equal to hookspecs.py.
+# Not imported from hookspecs.py, because listing names must not import pluggy. A test keeps both equal.
 GROUPS = (
     "data_prepare", "model_adapt", "train_step", "evaluate", "finetune_strategy", "callback",
     "lr_schedule", "optimizer", "augment", "export", "inputs", "targets",
@@ -37,14 +37,14 @@ NOUN_BY_GROUP = {
 
 
 class ComponentEntry(NamedTuple):
-    """One component that is installed, as its entry point describes it; nothing of it has been imported.
+    """An installed component as its entry point describes it; nothing of it has been imported.
 
     Args:
-        group: The hook point or kind of part, such as `finetune_strategy`.
-        name: What users type.
+        group: The entry-point group without `tuneforge.`, such as `finetune_strategy`.
+        name: The name that users type.
         target: `package.module:Class`.
         distribution: The distribution that ships it.
-        version: Of that distribution.
+        version: The version of that distribution.
         aliases: Other names of the same target.
     """
 
@@ -57,15 +57,15 @@ class ComponentEntry(NamedTuple):
 
 
 def list_components() -> tuple[ComponentEntry, ...]:
-    """Every component installed in this environment, sorted by group, then name. Imports no plugin.
+    """Return every installed component, sorted by group, then name. No plugin is imported.
 
-    Entries of a broken distribution (no name, unreadable metadata) are passed over.
+    Entries of a broken distribution (no name, unreadable metadata) are skipped.
     """
     return _list_components_on_path(tuple(sys.path))
 
 
 def list_components_of_group(group: str) -> tuple[ComponentEntry, ...]:
-    """The installed components of one group.
+    """Return the installed components of a group.
 
     Raises:
         UnknownNameError: There is no such group.
@@ -76,15 +76,15 @@ def list_components_of_group(group: str) -> tuple[ComponentEntry, ...]:
 
 
 def find_component(group: str, reference: str, *, where: str = "") -> ComponentEntry:
-    """The entry that a reference names.
+    """Return the entry that a reference names.
 
     Args:
-        group: Where to look.
+        group: The group of the component.
         reference: `package.module:Name`, `distribution/name`, or a bare name or alias.
-        where: What the messages name; the group's flag by default.
+        where: The source that error messages name; by default the flag of the group.
 
     Raises:
-        UnknownNameError: Nothing of that name is installed; or two third parties claim it.
+        UnknownNameError: No such component is installed, or two distributions install one of that name.
     """
     where = where or FLAG_BY_GROUP.get(group, group)
     if ":" in reference:
@@ -99,14 +99,14 @@ def find_component(group: str, reference: str, *, where: str = "") -> ComponentE
 
 
 def load_component(entry: ComponentEntry) -> type:
-    """Import the class behind an entry and check that it is a component of this API.
+    """Import the class of an entry and check that it is a component of this API version.
 
     Raises:
-        PluginLoadError: The import failed in any way, or what was found is no component of this API version.
+        PluginLoadError: The import failed, or the object is not a component of this API version.
     """
     module_name, _, attribute = entry.target.partition(":")
     if not entry.distribution and "" not in sys.path and "." not in sys.path:
-        sys.path.insert(0, "")  # local code: the current folder is on the path for it
+        sys.path.insert(0, "")  # local code is imported from the current directory
     try:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
@@ -122,13 +122,13 @@ def load_component(entry: ComponentEntry) -> type:
 
 
 def describe_component(entry: ComponentEntry) -> str:
-    """`strategy 'x' of some-package 1.2`, or `strategy 'module:X'` for local code."""
+    """Describe a component: `strategy 'x' of some-package 1.2`, or `strategy 'module:X'` for local code."""
     owner = f" of {entry.distribution} {entry.version}" if entry.distribution else ""
     return f"{NOUN_BY_GROUP[entry.group]} '{entry.name}'{owner}"
 
 
 def find_entry_of_class(group: str, cls: type) -> ComponentEntry:
-    """The entry under which a class is installed, or a local reference where it is not."""
+    """Return the entry under which a class is installed, or a local reference if it is not installed."""
     target = f"{cls.__module__}:{cls.__qualname__}"
     known = (entry for entry in list_components() if entry.target == target)
     matches = sorted(known, key=lambda entry: entry.group != group)
@@ -136,7 +136,7 @@ def find_entry_of_class(group: str, cls: type) -> ComponentEntry:
 
 
 def clear_cache() -> None:
-    """Look at the environment again at the next question (something was installed meanwhile)."""
+    """Read the installed distributions again at the next call."""
     _list_components_on_path.cache_clear()
 
 
@@ -161,7 +161,7 @@ def _read_entry_points() -> Iterator[tuple[str, str, str, str, str]]:
             if not text or GROUP_PREFIX not in text:
                 continue
             name, version = distribution.metadata["Name"], distribution.version
-            if not name or name in seen:  # an earlier folder on the path hides a later one, as for imports
+            if not name or name in seen:  # an earlier directory on the path hides a later one, as for imports
                 continue
             seen.add(name)
             points = [point for point in distribution.entry_points if point.group.startswith(GROUP_PREFIX)]
@@ -174,7 +174,7 @@ def _read_entry_points() -> Iterator[tuple[str, str, str, str, str]]:
 
 
 def _choose_primary_name(names: list[str], target: str) -> tuple[str, str]:
-    """The name that is the class name's kebab form, else the first; the other names are its aliases."""
+    """Return the name that is the class name in kebab case, else the first one; the other names are aliases."""
     own = to_kebab_case(target.rpartition(":")[2])
     return (own if own in names else sorted(names)[0]), target
 

@@ -17,11 +17,11 @@ from tuneforge.errors import UsageError
 _SerializableT = TypeVar("_SerializableT", bound=type)
 _SERIALIZABLE_CLASSES: dict[str, type] = {}
 KEEP_KEY_ORDER = {"keeps_order": True}
-"""Metadata of a field whose mapping counts in its order."""
+"""Metadata of a field whose mapping keeps its order in JSON."""
 
 
 def register_serializable(cls: _SerializableT) -> _SerializableT:
-    """Class decorator: values of this attrs class are plain data, and JSON knows them by the class's name."""
+    """Register an attrs class as plain data, which JSON stores under the name of the class."""
     _SERIALIZABLE_CLASSES[cls.__name__] = cls
     return cls
 
@@ -36,10 +36,10 @@ copyreg.pickle(MappingProxyType, lambda mapping: (_read_only, (dict(mapping),)))
 
 
 def to_plain_data(value: Any) -> Any:
-    """Read-only plain data: sequences become tuples, mappings read-only, paths text, numpy and torch scalars Python's.
+    """Convert to read-only plain data: tuples, read-only mappings, paths as text, and scalars as Python numbers.
 
     Raises:
-        TypeError: `value` holds something that is not data, such as a tensor of many elements or a model.
+        TypeError: `value` holds something that is not plain data, such as a model or a tensor of several elements.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -57,15 +57,15 @@ def to_plain_data(value: Any) -> Any:
 
 
 def mapping_field(**metadata: Any) -> Any:
-    """A field of plain data, a mapping, empty by default."""
+    """Return an attrs field for a mapping of plain data, empty by default."""
     return attrs.field(factory=dict, converter=to_plain_data, metadata=metadata)
 
 
 def sort_keys(value: Any) -> Any:
-    """Plain data whose mappings are sorted by name, all the way down.
+    """Return plain data with all mappings sorted by key, recursively.
 
-    What a strategy is told must not depend on whether the run was resumed, the order of figures included: it may break
-    a tie by it.
+    The input of a strategy must not depend on whether the run was resumed. That includes the order of metrics, by which
+    a strategy may break a tie.
     """
     value = to_plain_data(value)
     if isinstance(value, Mapping):
@@ -75,26 +75,26 @@ def sort_keys(value: Any) -> Any:
 
 
 def metrics_field() -> Any:
-    """A field of figures by name, sorted (see `sort_keys`)."""
+    """Return an attrs field for metrics by name, sorted (see `sort_keys`)."""
     return attrs.field(factory=dict, converter=sort_keys)
 
 
 def to_json(value: Any) -> str:
-    """One line of JSON from which `from_json` restores an equal value; equal values give equal text."""
+    """Return one line of JSON from which `from_json` restores an equal value; equal values give equal text."""
     return json.dumps(_encode(to_plain_data(value)), sort_keys=True, allow_nan=False)
 
 
 def from_json(text: str) -> Any:
-    """The value that `to_json` wrote.
+    """Return the value that `to_json` wrote.
 
     Raises:
-        UsageError: The text is not such a value.
+        UsageError: The text is not the JSON of a step or result.
     """
 
     try:
         return _decode(json.loads(text))
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError("not a step or an answer", where=text[:80], why=str(error)) from error
+        raise UsageError("not the JSON of a strategy step or its result", where=text[:80], why=str(error)) from error
 
 
 def _encode(value: Any) -> Any:
@@ -118,7 +118,7 @@ def _encode_field(value: Any, field: attrs.Attribute[Any]) -> Any:
 
 
 def _encode_mapping(value: Mapping[Any, Any], *, keeps_order: bool) -> dict[str, Any]:
-    """A JSON object, whose keys will be sorted; or a list of pairs where keys are no plain text, or order counts."""
+    """Return a JSON object, or a list of pairs if keys are not plain text or the order counts."""
     plain_keys = all(isinstance(key, str) and not key.startswith("$") for key in value)
     if plain_keys and not (keeps_order and list(value) != sorted(value)):
         return {key: _encode(item) for key, item in value.items()}

@@ -1,4 +1,4 @@
-"""What a strategy may ask for: plain frozen data that survives JSON without loss."""
+"""The steps that a strategy yields: immutable plain data that JSON stores without loss."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tuneforge.plugin.serialization import KEEP_KEY_ORDER, mapping_field, regist
 @register_serializable
 @attrs.frozen
 class ComponentSpec:
-    """A part asked for by name, with its options: `ComponentSpec("one-cycle", {"pct_start": 0.3})`.
+    """A component by name, with its options: `ComponentSpec("one-cycle", {"pct_start": 0.3})`.
 
     Args:
-        name: As the registry knows it.
-        options: By option name; the part's defaults hold for the others.
+        name: The name in the registry.
+        options: Values by option name; the others have their defaults.
     """
 
     name: str
@@ -27,7 +27,7 @@ class ComponentSpec:
 
 
 def use(name: str, **options: Any) -> ComponentSpec:
-    """Ask for a part by name: `Phase(..., schedule=use("one-cycle", pct_start=0.3))`."""
+    """Refer to a component by name: `Phase(..., schedule=use("one-cycle", pct_start=0.3))`."""
     return ComponentSpec(name, options)
 
 
@@ -50,33 +50,34 @@ def _to_selectors(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
 @register_serializable
 @attrs.frozen
 class Phase:
-    """Train what a selector names.
+    """Train the parameters that selectors match.
 
     Args:
-        name: Unique within the run; `WeightAverage` and the report refer to it. `"start"` is taken.
-        train: What trains: `"head"`, `"all"`, `"norms"`, `"biases"`, a layer group, a slice of groups such as
-            `"groups[-2:]"`, a module's path, a glob over parameter names, or `"re:..."`. Several are joined in order;
-            one with `!` in front takes away. All else is frozen.
+        name: A name that is unique within the run; `WeightAverage` and the report refer to it. `"start"` is reserved.
+        train: Selectors of the trained parameters: `"head"`, `"all"`, `"norms"`, `"biases"`, a layer group, a slice of
+            groups such as `"groups[-2:]"`, a module path, a glob over parameter names, or `"re:..."`. Several are
+            joined in order; one that starts with `!` removes matches. All other parameters are frozen.
         epochs: Passes over the training split; give this or `steps`.
         steps: Optimizer steps, where an epoch is too coarse.
-        lr: Peak learning rate, of the group nearest to the answer where `layer_decay` is given.
-        lr_scales: Factors on `lr` by selector, at least 0; a later one beats an earlier one.
+        lr: Peak learning rate; with `layer_decay`, that of the last layer group.
+        lr_scales: Factors on `lr` by selector, at least 0; a later one overrides an earlier one.
         layer_decay: Factor on `lr` from each layer group to the one below it, in (0, 1].
-        schedule: The course of the rate over this phase; None leaves it to the run.
-        optimizer: None goes on with the run's; another name starts a new one.
-        weight_decay: Of matrices; biases and norms are never decayed. None is the optimizer's default.
-        patience: Epochs without gain after which the phase stops; None never stops early.
-        monitor: The validation figure of early stopping and best weights, or None for the targets' own.
-        monitor_mode: `"max"` or `"min"`, where tuneforge does not know whether more of `monitor` is better.
-        min_delta: What counts as a gain of `monitor`, absolute.
-        restore_best: End on the weights of the best epoch rather than the last.
-        batchnorm_stats: `"frozen"`: a norm with a frozen parameter keeps its statistics; `"updating"`: frozen norms go
-            on adapting their statistics to the data.
+        schedule: The learning rate schedule of this phase; None is that of the run.
+        optimizer: The optimizer; None continues with that of the run, and another name starts a new one.
+        weight_decay: Weight decay of weight matrices; biases and norms are not decayed. None is the default of the
+            optimizer.
+        patience: Epochs without improvement after which the phase stops; None disables early stopping.
+        monitor: The validation metric of early stopping and best weights; None is the default of the targets.
+        monitor_mode: `"max"` or `"min"`, if tuneforge does not know whether a higher `monitor` is better.
+        min_delta: The least change of `monitor` that counts as an improvement, absolute.
+        restore_best: End with the weights of the best epoch instead of the last.
+        batchnorm_stats: `"frozen"`: BatchNorm layers with a frozen parameter keep their running statistics;
+            `"updating"`: they keep updating them.
         class_weights: Factors on the loss by class name, `"balanced"`, or None.
-        sampling: How often each class is drawn, by name, `"balanced"`, or None for as it comes.
-        mixture_weights: Share of each named part of the training split (`Data.sample_groups`) in an epoch; what is left
-            over is drawn from the samples in none of the parts named, and an epoch has as many draws as ever. Not with
-            `sampling`.
+        sampling: Sampling weights by class name, `"balanced"`, or None for uniform sampling without replacement.
+        mixture_weights: Fraction of an epoch that is drawn from each sample group (`Data.sample_groups`); the rest is
+            drawn from samples in none of the named groups, and the number of draws per epoch does not change. Not
+            together with `sampling`.
         why: The reason for this step, which is printed and stored.
     """
 
@@ -139,11 +140,11 @@ class Phase:
 @register_serializable
 @attrs.frozen
 class HeadFit:
-    """Solve the head on frozen features, to convergence, and load it (a linear probe).
+    """Solve the head to convergence on frozen features and load it (a linear probe).
 
     Args:
         name: Unique within the run.
-        l2: Strength of the ridge on the head's weights, relative to the mean loss.
+        l2: Strength of the L2 penalty on the weights of the head, relative to the mean loss.
         why: The reason for this step, which is printed and stored.
     """
 
@@ -159,15 +160,16 @@ class HeadFit:
 @register_serializable
 @attrs.frozen
 class Diagnosis:
-    """Measure and train nothing: the run's state is bit-equal before and after.
+    """Measure without training: the state of the run is bit-identical before and after.
 
     Args:
         name: Unique within the run.
-        measure: `"gradients"`: the ratio of gradient norm to weight norm; `"features"`: how far each group's output
-            on validation lies from that on training; `"lrs"`: the loss after one step at each of a range of rates.
-        train: For gradients and rates, what would train.
-        batches: Training batches to look at.
-        by: For gradients, one figure a layer `"group"` or one a `"tensor"`.
+        measure: `"gradients"`: the ratio of gradient norm to weight norm; `"features"`: the shift of the output of
+            each layer group between training and validation; `"lrs"`: the loss after one optimizer step at each of a
+            range of learning rates.
+        train: For gradients and lrs, the selectors of the parameters that would train.
+        batches: The number of training batches to use.
+        by: For gradients, one value per layer `"group"` or one per `"tensor"`.
         why: The reason for this step, which is printed and stored.
     """
 
@@ -188,15 +190,15 @@ class Diagnosis:
 @register_serializable
 @attrs.frozen
 class WeightAverage:
-    """Interpolate between named snapshots of the weights and keep the best on validation (WiSE-FT, soups).
+    """Interpolate between snapshots of the weights and keep the best on validation (WiSE-FT, model soups).
 
-    With one snapshot this goes back to it.
+    With one snapshot, its weights are restored.
 
     Args:
         name: Unique within the run.
-        snapshots: `"start"`, or the name of an earlier step: its weights at its end.
-        weights: With two snapshots, candidate weights of the last one; of any other number the mean is taken.
-        monitor: The validation figure that picks, or None for the targets' own.
+        snapshots: `"start"`, or names of earlier steps, whose final weights are used.
+        weights: With two snapshots, candidate weights of the second one; any other number of snapshots is averaged.
+        monitor: The validation metric that decides; None is the default of the targets.
         monitor_mode: `"max"` or `"min"`, where tuneforge does not know whether more of `monitor` is better.
         why: The reason for this step, which is printed and stored.
     """
@@ -219,7 +221,7 @@ class WeightAverage:
 
 StrategyStep = Phase | HeadFit | Diagnosis | WeightAverage
 StrategySteps = Generator[StrategyStep, Any, None]
-"""The type of a strategy that is a generator: it yields steps, and each `yield` returns the step's answer."""
+"""The type of a strategy that is a generator: it yields steps, and each `yield` returns the result of the step."""
 
 
 def _require_number(step: Any, name: str, *, low: float, high: float = math.inf, whole: bool = False) -> None:
