@@ -1,4 +1,4 @@
-"""How old and new samples become one data set, and how weights find their place in a model with more classes.
+"""Merge old and new samples into one data set, and load the weights of a run into a model with more classes.
 
 Shapes: n samples, b in a batch, k classes.
 """
@@ -23,14 +23,14 @@ _INPUTS_PREFIX = "stored/"
 
 @attrs.frozen(eq=False)
 class NewSamples:
-    """Newly labelled samples, as the inputs contract stores them.
+    """Newly labeled samples in stored form.
 
     Args:
-        inputs: (n, ...), or a mapping of such tensors.
-        labels: The class of each.
-        ids: A name of each that stays the same.
-        held_out: Whether each is for the gate alone.
-        path: The file that they were read from.
+        inputs: The stored inputs (n, ...), or a mapping of such tensors.
+        labels: The label of each sample.
+        ids: A stable name of each sample.
+        held_out: Whether each sample is held out for the gate.
+        path: The file of the samples.
     """
 
     inputs: TensorTree
@@ -40,7 +40,7 @@ class NewSamples:
     path: Path
 
     def select_rows(self, *, held_out: bool, classes: Sequence[str]) -> Tensor:
-        """Those of one side whose class is among `classes`, int64."""
+        """Return the rows of the held-out or the other samples with a label in `classes`, int64."""
         both = zip(self.labels, self.held_out, strict=True)
         return torch.tensor(
             [row for row, (label, side) in enumerate(both) if side == held_out and label in classes], dtype=torch.int64
@@ -48,10 +48,10 @@ class NewSamples:
 
 
 def read_new_samples(path: Path) -> NewSamples:
-    """Read newly labelled samples.
+    """Read newly labeled samples.
 
     Raises:
-        DataError: The file does not hold them.
+        DataError: The file contains none.
     """
     tensors, about = load_tensors(path)
     stored = {
@@ -60,66 +60,66 @@ def read_new_samples(path: Path) -> NewSamples:
     columns = [about.get(name) for name in ("labels", "ids", "held_out")]
     if not stored or any(not isinstance(each, list) for each in columns):
         raise DataError(
-            f"'{path.name}' holds no labelled samples", where="--data.new", fix="give a file of tuneforge retune"
+            f"'{path.name}' contains no labeled samples", where="--data.new", fix="pass a file of tuneforge retrain"
         )
     labels, ids, held_out = (tuple(each or ()) for each in columns)
     return NewSamples(stored[""] if set(stored) == {""} else stored, labels, ids, held_out, path)
 
 
 def merge_new_samples(run: Path, new: NewSamples, *, val: float, min_samples_per_class: int, seed: int) -> Data:
-    """The old data with the new samples.
+    """Return the data of a run with the new samples.
 
     Args:
-        run: Whose data are continued.
+        run: The run.
         new: The new samples.
-        val: Share of the new samples for validation.
-        min_samples_per_class: Training samples that a new class must have.
-        seed: Draws the new samples for validation.
+        val: The fraction of the new samples for validation.
+        min_samples_per_class: The minimum number of training samples of a new class.
+        seed: The seed of the split into training and validation.
 
     Raises:
-        DataError: The old data have no classes, or no new sample is left to train on.
+        DataError: The data of the run have no classes, or there is no new sample to train on.
     """
     old = load(run).with_data().data
     if not isinstance(old.targets, load_component(find_component("targets", "classes"))):
         raise DataError(
-            "only data with one class a sample can be continued",
+            "new samples can only be added to data with one class per sample",
             where="--data.run",
             why=f"the run's targets are {type(old.targets).__name__}",
-            fix="join the data yourself and tune on them",
+            fix="merge the data yourself and train on them",
         )
     names, notes = _merge_class_names(old.targets.labels, new, min_samples_per_class)
     codes = torch.tensor([names.index(each) if each in names else -1 for each in new.labels], dtype=torch.int64)
-    train, held = _split_train_val(new.select_rows(held_out=False, classes=names), codes, val=val, seed=seed)
-    longer = _append_samples(old.train, new, train, codes)
+    train, val_rows = _split_train_val(new.select_rows(held_out=False, classes=names), codes, val=val, seed=seed)
+    merged = _append_samples(old.train, new, train, codes)
     test = new.select_rows(held_out=True, classes=names)
     size = len(old.train)
     return attrs.evolve(
         old,
-        train=longer,
-        val=_append_samples(old.val, new, held, codes),
+        train=merged,
+        val=_append_samples(old.val, new, val_rows, codes),
         targets=attrs.evolve(old.targets, names=names),  # type: ignore[misc]  # a component is an attrs class
         extra_test_splits={**old.extra_test_splits, **({"new": _to_split(new, test, codes)} if len(test) else {})},
-        sample_groups={"old": torch.arange(size), "new": torch.arange(size, len(longer))},
-        notes=(*old.notes, f"new samples: {len(train)} train, {len(held)} val, {len(test)} held out", *notes),
+        sample_groups={"old": torch.arange(size), "new": torch.arange(size, len(merged))},
+        notes=(*old.notes, f"new samples: {len(train)} train, {len(val_rows)} val, {len(test)} held out", *notes),
     )
 
 
 def load_warm_start(model: Model, run: Path) -> Model:
-    """The model with the weights of a finished run; rows of classes that the run did not know stay as they are.
+    """Load the weights of a finished run into a model; the head's rows of new classes stay randomly initialized.
 
     Raises:
-        DataError: Another tensor than the head's has no counterpart of its shape.
+        DataError: A tensor outside the head has no counterpart of its shape in the run.
     """
-    before = load(run).model
-    own, known = model.module.state_dict(), before.module.state_dict()
-    kept = [name for name in model.labels if name in before.labels]
-    here = [model.labels.index(name) for name in kept]
-    there = [before.labels.index(name) for name in kept]
+    trained = load(run).model
+    state, trained_state = model.module.state_dict(), trained.module.state_dict()
+    shared = [name for name in model.labels if name in trained.labels]
+    rows = [model.labels.index(name) for name in shared]
+    trained_rows = [trained.labels.index(name) for name in shared]
     with torch.no_grad():
-        for name, tensor in own.items():
-            source = known.get(name)
+        for name, tensor in state.items():
+            source = trained_state.get(name)
             if name.startswith(f"{model.head}.") and source is not None and source.shape[1:] == tensor.shape[1:]:
-                tensor[here] = source[there]
+                tensor[rows] = source[trained_rows]
             elif source is not None and source.shape == tensor.shape:
                 tensor.copy_(source)
             else:
@@ -127,16 +127,16 @@ def load_warm_start(model: Model, run: Path) -> Model:
                     f"the run has no weights for '{name}' of shape {tuple(tensor.shape)}",
                     where="--warm-start.run",
                     why=f"its '{name}' is {'missing' if source is None else tuple(source.shape)}",
-                    fix="build the model as that run did",
+                    fix="build the model as in that run",
                 )
-    fresh = [name for name in model.labels if name not in kept]
-    added = f", and fresh rows for {', '.join(fresh)}" if fresh else ""
-    return model.with_change(f"warm start: weights of a run{added}", pretrained_labels=tuple(kept), pretrained=True)
+    added = [name for name in model.labels if name not in shared]
+    note = f", randomly initialized head for {', '.join(added)}" if added else ""
+    return model.with_change(f"warm start: weights of a run{note}", pretrained_labels=tuple(shared), pretrained=True)
 
 
 @attrs.frozen(eq=False)
 class ConcatSource:
-    """Two sources as one, the second after the first."""
+    """Two sources as one; the samples of the second follow those of the first."""
 
     first: Source
     second: Source
@@ -145,34 +145,34 @@ class ConcatSource:
         return len(self.first) + len(self.second)
 
     def fetch(self, indices: Tensor) -> TensorTree:
-        """The stored form of `indices` (b,), each from where it lies."""
+        """Return the stored inputs of `indices` (b,)."""
         size = len(self.first)
-        early = indices < size
-        found = [
+        in_first = indices < size
+        parts = [
             source.fetch(own)
-            for source, own in ((self.first, indices[early]), (self.second, indices[~early] - size))
+            for source, own in ((self.first, indices[in_first]), (self.second, indices[~in_first] - size))
             if len(own)
         ]
-        places = torch.cat([early.nonzero().flatten(), (~early).nonzero().flatten()]).argsort()
-        return map_inputs(concatenate_inputs(found), lambda tensor: tensor.index_select(0, places))
+        order = torch.cat([in_first.nonzero().flatten(), (~in_first).nonzero().flatten()]).argsort()
+        return map_inputs(concatenate_inputs(parts), lambda tensor: tensor.index_select(0, order))
 
     def fingerprint(self) -> str | None:
-        """SHA-256 over both; None where one cannot say."""
-        asked = [getattr(source, "fingerprint", lambda: None)() for source in (self.first, self.second)]
-        return None if None in asked else hashlib.sha256(" ".join(map(str, asked)).encode()).hexdigest()
+        """Return a SHA-256 over both fingerprints; None if one source cannot tell."""
+        fingerprints = [getattr(source, "fingerprint", lambda: None)() for source in (self.first, self.second)]
+        return None if None in fingerprints else hashlib.sha256(" ".join(map(str, fingerprints)).encode()).hexdigest()
 
 
-def _merge_class_names(old: tuple[str, ...], new: NewSamples, fewest: int) -> tuple[tuple[str, ...], list[str]]:
-    """The old names, then those of new classes with enough samples to learn from; and a sentence on the others."""
+def _merge_class_names(old: tuple[str, ...], new: NewSamples, min_samples: int) -> tuple[tuple[str, ...], list[str]]:
+    """Return the old class names followed by new classes with enough training samples, and notes for the user."""
     counts = Counter(label for label, side in zip(new.labels, new.held_out, strict=True) if not side)
-    grown = sorted(name for name, count in counts.items() if name not in old and count >= fewest)
-    unknown = sorted(set(new.labels) - set(old) - set(grown))
-    left = [f"left out, fewer than {fewest} training samples: {', '.join(unknown)}"] if unknown else []
-    return (*old, *grown), ([f"new classes: {', '.join(grown)}"] if grown else []) + left
+    added = sorted(name for name, count in counts.items() if name not in old and count >= min_samples)
+    unknown = sorted(set(new.labels) - set(old) - set(added))
+    skipped = [f"skipped, fewer than {min_samples} training samples: {', '.join(unknown)}"] if unknown else []
+    return (*old, *added), ([f"new classes: {', '.join(added)}"] if added else []) + skipped
 
 
 def _split_train_val(rows: Tensor, codes: Tensor, *, val: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split rows into training and validation, each class in the same proportion; a single row is for training."""
+    """Split rows into training and validation, stratified by class; the only row of a class is for training."""
     groups = [rows[codes[rows] == code] for code in sorted(set(codes[rows].tolist()))]
     if not groups:
         raise DataError(
@@ -190,7 +190,7 @@ def _split_train_val(rows: Tensor, codes: Tensor, *, val: float, seed: int) -> t
 
 
 def _append_samples(old: Split, new: NewSamples, rows: Tensor, codes: Tensor) -> Split:
-    """A split with the new samples of `rows` behind its own."""
+    """Return a split followed by the new samples of `rows`."""
     added = _to_split(new, rows, codes) if len(rows) else None
     if added is None:
         return old

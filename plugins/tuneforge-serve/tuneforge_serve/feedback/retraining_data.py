@@ -1,6 +1,6 @@
-"""Tuning that goes on: a run's data joined by newly labelled samples, and a model that starts where a run ended.
+"""Components for retraining: a run's data with newly labeled samples, and a warm start from the weights of a run.
 
-Only options are declared here, so that `--help` needs no torch; the work is in `joined`.
+This module only declares options, so that `--help` imports no torch; `new_samples` does the work.
 """
 
 from __future__ import annotations
@@ -17,41 +17,45 @@ if TYPE_CHECKING:
 
 @component(api=1)
 class ContinualData:
-    """A run's own data, joined by newly labelled samples: the parts `old` and `new` of the training split.
+    """A run's own data with newly labeled samples: the sample groups `old` and `new` of the training split.
 
-    Validation gets a share of the new samples. The old test split stays what it was; new samples that are held out are
-    a test split of their own, `new`. Classes may grow: new ones follow the old ones, by name.
+    A fraction of the new samples is for validation. The old test split is unchanged; held-out new samples are the extra
+    test split `new`. New classes follow the old ones, sorted by name.
     """
 
-    run: Path = option(help="The run whose data go on: its folder, or a bundle that holds its safetensors form.")
-    new: Path = option(help="The new samples, a safetensors file as `tuneforge retune` writes it.")
-    val: float = option(default=0.2, help="Share of the new samples for validation.", check=between(0, 0.5))
-    fewest: int = option(
-        default=5, help="Training samples that a new class must have; one with fewer is left out.", check=ge(2)
+    run: Path = option(help="The run with the old data: its directory, or a bundle with safetensors weights.")
+    new: Path = option(help="The new samples: a safetensors file that `tuneforge retrain` writes.")
+    val: float = option(default=0.2, help="Fraction of the new samples for validation.", check=between(0, 0.5))
+    min_samples_per_class: int = option(
+        default=5, help="Minimum number of training samples of a new class; a smaller class is skipped.", check=ge(2)
     )
 
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
-        """Prepare the old data again, read the new samples, and join them."""
+        """Prepare the old data, read the new samples, and merge them."""
         from tuneforge_serve.feedback.new_samples import merge_new_samples, read_new_samples
 
         return merge_new_samples(
-            self.run, read_new_samples(self.new), val=self.val, min_samples_per_class=self.fewest, seed=run.data_seed
+            self.run,
+            read_new_samples(self.new),
+            val=self.val,
+            min_samples_per_class=self.min_samples_per_class,
+            seed=run.data_seed,
         )
 
 
 @component(api=1)
 class WarmStart:
-    """Start from the weights of a finished run: tensors by name, rows of the head by the names of their classes."""
+    """Start from the weights of a finished run: tensors by name, rows of the head by class name."""
 
-    run: Path = option(help="The finished run: its folder, or a bundle that holds its safetensors form.")
+    run: Path = option(help="The finished run: its directory, or a bundle with safetensors weights.")
 
     @hookimpl(wrapper=True)
     def model_adapt(self, run: Run) -> Generator[None, Model, Model]:
-        """Build the model as its chain says, then copy the weights.
+        """Build the model, then load the weights.
 
         Raises:
-            DataError: A tensor other than the head's has another shape.
+            DataError: A tensor outside the head has another shape.
         """
         model = yield
         if run.restoring:
