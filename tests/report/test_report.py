@@ -36,8 +36,8 @@ def png(seed):
     return base64.b64encode(file.getvalue()).decode()
 
 
-def class_figures(labels, samples, *, skill, seed=0):
-    """Figures of answers that grow better with `skill`."""
+def class_metrics(labels, samples, *, skill, seed=0):
+    """Return metrics of predictions that improve with `skill`."""
     if not labels:
         return {"loss": math.nan, "accuracy": math.nan, "ece": math.nan, "per_class": {}, "confusion": []}
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +50,7 @@ def class_figures(labels, samples, *, skill, seed=0):
     return metrics.compute()
 
 
-def number_figures(samples, *, skill):
+def regression_metrics(samples, *, skill):
     """Figures of a regression of one number."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(samples, 1, generator=generator)
@@ -59,7 +59,7 @@ def number_figures(samples, *, skill):
     return metrics.compute()
 
 
-def class_mistakes(labels, number, *, pictures=True):
+def incorrect_predictions(labels, number, *, pictures=True):
     """Mistakes as the engine writes them."""
     out = []
     for row in range(number):
@@ -71,7 +71,9 @@ def class_mistakes(labels, number, *, pictures=True):
     return out
 
 
-def write_run(folder, *, labels, splits, mistakes, phases=(("head", 3), ("all", 5)), headline=None, monitor="f1_macro"):
+def write_run(
+    folder, *, labels, splits, hardest_samples, phases=(("head", 3), ("all", 5)), headline=None, monitor="f1_macro"
+):
     """The folder of a finished run: `splits` has the figures of each split by its name."""
     folder.mkdir(parents=True)
     headline = headline or ["accuracy", "precision_macro", "recall_macro", "f1_macro"]
@@ -97,7 +99,7 @@ def write_run(folder, *, labels, splits, mistakes, phases=(("head", 3), ("all", 
     samples = {"train": 1437, "val": 360, "test": 360} | {name: 100 for name in splits if name not in ("val", "test")}
     for name, lines in (("metrics", map(to_json, metrics)), ("timings", map(to_json, timings)), ("steps", steps)):
         (folder / f"{name}.jsonl").write_bytes("".join(f"{line}\n" for line in lines).encode(errors="replace"))
-    write_json(folder / "hardest_samples.json", mistakes)
+    write_json(folder / "hardest_samples.json", hardest_samples)
     report = {
         "strategy": "freeze-then-unfreeze",
         "monitor": monitor,
@@ -139,18 +141,18 @@ def run_record():
     }
 
 
-def classes_run(folder, labels, *, skill=4.0, num_mistakes=6, **more):
+def classes_run(folder, labels, *, skill=4.0, num_incorrect=6, **more):
     splits = {
-        "val": class_figures(labels, 20 * len(labels), skill=skill),
-        "test": class_figures(labels, 30 * len(labels), skill=skill, seed=1),
-        "real digits": class_figures(labels, 10 * len(labels), skill=skill + 1, seed=2),
+        "val": class_metrics(labels, 20 * len(labels), skill=skill),
+        "test": class_metrics(labels, 30 * len(labels), skill=skill, seed=1),
+        "real digits": class_metrics(labels, 10 * len(labels), skill=skill + 1, seed=2),
     }
-    mistakes = class_mistakes(labels, num_mistakes if labels else 0)
-    return write_run(folder, labels=labels, splits=splits, mistakes=mistakes, **more)
+    incorrect = incorrect_predictions(labels, num_incorrect if labels else 0)
+    return write_run(folder, labels=labels, splits=splits, hardest_samples=incorrect, **more)
 
 
 def regression_run(folder):
-    splits = {"val": number_figures(100, skill=3), "test": number_figures(100, skill=2)}
+    splits = {"val": regression_metrics(100, skill=3), "test": regression_metrics(100, skill=2)}
     answers = [
         {
             "id": f"row {row}",
@@ -163,7 +165,7 @@ def regression_run(folder):
         for row in range(5)
     ]
     figures = {"headline": ["mae", "rmse", "r2"], "monitor": "mae"}
-    return write_run(folder, labels=(), splits=splits, mistakes=answers, **figures)
+    return write_run(folder, labels=(), splits=splits, hardest_samples=answers, **figures)
 
 
 DIGITS = (*"0123456789", "other")
@@ -211,9 +213,9 @@ def html(digits):
     return read(digits)
 
 
-def test_page_lies_in_the_folder_and_names_strategy_data_and_model(digits, html):
+def test_report_is_in_the_run_directory_and_names_strategy_data_and_model(digits, html):
     assert write_report(digits) == digits / "report.html"
-    assert "digit-cnn tuned on digits by freeze-then-unfreeze" in Elements(html).text
+    assert "digit-cnn fine-tuned on digits with freeze-then-unfreeze" in Elements(html).text
 
 
 def test_page_needs_nothing_from_outside(html):
@@ -254,7 +256,7 @@ def test_ids_are_unique_and_links_lead_somewhere(html):
     assert links | labels <= set(ids)
 
 
-def test_every_picture_has_words_and_every_table_a_caption(html):
+def test_every_plot_has_a_text_alternative_and_every_table_a_caption(html):
     tags = Elements(html).tags
     assert all(attrs.get("alt") for tag, attrs in tags if tag == "img")
     assert all(attrs.get("aria-label") and attrs["role"] == "img" for tag, attrs in tags if tag == "svg")
@@ -270,23 +272,23 @@ def test_table_of_results_has_a_row_for_every_split(digits, html):
         assert f"{name} {accuracy:.4f}" in text
 
 
-def test_weakest_class_is_named_with_what_it_is_taken_for(digits, html):
+def test_hardest_class_is_named_with_its_most_frequent_confusion(digits, html):
     figures = json.loads((digits / "report.json").read_text())["splits"]["test"]
     worst = figures["hardest_class"]
     row = figures["confusion"][DIGITS.index(worst)]
     text = Elements(html).text
-    assert f"Weakest class of the test split: {worst} with a recall of {figures['recall_min']:.4f}" in text
-    assert f", {row[DIGITS.index(worst)]} of 30 found, most often taken for" in text
+    assert f"Hardest class of the test split: {worst} with a recall of {figures['recall_min']:.4f}" in text
+    assert f"({row[DIGITS.index(worst)]} of 30 samples), most often predicted as" in text
 
 
 def test_classes_stand_in_the_order_of_their_recall(digits, html):
     per_class = json.loads((digits / "report.json").read_text())["splits"]["test"]["per_class"]
-    table = Elements(html).text.split("the weakest recall first.")[1]
+    table = Elements(html).text.split("lowest recall first.")[1]
     shown = re.findall(r"(\d|other) [01]\.\d{4} ([01]\.\d{4}) [01]\.\d{4} 30", table)
     assert [name for name, _ in shown] == sorted(per_class, key=lambda name: per_class[name]["recall"])
 
 
-def test_steps_tell_why_they_ended_and_what_never_moved(html):
+def test_strategy_steps_show_their_stop_reason_and_what_never_changed(html):
     text = Elements(html).text
     assert (
         "1. head phase training head, 3 epochs, lr 1e-3 all 3 epochs done best epoch: 2 1\N{EN DASH}3 5,643 1,568,832"
@@ -294,7 +296,8 @@ def test_steps_tell_why_they_ended_and_what_never_moved(html):
     )
     assert "all 5 epochs done best epoch: 7 4\N{EN DASH}8" in text
     assert (
-        "1 tensor had a learning rate and never received a gradient worth a move: aux.weight (in head , all )" in text
+        "1 tensor had a learning rate and never received a large enough gradient to change: aux.weight (in head , all )"
+        in text
     )
 
 
@@ -319,8 +322,8 @@ def test_many_classes_are_folded_away_and_their_largest_confusions_listed(tmp_pa
     confusion = np.array(json.loads((folder / "report.json").read_text())["splits"]["test"]["confusion"])
     np.fill_diagonal(confusion, 0)
     text = Elements(read(folder)).text
-    listed = text.split("share: of the samples of the true class. truth answer samples share")[1]
-    assert "All 200 classes, the weakest first" in text
+    listed = text.split("fraction of the samples with that label. label prediction samples fraction")[1]
+    assert "All 200 classes, lowest recall first" in text
     assert listed.startswith(f" class {confusion.max(1).argmax()} class")
     assert len(re.findall(r"class \d+ class \d+ \d+ \d+\.\d %", listed)) == 20
 
@@ -335,26 +338,26 @@ def test_names_of_users_never_become_markup(tmp_path):
     assert "\\udcff\ufffd\ufffd[31m" in page.text
 
 
-def test_regression_shows_figures_and_answers_and_no_classes(tmp_path):
+def test_regression_shows_metrics_and_predictions_and_no_classes(tmp_path):
     page = Elements(read(regression_run(tmp_path / "run")))
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert f"test 360 {report['splits']['test']['mae']:.4f}" in page.text
     assert "row 0 100 EUR 90.5 EUR rooms 0, area 72.5, year 1975" in page.text
-    assert "Worst answers" in page.text
+    assert "Hardest samples" in page.text
     assert not {"confusion", "classes"} & {attrs.get("id") for _, attrs in page.tags}
 
 
-def test_answers_without_pictures_are_lines(tmp_path):
+def test_predictions_without_images_are_table_rows(tmp_path):
     folder = classes_run(tmp_path / "run", DIGITS)
-    write_json(folder / "hardest_samples.json", class_mistakes(DIGITS, 3, pictures=False))
+    write_json(folder / "hardest_samples.json", incorrect_predictions(DIGITS, 3, pictures=False))
     page = Elements(read(folder))
     assert "test/0 0 (4.0 %) 1 (93.0 %) ids [0, 7, 12]" in page.text
     assert "img" not in {tag for tag, _ in page.tags}
 
 
-def test_run_without_mistakes_says_so(tmp_path):
-    folder = classes_run(tmp_path / "run", "ab", num_mistakes=0)
-    assert "No wrong answer on the test split was recorded." in Elements(read(folder)).text
+def test_run_without_incorrect_predictions_says_so(tmp_path):
+    folder = classes_run(tmp_path / "run", "ab", num_incorrect=0)
+    assert "No incorrect prediction on the test split was recorded." in Elements(read(folder)).text
 
 
 def test_run_without_epochs_has_no_curves(tmp_path):
@@ -363,11 +366,11 @@ def test_run_without_epochs_has_no_curves(tmp_path):
     assert "0 epochs" in page.text
 
 
-def test_figures_that_are_no_numbers_are_said_in_words(tmp_path):
-    splits = {"val": class_figures(DIGITS, 0, skill=1), "test": class_figures(DIGITS, 0, skill=1)}
-    text = Elements(read(write_run(tmp_path / "run", labels=DIGITS, splits=splits, mistakes=[]))).text
+def test_nan_and_inf_metrics_are_shown_in_words(tmp_path):
+    splits = {"val": class_metrics(DIGITS, 0, skill=1), "test": class_metrics(DIGITS, 0, skill=1)}
+    text = Elements(read(write_run(tmp_path / "run", labels=DIGITS, splits=splits, hardest_samples=[]))).text
     assert "test 360 not a number not a number" in text
-    assert "Weakest class" not in text
+    assert "Hardest class" not in text
 
 
 @pytest.mark.parametrize(
@@ -419,7 +422,7 @@ def test_commands_name_the_folder_as_the_user_did(tmp_path):
         (1234, "1,234"),
     ],
 )
-def test_figures_for_people(value, shown):
+def test_metrics_are_formatted(value, shown):
     assert format_metric(value) == shown
 
 

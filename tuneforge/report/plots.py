@@ -1,7 +1,7 @@
-"""Pictures of a run, as SVG that stands inside a page and takes its colours, light or dark, from there.
+"""Plots of a run as inline SVG, which takes its colors, light or dark, from the page.
 
-matplotlib draws with placeholder colours, each of which then becomes a variable of the page's style sheet. Nothing here
-is random and nothing depends on time or on the user's settings: the same run gives the same bytes.
+matplotlib draws with placeholder colors, each of which then becomes a variable of the page's style sheet. The output is
+deterministic: nothing here is random or depends on the time or on the user's settings.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 _INK, _MUTED, _GRID = "#0a0b01", "#0a0b02", "#0a0b03"
 _SERIES = tuple(f"#0a0c{number:02x}" for number in range(1, 7))
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--line"} | {
-    colour: f"--series-{number}" for number, colour in enumerate(_SERIES, start=1)
+    color: f"--series-{number}" for number, color in enumerate(_SERIES, start=1)
 }
 _CORRECT_RGB, _INCORRECT_RGB = (
     (13, 148, 136),
@@ -37,7 +37,7 @@ _LIGHT = {
     "--ink": "#1b2026", "--muted": "#535d69", "--line": "#d5dae0", "--series-1": "#0072b2", "--series-2": "#c2410c",
     "--series-3": "#0f7b5f", "--series-4": "#9a3c8f", "--series-5": "#7a5c00", "--series-6": "#4b5563",
 }  # fmt: skip
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # seven, so that with six colours 42 points differ
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # seven, so that with six colors 42 points differ
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 _STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "tuneforge", "text.parse_math": False, "font.size": 10,
@@ -54,7 +54,7 @@ _MAX_NAME_LENGTH, _MAX_VERTICAL_LENGTH, _MAX_MARKERS = 24, 12, 40
 
 @attrs.frozen
 class Plot:
-    """A picture for people who see it and for those who do not.
+    """A plot as SVG, with a text alternative.
 
     Args:
         svg: Markup to place in a page.
@@ -67,13 +67,13 @@ class Plot:
 
 @attrs.frozen
 class CostPoint:
-    """Something that costs and is worth a figure, measured one or more times.
+    """A candidate of a comparison: its costs and metric values, measured one or more times.
 
     Args:
-        name: As the legend has it.
-        seconds: Cost of each time.
-        values: The figure of each time.
-        hollow: It is no equal of the others.
+        name: Label in the legend.
+        seconds: Cost of each run.
+        values: Metric of each run.
+        hollow: Whether the marker is hollow, for a candidate that is not comparable with the others.
     """
 
     name: str
@@ -83,7 +83,7 @@ class CostPoint:
 
 
 def plot_losses(epochs: Sequence[Mapping[str, Any]]) -> Plot:
-    """The loss of training, and of validation where it has one, over the learning rate.
+    """Plot the training loss, the validation loss if there is one, and the learning rate.
 
     Args:
         epochs: Entries of `metrics.jsonl`, at least one.
@@ -107,15 +107,15 @@ def plot_losses(epochs: Sequence[Mapping[str, Any]]) -> Plot:
 
 
 def plot_metrics(epochs: Sequence[Mapping[str, Any]], names: Sequence[str], *, monitor: str) -> Plot | None:
-    """Figures of validation by epoch, on one axis where all lie within 0..1, else on one each.
+    """Plot validation metrics by epoch, on one axis if all lie in 0..1, else on one axis each.
 
     Args:
         epochs: Entries of `metrics.jsonl`, at least one.
-        names: The figures; those that no epoch has are left out, and of more than six the last.
-        monitor: The figure on which each phase's best epoch is marked.
+        names: The metrics; those that no epoch has are skipped, and so are all after the first six.
+        monitor: The metric whose best epoch is marked in each phase.
 
     Returns:
-        None where no figure was measured.
+        The plot, or None where no metric was measured.
     """
     courses = {
         name: _metric_series(epochs, name) for name in names if any(name in entry.get("val", {}) for entry in epochs)
@@ -138,12 +138,12 @@ def plot_metrics(epochs: Sequence[Mapping[str, Any]], names: Sequence[str], *, m
             figure.legend(loc="outside lower center", ncols=2)
         _shade_phases(figure, panels, epochs)
         ends = "; ".join(f"{_shorten(name)} {_describe_change(course)}" for name, course in courses.items())
-        alt = f"Figures of the validation split by epoch: {ends}, over {len(epochs)} epoch(s)."
-        return _to_plot(figure, alt, name="figures")
+        alt = f"Metrics of the validation split by epoch: {ends}, over {len(epochs)} epoch(s)."
+        return _to_plot(figure, alt, name="metrics")
 
 
 def plot_confusion_matrix(shares: NDArray[np.float64], *, alt: str) -> Plot:
-    """A confusion matrix too large for numbers.
+    """Plot a confusion matrix that is too large for a table.
 
     Args:
         shares: Share of each true class that got each answer (classes, classes).
@@ -166,20 +166,20 @@ def plot_confusion_matrix(shares: NDArray[np.float64], *, alt: str) -> Plot:
 
 
 def plot_metric_against_cost(points: Sequence[CostPoint], metric_name: str) -> Plot:
-    """A figure against seconds: one point each, at the means, with bars of one standard deviation each way.
+    """Plot a metric against seconds: one point per candidate at the means, with error bars of one standard deviation.
 
     Args:
         points: At least one.
-        metric_name: Of the figure.
+        metric_name: Label of the metric's axis.
     """
     with _style():
         figure, (axes,) = _make_panels(1)
         for index, point in enumerate(points):
-            colour, marker = _SERIES[index % len(_SERIES)], _MARKERS[index % len(_MARKERS)]
+            color, marker = _SERIES[index % len(_SERIES)], _MARKERS[index % len(_MARKERS)]
             (x, across), (y, up) = _mean_and_std(point.seconds), _mean_and_std(point.values)
             bars: dict[str, Any] = {"elinewidth": 1.2, "capsize": 3, "markersize": 7, "linestyle": "none"}
-            bars["markerfacecolor"] = "none" if point.hollow else colour
-            axes.errorbar(x, y, xerr=across, yerr=up, color=colour, marker=marker, label=_shorten(point.name), **bars)
+            bars["markerfacecolor"] = "none" if point.hollow else color
+            axes.errorbar(x, y, xerr=across, yerr=up, color=color, marker=marker, label=_shorten(point.name), **bars)
         costs = [_mean_and_std(point.seconds)[0] for point in points]
         if min(costs) > 0 and max(costs) > _MAX_LINEAR_RATIO * min(costs):
             axes.set_xscale("log")
@@ -197,16 +197,16 @@ def plot_metric_against_cost(points: Sequence[CostPoint], metric_name: str) -> P
 
 
 def to_standalone_svg(plot: Plot) -> str:
-    """A picture as a file of its own: on white, in the colours of the page in light."""
+    """Return a plot as a file of its own, on white, in the light colors of the page."""
     text = str(plot.svg).replace("<svg ", f"<svg {_NAMESPACES} ", 1)
     opening, _, rest = text.partition(">")
-    for variable, colour in _LIGHT.items():
-        rest = rest.replace(f"var({variable})", colour)
+    for variable, color in _LIGHT.items():
+        rest = rest.replace(f"var({variable})", color)
     return f'{opening}><rect width="100%" height="100%" fill="#ffffff"/>{rest}\n'
 
 
 def _mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean, and one standard deviation where there are two values or more."""
+    """Return the mean and, for two values or more, the standard deviation."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
@@ -233,7 +233,7 @@ def _draw_line(axes: Axes, epochs: Sequence[Mapping[str, Any]], values: list[flo
 
 
 def _mark_best_epochs(axes: Axes, epochs: Sequence[Mapping[str, Any]], series: list[float]) -> None:
-    """A ring at each phase's best epoch: the last one of the phase that was the best so far."""
+    """Draw a ring at the best epoch of each phase."""
     best = {str(entry.get("phase")): index for index, entry in enumerate(epochs) if entry.get("best")}
     places = [_epoch_numbers(epochs)[index] for index in best.values()]
     heights = [series[index] for index in best.values()]
@@ -242,7 +242,7 @@ def _mark_best_epochs(axes: Axes, epochs: Sequence[Mapping[str, Any]], series: l
 
 
 def _shade_phases(figure: Figure, panels: Sequence[Axes], epochs: Sequence[Mapping[str, Any]]) -> None:
-    """A shaded band for each phase, its name above it: level where it fits, else upright, else left out."""
+    """Shade a band for each phase, with its name above it: horizontal if it fits, else vertical, else omitted."""
     pairs = zip(epochs, _epoch_numbers(epochs), strict=True)
     grouped = groupby(pairs, lambda pair: str(pair[0].get("phase", "")))
     phases = [(_shorten(name), [number for _, number in each]) for name, each in grouped]
@@ -270,7 +270,7 @@ def _metric_series(epochs: Sequence[Mapping[str, Any]], name: str) -> list[float
 
 
 def _to_float(value: Any) -> float:
-    """A finite number as it is; anything else is a gap in a curve."""
+    """Return a finite number as it is, and NaN for anything else, which leaves a gap in the curve."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
 
 
@@ -280,14 +280,14 @@ def _describe_change(series: list[float]) -> str:
 
 
 def _shorten(name: str, *, max_length: int = _MAX_NAME_LENGTH) -> str:
-    """A name on one line of a picture, without what fonts and XML cannot hold."""
+    """Return a name on one line, without characters that fonts and XML cannot represent."""
     text = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", " ", name).split())
     text = text if len(text) <= max_length else text[: max_length - 1] + "…"
     return text if not text.startswith("_") else "\u2009" + text  # matplotlib hides labels that begin with _
 
 
 def _to_plot(figure: Figure, alt: str, *, name: str) -> Plot:
-    """The figure as one <svg> element whose ids begin with `name`, so that several can stand in one page."""
+    """Return the plot as one <svg> element whose ids begin with `name`, so that a page can hold several."""
     buffer = io.StringIO()
     with warnings.catch_warnings():  # a name in another script: the browser has a font for it where matplotlib has none
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
@@ -295,8 +295,8 @@ def _to_plot(figure: Figure, alt: str, *, name: str) -> Plot:
     text = buffer.getvalue()
     inside = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
     inside = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", inside, flags=re.DOTALL)
-    for colour, variable in _VARIABLES.items():
-        inside = inside.replace(colour, f"var({variable})")
+    for color, variable in _VARIABLES.items():
+        inside = inside.replace(color, f"var({variable})")
     inside = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", inside)
     width, height = (72 * side for side in figure.get_size_inches())
     opening = Markup('<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">').format(width, height, alt)

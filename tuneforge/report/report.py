@@ -1,4 +1,4 @@
-"""The page of a finished run: `report.html`, one file that needs nothing else, made from the run's folder alone."""
+"""Write `report.html` of a finished run: one self-contained file, rendered from the run directory alone."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _SPLITS = {"train": "training", "val": "validation"}
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into the folder of a finished run; the same files give the same bytes.
+    """Write `report.html` into the directory of a finished run, deterministically from the run's files.
 
     Args:
-        run_dir: As `tuneforge run` has written it.
+        run_dir: A directory that `tuneforge run` wrote.
 
     Returns:
-        The path of the page.
+        The path of the report.
 
     Raises:
-        FolderError: The folder holds no run, or it cannot be written.
+        FolderError: The directory holds no run, or it cannot be written.
     """
     page = run_dir / names.REPORT_HTML
     html = _load_template().render(**_build_context(_RunRecord.read(run_dir)))
@@ -51,17 +51,17 @@ def write_report(run_dir: Path) -> Path:
 
 @attrs.frozen
 class _RunRecord:
-    """What a run's folder says.
+    """The files of a run directory, parsed.
 
     Args:
-        name: How commands name the folder.
+        name: The directory as commands name it.
         run: `run.json`: configuration, components, environment.
         model: `model.json`: layer groups, changes, fingerprints.
-        report: `report.json`: the figures of every split.
-        hardest_samples: The worst answers on the test split; None where nobody looked.
-        epochs: Each epoch's figures.
-        epoch_seconds: How long each epoch took.
-        steps: Each step with its answer.
+        report: `report.json`: the metrics of every split.
+        hardest_samples: Test samples with the highest loss; None if they were not recorded.
+        epochs: Metrics of each epoch.
+        epoch_seconds: Duration of each epoch.
+        steps: Each strategy step with its result.
     """
 
     name: str
@@ -75,7 +75,7 @@ class _RunRecord:
 
     @classmethod
     def read(cls, folder: Path) -> _RunRecord:
-        """Read the files; one that is missing is empty, but without both the first and the last there is no run."""
+        """Read the files. A missing file counts as empty, but run.json or report.json must exist."""
         if not (folder / names.RUN).exists() and not (folder / names.REPORT).exists():
             names.read_json(folder / names.REPORT)
         run = _read(folder / names.RUN, {})
@@ -97,17 +97,17 @@ class _RunRecord:
 
     @property
     def splits(self) -> Mapping[str, Mapping[str, Any]]:
-        """Figures by split."""
+        """Metrics by split."""
         return dict(self.report.get("splits") or {})
 
     @property
     def monitor(self) -> str:
-        """The validation figure that decided."""
+        """The monitored validation metric."""
         return str(self.report.get("monitor") or "")
 
     @property
     def primary_metrics(self) -> list[str]:
-        """The figures worth a column: those the targets name, else the first that there are."""
+        """The metrics that get a column: those the targets name, else the first four scalar metrics."""
         known = list(self.splits.values())
         named = [name for name in self.report.get("primary_metrics") or () if any(name in each for each in known)]
         return named or list(scalar_metrics(known[0]) if known else ())[:4]
@@ -119,7 +119,7 @@ class _RunRecord:
 
 
 def format_metric(value: Any) -> str:
-    """A figure for people: what is no number is said in words."""
+    """Format a metric; NaN and Inf become "not a number"."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return NON_FINITE
     if not isinstance(value, float):
@@ -130,7 +130,7 @@ def format_metric(value: Any) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A time for people."""
+    """Format a duration in seconds, minutes or hours."""
     for unit, size, most in (("s", 1, 120), ("min", 60, 7200)):
         if seconds < most:
             return f"{seconds / size:.1f} {unit}"
@@ -186,21 +186,21 @@ def _build_heading(record: _RunRecord) -> dict[str, Any]:
 
 
 def _build_result(record: _RunRecord) -> dict[str, Any]:
-    """Every split's figures: the headline, and all that are one number or null, which stands for no number."""
+    """Collect the metrics of every split: the primary ones, and all scalars (null stands for NaN or Inf)."""
     splits = record.splits
-    known = dict.fromkeys(name for figures in splits.values() for name in figures)
-    values = {name: [figures.get(name) for figures in splits.values()] for name in known}
+    known = dict.fromkeys(name for metrics in splits.values() for name in metrics)
+    values = {name: [metrics.get(name) for metrics in splits.values()] for name in known}
     every = [name for name in known if all(each is None or isinstance(each, (int, float)) for each in values[name])]
     return {
         "columns": record.primary_metrics,
-        "rows": [(name, record.num_samples(name), figures) for name, figures in splits.items()],
+        "rows": [(name, record.num_samples(name), metrics) for name, metrics in splits.items()],
         "every": every,
         "ece": _test_metrics(record).get("ece"),
     }
 
 
 def _weakest_class(record: _RunRecord) -> dict[str, Any] | None:
-    """The class of the test split with the lowest recall, and what it was most often taken for."""
+    """Return the test class with the lowest recall, and what it was most often predicted as."""
     seen = [(name, row) for name, row in _per_class(record) if row.get("support") and row.get("recall") is not None]
     if not seen:
         return None
@@ -220,7 +220,7 @@ def _plot_curves(record: _RunRecord) -> list[plots.Plot]:
 
 
 def _build_steps(record: _RunRecord) -> list[dict[str, Any]]:
-    """What each step did, with the epochs it took counted over the whole run."""
+    """Describe each strategy step, with its epochs numbered over the whole run."""
     out, before = [], 0
     for line in record.steps:
         step, result = line["step"], line["result"]
@@ -238,7 +238,7 @@ def _build_steps(record: _RunRecord) -> list[dict[str, Any]]:
 
 
 def _unchanged_parameters(record: _RunRecord) -> list[tuple[Sequence[str], list[str]]]:
-    """Tensors that had a rate and never moved, with the steps of which that is true."""
+    """Return the tensors that had a learning rate and never changed, with the steps concerned."""
     steps: dict[tuple[str, ...], list[str]] = {}
     for line in record.steps:
         if isinstance(line["result"], StrategyStepResult) and line["result"].never_updated:
@@ -247,13 +247,13 @@ def _unchanged_parameters(record: _RunRecord) -> list[tuple[Sequence[str], list[
 
 
 def _build_class_table(record: _RunRecord) -> dict[str, Any] | None:
-    """The classes of the test split, the weakest first, those without a sample last."""
+    """Return the classes of the test split, lowest recall first, those without samples last."""
     rows = sorted(_per_class(record), key=lambda pair: (not pair[1].get("support"), pair[1].get("recall") or 0.0))
     return {"rows": rows, "folded": len(rows) > _MAX_EXPANDED_CLASSES} if rows else None
 
 
 def _build_confusion(record: _RunRecord) -> dict[str, Any] | None:
-    """The confusion matrix of the test split: a table, or a picture and the largest confusions where it is large."""
+    """Return the confusion matrix of the test split: a table, or a plot and the largest confusions above a size."""
     counts = np.asarray(_test_metrics(record).get("confusion") or [], dtype=np.float64)
     if not counts.size:
         return None
@@ -264,13 +264,13 @@ def _build_confusion(record: _RunRecord) -> dict[str, Any] | None:
         rows = zip(counts.astype(np.int64).tolist(), shares.tolist(), strict=True)
         cells = [list(zip(*row, strict=True)) for row in rows]
         return {**content, "cells": cells, "plot": None, "largest": []}
-    alt = f"Confusion matrix of {size} classes: {right:,} of {total:,} answers lie on the diagonal, which is right."
+    alt = f"Confusion matrix of {size} classes: {right:,} of {total:,} predictions on the diagonal are correct."
     largest = _largest_confusions(record)[:_MAX_CONFUSIONS]
     return {**content, "cells": [], "plot": plots.plot_confusion_matrix(shares, alt=alt), "largest": largest}
 
 
 def _largest_confusions(record: _RunRecord) -> list[dict[str, Any]]:
-    """The confusions of the test split, the most frequent first."""
+    """Return the confusions of the test split, most frequent first."""
     counts = np.asarray(_test_metrics(record).get("confusion") or [], dtype=np.int64)
     if not counts.size:
         return []
@@ -302,13 +302,13 @@ def _hardest_samples(record: _RunRecord) -> dict[str, Any] | None:
         }
         for each in record.hardest_samples
     ]
-    title = "Worst answers" if are_numbers else "Worst mistakes"
+    title = "Hardest samples"
     are_images = any(each["image"] for each in shown)
     return {"shown": shown, "title": title, "are_numbers": are_numbers, "are_images": are_images}
 
 
 def _format_prediction(prediction: Mapping[str, Any]) -> str:
-    """An answer of any kind of targets, in words."""
+    """Format a prediction of any kind of targets."""
     if "class" in prediction:
         return str(prediction["class"]) if prediction["class"] is not None else NON_FINITE
     if "labels" in prediction:
@@ -372,7 +372,7 @@ def _per_class(record: _RunRecord) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _class_names(record: _RunRecord, size: int) -> list[str]:
-    """Names of the classes in the order of the confusion matrix; numbers where they are not known."""
+    """Return the class names in the order of the confusion matrix; numbers where they are not known."""
     for known in (record.model.get("labels") or (), [name for name, _ in _per_class(record)]):
         if len(known) == size:
             return [str(name) for name in known]
@@ -391,14 +391,14 @@ def _read_lines(path: Path) -> list[Any]:
 
 
 def _display_path(folder: Path, out: str | None) -> str:
-    """The folder as the user named it; without a home directory where that can be avoided, since pages are sent on."""
+    """Return the directory as the user named it, without the home directory if possible, since reports are shared."""
     place = folder.resolve()
     given = out if out and PurePath(out).name == place.name else f"{place.parent.name}/{place.name}"
     return shlex.quote(given)
 
 
 def _without_none(value: Any) -> Any:
-    """Plain data without what TOML cannot say."""
+    """Remove None, which TOML cannot represent."""
     if isinstance(value, Mapping):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return [_without_none(item) for item in value if item is not None] if isinstance(value, list) else value
