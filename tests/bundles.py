@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from tiny import blobs, tiny_data
-from tuneforge_serve.feedback.monitoring import compute_features
-from tuneforge_serve.feedback.request_log import LoggedRequest, RequestLog
-from tuneforge_serve.registry.model_registry import ModelRegistry
 
 import tuneforge as tf
 from tuneforge.builtin.datasets.tables.arrays import TensorInputs
@@ -72,20 +67,3 @@ def rows_as_inputs(truths: Any) -> tf.Split:
 def one_hot(labels: Any, num_classes: int = 3) -> torch.Tensor:
     """Outputs (n, k) that name these labels."""
     return 5.0 * torch.nn.functional.one_hot(torch.as_tensor(np.asarray(labels)), num_classes).float()
-
-
-def kept(
-    store: ModelRegistry, records: RequestLog, raws: Sequence[Any], labels: Sequence[str], *, start: int = 0
-) -> None:
-    """Keep inputs (rows, or bytes of pictures) with the champion's answers, and label the first of them."""
-    champion = tf.load(store.version_dir())
-    features = compute_features(torch.stack([champion.inputs.decode(raw) for raw in raws]))
-    records.append([
-        LoggedRequest(
-            f"r{start + place}", str(store.champion), raw if isinstance(raw, bytes) else json.dumps(raw).encode(),
-            "image/png" if isinstance(raw, bytes) else "application/json", answer, features=features[place],
-        )
-        for place, (raw, answer) in enumerate(zip(raws, champion.predict(raws), strict=True))
-    ])  # fmt: skip
-    for place, name in enumerate(labels):
-        records.label(f"r{start + place}", name)
