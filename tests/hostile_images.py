@@ -1,4 +1,4 @@
-"""Made files: pictures that are broken, odd or hostile, each with what a check must say about it."""
+"""Made files: images that are broken, odd or hostile, each with what a check must say about it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NAMES = [
 ]  # fmt: skip
 
 
-def picture(seed: int = 0, *, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
+def make_image(seed: int = 0, *, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     return small.resize(size, Image.Resampling.BICUBIC).convert(mode)
@@ -48,8 +48,8 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return file.getvalue()
 
 
-def png(width: int, height: int, *chunks: tuple[bytes, bytes], depth: int = 8, colour: int = 2) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+def png(width: int, height: int, *chunks: tuple[bytes, bytes], depth: int = 8, color: int = 2) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     body = b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in ((b"IHDR", header), *chunks, (b"IEND", b""))
@@ -63,7 +63,7 @@ def _written(content: bytes) -> Maker:
 
 def _truncated() -> Iterator[tuple[str, Maker, str]]:
     for suffix, kind in FORMATS.items():
-        whole = encoded(picture(1), kind)
+        whole = encoded(make_image(1), kind)
         for share in (0.02, 0.1, 0.3, 0.6, 0.9):
             yield f"cut-{share}.{suffix}", _written(whole[: max(1, int(share * len(whole)))]), EITHER
 
@@ -71,7 +71,7 @@ def _truncated() -> Iterator[tuple[str, Maker, str]]:
 def _flipped(rounds: int) -> Iterator[tuple[str, Maker, str]]:
     rng = np.random.default_rng(0)
     for suffix, kind in FORMATS.items():
-        whole = encoded(picture(2), kind)
+        whole = encoded(make_image(2), kind)
         for number in range(rounds):
             changed = bytearray(whole)
             for place in rng.integers(0, len(whole) if number % 2 else 64, 1 + number):
@@ -100,8 +100,8 @@ def _bombs() -> Iterator[tuple[str, Maker, str]]:
     )
     many = [(b"tEXt", b"k\0" + bytes([65 + n % 26]) * 50) for n in range(20000)]
     yield "many-chunks.png", _written(png(8, 8, *many, (b"IDAT", zlib.compress(bytes(200))))), EITHER
-    yield "palette-of-none.png", _written(png(8, 8, (b"IDAT", zlib.compress(bytes(99))), colour=3)), EITHER
-    jpeg = bytearray(encoded(picture(3), "JPEG"))
+    yield "palette-of-none.png", _written(png(8, 8, (b"IDAT", zlib.compress(bytes(99))), color=3)), EITHER
+    jpeg = bytearray(encoded(make_image(3), "JPEG"))
     at = jpeg.index(b"\xff\xc0")
     jpeg[at + 5 : at + 9] = b"\xff\xff\xff\xff"
     yield "huge.jpg", _written(bytes(jpeg)), BAD
@@ -123,19 +123,19 @@ def _bombs() -> Iterator[tuple[str, Maker, str]]:
     yield "huge.ppm", _written(b"P6 99999 99999 255\n" + bytes(99)), BAD
     yield "digits.ppm", _written(b"P6 " + b"9" * 100_000 + b" 1 255\n"), BAD
     yield "comment.ppm", _written(b"P3\n#" + b"x" * 3_000_000 + b"\n1 1 255 0 0 0"), EITHER
-    webp = encoded(picture(4, size=(16, 16)), "WEBP", lossless=True)
+    webp = encoded(make_image(4, size=(16, 16)), "WEBP", lossless=True)
     yield "huge.webp", _written(webp[:21] + b"\xff\xff\xff\x0f" + webp[25:]), BAD
     yield "huge.tif", _written(tiff(60000, 60000)), BAD
     yield "loop.tif", _written(tiff(8, 8, following=8)), EITHER
     yield "strips.tif", _written(tiff(8, 8, strip=2**31 - 9)), EITHER
     yield "deflate.tif", _written(encoded(Image.new("L", (3000, 3000)), "TIFF", compression="tiff_deflate")), FINE
-    frames = [picture(n, mode="P") for n in range(40)]
+    frames = [make_image(n, mode="P") for n in range(40)]
     yield "frames.gif", _written(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])), FINE
     yield "sparse.png", _sparse, BAD
 
 
 def tiff(width: int, height: int, *, following: int = 0, strip: int = 64) -> bytes:
-    """A grey TIFF of one strip; `following` is where the next directory is said to lie."""
+    """A gray TIFF of one strip; `following` is where the next directory is said to lie."""
     entries = [
         (256, 4, width),
         (257, 4, height),
@@ -160,47 +160,47 @@ def _sparse(path: Path) -> None:
 def _odd() -> Iterator[tuple[str, Maker, str]]:
     wide = Image.fromarray((np.arange(900, dtype=np.uint16) * 70).reshape(30, 30))
     makers: dict[str, tuple[Image.Image, str, dict[str, object]]] = {
-        "cmyk.jpg": (picture(mode="CMYK"), "JPEG", {}),
-        "grey.jpg": (picture(mode="L"), "JPEG", {}),
-        "progressive.jpg": (picture(), "JPEG", {"progressive": True}),
-        "cmyk.tif": (picture(mode="CMYK"), "TIFF", {}),
+        "cmyk.jpg": (make_image(mode="CMYK"), "JPEG", {}),
+        "gray.jpg": (make_image(mode="L"), "JPEG", {}),
+        "progressive.jpg": (make_image(), "JPEG", {"progressive": True}),
+        "cmyk.tif": (make_image(mode="CMYK"), "TIFF", {}),
         "16-bit.png": (wide, "PNG", {}),
         "16-bit.tif": (wide, "TIFF", {}),
-        "1-bit.png": (picture(mode="1"), "PNG", {}),
-        "palette.png": (picture(mode="P"), "PNG", {"transparency": 3}),
-        "rgba.png": (picture(mode="RGBA"), "PNG", {}),
-        "la.png": (picture(mode="LA"), "PNG", {}),
-        "one.png": (picture(size=(1, 1)), "PNG", {}),
-        "thin.png": (picture(size=(1, 3000)), "PNG", {}),
-        "1-bit.bmp": (picture(mode="1"), "BMP", {}),
-        "palette.bmp": (picture(mode="P"), "BMP", {}),
-        "rgba.webp": (picture(mode="RGBA"), "WEBP", {}),
-        "lossless.webp": (picture(), "WEBP", {"lossless": True}),
-        "lzw.tif": (picture(), "TIFF", {"compression": "tiff_lzw"}),
-        "palette.gif": (picture(mode="P"), "GIF", {}),
-        "jpeg.tif": (picture(), "TIFF", {"compression": "jpeg"}),
-        "grey.pgm": (picture(mode="L"), "PPM", {}),
-        "bits.pbm": (picture(mode="1"), "PPM", {}),
-        "ycbcr.jpg": (picture(mode="YCbCr"), "JPEG", {}),
-        "profile.png": (picture(), "PNG", {"icc_profile": b"no profile"}),
-        "exif.jpg": (picture(), "JPEG", {"exif": b"Exif\0\0II*\0rubbish"}),
-        "group4.tif": (picture(mode="1"), "TIFF", {"compression": "group4"}),
-        "subsampled.jpg": (picture(), "JPEG", {"subsampling": 2}),
+        "1-bit.png": (make_image(mode="1"), "PNG", {}),
+        "palette.png": (make_image(mode="P"), "PNG", {"transparency": 3}),
+        "rgba.png": (make_image(mode="RGBA"), "PNG", {}),
+        "la.png": (make_image(mode="LA"), "PNG", {}),
+        "one.png": (make_image(size=(1, 1)), "PNG", {}),
+        "thin.png": (make_image(size=(1, 3000)), "PNG", {}),
+        "1-bit.bmp": (make_image(mode="1"), "BMP", {}),
+        "palette.bmp": (make_image(mode="P"), "BMP", {}),
+        "rgba.webp": (make_image(mode="RGBA"), "WEBP", {}),
+        "lossless.webp": (make_image(), "WEBP", {"lossless": True}),
+        "lzw.tif": (make_image(), "TIFF", {"compression": "tiff_lzw"}),
+        "palette.gif": (make_image(mode="P"), "GIF", {}),
+        "jpeg.tif": (make_image(), "TIFF", {"compression": "jpeg"}),
+        "gray.pgm": (make_image(mode="L"), "PPM", {}),
+        "bits.pbm": (make_image(mode="1"), "PPM", {}),
+        "ycbcr.jpg": (make_image(mode="YCbCr"), "JPEG", {}),
+        "profile.png": (make_image(), "PNG", {"icc_profile": b"no profile"}),
+        "exif.jpg": (make_image(), "JPEG", {"exif": b"Exif\0\0II*\0rubbish"}),
+        "group4.tif": (make_image(mode="1"), "TIFF", {"compression": "group4"}),
+        "subsampled.jpg": (make_image(), "JPEG", {"subsampling": 2}),
     }
     for name, (image, kind, options) in makers.items():
         yield name, _written(encoded(image, kind, **options)), FINE
     for number in range(1, 10):
         exif = Image.Exif()
         exif[0x0112] = number
-        yield f"turned-{number}.jpg", _written(encoded(picture(), "JPEG", exif=exif)), FINE
+        yield f"turned-{number}.jpg", _written(encoded(make_image(), "JPEG", exif=exif)), FINE
     yield "text.ppm", _written(b"P3 2 2 255 " + b"9 " * 12), FINE
-    yield "lab.tif", _written(encoded(picture().convert("LAB"), "TIFF")), FINE
+    yield "lab.tif", _written(encoded(make_image().convert("LAB"), "TIFF")), FINE
     yield "float.tif", _written(encoded(Image.new("F", (9, 9), 0.5), "TIFF")), BAD
     yield "32-bit.tif", _written(encoded(Image.new("I", (9, 9), 70000), "TIFF")), BAD
-    yield "behind.png", _written(encoded(picture()) + b"<script>alert(1)</script>"), FINE
+    yield "behind.png", _written(encoded(make_image()) + b"<script>alert(1)</script>"), FINE
     suffixes = list(FORMATS)
-    for place, suffix in enumerate(suffixes):  # a picture of one format under the name of another
-        yield f"misnamed.{suffix}", _written(encoded(picture(), FORMATS[suffixes[place - 1]])), FINE
+    for place, suffix in enumerate(suffixes):  # a image of one format under the name of another
+        yield f"misnamed.{suffix}", _written(encoded(make_image(), FORMATS[suffixes[place - 1]])), FINE
 
 
 def special() -> Iterator[tuple[str, Maker, str]]:
@@ -230,7 +230,7 @@ def _socket(path: Path) -> None:
 
 def _linked(path: Path) -> None:
     target = path.with_name(".target")
-    target.write_bytes(encoded(picture(9)))
+    target.write_bytes(encoded(make_image(9)))
     path.symlink_to(target.name)
 
 
@@ -242,7 +242,7 @@ def _false() -> Iterator[tuple[str, Maker, str]]:
 
 def named() -> Iterator[tuple[str, Maker, str]]:
     for number, name in enumerate(NAMES):
-        yield os.fsdecode(name + b".png"), _written(encoded(picture(100 + number))), FINE
+        yield os.fsdecode(name + b".png"), _written(encoded(make_image(100 + number))), FINE
 
 
 def hostile_files() -> list[tuple[str, Maker, str]]:

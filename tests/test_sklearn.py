@@ -59,7 +59,7 @@ class Looks:
         self.seen.append(weights_of(run.model))
 
 
-class ToGrey(nn.Module):
+class ToGray(nn.Module):
     """(b, 1, 4, 4) -> (b, 2)."""
 
     def __init__(self):
@@ -79,8 +79,8 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def pictures(count=24):
-    """Dark and bright uint8 pictures (n, 1, 4, 4), and which they are."""
+def images(count=24):
+    """Dark and bright uint8 images (n, 1, 4, 4), and which they are."""
     y = np.arange(count) % 2
     noise = np.random.default_rng(0).integers(0, 60, (count, 1, 4, 4))
     return (noise + 150 * y[:, None, None, None]).astype(np.uint8), y
@@ -158,26 +158,26 @@ def test_partial_fit_of_a_regressor_keeps_the_first_scale(slope):
 
 
 def test_the_module_that_is_given_stays_as_it_is():
-    module = ToGrey()
+    module = ToGray()
     before = copy.deepcopy(module.state_dict())
-    x, y = pictures()
+    x, y = images()
     tuned = quick(model=module).fit(x / np.float32(255), y)
     assert same(before, module.state_dict())
     assert not same(before, weights_of(tuned.predictor_.model))
 
 
-def test_uint8_pictures_are_read_on_the_scale_from_0_to_1():
-    x, y = pictures()
+def test_uint8_images_are_read_on_the_scale_from_0_to_1():
+    x, y = images()
     torch.manual_seed(0)
-    module = ToGrey()
+    module = ToGray()
     as_bytes = quick(model=module, epochs=5).set_params(strategy__lr=0.01).fit(x, y)
     as_floats = copy.deepcopy(as_bytes).fit(x / np.float32(255), y)
     np.testing.assert_allclose(as_bytes.predict_proba(x), as_floats.predict_proba(x / np.float32(255)), rtol=1e-4)
-    with pytest.raises(ValueError, match="learnt from samples of shape"):
+    with pytest.raises(ValueError, match="was fitted with samples of shape"):
         as_floats.predict(x)
 
 
-def test_a_named_model_takes_pictures():
+def test_a_named_model_takes_images():
     x, y = np.random.default_rng(0).random((12, 3, 32, 32), np.float32), np.arange(12) % 3
     tuned = quick("head-only", model="digit-cnn").fit(x, y)
     assert tuned.predict_proba(x[:2]).shape == (2, 3)
@@ -221,13 +221,13 @@ def test_a_regressor_saves_several_numbers(slope, tmp_path):
 
 
 def test_objects_are_given_again_when_loading(tmp_path):
-    x, y = pictures()
-    module = ToGrey()
+    x, y = images()
+    module = ToGray()
     tuned = quick(model=module).fit(x, y)
     tuned.save(tmp_path / "model")
-    with pytest.raises(tf.FolderError, match=r"given model as Python objects.*objects=\{'model': \.\.\.\}"):
+    with pytest.raises(tf.FolderError, match=r"Python objects as parameters: model.*objects=\{'model': \.\.\.\}"):
         TunedClassifier.load(tmp_path / "model")
-    loaded = TunedClassifier.load(tmp_path / "model", objects={"model": ToGrey()})
+    loaded = TunedClassifier.load(tmp_path / "model", objects={"model": ToGray()})
     assert np.array_equal(loaded.predict_proba(x), tuned.predict_proba(x))
 
 
@@ -235,7 +235,7 @@ def test_only_its_own_class_loads_it_and_nothing_is_written_over(fitted, tmp_pat
     fitted.save(tmp_path / "model")
     with pytest.raises(tf.UsageError, match=r"holds a TunedClassifier"):
         TunedRegressor.load(tmp_path / "model")
-    with pytest.raises(tf.FolderError, match="is there already"):
+    with pytest.raises(tf.FolderError, match="exists and is not empty"):
         fitted.save(tmp_path / "model")
 
 
@@ -264,7 +264,7 @@ def test_runs_are_kept_where_that_is_asked_for_and_nowhere_else(blobs, tmp_path,
     assert tuned.run_dir_ == tmp_path / "runs" / "run-2"
     assert capsys.readouterr().out == ""
     quick(verbose=True).fit(*blobs)
-    assert "figures of test are those of val" in capsys.readouterr().out
+    assert "metrics of test are those of val" in capsys.readouterr().out
 
 
 def test_each_class_is_in_training_and_validation_unless_it_is_alone():
@@ -307,9 +307,9 @@ def test_a_wrong_option_is_an_error_that_says_what_to_do(estimator, error, messa
         estimator.fit(*blobs)
 
 
-def test_pictures_need_a_model():
+def test_images_need_a_model():
     with pytest.raises(tf.UsageError, match=r"samples of shape \(1, 4, 4\) need a model"):
-        quick().fit(*pictures())
+        quick().fit(*images())
 
 
 def test_partial_fit_wants_the_classes_first_and_no_others_later(fitted, blobs):

@@ -176,7 +176,7 @@ class TestClassification:
         assert found["loss"] == pytest.approx(F.cross_entropy(outputs, shares).item(), **NEAR)
 
     def test_outputs_that_do_not_fit_the_classes_are_refused(self):
-        with pytest.raises(DataError, match="one output a label"):
+        with pytest.raises(DataError, match="each label needs one output"):
             Classification().evaluate(classes(3)).update(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))
 
     def test_targets_without_names_are_named_by_index(self):

@@ -117,8 +117,8 @@ def test_arguments_reach_the_optimizer_in_their_own_kind():
     ("arguments", "message"),
     [
         ({"alfa": 0.9}, "did you mean 'alpha'"),
-        ({"lr": 0.1}, "the phase says the rate"),
-        ({"weight_decay": 0.1}, "an option of its own"),
+        ({"lr": 0.1}, "the phase sets the learning rate"),
+        ({"weight_decay": 0.1}, "it is a separate option"),
         ({"foreach": 1}, "torch chooses it"),
     ],
 )
@@ -128,7 +128,7 @@ def test_wrong_arguments_are_refused_with_a_reason(arguments, message):
 
 
 def test_an_argument_that_is_a_pair_is_refused():
-    with pytest.raises(OptionError, match="not a single number"):
+    with pytest.raises(OptionError, match="is not a number"):
         TorchOptimizer(kind="Adam", arguments={"betas": 0.9})
 
 

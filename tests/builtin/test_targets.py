@@ -16,16 +16,16 @@ PLACE = RegressionTargets(names=("x", "y"), units=("m",), means=(1.0, 2.0), scal
 
 
 def blobs(samples, features, classes, *, seed=0, spread=1.5):
-    """Features on very different scales, around one centre a class; every class occurs."""
+    """Features on very different scales, around one center a class; every class occurs."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(samples) % classes
-    centres = torch.randn(classes, features, generator=generator)
-    values = centres[labels] + spread * torch.randn(samples, features, generator=generator)
+    centers = torch.randn(classes, features, generator=generator)
+    values = centers[labels] + spread * torch.randn(samples, features, generator=generator)
     return values * torch.logspace(-2, 2, features) + torch.linspace(-50, 50, features), labels
 
 
-def minimised(loss, *shapes):
-    """The parameters that minimise a smooth loss, by torch's own L-BFGS in float64."""
+def minimized(loss, *shapes):
+    """The parameters that minimize a smooth loss, by torch's own L-BFGS in float64."""
     parameters = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=2000, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
@@ -112,7 +112,7 @@ class TestClasses:
 
 class TestHeadOfClasses:
     @pytest.mark.parametrize("classes", [2, 3, 11])
-    def test_the_head_minimises_the_documented_loss(self, classes):
+    def test_the_head_minimizes_the_documented_loss(self, classes):
         features, labels = blobs(samples=120, features=5, classes=classes)
         targets, l2 = ClassTargets(names=tuple(map(str, range(classes)))), 0.05
         weight, bias = targets.fit_head(features.double(), labels, l2=l2)
@@ -120,7 +120,7 @@ class TestHeadOfClasses:
         def loss(weight, bias):
             return F.cross_entropy(scaled(features.double()) @ weight.T + bias, labels) + l2 / 2 * weight.square().sum()
 
-        best, free = minimised(loss, (classes, 5), (classes,))
+        best, free = minimized(loss, (classes, 5), (classes,))
         logits = scaled(features.double()) @ best.T + free
         assert weight.shape == (classes, 5)
         assert torch.allclose((features.double() @ weight.T + bias).softmax(1), logits.softmax(1), atol=2e-4)
@@ -186,7 +186,7 @@ class TestLabelSets:
         expected = F.binary_cross_entropy_with_logits(outputs[1], targets[1], reduction="sum")
         assert SETS.per_sample_loss(outputs, targets).tolist() == [0.0, pytest.approx(expected.item())]
 
-    def test_the_head_minimises_the_documented_loss(self):
+    def test_the_head_minimizes_the_documented_loss(self):
         features, labels = blobs(samples=90, features=4, classes=3)
         held, l2 = torch.stack([labels == 0, labels != 1], 1).double(), 0.05
         weight, bias = MultilabelTargets(names=("p", "q")).fit_head(features.double(), held, l2=l2)
@@ -195,7 +195,7 @@ class TestLabelSets:
             logits = scaled(features.double()) @ weight.T + bias
             return F.binary_cross_entropy_with_logits(logits, held) * 2 + l2 / 2 * weight.square().sum()
 
-        best, free = minimised(loss, (2, 4), (2,))
+        best, free = minimized(loss, (2, 4), (2,))
         assert torch.allclose(features.double() @ weight.T + bias, scaled(features.double()) @ best.T + free, atol=2e-3)
 
     def test_a_label_that_all_have_or_none_gets_its_share(self):
@@ -225,11 +225,11 @@ class TestNumbers:
 
     @pytest.mark.parametrize("raw", ["dear", math.nan, math.inf, True, None])
     def test_encode_refuses_what_is_no_number(self, raw):
-        with pytest.raises(DataError, match="is no number"):
+        with pytest.raises(DataError, match="is not a finite number"):
             PRICE.encode(raw)
 
     def test_encode_refuses_a_missing_number(self):
-        with pytest.raises(DataError, match="is no number"):
+        with pytest.raises(DataError, match="is not a finite number"):
             PLACE.encode({"x": 1.0})
         with pytest.raises(DataError, match=r"1 number\(s\) for 2"):
             PLACE.encode([1.0])
@@ -238,7 +238,7 @@ class TestNumbers:
         outputs, targets = torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([1.0, 4.0, 4.0])
         assert PRICE.per_sample_loss(outputs, targets).tolist() == [0.0, 2.0, 1.0]
 
-    def test_the_head_minimises_the_documented_loss(self):
+    def test_the_head_minimizes_the_documented_loss(self):
         features, labels = blobs(samples=80, features=4, classes=3)
         answers, l2 = torch.stack([labels * 2.0, labels - features[:, 0]], 1).double(), 0.3
         weight, bias = PLACE.fit_head(features.double(), answers, l2=l2)
@@ -247,7 +247,7 @@ class TestNumbers:
             errors = scaled(features.double()) @ weight.T + bias - answers
             return errors.square().mean(0).sum() + l2 / 2 * weight.square().sum()
 
-        best, free = minimised(loss, (2, 4), (2,))
+        best, free = minimized(loss, (2, 4), (2,))
         assert torch.allclose(features.double() @ weight.T + bias, scaled(features.double()) @ best.T + free, atol=1e-5)
 
     def test_the_head_of_one_number_takes_a_flat_target(self):
@@ -268,7 +268,7 @@ class TestNumbers:
 def test_columns_never_broadcast():
     outputs, targets = to_columns(torch.zeros(4, 1), torch.zeros(4))
     assert outputs.shape == targets.shape == (4, 1)
-    with pytest.raises(DataError, match=r"outputs \(4, 2\) do not fit targets \(4,\)"):
+    with pytest.raises(DataError, match=r"outputs \(4, 2\) do not match targets \(4,\)"):
         to_columns(torch.zeros(4, 2), torch.zeros(4))
 
 

@@ -59,7 +59,7 @@ def test_epoch_and_seed_change_the_draw_and_nothing_else_does(part: Any) -> None
 
 
 @pytest.mark.parametrize("part", PARTS, ids=repr)
-def test_the_stored_pictures_are_not_written_to(part: Any) -> None:
+def test_the_stored_images_are_not_written_to(part: Any) -> None:
     before = IMAGES.clone()
     part.augment(RUN, batch_of(ROWS))
     assert torch.equal(IMAGES, before)
@@ -78,13 +78,13 @@ def test_flip_vertical_swaps_top_and_bottom() -> None:
     assert torch.equal(Flip(p=1.0, axis="vertical").augment(RUN, one_with(Fixed(0.5), image)).inputs[0], image.flip(-2))
 
 
-def test_rotation_by_a_right_angle_turns_a_square_picture() -> None:
+def test_rotation_by_a_right_angle_turns_a_square_image() -> None:
     image = IMAGES[0, :, :12, :12]
     turned = Rotate(degrees=90).augment(RUN, one_with(Fixed(1.0), image)).inputs[0]
     torch.testing.assert_close(turned, torch.rot90(image, 1, (1, 2)), atol=1e-5, rtol=0)
 
 
-def test_rotation_keeps_a_disc_round_in_a_wide_picture() -> None:
+def test_rotation_keeps_a_disc_round_in_a_wide_image() -> None:
     y, x = torch.meshgrid(torch.arange(21.0) - 10, torch.arange(41.0) - 20, indexing="ij")
     disc = torch.exp(-(x**2 + y**2) / 12)[None]
     turned = Rotate(degrees=40).augment(RUN, one_with(Fixed(1.0), disc)).inputs[0]
@@ -124,7 +124,7 @@ def test_mixing_shares_follow_the_beta_distribution(alpha: float) -> None:
     torch.testing.assert_close(uniform_to_beta(uniform, alpha=alpha), expected, atol=2e-4, rtol=0)
 
 
-def test_mix_up_mixes_pictures_and_classes_with_the_next_row() -> None:
+def test_mix_up_mixes_images_and_classes_with_the_next_row() -> None:
     batch = batch_of(torch.tensor([5, 10, 23]))
     own = uniform_to_beta(batch.rng.uniform("mix-up"), alpha=0.4)
     mixed = MixUp(alpha=0.4).augment(RUN, batch)
@@ -160,7 +160,7 @@ def test_mix_up_needs_the_inputs_so_features_are_not_cached() -> None:
     assert MixUp.needs_inputs is True
 
 
-def test_the_picture_of_a_mapping_is_changed_and_the_rest_is_kept() -> None:
+def test_the_image_of_a_mapping_is_changed_and_the_rest_is_kept() -> None:
     mask = torch.ones(3, 5, dtype=torch.int64)
     rows = torch.tensor([0, 1, 2])
     for name in ("image", "pixel_values"):
@@ -175,7 +175,7 @@ def test_the_picture_of_a_mapping_is_changed_and_the_rest_is_kept() -> None:
 @pytest.mark.parametrize(
     "inputs", [{"ids": torch.zeros(2, 5)}, torch.zeros(2, 5, dtype=torch.int64), (torch.zeros(2, 3, 4, 4),)], ids=str
 )
-def test_inputs_without_pictures_are_an_error_at_once(part: Any, inputs: Any) -> None:
+def test_inputs_without_images_are_an_error_at_once(part: Any, inputs: Any) -> None:
     batch = attrs.evolve(batch_of(torch.tensor([0, 1])), inputs=inputs)
-    with pytest.raises(UsageError, match="changes pictures, and the inputs are"):
+    with pytest.raises(UsageError, match="needs images, and the inputs are"):
         part.augment(RUN, batch)

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 @component(api=1)
 class GradClip:
-    """Scale the gradients down where their joint norm exceeds a bound (Pascanu et al. 2013)."""
+    """Clip the norm of all gradients together (Pascanu et al. 2013)."""
 
-    norm: float = option(default=1.0, help="Largest joint L2 norm of all gradients.", check=gt(0))
+    norm: float = option(default=1.0, help="Maximum L2 norm of all gradients together.", check=gt(0))
 
     @hookimpl(wrapper=True)
     def optimizer_step(self, run: Run) -> Generator[None, Any, Any]:
-        """Clip, then let the step happen."""
+        """Clip the gradients before the optimizer step."""
         import torch
 
         torch.nn.utils.clip_grad_norm_(run.model.module.parameters(), self.norm)
@@ -31,23 +31,23 @@ class GradClip:
 class EMA:
     """Evaluate and keep an exponential moving average of the weights that train.
 
-    Each optimizer step moves the average `e` by `(1 - decay) * (w - e)`: written so, an average equal to its weight
-    stays so to the bit. Early in a phase the decay is `(1 + t) / (10 + t)` at step `t`, if that is less. Evaluation
+    Each optimizer step adds `(1 - decay) * (w - e)` to the average `e`: in this form, an average that equals its weight
+    stays bit-identical. Early in a phase the decay is `(1 + t) / (10 + t)` at step `t`, if that is smaller. Evaluation
     and best weights use the averages, and a phase ends on them.
     """
 
-    decay: float = option(default=0.99, help="Share of the average that a step keeps.", check=between(0, 1))
+    decay: float = option(default=0.99, help="Decay of the average at each optimizer step.", check=between(0, 1))
 
     @hookimpl
     def phase_started(self, run: Run) -> None:
-        """Begin the averages of what trains at the present weights."""
+        """Start the averages of the trained parameters at their current values."""
         state = run.state(self)
         trained = {name: each for name, each in run.model.parameters().items() if each.requires_grad}
         state["average"] = {name: parameter.detach().clone() for name, parameter in trained.items()}
 
     @hookimpl(wrapper=True)
     def optimizer_step(self, run: Run) -> Generator[None, Any, Any]:
-        """Let the step happen, then move the averages."""
+        """Update the averages after the optimizer step."""
         import torch
 
         result = yield
@@ -60,19 +60,19 @@ class EMA:
 
     @hookimpl
     def evaluation_started(self, run: Run) -> None:
-        """Swap the averages in, while a phase trains."""
+        """Swap the averages in during a phase."""
         if run.phase is not None:
             self._swap(run)
 
     @hookimpl
     def evaluation_ended(self, run: Run) -> None:
-        """Swap the live weights back."""
+        """Swap the trained weights back in."""
         if run.phase is not None:
             self._swap(run)
 
     @hookimpl
     def phase_ended(self, run: Run) -> None:
-        """Go on from the averages."""
+        """Continue from the averages."""
         self._swap(run)
         run.state(self).clear()
 

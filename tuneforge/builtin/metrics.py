@@ -1,7 +1,7 @@
-"""Figures of an evaluation, streamed: what is kept is a few sums on the outputs' device, never a sample.
+"""Metrics, accumulated batch by batch as sums on the device of the outputs; no sample is stored.
 
-Nothing waits for the device in `update`; sums are float64 where the device has it. The figures, their names and what
-they are where a denominator is 0 follow scikit-learn. Where no sample was seen, every figure is NaN.
+`update` does not synchronize with the device; sums are float64 where the device supports it. Definitions, names and
+values for a denominator of 0 are scikit-learn's. Without samples, every metric is NaN.
 
 Shapes: b samples in a batch, k classes, labels or numbers.
 """
@@ -29,22 +29,21 @@ _NAN = math.nan
 class Classification:
     """Accuracy, precision, recall and F1 (macro, weighted, per class), top-k, confusion and calibration.
 
-    Macro averages are over the classes that occur in the truth (scikit-learn's with `labels=unique(truth)`): a split
-    of a part of the classes is judged by that part, where a wrong answer outside it still costs recall. A ratio
-    without a denominator is 0, as there. An output that is no number is an answer of no class: it counts as wrong,
-    and `loss` and `ece` become NaN.
+    Macro averages are over the classes that occur among the labels (scikit-learn's with `labels=unique(y_true)`), so a
+    split with some of the classes is evaluated on these, and a prediction of another class still lowers recall. A ratio
+    with denominator 0 is 0. A NaN output counts as a misclassification, and makes `loss` and `ece` NaN.
     """
 
     top_k: int = option(
         default=3,
-        help="Answers among which top_k_accuracy looks; left out where there are no more classes.",
+        help="k of top-k accuracy; omitted where there are at most k classes.",
         check=ge(1),
     )
-    bins: int = option(default=15, help="Bins of confidence for the expected calibration error.", check=ge(1))
+    bins: int = option(default=15, help="Number of bins of the expected calibration error.", check=ge(1))
 
     @hookimpl
     def evaluate(self, run: Run) -> Metrics:
-        """A fresh accumulator for one pass; it takes outputs (b, k) and targets int64 (b,)."""
+        """Return a new accumulator, which takes outputs (b, k) and targets int64 (b,)."""
         return ClassificationMetrics(run.data.targets.labels, top_k=self.top_k, num_bins=self.bins)
 
 
@@ -52,27 +51,27 @@ class Classification:
 class Multilabel:
     """Exact match, Hamming loss, precision, recall and F1 (macro, micro, per label).
 
-    Macro averages are over all labels, as scikit-learn's are for label sets; a ratio without a denominator is 0.
+    Macro averages are over all labels, as in scikit-learn; a ratio with denominator 0 is 0.
     """
 
-    threshold: float = option(default=0.5, help="Probability from which a label counts as given.", check=between(0, 1))
+    threshold: float = option(default=0.5, help="Probability from which a label is predicted.", check=between(0, 1))
 
     @hookimpl
     def evaluate(self, run: Run) -> Metrics:
-        """A fresh accumulator for one pass; it takes outputs (b, k) and targets 0 or 1, float (b, k)."""
+        """Return a new accumulator, which takes outputs (b, k) and targets 0 or 1, float (b, k)."""
         return MultilabelMetrics(run.data.targets.labels, threshold=self.threshold)
 
 
 @component(api=1)
 class Regression:
-    """Mean absolute error, root mean squared error and R2, in original units; the loss in scaled ones.
+    """Mean absolute error, root mean squared error and R2 in original units; the loss in standardized units.
 
-    Of several numbers the figures are means over them, as scikit-learn's are, and `per_output` has each.
+    With several outputs, a metric is the mean over them, as in scikit-learn, and `per_output` has each.
     """
 
     @hookimpl
     def evaluate(self, run: Run) -> Metrics:
-        """A fresh accumulator for one pass; it takes outputs (b, k) and targets (b,) or (b, k)."""
+        """Return a new accumulator, which takes outputs (b, k) and targets (b,) or (b, k)."""
         targets = run.data.targets
         return RegressionMetrics(getattr(targets, "names", ()), scales=getattr(targets, "scales", (1.0,)))
 
@@ -81,9 +80,9 @@ class ClassificationMetrics:
     """The accumulator of `Classification`.
 
     Args:
-        labels: Names of the classes; where there are none, their indices serve.
-        top_k: For `top{k}_accuracy`.
-        num_bins: For `ece`.
+        labels: Names of the classes; indices if empty.
+        top_k: k of `top{k}_accuracy`.
+        num_bins: Number of bins of `ece`.
     """
 
     def __init__(self, labels: Sequence[str], *, top_k: int, num_bins: int) -> None:
@@ -92,19 +91,19 @@ class ClassificationMetrics:
         self._sums: dict[str, Tensor] = {}
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Take in a batch: outputs (b, k), targets int64 (b,) or shares (b, k), whose largest is the truth.
+        """Add a batch: outputs (b, k), targets int64 (b,) or probabilities (b, k), whose argmax is the label.
 
         Raises:
-            DataError: The outputs are not one a class.
+            DataError: The number of outputs is not that of the classes.
         """
         self.labels = _resolve_labels(self.labels, outputs)
         num_classes = len(self.labels)
-        truth = targets if targets.ndim == 1 else targets.argmax(1)
+        labels_b = targets if targets.ndim == 1 else targets.argmax(1)
         scores = outputs if outputs.dtype == torch.float64 else outputs.float()
-        confidence, answer = scores.softmax(1).max(1)
+        confidence, predicted = scores.softmax(1).max(1)
         broken = confidence.isnan()
-        right = (answer == truth) & ~broken
-        cells = truth * (num_classes + 1) + torch.where(broken, num_classes, answer)
+        correct = (predicted == labels_b) & ~broken
+        cells = labels_b * (num_classes + 1) + torch.where(broken, num_classes, predicted)
         self._count += len(outputs)
         _add(
             self._sums,
@@ -112,23 +111,27 @@ class ClassificationMetrics:
             F.cross_entropy(scores, targets, reduction="none").sum(dtype=_accumulation_dtype(outputs)),
         )
         _add(self._sums, "cells", _bincount(cells, num_classes * (num_classes + 1)))
-        _add(self._sums, "top", (_is_in_top_k(scores, truth, self.top_k) & ~broken).sum())
-        _add(self._sums, "bins", _bin_by_confidence(confidence, right, self.num_bins))
+        _add(self._sums, "top", (_is_in_top_k(scores, labels_b, self.top_k) & ~broken).sum())
+        _add(self._sums, "bins", _bin_by_confidence(confidence, correct, self.num_bins))
 
     def compute(self) -> dict[str, Any]:
-        """The figures so far; `confusion` has a row for each true class and a column for each answer."""
+        """Return the metrics so far; rows of `confusion` are labels, columns are predictions."""
         num_classes, count = len(self.labels), self._count
         cells = self._sums.get("cells", torch.zeros(num_classes * (num_classes + 1))).cpu().double()
-        confusion = cells.view(num_classes, num_classes + 1)[:, :num_classes]  # the last column answers no class
-        support, given, right = cells.view(num_classes, num_classes + 1).sum(1), confusion.sum(0), confusion.diagonal()
-        rates = _precision_recall_f1(right, given, support)
+        confusion = cells.view(num_classes, num_classes + 1)[:, :num_classes]  # the last column counts NaN outputs
+        support, given, correct = (
+            cells.view(num_classes, num_classes + 1).sum(1),
+            confusion.sum(0),
+            confusion.diagonal(),
+        )
+        rates = _precision_recall_f1(correct, given, support)
         seen = support > 0
         macro = {f"{name}_macro": _mean(values[seen]) for name, values in rates.items()}
         weighted = {f"{name}_weighted": _ratio(float(values @ support), count) for name, values in rates.items()}
         top = _ratio(_get_sum(self._sums, "top"), count)
         return {
             "loss": _ratio(_get_sum(self._sums, "loss"), count),
-            "accuracy": _ratio(float(right.sum()), count),
+            "accuracy": _ratio(float(correct.sum()), count),
             **macro,
             **weighted,
             **self._find_hardest_class(rates["recall"], support),
@@ -139,26 +142,26 @@ class ClassificationMetrics:
         }
 
     def _find_hardest_class(self, recall: Tensor, support: Tensor) -> dict[str, Any]:
-        """The class with the lowest recall, the first where several have it; none where no sample was seen."""
+        """Return the lowest recall and the first class that has it; NaN and None without samples."""
         if not self._count:
             return {"recall_min": _NAN, "hardest_class": None}
         worst = int(recall.masked_fill(support == 0, math.inf).argmin())
         return {"recall_min": float(recall[worst]), "hardest_class": self.labels[worst]}
 
     def _compute_calibration_error(self) -> float:
-        """Expected calibration error over equal bins of confidence (Guo et al. 2017, arXiv 1706.04599, equation 3)."""
+        """Return the expected calibration error over equal-width bins (Guo et al. 2017, 1706.04599, equation 3)."""
         if not self._count:
             return _NAN
-        confidence, right = self._sums["bins"].cpu().double().unbind(1)
-        return float((right - confidence).abs().sum()) / self._count
+        confidence, correct = self._sums["bins"].cpu().double().unbind(1)
+        return float((correct - confidence).abs().sum()) / self._count
 
 
 class MultilabelMetrics:
     """The accumulator of `Multilabel`.
 
     Args:
-        labels: Names of the labels; where there are none, their indices serve.
-        threshold: Probability from which a label counts as given.
+        labels: Names of the labels; indices if empty.
+        threshold: Probability from which a label is predicted.
     """
 
     def __init__(self, labels: Sequence[str], *, threshold: float) -> None:
@@ -167,10 +170,10 @@ class MultilabelMetrics:
         self._sums: dict[str, Tensor] = {}
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Take in a batch: outputs (b, k), targets 0 or 1 (b, k).
+        """Add a batch: outputs (b, k), targets 0 or 1 (b, k).
 
         Raises:
-            DataError: Outputs and targets are not one a label.
+            DataError: The number of outputs or targets is not that of the labels.
         """
         outputs, targets = to_columns(outputs, targets)
         self.labels = _resolve_labels(self.labels, outputs)
@@ -185,11 +188,11 @@ class MultilabelMetrics:
         _add(self._sums, "labels", torch.stack([(held & given).sum(0), given.sum(0), held.sum(0)]))
 
     def compute(self) -> dict[str, Any]:
-        """The figures so far."""
+        """Return the metrics so far."""
         num_labels = len(self.labels)
-        right, given, support = self._sums.get("labels", torch.zeros(3, num_labels)).cpu().double()
-        rates = _precision_recall_f1(right, given, support)
-        micro = _precision_recall_f1(*(each.sum()[None] for each in (right, given, support)))
+        correct, given, support = self._sums.get("labels", torch.zeros(3, num_labels)).cpu().double()
+        rates = _precision_recall_f1(correct, given, support)
+        micro = _precision_recall_f1(*(each.sum()[None] for each in (correct, given, support)))
         count, flags = self._count, self._count * num_labels
         return {
             "loss": _ratio(_get_sum(self._sums, "loss"), flags),
@@ -205,8 +208,8 @@ class RegressionMetrics:
     """The accumulator of `Regression`.
 
     Args:
-        names: Of the numbers, for `per_output`.
-        scales: What each number was divided by; one for all will do.
+        names: Names of the outputs, for `per_output`.
+        scales: Standard deviation by which each target was divided, or one for all.
     """
 
     def __init__(self, names: Sequence[str], *, scales: Sequence[float]) -> None:
@@ -215,10 +218,10 @@ class RegressionMetrics:
         self._sums: dict[str, Tensor] = {}
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Take in a batch: outputs (b, k), targets (b,) or (b, k), both standardised.
+        """Add a batch: outputs (b, k), targets (b,) or (b, k), both standardized.
 
         Raises:
-            DataError: Their shapes do not fit.
+            DataError: Their shapes do not match.
         """
         if not len(outputs):
             return
@@ -229,7 +232,7 @@ class RegressionMetrics:
         _add(self._sums, "squared", errors.square().sum(0))
 
     def _merge_target_moments(self, targets: Tensor) -> None:
-        """Mean and squared deviation of the targets, merged by the pairwise rule of Chan, Golub and LeVeque (1979)."""
+        """Update the mean and the squared deviations of the targets (Chan, Golub and LeVeque 1979)."""
         before, count = self._count, len(targets)
         mean = targets.mean(0)
         deviation = (targets - mean).square().sum(0)
@@ -241,31 +244,28 @@ class RegressionMetrics:
         self._sums.update(mean=mean, deviation=deviation)
 
     def compute(self) -> dict[str, Any]:
-        """The figures so far."""
+        """Return the metrics so far."""
         if not self._count:
             return dict.fromkeys(("loss", "mae", "rmse", "r2"), _NAN)
         sums = {name: values.cpu().double() for name, values in self._sums.items()}
         scales = torch.tensor(self.scales, dtype=torch.float64)
         mean_squared = sums["squared"] / self._count
-        figures = {
+        metrics = {
             "mae": sums["absolute"] / self._count * scales,
             "rmse": mean_squared.sqrt() * scales,
             "r2": self._compute_r2(sums),
         }
-        out: dict[str, Any] = {"loss": _mean(mean_squared), **{name: _mean(each) for name, each in figures.items()}}
+        out: dict[str, Any] = {"loss": _mean(mean_squared), **{name: _mean(each) for name, each in metrics.items()}}
         if len(mean_squared) > 1:
             names = self.names if len(self.names) == len(mean_squared) else [str(i) for i in range(len(mean_squared))]
-            table = torch.stack(list(figures.values()), 1).tolist()
+            table = torch.stack(list(metrics.values()), 1).tolist()
             out["per_output"] = {
-                name: dict(zip(figures, row, strict=True)) for name, row in zip(names, table, strict=True)
+                name: dict(zip(metrics, row, strict=True)) for name, row in zip(names, table, strict=True)
             }
         return out
 
     def _compute_r2(self, sums: dict[str, Tensor]) -> Tensor:
-        """R2 of each number (k,); as scikit-learn has it, 0 where the truth never varies, or 1 if it is met exactly.
-
-        It takes two samples to vary at all: of one, NaN.
-        """
+        """Return R2 of each output (k,): for constant targets 1 if predictions are exact, else 0; NaN if n is 1."""
         if self._count < 2:
             return torch.full_like(sums["mean"], _NAN)
         rounding = self._count * (4 * torch.finfo(torch.float64).eps * sums["mean"]).square()
@@ -275,21 +275,21 @@ class RegressionMetrics:
 
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """The widest float of the tensor's device."""
+    """Return the widest float dtype of the tensor's device."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def _resolve_labels(labels: tuple[str, ...], outputs: Tensor) -> tuple[str, ...]:
-    """The labels, or indices where there are none; one an output.
+    """Return the labels, or indices of the outputs if there are none.
 
     Raises:
-        DataError: Their number differs from that of the outputs.
+        DataError: The number of labels differs from that of the outputs.
     """
     if outputs.ndim != 2 or (labels and outputs.shape[1] != len(labels)):
         raise DataError(
             f"outputs {tuple(outputs.shape)} for {len(labels)} labels",
-            why="a sample needs one output a label",
-            fix="give the model's head that many outputs (--adapt head does)",
+            why="each label needs one output",
+            fix="give the head that many outputs (--adapt head does)",
         )
     return labels or tuple(str(index) for index in range(outputs.shape[1]))
 
@@ -299,38 +299,39 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 
 def _bincount(indices: Tensor, size: int) -> Tensor:
-    """How often each index below `size` occurs, int64 (size,); the same whatever the order."""
+    """Return the count of each index below `size`, int64 (size,), deterministically."""
     return torch.zeros(size, dtype=torch.int64, device=indices.device).index_add_(0, indices, torch.ones_like(indices))
 
 
-def _is_in_top_k(scores: Tensor, truth: Tensor, top_k: int) -> Tensor:
-    """Whether the true class is among the `top_k` highest scores (b,); of equal ones the first comes first."""
-    own = scores.gather(1, truth[:, None])
-    earlier = torch.arange(scores.shape[1], device=scores.device) < truth[:, None]
+def _is_in_top_k(scores: Tensor, labels_b: Tensor, top_k: int) -> Tensor:
+    """Return whether the label is among the `top_k` highest scores (b,); ties go to the lower index."""
+    own = scores.gather(1, labels_b[:, None])
+    earlier = torch.arange(scores.shape[1], device=scores.device) < labels_b[:, None]
     return ((scores > own) | ((scores == own) & earlier)).sum(1) < top_k
 
 
-def _bin_by_confidence(confidence: Tensor, right: Tensor, bins: int) -> Tensor:
-    """Sum of confidence and number of right answers in each bin (bins, 2); a bin holds its upper edge.
+def _bin_by_confidence(confidence: Tensor, correct: Tensor, bins: int) -> Tensor:
+    """Return the sum of confidences and the number of correct predictions of each bin (bins, 2).
 
-    A product with a matrix of zeros and ones, because adding floats by index has no fixed order on CUDA.
+    A bin includes its upper edge. Computed as a product with a one-hot matrix, because adding floats by index is not
+    deterministic on CUDA.
     """
     place = (confidence.nan_to_num() * bins).ceil().sub(1).clamp(0, bins - 1)
     member = (torch.arange(bins, device=place.device)[:, None] == place).to(_accumulation_dtype(confidence))
-    return member @ torch.stack([confidence, right.to(confidence)], 1).to(member)
+    return member @ torch.stack([confidence, correct.to(confidence)], 1).to(member)
 
 
-def _precision_recall_f1(right: Tensor, given: Tensor, support: Tensor) -> dict[str, Tensor]:
-    """Precision, recall and F1 of each class (k,), 0 where there is nothing to divide by."""
+def _precision_recall_f1(correct: Tensor, given: Tensor, support: Tensor) -> dict[str, Tensor]:
+    """Return precision, recall and F1 of each class (k,), 0 where the denominator is 0."""
     return {
-        "precision": right / given.clamp_min(1),
-        "recall": right / support.clamp_min(1),
-        "f1": 2 * right / (given + support).clamp_min(1),
+        "precision": correct / given.clamp_min(1),
+        "recall": correct / support.clamp_min(1),
+        "f1": 2 * correct / (given + support).clamp_min(1),
     }
 
 
 def _format_per_label(labels: Sequence[str], rates: dict[str, Tensor], support: Tensor, count: int) -> dict[str, Any]:
-    """The rates of each label by name, in scikit-learn's words."""
+    """Return the metrics of each label, with the keys of scikit-learn's `classification_report`."""
     columns = [(values if count else values * _NAN).tolist() for values in rates.values()]
     return {
         label: {"precision": precision, "recall": recall, "f1-score": f1, "support": int(number)}

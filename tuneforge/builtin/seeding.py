@@ -1,4 +1,4 @@
-"""Initial weights that follow from the run's seed, whatever was drawn before."""
+"""Initial weights that depend only on a seed, not on earlier random numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextlib.contextmanager
 def seeded_rng(seed: int) -> Iterator[None]:
-    """Inside, the CPU's generator starts from `seed`; afterwards it stands where it stood."""
+    """Seed the CPU generator inside the context, and restore its state afterwards."""
     before = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
     try:

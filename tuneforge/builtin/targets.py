@@ -1,4 +1,4 @@
-"""How answers are read: one class of several, any number of labels, or numbers with their units.
+"""Targets: one of several classes, any number of labels, or numbers with units.
 
 Shapes: n samples in a split, b in a batch, k outputs, f features.
 """
@@ -23,14 +23,14 @@ from tuneforge.plugin import Check
 Doubles = NDArray[np.float64]
 
 _UNIQUE = Check("names that differ", lambda names: len(set(names)) == len(names), {"uniqueItems": True})
-_MAX_LOSS = torch.finfo(torch.float32).max  # of an answer that is no number; finite, so that JSON can hold it
+_MAX_LOSS = torch.finfo(torch.float32).max  # per-sample loss of a NaN output; finite, because JSON has no infinity
 
 
 @component(api=1)
 class ClassTargets(Targets):
-    """One class a sample. Stored targets are int64 (n,); during mix-up a step gets shares of classes, float (b, k).
+    """One class per sample. Stored targets are int64 (n,); with mix-up a loss gets class probabilities, float (b, k).
 
-    A model needs at least two classes, which those who make the data check; this only describes.
+    The data source checks that there are at least two classes.
     """
 
     loss = "cross-entropy"
@@ -43,16 +43,16 @@ class ClassTargets(Targets):
 
     @property
     def num_outputs(self) -> int:
-        """Number of classes."""
+        """Return the number of classes."""
         return len(self.names)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the classes."""
+        """Return the names of the classes."""
         return self.names
 
     def encode(self, raw: Any) -> int:
-        """The index of a class name; a number is taken as a name too.
+        """Return the index of a class name; a number is converted to a name.
 
         Raises:
             DataError: No class has that name.
@@ -60,11 +60,11 @@ class ClassTargets(Targets):
         return _find_class_index(str(raw), self.names)
 
     def to_predictions(self, outputs: Tensor) -> Tensor:
-        """Probabilities (b, k) of outputs (b, k)."""
+        """Return the probabilities (b, k) of outputs (b, k)."""
         return outputs.softmax(1)
 
     def describe(self, output: Tensor) -> dict[str, Any]:
-        """`class`, its `probability`, and `probabilities` by name; None for each that is no number."""
+        """Return `class`, its `probability`, and `probabilities` by name; None in place of NaN."""
         probabilities = _softmax(output)
         if not probabilities.numel() or probabilities.isnan().any():
             return {"class": None, "probability": None, "probabilities": dict.fromkeys(self.names)}
@@ -73,49 +73,49 @@ class ClassTargets(Targets):
         return {"class": self.names[best], "probability": float(probabilities[best]), "probabilities": by_name}
 
     def describe_label(self, target: Tensor) -> str:
-        """The class's name; of shares (k,), each class with its share."""
+        """Return the name of the class; for probabilities (k,), each class with its probability."""
         if target.ndim == 0:
             return self.names[int(target)]
-        shares = zip(self.names, target.tolist(), strict=True)
-        return ", ".join(f"{name} {share:.2f}" for name, share in shares if share > 0)
+        probabilities = zip(self.names, target.tolist(), strict=True)
+        return ", ".join(f"{name} {probability:.2f}" for name, probability in probabilities if probability > 0)
 
     def per_sample_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """0 where the class is right, else the cross-entropy (b,)."""
+        """Return the cross-entropy (b,), 0 where the prediction is correct."""
         losses = F.cross_entropy(outputs.float(), targets, reduction="none")
         right = outputs.argmax(1) == (targets if targets.ndim == 1 else targets.argmax(1))
         return _replace_nonfinite(torch.where(right & losses.isfinite(), 0.0, losses))
 
     def group_by_class(self, targets: Tensor) -> dict[str, Tensor]:
-        """Rows of each class, int64; none for a class without samples."""
+        """Return the rows of each class, int64."""
         return {name: (targets == index).nonzero().flatten() for index, name in enumerate(self.names)}
 
     def fit_head(self, features: Tensor, targets: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
-        """Multinomial logistic regression: minimise the mean cross-entropy + l2 / 2 * |W|^2, the bias free.
+        """Fit a logistic regression: minimize the mean cross-entropy + l2 / 2 * |W|^2; the bias has no penalty.
 
-        W acts on features scaled to mean 0 and standard deviation 1, and the scaling is folded back. A class without
-        samples gets weight 0 and a bias that gives it at most a chance of about 1/n on every sample.
+        The features are standardized, and the scaling is folded into the result. A class without samples gets weight 0
+        and a bias that gives it a probability of at most about 1/n on every sample.
 
         Args:
             features: (n, f).
             targets: int64 (n,).
-            l2: Strength of the ridge, relative to the mean loss.
+            l2: L2 penalty, relative to the mean loss.
 
         Returns:
-            Weight (k, f) and bias (k,), of the type and on the device of `features`.
+            Weight (k, f) and bias (k,), with the dtype and device of `features`.
 
         Raises:
-            DataError: There are fewer than two classes to tell apart.
+            DataError: Fewer than two classes occur.
         """
         scaled, mean, scale = _standardize(features)
         present, codes = np.unique(targets.cpu().numpy(), return_inverse=True)
         if len(present) < 2:
             raise DataError(
-                f"a head cannot be solved for {len(present)} class(es)",
-                why="all samples have the same answer",
+                f"a head cannot be fitted to {len(present)} class(es)",
+                why="all samples have the same label",
                 fix="give training samples of at least two classes",
             )
-        # With two classes scikit-learn fits one row, the difference of the two: half of it each has the same answers
-        # and half the ridge, hence twice the C.
+        # For two classes scikit-learn fits one row, the difference of the two. Half of it for each class gives the same
+        # predictions and half the penalty, hence twice the C.
         rows, offsets = _fit_logistic(scaled, codes, strength=l2 / 2 if len(present) == 2 else l2)
         if len(present) == 2:
             rows, offsets = np.concatenate([-rows, rows]) / 2, np.concatenate([-offsets, offsets]) / 2
@@ -128,7 +128,7 @@ class ClassTargets(Targets):
 
 @component(api=1)
 class MultilabelTargets(Targets):
-    """Any number of labels a sample. Stored targets are 0 or 1, float32 (n, k)."""
+    """Any number of labels per sample. Stored targets are 0 or 1, float32 (n, k)."""
 
     loss = "binary-cross-entropy"
     metrics = ("multilabel",)
@@ -140,31 +140,31 @@ class MultilabelTargets(Targets):
 
     @property
     def num_outputs(self) -> int:
-        """Number of labels."""
+        """Return the number of labels."""
         return len(self.names)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the labels."""
+        """Return the names of the labels."""
         return self.names
 
     def encode(self, raw: Any) -> list[float]:
-        """1 for each label that holds, else 0, from a list of names.
+        """Return 1 for each label of a list of names, 0 for the others.
 
         Raises:
-            DataError: It is no list, or no label has that name.
+            DataError: It is not a list, or a name is unknown.
         """
         if isinstance(raw, str) or not isinstance(raw, Iterable):
-            raise DataError(f"{raw!r} is no list of labels", fix="give a list of names, which may be empty")
+            raise DataError(f"{raw!r} is not a list of labels", fix="give a list of names, which may be empty")
         held = {_find_class_index(str(name), self.names) for name in raw}
         return [float(index in held) for index in range(self.num_outputs)]
 
     def to_predictions(self, outputs: Tensor) -> Tensor:
-        """Probabilities (b, k) of outputs (b, k)."""
+        """Return the probabilities (b, k) of outputs (b, k)."""
         return outputs.sigmoid()
 
     def describe(self, output: Tensor) -> dict[str, Any]:
-        """`labels` that are at least as likely as not, and `probabilities` by name; None for what is no number."""
+        """Return the `labels` with probability at least 0.5, and `probabilities` by name; None in place of NaN."""
         probabilities = [
             None if math.isnan(each) else each for each in output.detach().cpu().double().sigmoid().tolist()
         ]
@@ -172,29 +172,29 @@ class MultilabelTargets(Targets):
         return {"labels": held, "probabilities": dict(zip(self.names, probabilities, strict=True))}
 
     def describe_label(self, target: Tensor) -> str:
-        """The labels that hold, or "none"."""
+        """Return the names of the labels of a sample, or "none"."""
         held = [name for name, value in zip(self.names, target.tolist(), strict=True) if value >= 0.5]
         return ", ".join(held) or "none"
 
     def per_sample_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """0 where every label is right, else the binary cross-entropy summed over the labels (b,)."""
+        """Return the binary cross-entropy summed over labels (b,), 0 where all predictions are correct."""
         losses = F.binary_cross_entropy_with_logits(outputs.float(), targets.float(), reduction="none").sum(1)
         right = ((outputs >= 0) == (targets >= 0.5)).all(1)
         return _replace_nonfinite(torch.where(right & losses.isfinite(), 0.0, losses))
 
     def fit_head(self, features: Tensor, targets: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
-        """One logistic regression a label: minimise its mean cross-entropy + l2 / 2 * |w|^2, the bias free.
+        """Fit a logistic regression per label: minimize the cross-entropy + l2 / 2 * |w|^2; biases have no penalty.
 
-        w acts on features scaled to mean 0 and standard deviation 1, and the scaling is folded back. A label that all
-        samples have, or none, gets weight 0 and the bias of its smoothed share, (count + 1/2) / (n + 1).
+        The features are standardized, and the scaling is folded into the result. A label that all samples have, or
+        none, gets weight 0 and the bias of its smoothed frequency, (count + 1/2) / (n + 1).
 
         Args:
             features: (n, f).
             targets: 0 or 1, float (n, k).
-            l2: Strength of the ridge, relative to the mean loss.
+            l2: L2 penalty, relative to the mean loss.
 
         Returns:
-            Weight (k, f) and bias (k,), of the type and on the device of `features`.
+            Weight (k, f) and bias (k,), with the dtype and device of `features`.
         """
         scaled, mean, scale = _standardize(features)
         held = targets.cpu().numpy() >= 0.5
@@ -211,7 +211,7 @@ class MultilabelTargets(Targets):
 
 @component(api=1)
 class RegressionTargets(Targets):
-    """Numbers with their units (regression). Stored targets are (number - mean) / scale, float32 (n,) or (n, k)."""
+    """Numbers with units (regression). Stored targets are (number - mean) / scale, float32 (n,) or (n, k)."""
 
     loss = "mse"
     metrics = ("regression",)
@@ -222,10 +222,10 @@ class RegressionTargets(Targets):
     names: tuple[str, ...] = option(
         default=("value",), help="Names of the numbers, in the order of the outputs.", check=_UNIQUE
     )
-    units: tuple[str, ...] = option(default=("",), help="Unit of each; one for all of them will do.")
-    means: tuple[float, ...] = option(default=(0.0,), help="What was subtracted from each; one for all will do.")
+    units: tuple[str, ...] = option(default=("",), help="Unit of each, or one for all.")
+    means: tuple[float, ...] = option(default=(0.0,), help="Mean that was subtracted from each, or one for all.")
     scales: tuple[float, ...] = option(
-        default=(1.0,), help="What each was divided by; one for all will do.", check=POSITIVE_NUMBERS
+        default=(1.0,), help="Standard deviation by which each was divided, or one for all.", check=POSITIVE_NUMBERS
     )
 
     def __attrs_post_init__(self) -> None:
@@ -239,14 +239,14 @@ class RegressionTargets(Targets):
 
     @property
     def num_outputs(self) -> int:
-        """How many numbers a sample has."""
+        """Return the number of outputs per sample."""
         return len(self.names)
 
     def encode(self, raw: Any) -> float | list[float]:
-        """The standardised number; of several, a list, from a mapping by name or a list in order.
+        """Return the standardized number, or a list of several from a mapping by name or a list in order.
 
         Raises:
-            DataError: A number is missing, is none, or is not finite.
+            DataError: A number is missing, invalid or not finite.
         """
         if isinstance(raw, Mapping):
             raw = [raw.get(name) for name in self.names]
@@ -262,12 +262,12 @@ class RegressionTargets(Targets):
         return scaled if self.num_outputs > 1 else scaled[0]
 
     def to_predictions(self, outputs: Tensor) -> Tensor:
-        """Numbers in their units (b, k) of outputs (b, k)."""
+        """Return the predictions in original units (b, k) of outputs (b, k)."""
         means, scales = (torch.tensor(each, dtype=outputs.dtype) for each in self._get_means_and_scales())
         return outputs * scales.to(outputs.device) + means.to(outputs.device)
 
     def describe(self, output: Tensor) -> dict[str, Any]:
-        """`value` and `unit`; of several, `values` and `units` by name. None for what is no number."""
+        """Return `value` and `unit`, or `values` and `units` by name; None in place of NaN or Inf."""
         values = [each if math.isfinite(each) else None for each in self._unscale(output)]
         if self.num_outputs == 1:
             return {"value": values[0], "unit": self.units[0]}
@@ -275,7 +275,7 @@ class RegressionTargets(Targets):
         return {"values": dict(zip(self.names, values, strict=True)), "units": named_units}
 
     def describe_label(self, target: Tensor) -> str:
-        """The number with its unit; several with their names."""
+        """Return the number with its unit; several also with their names."""
         texts = [
             f"{value:.6g} {unit}".strip()
             for value, unit in zip(self._unscale(target), _repeat_to_size(self.units, self.num_outputs), strict=True)
@@ -285,54 +285,54 @@ class RegressionTargets(Targets):
         )
 
     def per_sample_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The absolute error in scaled units, the mean over the numbers (b,)."""
+        """Return the absolute error in standardized units, the mean over outputs (b,)."""
         outputs, targets = to_columns(outputs, targets)
         return _replace_nonfinite((outputs - targets).abs().mean(1))
 
     def fit_head(self, features: Tensor, targets: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
-        """Ridge regression: minimise the mean squared error of each number + l2 / 2 * |w|^2, the bias free.
+        """Fit a ridge regression: minimize the mean squared error + l2 / 2 * |w|^2; biases have no penalty.
 
-        w acts on features scaled to mean 0 and standard deviation 1, and the scaling is folded back. Solved in closed
-        form: (X'X / n + l2 / 2) w = X'y / n.
+        The features are standardized, and the scaling is folded into the result. Solved in closed form:
+        (X'X / n + l2 / 2) w = X'y / n.
 
         Args:
             features: (n, f).
-            targets: Standardised, float (n,) or (n, k).
-            l2: Strength of the ridge, relative to the mean loss.
+            targets: Standardized, float (n,) or (n, k).
+            l2: L2 penalty, relative to the mean loss.
 
         Returns:
-            Weight (k, f) and bias (k,), of the type and on the device of `features`.
+            Weight (k, f) and bias (k,), with the dtype and device of `features`.
         """
         scaled, mean, scale = _standardize(features)
-        answers = targets.cpu().double().numpy().reshape(len(targets), -1)
-        bias = answers.mean(0)
+        targets_nk = targets.cpu().double().numpy().reshape(len(targets), -1)
+        bias = targets_nk.mean(0)
         gram = scaled.T @ scaled / len(scaled) + l2 / 2 * np.eye(scaled.shape[1])
-        weight = np.linalg.solve(gram, scaled.T @ (answers - bias) / len(scaled)).T
+        weight = np.linalg.solve(gram, scaled.T @ (targets_nk - bias) / len(scaled)).T
         return _fold_scaling(weight, bias, mean, scale, like=features)
 
     def _get_means_and_scales(self) -> tuple[Sequence[float], Sequence[float]]:
         return _repeat_to_size(self.means, self.num_outputs), _repeat_to_size(self.scales, self.num_outputs)
 
     def _unscale(self, numbers: Tensor) -> list[float]:
-        """Numbers (k,) or () in original units."""
+        """Return numbers (k,) or () in original units."""
         flat = numbers.detach().cpu().double().reshape(-1).tolist()
         return [each * scale + mean for each, mean, scale in zip(flat, *self._get_means_and_scales(), strict=True)]
 
 
 def to_columns(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs and targets as (b, k) both, so that (b, 1) less (b,) never broadcasts to (b, b).
+    """Return outputs and targets, both as (b, k), so that (b, 1) - (b,) does not broadcast to (b, b).
 
     Raises:
-        DataError: They do not hold the same numbers of samples and values.
+        DataError: Their shapes differ.
     """
-    columns, answers = (each.flatten(1) if each.ndim > 1 else each.reshape(-1, 1) for each in (outputs, targets))
-    if columns.shape != answers.shape:
+    columns, target_columns = (each.flatten(1) if each.ndim > 1 else each.reshape(-1, 1) for each in (outputs, targets))
+    if columns.shape != target_columns.shape:
         raise DataError(
-            f"outputs {tuple(outputs.shape)} do not fit targets {tuple(targets.shape)}",
-            why="each sample needs as many outputs as it has targets",
-            fix="give the model's head as many outputs as the targets' size (--adapt head does)",
+            f"outputs {tuple(outputs.shape)} do not match targets {tuple(targets.shape)}",
+            why="each sample needs one output per target",
+            fix="give the head as many outputs as there are targets (--adapt head does)",
         )
-    return columns, answers
+    return columns, target_columns
 
 
 def compute_mean_and_scale(values: NDArray[Any], *, tolerance: float = 1e-12) -> tuple[Doubles, Doubles]:
@@ -362,7 +362,7 @@ def _parse_number(value: Any, name: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f"{value!r} is no number", where=f"'{name}'", fix="give a finite number, such as 1.5")
+        raise DataError(f"{value!r} is not a finite number", where=f"'{name}'", fix="give a number such as 1.5")
     return number
 
 
@@ -374,12 +374,12 @@ def _softmax(output: Tensor) -> Tensor:
     return output.detach().cpu().double().softmax(0)
 
 
-def _replace_nonfinite(wrongness: Tensor) -> Tensor:
-    return wrongness.nan_to_num(nan=_MAX_LOSS, posinf=_MAX_LOSS)
+def _replace_nonfinite(losses: Tensor) -> Tensor:
+    return losses.nan_to_num(nan=_MAX_LOSS, posinf=_MAX_LOSS)
 
 
 def _standardize(features: Tensor) -> tuple[Doubles, Doubles, Doubles]:
-    """Features (n, f) at mean 0 and standard deviation 1, their means and their deviations (1 for a constant one)."""
+    """Return features (n, f) with mean 0 and standard deviation 1, and the means and standard deviations."""
     values = features.detach().cpu().double().numpy()
     mean, scale = compute_mean_and_scale(values)
     return (values - mean) / scale, mean, scale
@@ -388,14 +388,14 @@ def _standardize(features: Tensor) -> tuple[Doubles, Doubles, Doubles]:
 def _fold_scaling(
     weight: Doubles, bias: Doubles, mean: Doubles, scale: Doubles, *, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same map on features as they are: weight (k, f) and bias (k,)."""
+    """Return weight (k, f) and bias (k,) of the same function of unscaled features."""
     weight = weight / scale
     bias = bias - weight @ mean
     return torch.from_numpy(weight).to(like), torch.from_numpy(bias).to(like)
 
 
 def _fit_logistic(features: Doubles, codes: NDArray[np.int64], *, strength: float) -> tuple[Doubles, Doubles]:
-    """Coefficients and intercepts that minimise the mean cross-entropy + strength / 2 * |coefficients|^2."""
+    """Return the coefficients and intercepts that minimize the mean cross-entropy + strength / 2 * |coefficients|^2."""
     from sklearn.linear_model import LogisticRegression
 
     inverse = 1 / (strength * len(features))

@@ -1,7 +1,7 @@
-"""Random changes of training pictures, batched; each sample's are a pure function of (seed, epoch, sample).
+"""Data augmentation of image batches; the change of a sample is a pure function of (seed, epoch, sample).
 
-Every part draws its numbers from `batch.noise`, a row a sample, and works on each sample alone, so that the same
-sample comes out equal to the bit in any batch. Only `MixUp` looks at another sample: the next row of the batch.
+Each augmentation draws its random numbers from `batch.rng`, a row per sample, and transforms each sample alone, so that
+the result for a sample is bit-identical in any batch. Only `MixUp` uses another sample: the next row of the batch.
 
 Shapes: b samples, c channels, h and w pixels, k classes.
 """
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from tuneforge import Batch, Run
 
 IMAGE_KEYS = ("image", "pixel_values")
-"""Names under which a mapping of inputs may hold its pictures."""
+"""Keys of images in a mapping of inputs."""
 
 
 @component(api=1)
 class Flip:
-    """Mirror some pictures."""
+    """Mirror images at random."""
 
     per_sample = True
-    p: float = option(default=0.5, help="Share of the samples that are mirrored.", check=between(0, 1))
+    p: float = option(default=0.5, help="Probability of mirroring a sample.", check=between(0, 1))
     axis: Literal["horizontal", "vertical"] = option(
-        default="horizontal", help="What is swapped: left and right, or top and bottom."
+        default="horizontal", help="Axis of the flip: left-right or top-bottom."
     )
 
     def augment(self, run: Run, batch: Batch) -> Batch:
@@ -44,78 +44,78 @@ class Flip:
         chosen_b = batch.rng.uniform(f"flip/{self.axis}") < self.p
         dim = -1 if self.axis == "horizontal" else -2
 
-        def mirrored(images_bchw: Tensor) -> Tensor:
+        def mirror(images_bchw: Tensor) -> Tensor:
             chosen_b111 = chosen_b[:, None, None, None].to(images_bchw.device)
             return torch.where(chosen_b111, images_bchw.flip(dim), images_bchw)
 
-        return _apply_to_images(batch, mirrored, "flip")
+        return _apply_to_images(batch, mirror, "flip")
 
 
 @component(api=1)
 class Rotate:
-    """Turn pictures about their centre."""
+    """Rotate images by a random angle about their center."""
 
     per_sample = True
-    degrees: float = option(default=10.0, help="Largest angle to either side.", check=between(0, 180))
+    degrees: float = option(default=10.0, help="Maximum angle in either direction.", check=between(0, 180))
 
     def augment(self, run: Run, batch: Batch) -> Batch:
-        """Turn each sample by an angle uniform in -degrees to degrees; the border is continued outwards."""
+        """Rotate each sample by an angle uniform in [-degrees, degrees], with replicated borders."""
         del run
         angle_b = torch.deg2rad((batch.rng.uniform("rotate") * 2 - 1) * self.degrees)
 
-        def turned(images_bchw: Tensor) -> Tensor:
+        def rotate(images_bchw: Tensor) -> Tensor:
             ratio = images_bchw.shape[-1] / images_bchw.shape[-2]
             cos_b, sin_b, zero_b = angle_b.cos(), angle_b.sin(), torch.zeros_like(angle_b)
             return _warp(images_bchw, (cos_b, -sin_b / ratio, zero_b), (sin_b * ratio, cos_b, zero_b))
 
-        return _apply_to_images(batch, turned, "rotate")
+        return _apply_to_images(batch, rotate, "rotate")
 
 
 @component(api=1)
 class Shift:
-    """Move pictures sideways and up or down."""
+    """Translate images at random."""
 
     per_sample = True
     share: float = option(
-        default=0.1, help="Largest way, as a share of the width and of the height.", check=between(0, 1)
+        default=0.1, help="Maximum translation, as a fraction of width and height.", check=between(0, 1)
     )
 
     def augment(self, run: Run, batch: Batch) -> Batch:
-        """Move each sample by ways uniform in -share to share; the border is continued outwards."""
+        """Translate each sample by fractions uniform in [-share, share], with replicated borders."""
         del run
         right_b, down_b = ((batch.rng.uniform("shift", 2) * 2 - 1) * self.share * 2).unbind(1)
 
-        def moved(images_bchw: Tensor) -> Tensor:
+        def translate(images_bchw: Tensor) -> Tensor:
             one_b, zero_b = torch.ones_like(right_b), torch.zeros_like(right_b)
             return _warp(images_bchw, (one_b, zero_b, -right_b), (zero_b, one_b, -down_b))
 
-        return _apply_to_images(batch, moved, "shift")
+        return _apply_to_images(batch, translate, "shift")
 
 
 @component(api=1)
 class Erase:
-    """Paint a rectangle of some pictures over with their mean (random erasing, Zhong et al. 2017, 1708.04896)."""
+    """Replace a random rectangle of an image by its mean (random erasing, Zhong et al. 2017, 1708.04896)."""
 
     per_sample = True
-    p: float = option(default=0.25, help="Share of the samples that lose a rectangle.", check=between(0, 1))
-    low: float = option(default=0.02, help="Least share of the area that is erased.", check=between(0, 1))
-    high: float = option(default=0.2, help="Greatest share of the area that is erased.", check=between(0, 1))
+    p: float = option(default=0.25, help="Probability of erasing a rectangle.", check=between(0, 1))
+    low: float = option(default=0.02, help="Minimum fraction of the area that is erased.", check=between(0, 1))
+    high: float = option(default=0.2, help="Maximum fraction of the area that is erased.", check=between(0, 1))
 
     def augment(self, run: Run, batch: Batch) -> Batch:
-        """Erase one rectangle with sides in a ratio of 1:3 to 3:1 from each chosen sample."""
+        """Erase one rectangle with an aspect ratio from 1:3 to 3:1 from each selected sample."""
         del run
         numbers_b5 = batch.rng.uniform("erase", 5)
 
-        def erased(images_bchw: Tensor) -> Tensor:
+        def erase(images_bchw: Tensor) -> Tensor:
             inside_bhw = self._make_rectangle_masks(numbers_b5, images_bchw.shape[-2], images_bchw.shape[-1])
-            # avg_pool2d sums each plane by itself; mean() splits its work by the size of the whole batch
+            # avg_pool2d sums each plane alone; the summation order of mean() depends on the batch size
             mean_bc11 = F.avg_pool2d(images_bchw, list(images_bchw.shape[-2:]))
             return torch.where(inside_bhw[:, None].to(images_bchw.device), mean_bc11, images_bchw)
 
-        return _apply_to_images(batch, erased, "erase")
+        return _apply_to_images(batch, erase, "erase")
 
     def _make_rectangle_masks(self, numbers_b5: Tensor, height: int, width: int) -> Tensor:
-        """True inside each sample's rectangle (b, h, w); nowhere for a sample that is left alone."""
+        """Return a mask (b, h, w) of each sample's rectangle, empty for samples that are not selected."""
         chosen_b, area_b, ratio_b, top_b, left_b = numbers_b5.unbind(1)
         area_b = (self.low + area_b * (self.high - self.low)) * height * width
         ratio_b = torch.exp((ratio_b * 2 - 1) * float(np.log(3.0)))
@@ -128,18 +128,18 @@ class Erase:
 
 @component(api=1)
 class MixUp:
-    """Mix each sample and its answer with the next one of the batch (Zhang et al. 2018, 1710.09412)."""
+    """Mix each sample and its target with the next one of the batch (Zhang et al. 2018, 1710.09412)."""
 
     needs_inputs = True
 
     alpha: float = option(
-        default=0.2, help="Both parameters of the Beta distribution of a sample's own share.", check=gt(0)
+        default=0.2, help="Both parameters of the Beta distribution of the mixing weight.", check=gt(0)
     )
 
     def augment(self, run: Run, batch: Batch) -> Batch:
-        """Mix; class numbers (b,) become shares of classes (b, k), other targets are mixed as numbers.
+        """Mix inputs and targets; class indices (b,) become class probabilities (b, k).
 
-        Where samples have weights, those are mixed into the shares, so that the loss is that of the paper.
+        Sample weights are included in the probabilities, so that the loss is that of the paper.
         """
         own_b = uniform_to_beta(batch.rng.uniform("mix-up"), alpha=self.alpha).to(batch.targets.device)
         targets = batch.targets
@@ -156,19 +156,19 @@ class MixUp:
 
 
 def uniform_to_beta(uniform: Tensor, *, alpha: float) -> Tensor:
-    """Numbers of the symmetric Beta(alpha, alpha) distribution, one for each uniform one, by its inverted CDF."""
-    places, shares = _beta_table(alpha)
+    """Return samples of Beta(alpha, alpha) from uniform samples, by the inverse CDF."""
+    points, cdf = _beta_table(alpha)
     numbers = uniform.double().numpy()
     lower = np.minimum(numbers, 1.0 - numbers)
-    values = np.interp(lower, shares, places) ** (1.0 / alpha)
+    values = np.interp(lower, cdf, points) ** (1.0 / alpha)
     return torch.from_numpy(np.where(numbers > 0.5, 1.0 - values, values)).float()
 
 
 @functools.lru_cache(maxsize=8)
 def _beta_table(alpha: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Places s = x ** alpha for x up to 1/2, and the CDF there.
+    """Return points s = x ** alpha for x in [0, 1/2] and the CDF at these points.
 
-    The density x ** (alpha - 1) * (1 - x) ** (alpha - 1) has a pole at 0 for alpha < 1; in s it has none.
+    The density x ** (alpha - 1) * (1 - x) ** (alpha - 1) has a pole at 0 for alpha < 1; as a function of s it has none.
     """
     x = 0.5 * np.linspace(0.0, 1.0, 8193) ** 3
     s = x**alpha
@@ -178,7 +178,7 @@ def _beta_table(alpha: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def _mix_with_next(values: Tensor, own_b: Tensor) -> Tensor:
-    """Each row with the next one, the last with the first."""
+    """Return each row mixed with the next one, the last with the first."""
     own = _broadcast_like(own_b.to(values.device, values.dtype), values)
     return own * values + (1 - own) * values.roll(-1, 0)
 
@@ -195,15 +195,15 @@ def _broadcast_like(values_b: Tensor, like: Tensor) -> Tensor:
 
 
 def _make_interval_mask(size: int, start_b: Tensor, length_b: Tensor) -> Tensor:
-    """True from `start` for `length` places (b, size)."""
+    """Return a mask (b, size) of the `length_b` positions from `start_b`."""
     places = torch.arange(size)
     return (places >= start_b[:, None]) & (places < (start_b + length_b)[:, None])
 
 
 def _warp(images_bchw: Tensor, x_row: tuple[Tensor, ...], y_row: tuple[Tensor, ...]) -> Tensor:
-    """Sample the pictures at x' = x_row . (x, y, 1), y' = y_row . (x, y, 1), in coordinates from -1 to 1.
+    """Sample the images at x' = x_row . (x, y, 1), y' = y_row . (x, y, 1), in coordinates from -1 to 1.
 
-    The grid is made element by element: `affine_grid` multiplies matrices, whose bits depend on the batch.
+    The grid is computed elementwise, because the matrix product of `affine_grid` rounds differently by batch size.
     """
     height, width = images_bchw.shape[-2:]
     y_h1, x_w = _pixel_centers(height, images_bchw)[:, None], _pixel_centers(width, images_bchw)
@@ -215,12 +215,12 @@ def _warp(images_bchw: Tensor, x_row: tuple[Tensor, ...], y_row: tuple[Tensor, .
 
 
 def _pixel_centers(size: int, like: Tensor) -> Tensor:
-    """Centres of pixels on the scale -1 to 1 (size,)."""
+    """Return the coordinates of pixel centers from -1 to 1 (size,)."""
     return (torch.arange(size, device=like.device, dtype=like.dtype) * 2 + 1) / size - 1
 
 
 def _apply_to_images(batch: Batch, change: Callable[[Tensor], Tensor], part: str) -> Batch:
-    """The batch with its pictures changed."""
+    """Return the batch with transformed images."""
     inputs = batch.inputs
     if isinstance(inputs, Tensor):
         return attrs.evolve(batch, inputs=change(_require_images(inputs, part)))
@@ -231,7 +231,7 @@ def _apply_to_images(batch: Batch, change: Callable[[Tensor], Tensor], part: str
 def _find_image_key(inputs: Any, part: str) -> str:
     found = [name for name in IMAGE_KEYS if isinstance(inputs, Mapping) and name in inputs]
     if not found:
-        kind = f"a mapping of {', '.join(inputs)}" if isinstance(inputs, Mapping) else "not pictures"
+        kind = f"a mapping of {', '.join(inputs)}" if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
         raise _not_images_error(part, kind)
     return found[0]
 
@@ -244,8 +244,8 @@ def _require_images(images: Tensor, part: str) -> Tensor:
 
 def _not_images_error(part: str, found: str) -> UsageError:
     return UsageError(
-        f"augmentation '{part}' changes pictures, and the inputs are {found}",
+        f"augmentation '{part}' needs images, and the inputs are {found}",
         where="--augment",
         why=f"it takes float tensors (batch, channels, height, width), or a mapping with {' or '.join(IMAGE_KEYS)}",
-        fix="leave it out for this data",
+        fix="remove it for this data",
     )

@@ -1,11 +1,11 @@
-"""scikit-learn estimators: a whole run behind `fit`, so that pipelines, cross-validation and searches can hold it.
+"""scikit-learn estimators, whose `fit` is a run, for pipelines, cross-validation and searches.
 
-They store options and nothing else until `fit` is called. What `fit` leaves is the content of a run folder, so a saved
-estimator is one too: `tuneforge predict` and `tuneforge report` take it.
+The constructor only stores options. A saved estimator is a run directory, so `tuneforge predict` and
+`tuneforge report` accept it.
 
 Shapes: n samples, f features, c channels, h and w pixels, k classes or numbers.
 """
-# ruff: noqa: N803 - `X` is scikit-learn's own name for samples, and callers write it
+# ruff: noqa: N803 - `X` is scikit-learn's name for samples, and callers pass it by keyword
 
 from __future__ import annotations
 
@@ -28,75 +28,73 @@ __all__ = ["TunedClassifier", "TunedRegressor", "data_from_arrays"]
 
 
 class TunedClassifier(ClassifierMixin, TunedEstimator):  # type: ignore[misc]  # scikit-learn is not typed
-    """Tune a model to tell classes apart, by any strategy, on tables or pictures.
+    """Fine-tune a classifier by any strategy, on tables or images.
 
-    Samples are a table of numbers (n, f), or arrays of any further shape that the model takes; uint8 pictures
-    (n, c, h, w) are brought to the scale 0 to 1. Everything a run needs is drawn from what `fit` is given: a share is
-    held out for validation, which early stopping and best weights look at. Without samples to spare, training samples
-    serve for that too.
+    Samples are a table of numbers (n, f), or arrays of any other shape that the model takes; uint8 images (n, c, h, w)
+    are scaled to 0 to 1. `fit` holds out a fraction of the samples for validation, which early stopping and the choice
+    of the best weights use. If there are too few samples, the training samples serve for validation too.
 
     Args:
-        model: A name, `tf.use(name, ...)`, a torch module, or a component; None: `mlp`, for tables. A module is copied:
-            yours stays as it is.
+        model: A name, `tf.use(name, ...)`, a torch module, or a component; None is `mlp`, for tables. A module is
+            copied, not modified.
         strategy: A name, `tf.use(name, ...)`, a component, a list of steps, or a function of the task.
         model_options: Options of a model by name; also `set_params(model__NAME=...)`.
-        strategy_options: Options of a strategy by name; also `set_params(strategy__NAME=...)`, so that a search can go
-            over them.
-        adapt: What changes the model, in order.
-        augment: Random changes of training samples, in order.
-        callbacks: What else takes part.
-        optimizer: In place of the strategy's.
-        schedule: Course of the rate, in place of the strategy's.
-        batch_size: Samples a training step.
-        validation_fraction: Share of the samples, of each class, that is held out of training; 0: none.
-        standardize: Bring each feature of a table to mean 0 and deviation 1 over the training part.
+        strategy_options: Options of a strategy by name; also `set_params(strategy__NAME=...)`, for searches.
+        adapt: Model adapters, in order.
+        augment: Augmentations of training samples, in order.
+        callbacks: Callbacks.
+        optimizer: Optimizer instead of the strategy's.
+        schedule: Learning rate schedule instead of the strategy's.
+        batch_size: Samples per optimizer step.
+        validation_fraction: Fraction of the samples of each class that is held out for validation; 0 for none.
+        standardize: Standardize each feature of a table with mean and std of the training samples.
         partial_lr: Learning rate of each `partial_fit` but the first.
-        device: Where to compute.
-        settings: Further settings of the run by name, such as `{"precision": "bf16"}`.
-        runs_dir: Folder under which each run is kept, as `run-1`, `run-2`, ...; None: nothing is kept on disk.
-        random_state: Of everything that is drawn; an integer is the run's seed.
-        verbose: Print what the run says.
+        device: Device name.
+        settings: Other settings of the run by name, such as `{"precision": "bf16"}`.
+        runs_dir: Folder of run directories `run-1`, `run-2` and so on; None keeps no files.
+        random_state: Source of randomness; an integer is the seed of the run.
+        verbose: Print the log of the run.
 
     Attributes:
         classes_: The classes, sorted (k,).
-        n_features_in_: Length of a sample's first axis.
-        feature_names_in_: Names of the features, where the samples had some.
-        predictor_: The tuned model, as `tuneforge.load` gives it.
+        n_features_in_: Size of the first axis of a sample.
+        feature_names_in_: Names of the features, if the samples have them.
+        predictor_: The fine-tuned model, a `tuneforge.Predictor`.
         report_: The report of the last run.
-        run_dir_: Where `runs_dir` keeps the last run.
+        run_dir_: Run directory of the last run, if `runs_dir` is given.
     """
 
     _fitted_attributes: ClassVar[tuple[str, ...]] = (*TunedEstimator._fitted_attributes, "classes_")
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Tune on samples and their classes (n,), from the model's own weights.
+        """Fine-tune on samples and their classes (n,), from the initial weights of the model.
 
         Raises:
-            ValueError: The samples cannot be used, or are all of one class.
-            TuneforgeError: The run went wrong.
+            ValueError: The samples are invalid, or all of one class.
+            TuneforgeError: The run failed.
         """
         samples, y = self._validate_samples(X, y, reset=True)
         check_classification_targets(y)
         classes = np.unique(y)
         if len(classes) < 2:
-            raise ValueError(f"there is only one class, {classes[0]!r}; a classifier needs at least two to tell apart")
+            raise ValueError(f"there is only one class, {classes[0]!r}; a classifier needs at least two classes")
         self.classes_ = classes
         self._run_engine(samples, y, first=True)
         return self
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
-        """Go on with some more samples.
+        """Continue training with more samples.
 
-        The first call tunes by the strategy. Each further one, and each after `fit`, takes every layer through the
-        samples once, at the rate `partial_lr`, from the present weights.
+        The first call uses the strategy. Other calls, and those after `fit`, train all layers for one epoch with
+        learning rate `partial_lr`, from the current weights.
 
         Args:
             X: Samples.
             y: Their classes (n,).
-            classes: All classes there will ever be; the first call needs them.
+            classes: All classes that any call may have; required in the first call.
 
         Raises:
-            ValueError: The samples cannot be used, or the classes are missing or others than before.
+            ValueError: The samples are invalid, or the classes are missing or differ from those of the first call.
         """
         first = not hasattr(self, "predictor_")
         if first and classes is None:
@@ -113,14 +111,14 @@ class TunedClassifier(ClassifierMixin, TunedEstimator):  # type: ignore[misc]  #
         return self
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
-        """Probabilities (n, k) of the classes, in the order of `classes_`."""
+        """Return the probabilities (n, k) of the classes, in the order of `classes_`."""
         logits = self._compute_outputs(X)
-        shares = np.exp(logits - logits.max(1, keepdims=True))
-        probabilities: NDArray[np.float64] = shares / shares.sum(1, keepdims=True)
+        exponentials = np.exp(logits - logits.max(1, keepdims=True))
+        probabilities: NDArray[np.float64] = exponentials / exponentials.sum(1, keepdims=True)
         return probabilities
 
     def predict(self, X: Any) -> NDArray[Any]:
-        """The most probable class of each sample (n,)."""
+        """Return the most probable class of each sample (n,)."""
         places = self._compute_outputs(X).argmax(1)
         best: NDArray[Any] = self.classes_[places]
         return best
@@ -136,27 +134,27 @@ class TunedClassifier(ClassifierMixin, TunedEstimator):  # type: ignore[misc]  #
 
 
 class TunedRegressor(RegressorMixin, TunedEstimator):  # type: ignore[misc]  # scikit-learn is not typed
-    """Tune a model to answer with a number, or several, by any strategy, on tables or pictures.
+    """Fine-tune a model for regression with one or several outputs, by any strategy, on tables or images.
 
-    The numbers are brought to mean 0 and deviation 1 over the training part, and answers back. All else, and every
-    parameter, is as in `TunedClassifier`.
+    Targets are standardized with mean and std of the training samples. Everything else, parameters included, is as in
+    `TunedClassifier`.
 
     Attributes:
-        n_features_in_: Length of a sample's first axis.
-        feature_names_in_: Names of the features, where the samples had some.
-        predictor_: The tuned model, as `tuneforge.load` gives it.
+        n_features_in_: Size of the first axis of a sample.
+        feature_names_in_: Names of the features, if the samples have them.
+        predictor_: The fine-tuned model, a `tuneforge.Predictor`.
         report_: The report of the last run.
-        run_dir_: Where `runs_dir` keeps the last run.
+        run_dir_: Run directory of the last run, if `runs_dir` is given.
     """
 
     _fitted_attributes: ClassVar[tuple[str, ...]] = (*TunedEstimator._fitted_attributes, "_is_single_output")
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Tune on samples and their numbers, (n,) or (n, k), from the model's own weights.
+        """Fine-tune on samples and their targets, (n,) or (n, k), from the initial weights of the model.
 
         Raises:
-            ValueError: The samples cannot be used.
-            TuneforgeError: The run went wrong.
+            ValueError: The samples are invalid.
+            TuneforgeError: The run failed.
         """
         samples, y = self._validate_numbers(X, y, reset=True)
         self._is_single_output = y.ndim == 1
@@ -164,29 +162,27 @@ class TunedRegressor(RegressorMixin, TunedEstimator):  # type: ignore[misc]  # s
         return self
 
     def partial_fit(self, X: Any, y: Any) -> Self:
-        """Go on with some more samples.
+        """Continue training with more samples.
 
-        The first call tunes by the strategy. Each further one, and each after `fit`, takes every layer through the
-        samples once, at the rate `partial_lr`, from the present weights and with the scale of the first numbers.
+        The first call uses the strategy. Other calls, and those after `fit`, train all layers for one epoch with
+        learning rate `partial_lr`, from the current weights and with the standardization of the first call.
 
         Raises:
-            ValueError: The samples cannot be used.
+            ValueError: The samples are invalid.
         """
         if not hasattr(self, "predictor_"):
             return self.fit(X, y)
         samples, y = self._validate_numbers(X, y, reset=False)
         if (found := y.reshape(len(y), -1).shape[1]) != self.predictor_.targets.num_outputs:
-            raise ValueError(
-                f"{found} number(s) a sample; {type(self).__name__} learnt {self.predictor_.targets.num_outputs}"
-            )
+            raise ValueError(f"{found} target(s) per sample; expected {self.predictor_.targets.num_outputs}")
         self._run_engine(samples, y, first=False)
         return self
 
     def predict(self, X: Any) -> NDArray[np.float64]:
-        """The numbers of each sample, (n,) or (n, k) as `fit` was given them."""
-        answers = self._compute_outputs(X)
+        """Return the predictions in original units, (n,) or (n, k) as the targets of `fit`."""
+        outputs = self._compute_outputs(X)
         targets: Any = self.predictor_.targets
-        numbers: NDArray[np.float64] = answers * np.array(targets.scales) + np.array(targets.means)
+        numbers: NDArray[np.float64] = outputs * np.array(targets.scales) + np.array(targets.means)
         return numbers[:, 0] if self._is_single_output else numbers
 
     def __sklearn_tags__(self) -> Any:

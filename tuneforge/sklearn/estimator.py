@@ -1,8 +1,8 @@
-"""What classifier and regressor share: options, and a run of the engine behind `fit`.
+"""Base class of the estimators: options, and a run of the engine in `fit`.
 
 Shapes: n samples, f features, c channels, h and w pixels, k outputs.
 """
-# ruff: noqa: N803 - `X` is scikit-learn's own name for samples, and callers write it
+# ruff: noqa: N803 - `X` is scikit-learn's name for samples, and callers pass it by keyword
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from tuneforge.builtin.targets import compute_mean_and_scale
 from tuneforge.engine.storage.safetensors_io import get_state_dict, load_state_dict
 from tuneforge.sklearn.model_state import SavableEstimator
 
-_NESTED_PARAMS = ("model", "strategy")  # parameters that have options of their own
+_NESTED_PARAMS = ("model", "strategy")  # parameters with nested options
 FLOAT32_TOLERANCE = 1e-6
-"""Samples come as float32, whose rounding gives a constant column a small standard deviation."""
+"""Tolerance for constant columns: rounding to float32 gives them a small standard deviation."""
 
-_BATCH_ROWS = 256  # of a table in one forward pass
+_BATCH_ROWS = 256  # of a table per forward pass
 
 
 class TunedEstimator(SavableEstimator):
-    """Options, and a run of the engine behind `fit`; the constructor only stores."""
+    """Options, and a run of the engine in `fit`; the constructor only stores options."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class TunedEstimator(SavableEstimator):
         self.verbose = verbose
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The parameters; with `deep`, also `strategy__NAME` and `model__NAME` for each option that is given."""
+        """Return the parameters; with `deep`, also the given options as `strategy__NAME` and `model__NAME`."""
         params: dict[str, Any] = super().get_params(deep=deep)
         for part in _NESTED_PARAMS if deep else ():
             given = params[f"{part}_options"]
@@ -90,7 +90,7 @@ class TunedEstimator(SavableEstimator):
         return params
 
     def set_params(self, **params: Any) -> Self:
-        """Set parameters; `strategy__NAME` and `model__NAME` set one option and leave the others."""
+        """Set parameters; `strategy__NAME` and `model__NAME` set a single option."""
         nested = {
             key: value for key, value in params.items() if key.partition("__")[0] in _NESTED_PARAMS and "__" in key
         }
@@ -106,13 +106,13 @@ class TunedEstimator(SavableEstimator):
         return tags
 
     def _validate_samples(self, X: Any, y: Any = "no_validation", *, reset: bool, **rules: Any) -> Any:
-        """Samples as float32 (n, f) or (n, ...), or uint8 pictures (n, c, h, w); with answers, a pair.
+        """Return samples as float32 (n, f) or (n, ...), or uint8 images (n, c, h, w); with targets, a pair.
 
         Raises:
-            ValueError: They are not finite, or of another shape or type than those that were learnt from.
+            ValueError: They are non-finite, or differ in shape or dtype from the samples of `fit`.
         """
-        pictures = getattr(X, "dtype", None) == np.uint8 and getattr(X, "ndim", 0) == 4
-        rules |= {"dtype": np.uint8 if pictures else np.float32, "allow_nd": True, "reset": reset}
+        images = getattr(X, "dtype", None) == np.uint8 and getattr(X, "ndim", 0) == 4
+        rules |= {"dtype": np.uint8 if images else np.float32, "allow_nd": True, "reset": reset}
         checked = validate_data(self, X, y, **rules)
         rows = checked[0] if isinstance(checked, tuple) else checked
         found = (tuple(rows.shape[1:]), str(rows.dtype))
@@ -120,13 +120,13 @@ class TunedEstimator(SavableEstimator):
             self._shape, self._dtype = found
         elif found != (self._shape, self._dtype):
             raise ValueError(
-                f"samples of shape {found[0]} as {found[1]}; {type(self).__name__} learnt from samples of shape "
+                f"samples of shape {found[0]} as {found[1]}; {type(self).__name__} was fitted with samples of shape "
                 f"{self._shape} as {self._dtype}"
             )
         return checked
 
     def _run_engine(self, samples: NDArray[Any], y: NDArray[Any], *, first: bool) -> None:
-        """One run: the strategy's where nothing is learnt yet, else one epoch from the present weights."""
+        """Run the strategy in the first run, else one epoch from the current weights."""
         seed = self._draw_seed()
         data = self._build_data(samples, y, seed, first=first)
         strategy: Any = (
@@ -155,22 +155,22 @@ class TunedEstimator(SavableEstimator):
             self._load_run_dir(result.run_dir)
 
     def _build_data(self, samples: NDArray[Any], y: NDArray[Any], seed: int, *, first: bool) -> tf.Data:
-        """The samples, divided; how they are read follows from the training part of the first ones."""
+        """Return the data; in the first run, inputs and targets get the statistics of the training rows."""
         train, val = split_validation(self._group_rows(y), val_fraction=self.validation_fraction, seed=seed)
         inputs = self._build_inputs(samples, train) if first else self.predictor_.inputs
         targets = self._build_targets(y, train) if first else self.predictor_.targets
-        stored, answers = torch.from_numpy(np.array(samples)), self._encode_targets(y, targets)
+        stored, encoded = torch.from_numpy(np.array(samples)), self._encode_targets(y, targets)
         split, held = (
-            tf.Split(stored[rows], answers[rows], ids=list(map(str, rows.tolist()))) for rows in (train, val)
+            tf.Split(stored[rows], encoded[rows], ids=list(map(str, rows.tolist()))) for rows in (train, val)
         )
-        note = "no split is held back for a test: the figures of test are those of val"
+        note = "there is no separate test split: the metrics of test are those of val"
         return tf.Data(split, held, held, inputs=inputs, targets=targets, notes=(note,))
 
     def _resolve_component(self, part: str, *, default: str | None = None) -> Any:
-        """What `model` or `strategy` asks for, with its options; an object is copied, so that it stays as it is.
+        """Return the component of `model` or `strategy` with its options, or a copy of an object.
 
         Raises:
-            UsageError: Nothing is named and there is no default, or options are given for an object.
+            UsageError: There is no name and no default, or there are options for an object.
         """
         asked, options = getattr(self, part), dict(getattr(self, f"{part}_options") or {})
         asked = default if asked is None else asked
@@ -185,12 +185,12 @@ class TunedEstimator(SavableEstimator):
             return tf.use(asked, **options)
         if options:
             raise tf.UsageError(
-                f"{part}_options go with a name, and {part} is an object", where=part, fix="set them on the object"
+                f"{part}_options need a name, and {part} is an object", where=part, fix="set them on the object"
             )
         return copy.deepcopy(asked)
 
     def _build_inputs(self, samples: NDArray[Any], train: Tensor) -> tf.Inputs:
-        """How samples become what the model takes; rows are standardised by the training part."""
+        """Return the inputs; table rows are standardized with the training rows."""
         if samples.dtype == np.uint8 and samples.shape[1] in (1, 3):
             return ImageInputs(ops=("grayscale",) if samples.shape[1] == 1 else (), channels=samples.shape[1])
         shapes, dtypes = {"": tuple(samples.shape[1:])}, {"": str(samples.dtype)}
@@ -200,7 +200,7 @@ class TunedEstimator(SavableEstimator):
         return TensorInputs(shapes=shapes, dtypes=dtypes, means=tuple(means.tolist()), scales=tuple(scales.tolist()))
 
     def _compute_outputs(self, X: Any) -> NDArray[np.float64]:
-        """The model's outputs (n, k). Rows of a table go in batches of one size, so that none depends on the others."""
+        """Return the outputs (n, k). Batches of table rows are padded, because rounding depends on the batch size."""
         check_is_fitted(self, "predictor_")
         samples = torch.from_numpy(np.array(self._validate_samples(X, reset=False)))
         run = self.predictor_.run
@@ -210,8 +210,8 @@ class TunedEstimator(SavableEstimator):
                 missing = _BATCH_ROWS - len(chunk) if samples.ndim == 2 else 0
                 padded = torch.cat([chunk, chunk[-1:].expand(missing, *chunk.shape[1:])]) if missing else chunk
                 outputs.append(run.forward(run.prepare_inputs(padded))[: len(chunk)].double().cpu())
-        answers: NDArray[np.float64] = torch.cat(outputs).numpy()
-        return answers
+        outputs_nk: NDArray[np.float64] = torch.cat(outputs).numpy()
+        return outputs_nk
 
     def _draw_seed(self) -> int:
         generator = check_random_state(self.random_state)
@@ -220,7 +220,7 @@ class TunedEstimator(SavableEstimator):
 
     @contextlib.contextmanager
     def _make_run_dir(self) -> Iterator[Path]:
-        """A new folder for a run: under `runs_dir`, or one that is gone afterwards."""
+        """Yield a new run directory, in `runs_dir` or temporary."""
         if self.runs_dir is None:
             with tempfile.TemporaryDirectory(prefix="tuneforge-") as place:
                 yield Path(place) / "run"
@@ -233,39 +233,39 @@ class TunedEstimator(SavableEstimator):
         yield self.run_dir_
 
     def _group_rows(self, y: NDArray[Any]) -> list[Tensor]:
-        """Rows that are divided alike."""
+        """Return the groups of rows that are split in the same proportion."""
         raise NotImplementedError
 
     def _build_targets(self, y: NDArray[Any], train: Tensor) -> tf.Targets:
-        """How answers are read, from those of the training part."""
+        """Return the targets, with statistics of the training rows."""
         raise NotImplementedError
 
     def _encode_targets(self, y: NDArray[Any], targets: Any) -> Tensor:
-        """Answers as a split stores them."""
+        """Return the encoded targets."""
         raise NotImplementedError
 
 
 @tf.component(api=1)
 class InitialWeights:
-    """Go on from weights that are in memory: the last word on the model, after every adapter and extension."""
+    """Loads weights from memory into the model, after all adapters and callbacks."""
 
     @classmethod
     def from_model(cls, model: tf.Model) -> InitialWeights:
-        """From the present weights of a tuned model."""
+        """Return a component with the current weights of a model."""
         made = cls()
-        # Tensors are no options: they have no text for a file or a flag. So they are set past the frozen class.
+        # Tensors are not options, which need a text for files and flags, so they are set on the frozen instance.
         state = {name: tensor.clone() for name, tensor in get_state_dict(model.module).items()}
         object.__setattr__(made, "_state", state)
         return made
 
     @tf.hookimpl(wrapper=True)
     def model_adapt(self, run: tf.Run) -> Generator[None, tf.Model, tf.Model]:
-        """Load them; every row of the head then is a trained one."""
+        """Load the weights; all rows of the head count as pretrained."""
         model = yield
         if run.restoring:
             return model
         state: dict[str, Tensor] = getattr(self, "_state")  # noqa: B009 - no field of the component
-        load_state_dict(model.module, state, where="the weights learnt so far")
+        load_state_dict(model.module, state, where="the fitted weights")
         return attrs.evolve(model, pretrained_labels=model.labels, pretrained=True)
 
 

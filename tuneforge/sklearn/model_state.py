@@ -1,4 +1,4 @@
-"""What an estimator remembers: the texts of its run's folder and the weights, on disk, in a pickle or as JSON."""
+"""Persistence of estimators: the text files of their run directory and the weights, on disk or in a pickle."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ from tuneforge.exporting import save_tensors
 from tuneforge.plugin.serialization import from_json, to_json
 
 ESTIMATOR_FILE = "estimator.json"
-"""What a saved estimator has beside the files of a run."""
+"""File of a saved estimator beside those of a run."""
 
 _TEXT_SUFFIXES = (".json", ".jsonl", ".txt", ".html")
 
 
 class SavableEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is not typed
-    """An estimator whose memory is a run's folder; where that lay does not matter."""
+    """An estimator whose fitted state is the content of a run directory."""
 
     _fitted_attributes: ClassVar[tuple[str, ...]] = ("n_features_in_", "feature_names_in_", "_shape", "_dtype")
-    """What `fit` sets beside the files of the run."""
+    """Attributes that `fit` sets."""
 
     predictor_: tf.Predictor
     _text_files: dict[str, str]
 
     @property
     def report_(self) -> dict[str, Any]:
-        """The content of the last run's `report.json`; its test split is the validation split."""
+        """Return the `report.json` of the last run; its test split is the validation split."""
         check_is_fitted(self, "predictor_")
         report: dict[str, Any] = json.loads(self._text_files[folder.REPORT])
         return report
 
     def save(self, path: str | Path) -> None:
-        """Write what was learnt into a new folder: safetensors, JSON and text, never pickle.
+        """Save the fitted estimator in a new folder, as safetensors, JSON and text, without pickle.
 
-        The folder is that of a run, so `tuneforge predict`, `evaluate` and `report` take it.
+        The folder is a run directory, so `tuneforge predict`, `evaluate` and `report` accept it.
 
         Raises:
-            FolderError: It is there already and not empty.
+            FolderError: The folder exists and is not empty.
         """
         check_is_fitted(self, "predictor_")
         path = Path(path)
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise tf.FolderError(f"'{path}' is there already", where="path", fix="name a new folder")
+            raise tf.FolderError(f"'{path}' exists and is not empty", where="path", fix="name a new folder")
         path.mkdir(parents=True, exist_ok=True)
         self._write_text_files(path)
         self._write_weights(path)
@@ -61,15 +61,15 @@ class SavableEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is 
 
     @classmethod
     def load(cls, path: str | Path, *, objects: Mapping[str, Any] | None = None) -> Self:
-        """The estimator that `save` wrote.
+        """Load an estimator that `save` wrote.
 
         Args:
             path: The folder.
-            objects: Parameters that were Python objects, such as `{"model": module}`; JSON cannot hold them.
+            objects: Parameters that are Python objects, such as `{"model": module}`, which JSON cannot store.
 
         Raises:
             FolderError: There is no estimator, or an object is missing.
-            UsageError: It is of the other class.
+            UsageError: The estimator is of another class.
         """
         path, objects = Path(path), dict(objects or {})
         record = folder.read_json(path / ESTIMATOR_FILE)
@@ -79,10 +79,10 @@ class SavableEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is 
             )
         if missing := sorted(set(record["objects"]) - set(objects)):
             raise tf.FolderError(
-                f"the estimator was given {', '.join(missing)} as Python objects",
+                f"the estimator had Python objects as parameters: {', '.join(missing)}",
                 where=str(path),
-                why="a folder holds names and options, not objects",
-                fix=f"give them again: objects={{{missing[0]!r}: ...}}",
+                why="a folder stores names and options, not objects",
+                fix=f"pass them: objects={{{missing[0]!r}: ...}}",
             )
         made = cls(**{**_to_dict(from_json(record["params"])), **objects})
         for name, value in record["fitted_attributes"].items():
@@ -91,7 +91,7 @@ class SavableEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is 
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        """The attributes, with the weights as one array: the bytes of a safetensors file."""
+        """Return the attributes, with the weights as an array of the bytes of a safetensors file."""
         state: dict[str, Any] = dict(super().__getstate__())
         if "predictor_" in state:
             del state["predictor_"]
@@ -101,7 +101,7 @@ class SavableEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is 
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Build the model again and give it its weights."""
+        """Restore the attributes, and build the model with its weights."""
         state = dict(state)
         weights = state.pop("_weights", None)
         super().__setstate__(state)
@@ -120,7 +120,7 @@ class SavableEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is 
         save_tensors(get_state_dict(model.module), path / folder.WEIGHTS, metadata={"labels": model.labels})
 
     def _to_record(self) -> dict[str, Any]:
-        """The content of `estimator.json`."""
+        """Return the content of `estimator.json`."""
         params = self.get_params(deep=False)
         plain = {name: value for name, value in params.items() if _is_serializable(value)}
         fitted = {name: getattr(self, name) for name in self._fitted_attributes if hasattr(self, name)}
@@ -133,18 +133,18 @@ class SavableEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is 
         }
 
     def _load_predictor(self, path: Path) -> tf.Predictor:
-        """The tuned model of a run folder."""
+        """Return the predictor of a run directory."""
         given = copy.deepcopy(self.model) if isinstance(self.model, (nn.Module, tf.Model)) else None
         return tf.load(path, model=given, device_name=self.device)
 
     def _load_run_dir(self, path: Path) -> None:
-        """Take what a run left in its folder."""
+        """Read the text files and the predictor of a run directory."""
         self._text_files = _read_text_files(path)
         self.predictor_ = self._load_predictor(path)
 
 
 def _read_text_files(path: Path) -> dict[str, str]:
-    """The text files of a run folder by name."""
+    """Return the text files of a run directory by name."""
     files = [file for file in sorted(path.iterdir()) if file.suffix in _TEXT_SUFFIXES and file.name != ESTIMATOR_FILE]
     return {file.name: file.read_text(encoding="utf-8") for file in files}
 
@@ -158,19 +158,19 @@ def _is_serializable(value: Any) -> bool:
 
 
 def _to_dict(value: Any) -> Any:
-    """Plain data with dicts in place of read-only mappings."""
+    """Return plain data with dicts in place of read-only mappings."""
     return {key: _to_dict(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def _encode_attribute(value: Any) -> Any:
-    """An array with its type, a tuple with its length, as JSON has them."""
+    """Return a JSON value of an attribute; arrays include their dtype."""
     if isinstance(value, np.ndarray):
         return {"values": value.tolist(), "dtype": str(value.dtype)}
     return {"tuple": list(value)} if isinstance(value, tuple) else value
 
 
 def _decode_attribute(value: Any) -> Any:
-    """What `_encode_attribute` was given."""
+    """Return the attribute of a value of `_encode_attribute`."""
     if not isinstance(value, dict):
         return value
     return tuple(value["tuple"]) if "tuple" in value else np.array(value["values"], dtype=value["dtype"])

@@ -152,7 +152,7 @@ class TestSplits:
 
     @pytest.mark.parametrize("given_x", [X[:1, :1], (X[:1] > 3), {"a": X[:1]}])
     def test_given_samples_of_another_shape_or_type_are_refused(self, given_x):
-        with pytest.raises(DataError, match="prepare every split in the same way"):
+        with pytest.raises(DataError, match="prepare all splits in the same way"):
             prepared(X, Y, x_val=given_x, y_val=Y[:1])
 
     @pytest.mark.parametrize("shares", [{"val": 0.5, "test": 0.5}, {"val": 1.0}, {"test": -0.1}])
@@ -166,22 +166,22 @@ class TestRefusals:
         ("x", "y", "message"),
         [
             ([], [], "0 samples"),
-            (X, Y[:-1], "30 samples and 29 answers"),
+            (X, Y[:-1], "30 samples and 29 targets"),
             (X, np.zeros(30, int), "only one class, '0'"),
             (X[:4], [0, 0, 0, 1], r"class '1' has 1 sample\(s\)"),
-            (X, [math.nan] * 30, r"30 answer\(s\) are NaN"),
+            (X, [math.nan] * 30, r"30 target\(s\) are NaN"),
             (X, ["a", None] * 15, "mixed types"),
-            (X, Y + 1j, "answers of type complex"),
-            (X, np.stack([Y, Y], 1), "more than one way"),
+            (X, Y + 1j, "targets of dtype complex"),
+            (X, np.stack([Y, Y], 1), "is ambiguous"),
             (X, np.zeros(30), "is 0 in every training sample"),
             (X[:2], [0.5, 1.5], r"2 sample\(s\) cannot fill every split"),
-            (np.where(X == 5, math.nan, X), Y, r"NaN or infinite; at x\[2\]"),
+            (np.where(X == 5, math.nan, X), Y, r"NaN or Inf; at x\[2\]"),
             (np.array([["a"]] * 30), Y, "table-csv"),
             (3.0, Y, "a single number"),
             ({"a": X, "b": X[:-1]}, Y, "different lengths"),
-            (X, None, "do not go together"),
-            ([[1, 2], [3]], [0, 1], "is no array of numbers"),
-            (X, [[0], [1, 2]], "answers are no array"),
+            (X, None, "do not match"),
+            ([[1, 2], [3]], [0, 1], "is not an array of numbers"),
+            (X, [[0], [1, 2]], "targets are not an array"),
         ],
     )
     def test_bad_data_says_what_and_what_to_do(self, x, y, message):
@@ -194,7 +194,7 @@ class TestRefusals:
             prepared(X, Y, names=("a", "b", "c", "d"))
 
     def test_an_index_without_a_name_is_refused(self):
-        with pytest.raises(DataError, match="an index lies from 0 to 1"):
+        with pytest.raises(DataError, match="an index must be from 0 to 1"):
             prepared(X, Y, names=("a", "b"))
 
 
@@ -257,13 +257,15 @@ class TestDatasets:
 
     def test_reading_many_answers_is_said(self, monkeypatch):
         monkeypatch.setattr("tuneforge.builtin.datasets.tables.sample_arrays._LARGE_DATASET", 30)
-        assert "30 is many" in prepared(Pairs(lambda index: ([float(index)], int(Y[index])))).notes[0]
+        assert (
+            "all 30 samples were read once" in prepared(Pairs(lambda index: ([float(index)], int(Y[index])))).notes[0]
+        )
 
     @pytest.mark.parametrize(
         ("make", "message"),
         [
-            (lambda index: [1.0], r"give pairs \(input, answer\)"),
-            (lambda index: ("text", index % 2), "is no array of numbers"),
+            (lambda index: [1.0], r"return pairs \(input, target\)"),
+            (lambda index: ("text", index % 2), "is not an array of numbers"),
             (lambda index: (torch.zeros(index + 1), index % 2), "pad or resize"),
         ],
     )
@@ -271,9 +273,9 @@ class TestDatasets:
         with pytest.raises(DataError, match=message):
             stored(prepared(Pairs(make)).train)
 
-    def test_pictures_are_to_be_tensors(self):
+    def test_images_are_to_be_tensors(self):
         image = pytest.importorskip("PIL.Image").new("L", (2, 2))
-        with pytest.raises(DataError, match="turn it into a tensor"):
+        with pytest.raises(DataError, match="convert it to a tensor"):
             prepared(Pairs(lambda index: (image, index % 2)))
 
     def test_a_stream_is_refused(self):
@@ -281,7 +283,7 @@ class TestDatasets:
             def __iter__(self):
                 return iter(())
 
-        with pytest.raises(DataError, match="cannot be asked for a sample by number"):
+        with pytest.raises(DataError, match="has no access by index"):
             prepared(Stream())
 
 
@@ -314,14 +316,14 @@ class TestTensors:
         ("inputs", "raw", "message"),
         [
             (ONE, [1, 2, 3], r"shape \(3,\)"),
-            (ONE, [1, math.nan], "NaN or infinite"),
-            (ONE, ["a", "b"], "no array of numbers"),
-            (ONE, {"a": 1}, "give the list itself"),
+            (ONE, [1, math.nan], "NaN or Inf"),
+            (ONE, ["a", "b"], "not an array of numbers"),
+            (ONE, {"a": 1}, "give the list"),
             (ONE, b"{", "neither JSON"),
             (TWO, [1, 2], "give a mapping of ids, mask"),
             (TWO, {"ids": [1, 2]}, "'mask' is missing"),
             (TWO, {"ids": [1, 2], "mask": [1, 1], "maks": [1, 1]}, "did you mean 'mask'"),
-            (TWO, {"ids": [1.5, 2], "mask": [1, 1]}, "not whole"),
+            (TWO, {"ids": [1.5, 2], "mask": [1, 1]}, "not an integer"),
         ],
     )
     def test_decode_refuses_what_does_not_fit(self, inputs, raw, message):
@@ -368,7 +370,7 @@ class TestComponent:
         assert len(set(found)) == 1
 
     def test_anything_else_is_no_data(self):
-        with pytest.raises(UsageError, match="int is no data source"):
+        with pytest.raises(UsageError, match="int is not a data source"):
             ArrayData.from_object(3)
 
     def test_a_tuned_models_classes_and_scales_hold_for_other_arrays(self):

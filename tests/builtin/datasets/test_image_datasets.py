@@ -1,4 +1,4 @@
-"""Pictures from folders, CSV files and torchvision's sets: what is found, how it is divided, and what is refused."""
+"""Images from folders, CSV files and torchvision's sets: what is found, how it is divided, and what is refused."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def run_of(seed: int = 0, **fields: Any) -> Any:
     )
 
 
-def picture(path: Path, level: int = 0, *, side: int = 4) -> Path:
+def image(path: Path, level: int = 0, *, side: int = 4) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", (side, side), level).save(path, format="PNG")
     return path
 
 
 def folder_of(root: Path, counts: dict[str, int], *, start: int = 0) -> Path:
-    """A folder a class; each picture has its own grey level."""
+    """A folder a class; each image has its own gray level."""
     level = start
     for name, count in counts.items():
         for number in range(count):
-            picture(root / name / f"{number:03d}.png", level % 256)
+            image(root / name / f"{number:03d}.png", level % 256)
             level += 1
     return root
 
@@ -69,7 +69,7 @@ def test_a_folder_a_class_is_divided_by_class_into_shares(tmp_path: Path) -> Non
     assert counts == {"train": {"cat": 12, "ant": 6}, "val": {"cat": 2, "ant": 1}, "test": {"cat": 6, "ant": 3}}
 
 
-def test_every_picture_is_in_one_split_with_its_own_label_and_id(tmp_path: Path) -> None:
+def test_every_image_is_in_one_split_with_its_own_label_and_id(tmp_path: Path) -> None:
     data = folder_data(folder_of(tmp_path, {"a": 30, "b": 40}))
     seen = []
     for name, split in data.splits().items():
@@ -85,7 +85,7 @@ def test_the_seed_decides_the_division_and_nothing_else_does(tmp_path: Path) -> 
     assert splits[0] == splits[1] != splits[2]
 
 
-def test_another_class_does_not_move_the_pictures_of_the_others(tmp_path: Path) -> None:
+def test_another_class_does_not_move_the_images_of_the_others(tmp_path: Path) -> None:
     folder_of(tmp_path, {"b": 20, "c": 20})
     before = folder_data(tmp_path)
     folder_of(tmp_path, {"a": 20}, start=100)
@@ -104,7 +104,7 @@ def test_split_folders_are_kept_and_classes_go_by_name(tmp_path: Path) -> None:
         {"b": 1},
     ]
     assert levels_of(data.test) == [200]
-    assert "val has no picture of 'b'" in data.notes
+    assert "val has no images of 'b'" in data.notes
 
 
 def test_a_missing_split_is_taken_from_train(tmp_path: Path) -> None:
@@ -132,16 +132,16 @@ def test_a_class_that_train_lacks_is_an_error_that_names_it(tmp_path: Path) -> N
 def test_two_folders_for_one_split_are_an_error(tmp_path: Path) -> None:
     for name in ("train", "val", "validation"):
         folder_of(tmp_path / name, {"a": 3, "b": 3})
-    with pytest.raises(DataError, match="'val' and 'validation' both mean the split val"):
+    with pytest.raises(DataError, match="'val' and 'validation' both name the split val"):
         folder_data(tmp_path)
 
 
 def test_a_test_folder_without_classes_is_left_out_with_a_note(tmp_path: Path) -> None:
     folder_of(tmp_path / "train", {"a": 10, "b": 10})
-    picture(tmp_path / "test" / "unknown.png")
+    image(tmp_path / "test" / "unknown.png")
     data = folder_data(tmp_path)
     assert len(data.test) == 4
-    assert f"left out '{tmp_path / 'test'}', because it holds no class of pictures" in data.notes
+    assert f"skipped '{tmp_path / 'test'}', which has no class folder with images" in data.notes
 
 
 def test_hidden_foreign_and_broken_entries_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -150,14 +150,14 @@ def test_hidden_foreign_and_broken_entries_are_left_out_and_counted(tmp_path: Pa
         (tmp_path / "a" / name).write_bytes(b"x")
     (tmp_path / ".cache").mkdir()
     (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    picture(tmp_path / "loose.png")
+    image(tmp_path / "loose.png")
     data = folder_data(tmp_path)
     assert sum(map(len, data.splits().values())) == 6
     assert data.notes == (
-        f"left out, because in no class's folder: 1 picture in '{tmp_path}'",
-        "left out, because a broken link or no file: 1 entry",
-        "left out, because hidden: 2 entries",
-        "left out, because no picture by name: 2 entries",
+        f"skipped 1 image outside of class folders in '{tmp_path}'",
+        "skipped because a broken link or not a file: 1 entry",
+        "skipped because hidden: 2 entries",
+        "skipped because not an image file by its extension: 2 entries",
     )
 
 
@@ -166,7 +166,7 @@ def test_a_loop_of_links_ends(tmp_path: Path) -> None:
     (tmp_path / "b" / "deep" / "again").symlink_to(tmp_path / "b")
     data = folder_data(tmp_path)
     assert sum(map(len, data.splits().values())) == 6
-    assert "left out, because a folder linked twice: 1 entry" in data.notes
+    assert "skipped because a folder linked twice: 1 entry" in data.notes
 
 
 def test_names_may_hold_line_breaks_and_odd_bytes(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_names_may_hold_line_breaks_and_odd_bytes(tmp_path: Path) -> None:
     odd = os.fsencode(tmp_path) + b"/caf\xe9\n"
     os.mkdir(odd)
     for number in range(3):
-        picture(tmp_path / "plain.png", number)
+        image(tmp_path / "plain.png", number)
         os.rename(tmp_path / "plain.png", odd + b"/\xff\n%d.png" % number)
     data = folder_data(tmp_path)
     assert data.targets.labels == ("b", "caf\\xe9\\n")
@@ -203,11 +203,11 @@ def test_the_order_is_that_of_the_names_whatever_the_file_system_says(
 @pytest.mark.parametrize(
     ("counts", "what", "fix"),
     [
-        ({}, "holds no class of pictures", "make one folder of pictures a class"),
-        ({"a": 3, "b": 0}, "class 'b' has no pictures", "add pictures to the folder or remove it"),
-        ({"a": 5}, "there is only one class, 'a'", "add pictures of at least one more class"),
-        ({"a": 5, "b": 1}, "class 'b' has 1 picture, too few to divide", "add pictures of it"),
-        ({"a": 5, "b": 2}, "class 'b' has 2 pictures, too few to divide", "add pictures of it"),
+        ({}, "has no class folder with images", "create one folder of images per class"),
+        ({"a": 3, "b": 0}, "class 'b' has no images", "add images to the folder or remove it"),
+        ({"a": 5}, "there is only one class, 'a'", "add images of at least one more class"),
+        ({"a": 5, "b": 1}, "class 'b' has 1 image, too few to split", "add images"),
+        ({"a": 5, "b": 2}, "class 'b' has 2 images, too few to split", "add images"),
     ],
 )
 def test_too_little_is_a_data_error_with_a_way_out(tmp_path: Path, counts: dict[str, int], what: str, fix: str) -> None:
@@ -223,19 +223,19 @@ def test_too_little_is_a_data_error_with_a_way_out(tmp_path: Path, counts: dict[
 
 
 def test_a_missing_folder_and_a_file_in_its_place_are_data_errors(tmp_path: Path) -> None:
-    for path, why in [(tmp_path / "none", "nothing exists"), (picture(tmp_path / "a.png"), "it is a file")]:
+    for path, why in [(tmp_path / "none", "nothing exists"), (image(tmp_path / "a.png"), "it is a file")]:
         with pytest.raises(DataError, match=f"there is no folder '.*'; at --data.path; {why}"):
             folder_data(path)
 
 
-def test_pictures_without_class_folders_are_a_data_error(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"pictures lie directly in it \(1\), so their class is unknown"):
+def test_images_without_class_folders_are_a_data_error(tmp_path: Path) -> None:
+    image(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"1 image directly in it, so their class is unknown"):
         folder_data(tmp_path)
 
 
 @pytest.mark.parametrize("memory_mb", [None, 0])
-def test_broken_pictures_are_named_and_counted_before_training(tmp_path: Path, memory_mb: int | None) -> None:
+def test_broken_images_are_named_and_counted_before_training(tmp_path: Path, memory_mb: int | None) -> None:
     folder_of(tmp_path / "train", {"a": 3, "b": 3})
     for name in ("val", "test"):
         folder_of(tmp_path / name, {"a": 1, "b": 1})
@@ -245,13 +245,13 @@ def test_broken_pictures_are_named_and_counted_before_training(tmp_path: Path, m
         folder_data(tmp_path, memory_mb=memory_mb)
 
 
-def test_more_pictures_than_memory_are_decoded_on_demand_and_come_out_the_same(tmp_path: Path) -> None:
+def test_more_images_than_memory_are_decoded_on_demand_and_come_out_the_same(tmp_path: Path) -> None:
     folder_of(tmp_path, {"a": 10, "b": 10})
     held, streamed = folder_data(tmp_path), folder_data(tmp_path, memory_mb=0)
     assert held.train.in_memory
     assert not streamed.train.in_memory
     assert held.notes == ()
-    assert "decoded when they are needed" in streamed.notes[0]
+    assert "decoded on demand" in streamed.notes[0]
     rows = torch.tensor([3, 1])
     assert torch.equal(held.train.fetch(rows), streamed.train.fetch(rows))
     assert (held.inputs.mean, held.inputs.std) == (streamed.inputs.mean, streamed.inputs.std)
@@ -261,7 +261,7 @@ def test_the_budget_is_half_of_what_is_free(tmp_path: Path, monkeypatch: pytest.
     folder_of(tmp_path, {"a": 10, "b": 10})
     monkeypatch.setattr(image_splits, "free_memory_mb", lambda: 1)
     assert folder_data(tmp_path, size=4).notes == ()
-    assert "more than 0.5 MB (half of what is free)" in folder_data(tmp_path, size=512).notes[0]
+    assert "more than 0.5 MB (half of the free memory)" in folder_data(tmp_path, size=512).notes[0]
 
 
 def test_a_file_more_takes_less_than_a_hundred_bytes(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_a_file_more_takes_less_than_a_hundred_bytes(tmp_path: Path) -> None:
     assert held / 4000 < 100
 
 
-def test_normalisation_does_not_depend_on_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_normalization_does_not_depend_on_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(40):
         path = tmp_path / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
@@ -318,7 +318,7 @@ def test_free_memory_is_asked_of_the_system() -> None:
     assert 0 < image_splits.free_memory_mb() < 2**24
 
 
-def test_normalisation_is_measured_on_training_alone(tmp_path: Path) -> None:
+def test_normalization_is_measured_on_training_alone(tmp_path: Path) -> None:
     folder_of(tmp_path / "train", {"a": 50, "b": 50})
     for name in ("val", "test"):
         folder_of(tmp_path / name, {"a": 5, "b": 5}, start=200)
@@ -339,12 +339,12 @@ def test_normalisation_is_measured_on_training_alone(tmp_path: Path) -> None:
         ({"normalize": "imagenet", "channels": 1}, (0.449,), (0.226,)),
     ],
 )
-def test_normalisation_may_be_named(tmp_path: Path, options: dict[str, Any], mean: Any, std: Any) -> None:
+def test_normalization_may_be_named(tmp_path: Path, options: dict[str, Any], mean: Any, std: Any) -> None:
     data = folder_data(folder_of(tmp_path, {"a": 3, "b": 3}), **options)
     assert (data.inputs.mean, data.inputs.std) == (mean, std)
 
 
-def test_a_tuned_models_normalisation_holds_for_other_data(tmp_path: Path) -> None:
+def test_a_tuned_models_normalization_holds_for_other_data(tmp_path: Path) -> None:
     folder_of(tmp_path, {"a": 3, "b": 3})
     known = folder_data(tmp_path, mean=(0.5,), std=(0.25,))
     run = run_of(data=known)
@@ -359,7 +359,7 @@ def test_limit_keeps_so_many_of_each_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("fit", "ops"), [("crop", 2), ("pad", 2), ("stretch", 1)])
-def test_every_fit_makes_pictures_square(tmp_path: Path, fit: str, ops: int) -> None:
+def test_every_fit_makes_images_square(tmp_path: Path, fit: str, ops: int) -> None:
     for name in ("a", "b"):
         for number in range(3):
             (tmp_path / name).mkdir(exist_ok=True)
@@ -394,13 +394,13 @@ def test_large_shares_of_a_small_class_still_leave_something_to_learn_from() -> 
 
 
 def test_shares_that_leave_nothing_to_learn_from_are_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"val 0\.5 and test 0\.6 leave nothing to learn from"):
+    with pytest.raises(UsageError, match=r"val 0\.5 and test 0\.6 leave nothing for training"):
         folder_data(folder_of(tmp_path, {"a": 30, "b": 30}), val=0.5, test=0.6)
 
 
 def csv_of(root: Path, text: str) -> Path:
     for number in range(8):
-        picture(root / f"{number}.png", number)
+        image(root / f"{number}.png", number)
     path = root / "list.csv"
     path.write_bytes(text.encode("utf-8-sig"))
     return path
@@ -413,7 +413,7 @@ def csv_data(path: Path, **options: Any) -> Data:
     return ImageCsv(path=path, size=4, grayscale=True, **options).data_prepare(run_of())
 
 
-def test_a_csv_gives_pictures_with_their_labels(tmp_path: Path) -> None:
+def test_a_csv_gives_images_with_their_labels(tmp_path: Path) -> None:
     data = csv_data(csv_of(tmp_path, "path,label\n" + ROWS))
     assert data.targets.labels == ("even", "odd")
     for name, split in data.splits().items():
@@ -448,7 +448,7 @@ def test_a_csv_may_say_the_split(tmp_path: Path) -> None:
         ("path,label\n0.png,\n", "row at line 2 has no label"),
         ("path,label\n0.png\n", "row at line 2 has no label"),
         ("path,label\n,a\n", "row at line 2 has no path"),
-        ("path,label\n0.png,a\nx.png,a\ny.png,b\n", "2 pictures of 3 do not exist, the first: 'x.png'.*line 3"),
+        ("path,label\n0.png,a\nx.png,a\ny.png,b\n", "2 images of 3 do not exist, the first: 'x.png'.*line 3"),
         ("path,label,split\n0.png,a,holdout\n", "row at line 2 has the split 'holdout'"),
     ],
 )
@@ -471,10 +471,10 @@ def idx(path: Path, array: np.ndarray[Any, Any]) -> None:
 
 
 def idx_pair(folder: Path, images: str, labels: str, codes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    pictures = np.random.default_rng(len(codes)).integers(0, 256, (len(codes), 28, 28), dtype=np.uint8)
-    idx(folder / images, pictures)
+    pixels = np.random.default_rng(len(codes)).integers(0, 256, (len(codes), 28, 28), dtype=np.uint8)
+    idx(folder / images, pixels)
     idx(folder / labels, codes.astype(np.uint8))
-    return pictures
+    return pixels
 
 
 def torchvision_data(root: Path, dataset: str, **options: Any) -> Data:
@@ -485,10 +485,10 @@ def torchvision_data(root: Path, dataset: str, **options: Any) -> Data:
 def test_sets_in_the_format_of_mnist_are_read_from_disk(tmp_path: Path, name: str) -> None:
     raw = tmp_path / name / "raw"
     idx_pair(raw, "train-images-idx3-ubyte", "train-labels-idx1-ubyte", np.arange(100) % 10)
-    pictures = idx_pair(raw, "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte", np.arange(20) % 10)
+    images = idx_pair(raw, "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte", np.arange(20) % 10)
     data = torchvision_data(tmp_path, name, val=0.2)
     assert [len(split) for split in data.splits().values()] == [80, 20, 20]
-    assert torch.equal(data.test.fetch(torch.arange(20))[:, 0], torch.from_numpy(pictures))
+    assert torch.equal(data.test.fetch(torch.arange(20))[:, 0], torch.from_numpy(images))
     assert data.test.targets.tolist() == [*range(10)] * 2
     assert data.test.id_of(3) == "test/3"
     assert data.train.in_memory
@@ -499,20 +499,20 @@ def test_sets_in_the_format_of_mnist_are_read_from_disk(tmp_path: Path, name: st
 
 def emnist(root: Path) -> np.ndarray[Any, Any]:
     for split, count in (("train", 620), ("test", 124)):
-        pictures = idx_pair(
+        images = idx_pair(
             root / "EMNIST" / "raw",
             f"emnist-byclass-{split}-images-idx3-ubyte",
             f"emnist-byclass-{split}-labels-idx1-ubyte",
             np.arange(count) % 62,
         )
-    return pictures
+    return images
 
 
 def test_emnist_is_turned_upright_and_named_by_its_characters(tmp_path: Path) -> None:
-    pictures = emnist(tmp_path)
+    images = emnist(tmp_path)
     data = torchvision_data(tmp_path, "EMNIST")
     assert data.targets.labels == tuple(string.digits + string.ascii_uppercase + string.ascii_lowercase)
-    assert torch.equal(data.test.fetch(torch.arange(124))[:, 0], torch.from_numpy(pictures).transpose(1, 2))
+    assert torch.equal(data.test.fetch(torch.arange(124))[:, 0], torch.from_numpy(images).transpose(1, 2))
 
 
 def test_emnist_letters_can_be_one_class_other_of_a_given_share(tmp_path: Path) -> None:
@@ -529,14 +529,14 @@ def test_emnist_letters_can_be_one_class_other_of_a_given_share(tmp_path: Path) 
 def test_fewer_others_than_asked_for_are_all_taken_and_said(tmp_path: Path) -> None:
     emnist(tmp_path)
     data = torchvision_data(tmp_path, "EMNIST", other_share=0.9)
-    assert "test has 104 others, fewer than the 180 that were asked for" in data.notes
+    assert "test has 104 others, fewer than the requested 180" in data.notes
 
 
 def test_others_of_a_set_without_letters_are_an_error(tmp_path: Path) -> None:
     raw = tmp_path / "MNIST" / "raw"
     for images in ("train", "t10k"):
         idx_pair(raw, f"{images}-images-idx3-ubyte", f"{images}-labels-idx1-ubyte", np.arange(50) % 10)
-    with pytest.raises(DataError, match="no digits and other characters"):
+    with pytest.raises(DataError, match="does not have digits and other characters"):
         torchvision_data(tmp_path, "MNIST", other_share=0.4)
 
 
@@ -550,7 +550,7 @@ def test_qmnist_takes_the_class_from_its_eight_columns(tmp_path: Path) -> None:
     assert torchvision_data(tmp_path, "QMNIST").test.targets.tolist() == [*range(10)] * 2
 
 
-def test_cifar_keeps_its_colours_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_keeps_its_colors_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pickle  # noqa: TID251 - the format that CIFAR10 is published in; torchvision reads it
     from hashlib import md5
 
@@ -584,7 +584,7 @@ def test_cifar_keeps_its_colours_and_names(tmp_path: Path, monkeypatch: pytest.M
 def test_a_set_of_files_is_read_as_torchvision_lists_it(tmp_path: Path) -> None:
     for name in ("Forest", "River"):
         for number in range(4):
-            picture(tmp_path / "eurosat" / "2750" / name / f"{name}_{number}.png", number, side=8)
+            image(tmp_path / "eurosat" / "2750" / name / f"{name}_{number}.png", number, side=8)
     data = torchvision_data(tmp_path, "EuroSAT", size=8)
     assert data.targets.labels == ("Forest", "River")
     assert sum(map(len, data.splits().values())) == 8

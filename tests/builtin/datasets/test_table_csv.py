@@ -53,7 +53,7 @@ def stored(split):
 
 
 class TestTableCsv:
-    def test_numbers_are_standardised_by_the_training_split_alone(self, table):
+    def test_numbers_are_standardized_by_the_training_split_alone(self, table):
         data = prepared(table)
         train = stored(data.train)
         assert data.inputs.columns == ("area", "age", "city", "kind")
@@ -130,8 +130,8 @@ class TestTableCsv:
         rows = houses(60, name=lambda index: f"no. {index}", empty=lambda index: "")
         data = prepared(written(tmp_path / "t.csv", rows), val=0.05, test=0.05)
         assert "name" not in data.inputs.columns
-        assert any("'name' is left out: it has" in note for note in data.notes)
-        assert any("'empty' is left out: it is empty" in note for note in data.notes)
+        assert any("'name' is skipped: it has" in note for note in data.notes)
+        assert any("'empty' is skipped: it is empty" in note for note in data.notes)
 
     def test_a_constant_column_does_no_harm(self, tmp_path):
         data = prepared(written(tmp_path / "t.csv", houses(one=lambda index: "7.3")))
@@ -215,9 +215,9 @@ class TestTableRow:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"area": "large"}, "'large' is no number; at column 'area'"),
-            ({"area": float("inf")}, "inf is no number"),
-            ({"area": True}, "True is no number"),
+            ({"area": "large"}, "'large' is not a number; at column 'area'"),
+            ({"area": float("inf")}, "inf is not a number"),
+            ({"area": True}, "True is not a number"),
         ],
     )
     def test_decode_refuses_what_is_no_number(self, table, change, message):

@@ -22,7 +22,7 @@ STEPS = [tf.Phase("head", train="head", epochs=1, lr=1e-3)]
 QUICK = ["--strategy", "head-only", "--strategy.epochs", "1", "--data.size", "32"]
 
 
-def picture(path, seed):
+def image(path, seed):
     rng = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     small = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
@@ -32,10 +32,10 @@ def picture(path, seed):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two classes of eight pictures, one of which is cut off."""
+    """Two classes of eight images, one of which is cut off."""
     for place, label in enumerate("ab"):
         for number in range(8):
-            picture(tmp_path / "photos" / label / f"{number}.png", 10 * place + number)
+            image(tmp_path / "photos" / label / f"{number}.png", 10 * place + number)
     cut(tmp_path / "photos" / "a" / "3.png")
     return tmp_path / "photos"
 
@@ -68,7 +68,7 @@ def test_a_run_skips_what_it_is_told_to_skip_and_says_so_in_its_folder(photos, t
     run = tf.Engine(data=ImageFolder(path=photos, size=32, on_error="skip"), strategy=STEPS, out=tmp_path / "r").run()
     assert sum(run.report["num_samples"].values()) == 15
     assert list(json.loads((run.run_dir / FILE_CHECK_FILE).read_text())["unusable"]) == ["a/3.png"]
-    assert "1 of 16 pictures, the first &#39;a/3.png&#39;" in (run.run_dir / "report.html").read_text()
+    assert "1 of 16 images, the first &#39;a/3.png&#39;" in (run.run_dir / "report.html").read_text()
     assert (photos / "a" / "3.png").exists()
 
 
@@ -85,13 +85,13 @@ def test_quarantined_files_are_moved_into_a_hidden_folder_with_a_log(photos, tmp
 def test_a_resumed_run_has_the_samples_that_it_had_even_if_a_file_was_mended_meanwhile(photos, tmp_path):
     options = {"path": photos, "size": 32, "on_error": "skip"}
     before = ImageFolder(**options).data_prepare(run_of(tmp_path / "r"))
-    picture(photos / "a" / "3.png", 99)
+    image(photos / "a" / "3.png", 99)
     assert ids(ImageFolder(**options).data_prepare(run_of(tmp_path / "r"))) == ids(before)
     assert len(ids(ImageFolder(**options).data_prepare(run_of(tmp_path / "new")))) == 16
 
 
 class Breaks:
-    """Cuts a training picture off after the first epoch."""
+    """Cuts a training image off after the first epoch."""
 
     def __init__(self, root):
         self.root, self.broken = root, ""
@@ -119,7 +119,7 @@ def test_a_file_that_breaks_while_a_run_trains_does_not_end_it(photos, tmp_path,
     assert sum("replaces it" in line for line in told) == 1
 
 
-def test_the_figures_of_a_split_say_how_many_pictures_others_stood_in_for(photos, tmp_path):
+def test_the_figures_of_a_split_say_how_many_images_others_stood_in_for(photos, tmp_path):
     data = ImageFolder(path=photos, size=32, on_error="skip", memory_mb=0)
 
     class BreaksTheTest(Breaks):
@@ -134,7 +134,7 @@ def test_the_figures_of_a_split_say_how_many_pictures_others_stood_in_for(photos
 
     run = tf.Engine(data=data, strategy=STEPS, callbacks=[BreaksTheTest(photos)], out=tmp_path / "r", page=False).run()
     line = json.loads((run.run_dir / REPLACEMENTS_FILE).read_text())
-    assert line["replacement"] == "a grey picture"  # the split has one picture of each class
+    assert line["replacement"] == "a gray image"  # the split has one image of each class
     assert run.report["splits"]["test"]["replacements"] == 1
     assert "replacements" not in run.report["splits"]["val"]
 
@@ -152,7 +152,7 @@ def test_copies_across_splits_are_marked_in_the_report(tmp_path):
         for place, label in enumerate("ab"):
             for number in range(count):
                 seed = 100 * place + 10 * ["train", "val", "test"].index(split) + number
-                picture(tmp_path / "d" / split / label / f"{number}.png", seed)
+                image(tmp_path / "d" / split / label / f"{number}.png", seed)
     (tmp_path / "d/test/a/0.png").write_bytes((tmp_path / "d/train/a/1.png").read_bytes())
     near = Image.open(tmp_path / "d/train/b/2.png").resize((64, 64), Image.Resampling.BICUBIC)
     near.save(tmp_path / "d/test/b/1.png")
@@ -164,9 +164,9 @@ def test_copies_across_splits_are_marked_in_the_report(tmp_path):
         made[name] = tf.Engine(data=data, strategy=STEPS, out=tmp_path / name).run()
     for name, leaked in {"own": 1, "checked": 2}.items():
         page = (tmp_path / name / "report.html").read_text()
-        assert f"test: {leaked} of 6 pictures have a copy in train or val" in page
-        assert made[name].report["num_samples"]["test without copies"] == 6 - leaked
-        assert "test without copies" in page
+        assert f"test: {leaked} of 6 images have a duplicate in train or val" in page
+        assert made[name].report["num_samples"]["test without duplicates"] == 6 - leaked
+        assert "test without duplicates" in page
 
 
 def test_names_lead_nowhere_and_are_escaped_in_the_page(tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ def test_names_lead_nowhere_and_are_escaped_in_the_page(tmp_path, monkeypatch):
     for place, label in enumerate(labels):
         for number in range(4):
             name = os.fsdecode(NAMES[(4 * place + number) % len(NAMES)]) + f"{place}.png"
-            picture(tmp_path / "in" / name, 10 * place + number)
+            image(tmp_path / "in" / name, 10 * place + number)
             quoted = [each.replace('"', '""') for each in (name, label)]
             rows.append(",".join(f'"{each}"' for each in quoted))
     (tmp_path / "in" / "list.csv").write_bytes("\n".join(rows).encode(errors="surrogateescape"))

@@ -1,4 +1,4 @@
-"""Adapters: what they change, what they keep to the bit, and what they say."""
+"""Adapters: what they change, what they keep bit-identically, and what they say."""
 
 from __future__ import annotations
 
@@ -134,12 +134,12 @@ def conv_model(channels: int) -> Model:
 
 
 @pytest.mark.parametrize(("old", "new"), [(3, 1), (1, 3), (3, 4), (4, 3), (1, 5), (3, 2)])
-def test_answers_to_grey_pictures_stay_the_same(old: int, new: int) -> None:
+def test_answers_to_gray_images_stay_the_same(old: int, new: int) -> None:
     model = conv_model(old)
-    grey = torch.rand(2, 1, 8, 8)
-    before = model.module(grey.expand(2, old, 8, 8))
+    gray = torch.rand(2, 1, 8, 8)
+    before = model.module(gray.expand(2, old, 8, 8))
     adapted = InputChannels(channels=new).model_adapt(run_of(), model)
-    torch.testing.assert_close(adapted.module(grey.expand(2, new, 8, 8)), before, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(adapted.module(gray.expand(2, new, 8, 8)), before, atol=1e-6, rtol=1e-5)
     assert adapted.changes == (f"input: {old} -> {new} channels ('0')",)
     assert adapted.module[0].stride == (2, 2)
 
@@ -158,7 +158,7 @@ def test_a_fitting_input_is_left_alone() -> None:
 
 def test_a_model_that_rescales_its_input_by_itself_is_an_error() -> None:
     module = models.googlenet(aux_logits=False, init_weights=False, transform_input=True)
-    with pytest.raises(PluginError, match="takes three channels only"):
+    with pytest.raises(PluginError, match="needs three channels"):
         InputChannels().model_adapt(run_of(), Model.from_module(module, head="fc"))
 
 
@@ -187,5 +187,5 @@ def test_a_head_behind_dropout_can_still_be_resized() -> None:
 
 @pytest.mark.parametrize("adapter", [Head(), InputChannels(), Dropout()], ids=repr)
 def test_an_adapter_without_a_model_is_an_error(adapter: Any) -> None:
-    with pytest.raises(PluginError, match="was given no model"):
+    with pytest.raises(PluginError, match="got no model"):
         adapter.model_adapt(run_of("a", "b"), None)

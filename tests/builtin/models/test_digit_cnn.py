@@ -128,10 +128,10 @@ def test_it_builds_and_adapts_nothing() -> None:
 
 
 @pytest.mark.parametrize("example", [torch.zeros(2, 3, 28, 28), torch.zeros(2, 7), {"ids": torch.zeros(2, 7)}])
-def test_pictures_of_another_size_are_refused_with_the_option_to_change(example: Any) -> None:
+def test_images_of_another_size_are_refused_with_the_option_to_change(example: Any) -> None:
     run = run_of()
     run.example = example
-    with pytest.raises(DataError, match=r"takes pictures of 32x32 pixels.*--data\.size 32"):
+    with pytest.raises(DataError, match=r"takes images of 32x32 pixels.*--data\.size 32"):
         DigitCNN(pretrained=False).model_adapt(run, None)
 
 

@@ -180,7 +180,7 @@ def test_a_transformer_takes_the_size_of_the_data(tmp_path: Path) -> None:
 def test_weights_of_another_network_are_refused_by_name(tmp_path: Path) -> None:
     file = saved(tmp_path / "w.safetensors", models.resnet18(num_classes=3))
     with pytest.raises(
-        UsageError, match=r"not those of this ResNet.*of another shape: fc\.weight, layer1\.0\.conv1\.weight"
+        UsageError, match=r"not those of this ResNet.*with another shape: fc\.weight, layer1\.0\.conv1\.weight"
     ) as caught:
         build("resnet50", weights=file)
     assert "missing: layer1.0.bn3.bias" in caught.value.why
@@ -188,7 +188,7 @@ def test_weights_of_another_network_are_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".pth", ".PT", ".bin", ".pth.tar"])
 def test_pickled_weights_are_never_opened(tmp_path: Path, suffix: str) -> None:
-    with pytest.raises(UnsafeFileError, match="convert them once: tuneforge import"):
+    with pytest.raises(UnsafeFileError, match="convert it once: tuneforge import"):
         build("resnet18", weights=str(tmp_path / f"resnet18{suffix}"))
 
 
@@ -225,8 +225,8 @@ def test_restoring_builds_the_shape_without_any_file() -> None:
 @pytest.mark.parametrize(
     ("arch", "size"), [("alexnet", 224), ("inception_v3", 299), ("vit_b_16", 224), ("maxvit_t", 224)]
 )
-def test_too_small_pictures_are_refused_with_the_size_to_use(arch: str, size: int) -> None:
-    with pytest.raises(UsageError, match=rf"{arch} cannot take pictures of 20x20 pixels.*use --data\.size {size}"):
+def test_too_small_images_are_refused_with_the_size_to_use(arch: str, size: int) -> None:
+    with pytest.raises(UsageError, match=rf"{arch} cannot take images of 20x20 pixels.*use --data\.size {size}"):
         build(arch, side=20)
 
 
@@ -240,8 +240,8 @@ def test_it_builds_and_adapts_nothing() -> None:
         TorchvisionModel().model_adapt(run_of("a", "b"), build("resnet18"))
 
 
-def test_inputs_that_are_no_pictures_are_refused() -> None:
+def test_inputs_that_are_no_images_are_refused() -> None:
     run = run_of("a", "b")
     run.example = torch.zeros(2, 7)
-    with pytest.raises(UsageError, match="take pictures, and the inputs are none"):
+    with pytest.raises(UsageError, match="take images, and the inputs are not images"):
         TorchvisionModel().model_adapt(run, None)

@@ -47,11 +47,12 @@ def conversation(figures, *, task=TASK, **options):
 def test_gains_thaw_the_upper_half_then_all_and_two_misses_end_the_run_on_the_best_weights():
     steps = conversation([0.6, 0.7, 0.8, 0.9, 0.9, 0.9])
     assert [step.name for step in steps] == [
-        "before", "head", "round-1", "round-2", "round-3", "round-4", "back-4", "round-5", "back-5", "end",
+        "start-metrics", "head", "round-1", "round-2", "round-3", "round-4",
+        "restore-4", "round-5", "restore-5", "final",
     ]  # fmt: skip
     assert [step.train for step in steps if isinstance(step, tf.Phase)] == [("groups[-3:]",), *[("all",)] * 4]
     assert steps[-1].snapshots == steps[6].snapshots == steps[8].snapshots == ("round-3",)
-    assert "two rounds in a row gained nothing" in steps[-1].why
+    assert "two rounds in a row did not improve" in steps[-1].why
 
 
 def test_a_miss_with_all_thawed_lowers_the_rate_to_a_third_and_a_gain_keeps_it():
@@ -62,23 +63,23 @@ def test_a_miss_with_all_thawed_lowers_the_rate_to_a_third_and_a_gain_keeps_it()
 def test_a_round_that_loses_before_all_is_thawed_is_undone_and_the_next_thaws_more_at_the_same_rate():
     steps = conversation([0.6, 0.4, 0.9, 0.9, 0.9], lr=0.09)
     undone, following = steps[3:5]
-    assert (undone.name, undone.snapshots) == ("back-1", ("head",))
+    assert (undone.name, undone.snapshots) == ("restore-1", ("head",))
     assert (following.train, following.lr) == (("all",), 0.09)
 
 
 def test_the_target_ends_it_as_soon_as_it_is_met():
     steps = conversation([0.6, 0.8], target=0.75)
-    assert [step.name for step in steps] == ["before", "head", "round-1", "end"]
+    assert [step.name for step in steps] == ["start-metrics", "head", "round-1", "final"]
     assert "target is met: accuracy is 0.8" in steps[-1].why
-    assert [step.name for step in conversation([], target=0.5)] == ["before", "end"]
+    assert [step.name for step in conversation([], target=0.5)] == ["start-metrics", "final"]
     loss = attrs.evolve(TASK, monitor="loss", monitor_mode="min")  # 1.0 throughout
-    assert [step.name for step in conversation([], target=1.5, task=loss)] == ["before", "end"]
+    assert [step.name for step in conversation([], target=1.5, task=loss)] == ["start-metrics", "final"]
 
 
 def test_it_takes_no_more_rounds_than_asked_for():
     steps = conversation([0.6, 0.7, 0.8], rounds=3)
-    assert [step.name for step in steps] == ["before", "head", "round-1", "round-2", "end"]
-    assert steps[-1].why == "all 3 rounds are spent"
+    assert [step.name for step in steps] == ["start-metrics", "head", "round-1", "round-2", "final"]
+    assert steps[-1].why == "the maximum of 3 rounds is reached"
 
 
 def test_every_step_says_why():
@@ -128,11 +129,11 @@ def test_classes_whose_recall_is_low_beyond_chance_weigh_more():
 def test_weak_classes_are_weighed_in_the_next_round_and_named():
     talk = Adaptive().finetune_strategy(task=TASK)
     next(talk)
-    talk.send(report("before", 0.1))
+    talk.send(report("start-metrics", 0.1))
     per_class = {"x": row(1.0, 50), "y": row(0.5, 50)}
     phase = talk.send(report("head", 0.75, per_class=per_class, confusion=()))
     assert dict(phase.class_weights) == {"y": 1.5}
-    assert "low recall, so they weigh more: y" in phase.why
+    assert "larger loss weight for low recall: y" in phase.why
 
 
 def test_reasons_are_printed_and_stored(tune):
@@ -168,5 +169,5 @@ def test_a_run_that_needs_no_tuning_is_left_alone(tune):
     weights = {name: each.clone() for name, each in net.state_dict().items()}
     model = tf.Model.from_module(net, head="head", labels=("a", "b", "c"))
     result = tune(Adaptive(target=0.8), model=model, data=tiny_data())
-    assert [step.name for step, _ in result.strategy_steps] == ["before", "end"]
+    assert [step.name for step, _ in result.strategy_steps] == ["start-metrics", "final"]
     assert all(torch.equal(each, weights[name]) for name, each in result.model.module.state_dict().items())

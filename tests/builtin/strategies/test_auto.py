@@ -22,11 +22,11 @@ TASK = tf.TaskInfo(
     old_classes=("a", "b"),
 )
 GRADIENTS = Diagnostics("gradients", {"first": 0.5, "second": 2.0, "head": 1.0})
-STILL = Diagnostics("drift", {"first": 0.1, "second": 0.1, "head": 0.1})
+STILL = Diagnostics("feature-drift", {"first": 0.1, "second": 0.1, "head": 0.1})
 
 
 def before(confusion):
-    return tf.StrategyStepResult("before", val={"accuracy": 0.5, "loss": 1.0, "confusion": confusion})
+    return tf.StrategyStepResult("start-metrics", val={"accuracy": 0.5, "loss": 1.0, "confusion": confusion})
 
 
 def order(confusion=((40, 10), (10, 40)), drift=STILL):
@@ -47,14 +47,14 @@ def test_answers_that_renaming_would_mend_point_to_the_head():
 
 def test_the_lowest_block_whose_features_drift_comes_before_those_with_large_gradients():
     chance = (2 / torch.pi * (1 / 100 + 1 / 100)) ** 0.5
-    drifting = Diagnostics("drift", {"first": 3.1 * chance, "second": 9.0, "head": 9.0})
+    drifting = Diagnostics("feature-drift", {"first": 3.1 * chance, "second": 9.0, "head": 9.0})
     assert order(drift=drifting) == ["first", "second", "head"]
-    assert order(drift=Diagnostics("drift", {"first": 2.9 * chance, "second": 0.1, "head": 0.1}))[0] == "second"
+    assert order(drift=Diagnostics("feature-drift", {"first": 2.9 * chance, "second": 0.1, "head": 0.1}))[0] == "second"
     assert order(((5, 45), (48, 2)), drifting) == ["head", "first", "second"]
 
 
 def test_targets_without_confusion_are_diagnosed_by_the_probes_alone():
-    assert accuracy_after_relabeling(tf.StrategyStepResult("before", val={"rmse": 1.0})) == (0.0, 0.0, 0.0)
+    assert accuracy_after_relabeling(tf.StrategyStepResult("start-metrics", val={"rmse": 1.0})) == (0.0, 0.0, 0.0)
 
 
 class Witness:
@@ -102,7 +102,7 @@ def test_a_shift_of_the_answers_is_found_and_mended(tune, shifted):
     result = tune(tf.use("auto", candidates=2), model=knowing(net), data=data)
     first = next(step for step, _ in result.strategy_steps if isinstance(step, tf.Phase))
     assert first.name == "head-only"
-    assert "naming answers anew would bring accuracy from" in first.why
+    assert "relabeling the predictions would raise accuracy from" in first.why
     assert result.strategy_steps[0][1].val["accuracy"] < 0.2
     assert result.report["splits"]["test"]["accuracy"] > 0.8
 
@@ -113,7 +113,7 @@ def test_it_tries_no_more_blocks_than_asked_for_and_says_why_of_each_step(tune, 
         step
         for step, _ in tune(Auto(epochs=1, candidates=1, then_all=False), model=knowing(net), data=data).strategy_steps
     ]
-    assert [step.name for step in steps] == ["before", "gradients", "drift", "head-only", "chosen"]
+    assert [step.name for step in steps] == ["start-metrics", "gradients", "feature-drift", "head-only", "best-block"]
     assert all(step.why for step in steps)
 
 
@@ -128,8 +128,8 @@ def test_where_no_block_gains_the_start_is_kept(tune, shifted):
     net, data = shifted
     start = {name: each.clone() for name, each in net.state_dict().items()}
     result = tune(Auto(epochs=1, lr=1e-9, then_all=False), model=knowing(net), data=data)
-    assert result.strategy_steps[-1][0].snapshots == ("before",)
-    assert "no block gains anything" in result.strategy_steps[-1][0].why
+    assert result.strategy_steps[-1][0].snapshots == ("start-metrics",)
+    assert "no layer group improves" in result.strategy_steps[-1][0].why
     assert all(torch.equal(start[name], each) for name, each in result.model.module.state_dict().items())
 
 
@@ -151,10 +151,17 @@ def conversation(figures):
 
 
 def test_all_layers_train_last_at_a_tenth_of_the_rate_and_that_is_undone_where_it_gains_nothing():
-    kept = conversation({"head-only": 0.8, "chosen": 0.8, "all": 0.9})
-    assert [step.name for step in kept] == ["before", "gradients", "drift", "head-only", "chosen", "all"]
+    kept = conversation({"head-only": 0.8, "best-block": 0.8, "all": 0.9})
+    assert [step.name for step in kept] == [
+        "start-metrics",
+        "gradients",
+        "feature-drift",
+        "head-only",
+        "best-block",
+        "all",
+    ]
     assert (kept[-1].train, kept[-1].lr) == (("all",), kept[-3].lr / 10)
-    undone = conversation({"head-only": 0.8, "chosen": 0.8, "all": 0.8})
-    assert [step.name for step in undone[-2:]] == ["all", "end"]
-    assert undone[-1].snapshots == ("chosen",)
+    undone = conversation({"head-only": 0.8, "best-block": 0.8, "all": 0.8})
+    assert [step.name for step in undone[-2:]] == ["all", "final"]
+    assert undone[-1].snapshots == ("best-block",)
     assert "accuracy 0.8000 after 0.8000" in undone[-1].why

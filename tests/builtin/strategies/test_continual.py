@@ -61,7 +61,7 @@ def test_lwf_adds_what_the_formula_says(tune):
 
 
 def test_the_teacher_leaves_no_trace(tune):
-    """Norms, dropout and the generators are as without it: with strength 0 the weights are equal to the bit."""
+    """Norms, dropout and the generators are as without it: with strength 0 the weights are equal bit-identically."""
     strategy = LwF(head_epochs=1, epochs=2, strength=0.0)
     result = tune(strategy, model=knowing(tiny_net(), "a", "b", "z"))
     alone = tune([step for step, _ in result.strategy_steps], model=knowing(tiny_net(), "a", "b", "z"))

@@ -90,7 +90,7 @@ def test_layer_decay_gives_rates_geometric_in_depth(tune):
 
 
 def logits_of_logistic_regression(module, *, l2):
-    """Scikit-learn's answer on standardised features of the frozen network, for validation."""
+    """Scikit-learn's answer on standardized features of the frozen network, for validation."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -142,7 +142,7 @@ def test_wise_ft_ends_on_the_interpolation_of_solved_head_and_tuned_weights(tune
 def test_wise_ft_solves_a_head_with_fresh_rows_first_unless_told(tune, labels, solve_head, first):
     steps = [step for step, _ in tune(WiSEFT(epochs=1, solve_head=solve_head), model=knowing(*labels)).strategy_steps]
     assert steps[-1].snapshots == (first, "all")
-    assert [step.name for step in steps] == ["head", "all", "mixture"][first == "start" :]
+    assert [step.name for step in steps] == ["head", "all", "average"][first == "start" :]
 
 
 def test_wise_ft_chooses_on_validation(tune):

@@ -14,30 +14,30 @@ from tuneforge.builtin.targets import ClassTargets
 def group_rows_by_class(
     codes: Tensor, targets: ClassTargets, *, num_splits: int, allow_empty: bool = False, where: str
 ) -> list[Tensor]:
-    """Rows of each class, after checks that each class can be learnt and judged.
+    """Return the rows of each class, after checks that every split can have each class.
 
     Args:
-        codes: int64 (n,).
-        targets: Names the classes.
-        num_splits: Among how many splits the samples are to be divided.
-        allow_empty: Whether a class may have no sample at all, as when a tuned model looks at a few others.
-        where: What messages name.
+        codes: Class indices, int64 (n,).
+        targets: Targets with the names of the classes.
+        num_splits: Number of splits.
+        allow_empty: Whether a class may have no sample, as in the data of a restored run.
+        where: Name of the targets, for messages.
 
     Raises:
-        DataError: There is one class, or a class has fewer samples than there are splits.
+        DataError: There is only one class, or a class has fewer samples than there are splits.
     """
     if targets.num_outputs < 2:
         raise DataError(
             f"there is only one class, '{targets.names[0]}'" if targets.names else "there are no classes",
             where=where,
-            why="a classifier needs at least two to tell apart",
+            why="a classifier needs at least two classes",
             fix="add samples of another class",
         )
     pools = {name: rows for name, rows in targets.group_by_class(codes).items() if len(rows) or not allow_empty}
     few = {name: len(rows) for name, rows in pools.items() if len(rows) < num_splits}
     if few:
         name, count = next(iter(few.items()))
-        others = f", and {len(few) - 1} more have too few as well" if len(few) > 1 else ""
+        others = f", and {len(few) - 1} more have too few too" if len(few) > 1 else ""
         raise DataError(
             f"class '{name}' has {count} sample(s){others}",
             where=where,
@@ -50,22 +50,22 @@ def group_rows_by_class(
 def split_rows(
     groups: Sequence[Tensor], *, val: float, test: float, seed: int, where: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Divide rows into train, val and test, each pool in the same shares and with at least one row in each split.
+    """Split rows into train, val and test, each group in the same proportion and with at least one row in each split.
 
-    Which split a row lands in depends on the seed and on the other rows' numbers, never on the machine.
+    The split of a row depends only on the seed and the rows, not on the machine.
 
     Args:
-        groups: Rows that are divided alike, such as those of one class.
-        val: Share of the validation split; 0 leaves it empty.
-        test: Share of the test split; 0 leaves it empty.
-        seed: The run's.
-        where: What messages name.
+        groups: Rows of each group, such as those of one class.
+        val: Fraction of the validation split; 0 leaves it empty.
+        test: Fraction of the test split; 0 leaves it empty.
+        seed: Seed of the run.
+        where: Name of the data, for messages.
 
     Returns:
-        Rows of each split, int64, in rising order.
+        Rows of each split, int64, ascending.
 
     Raises:
-        DataError: A pool has fewer rows than there are splits.
+        DataError: A group has fewer rows than there are splits.
     """
     parts: list[tuple[Tensor, ...]] = []
     for rows in groups:
@@ -100,7 +100,7 @@ def split_train_val(groups: Sequence[Tensor], *, val: float, seed: int, where: s
 
 
 def _compute_split_sizes(count: int, val: float, test: float) -> list[int]:
-    """Rows of each split: the nearest whole number, but at least one of each that is drawn, and one left to train."""
+    """Return the number of rows in train, val and test: rounded, at least one in train and in each split drawn."""
     kept = 1 + (val > 0)
     tested = min(max(round(test * count), 1), count - kept) if test > 0 else 0
     held = min(max(round(val * count), 1), count - 1 - tested) if val > 0 else 0

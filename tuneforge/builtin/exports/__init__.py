@@ -1,1 +1,1 @@
-"""Forms that a tuned model leaves its run in."""
+"""Export formats."""

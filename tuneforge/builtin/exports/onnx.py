@@ -1,4 +1,4 @@
-"""`onnx`: a graph for any ONNX runtime, preprocessing included.
+"""`onnx`: a graph for any ONNX runtime, with preprocessing.
 
 Shapes: b in a batch, k outputs.
 """
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 ONNX_FILE = "model.onnx"
 INPUT, OUTPUTS, PREDICTIONS = "input", "outputs", "predictions"
-"""Names in the graph: of a single stored input, of what targets describe, and of probabilities or numbers."""
+"""Names in the graph: a single stored input, the model outputs, and probabilities or numbers."""
 
 
 @component(api=1)
 class OnnxFormat(ExportFormat):
-    """A graph from stored inputs (uint8 pixels, say) to probabilities or numbers; needs onnxruntime alone."""
+    """A graph from stored inputs (such as uint8 pixels) to probabilities or numbers; needs only onnxruntime."""
 
     backend = "onnxruntime"
 
     def write(self, predictor: Predictor, directory: Path) -> None:
-        """Trace with a batch of two, whose axis is dynamic.
+        """Export with a batch of two and a dynamic batch axis.
 
         Raises:
             MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
-            PluginError: The network cannot be written as a graph for any batch.
+            PluginError: The network has no graph for any batch size.
         """
         for package in ("onnx", "onnxscript", "onnxruntime"):
             _import_package(package)
@@ -49,12 +49,12 @@ class OnnxFormat(ExportFormat):
             raise _export_error(name, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
         fixed = [given.shape[0] for given in program.model.graph.inputs if isinstance(given.shape[0], int)]
         if fixed:
-            raise _export_error(name, f"its graph takes a batch of {fixed[0]} and no other")
+            raise _export_error(name, f"its graph takes only a batch of {fixed[0]}")
         program.save(directory / ONNX_FILE)
 
     def load(self, directory: Path, *, device_name: str) -> Forward:
-        """Open the graph in onnxruntime, on the CPU."""
-        del device_name  # onnxruntime's CPU package is what the extra installs
+        """Open the graph in onnxruntime on the CPU."""
+        del device_name  # the extra `export` installs the CPU package of onnxruntime
         runtime = _import_package("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -69,11 +69,11 @@ class OnnxFormat(ExportFormat):
 
 
 class ExportModule(nn.Module):
-    """From stored inputs to outputs and answers, both (b, k).
+    """A module from stored inputs to outputs and predictions, both (b, k).
 
     Args:
-        predictor: On the CPU, in float32.
-        names: Of the stored inputs; "" where there is one.
+        predictor: Predictor on the CPU, in fp32.
+        names: Names of the stored inputs; "" for a single one.
     """
 
     def __init__(self, predictor: Predictor, names: tuple[str, ...]) -> None:
@@ -82,19 +82,19 @@ class ExportModule(nn.Module):
         self._predictor, self._names = predictor, names
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs and answers."""
+        """Return outputs and predictions."""
         stored: TensorTree = tensors[0] if self._names == ("",) else dict(zip(self._names, tensors, strict=True))
         outputs: Tensor = self._predictor.run.forward(self._predictor.inputs.preprocess(stored)).float()
         return outputs, compute_predictions(self._predictor.targets, outputs)
 
 
-def _trace(tuned: Predictor, stored: dict[str, Tensor]) -> Any:
-    """The graph of a batch of stored inputs, for any batch."""
+def _trace(predictor: Predictor, stored: dict[str, Tensor]) -> Any:
+    """Return the graph of a batch of stored inputs, for any batch size."""
     batch = {0: torch.export.Dim("batch")}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "# The axis name: batch will not be used", UserWarning)  # of several inputs
+        warnings.filterwarnings("ignore", "# The axis name: batch will not be used", UserWarning)  # with several inputs
         return torch.onnx.export(
-            ExportModule(tuned, tuple(stored)).eval(),
+            ExportModule(predictor, tuple(stored)).eval(),
             tuple(stored.values()),
             dynamo=True,
             input_names=[name or INPUT for name in stored],

@@ -1,4 +1,4 @@
-"""`safetensors`: the weights with what builds the model, for torch."""
+"""`safetensors`: the weights, and the files of the run from which the model is built."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from tuneforge.exporting import Forward
 
 COPIED_FILES = ("run.json", "status.json", "model.json", "model.safetensors")
-"""What of a run folder builds the model again."""
+"""Files of a run directory from which a model is built."""
 
 
 @component(api=1)
 class SafetensorsFormat(ExportFormat):
-    """Weights as safetensors, and in JSON what builds the network; needs torch and tuneforge."""
+    """Weights as safetensors, with JSON files that describe the network; needs torch and tuneforge."""
 
     backend = "torch"
     float32 = False
 
     def write(self, predictor: Predictor, directory: Path) -> None:
-        """Copy what the run left."""
+        """Copy the files of the run directory."""
         for name in COPIED_FILES:
             shutil.copyfile(predictor.run_dir / name, directory / name)
 
     def load(self, directory: Path, *, device_name: str) -> Forward:
-        """Build the network and load the weights."""
+        """Build the network and load its weights."""
         return make_forward(load(directory, device_name=device_name))

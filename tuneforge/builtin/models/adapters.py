@@ -1,4 +1,4 @@
-"""Adapters: small changes to a model on its way into the run. Each says what it changed.
+"""Model adapters: changes to a model before the run. Each records what it changed.
 
 Shapes: k outputs, f features, c channels, h and w pixels of a kernel.
 """
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 @component(api=1)
 class Head:
-    """Fit the head to the data's classes: rows of classes that both know, by name, are kept."""
+    """Resize the head to the classes of the data; rows of classes that the model has, by name, are kept."""
 
-    keep: bool = option(default=True, help="Keep the rows of classes that the model knows by name.")
+    keep: bool = option(default=True, help="Keep the rows of classes that the model has, by name.")
 
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:
-        """Replace the head, unless its outputs are the data's already.
+        """Replace the head, unless its outputs are the classes of the data.
 
         Raises:
-            PluginError: There is no model, or its head is neither linear nor a 1x1 convolution.
+            PluginError: There is no model, or its head is neither a linear layer nor a 1x1 convolution.
         """
         model = _require_model(model, "head")
         head = get_head_layer(model)
@@ -50,19 +50,19 @@ class Head:
 
 @component(api=1)
 class InputChannels:
-    """Give the first convolution another number of input channels; answers to grey pictures stay the same."""
+    """Change the input channels of the first convolution; outputs for grayscale images stay the same."""
 
-    channels: int = option(default=1, help="Channels of the pictures.", check=gt(0))
+    channels: int = option(default=1, help="Number of input channels.", check=gt(0))
 
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:
-        """Replace the first convolution, unless it fits.
+        """Replace the first convolution, unless it has that number of channels.
 
-        Colours become fewer by summing their weights. More channels share the weights: each old one keeps its own,
-        each new one gets their mean, and all are scaled so that their sum is the same.
+        For fewer channels, the weights are summed over channels. For more, each new channel gets the mean of the
+        weights, and all are scaled so that their sum is unchanged.
 
         Raises:
-            PluginError: There is no model, no plain convolution, or one that mixes its input by itself.
+            PluginError: There is no model or no ungrouped convolution, or the model rescales its input channels.
         """
         del run
         model = _require_model(model, "input-channels")
@@ -71,9 +71,9 @@ class InputChannels:
             return model
         if getattr(model.module, "transform_input", False):
             raise PluginError(
-                f"{type(model.module).__name__} with these weights takes three channels only",
-                why="it rescales red, green and blue by itself (transform_input)",
-                fix="leave input-channels out and use --data.channels 3",
+                f"{type(model.module).__name__} with these weights needs three channels",
+                why="it rescales red, green and blue (transform_input)",
+                fix="remove input-channels and use --data.channels 3",
             )
         old = conv.in_channels
         _set_submodule(
@@ -84,13 +84,13 @@ class InputChannels:
 
 @component(api=1)
 class Dropout:
-    """Drop features at random before the head, while training."""
+    """Dropout before the head."""
 
-    p: float = option(default=0.5, help="Share of the features that is dropped.", check=between(0, 1))
+    p: float = option(default=0.5, help="Dropout probability.", check=between(0, 1))
 
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:
-        """Put dropout before the head; its parameters stay in their layer group.
+        """Insert dropout before the head; the parameters of the head stay in their layer group.
 
         Raises:
             PluginError: There is no model.
@@ -104,34 +104,32 @@ class Dropout:
 
 def _require_model(model: Model | None, name: str) -> Model:
     if model is None:
-        raise PluginError(
-            f"adapter '{name}' was given no model", where="--model", fix=f"name a model first, and then --adapt {name}"
-        )
+        raise PluginError(f"adapter '{name}' got no model", where="--model", fix=f"name a model before --adapt {name}")
     return model
 
 
 def _describe_resize(old: int, new: int, kept: Sequence[str], labels: Sequence[str]) -> str:
-    fresh = [name for name in labels if name not in set(kept)]
+    new_names = [name for name in labels if name not in set(kept)]
     sentence = f"head: {old} -> {new} outputs"
     if not kept:
         return f"{sentence}, all randomly initialized"
     return f"{sentence}, kept the rows of {abbreviate_names(kept)}" + (
-        f"; randomly initialized: {abbreviate_names(fresh)}" if fresh else ""
+        f"; randomly initialized: {abbreviate_names(new_names)}" if new_names else ""
     )
 
 
 def _first_conv(model: Model) -> tuple[str, nn.Conv2d]:
-    """The first convolution in order of registration, which in all of torchvision's models sees the picture."""
+    """Return the first convolution by order of registration, which takes the image in all models of torchvision."""
     for name, module in model.module.named_modules():
         if isinstance(module, nn.Conv2d) and module.groups == 1:
             return name, module
     raise PluginError(
-        f"{type(model.module).__name__} has no convolution", where="--adapt input-channels", fix="leave the adapter out"
+        f"{type(model.module).__name__} has no convolution", where="--adapt input-channels", fix="remove the adapter"
     )
 
 
 def _change_weight_channels(weight_kchw: Tensor, channels: int) -> Tensor:
-    """The weight for another number of input channels, the sum over them unchanged."""
+    """Return the weight for another number of input channels, with the same sum over channels."""
     old = weight_kchw.shape[1]
     if channels <= old:
         return (weight_kchw.sum(1, keepdim=True) / channels).repeat(1, channels, 1, 1)

@@ -1,4 +1,4 @@
-"""`digit-cnn`: a small convolutional network for characters, pretrained on rendered ones."""
+"""`digit-cnn`: a small convolutional network, pretrained on rendered characters."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ WIDTHS = (3, 32, 64, 128, 256, 512)
 """Channels of the input and after each convolution."""
 
 IMAGE_SIZE = 32
-"""Height and width of the input, in pixels: five poolings leave one."""
+"""Height and width of the input, in pixels; five poolings reduce them to 1."""
 
 LABELS = tuple(string.digits + string.ascii_uppercase + string.ascii_lowercase)
-"""What the pretrained head tells apart."""
+"""Classes of the pretrained head."""
 
 PRETRAINED_WEIGHTS = Path(__file__).parent / "weights" / "digit_cnn.safetensors"
 """The pretrained weights, float16, made by `examples/pretrain_digit_cnn.py`."""
@@ -47,7 +47,7 @@ class DigitNet(nn.Module):
         self.head = nn.Linear(WIDTHS[-1], num_outputs)
 
     def forward(self, images_bchw: Tensor) -> Tensor:
-        """Logits (b, k) of images (b, 3, 32, 32)."""
+        """Return logits (b, k) of images (b, 3, 32, 32)."""
         features = images_bchw
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5):
             features = F.max_pool2d(F.relu(conv(features)), 2)
@@ -57,11 +57,11 @@ class DigitNet(nn.Module):
 
 @component(api=1)
 class DigitCNN:
-    """The digit network: 3x32x32 pictures, five convolutions, pretrained on 62 rendered characters."""
+    """A network of five convolutions for 3x32x32 images, pretrained on 62 rendered characters."""
 
-    pretrained: bool = option(default=True, help="Start from pretrained weights; false starts from scratch.")
+    pretrained: bool = option(default=True, help="Load pretrained weights; otherwise randomly initialized.")
     weights: Path | None = option(
-        default=None, help="A safetensors file of this network; by default the one that ships."
+        default=None, help="A safetensors file of this network; default: the shipped weights."
     )
 
     @hookimpl
@@ -69,15 +69,15 @@ class DigitCNN:
         """Build the network.
 
         Raises:
-            PluginError: It is not the first of the chain.
-            DataError: The pictures are not 32x32.
-            UsageError: The weights are not of this network.
+            PluginError: There is a model already.
+            DataError: The images are not 32x32.
+            UsageError: The weights are not those of this network.
         """
         if model is not None:
             raise PluginError(
                 "digit-cnn builds a model; it cannot adapt one",
                 where="--model",
-                fix="name it with --model, and adapters such as head with --adapt",
+                fix="use it as --model, and adapters such as head as --adapt",
             )
         _require_image_size(run)
         if run.restoring or not self.pretrained:
@@ -86,21 +86,21 @@ class DigitCNN:
             raise UsageError(
                 f"there is no file '{self.weights}'",
                 where="--model.weights",
-                why="it should hold weights of digit-cnn",
-                fix="check the path, or leave it out for the weights that ship",
+                why="weights must be a safetensors file of digit-cnn",
+                fix="check the path, or omit it for the shipped weights",
             )
         return _load_pretrained(self.weights or PRETRAINED_WEIGHTS)
 
 
 def _build_untrained(run: Run) -> Model:
-    """From scratch, for the classes of the data: PyTorch's own initialisation, from the run's seed."""
+    """Return a network for the classes of the data, with PyTorch's initialization from the seed of the run."""
     with seeded_rng(run.config.seed):
         module = DigitNet(run.data.targets.num_outputs)
     return attrs.evolve(_build_model(module, run.data.targets.labels, kept=()), pretrained=False)
 
 
 def _load_pretrained(path: Path) -> Model:
-    """From weights, with the classes that they know."""
+    """Return a network with weights of a file, and their classes."""
     tensors, metadata = load_tensors(path)
     num_outputs = len(tensors.get("head.bias", LABELS))
     with seeded_rng(0):
@@ -121,7 +121,7 @@ def _require_image_size(run: Run) -> None:
         return
     found = "x".join(map(str, example.shape[1:])) if isinstance(example, Tensor) else "a mapping of tensors"
     raise DataError(
-        f"digit-cnn takes pictures of {IMAGE_SIZE}x{IMAGE_SIZE} pixels, and the data gives {found}",
+        f"digit-cnn takes images of {IMAGE_SIZE}x{IMAGE_SIZE} pixels, and the data has {found}",
         where="--model digit-cnn",
         fix=f"use --data.size {IMAGE_SIZE}, or another --model",
     )

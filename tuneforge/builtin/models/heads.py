@@ -18,10 +18,10 @@ _INIT_STD = 0.01  # small beside trained rows, so that new classes do not domina
 
 
 def get_head_layer(model: Model) -> HeadLayer:
-    """The layer that gives the answer.
+    """Return the head of the model.
 
     Raises:
-        PluginError: It is neither linear nor a 1x1 convolution.
+        PluginError: It is neither a linear layer nor a 1x1 convolution.
     """
     head = model.head_module()
     if isinstance(head, nn.Linear) or (isinstance(head, nn.Conv2d) and head.kernel_size == (1, 1) and head.groups == 1):
@@ -30,7 +30,7 @@ def get_head_layer(model: Model) -> HeadLayer:
         f"the head '{model.head}' is a {type(head).__name__}",
         where="--adapt head",
         why="only a linear layer or a 1x1 convolution can be resized",
-        fix="let the model name its answering layer as the head",
+        fix="name the output layer of the model as its head",
     )
 
 
@@ -40,17 +40,17 @@ def num_head_outputs(head: HeadLayer) -> int:
 
 
 def resize_head(head: HeadLayer, num_outputs: int, rows: dict[int, int], *, seed: int) -> HeadLayer:
-    """A layer of the same kind with `num_outputs` outputs.
+    """Return a layer of the same kind with `num_outputs` outputs.
 
     Args:
         head: The old layer.
         num_outputs: k.
-        rows: Old row by new row; the others start fresh, from the seed.
-        seed: The run's.
+        rows: Old row by new row; the others are randomly initialized.
+        seed: Seed of the run.
     """
     old = head.weight.detach()
-    fresh_kf = SampleRNG(seed, 0, torch.arange(num_outputs)).normal("head", old[0].numel()) * _INIT_STD
-    weight = fresh_kf.reshape(num_outputs, *old.shape[1:]).to(old)
+    random_kf = SampleRNG(seed, 0, torch.arange(num_outputs)).normal("head", old[0].numel()) * _INIT_STD
+    weight = random_kf.reshape(num_outputs, *old.shape[1:]).to(old)
     bias = old.new_zeros(num_outputs)
     for new, kept in rows.items():
         weight[new] = old[kept]

@@ -31,27 +31,27 @@ class MLP:
     hidden: tuple[int, ...] = option(default=(64, 64), help="Width of each hidden layer.", check=_WIDTHS)
     dropout: float = option(
         default=0.0,
-        help="Share of each hidden layer that is dropped in training.",
+        help="Dropout probability of each hidden layer.",
         check=FRACTION_OR_ZERO,
     )
-    weights: Path | None = option(default=None, help="A safetensors file of such a network, such as a run's.")
+    weights: Path | None = option(default=None, help="A safetensors file of such a network, such as that of a run.")
 
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:
-        """Build it for the rows and the targets of the data; a layer group a hidden layer, and the head.
+        """Build the network for the data, with a layer group per hidden layer and the head.
 
         Raises:
-            PluginError: It is not the first of the chain.
-            DataError: The inputs are no rows of numbers.
-            UsageError: The weights are not of this network.
+            PluginError: There is a model already.
+            DataError: The inputs are not rows of numbers.
+            UsageError: The weights are not those of this network.
         """
         if model is not None:
-            raise PluginError("mlp builds a model; it cannot adapt one", where="--model", fix="name it with --model")
+            raise PluginError("mlp builds a model; it cannot adapt one", where="--model", fix="use it as --model")
         example = run.example
         if not isinstance(example, Tensor) or example.ndim != 2 or not example.is_floating_point():
             found = f"{example.dtype} {tuple(example.shape)}" if isinstance(example, Tensor) else type(example).__name__
             raise DataError(
-                "mlp takes one row of floats a sample",
+                "mlp takes one row of floats per sample",
                 where="--model mlp",
                 why=f"a batch is {found}",
                 fix="use another model",
@@ -72,7 +72,7 @@ class MLP:
         return Model(nn.Sequential(layers), groups=groups, head="head", labels=labels, pretrained=False)
 
     def _load_model(self, path: Path, num_features: int) -> Model:
-        """From weights, with the outputs that they have; the adapter `head` fits those to the data."""
+        """Return a network with the weights of a file and their outputs, which the adapter `head` resizes."""
         tensors, metadata = load_tensors(path)
         labels = tuple(metadata.get("labels", ()))
         model = self._build_model(num_features, len(tensors.get("head.bias", labels)), labels, seed=0)

@@ -1,4 +1,4 @@
-"""Every classification model of torchvision: built, filled with weights, and divided into layer groups."""
+"""Classification models of torchvision, with weights and layer groups."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ LAYER_GROUPS_BY_CLASS: Mapping[str, tuple[str, ...]] = {
         "head=encoder.ln",
     ),
 }
-"""Layer groups from the input to the answer, by class of the network.
+"""Layer groups from input to output, by class of the network.
 
-`path` is a group; `path.*` (a glob) makes a group of each child that holds parameters; `path/` one of each stage
-between two poolings; `name=path,path` puts several into one; `head=` adds to the head's, where a last norm belongs.
+`path` is a group; `path.*` (a glob) is a group for each child with parameters; `path/` one for each stage between two
+poolings; `name=path,path` merges several into one; `head=` adds paths to the group of the head, such as a last norm.
 """
 
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".pth.tar")
@@ -85,21 +85,21 @@ _OLD_DENSENET_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.
 
 @component(api=1)
 class TorchvisionModel:
-    """A classification model of torchvision, from scratch or with weights."""
+    """A classification model of torchvision, randomly initialized or with weights."""
 
-    arch: str = option(default="resnet18", help="The architecture, as torchvision.models names it.")
+    arch: str = option(default="resnet18", help="Name of the architecture in torchvision.models.")
     weights: str = option(
-        default="none", help="`none`, a .safetensors file, or `download` for torchvision's own, trained on ImageNet."
+        default="none", help="`none`, a .safetensors file, or `download` for torchvision's ImageNet weights."
     )
 
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:
-        """Build the network, with the head that its weights have; the adapter `head` fits it to the data.
+        """Build the network with the head of its weights, which the adapter `head` resizes to the data.
 
         Raises:
-            PluginError: It is not the first of the chain.
+            PluginError: There is a model already.
             UnknownNameError: torchvision has no such architecture.
-            UsageError: It cannot take pictures of this size, or the weights are not of this network.
+            UsageError: It cannot take images of this size, or the weights are not those of this network.
             UnsafeFileError: The weights are pickled.
             TryAgainError: The weights cannot be downloaded.
         """
@@ -107,7 +107,7 @@ class TorchvisionModel:
             raise PluginError(
                 "torchvision builds a model; it cannot adapt one",
                 where="--model",
-                fix="name it with --model, and adapters such as head with --adapt",
+                fix="use it as --model, and adapters such as head as --adapt",
             )
         _require_known_arch(self.arch)
         side = _get_image_size(run)
@@ -122,23 +122,23 @@ class TorchvisionModel:
         return Model(module, groups=find_layer_groups(module, head), head=head, labels=run.data.targets.labels)
 
     def _read_weights(self) -> tuple[StateDict, tuple[str, ...]]:
-        """The weights by name, and the names of their classes, where they are known."""
+        """Return the weights by name, and the names of their classes if known."""
         if self.weights in ("download", "default"):
             return _download_weights(self.arch)
         path = Path(self.weights)
         if path.name.lower().endswith(_PICKLE_SUFFIXES):
             raise UnsafeFileError(
-                f"'{path.name}' is not read",
+                f"'{path.name}' is a pickle file",
                 where="--model.weights",
-                why="pickled weights can run any code when they are opened",
-                fix=f"convert them once: tuneforge import {path}",
+                why="unpickling weights can run arbitrary code",
+                fix=f"convert it once: tuneforge import {path}",
             )
         tensors, metadata = load_tensors(path)
         return tensors, tuple(metadata.get("labels", ()))
 
 
 def find_head_path(module: nn.Module) -> str:
-    """Path of the answering layer: the last linear one; in SqueezeNet, which has none, the last 1x1 convolution."""
+    """Return the path of the output layer: the last linear layer, or in SqueezeNet the last 1x1 convolution."""
     named = list(module.named_modules())
     linear = [name for name, child in named if isinstance(child, nn.Linear)]
     convs = [name for name, child in named if isinstance(child, nn.Conv2d) and child.kernel_size == (1, 1)]
@@ -147,7 +147,7 @@ def find_head_path(module: nn.Module) -> str:
 
 
 def find_layer_groups(module: nn.Module, head: str) -> tuple[LayerGroup, ...]:
-    """Layer groups from the input to the answer; of an unknown network, those that its structure suggests."""
+    """Return layer groups from input to output; for an unknown class, those of its top-level children."""
     patterns = LAYER_GROUPS_BY_CLASS.get(type(module).__name__)
     if patterns is None:
         return tuple(Model.from_module(module, head=head).groups)
@@ -167,7 +167,7 @@ def find_layer_groups(module: nn.Module, head: str) -> tuple[LayerGroup, ...]:
 
 
 def _match_children(module: nn.Module, pattern: str) -> list[str]:
-    """Paths of the children that a glob matches and that hold parameters, in order."""
+    """Return the paths of the children with parameters that a glob matches, in order."""
     parent, _, glob = pattern.rpartition(".")
     return [
         f"{parent}.{name}".lstrip(".")
@@ -177,7 +177,7 @@ def _match_children(module: nn.Module, pattern: str) -> list[str]:
 
 
 def _split_into_stages(module: nn.Module, parent: str) -> list[LayerGroup]:
-    """A group for each run of layers up to a pooling."""
+    """Return a group for each sequence of layers up to a pooling."""
     stages: list[list[str]] = [[]]
     for name, child in module.get_submodule(parent).named_children():
         if isinstance(child, nn.MaxPool2d):
@@ -188,7 +188,7 @@ def _split_into_stages(module: nn.Module, parent: str) -> list[LayerGroup]:
 
 
 def _build_network(arch: str, num_outputs: int, side: tuple[int, int], *, pretrained: bool) -> nn.Module:
-    """The network; `pretrained` ones rescale their input where torchvision's weights expect it."""
+    """Return the network; if `pretrained`, with the input rescaling that torchvision's weights expect."""
     arguments: dict[str, Any] = {"num_classes": num_outputs}
     if arch in ("googlenet", "inception_v3"):
         arguments |= {"aux_logits": False, "init_weights": not pretrained, "transform_input": pretrained}
@@ -204,10 +204,10 @@ def _build_network(arch: str, num_outputs: int, side: tuple[int, int], *, pretra
 
 
 def _load_weights(module: nn.Module, head: str, state: StateDict, labels: tuple[str, ...], run: Run) -> Model:
-    """The model with weights; without a head in them, it gets a fresh one for the data.
+    """Return the model with weights; if they have no head, it is randomly initialized for the data.
 
     Raises:
-        UsageError: Other names or shapes than the head's differ.
+        UsageError: Names or shapes outside of the head differ.
     """
     state = {
         _rename_densenet_key(name): tensor for name, tensor in state.items() if not name.startswith(_AUXILIARY_PREFIXES)
@@ -232,23 +232,23 @@ def _load_weights(module: nn.Module, head: str, state: StateDict, labels: tuple[
 
 
 def _rename_densenet_key(name: str) -> str:
-    """DenseNet's published weights have names that PyTorch no longer allows."""
+    """Return the name that a tensor of old DenseNet weights has in PyTorch today."""
     found = _OLD_DENSENET_KEY.match(name)
     return found[1] + found[2] if found else name
 
 
 def _mismatch_error(kind: str, missing: list[str], foreign: list[str], wrong: list[str]) -> UsageError:
-    told = {"missing": missing, "not in the network": foreign, "of another shape": wrong}
+    differences = {"missing": missing, "not in the network": foreign, "with another shape": wrong}
     return UsageError(
         f"the weights are not those of this {kind}",
         where="--model.weights",
-        why="; ".join(f"{what}: {', '.join(names[:4])} ({len(names)})" for what, names in told.items() if names),
-        fix="name the --model.arch that the file was made with",
+        why="; ".join(f"{what}: {', '.join(names[:4])} ({len(names)})" for what, names in differences.items() if names),
+        fix="use the --model.arch of the file",
     )
 
 
 def _download_weights(arch: str) -> tuple[StateDict, tuple[str, ...]]:
-    """torchvision's best weights of the architecture, and ImageNet's names of classes."""
+    """Return torchvision's default weights of the architecture, and the names of their classes."""
     weights = models.get_model_weights(arch).DEFAULT
     try:
         state: StateDict = models.get_model(arch, weights=weights, progress=False).state_dict()
@@ -273,14 +273,14 @@ def _require_known_arch(arch: str) -> None:
 
 
 def _get_image_size(run: Run) -> tuple[int, int]:
-    """Height and width of the data's pictures."""
+    """Return height and width of the images."""
     example = run.example
     if isinstance(example, Tensor) and example.ndim == 4:
         return int(example.shape[2]), int(example.shape[3])
     raise UsageError(
-        "torchvision's models take pictures, and the inputs are none",
+        "torchvision models take images, and the inputs are not images",
         where="--model torchvision",
-        why="a picture is one tensor (channels, height, width)",
+        why="an image is a tensor (channels, height, width)",
         fix="use another --model for this data",
     )
 
@@ -290,10 +290,10 @@ def _get_native_image_size(arch: str) -> int:
 
 
 def _require_fitting_size(module: nn.Module, arch: str, side: tuple[int, int]) -> None:
-    """Try one black picture, where pictures are smaller than the network was designed for.
+    """Run one black image, if images are smaller than those the network was designed for.
 
     Raises:
-        UsageError: They are too small.
+        UsageError: The images are too small.
     """
     if min(side) >= _get_native_image_size(arch):
         return
@@ -309,7 +309,7 @@ def _require_fitting_size(module: nn.Module, arch: str, side: tuple[int, int]) -
 
 def _image_size_error(arch: str, side: tuple[int, int], error: Exception) -> UsageError:
     return UsageError(
-        f"{arch} cannot take pictures of {side[1]}x{side[0]} pixels",
+        f"{arch} cannot take images of {side[1]}x{side[0]} pixels",
         where="--model torchvision",
         why=str(error).partition("\n")[0],
         fix=f"use --data.size {_get_native_image_size(arch)}",

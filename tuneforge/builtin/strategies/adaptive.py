@@ -1,4 +1,4 @@
-"""`adaptive`: the strategy that reads the report of each round and decides from it what comes next.
+"""`adaptive`: a strategy that chooses each round from the validation metrics of the round before.
 
 It imports no torch, so that `tuneforge run --strategy adaptive --help` shows its options at once.
 """
@@ -23,81 +23,84 @@ from tuneforge import (
 from tuneforge.plugin import StrategyStep, StrategySteps
 
 MIN_LOSS_DECREASE = 0.02
-"""Share by which validation's loss must fall to count as a gain, where the monitored figure cannot tell."""
+"""Relative decrease of the validation loss that counts as an improvement where the metric is inconclusive."""
 
 
 @component(api=1)
 class Adaptive:
-    """Tune in rounds, read the report of each, and decide from it what comes next: the one for a start.
+    """Fine-tune in rounds and choose each from the validation metrics of the one before: a good first choice.
 
-    The head first: solved on frozen features where it is one linear layer and there are classes (Kumar et al. 2022,
-    2202.10054), else trained. Then rounds of `epochs` along a cosine: the upper half of the layer groups, then all.
-    After each, from its validation report:
+    The head comes first: solved on frozen features where it is one linear layer and there are classes (Kumar et al.
+    2022, 2202.10054), else trained. Then come rounds of `epochs` epochs with a cosine schedule: the upper half of the
+    layer groups, then all of them. After each round:
 
-    - It gained: its weights are kept, and the next round thaws more, or goes on as before.
-    - It did not: the best weights come back, and the rate falls to a third, once everything has been thawed.
-    - A class's recall lies two standard errors below the mean of all: in the next round its samples weigh more, by
-      mean / recall and at most 3.
-    - The target is met, or two rounds in a row have gained nothing with all thawed: it ends, on the best weights.
+    - If it improved, its weights are kept, and the next round unfreezes more layer groups or continues.
+    - If it did not, the best weights are restored, and once all groups are unfrozen the learning rate is divided by 3.
+    - If a class's recall is two standard errors below the mean recall, its samples get the loss weight
+      mean / recall, at most 3, in the next round.
+    - If the target is met, or two rounds in a row with all groups unfrozen did not improve, the run ends on the best
+      weights.
 
-    A gain is one of the monitored figure by more than validation's standard error, sqrt(e (1 - e) / n) of an error e
-    over n samples; where the figures lie nearer, the loss must have fallen by 2 %. Each step says why it is taken.
+    An improvement is one of the monitored metric by more than its standard error on validation, sqrt(e (1 - e) / n) for
+    an error e over n samples; within that, the loss must have decreased by 2 %. Each step logs its reason.
     """
 
-    target: float | None = option(default=None, help="Value of the monitored figure that ends the run; none: no end.")
-    epochs: int = option(default=10, help="Epochs of a round.", check=ge(1))
-    rounds: int = option(default=9, help="Most rounds, the head's included.", check=ge(1))
-    lr: float = option(default=3e-3, help="Peak learning rate of the first round; reports lower it.", check=gt(0))
+    target: float | None = option(default=None, help="Value of the monitored metric that ends the run; default: none.")
+    epochs: int = option(default=10, help="Epochs per round.", check=ge(1))
+    rounds: int = option(default=9, help="Maximum number of rounds, that of the head included.", check=ge(1))
+    lr: float = option(
+        default=3e-3, help="Peak learning rate of the first round; later ones may lower it.", check=gt(0)
+    )
 
     @hookimpl
     def finetune_strategy(self, task: TaskInfo) -> StrategySteps:
-        """The head, then rounds until the target is met or nothing is gained."""
-        why = "gains count from what the model answers untuned"
-        best = yield WeightAverage("before", snapshots=("start",), why=why)
+        """Yield the head step, then rounds until the target is met or nothing improves."""
+        why = "improvements count from the metrics of the starting weights"
+        best = yield WeightAverage("start-metrics", snapshots=("start",), why=why)
         widths = sorted({1, math.ceil(len(task.groups) / 2), len(task.groups)})
         lr, missed, number = self.lr, 0, 0
         while not (end := self._explain_stop(task, best, missed, number)):
-            thawed = widths[min(number, len(widths) - 1)]
+            unfrozen = widths[min(number, len(widths) - 1)]
             head = make_head_step(task, epochs=self.epochs, lr=lr)
-            report = yield self._make_round(task, number, thawed, lr, best) if number else head
+            report = yield self._make_round(task, number, unfrozen, lr, best) if number else head
             if is_better(report, best, task):
                 best, missed = report, 0
             else:
-                why = f"'{report.step_name}' gained nothing: {format_comparison(report, best, task)}"
-                yield WeightAverage(f"back-{number}", snapshots=(best.step_name,), why=why)
-                lr, missed = (lr / 3, missed + 1) if thawed == len(task.groups) else (lr, 0)
+                why = f"'{report.step_name}' did not improve: {format_comparison(report, best, task)}"
+                yield WeightAverage(f"restore-{number}", snapshots=(best.step_name,), why=why)
+                lr, missed = (lr / 3, missed + 1) if unfrozen == len(task.groups) else (lr, 0)
             number += 1
-        yield WeightAverage("end", snapshots=(best.step_name,), why=end)
+        yield WeightAverage("final", snapshots=(best.step_name,), why=end)
 
-    def _make_round(self, task: TaskInfo, number: int, thawed: int, lr: float, best: StrategyStepResult) -> Phase:
+    def _make_round(self, task: TaskInfo, number: int, unfrozen: int, lr: float, best: StrategyStepResult) -> Phase:
         weak = weigh_weak_classes(best)
-        all_thawed = thawed == len(task.groups)
-        weighed = f"; low recall, so they weigh more: {', '.join(weak)}" if weak else ""
+        all_unfrozen = unfrozen == len(task.groups)
+        weighed = f"; larger loss weight for low recall: {', '.join(weak)}" if weak else ""
         return Phase(
             f"round-{number}",
-            train="all" if all_thawed else f"groups[-{thawed}:]",
+            train="all" if all_unfrozen else f"groups[-{unfrozen}:]",
             epochs=self.epochs,
             lr=lr,
             schedule=use("cosine", warmup=0.1),
             restore_best=True,
             class_weights=weak or None,
-            why=f"{task.monitor} is {best.val[task.monitor]:.4f}, and more may be gained with "
-            f"{'all' if all_thawed else f'the upper {thawed}'} layer groups at rate {lr:.2g}{weighed}",
+            why=f"{task.monitor} is {best.val[task.monitor]:.4f}; train "
+            f"{'all' if all_unfrozen else f'the upper {unfrozen}'} layer groups at lr {lr:.2g}{weighed}",
         )
 
     def _explain_stop(self, task: TaskInfo, best: StrategyStepResult, missed: int, number: int) -> str:
-        """Why no further round is taken; empty where one is."""
+        """Return why the strategy ends, or an empty text where another round follows."""
         found = best.val[task.monitor]
         if self.target is not None and (found >= self.target if task.monitor_mode == "max" else found <= self.target):
             return f"the target is met: {task.monitor} is {found:.4f}"
         if missed == 2:
-            return f"two rounds in a row gained nothing, so '{best.step_name}' is as good as it gets"
-        return f"all {number} rounds are spent" if number == self.rounds else ""
+            return f"two rounds in a row did not improve on '{best.step_name}'"
+        return f"the maximum of {number} rounds is reached" if number == self.rounds else ""
 
 
 def make_head_step(task: TaskInfo, *, epochs: int, lr: float) -> StrategyStep:
-    """What brings the head to the data: a solution where it is one linear layer with a bias, else a phase."""
-    why = "a head that fits spares the features below it"
+    """Return a head fit where the head is one linear layer with a bias and there are classes, else a phase."""
+    why = "a fitted head distorts the pretrained features less"
     kinds = sorted(name.rpartition(".")[2] for name in task.head.parameter_names)
     if task.classes and kinds == ["bias", "weight"]:
         return HeadFit("head", why=why)
@@ -107,29 +110,29 @@ def make_head_step(task: TaskInfo, *, epochs: int, lr: float) -> StrategyStep:
 
 
 def is_better(after: StrategyStepResult, before: StrategyStepResult, task: TaskInfo) -> bool:
-    """True where a report is better by more than validation's standard error, or by its loss where it lies nearer."""
+    """Return True where a result is better by more than the standard error, or within it by its loss."""
     if is_within_error(after, before, task) and "loss" in after.val:
         return bool(after.val["loss"] < (1 - MIN_LOSS_DECREASE) * before.val["loss"])
-    gain = after.val[task.monitor] - before.val[task.monitor]
-    return bool(gain > 0 if task.monitor_mode == "max" else gain < 0)
+    improvement = after.val[task.monitor] - before.val[task.monitor]
+    return bool(improvement > 0 if task.monitor_mode == "max" else improvement < 0)
 
 
 def is_within_error(after: StrategyStepResult, before: StrategyStepResult, task: TaskInfo) -> bool:
-    """True where the monitored figures lie within validation's standard error of one another, or are equal."""
+    """Return True where the monitored metrics differ by at most the standard error on validation."""
     old, new = before.val[task.monitor], after.val[task.monitor]
     error = min(1.0, max(0.0, 1 - old)) if task.monitor_mode == "max" else 0.0
     return bool(abs(new - old) <= math.sqrt(error * (1 - error) / task.num_val))
 
 
 def format_comparison(after: StrategyStepResult, before: StrategyStepResult, task: TaskInfo) -> str:
-    """The figures that `is_better` compares, as text."""
+    """Return the metrics that `is_better` compares, as text."""
     names = dict.fromkeys(name for name in (task.monitor, "loss") if name in after.val)
     return ", ".join(f"{name} {after.val[name]:.4f} after {before.val[name]:.4f}" for name in names)
 
 
 def weigh_weak_classes(report: StrategyStepResult) -> dict[str, float]:
-    """Factors on the loss by class, for those whose recall lies two standard errors below the mean of all."""
-    if "confusion" not in report.val:  # no classes, or several a sample
+    """Return loss weights for the classes whose recall is two standard errors below the mean recall."""
+    if "confusion" not in report.val:  # regression or multi-label
         return {}
     recalls = {name: row["recall"] for name, row in report.val["per_class"].items() if row["support"]}
     mean = sum(recalls.values()) / max(1, len(recalls))

@@ -1,4 +1,4 @@
-"""Strategies whose steps are known in advance.
+"""Strategies whose steps are known before the run starts.
 
 They import no torch, so that `tuneforge run --strategy NAME --help` shows their options at once.
 """
@@ -6,6 +6,7 @@ They import no torch, so that `tuneforge run --strategy NAME --help` shows their
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from tuneforge import (
     HeadFit,
@@ -31,71 +32,74 @@ _SHARES = Check(
 )
 
 
+def _patience() -> Any:
+    return option(
+        default=None, help="Stop a phase after this many epochs without improvement; default: never.", check=ge(1)
+    )
+
+
+def _l2() -> Any:
+    return option(default=1e-3, help="L2 penalty of the solved head, relative to the mean loss.", check=gt(0))
+
+
+def _cosine_phase(
+    options: Any, name: str, train: str | tuple[str, ...], *, warmup: float = 0.1, layer_decay: float = 1.0
+) -> Phase:
+    """Return a phase with a linear warm-up and a cosine, and the options that most strategies share."""
+    return Phase(
+        name,
+        train=train,
+        epochs=options.epochs,
+        lr=options.lr,
+        layer_decay=layer_decay,
+        schedule=use("cosine", warmup=warmup),
+        patience=options.patience,
+        restore_best=options.restore_best,
+    )
+
+
 @component(api=1)
 class Full:
     """Train every layer from the first step.
 
-    The plain way, which the others are compared with: the rate rises over the share `warmup` of the steps, then falls
-    along a cosine; biases and norms are not decayed.
+    The baseline for the other strategies. The learning rate rises linearly over the fraction `warmup` of the steps,
+    then follows a cosine to 0; biases and norm parameters have no weight decay.
     """
 
     epochs: int = option(default=8, help="Epochs with every layer trained.", check=ge(1))
     lr: float = option(default=1e-3, help="Peak learning rate.", check=gt(0))
-    warmup: float = option(default=0.1, help="Share of the steps in which the rate rises.", check=between(0, 1))
-    patience: int | None = option(
-        default=None, help="Stop after this many epochs without gain; none: never.", check=ge(1)
-    )
+    warmup: float = option(default=0.1, help="Fraction of the steps for the linear warm-up.", check=between(0, 1))
+    patience: int | None = _patience()
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
     def finetune_strategy(self) -> Iterable[StrategyStep]:
-        """One phase over all layers."""
-        return [
-            Phase(
-                "all",
-                train="all",
-                epochs=self.epochs,
-                lr=self.lr,
-                schedule=use("cosine", warmup=self.warmup),
-                patience=self.patience,
-                restore_best=self.restore_best,
-            )
-        ]
+        """Return one phase over all layers."""
+        return [_cosine_phase(self, "all", "all", warmup=self.warmup)]
 
 
 @component(api=1)
 class HeadOnly:
     """Train the head on a frozen backbone, by gradient descent (a linear probe: Alain and Bengio 2016, 1610.01644).
 
-    Warm-up 10 %, then a cosine. `Fit`, with which `lp-ft` begins, solves the same problem without a rate.
+    Warm-up over 10 % of the steps, then a cosine. `HeadFit`, the first step of `lp-ft`, solves the same problem to
+    convergence, without a learning rate.
     """
 
     epochs: int = option(default=5, help="Epochs with the head trained.", check=ge(1))
     lr: float = option(default=2e-3, help="Peak learning rate.", check=gt(0))
-    patience: int | None = option(
-        default=None, help="Stop after this many epochs without gain; none: never.", check=ge(1)
-    )
+    patience: int | None = _patience()
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
     def finetune_strategy(self) -> Iterable[StrategyStep]:
-        """One phase over the head."""
-        return [
-            Phase(
-                "head",
-                train="head",
-                epochs=self.epochs,
-                lr=self.lr,
-                schedule=use("cosine", warmup=0.1),
-                patience=self.patience,
-                restore_best=self.restore_best,
-            )
-        ]
+        """Return one phase over the head."""
+        return [_cosine_phase(self, "head", "head")]
 
 
 @component(api=1)
 class FreezeThenUnfreeze:
-    """Train the head on a frozen backbone, then every layer at rates that fall towards the input.
+    """Train the head on a frozen backbone, then every layer at learning rates that decrease towards the input.
 
     fastai's `fine_tune` (Howard and Gugger 2020): the head at `lr` under one-cycle, pct_start 0.99; then all layers,
     from `lr / 2` at the head geometrically to `lr / 2 / lr_mult` at the first group, pct_start 0.3, div 5; decay 0.01.
@@ -104,13 +108,15 @@ class FreezeThenUnfreeze:
     head_epochs: int = option(default=1, help="Epochs with the backbone frozen.", check=ge(1))
     epochs: int = option(default=8, help="Epochs with every layer trained.", check=ge(1))
     lr: float = option(default=2e-3, help="Peak learning rate of the head while the backbone is frozen.", check=gt(0))
-    lr_mult: float = option(default=100.0, help="Rate of the head over that of the first layer group.", check=ge(1))
-    patience: int | None = option(default=None, help="Stop a phase after this many epochs without gain.", check=ge(1))
+    lr_mult: float = option(
+        default=100.0, help="Ratio of the learning rates of the head and the first layer group.", check=ge(1)
+    )
+    patience: int | None = _patience()
     restore_best: bool = option(default=True, help="End each phase on the weights of its best epoch.")
 
     @hookimpl
     def finetune_strategy(self, task: TaskInfo) -> Iterable[StrategyStep]:
-        """Two phases."""
+        """Return two phases: the head, then all layers."""
         return [
             Phase(
                 "head",
@@ -137,202 +143,173 @@ class FreezeThenUnfreeze:
 
 @component(api=1)
 class GradualUnfreeze:
-    """Thaw one more layer group an epoch, from the head down, then train all of them on.
+    """Unfreeze one more layer group per phase, from the head towards the input, then train all of them.
 
-    ULMFiT (Howard and Ruder 2018, arXiv 1801.06146): each group's rate is that of the group above divided by 2.6,
-    and the rate follows a slanted triangle in each phase.
+    ULMFiT (Howard and Ruder 2018, arXiv 1801.06146): the learning rate of a group is that of the group above
+    divided by 2.6, and follows a slanted triangular schedule in each phase.
     """
 
-    group_epochs: int = option(default=1, help="Epochs before the next layer group is thawed.", check=ge(1))
+    group_epochs: int = option(default=1, help="Epochs before the next layer group is unfrozen.", check=ge(1))
     epochs: int = option(default=4, help="Epochs with every layer trained, at the end.", check=ge(1))
     lr: float = option(default=2e-3, help="Peak learning rate of the head.", check=gt(0))
-    factor: float = option(default=2.6, help="Rate of a layer group over that of the group below it.", check=ge(1))
+    factor: float = option(
+        default=2.6, help="Ratio of the learning rates of a layer group and the one below.", check=ge(1)
+    )
     restore_best: bool = option(default=True, help="End each phase on the weights of its best epoch.")
 
     @hookimpl
     def finetune_strategy(self, task: TaskInfo) -> Iterable[StrategyStep]:
-        """One phase for each number of thawed groups."""
+        """Return one phase for each number of unfrozen layer groups."""
         most = len(task.groups)
         return [
             Phase(
-                "all" if thawed == most else f"top-{thawed}",
-                train=f"groups[-{thawed}:]",
-                epochs=self.epochs if thawed == most else self.group_epochs,
+                "all" if unfrozen == most else f"top-{unfrozen}",
+                train=f"groups[-{unfrozen}:]",
+                epochs=self.epochs if unfrozen == most else self.group_epochs,
                 lr=self.lr,
                 layer_decay=1 / self.factor,
                 schedule=use("slanted-triangular"),
                 restore_best=self.restore_best,
             )
-            for thawed in range(1, most + 1)
+            for unfrozen in range(1, most + 1)
         ]
 
 
 @component(api=1)
 class LayerDecay:
-    """Train every layer, each layer group at a rate lower by one factor than the group above it.
+    """Train every layer with layer-wise learning rate decay.
 
-    The rate of a group is `lr * decay ** depth`, where depth counts layer groups down from the head's 0. The default of
-    0.75 is that of MAE's code (He et al. 2021, arXiv 2111.06377) and of timm, after BEiT, for each block of a
-    transformer; ELECTRA (Clark et al. 2020, arXiv 2003.10555) has 0.8 for its base model. Where a model has few groups,
-    a lower factor sets them as far apart. Warm-up 10 %, then a cosine; biases and norms are not decayed.
+    The learning rate of a layer group is `lr * decay ** depth`, where the head has depth 0. The default of 0.75 is that
+    of MAE's code (He et al. 2021, arXiv 2111.06377) and of timm, after BEiT, for each block of a transformer; ELECTRA
+    (Clark et al. 2020, arXiv 2003.10555) uses 0.8 for its base model. A model with few layer groups needs a lower
+    factor for the same range. Warm-up over 10 % of the steps, then a cosine; biases and norms have no weight decay.
     """
 
     epochs: int = option(default=8, help="Epochs with every layer trained.", check=ge(1))
     lr: float = option(default=1e-3, help="Peak learning rate of the head.", check=gt(0))
-    decay: float = option(default=0.75, help="Rate of a layer group over that of the group above it.", check=_FACTOR)
-    patience: int | None = option(default=None, help="Stop after this many epochs without gain.", check=ge(1))
+    decay: float = option(
+        default=0.75, help="Ratio of the learning rates of a layer group and the one above.", check=_FACTOR
+    )
+    patience: int | None = _patience()
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
     def finetune_strategy(self) -> Iterable[StrategyStep]:
-        """One phase over all layers."""
-        return [
-            Phase(
-                "all",
-                train="all",
-                epochs=self.epochs,
-                lr=self.lr,
-                layer_decay=self.decay,
-                schedule=use("cosine", warmup=0.1),
-                patience=self.patience,
-                restore_best=self.restore_best,
-            )
-        ]
+        """Return one phase over all layers."""
+        return [_cosine_phase(self, "all", "all", layer_decay=self.decay)]
 
 
 @component(api=1)
 class LPFT:
-    """Solve the head on frozen features, then train every layer from there at a small rate.
+    """Solve the head on frozen features, then train every layer from there at a small learning rate.
 
-    LP-FT (Kumar et al. 2022, arXiv 2202.10054): under a random head the features move far before the head fits them;
-    under a solved one they hardly move. First (W, b) = argmin of mean loss + l2 / 2 * |W|^2 on features of the frozen
-    backbone in eval mode, to convergence; then all layers, warm-up 10 % and a cosine. The paper searches the rate; the
-    default is a tenth of what `full` has. The head must be one linear layer.
+    LP-FT (Kumar et al. 2022, arXiv 2202.10054): with a randomly initialized head, the pretrained features are distorted
+    before the head fits them; with a solved head they hardly change. The first step computes (W, b) = argmin of
+    mean loss + l2 / 2 * |W|^2 on features of the frozen backbone in eval mode, to convergence; the second trains all
+    layers with a warm-up over 10 % of the steps and a cosine. The paper searches the learning rate; the default is a
+    tenth of that of `full`. The head must be one linear layer.
     """
 
-    l2: float = option(default=1e-3, help="Ridge on the solved head's weights, relative to the mean loss.", check=gt(0))
+    l2: float = _l2()
     epochs: int = option(default=8, help="Epochs with every layer trained.", check=ge(1))
-    lr: float = option(default=1e-4, help="Peak learning rate of those epochs.", check=gt(0))
-    patience: int | None = option(default=None, help="Stop after this many epochs without gain.", check=ge(1))
+    lr: float = option(default=1e-4, help="Peak learning rate of the phase over all layers.", check=gt(0))
+    patience: int | None = _patience()
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
     def finetune_strategy(self) -> Iterable[StrategyStep]:
-        """The head solved, then one phase over all layers."""
+        """Return the head fit, then one phase over all layers."""
         return [
             HeadFit("head", l2=self.l2),
-            Phase(
-                "all",
-                train="all",
-                epochs=self.epochs,
-                lr=self.lr,
-                schedule=use("cosine", warmup=0.1),
-                patience=self.patience,
-                restore_best=self.restore_best,
-            ),
+            _cosine_phase(self, "all", "all"),
         ]
 
 
 @component(api=1)
 class WiSEFT:
-    """Train every layer, then keep the best mixture of the weights before and after, chosen on validation.
+    """Train every layer, then keep the best interpolation of the weights before and after, chosen on validation.
 
-    WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903): (1 - a) * before + a * after for each tensor, statistics of norms
-    included. Candidates for a are 0, 0.1, ..., 1; the paper draws them as a curve, and advises 0.5 where nothing can be
-    measured. What was before must answer already, so a head with fresh rows is solved first and the mixture starts from
-    there. Validation that looks like training favours 1: give it samples like those that the model will meet.
+    WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903): (1 - a) * before + a * after for each tensor, running statistics
+    of norms included. Candidates for a are 0, 0.1, ..., 1; the paper plots them as a curve, and recommends 0.5 where
+    nothing can be measured. The weights before must have a working head, so a head with randomly initialized rows is
+    solved first and the interpolation starts from there. A validation split from the training distribution favors
+    a = 1: give it samples from the distribution that the model will see.
     """
 
     epochs: int = option(default=8, help="Epochs with every layer trained.", check=ge(1))
     lr: float = option(default=1e-3, help="Peak learning rate.", check=gt(0))
     weights: tuple[float, ...] = option(
-        default=tuple(tenth / 10 for tenth in range(11)), help="Candidate shares of the tuned weights.", check=_SHARES
+        default=tuple(tenth / 10 for tenth in range(11)),
+        help="Candidate weights of the fine-tuned model.",
+        check=_SHARES,
     )
-    solve_head: bool | None = option(default=None, help="Solve the head first; none: where it has fresh rows.")
-    l2: float = option(default=1e-3, help="Ridge on the solved head's weights, relative to the mean loss.", check=gt(0))
-    restore_best: bool = option(default=True, help="Mix the best epoch's weights rather than the last one's.")
+    solve_head: bool | None = option(
+        default=None, help="Solve the head first; default: if it has randomly initialized rows."
+    )
+    l2: float = _l2()
+    restore_best: bool = option(default=True, help="Average with the weights of the best epoch rather than the last.")
 
     @hookimpl
     def finetune_strategy(self, task: TaskInfo) -> Iterable[StrategyStep]:
-        """The head solved where that is due, one phase over all layers, the mixture."""
+        """Return the head fit where it is needed, one phase over all layers, and the weight average."""
         solve = has_random_head_rows(task) if self.solve_head is None else self.solve_head
         schedule = use("cosine", warmup=0.1)
         return [
             *([HeadFit("head", l2=self.l2)] if solve else []),
             Phase("all", epochs=self.epochs, lr=self.lr, schedule=schedule, restore_best=self.restore_best),
-            WeightAverage("mixture", snapshots=("head" if solve else "start", "all"), weights=self.weights),
+            WeightAverage("average", snapshots=("head" if solve else "start", "all"), weights=self.weights),
         ]
 
 
 @component(api=1)
 class NormOnly:
-    """Train the scales and shifts of norms, and the head; every other weight stays as it was pretrained.
+    """Train the affine parameters of norm layers, and the head; every other weight keeps its pretrained value.
 
-    Frankle et al. 2021 (arXiv 2003.00152) train nothing but the affine parameters of BatchNorm; the head comes with
-    them, because its rows may be fresh. A BatchNorm whose scale and shift both train normalises with the batch and
-    adapts its running statistics, as in the paper; one without them keeps still. Few parameters take a higher rate than
-    all layers would. A model without norms, or whose norms have no parameters, is refused.
+    Frankle et al. 2021 (arXiv 2003.00152) train only the affine parameters of BatchNorm; here the head trains too,
+    because its rows may be randomly initialized. A BatchNorm whose scale and shift both train normalizes with the batch
+    and updates its running statistics, as in the paper; without affine parameters its statistics are frozen. Few
+    parameters take a higher learning rate than all layers would. A model without norm parameters is an error.
     """
 
     epochs: int = option(default=8, help="Epochs.", check=ge(1))
     lr: float = option(default=1e-2, help="Peak learning rate.", check=gt(0))
-    patience: int | None = option(default=None, help="Stop after this many epochs without gain.", check=ge(1))
+    patience: int | None = _patience()
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
     def finetune_strategy(self) -> Iterable[StrategyStep]:
-        """One phase over norms and head."""
-        return [
-            Phase(
-                "norms",
-                train=("norms", "head"),
-                epochs=self.epochs,
-                lr=self.lr,
-                schedule=use("cosine", warmup=0.1),
-                patience=self.patience,
-                restore_best=self.restore_best,
-            )
-        ]
+        """Return one phase over norms and head."""
+        return [_cosine_phase(self, "norms", ("norms", "head"))]
 
 
 @component(api=1)
 class BiasOnly:
-    """Train every bias, and the head; every other weight stays as it was pretrained.
+    """Train every bias, and the head; every other weight keeps its pretrained value.
 
-    BitFit (Ben Zaken et al. 2022, arXiv 2106.10199), with biases of convolutions and norms alike. A norm's scale is
-    frozen, so its running statistics stay still and it normalises with them. The authors search rates about ten times
-    those of all layers, hence the default. A model without biases below its head is refused.
+    BitFit (Ben Zaken et al. 2022, arXiv 2106.10199), with the biases of convolutions and norms included. The scale of a
+    norm is frozen, so its running statistics are frozen and it normalizes with them. The authors search learning rates
+    about ten times those of full fine-tuning, hence the default. A model without biases below its head is an error.
     """
 
     epochs: int = option(default=8, help="Epochs.", check=ge(1))
     lr: float = option(default=1e-2, help="Peak learning rate.", check=gt(0))
-    patience: int | None = option(default=None, help="Stop after this many epochs without gain.", check=ge(1))
+    patience: int | None = _patience()
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
     def finetune_strategy(self, task: TaskInfo) -> Iterable[StrategyStep]:
-        """One phase over biases and head.
+        """Return one phase over biases and head.
 
         Raises:
             SelectorError: No tensor below the head is a bias.
         """
         if not any(name.rpartition(".")[2] == "bias" for group in task.backbone for name in group.parameter_names):
             raise _no_biases_error(task)
-        return [
-            Phase(
-                "biases",
-                train=("biases", "head"),
-                epochs=self.epochs,
-                lr=self.lr,
-                schedule=use("cosine", warmup=0.1),
-                patience=self.patience,
-                restore_best=self.restore_best,
-            )
-        ]
+        return [_cosine_phase(self, "biases", ("biases", "head"))]
 
 
 def has_random_head_rows(task: TaskInfo) -> bool:
-    """True where the head has a row that did not come with the model: that of a class new to it, or any at all."""
+    """Return True where the head has a row that is not pretrained."""
     return not task.old_classes or set(task.old_classes) != set(task.classes)
 
 
@@ -340,6 +317,6 @@ def _no_biases_error(task: TaskInfo) -> SelectorError:
     return SelectorError(
         "the model has no bias below its head",
         where=f"layer groups: {', '.join(group.name for group in task.backbone) or 'none but the head'}",
-        why="with nothing but the head to train this would be head-only under another name",
+        why="only the head would train, as with head-only",
         fix="use --strategy head-only, or norm-only where the model has norms",
     )

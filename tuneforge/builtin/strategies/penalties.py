@@ -1,4 +1,4 @@
-"""Strategies that also change the loss: they wrap `train_step` in the component that says the steps."""
+"""`l2-sp`: a strategy that also adds a penalty to the loss, by wrapping `train_step`."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ if TYPE_CHECKING:
 
 @component(api=1)
 class L2SP:
-    """Train every layer, pulled towards where it started.
+    """Train every layer with an L2 penalty on the distance from the starting weights.
 
-    L2-SP (Li et al. 2018, arXiv 1802.01483): the loss gains alpha / 2 * |w - w0|^2 over the backbone and
-    beta / 2 * |w|^2 over the head, biases and norms included; what is frozen is left out. w0 are the weights before
-    the first step, and the optimizer's weight decay is off. The training loss that is reported holds both terms. Pick
-    alpha on validation, from powers of ten: the defaults are those of much code for the paper, not a finding of it.
-    Where the domains differ the pull hurts (Li et al. 2020, arXiv 2002.11770).
+    L2-SP (Li et al. 2018, arXiv 1802.01483): the loss gets the terms alpha / 2 * |w - w0|^2 over the
+    backbone and beta / 2 * |w|^2 over the head, biases and norms included, frozen parameters excluded. w0 are the
+    weights before the first step, and the optimizer's weight decay is off. The reported training loss includes both
+    terms. Choose alpha on validation, from powers of ten: the defaults are those of common implementations, not a
+    result of the paper. Where the domains differ, the penalty hurts (Li et al. 2020, arXiv 2002.11770).
     """
 
     epochs: int = option(default=8, help="Epochs with every layer trained.", check=ge(1))
     lr: float = option(default=1e-3, help="Peak learning rate.", check=gt(0))
-    alpha: float = option(default=0.1, help="Pull of the backbone towards its start.", check=ge(0))
-    beta: float = option(default=0.01, help="Pull of the head towards 0.", check=ge(0))
+    alpha: float = option(default=0.1, help="Penalty on the distance from the starting weights.", check=ge(0))
+    beta: float = option(default=0.01, help="Penalty on the head's weights.", check=ge(0))
     restore_best: bool = option(default=True, help="End on the weights of the best epoch.")
 
     @hookimpl
     def finetune_strategy(self) -> Iterable[StrategyStep]:
-        """One phase over all layers."""
+        """Return one phase over all layers."""
         schedule, best = use("cosine", warmup=0.1), self.restore_best
         return [Phase("all", epochs=self.epochs, lr=self.lr, schedule=schedule, weight_decay=0.0, restore_best=best)]
 
     @hookimpl
     def phase_started(self, run: Run) -> None:
-        """Remember the backbone's w0, once a run."""
+        """Store w0 of the backbone, once a run."""
         backbone = {name: each for name, each in run.model.parameters().items() if run.model.depth_of(name)}
         run.state(self).setdefault("start", {name: each.detach().clone() for name, each in backbone.items()})
 
     @hookimpl(wrapper=True)
     def train_step(self, run: Run) -> Generator[None, Any, Any]:
-        """Add both terms to the step's loss."""
+        """Add both terms to the loss of the step."""
         loss, outputs = yield
         start = run.state(self)["start"]
         trained = {name: each for name, each in run.model.parameters().items() if each.requires_grad}

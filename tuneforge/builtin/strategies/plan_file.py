@@ -1,7 +1,7 @@
-"""`plan-file`: steps written in TOML, read and written.
+"""`plan-file`: strategy steps in a TOML file.
 
-A file holds one `[[step]]` table a step, in order. `kind` is phase, head-fit, diagnosis or weight-average,
-and the other keys are the fields of that step, with dashes; what is left out has the step's default. A schedule or an
+A file holds one `[[step]]` table per step, in order. `kind` is phase, head-fit, diagnosis or weight-average, and the
+other keys are the fields of that step, with dashes; an omitted key has the default of the step. A schedule or an
 optimizer is a name, or a table of its name and options.
 """
 
@@ -35,12 +35,12 @@ STEP_CLASS_BY_KIND: dict[str, type[StrategyStep]] = {
     "diagnosis": Diagnosis,
     "weight-average": WeightAverage,
 }
-"""Steps by what a file calls them."""
+"""Classes of steps by `kind`."""
 
 
 @component(api=1)
 class PlanFile:
-    """Follow the steps that a TOML file lists.
+    """Run the steps that a TOML file lists.
 
     A file has a `[[step]]` table for each step, in order:
 
@@ -59,29 +59,29 @@ class PlanFile:
         patience = 2
         restore-best = true
 
-    Every field of the steps may be given. `tuneforge run --dry-run` writes such a file for any strategy, and
-    `tuneforge report RUN --export-strategy` for what a finished run did.
+    Every field of a step may be given. `tuneforge run --dry-run` writes such a file for any strategy, and
+    `tuneforge report RUN --export-strategy` writes the steps of a finished run.
     """
 
     path: Path = option(help="The plan, a TOML file.")
 
     @hookimpl
     def finetune_strategy(self) -> Iterable[StrategyStep]:
-        """The file's steps.
+        """Return the steps of the file.
 
         Raises:
-            UsageError: The file cannot be read or is no plan; the message names step and key.
+            UsageError: The file cannot be read or is not a plan; the message names step and key.
         """
         return read_plan(self.path)
 
 
 def read_plan(path: Path) -> list[StrategyStep]:
-    """The steps of a plan file.
+    """Return the steps of a plan file.
 
     Raises:
-        UsageError: It cannot be read, is no TOML, has no step, or two of one name; a blend names a later snapshot.
-        UnknownNameError: A key, or a kind of step, does not exist.
-        OptionError: A value does not fit.
+        UsageError: The file cannot be read, is not TOML, has no steps or two of one name, or averages a later snapshot.
+        UnknownNameError: A key or a kind of step does not exist.
+        OptionError: A value is invalid.
     """
     steps: list[StrategyStep] = []
     for number, entry in enumerate(_read_entries(path), start=1):
@@ -94,12 +94,12 @@ def read_plan(path: Path) -> list[StrategyStep]:
 def format_plan(
     steps: Iterable[StrategyStep], *, heading: Iterable[str] = (), describe: Callable[[StrategyStep], str]
 ) -> str:
-    """A plan file that `read_plan` turns into equal steps; fields that have their default are left out.
+    """Return the text of a plan file that `read_plan` turns into equal steps; default values are omitted.
 
     Args:
         steps: In order.
-        heading: Lines of a comment at the top.
-        describe: A step in a sentence, for the comment above it.
+        heading: Lines of the comment at the top.
+        describe: Returns a sentence about a step, for the comment above it.
     """
     import tomli_w
 
@@ -111,7 +111,7 @@ def format_plan(
 
 
 def step_to_dict(step: StrategyStep) -> dict[str, Any]:
-    """A step as the table that a plan file has for it."""
+    """Return the TOML table of a step."""
     entry: dict[str, Any] = {"kind": next(kind for kind, cls in STEP_CLASS_BY_KIND.items() if type(step) is cls)}
     for field in attrs.fields(type(step)):
         value = getattr(step, field.name)
@@ -123,7 +123,7 @@ def step_to_dict(step: StrategyStep) -> dict[str, Any]:
 
 
 def _read_entries(path: Path) -> list[dict[str, Any]]:
-    """The tables of the steps, before anything in them is looked at."""
+    """Return the tables of the steps, before their keys are checked."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -132,7 +132,7 @@ def _read_entries(path: Path) -> list[dict[str, Any]]:
             fix="check the path; tuneforge run --dry-run writes a plan to start from",
         ) from None  # fmt: skip
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"'{path}' is not TOML", where="--strategy.path", why=str(error), fix="mend it") from None
+        raise UsageError(f"'{path}' is not TOML", where="--strategy.path", why=str(error), fix="correct it") from None
     for key in table:
         if key != "step":
             raise UnknownNameError(
@@ -146,7 +146,7 @@ def _read_entries(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse_step(entry: Mapping[str, Any], where: str) -> StrategyStep:
-    """The step that a table describes."""
+    """Return the step that a table describes."""
     fields = {key.replace("-", "_"): value for key, value in entry.items()}
     kind = fields.pop("kind", None)
     if kind is None:
@@ -169,14 +169,14 @@ def _parse_step(entry: Mapping[str, Any], where: str) -> StrategyStep:
     except UsageError as error:
         raise OptionError(error.what, where=where, why=error.why, fix="change it in the file") from None
     except (TypeError, ValueError, AttributeError) as error:
-        raise OptionError(f"a value of this {kind} does not fit", where=where, why=str(error)) from None
+        raise OptionError(f"a value of this {kind} is invalid", where=where, why=str(error)) from None
 
 
 def _parse_value(name: str, value: Any, where: str) -> Any:
-    """What a field takes, from what TOML has.
+    """Return the value of a field from its TOML value.
 
     Raises:
-        OptionError: It is of another type.
+        OptionError: The TOML value has the wrong type.
     """
     words, fits = _FIELD_RULES.get(name, ("anything", lambda value: True))
     if not fits(value):
@@ -194,12 +194,12 @@ def _check_references(step: StrategyStep, known: list[str], where: str) -> None:
     if step.name in known:
         raise UsageError(
             f"the name '{step.name}' is taken", where=where,
-            why="a step's name is how Blend and the report refer to it, and 'start' is the weights before the first",
+            why="a weight average and the report refer to a step by its name, and 'start' names the starting weights",
             fix="give each step its own name",
         )  # fmt: skip
     for name in step.snapshots if isinstance(step, WeightAverage) else ():
         if name not in known:
-            what = f"there is no earlier step '{name}' to blend"
+            what = f"there is no earlier step '{name}' to average"
             raise UnknownNameError(what, where=where, fix=suggest_name(name, known))
 
 
@@ -233,10 +233,10 @@ _FIELD_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "snapshots": ("a list of names", _is_texts),
     "weights": ("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value))),
     "lr_scales": ("a table of numbers by selector", _is_factors),
-    "mixture_weights": ("a table of shares by part of the training data", _is_factors),
+    "mixture_weights": ("a table of weights by sample group", _is_factors),
     "batches": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
 }
-"""What a value must be, by field, where the step itself does not say so."""
+"""Type checks by field, for fields that the step does not check itself."""
 
 
 def _strip_for_comment(text: str) -> str:
@@ -253,7 +253,7 @@ def _get_default(field: attrs.Attribute[Any]) -> Any:
 
 
 def _to_toml_value(value: Any) -> Any:
-    """A field's value as TOML has it; an option that is None is written as the word, which options read so."""
+    """Return the TOML value of a field. TOML has no null, so None becomes "none", which options read as None."""
     if isinstance(value, ComponentSpec):
         options = {_to_key(name): _to_toml_value(item) for name, item in value.options.items()}
         return {"name": value.name, **options} if options else value.name

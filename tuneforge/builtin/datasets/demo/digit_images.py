@@ -1,4 +1,4 @@
-"""Images of digits and other characters: those that ship, random distortions of them, and those of other fonts.
+"""Shipped images of digits and other characters, random distortions of them, and rendering of other fonts.
 
 An image is uint8 (8, 8): the ink of each 4x4 block of a 32x32 bitmap, 0 to 16, as in UCI's optdigits.
 """
@@ -28,7 +28,7 @@ Names: TypeAlias = NDArray[np.str_]
 
 DIGITS = string.digits
 CHARACTERS = DIGITS + string.ascii_uppercase + string.ascii_lowercase
-"""The 62 classes of `glyphs`, each named by itself."""
+"""The 62 classes of `glyphs`."""
 
 CHARACTER_IMAGES = Path(__file__).with_name("character_images.safetensors")
 """The rendered characters, drawn by `examples/render_characters.py`."""
@@ -39,27 +39,27 @@ MEAN_INK = 312.6
 _BOX = Image.Resampling.BOX
 _SIDE = 32
 _BATCH = 1024  # Images distorted at a time, which bounds the memory.
-_HELD_OUT_FAMILIES = ("stix", "xits")  # The control digits are of this family and its fork.
-# Standard deviations in half heights of the image: width, shear and shift; vertical shear; ink, as a share; elastic.
+_HELD_OUT_FAMILIES = ("stix", "xits")  # Families of the control digits: STIX and its fork.
+# Standard deviations in half heights of the image: width, shear and shift; vertical shear; relative ink; elastic.
 _SPREADS = (0.035, 0.05, 0.02, 0.035, 0.0, 0.0, 0.056, *[0.035] * 2 * 4 * 4)
 
 
 @attrs.frozen(eq=False)
 class CharacterImages:
-    """The rendered characters that ship.
+    """The shipped characters.
 
     Args:
         glyphs: `(62, instances, families, 8, 8)`, the characters of `CHARACTERS` for the data source `glyphs`.
         digits: `(10, instances, 8, 8)`, digits in the same fonts for `digits`.
-        others: `(characters, instances, 8, 8)`, letters and symbols that 8x8 pixels can tell from digits.
-        control: `(10, instances, 8, 8)`, digits in a font family that none of the others is drawn in.
-        strokes: `(n, 8, 8)`, characters that are no digits, made by cutting, joining and turning real digits.
-        sources: `(n, 2)`, the real digits that each of `strokes` is made of; -1 where there is no second.
-        transforms: `(n,)`, how each of `strokes` was made, an index into `transform_shares`.
-        families: The font families of `glyphs`, and the number of styles of each.
+        others: `(characters, instances, 8, 8)`, letters and symbols that differ from digits at 8x8 pixels.
+        control: `(10, instances, 8, 8)`, digits in a font family of no other array.
+        strokes: `(n, 8, 8)`, characters other than digits, made by cutting, joining and rotating real digits.
+        sources: `(n, 2)`, the real digits that each of `strokes` is composed of; -1 for no second one.
+        transforms: `(n,)`, transform of each of `strokes`, an index into `transform_shares`.
+        families: Number of styles of each font family of `glyphs`.
         other_characters: The characters of `others`.
-        transform_shares: Share that each transform has among the strokes of a split, by its name.
-        versions: Of the packages that drew the file.
+        transform_shares: Fraction of each transform among the strokes of a split.
+        versions: Versions of the packages that rendered the file.
     """
 
     glyphs: InkCounts
@@ -77,7 +77,7 @@ class CharacterImages:
 
 @lru_cache(maxsize=1)
 def character_images() -> CharacterImages:
-    """Read the shipped file. It holds each array of images compressed with zlib, and its shape in the metadata."""
+    """Read the shipped file, in which arrays of images are zlib-compressed and have their shapes in the metadata."""
     tensors, metadata = load_tensors(CHARACTER_IMAGES)
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
     for name, shape in metadata.pop("shapes").items():
@@ -87,7 +87,7 @@ def character_images() -> CharacterImages:
 
 @lru_cache(maxsize=1)
 def real_digits() -> tuple[InkCounts, Integers]:
-    """The 1,797 handwritten digits that ship in scikit-learn: images `(1797, 8, 8)` and labels `(1797,)`, read-only.
+    """Return the 1,797 handwritten digits of scikit-learn: images `(1797, 8, 8)` and labels `(1797,)`, read-only.
 
     They are the test part of UCI's optdigits (E. Alpaydin and C. Kaynak, 1998).
     """
@@ -100,16 +100,16 @@ def real_digits() -> tuple[InkCounts, Integers]:
 
 
 def distort(images: InkCounts, rng: Generator, *, strength: float = 1.0, ink: float | None = None) -> InkCounts:
-    """Random variants of images: slightly sheared, scaled, shifted and elastically bent.
+    """Distort images at random: shear, scale, shift and elastic deformation, all slight.
 
     Elastic: P. Simard, D. Steinkraus and J. Platt, Best practices for convolutional neural networks applied to visual
     document analysis, 2003.
 
     Args:
         images: `(n, 8, 8)`.
-        rng: The only source of randomness. An image's variant does not depend on how many follow it.
+        rng: The only source of randomness. The result for an image does not depend on how many follow it.
         strength: Multiplies all spreads.
-        ink: Mean ink of the variants in pixels; None keeps the ink of each image, give or take a few percent.
+        ink: Mean ink of the results, in pixels; None keeps the ink of each image, within a few percent.
 
     Returns:
         `(n, 8, 8)`.
@@ -126,7 +126,7 @@ def _distort(images: InkCounts, rng: Generator, strength: float, mean_ink: float
     affine = F.affine_grid(matrices, [count, 1, _SIDE, _SIDE], align_corners=False)
     bend = F.interpolate(normal[:, 7:].reshape(count, 2, 4, 4), size=_SIDE, mode="bicubic").permute(0, 2, 3, 1)
     counts = torch.from_numpy(images[:, None].astype(np.float32))
-    # A bitmap with the counts of the image: only so is a variant as sharp as its original.
+    # A bitmap with the counts of the image, because interpolated counts would blur the result.
     smooth = F.interpolate(counts, size=_SIDE, mode="bicubic")
     bitmap = F.fold((_ranks(F.unfold(smooth, 4, stride=4)) < counts.flatten(2)).float(), _SIDE, 4, stride=4)
     bent = F.grid_sample(bitmap + smooth / 50, affine + bend, align_corners=False).flatten(1)
@@ -136,23 +136,22 @@ def _distort(images: InkCounts, rng: Generator, strength: float, mean_ink: float
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Rank of each value along dimension 1, 0 for the largest."""
+    """Return the rank of each value along dimension 1, 0 for the largest."""
     order = values.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(values.shape[1]).reshape(-1, *[1] * (values.ndim - 2))
     return torch.empty_like(order).scatter_(1, order, places.expand_as(order))
 
 
 def render_families(folders: Sequence[Path]) -> dict[str, InkCounts]:
-    """Render the 62 characters in the fonts of some folders: `(62, styles, 8, 8)` for each family.
+    """Render the 62 characters in the fonts of folders: `(62, styles, 8, 8)` for each family.
 
-    Fonts that lack one of the characters, that ship in matplotlib, or that are of the control digits' family are left
-    out.
+    Fonts that lack a character, ship with matplotlib, or belong to the family of the control digits are skipped.
 
     Args:
-        folders: Searched with their subfolders for `.ttf` and `.otf` files.
+        folders: Folders, searched recursively for `.ttf` and `.otf` files.
 
     Raises:
-        DataError: A folder does not exist, or a font draws nothing for a character.
+        DataError: A folder does not exist, or a character is empty in a font.
     """
     from matplotlib import get_data_path
     from matplotlib.ft2font import FT2Font
@@ -173,7 +172,7 @@ def render_families(folders: Sequence[Path]) -> dict[str, InkCounts]:
 
 
 def _render(path: Path) -> InkCounts:
-    """The 62 characters in one font, each as high as the image and at most 20/32 as wide, as NIST scales them."""
+    """Render the 62 characters in a font, each as high as the image and at most 20/32 as wide, as NIST does."""
     font = ImageFont.truetype(str(path), 120)
     images = []
     for character in CHARACTERS:
@@ -181,8 +180,8 @@ def _render(path: Path) -> InkCounts:
         ImageDraw.Draw(sheet).text((240, 240), character, fill=255, font=font, anchor="mm")
         box = sheet.getbbox()
         if box is None:
-            fix = "take the font out of the folder"
-            raise DataError(f"'{path}' draws nothing for '{character}'", where="--data.fonts", fix=fix)
+            fix = "remove the font from the folder"
+            raise DataError(f"'{path}' has an empty glyph for '{character}'", where="--data.fonts", fix=fix)
         # Characters narrower than 0.45 of their height (1, l) keep their proportion.
         width = max(2, round(20 * min(1.0, (box[2] - box[0]) / (box[3] - box[1]) / 0.45)))
         left = (width - _SIDE) // 2

@@ -1,6 +1,6 @@
-"""Data sources that ship with the package: `digits`, real handwriting among other characters; `glyphs`, rendered ones.
+"""Data sources with shipped images: `digits`, handwritten digits and other characters; `glyphs`, rendered characters.
 
-Both go through one preprocessing, so that a model pretrained on glyphs meets nothing new in the digits but the hand.
+Both have the same preprocessing, so that digits differ from glyphs, the pretraining data, only in the handwriting.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ if TYPE_CHECKING:
     from tuneforge import Run
 
 MEAN, STD = 0.3, 0.35
-"""Of the ink of real digits at 32x32, on the scale 0 to 1, rounded: normalizes both sources alike."""
+"""Normalization of both sources: rounded mean and std of real digits at 32x32, on the scale 0 to 1."""
 
 RENDERED_SHARE = 0.2
-"""Share of rendered digits among the digits of `digits`, where there are others."""
+"""Fraction of rendered digits among the digits of `digits`, if there are others."""
 
 STROKES_SHARE = 0.4
-"""Share of characters made of the strokes of real digits among the others."""
+"""Fraction of characters composed of strokes of real digits among the others."""
 
-INPUTS = ImageInputs(ops=("grayscale", "ink", "resize 8", "resize 32"), channels=3, mean=(MEAN,), std=(STD,))
-"""From any image to the 8x8 blocks of optdigits, and up to the 32x32 that the network takes."""
+INPUTS = ImageInputs(ops=("grayscale", "crop-to-ink", "resize 8", "resize 32"), channels=3, mean=(MEAN,), std=(STD,))
+"""Converts any image to the 8x8 blocks of optdigits, and these to the 32x32 input of the network."""
 
 
 @component(api=1)
 class Digits:
     """Real handwritten digits (UCI optdigits, from scikit-learn) among other characters, an eleventh class `other`.
 
-    60 % digits 0-9 and 40 % other characters by default. Some digits are rendered from fonts, so that print does not
-    mean `other`; the report has rows of their own for the real digits alone, and for a control set of digits rendered
-    in a font family that neither training nor pretraining has seen.
+    60 % digits 0-9 and 40 % other characters by default. Some digits are rendered from fonts, so that printed
+    characters are not all `other`. The report has extra test splits: the real digits, and a control set of digits in a
+    font family that is in neither the training nor the pretraining data.
 
     The seed splits the real digits and chooses among the other images that ship. Two splits share no image, and no
-    strokes of one real digit. Where a large share needs more images than ship, the rest are random distortions, each in
-    the split of its original.
+    strokes of one real digit. If a large fraction needs more images than ship, the rest are random distortions, each
+    in the split of its original.
     """
 
-    other_share: float = option(default=0.4, help="Fraction of other characters in the whole.", check=between(0, 0.9))
-    val: float = option(default=0.15, help="Share of the real digits for validation.", check=between(0.01, 0.5))
-    test: float = option(default=0.2, help="Share of the real digits for the test.", check=between(0.01, 0.5))
-    per_class: int | None = option(default=None, help="Training images of each class; none: all.", check=ge(1))
+    other_share: float = option(default=0.4, help="Fraction of other characters in the data.", check=between(0, 0.9))
+    val: float = option(default=0.15, help="Fraction of the real digits for validation.", check=between(0.01, 0.5))
+    test: float = option(default=0.2, help="Fraction of the real digits for the test split.", check=between(0.01, 0.5))
+    per_class: int | None = option(default=None, help="Training images per class; default: all.", check=ge(1))
 
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
-        """Split the real digits, and give each split other characters of its own."""
+        """Split the real digits, and add separate other characters to each split."""
         seed = run.data_seed
         real = self._real_split(seed)
         classes = (*DIGITS, "other") if self.other_share else tuple(DIGITS)
@@ -66,14 +66,14 @@ class Digits:
             train = _few(train, classes, self.per_class, seed)
         origins = Counter(name.split("/")[0] for split in (train, val, test) for name in split.ids or ())
         notes = [f"images by origin: {', '.join(f'{count:,} {origin}' for origin, count in origins.items())}"]
-        further = {}
+        extra: dict[str, Split] = {}
         if self.other_share:
             shipped = digit_images.character_images()
             ambiguous = " ".join(c for c in CHARACTERS if c not in DIGITS + shipped.other_characters)
-            notes.append(f"left out of the others, because 8x8 pixels cannot tell them from digits: {ambiguous}")
-            further["real digits"] = test.subset(torch.arange(len(real["test"])))
+            notes.append(f"characters not among the others, because they look like digits at 8x8 pixels: {ambiguous}")
+            extra["real digits"] = test.subset(torch.arange(len(real["test"])))
             control = _draw("control", shipped.control, DIGITS, {"control": 500}, default_rng(seed))
-            further["control"] = _split([control["control"]], classes)
+            extra["control"] = _split([control["control"]], classes)
         targets = ClassTargets(names=classes)
         return Data(
             train=train,
@@ -81,12 +81,12 @@ class Digits:
             test=test,
             inputs=INPUTS,
             targets=targets,
-            extra_test_splits=further,
+            extra_test_splits=extra,
             notes=tuple(notes),
         )
 
     def _real_split(self, seed: int) -> dict[str, Integers]:
-        """Rows of `real_digits` for each split."""
+        """Return the rows of `real_digits` for each split."""
         from sklearn.model_selection import train_test_split
 
         _, labels = digit_images.real_digits()
@@ -96,7 +96,7 @@ class Digits:
         return {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}
 
     def _samples(self, real: Mapping[str, Integers], seed: int) -> dict[str, list[_Samples]]:
-        """The real digits of each split, then its rendered digits, letters and strokes."""
+        """Return the real digits of each split, then its rendered digits, letters and strokes."""
         if not self.other_share:
             return {name: [_real(rows)] for name, rows in real.items()}
         shipped, rng = digit_images.character_images(), default_rng(seed)
@@ -105,7 +105,7 @@ class Digits:
             num_rendered[name] = round(len(rows) * RENDERED_SHARE / (1 - RENDERED_SHARE))
             num_others = round((len(rows) + num_rendered[name]) * self.other_share / (1 - self.other_share))
             strokes[name] = _strokes(rows, round(num_others * STROKES_SHARE), rng)
-            # Letters take the place of strokes where a split has too few digits to make any of.
+            # A split with too few digits to compose characters of gets letters instead.
             num_letters[name] = num_others - len(strokes[name].ids)
         rendered = _draw("rendered", shipped.digits, DIGITS, num_rendered, rng)
         letters = _draw("letters", shipped.others, shipped.other_characters, num_letters, rng)
@@ -116,16 +116,16 @@ class Digits:
 class Glyphs:
     """Rendered characters 0-9, A-Z, a-z in the shape of optdigits: the source domain for pretraining.
 
-    30,132 images ship, and the seed chooses among them. Where the count is larger, the rest are random distortions,
-    each in the split of its original. Each font family is as frequent as any other, those of further folders included.
+    30,132 images ship, and the seed chooses among them. If the count is larger, the rest are random distortions,
+    each in the split of its original. All font families are equally frequent, those of additional folders included.
     """
 
-    count: int = option(default=30_000, help="Images in all.", check=ge(620))
-    fonts: tuple[Path, ...] = option(default=(), help="Font folders besides those of matplotlib.")
+    count: int = option(default=30_000, help="Total number of images.", check=ge(620))
+    fonts: tuple[Path, ...] = option(default=(), help="Additional font folders.")
 
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
-        """Choose the images and cut: every class is as frequent in each split."""
+        """Choose and split the images; all classes are equally frequent in each split."""
         rng = default_rng(run.data_seed)
         families = _families(self.fonts, rng)
         ends = [round(share * self.count) for share in (0, 0.8, 0.9, 1)]
@@ -137,7 +137,7 @@ class Glyphs:
 
 
 class _Samples(NamedTuple):
-    """Images (n, 8, 8) of ink counts, what each shows (n,), and an id for each that begins with its origin."""
+    """Images (n, 8, 8) of ink counts, the name of each (n,), and an id of each that begins with its origin."""
 
     images: InkCounts
     names: Names
@@ -145,13 +145,13 @@ class _Samples(NamedTuple):
 
 
 def stored_images(counts: InkCounts) -> Tensor:
-    """Ink counts (n, 8, 8), 0 to 16, as `INPUTS` stores them: uint8 (n, 1, 32, 32)."""
+    """Convert ink counts (n, 8, 8), 0 to 16, to the stored form of `INPUTS`, uint8 (n, 1, 32, 32)."""
     gray = torch.from_numpy(((counts.astype(np.uint16) * 255 + 8) // 16).astype(np.uint8))
     return INPUTS.apply_ops(gray[:, None], name="the digits")
 
 
 def _split(parts: Sequence[_Samples], classes: Sequence[str]) -> Split:
-    """The samples of all parts. A name that is not in `classes` belongs to the last of them."""
+    """Return the split of all parts. A name that is not in `classes` gets the last class."""
     images = stored_images(np.concatenate([part.images for part in parts]))
     labels = {name: label for label, name in enumerate(classes)}
     targets = torch.tensor([labels.get(name, len(classes) - 1) for part in parts for name in part.names.tolist()])
@@ -167,13 +167,13 @@ def _real(rows: Integers) -> _Samples:
 def _draw(
     origin: str, images: InkCounts, characters: str, counts: Mapping[str, int], rng: Generator
 ) -> dict[str, _Samples]:
-    """Draw for each split from images of its own, each character once before any a second time.
+    """Draw separate images for each split; a character repeats only after all others were drawn.
 
     Args:
-        origin: Where the images come from, for the ids.
-        images: (characters, instances, 8, 8) or (characters, instances, families, 8, 8); families are drawn in turn.
-        characters: What they show.
-        counts: Samples of each split. If there are fewer images than that, they are divided in the same proportion.
+        origin: Origin of the images, for the ids.
+        images: (characters, instances, 8, 8) or (characters, instances, families, 8, 8); families alternate.
+        characters: Character of each row.
+        counts: Samples of each split. If there are fewer images, they are split in the same proportion.
         rng: The only source of randomness.
     """
     numbered = np.arange(images[..., 0, 0].size).reshape(images.shape[:-2])
@@ -189,10 +189,10 @@ def _draw(
 
 
 def _strokes(real_rows: Integers, count: int, rng: Generator) -> _Samples:
-    """Draw from the stroke images that are made of these real digits alone; no samples if there are none."""
+    """Draw from the stroke images that are composed of only these real digits; may return no samples."""
     shipped = digit_images.character_images()
     rows = rng.permutation(np.flatnonzero(np.isin(shipped.sources, [-1, *real_rows]).all(axis=1)))
-    # Each transform keeps its share, though a split has fewer images that are made of two digits the smaller it is.
+    # Each transform keeps its frequency; otherwise images composed of two digits would be rare in small splits.
     order = np.zeros(len(rows))
     for transform, share in enumerate(shipped.transform_shares.values()):
         members = shipped.transforms[rows] == transform
@@ -202,7 +202,7 @@ def _strokes(real_rows: Integers, count: int, rng: Generator) -> _Samples:
 
 
 def _take(origin: str, images: InkCounts, names: Names, rows: Integers, count: int, rng: Generator) -> _Samples:
-    """Take `count` of the images `rows` in turn, as they are the first time and distorted each time after."""
+    """Return `count` of the images `rows`, cyclically; repeated images are distorted."""
     copies, places = np.divmod(np.arange(count), max(1, len(rows)))
     rows = rows[places]
     taken = images.reshape(-1, 8, 8)[rows]
@@ -212,11 +212,11 @@ def _take(origin: str, images: InkCounts, names: Names, rows: Integers, count: i
 
 
 def _families(folders: Sequence[Path], rng: Generator) -> dict[str, InkCounts]:
-    """Glyphs (62, instances, 8, 8) of each font family: those that ship, and those in the folders."""
+    """Return the glyphs (62, instances, 8, 8) of each font family, shipped or in the folders."""
     shipped = digit_images.character_images()
     families = {family: shipped.glyphs[:, :, i] for i, family in enumerate(shipped.families)}
     for family, styles in digit_images.render_families(folders).items():
-        # Further styles of a family that ships take their share of its instances.
+        # Additional styles of a shipped family replace a proportional number of its instances.
         share = styles.shape[1] / (styles.shape[1] + shipped.families.get(family, 0))
         instances = round(shipped.glyphs.shape[1] * share)
         originals = styles[:, np.arange(instances) % styles.shape[1]]
@@ -227,7 +227,7 @@ def _families(folders: Sequence[Path], rng: Generator) -> dict[str, InkCounts]:
 
 
 def _few(split: Split, classes: Sequence[str], per_class: int, seed: int) -> Split:
-    """`per_class` samples of each class, drawn by the seed."""
+    """Return `per_class` samples of each class, drawn by the seed."""
     rng, chosen = default_rng([seed, per_class]), []
     for label, name in enumerate(classes):
         members = np.flatnonzero(split.targets.numpy() == label)

@@ -1,1 +1,1 @@
-"""Pictures: from folders, lists and torchvision, checked, decoded in batches, augmented."""
+"""Images: from folders, lists and torchvision, checked, decoded in batches, augmented."""

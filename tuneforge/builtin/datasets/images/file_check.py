@@ -1,4 +1,4 @@
-"""What a run does about files before it trains: those that cannot be used, and copies on both sides of a split."""
+"""Check of image files before training: unusable files, and duplicates across splits."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 OnError = Literal["raise", "skip", "quarantine"]
 
 FILE_CHECK_FILE = "file_check.json"
-"""In a run's folder: what was left out, and which files are the same; a run that is resumed reads it again."""
+"""In a run directory: unusable files and identical files; a resumed run reads it again."""
 
 QUARANTINE_DIR, QUARANTINE_LOG = ".quarantine", "quarantined.jsonl"
-"""Below the data: the folder of files that were set aside, and where each came from."""
+"""In the data folder: the folder of quarantined files, and the log of their original names."""
 
-_DEDUPLICATED_TEST = "test without copies"
+_DEDUPLICATED_TEST = "test without duplicates"
 
 
 @attrs.frozen
 class FileCheck:
-    """What the scan of all files gave.
+    """Result of the check of all files.
 
     Args:
-        unusable: By the name of a file that cannot be used, why.
-        duplicate_sets: Names of files with the same bytes, a list for each such set.
-        run_dir: The run's, also on ranks that do not write into it; None where nothing is written.
+        unusable: Reason by name of an unusable file.
+        duplicate_sets: Names of identical files, one list for each set.
+        run_dir: Run directory, on all ranks; None if the run writes no files.
     """
 
     unusable: dict[str, str] = attrs.field(factory=dict)
@@ -51,52 +51,52 @@ class FileCheck:
 def check_files(
     found: ImageIndex, inputs: ImageInputs, run: Run, *, on_error: OnError, memory_mb: int
 ) -> tuple[ImageIndex, FileCheck]:
-    """What is left of the pictures that were found, once each file has been looked at in a process with limits.
+    """Check each file in a process with limits, and return the usable images.
 
-    Of several ranks the first one looks, and all take its word. What was found is kept in the run's folder, so that a
-    resumed run has the very same samples.
+    Rank 0 checks the files and sends the result to the other ranks. The result is stored in the run directory, so that
+    a resumed run has the same samples.
 
     Args:
-        found: As folders or a CSV file list them.
-        inputs: How they will be decoded; what its operations make too large is left out too.
-        run: That asks.
-        on_error: What is done about files that cannot be used: end here, leave them out, or move them away too.
-        memory_mb: Memory for looking at a file.
+        found: Images listed by folders or a CSV file.
+        inputs: Decodes the images; images that exceed its limits are unusable.
+        run: The run.
+        on_error: What to do about unusable files: raise an error, skip them, or skip and quarantine them.
+        memory_mb: Memory limit for the check of a file, in MB.
 
     Raises:
-        DataError: Some cannot be used, and `on_error` is `raise`; or none is left of a split.
+        DataError: Files are unusable and `on_error` is `raise`, or a split has no usable image.
     """
-    told: dict[str, Any] = {}
+    gathered: dict[str, Any] = {}
     if run.process_group.is_main:
         try:
             result = _check_files_locally(found, inputs, on_error, memory_mb, run.run_dir)
-            told = {"unusable": result.unusable, "duplicate_sets": result.duplicate_sets}
-            told["folder"] = None if run.run_dir is None else os.path.abspath(run.run_dir)
+            gathered = {"unusable": result.unusable, "duplicate_sets": result.duplicate_sets}
+            gathered["run_dir"] = None if run.run_dir is None else os.path.abspath(run.run_dir)
         finally:
-            if not told:
+            if not gathered:
                 run.process_group.all_gather_object(None)
-    told = run.process_group.all_gather_object(told)[0]
-    if told is None:
-        raise DataError("rank 0 could not use the data", fix="see what rank 0 says")
-    folder = told.pop("folder")
-    result = FileCheck(**told, run_dir=None if folder is None else Path(folder))
+    gathered = run.process_group.all_gather_object(gathered)[0]
+    if gathered is None:
+        raise DataError("rank 0 could not read the data", fix="see the error of rank 0")
+    run_dir = gathered.pop("run_dir")
+    result = FileCheck(**gathered, run_dir=None if run_dir is None else Path(run_dir))
     return _drop_unusable(found, result.unusable, moved=on_error == "quarantine"), result
 
 
 def _check_files_locally(
-    found: ImageIndex, inputs: ImageInputs, on_error: OnError, memory_mb: int, folder: Path | None
+    found: ImageIndex, inputs: ImageInputs, on_error: OnError, memory_mb: int, run_dir: Path | None
 ) -> FileCheck:
-    kept = None if folder is None else folder / FILE_CHECK_FILE
-    if kept is not None and kept.exists():
-        return FileCheck(**json.loads(kept.read_text(encoding="utf-8")))
+    saved = None if run_dir is None else run_dir / FILE_CHECK_FILE
+    if saved is not None and saved.exists():
+        return FileCheck(**json.loads(saved.read_text(encoding="utf-8")))
     result = _scan_files(found, inputs, memory_mb)
     if result.unusable and on_error == "raise":
         raise _unusable_files_error(found, result.unusable)
-    if kept is not None:
+    if saved is not None:
         content = {"unusable": result.unusable, "duplicate_sets": result.duplicate_sets}
-        part = kept.with_suffix(".part")
+        part = saved.with_suffix(".part")
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        part.replace(kept)
+        part.replace(saved)
     if on_error == "quarantine":
         quarantine_files(found.root, result.unusable)
     return result
@@ -106,11 +106,11 @@ def quarantine_files(root: Path, unusable: dict[str, str]) -> None:
     """Move files into the hidden folder `.quarantine` of the data; `tuneforge data check --undo` moves them back.
 
     Args:
-        root: What names start from.
-        unusable: By name, why.
+        root: Folder that the names are relative to.
+        unusable: Reason by name.
 
     Raises:
-        FolderError: They cannot be moved.
+        FolderError: A file cannot be moved.
     """
     place = root / QUARANTINE_DIR
     for name, why in unusable.items():
@@ -123,7 +123,7 @@ def quarantine_files(root: Path, unusable: dict[str, str]) -> None:
             place.mkdir(exist_ok=True)
             with (place / QUARANTINE_LOG).open(
                 "a", encoding="utf-8"
-            ) as file:  # before the move, so that each can be undone
+            ) as file:  # before the move, so that every move can be undone
                 file.write(line + "\n")
             path.rename(place / (key + os.path.splitext(name)[1]))
         except OSError as error:
@@ -136,12 +136,12 @@ def quarantine_files(root: Path, unusable: dict[str, str]) -> None:
 
 
 def mark_duplicates(data: Data, duplicate_sets: Sequence[Iterable[str]], *, by: str) -> Data:
-    """The data with a note, and a row of its own in the report, where test pictures have copies that were learnt from.
+    """Add notes, and an extra test split without duplicates, where splits share images.
 
     Args:
-        data: With the names of files as ids.
-        duplicate_sets: Sets of ids whose pictures are the same, or nearly so.
-        by: Who found them, for the note.
+        data: Data whose ids are names of files.
+        duplicate_sets: Sets of ids of duplicates or near-duplicates.
+        by: How they were found, for the notes.
     """
     group = {each: number for number, members in enumerate(duplicate_sets) for each in members}
     if not group:
@@ -150,25 +150,26 @@ def mark_duplicates(data: Data, duplicate_sets: Sequence[Iterable[str]], *, by: 
     known = np.unique(np.concatenate([train, val]))
     notes = []
     if leaked := int(np.isin(val[val >= 0], train).sum()):
-        notes.append(f"val: {leaked} of {len(val)} pictures have a copy in train ({by}), so its figures are too good")
+        notes.append(
+            f"val: {leaked} of {len(val)} images have a duplicate in train ({by}), so its metrics are too high"
+        )
     copies = (test >= 0) & np.isin(test, known)
     further = {}
     if count := int(copies.sum()):
         rest = np.flatnonzero(~copies)
-        also = f"; the row '{_DEDUPLICATED_TEST}' leaves them out" if len(rest) else ""
+        also = f"; the split '{_DEDUPLICATED_TEST}' excludes them" if len(rest) else ""
         notes.append(
-            f"test: {count} of {len(test)} pictures have a copy in train or val ({by}), "
-            f"so its figures are too good{also}"
+            f"test: {count} of {len(test)} images have a duplicate in train or val ({by}); metrics are too high{also}"
         )
         further = {_DEDUPLICATED_TEST: data.test.subset(torch.from_numpy(rest))} if len(rest) else {}
     return attrs.evolve(data, extra_test_splits={**data.extra_test_splits, **further}, notes=(*data.notes, *notes))
 
 
 def read_duplicate_sets(path: Path, data: Data) -> list[list[str]]:
-    """Sets of ids that `tuneforge data check` has found to be copies, exact or near.
+    """Return the sets of duplicates and near-duplicates that `tuneforge data check` found.
 
     Raises:
-        DataError: The file is not what that command writes, or is about other data.
+        DataError: The file is not one of that command, or is about other data.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -179,23 +180,23 @@ def read_duplicate_sets(path: Path, data: Data) -> list[list[str]]:
             f"cannot read '{escape_name(path)}'",
             where="--data.checked",
             why=str(error),
-            fix="name the issues.json that tuneforge data check has written",
+            fix="name the issues.json of tuneforge data check",
         ) from None
-    for members in sets:  # a cleaned list has whole paths
+    for members in sets:  # a cleaned list has absolute paths
         members += [os.path.join(root, each) for each in members]
     known = {id_ for split in data.splits().values() for id_ in (split.ids or ())}
     if sets and not any(each in known for members in sets for each in members):
         raise DataError(
             f"'{escape_name(path)}' is about other data",
             where="--data.checked",
-            why="none of the pictures that it names is here",
+            why="none of its images is in this data",
             fix="run tuneforge data check on this data",
         )
     return sets
 
 
 def _assign_duplicate_sets(split: Split, group: dict[str, int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """The set that each sample belongs to, int64 (n,); -1 where it has no copy."""
+    """Return the index of the duplicate set of each sample, int64 (n,); -1 without duplicates."""
     return np.array([group.get(split.id_of(row), -1) for row in range(len(split))], dtype=np.int64)
 
 
@@ -232,7 +233,7 @@ def _unusable_files_error(found: ImageIndex, unusable: dict[str, str]) -> DataEr
         f"cannot use '{escape_name(name)}'{others}",
         where=escape_name(found.root),
         why=why,
-        fix="repair or remove what tuneforge data check lists, or leave it out: --data.on-error skip",
+        fix="repair or remove the files that tuneforge data check lists, or skip them: --data.on-error skip",
     )
 
 
@@ -242,12 +243,10 @@ def _drop_unusable(found: ImageIndex, unusable: dict[str, str], *, moved: bool) 
     parts = {split: _filter_list(listing, unusable) for split, listing in found.by_split.items()}
     for split, listing in parts.items():
         if not len(listing):
-            raise DataError(f"no picture of {split} can be used", why=next(iter(unusable.values())))
+            raise DataError(f"{split} has no usable image", why=next(iter(unusable.values())))
     name, why = next(iter(unusable.items()))
-    done = f"moved to {QUARANTINE_DIR}" if moved else "left out"
-    note = (
-        f"{done}, because it cannot be used: {len(unusable):,} of {sum(map(len, found.by_split.values())):,} pictures"
-    )
+    done = f"moved to {QUARANTINE_DIR}" if moved else "skipped"
+    note = f"{done} because unusable: {len(unusable):,} of {sum(map(len, found.by_split.values())):,} images"
     return ImageIndex(
         parts, (*found.notes, f"{note}, the first '{escape_name(name)}' ({why}); all are in {FILE_CHECK_FILE}")
     )

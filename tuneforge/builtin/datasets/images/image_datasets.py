@@ -1,7 +1,7 @@
-"""Pictures as data: from folders, from a CSV file, from the sets that torchvision knows by name.
+"""Image data sources: folders, a CSV file, datasets of torchvision.
 
-Only options are declared here, so that `--help` needs no torch; the work is in `image_files`, `image_splits` and
-`torchvision_data`.
+This module only declares options, so that `--help` needs no torch; `image_files`, `image_splits` and
+`torchvision_data` read the data.
 """
 
 from __future__ import annotations
@@ -32,61 +32,59 @@ _FRACTION = Check(
 
 @component(api=1)
 class ImageOptions:
-    """What all picture data lets the user say: size and looks, shares of the splits, bounds."""
+    """Options of all image data sources: size, normalization, splits, limits."""
 
-    size: int = option(default=32, help="Height and width that the model sees, in pixels.", check=between(1, 4096))
+    size: int = option(default=32, help="Height and width of the model's input, in pixels.", check=between(1, 4096))
     fit: Literal["crop", "pad", "stretch"] = option(
         default="crop",
-        help="How a picture becomes square: cut at the middle, filled up with its border's colour, or stretched.",
+        help="How an image becomes square: center crop, padding with the color of its border, or stretching.",
     )
-    grayscale: bool = option(default=False, help="Drop the colours.")
-    invert: bool = option(default=False, help="Swap dark and light, as for ink on white paper.")
-    channels: Literal[1, 3] = option(default=3, help="Channels that the model sees; grey is repeated.")
+    grayscale: bool = option(default=False, help="Convert to grayscale.")
+    invert: bool = option(default=False, help="Invert the pixels, as for dark ink on white paper.")
+    channels: Literal[1, 3] = option(default=3, help="Channels of the model's input; a grayscale image is repeated.")
     normalize: Literal["data", "imagenet", "none"] = option(
-        default="data", help="Whose mean and deviation is taken out: the training pictures', ImageNet's, or none."
+        default="data", help="Mean and std for normalization: of the training images, ImageNet's, or none."
     )
-    mean: tuple[float, ...] | None = option(default=None, help="Mean to take out instead, one number or one a channel.")
+    mean: tuple[float, ...] | None = option(default=None, help="Mean instead of that, one number or one per channel.")
     std: tuple[float, ...] | None = option(
-        default=None, help="Deviation to divide by instead, like mean.", check=POSITIVE_STDS
+        default=None, help="Std instead of that, one number or one per channel.", check=POSITIVE_STDS
     )
     val: float = option(
-        default=0.15, help="Share of each class for validation, where the data has no such split.", check=_FRACTION
+        default=0.15, help="Fraction of each class for validation, if the data has no such split.", check=_FRACTION
     )
     test: float = option(
-        default=0.15, help="Share of each class for the test, where the data has no such split.", check=_FRACTION
+        default=0.15, help="Fraction of each class for the test split, if the data has none.", check=_FRACTION
     )
     jpeg_margin: int = option(
         default=2,
-        help="A JPEG is decoded at a half, a quarter or an eighth of its size where that is still so many times what "
-        "the model sees; 1 is fastest, 0 decodes all of it.",
+        help="A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is at least this many times the model's input "
+        "size; 1 is fastest, 0 always decodes the full size.",
         check=between(0, 8),
     )
-    limit: int | None = option(
-        default=None, help="At most so many pictures of each class, for a quick trial.", check=gt(0)
-    )
+    limit: int | None = option(default=None, help="Maximum number of images per class, for a quick trial.", check=gt(0))
     memory_mb: int | None = option(
         default=None,
-        help="Most memory for pictures, in MB; more are decoded on demand. None: half of what is free.",
+        help="Maximum memory for images, in MB; beyond it they are decoded on demand. Default: half of what is free.",
         check=ge(0),
     )
 
     def build_inputs(self) -> ImageInputs:
-        """The inputs, without a mean yet."""
+        """Return the inputs, without normalization."""
         return self._build_inputs(grayscale=self.grayscale)
 
     @hookimpl
     def epoch_ended(self, run: Run) -> None:
-        """Say which pictures could no longer be read, and what stood in for them."""
+        """Log the images that could no longer be read, and their replacements."""
         log_new_replacements(run, run.state(self))
 
     @hookimpl
     def run_ended(self, run: Run) -> None:
-        """The same for what the last evaluation met."""
+        """Log the replacements of the last evaluation."""
         log_new_replacements(run, run.state(self))
 
     @hookimpl
     def evaluate(self, run: Run) -> ReplacementCount:
-        """Give the figure `replacements` of a split in which there are some."""
+        """Return the metric `replacements`."""
         return ReplacementCount(run)
 
     def _build_inputs(self, *, grayscale: bool) -> ImageInputs:
@@ -94,37 +92,37 @@ class ImageOptions:
 
         shapes = {
             "crop": (f"resize {self.size}", f"center-crop {self.size}"),
-            "pad": ("square", f"resize {self.size}"),
+            "pad": ("pad-to-square", f"resize {self.size}"),
             "stretch": (f"resize {self.size}x{self.size}",),
         }
-        looks = (("grayscale",) if grayscale else ()) + (("invert",) if self.invert else ())
-        return ImageInputs(ops=(*looks, *shapes[self.fit]), channels=self.channels, jpeg_margin=self.jpeg_margin)
+        pixel_ops = (("grayscale",) if grayscale else ()) + (("invert",) if self.invert else ())
+        return ImageInputs(ops=(*pixel_ops, *shapes[self.fit]), channels=self.channels, jpeg_margin=self.jpeg_margin)
 
 
 @component(api=1)
 class ImageFileOptions(ImageOptions):
-    """What all pictures in files of the user's own let the user say: what is done about those that cannot be used."""
+    """Options of data sources that read the user's image files: what to do about unusable ones."""
 
     on_error: Literal["raise", "skip", "quarantine"] = option(
         default="raise",
-        help="About files that cannot be used: end before training, leave them out, or move them to .quarantine too.",
+        help="What to do about unusable files: raise an error, skip them, or skip them and move them to .quarantine.",
     )
-    scan_mb: int = option(default=300, help="Most memory for looking at a file before training, in MB.", check=ge(64))
+    scan_mb: int = option(default=300, help="Maximum memory for checking a file before training, in MB.", check=ge(64))
     checked: Path | None = option(
         default=None,
-        help="The issues.json of tuneforge data check: copies that it found are marked in the report.",
+        help="The issues.json of tuneforge data check: its duplicates are marked in the report.",
     )
 
 
 @component(api=1)
 class ImageFolder(ImageFileOptions):
-    """Pictures in folders: one folder a class, or folders train, val and test of them."""
+    """Images in folders: one folder per class, or folders train, val and test of these."""
 
     path: Path = option(help="The folder.")
 
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
-        """Find, look at, divide and decode the pictures."""
+        """Find, check, split and decode the images."""
         from tuneforge.builtin.datasets.images.image_files import find_images_in_folder
 
         return _build_data(self, find_images_in_folder(self.path, where="--data.path"), run)
@@ -132,17 +130,17 @@ class ImageFolder(ImageFileOptions):
 
 @component(api=1)
 class ImageCsv(ImageFileOptions):
-    """Pictures that a CSV file names, with a path and a label a row."""
+    """Images listed in a CSV file, one path and label per row."""
 
-    path: Path = option(help="The CSV file; its first row names the columns.")
-    image: str = option(default="path", help="Column of the pictures' paths.")
+    path: Path = option(help="The CSV file, with a header.")
+    image: str = option(default="path", help="Column of the image paths.")
     label: str = option(default="label", help="Column of the class names.")
-    split: str = option(default="split", help="Column that says train, val or test, where the file has it.")
-    root: Path | None = option(default=None, help="Folder that relative paths start from; by default the file's own.")
+    split: str = option(default="split", help="Column with train, val or test, if the file has it.")
+    root: Path | None = option(default=None, help="Folder that paths are relative to; default: that of the file.")
 
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
-        """Read the file, look at the pictures, divide and decode them."""
+        """Read the file, and check, split and decode the images."""
         from tuneforge.builtin.datasets.images.image_files import find_images_in_csv
 
         found = find_images_in_csv(
@@ -159,27 +157,27 @@ class ImageCsv(ImageFileOptions):
 
 @component(api=1)
 class TorchvisionDataset(ImageOptions):
-    """A set that torchvision knows by name, such as MNIST, EMNIST or CIFAR10; downloaded only when asked."""
+    """A dataset of torchvision, such as MNIST, EMNIST or CIFAR10; downloaded only on request."""
 
-    dataset: str = option(default="MNIST", help="The set, as torchvision writes it.")
-    root: Path = option(default=Path("data"), help="Folder that holds the set, or where it is downloaded to.")
-    download: bool = option(default=False, help="Download the set where the folder lacks it.")
+    dataset: str = option(default="MNIST", help="Name of the dataset in torchvision.")
+    root: Path = option(default=Path("data"), help="Folder of the dataset, or for the download.")
+    download: bool = option(default=False, help="Download the dataset if it is missing.")
     subset: str = option(
-        default="byclass", help="Part of EMNIST: byclass, bymerge, balanced, letters, digits or mnist."
+        default="byclass", help="Split of EMNIST: byclass, bymerge, balanced, letters, digits or mnist."
     )
     other_share: float | None = option(
         default=None,
-        help="Share of one class `other`, made of all that is no digit (EMNIST); none keeps every class.",
+        help="Fraction of a class `other` of all non-digits (EMNIST); default: all classes.",
         check=FRACTION,
     )
 
     def build_inputs(self) -> ImageInputs:
-        """The inputs, without a mean yet; a set without colours makes the pictures of others grey too."""
+        """Return the inputs, without normalization; for a grayscale dataset they convert to grayscale."""
         return self._build_inputs(grayscale=self.grayscale or self.dataset in _GRAYSCALE_DATASETS)
 
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
-        """Load the set, take validation from its training part, and resize it."""
+        """Load the dataset, split validation from its training split, and resize the images."""
         from tuneforge.builtin.datasets.images.image_splits import make_data
         from tuneforge.builtin.datasets.images.torchvision_data import load_dataset, merge_other_classes
 
@@ -200,7 +198,7 @@ class TorchvisionDataset(ImageOptions):
 
 
 def _build_data(options: ImageFileOptions, found: ImageIndex, run: Run) -> Data:
-    """The data of the files that were found."""
+    """Return the data of the files that were found."""
     import numpy as np
 
     from tuneforge.builtin.datasets.images.file_check import check_files, mark_duplicates, read_duplicate_sets
@@ -229,10 +227,10 @@ def _build_data(options: ImageFileOptions, found: ImageIndex, run: Run) -> Data:
         replacements_path=None if scanned.run_dir is None else scanned.run_dir / REPLACEMENTS_FILE,
     )
     if options.checked is not None:
-        return mark_duplicates(data, read_duplicate_sets(options.checked, data), by="as data check found")
-    return mark_duplicates(data, scanned.duplicate_sets, by="the same bytes")
+        return mark_duplicates(data, read_duplicate_sets(options.checked, data), by="found by data check")
+    return mark_duplicates(data, scanned.duplicate_sets, by="identical files")
 
 
 def _get_restored_inputs(run: Run) -> Any:
-    """The inputs of the run that is restored, whose normalisation holds for other data too."""
+    """Return the inputs of the restored run, whose normalization applies to this data too."""
     return run.data.inputs if run.restoring else None

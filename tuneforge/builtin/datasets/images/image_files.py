@@ -1,4 +1,4 @@
-"""Which pictures there are and what class each is of: from folders, or from a CSV file. Opens no picture."""
+"""Paths and classes of images, from folders or from a CSV file. Opens no image."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ SPLITS = {
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-"""Names of folders and values of a column, and the split that each means."""
+"""Splits by the name of a folder or the value of a column."""
 
-_FOLDER, _IMAGE = "folder", "picture"
+_FOLDER, _IMAGE = "folder", "image"
 _HIDDEN, _NOT_AN_IMAGE, _BROKEN, _ALREADY_SEEN = (
     "hidden",
-    "no picture by name",
-    "a broken link or no file",
+    "not an image file by its extension",
+    "a broken link or not a file",
     "a folder linked twice",
 )
 
 
 @attrs.frozen(eq=False)
 class ImageList:
-    """Pictures of one split, or of all of them where they are not divided yet; millions fit in memory.
+    """Images of one split, or of all data before it is split; millions of entries fit in memory.
 
     Args:
-        root: What names start from.
-        names: The path of each picture below `root`, as it is.
-        class_indices: The class of each, its place among `classes`.
-        classes: Names of classes, in the order in which they came.
+        root: Folder that the names are relative to.
+        names: Path of each image, relative to `root`.
+        class_indices: Class of each image, an index into `classes`.
+        classes: Index of each class name, in order of first occurrence.
     """
 
     root: Path
@@ -56,28 +56,28 @@ class ImageList:
         return len(self.names)
 
     def append(self, name: str, label: str) -> None:
-        """Add a picture."""
+        """Add a image."""
         self.names.append(name)
         self.class_indices.append(self.classes.setdefault(label, len(self.classes)))
 
     @property
     def paths(self) -> LazyPaths:
-        """Where each picture lies."""
+        """Return the path of each image."""
         return LazyPaths(self.root, self.names)
 
     @property
     def ids(self) -> EscapedNames:
-        """A stable name of each, as text."""
+        """Return a stable id of each image."""
         return EscapedNames(self.names)
 
 
 @attrs.frozen
 class ImageIndex:
-    """What a folder or a file lists.
+    """Images listed by a folder or a CSV file.
 
     Args:
-        by_split: By split; the one split `train` where they are not divided yet.
-        notes: Sentences on what was left out.
+        by_split: Images by split; only `train` where the data is not split.
+        notes: Sentences about skipped files.
     """
 
     by_split: dict[str, ImageList]
@@ -85,26 +85,26 @@ class ImageIndex:
 
     @property
     def root(self) -> Path:
-        """What names start from."""
+        """Return the folder that names are relative to."""
         return next(iter(self.by_split.values())).root
 
 
 def find_images_in_folder(root: Path, *, where: str) -> ImageIndex:
-    """Pictures under a folder: one folder a class, or folders train, val and test of them.
+    """Return the images of a folder: one folder per class, or folders train, val and test of these.
 
     Args:
         root: The folder.
-        where: The option that named it, for messages.
+        where: Option that names the folder, for messages.
 
     Raises:
-        DataError: It is missing, holds no class, or a class holds no picture.
+        DataError: The folder is missing or has no class, or a class has no image.
     """
     if not root.is_dir():
         raise DataError(
             f"there is no folder '{escape_name(root)}'",
             where=where,
             why="it is a file" if root.exists() else "nothing exists at that path",
-            fix="name a folder that holds one folder of pictures a class",
+            fix="name a folder with one folder of images per class",
         )
     skipped: Counter[str] = Counter()
     notes: list[str] = []
@@ -119,19 +119,19 @@ def find_images_in_folder(root: Path, *, where: str) -> ImageIndex:
 def find_images_in_csv(
     path: Path, *, image: str, label: str, split: str, root: Path, where: str, keep_missing: bool = False
 ) -> ImageIndex:
-    """Pictures that a CSV file names, a row each.
+    """Return the images that a CSV file lists, one per row.
 
     Args:
-        path: The file; its first row names the columns.
+        path: The file, with a header.
         image: Column of paths.
         label: Column of class names.
-        split: Column of splits; where the file has none, they are not divided yet.
-        root: What relative paths start from.
-        where: The option that named the file, for messages.
-        keep_missing: List pictures that do not exist, too.
+        split: Column of splits; optional in the file.
+        root: Folder that paths are relative to.
+        where: Option that names the file, for messages.
+        keep_missing: Also list files that do not exist.
 
     Raises:
-        DataError: The file is missing or broken, a column is missing, a value is empty, or a picture does not exist.
+        DataError: The file is missing or broken, a column is missing, a value is empty, or a image does not exist.
     """
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -147,23 +147,23 @@ def find_images_in_csv(
         why = getattr(error, "strerror", None) or str(error)
         raise DataError(f"cannot read '{escape_name(path)}'", where=where, why=why, fix="name a CSV file") from None
     if not parts:
-        raise DataError(f"'{escape_name(path)}' has no rows", where=where, fix="add a row a picture below the first")
+        raise DataError(f"'{escape_name(path)}' has no rows", where=where, fix="add a row per image below the header")
     return ImageIndex(parts)
 
 
 def find_split_folders(root: Path, skipped: Counter[str], notes: list[str], *, where: str) -> dict[str, str]:
-    """The name of each split's folder; that of the root, which is empty, where pictures are not divided.
+    """Return the folder name of each split; an empty name for `train` where the data is not split.
 
-    A folder called train is a split where it holds folders and no picture; else it is the class of that name.
+    A folder named train is a split if it holds folders and no image; otherwise it is a class of that name.
 
     Args:
-        root: Of all.
-        skipped: Is added to: what was left out, by reason.
-        notes: Is added to: sentences on what was left out.
-        where: The option that named the folder, for messages.
+        root: Folder of the data.
+        skipped: Counts of skipped entries by reason, updated in place.
+        notes: Sentences about skipped entries, extended in place.
+        where: Option that names the folder, for messages.
 
     Raises:
-        DataError: Two folders mean the same split, or the root cannot be read.
+        DataError: Two folders name the same split, or the root cannot be read.
     """
     found: Counter[str] = Counter()
     names = [name for name, kind in _scan_directory(root, found) if kind == _FOLDER]
@@ -174,12 +174,12 @@ def find_split_folders(root: Path, skipped: Counter[str], notes: list[str], *, w
     skipped[_NOT_AN_IMAGE] += sum(kind != _FOLDER for _, kind in _scan_directory(root, Counter()))
     strange = [escape_name(name) for name in names if _parse_split_name(name) is None]
     if strange:
-        notes.append(f"left out beside train, val and test: {', '.join(strange)}")
+        notes.append(f"skipped folders beside train, val and test: {', '.join(strange)}")
     splits = [(split, name) for name in names if (split := _parse_split_name(name)) is not None]
     twice = [split for split, count in Counter(split for split, _ in splits).items() if count > 1]
     if twice:
         both = " and ".join(f"'{escape_name(name)}'" for split, name in splits if split == twice[0])
-        raise DataError(f"{both} both mean the split {twice[0]}", where=where, fix="keep one of the folders")
+        raise DataError(f"{both} both name the split {twice[0]}", where=where, fix="keep one of the folders")
     return dict(splits)
 
 
@@ -195,15 +195,15 @@ def _holds_only_folders(folder: Path) -> bool:
 def _list_class_folders(
     root: Path, below: str, split: str, skipped: Counter[str], notes: list[str], *, where: str
 ) -> ImageList | None:
-    """Pictures of the folder of class folders at `below`; None where a folder other than that of training has none."""
+    """Return the images of the class folders in `below`; None if a split other than train has none."""
     listing, folder = ImageList(root), root / below
     counts: dict[str, int] = {}
     loose = 0
     for name, kind in _scan_directory(folder, skipped):
         if kind == _FOLDER:
             before, label = len(listing), escape_name(name)
-            for picture in _find_images_below(root, os.path.join(below, name), skipped, set()):
-                listing.append(picture, label)
+            for image in _find_images_below(root, os.path.join(below, name), skipped, set()):
+                listing.append(image, label)
             counts[label] = len(listing) - before
         elif kind == _IMAGE:
             loose += 1
@@ -211,48 +211,46 @@ def _list_class_folders(
             skipped[_NOT_AN_IMAGE] += 1
     if not len(listing):
         if split != "train":
-            notes.append(f"left out '{escape_name(folder)}', because it holds no class of pictures")
+            notes.append(f"skipped '{escape_name(folder)}', which has no class folder with images")
             return None
         raise _no_classes_error(folder, loose, counts, where=where)
     if loose:
-        notes.append(
-            f"left out, because in no class's folder: {_pluralize(loose, 'picture')} in '{escape_name(folder)}'"
-        )
+        notes.append(f"skipped {_pluralize(loose, 'image')} outside of class folders in '{escape_name(folder)}'")
     empty = [name for name, count in counts.items() if not count]
     if empty and split == "train":
         raise DataError(
-            f"class '{empty[0]}' has no pictures" + (f", nor have {len(empty) - 1} more" if len(empty) > 1 else ""),
+            f"class '{empty[0]}' has no images" + (f", nor have {len(empty) - 1} more" if len(empty) > 1 else ""),
             where=escape_name(folder / empty[0]),
             why=f"no file in it ends in {', '.join(sorted(EXTENSIONS))}",
-            fix="add pictures to the folder or remove it",
+            fix="add images to the folder or remove it",
         )
     return listing
 
 
 def _no_classes_error(folder: Path, loose: int, classes: Iterable[str], *, where: str) -> DataError:
     if loose:
-        why = f"pictures lie directly in it ({loose:,}), so their class is unknown"
+        why = f"{_pluralize(loose, 'image')} directly in it, so their class is unknown"
     elif classes:
-        why = "its folders hold no file that ends as a picture does"
+        why = "its folders hold no file with the extension of an image"
     else:
         why = "the folder is empty"
     return DataError(
-        f"'{escape_name(folder)}' holds no class of pictures",
+        f"'{escape_name(folder)}' has no class folder with images",
         where=where,
         why=why,
-        fix="make one folder of pictures a class",
+        fix="create one folder of images per class",
     )
 
 
 def _scan_directory(folder: Path, skipped: Counter[str]) -> Iterator[tuple[str, str]]:
-    """Name and kind of what a folder holds, hidden things left out, in the order of the names' bytes everywhere."""
+    """Yield name and kind of the entries of a folder, without hidden ones, sorted by the bytes of their names."""
     names: dict[str, list[bytes]] = {}
     try:
         with os.scandir(folder) as found:
             for entry in found:
                 if entry.name.startswith("."):
                     skipped[_HIDDEN] += 1
-                else:  # bytes alone, because a million entries of a folder would fill memory
+                else:  # only bytes, because a million DirEntry objects would fill memory
                     names.setdefault(_classify_entry(entry), []).append(os.fsencode(entry.name))
     except OSError as error:
         raise DataError(
@@ -274,7 +272,7 @@ def _classify_entry(entry: os.DirEntry[str]) -> str:
 
 
 def _find_images_below(root: Path, below: str, skipped: Counter[str], seen: set[tuple[int, int]]) -> Iterator[str]:
-    """Names, from `root` on, of pictures below a folder at any depth; links are followed, each folder entered once."""
+    """Yield names of the images below a folder, recursively; links are followed, each folder is entered once."""
     status = (root / below).stat()
     key = (status.st_dev, status.st_ino)
     if key in seen:
@@ -291,7 +289,7 @@ def _find_images_below(root: Path, below: str, skipped: Counter[str], seen: set[
 
 
 def _make_skip_notes(skipped: Counter[str]) -> list[str]:
-    return [f"left out, because {reason}: {_pluralize(count, 'entry')}" for reason, count in sorted(skipped.items())]
+    return [f"skipped because {reason}: {_pluralize(count, 'entry')}" for reason, count in sorted(skipped.items())]
 
 
 def _pluralize(count: int, noun: str) -> str:
@@ -305,7 +303,7 @@ def _require_column(name: str, columns: list[str], path: Path, where: str) -> No
     raise DataError(
         f"'{escape_name(path)}' has no column '{name}'",
         where=where,
-        why=f"its first row names {', '.join(map(escape_name, columns)) or 'nothing'}",
+        why=f"its header has {', '.join(map(escape_name, columns)) or 'no columns'}",
         fix=f"{suggest_name(name, columns)} --data.image and --data.label name the columns",
     )
 
@@ -318,7 +316,7 @@ def _group_by_split(
     divided: bool,
     keep_missing: bool,
 ) -> dict[str, ImageList]:
-    """The rows as listings."""
+    """Return the rows by split."""
     grouped: dict[str, ImageList] = {}
     first_missing: tuple[int, str] | None = None
     missing = count = 0
@@ -343,9 +341,9 @@ def _group_by_split(
         grouped.setdefault(name, ImageList(root)).append(image, escape_name(label.strip()))
     if first_missing is not None:
         raise DataError(
-            f"{_pluralize(missing, 'picture')} of {count:,} do not exist, the first: '{escape_name(first_missing[1])}'",
+            f"{_pluralize(missing, 'image')} of {count:,} do not exist, the first: '{escape_name(first_missing[1])}'",
             where=f"{escape_name(path)}, line {first_missing[0]}",
-            why=f"relative paths start from '{escape_name(root)}'",
-            fix="correct the paths, or name another start with --data.root",
+            why=f"paths are relative to '{escape_name(root)}'",
+            fix="correct the paths, or name another folder with --data.root",
         )
     return grouped

@@ -1,6 +1,6 @@
-"""Pictures as inputs: from the bytes of a file to what a network takes, the same way everywhere.
+"""Images as model inputs: decoding, fixed operations and normalization.
 
-Shapes: b pictures in a batch, n in all, c channels as stored, h and w pixels as stored.
+Shapes: b images in a batch, n in all, c channels as stored, h and w pixels as stored.
 """
 
 from __future__ import annotations
@@ -34,60 +34,62 @@ from tuneforge.builtin.datasets.images.preprocess import (
 from tuneforge.builtin.datasets.images.sample_names import describe_raw
 from tuneforge.plugin import IMAGE_FORMATS, MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, convert_to_upright
 
-_MIN_PREVIEW_SIZE = 96  # pixels; smaller pictures are enlarged for people
+_MIN_PREVIEW_SIZE = 96  # pixels; smaller images are enlarged for display
 
 
 @component(api=1)
 class ImageInputs(Inputs):
-    """Pictures, stored as uint8 after fixed operations and normalised when a model takes them."""
+    """Images, stored as uint8 after fixed operations and normalized before the model."""
 
     ops: tuple[str, ...] = option(
-        default=(), help=f"Operations on a decoded picture, in order: {OPS_HELP}.", check=OPS_CHECK
+        default=(), help=f"Operations on a decoded image, in order: {OPS_HELP}.", check=OPS_CHECK
     )
     channels: Literal[1, 3] = option(
-        default=3, help="Channels that the model takes; grey is repeated, colours are averaged."
+        default=3, help="Channels of the model's input; grayscale is repeated, colors are averaged."
     )
-    mean: tuple[float, ...] = option(default=(0.0,), help="Subtracted, for all channels or each, on the scale 0 to 1.")
+    mean: tuple[float, ...] = option(
+        default=(0.0,), help="Mean for normalization, on the scale 0 to 1, one or one per channel."
+    )
     std: tuple[float, ...] = option(
         default=(1.0,),
-        help="Divided by, for all channels or each, on the scale 0 to 1.",
+        help="Std for normalization, on the scale 0 to 1, one or one per channel.",
         check=POSITIVE_STDS,
     )
     jpeg_margin: int = option(
         default=2,
-        help="A JPEG is decoded at a half, a quarter or an eighth of its size where that is still so many times what "
-        "the first resize makes of it; 1 is fastest, 0 decodes all of it.",
+        help="A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is at least this many times the output of the "
+        "first resize; 1 is fastest, 0 always decodes the full size.",
         check=between(0, 8),
     )
-    max_bytes: int = option(default=MAX_IMAGE_BYTES, help="Largest file that is read, in bytes.", check=gt(0))
+    max_bytes: int = option(default=MAX_IMAGE_BYTES, help="Maximum size of a file, in bytes.", check=gt(0))
     max_pixels: int = option(
         default=MAX_IMAGE_PIXELS,
-        help="Largest picture that is decoded or made, in pixels.",
+        help="Maximum size of a decoded or resized image, in pixels.",
         check=between(1, MAX_IMAGE_PIXELS),
     )
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width as stored; None where the operations leave them to the picture."""
+        """Return the stored height and width, or None if they depend on the image."""
         return compute_output_size(parse_ops(self.ops))
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
-        """Shape of one decoded picture (c, h, w); None where the operations leave it to the picture."""
+        """Return the stored shape (c, h, w), or None if it depends on the image."""
         return None if self.size is None else (1 if "grayscale" in self.ops else 3, *self.size)
 
     def with_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageInputs:
-        """The same inputs with another mean and deviation."""
+        """Return the inputs with another mean and standard deviation."""
         return attrs.evolve(self, mean=mean, std=std)  # type: ignore[misc]  # a component is an attrs class
 
     def decode(self, raw: Any) -> Tensor:
-        """The stored form of one picture, uint8 (c, h, w).
+        """Return the stored form of one image, uint8 (c, h, w).
 
         Args:
-            raw: The bytes of a file, a path, a PIL image, or a uint8 array (h, w) or (h, w, c).
+            raw: Bytes of a file, a path, a PIL image, or a uint8 array (h, w) or (h, w, c).
 
         Raises:
-            DataError: It is broken, too large, or no picture of an allowed format.
+            DataError: It is broken, too large, or not an image of a supported format.
         """
         name = describe_raw(raw)
         pixels_chw = (
@@ -95,11 +97,11 @@ class ImageInputs(Inputs):
         )
         return self.apply_ops(pixels_chw[None], name=name)[0]
 
-    def apply_ops(self, images_nchw: Tensor, *, name: str = "the pictures") -> Tensor:
-        """The stored form of pictures that are uint8 tensors already: (n, c, h, w) after the operations.
+    def apply_ops(self, images_nchw: Tensor, *, name: str = "the images") -> Tensor:
+        """Apply the operations to uint8 tensors (n, c, h, w).
 
         Raises:
-            DataError: An operation would make too large a picture.
+            DataError: An operation would exceed `max_pixels`.
         """
         ops = parse_ops(self.ops)
         self.check_size(images_nchw.shape[-2], images_nchw.shape[-1], name)
@@ -108,7 +110,7 @@ class ImageInputs(Inputs):
         return images_nchw.contiguous()
 
     def preprocess(self, samples: Any) -> Tensor:
-        """Normalised float32 (b, channels, h, w), from stored uint8 (b, c, h, w), on whatever device it is on."""
+        """Return normalized float32 (b, channels, h, w) from stored uint8 (b, c, h, w), on the same device."""
         if samples.shape[1] > self.channels:
             samples = samples.float().mean(dim=1, keepdim=True)
         scale = 1.0 / (255.0 * torch.tensor(self._per_channel(self.std), dtype=torch.float64))
@@ -117,7 +119,7 @@ class ImageInputs(Inputs):
         return torch.mul(samples, scale).add_(shift)
 
     def render_image(self, sample: Any) -> bytes:
-        """A PNG of one stored picture, enlarged to at least 96 pixels without smoothing."""
+        """Return a PNG of a stored image, enlarged to at least 96 pixels by nearest neighbor."""
         image = Image.fromarray(np.ascontiguousarray(sample.permute(1, 2, 0).squeeze(2).numpy()))
         factor = -(-_MIN_PREVIEW_SIZE // max(image.size))
         enlarged = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
@@ -126,15 +128,15 @@ class ImageInputs(Inputs):
         return file.getvalue()
 
     def render_text(self, sample: Any) -> str:
-        """One line on a stored picture: its size and kind."""
+        """Return the size and kind of a stored image as text."""
         channels, height, width = sample.shape
-        return f"{'grey' if channels == 1 else 'colour'} picture, {width}x{height}"
+        return f"{'grayscale' if channels == 1 else 'color'} image, {width}x{height}"
 
     def check_file(self, path: str | Path) -> None:
-        """Look at a file's header only.
+        """Check the header of a file.
 
         Raises:
-            DataError: It is too large, or no picture of an allowed format.
+            DataError: It is too large, or not an image of a supported format.
         """
         name = describe_raw(path)
         with self._open_file(path, name) as file:
@@ -142,45 +144,48 @@ class ImageInputs(Inputs):
 
     @property
     def decoding_fingerprint(self) -> str:
-        """All that the stored form of a file follows from, beside the file."""
+        """Return everything that determines the stored form of a file, except for the file."""
         return f"{self.ops} {self.jpeg_margin} Pillow {PIL.__version__} torchvision {torchvision.__version__}"
 
     def _per_channel(self, values: tuple[float, ...]) -> tuple[float, ...]:
         if len(values) not in (1, self.channels):
             raise DataError(
-                f"{len(values)} numbers of mean or std for {self.channels} channel(s)",
-                where="the normalisation of pictures",
-                fix="give one number, or one a channel",
+                f"{len(values)} values of mean or std for {self.channels} channel(s)",
+                where="normalization",
+                fix="give one value, or one per channel",
             )
         return values * (self.channels // len(values))
 
     def check_size(self, height: int, width: int, name: str) -> None:
-        """Refuse a picture that is too large, or that an operation would make so.
+        """Check the size of an image, also after each operation.
 
         Raises:
-            DataError: The message calls it `name`.
+            DataError: It exceeds `max_pixels`; the message calls the image `name`.
         """
         if count_max_pixels(parse_ops(self.ops), height, width) > self.max_pixels:
             raise DataError(
                 f"{name} is too large or too long: {width}x{height} pixels",
-                why=f"at most {self.max_pixels:,} pixels are decoded or made",
-                fix="make the picture smaller",
+                why=f"the limit is {self.max_pixels:,} pixels",
+                fix="make the image smaller",
             )
 
     def _pixels_from_array(self, array: np.ndarray[Any, Any], name: str) -> Tensor:
-        """Pixels (c, h, w) of an array (h, w) or (h, w, c)."""
+        """Return the pixels (c, h, w) of an array (h, w) or (h, w, c)."""
         if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
             raise DataError(
-                f"an array of {array.dtype} and shape {array.shape} is no picture",
-                why="other numbers have no agreed range",
+                f"an array of {array.dtype} and shape {array.shape} is not an image",
+                why="other dtypes have no standard range",
                 fix="give uint8 of shape (height, width) or (height, width, 1, 3 or 4)",
             )
         if array.ndim == 3 and array.shape[2] not in (1, 3, 4):
-            raise DataError(f"a picture with {array.shape[2]} channels", fix="give 1, 3 or 4 channels")
+            raise DataError(f"an image with {array.shape[2]} channels", fix="give 1, 3 or 4 channels")
         return self._pixels_from_image(Image.fromarray(array.squeeze(2) if array.shape[2:] == (1,) else array), name)
 
     def _pixels_from_image(self, raw: Any, name: str) -> Tensor:
-        """Pixels (c, h, w) of a file or a PIL image, upright; 1 channel where both sides are grey, else 3."""
+        """Return the pixels (c, h, w) of a file or a PIL image, with EXIF orientation applied.
+
+        The result has 1 channel if the operations and the image are grayscale, else 3.
+        """
         image = raw if isinstance(raw, Image.Image) else self._open_image(self._read_bytes(raw, name), name)
         self.check_size(image.height, image.width, name)
         grayscale = "grayscale" in self.ops
@@ -203,13 +208,13 @@ class ImageInputs(Inputs):
         return image
 
     def _read_bytes(self, raw: Any, name: str) -> io.BytesIO:
-        """The bytes, bounded before they are read."""
+        """Return the bytes, after a check of their number."""
         if isinstance(raw, (str, Path)):
             with self._open_file(raw, name) as file:
                 return io.BytesIO(file.read())
         if not isinstance(raw, (bytes, bytearray, memoryview)):
             raise DataError(
-                f"a {type(raw).__name__} is no picture",
+                f"a {type(raw).__name__} is not an image",
                 fix="give the bytes of a file, a path, a PIL image or a uint8 array",
             )
         self._check_num_bytes(len(raw), name)
@@ -220,7 +225,7 @@ class ImageInputs(Inputs):
         try:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):
-                raise DataError(f"{name} is no file", fix="name a picture")
+                raise DataError(f"{name} is not a file", fix="name an image file")
             self._check_num_bytes(status.st_size, name)
             with open(path, "rb") as file:
                 yield file
@@ -232,22 +237,22 @@ class ImageInputs(Inputs):
         if count > self.max_bytes:
             raise DataError(
                 f"{name} is too large: {count:,} bytes",
-                why=f"at most {self.max_bytes:,} bytes are read",
-                fix="make the picture smaller",
+                why=f"the limit is {self.max_bytes:,} bytes",
+                fix="make the image smaller",
             )
 
 
 def _decode_error(name: str, error: BaseException) -> DataError:
-    kind = "no picture of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+    kind = "not an image of a supported format" if isinstance(error, UnidentifiedImageError) else str(error)
     return DataError(
         f"cannot decode {name}",
         why=kind if kind.strip() else type(error).__name__,
-        fix=f"repair or remove it; {', '.join(IMAGE_FORMATS)} are read",
+        fix=f"repair or remove it; supported are {', '.join(IMAGE_FORMATS)}",
     )
 
 
 def _to_pixels(image: Image.Image, *, grayscale: bool) -> Tensor:
-    """Decode: upright, alpha over white, 8 bits; (1, h, w) if `grayscale` and without colours, else (3, h, w)."""
+    """Return 8-bit pixels, upright, alpha over white: (1, h, w) if `grayscale` and the image is, else (3, h, w)."""
     image.load()
     plain = convert_to_upright(image)
     mode = "L" if grayscale and plain.mode in ("L", "1") else "RGB"

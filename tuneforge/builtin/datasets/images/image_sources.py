@@ -1,6 +1,6 @@
-"""Sources of pictures: files or arrays that become stored pictures when asked, or all at once.
+"""Sources of images: files or arrays, decoded on demand.
 
-Shapes: b pictures in a batch, n in all, c channels, h and w pixels.
+Shapes: b images in a batch, n in all, c channels, h and w pixels.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from tuneforge.builtin.datasets.images.replacements import read_replacements
 from tuneforge.builtin.datasets.images.sample_names import describe_raw, select_items
 
 _SMALL_FILE = 16_384  # bytes
-_CHUNK_SIZE = 1024  # pictures
+_CHUNK_SIZE = 1024  # images
 _MAX_REPLACEMENTS = 8
 _GRAY_LEVEL = 128
 
 
 @attrs.frozen(eq=False)
 class ImageFileSource:
-    """A source that decodes files when they are asked for.
+    """A source that decodes files on demand.
 
     Args:
-        inputs: How they are decoded; every picture must come out at the same size.
-        paths: One a sample.
+        inputs: Decodes the files; every image must have the same size afterwards.
+        paths: One path per sample.
     """
 
     inputs: ImageInputs
@@ -47,10 +47,10 @@ class ImageFileSource:
         return len(self.paths)
 
     def fetch(self, indices: Tensor) -> Tensor:
-        """Stored pictures of `indices` (b,), uint8 (b, c, h, w).
+        """Return the decoded images of `indices` (b,), uint8 (b, c, h, w).
 
         Raises:
-            DataError: Some cannot be decoded; the first is named, the others are counted.
+            DataError: Files cannot be decoded; the message names the first and counts the others.
         """
         paths = select_items(self.paths, indices.numpy())
         shape = self.inputs.shape or tuple(self.inputs.decode(paths[0]).shape)
@@ -62,7 +62,7 @@ class ImageFileSource:
             if stored.shape != shape:
                 raise DataError(
                     f"{describe_raw(path)} is a {self.inputs.render_text(stored)}, others are {shape[2]}x{shape[1]}",
-                    fix="let the operations give one size, such as 'resize 32x32'",
+                    fix="use operations with a fixed output size, such as 'resize 32x32'",
                 )
             out[place] = stored
 
@@ -70,22 +70,22 @@ class ImageFileSource:
         return out
 
     def select(self, rows: Tensor) -> ImageFileSource:
-        """The source of `rows` only."""
+        """Return the source of `rows`."""
         return ImageFileSource(self.inputs, select_items(self.paths, rows.numpy()))
 
     def check_files(self) -> None:
-        """Look at every file's header.
+        """Check the header of every file.
 
         Raises:
-            DataError: Some are no pictures; the first is named, the others are counted.
+            DataError: Files are not images; the message names the first and counts the others.
         """
         _for_each(lambda place: self.inputs.check_file(self.paths[place]), len(self.paths), num_threads=1)
 
     def fingerprint(self) -> str:
-        """SHA-256 over how files are decoded, and each one's path, size and time of change.
+        """Return a SHA-256 of the decoding options and of the path, size and modification time of each file.
 
         Raises:
-            DataError: A file has gone.
+            DataError: A file no longer exists.
         """
         digest = hashlib.sha256(self.inputs.decoding_fingerprint.encode())
         for path in self.paths:
@@ -101,18 +101,18 @@ class ImageFileSource:
 
 @attrs.frozen(eq=False)
 class ReplacingImageSource:
-    """Files of which one that can no longer be read does not end the run: another of its class stands in for it.
+    """A source that replaces a file that can no longer be read by another image of the same class.
 
-    It is the next one of the class in the split's order that can be read, or a grey picture where the split has no
-    other of the class; so which one it is depends on the files alone, never on a worker, the order of the epoch or
-    where a run was resumed. Each is recorded, a line the first time that a process meets it.
+    The replacement is the next readable image of the class in the order of the split, or a gray image if the split has
+    no other of the class. It depends only on the files, not on workers, the order of the epoch or a resumed run. Each
+    process records a replacement once.
 
     Args:
         source: The files.
-        class_indices: The class of each, int64 (n,).
-        ids: A stable name of each.
+        class_indices: Class of each file, int64 (n,).
+        ids: Stable id of each file.
         split: Name of the split, for the record.
-        record_path: Where stand-ins are written down, one JSON object a line.
+        record_path: File to which replacements are appended as JSON lines.
     """
 
     source: ImageFileSource
@@ -131,10 +131,10 @@ class ReplacingImageSource:
         return self.source.paths
 
     def fetch(self, indices: Tensor) -> Tensor:
-        """Stored pictures of `indices` (b,), uint8 (b, c, h, w).
+        """Return the decoded images of `indices` (b,), uint8 (b, c, h, w).
 
         Raises:
-            DataError: One cannot be read, nor can the next eight of its class: that is not one file, but the disk.
+            DataError: A file and the next eight of its class cannot be read, which points to the disk.
         """
         try:
             return self.source.fetch(indices)
@@ -142,7 +142,7 @@ class ReplacingImageSource:
             return torch.cat([self._fetch_or_replace(row) for row in indices.tolist()])
 
     def fingerprint(self) -> str | None:
-        """That of the files; None where some are gone or stood in for, so that nothing of theirs is shared."""
+        """Return that of the files; None if some are missing or replaced, so that no cache is shared."""
         if any(line["split"] == self.split for line in read_replacements(self.record_path)):
             return None
         try:
@@ -162,13 +162,13 @@ class ReplacingImageSource:
                 self._record_replacement(row, self.ids[candidate], failure)
                 return stored
         if not others and self.source.inputs.shape is not None:
-            self._record_replacement(row, "a grey picture", failure)
+            self._record_replacement(row, "a gray image", failure)
             return torch.full((1, *self.source.inputs.shape), _GRAY_LEVEL, dtype=torch.uint8)
         raise DataError(
-            f"{failure.what}, nor the next {_MAX_REPLACEMENTS} pictures of its class",
+            f"{failure.what}, nor the next {_MAX_REPLACEMENTS} images of its class",
             where=failure.where,
             why=failure.why,
-            fix="see that the disk is there, restore the files, and go on with: tuneforge resume",
+            fix="check the disk, restore the files, and continue with: tuneforge resume",
         )
 
     def _find_next_of_class(self, row: int) -> list[int]:
@@ -182,7 +182,7 @@ class ReplacingImageSource:
         self._recorded_rows.add(row)
         line = {"split": self.split, "id": self.ids[row], "why": failure.why, "replacement": replacement}
         with (
-            contextlib.suppress(FileNotFoundError),  # a rank on another machine, which has no folder of the run
+            contextlib.suppress(FileNotFoundError),  # a rank on another machine has no run directory
             self.record_path.open("a", encoding="utf-8") as file,
         ):
             file.write(json.dumps(line) + "\n")  # one short write, so that processes can share the file
@@ -190,12 +190,12 @@ class ReplacingImageSource:
 
 @attrs.frozen(eq=False)
 class ImageArraySource:
-    """A source that holds pictures as they were before the operations, and applies them when asked.
+    """A source of images in memory, to which operations are applied on demand.
 
     Args:
         inputs: The operations.
-        images_nchw: uint8.
-        rows: Which of them; by default all.
+        images_nchw: Images before the operations, uint8.
+        rows: Rows of the images that belong to the source; default: all.
     """
 
     inputs: ImageInputs
@@ -206,15 +206,15 @@ class ImageArraySource:
         return len(self.images_nchw if self.rows is None else self.rows)
 
     def fetch(self, indices: Tensor) -> Tensor:
-        """Stored pictures of `indices` (b,), uint8 (b, c, h, w)."""
+        """Return the decoded images of `indices` (b,), uint8 (b, c, h, w)."""
         return self.inputs.apply_ops(self.images_nchw.index_select(0, self._to_source_rows(indices)))
 
     def select(self, rows: Tensor) -> ImageArraySource:
-        """The source of `rows` only; nothing is copied."""
+        """Return the source of `rows`, without a copy."""
         return ImageArraySource(self.inputs, self.images_nchw, self._to_source_rows(rows))
 
     def fingerprint(self) -> str:
-        """SHA-256 over the operations and the pictures."""
+        """Return a SHA-256 of the operations and the images."""
         digest = hashlib.sha256(self.inputs.decoding_fingerprint.encode())
         for rows in torch.split(torch.arange(len(self)), _CHUNK_SIZE):
             digest.update(self.images_nchw.index_select(0, self._to_source_rows(rows)).numpy().data)
@@ -225,9 +225,10 @@ class ImageArraySource:
 
 
 def _choose_num_threads(paths: Sequence[str | Path]) -> int:
-    """Threads that decode: PIL lets go of Python's lock, but small files cost more Python than decoding.
+    """Return the number of decoding threads.
 
-    With files of 1 kB, threads took three times as long as none (2 cores). A process that decodes ahead is one of many.
+    PIL releases the GIL, but with files of 1 kB threads took three times as long as none (2 cores). A worker process
+    uses one thread, because there are several of them.
     """
     if parent_process() is not None:
         return 1
@@ -236,10 +237,10 @@ def _choose_num_threads(paths: Sequence[str | Path]) -> int:
 
 
 def _for_each(act: Callable[[int], None], count: int, *, num_threads: int) -> None:
-    """Act on every place, all of them.
+    """Call `act` for each index below `count`, even if some calls fail.
 
     Raises:
-        DataError: The first of those that were raised, with the number of the others.
+        DataError: The first error by index, with the number of the others.
     """
     failures: list[tuple[int, DataError]] = []
 
@@ -251,7 +252,7 @@ def _for_each(act: Callable[[int], None], count: int, *, num_threads: int) -> No
 
     with contextlib.ExitStack() as stack:
         every = stack.enter_context(ThreadPoolExecutor(num_threads)).map if num_threads > 1 else map
-        for start in range(0, count, _CHUNK_SIZE):  # an executor holds an object for each place that it is given
+        for start in range(0, count, _CHUNK_SIZE):  # in chunks, because an executor holds an object per submitted call
             for _ in every(guarded, range(start, min(start + _CHUNK_SIZE, count))):
                 pass
     if failures:

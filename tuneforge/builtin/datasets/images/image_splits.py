@@ -1,4 +1,4 @@
-"""From pictures and their classes to the three splits: who goes where, what is held in memory, how it is normalised.
+"""From images and their classes to train, val and test: stratified splits, caching in memory, normalization.
 
 Shapes: n samples, c channels, h and w pixels.
 """
@@ -31,35 +31,35 @@ if TYPE_CHECKING:
 
 IndexArray = NDArray[np.int64]
 MeanAndStd = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation, one number for all channels or one each."""
+"""Mean and standard deviation, one value for all channels or one each."""
 
 SPLITS = ("train", "val", "test")
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_NUM_MEASURED = 2048  # pictures of training that mean and std are taken from
-_CHUNK_SIZE = 64  # pictures that are prepared at once
+_NUM_MEASURED = 2048  # training images from which mean and std are computed
+_CHUNK_SIZE = 64  # images per chunk
 
 
 class ImageSource(Protocol):
-    """A source of pictures that can be narrowed to some of them: `PictureFiles` or `PictureArrays`."""
+    """A source of images with a `select` method: `ImageFileSource` or `ImageArraySource`."""
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Return the number of images."""
 
     def fetch(self, indices: Tensor) -> Tensor:
-        """Stored pictures of `indices` (b,), uint8 (b, c, h, w)."""
+        """Return the stored images of `indices` (b,), uint8 (b, c, h, w)."""
 
     def select(self, rows: Tensor) -> ImageSource:
-        """The source of `rows` only."""
+        """Return the source of `rows`."""
 
 
 @attrs.frozen(eq=False)
 class ImageSplit:
-    """Pictures as they were found, of one split or not divided yet.
+    """Images of one split, or of all data before it is split.
 
     Args:
-        source: Where they come from.
-        class_indices: The class of each, its place among the names, int64 (n,).
-        ids: A stable name of each.
+        source: Source of the images.
+        class_indices: Class of each, an index into the class names, int64 (n,).
+        ids: Stable id of each.
     """
 
     source: ImageSource
@@ -67,7 +67,7 @@ class ImageSplit:
     ids: Sequence[str]
 
     def select(self, rows: IndexArray) -> ImageSplit:
-        """The part of `rows` only."""
+        """Return the split of `rows`."""
         return ImageSplit(
             self.source.select(torch.from_numpy(rows)), self.class_indices[rows], select_items(self.ids, rows)
         )
@@ -75,18 +75,18 @@ class ImageSplit:
 
 @attrs.frozen(eq=False)
 class ImageSplits:
-    """All that was found.
+    """Images by split.
 
     Args:
-        class_names: Of the classes, one list for all splits.
-        by_split: `train`, and `val` and `test` where they are given.
+        class_names: Names of the classes, the same for all splits.
+        by_split: `train`, and `val` and `test` if the data has them.
     """
 
     class_names: tuple[str, ...]
     by_split: Mapping[str, ImageSplit]
 
     def with_splits(self, by_split: Mapping[str, ImageSplit]) -> ImageSplits:
-        """Other pictures of the same classes."""
+        """Return other images of the same classes."""
         return ImageSplits(self.class_names, by_split)
 
 
@@ -100,19 +100,19 @@ def make_data(
     files_checked: bool = False,
     replacements_path: Path | None = None,
 ) -> Data:
-    """The data of a run.
+    """Return the data of a run.
 
     Args:
-        options: Shares, bounds and normalisation, as the user gave them.
-        parts: What `val` or `test` lacks is taken from `train`.
-        seed: The run's.
-        notes: Sentences on what was found.
-        restored_inputs: The inputs of a tuned model that this data is for; their normalisation beats the options.
-        files_checked: Files have been looked at, all of them.
-        replacements_path: Where it is written down which picture stands in for one that can no longer be read.
+        options: Options of the data source: fractions, limits and normalization.
+        parts: Images by split; a missing `val` or `test` is split from `train`.
+        seed: Seed of the run.
+        notes: Sentences about the data.
+        restored_inputs: Inputs of a restored run, whose normalization overrides the options.
+        files_checked: True if all files have been checked.
+        replacements_path: File that records replacements of images that can no longer be read.
 
     Raises:
-        DataError: Too few classes, too few pictures of one, a class that training lacks, or a broken picture.
+        DataError: There are too few classes or images of a class, a class is missing in train, or a file is broken.
     """
     parts = limit_per_class(align_classes(parts), options.limit, seed=seed)
     parts = add_missing_splits(parts, {"val": options.val, "test": options.test}, seed=seed)
@@ -144,19 +144,19 @@ def make_data(
 
 
 def align_classes(parts: ImageSplits) -> ImageSplits:
-    """The classes of training alone, matched by name for all splits.
+    """Restrict the classes to those of train, matched by name in all splits.
 
     Raises:
-        DataError: There are fewer than two, or another split has one that training lacks.
+        DataError: There are fewer than two, or another split has a class that train lacks.
     """
     present = {split: np.unique(part.class_indices) for split, part in parts.by_split.items()}
     known = [parts.class_names[code] for code in present["train"]]
     if len(known) < 2:
         raise DataError(
-            f"there is only one class, '{known[0]}'" if known else "there is no picture",
+            f"there is only one class, '{known[0]}'" if known else "there are no images",
             where="--data",
-            why="with fewer than two classes there is nothing to tell apart",
-            fix="add pictures of at least one more class",
+            why="a classifier needs at least two classes",
+            fix="add images of at least one more class",
         )
     for split, codes in present.items():
         strange = [parts.class_names[code] for code in codes if parts.class_names[code] not in known]
@@ -175,7 +175,7 @@ def align_classes(parts: ImageSplits) -> ImageSplits:
 
 
 def limit_per_class(parts: ImageSplits, limit: int | None, *, seed: int) -> ImageSplits:
-    """At most `limit` pictures of each class in each part, drawn from the seed."""
+    """Keep at most `limit` images of each class in each split, drawn by the seed."""
     if limit is None:
         return parts
     from sklearn.utils import shuffle
@@ -193,19 +193,17 @@ def limit_per_class(parts: ImageSplits, limit: int | None, *, seed: int) -> Imag
 
 
 def add_missing_splits(parts: ImageSplits, shares: Mapping[str, float], *, seed: int) -> ImageSplits:
-    """All three splits: what is missing is taken from training, stratified by class.
+    """Return all three splits; a missing one is split from train, stratified by class.
 
     Raises:
-        UsageError: The shares of what is missing leave no training.
-        DataError: A class has too few pictures to be in every split.
+        UsageError: The fractions leave nothing for train.
+        DataError: A class has too few images for every split.
     """
     train = parts.by_split["train"]
     missing = {split: share for split, share in shares.items() if split not in parts.by_split}
     if sum(missing.values()) >= 1:
         asked = " and ".join(f"{split} {share:g}" for split, share in missing.items())
-        raise UsageError(
-            f"{asked} leave nothing to learn from", why="together they must be less than 1", fix="lower one"
-        )
+        raise UsageError(f"{asked} leave nothing for training", why="their sum must be less than 1", fix="lower one")
     rows = split_stratified(train.class_indices, parts.class_names, missing, seed=seed) if missing else {}
     taken = {split: train.select(chosen) for split, chosen in rows.items()}
     return parts.with_splits({split: taken.get(split) or parts.by_split[split] for split in SPLITS})
@@ -214,18 +212,18 @@ def add_missing_splits(parts: ImageSplits, shares: Mapping[str, float], *, seed:
 def split_stratified(
     codes: IndexArray, names: Sequence[str], shares: Mapping[str, float], *, seed: int
 ) -> dict[str, IndexArray]:
-    """Rows of `train` and of each split in `shares`, ascending: of each class its share, and at least one.
+    """Return the rows of `train` and of each split in `shares`, ascending, stratified by class.
 
-    A class's division depends on the seed, its name and its own pictures only.
+    Each split has at least one row per class. The split of a class depends only on the seed, its name and its images.
 
     Args:
-        codes: Each sample's place among the names (n,).
-        names: Of the classes.
-        shares: By split.
-        seed: The run's.
+        codes: Class of each sample, an index into the names (n,).
+        names: Names of the classes.
+        shares: Fraction of each split.
+        seed: Seed of the run.
 
     Raises:
-        DataError: A class has too few pictures to be in every split.
+        DataError: A class has too few images for every split.
     """
     from sklearn.model_selection import train_test_split
 
@@ -240,9 +238,9 @@ def split_stratified(
 
 
 def compute_normalization(options: ImageOptions, inputs: ImageInputs, source: Any) -> MeanAndStd:
-    """Mean and standard deviation on the scale 0 to 1: as the user says, ImageNet's, or those of training.
+    """Return mean and standard deviation on the scale 0 to 1: the user's, ImageNet's, or those of the training images.
 
-    The last are taken over up to 2048 pictures at even distances, and rounded, so that they are the same everywhere.
+    The last are computed over up to 2048 evenly spaced images, and rounded, so that they are the same on any machine.
     """
     if options.mean and options.std:
         return options.mean, options.std
@@ -251,7 +249,7 @@ def compute_normalization(options: ImageOptions, inputs: ImageInputs, source: An
 
 
 def free_memory_mb() -> int:
-    """Memory that is free now, in MB; where the system does not say, half of what it has."""
+    """Return the free memory, in MB; half of the total memory if the system does not report it."""
     page_mb = os.sysconf("SC_PAGE_SIZE") / 2**20
     if "SC_AVPHYS_PAGES" in os.sysconf_names:
         return int(os.sysconf("SC_AVPHYS_PAGES") * page_mb)
@@ -259,7 +257,7 @@ def free_memory_mb() -> int:
 
 
 def _get_preset_normalization(name: str, channels: int) -> MeanAndStd | None:
-    """A normalisation that needs no pictures; for grey ones the mean over the channels."""
+    """Return a fixed normalization, or None; for one channel, the mean over the channels of ImageNet's."""
     if name == "none":
         return (0.0,), (1.0,)
     if name != "imagenet":
@@ -282,7 +280,7 @@ def _measure_normalization(inputs: ImageInputs, source: Any) -> MeanAndStd:
 
 
 def _count_levels(stored_bchw: Tensor, *, together: bool) -> Tensor:
-    """How often each level occurs, from 0 to 1 in equal steps: (c, 256), or (1, 255 * c + 1) of the channels' sum."""
+    """Return the histogram of pixel values (c, 256), or (1, 255 * c + 1) of their sum over channels."""
     if together:
         sums = stored_bchw.sum(dim=1, dtype=torch.int64)
         return torch.bincount(sums.flatten(), minlength=255 * stored_bchw.shape[1] + 1)[None]
@@ -290,7 +288,7 @@ def _count_levels(stored_bchw: Tensor, *, together: bool) -> Tensor:
 
 
 def _mean_and_std(counts: Tensor) -> tuple[float, float]:
-    """Of levels from 0 to 1 that occur so often (levels,); exact, so that they are the same in any chunks."""
+    """Return mean and standard deviation of a histogram of values from 0 to 1, independent of chunks."""
     levels, weights = torch.linspace(0, 1, len(counts), dtype=torch.float64), counts.double()
     mean = (levels * weights).sum() / weights.sum()
     variance = ((levels - mean).square() * weights).sum() / (weights.sum() - 1)
@@ -298,13 +296,13 @@ def _mean_and_std(counts: Tensor) -> tuple[float, float]:
 
 
 def _count_split_samples(count: int, shares: Mapping[str, float], *, name: str) -> dict[str, int]:
-    """Pictures of a class of `count` that each split gets."""
+    """Return the number of images that each split gets from a class of `count`."""
     if count <= len(shares):
         raise DataError(
-            f"class '{name}' has {count} picture{'s' if count > 1 else ''}, too few to divide",
+            f"class '{name}' has {count} image{'s' if count > 1 else ''}, too few to split",
             where="--data",
             why=f"it needs at least {len(shares) + 1}: one for train and one for each of {', '.join(shares)}",
-            fix="add pictures of it, remove the class, or bring your own folders train, val and test",
+            fix="add images, remove the class, or provide folders train, val and test",
         )
     counts = {split: max(1, round(share * count)) for split, share in shares.items()}
     while sum(counts.values()) >= count:
@@ -317,26 +315,25 @@ def _derive_random_state(seed: int, *words: str) -> int:
 
 
 def _check_memory(parts: ImageSplits, inputs: ImageInputs, memory_mb: int | None) -> tuple[bool, list[str]]:
-    """Whether all pictures are held in memory, and a sentence where they are not."""
+    """Return whether all images are held in memory, and a sentence if they are not."""
     needed_mb = sum(len(part.class_indices) for part in parts.by_split.values()) * math.prod(inputs.shape or ()) / 2**20
     budget_mb = free_memory_mb() / 2 if memory_mb is None else memory_mb
     if needed_mb <= budget_mb:
         return True, []
-    why = "half of what is free" if memory_mb is None else "--data.memory-mb"
+    why = "half of the free memory" if memory_mb is None else "--data.memory-mb"
     return False, [
-        f"pictures are decoded when they are needed: they would take {needed_mb:,.1f} MB, "
-        f"more than {budget_mb:,.1f} MB ({why})"
+        f"images are decoded on demand: they would take {needed_mb:,.1f} MB, more than {budget_mb:,.1f} MB ({why})"
     ]
 
 
-def _load_all(pictures: ImageSource) -> Tensor:
-    """All pictures in memory, uint8 (n, c, h, w)."""
-    if isinstance(pictures, ImageFileSource):
-        return pictures.fetch(torch.arange(len(pictures)))
-    first = pictures.fetch(torch.tensor([0]))
-    out = first.new_empty(len(pictures), *first.shape[1:])
-    for rows in torch.split(torch.arange(len(pictures)), _CHUNK_SIZE):
-        out[rows] = pictures.fetch(rows)
+def _load_all(images: ImageSource) -> Tensor:
+    """Return all images, uint8 (n, c, h, w)."""
+    if isinstance(images, ImageFileSource):
+        return images.fetch(torch.arange(len(images)))
+    first = images.fetch(torch.tensor([0]))
+    out = first.new_empty(len(images), *first.shape[1:])
+    for rows in torch.split(torch.arange(len(images)), _CHUNK_SIZE):
+        out[rows] = images.fetch(rows)
     return out
 
 
@@ -347,7 +344,7 @@ def _check_files(parts: ImageSplits) -> None:
 
 
 def _make_lazy_source(split: str, part: ImageSplit, record: Path | None) -> ImageSource | ReplacingImageSource:
-    """The source of a split that is decoded in each epoch; without a record, nothing stands in for anything."""
+    """Return a source that decodes on demand; with a record, unreadable images are replaced."""
     if not isinstance(part.source, ImageFileSource) or record is None:
         return part.source
     return ReplacingImageSource(part.source, part.class_indices, part.ids, split, record)
@@ -358,4 +355,4 @@ def _make_missing_notes(parts: ImageSplits) -> list[str]:
         split: [parts.class_names[code] for code in np.setdiff1d(np.arange(len(parts.class_names)), part.class_indices)]
         for split, part in parts.by_split.items()
     }
-    return [f"{split} has no picture of {abbreviate_names(lacking)}" for split, lacking in absent.items() if lacking]
+    return [f"{split} has no images of {abbreviate_names(lacking)}" for split, lacking in absent.items() if lacking]

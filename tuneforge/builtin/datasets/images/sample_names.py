@@ -1,4 +1,4 @@
-"""Names of files and classes: as text that any terminal or page can hold, and many of them in little memory."""
+"""Names of files and samples: sequences of many names in little memory, and names as printable text."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ T = TypeVar("T")
 
 
 class LazySequence(Sequence[T]):
-    """A sequence whose members are made when they are asked for; a slice is one too."""
+    """A sequence that creates its items on demand; slices are lazy too."""
 
     @abstractmethod
     def at(self, place: int) -> T:
-        """The member at a place from 0 on."""
+        """Return the item at an index from 0."""
 
     @overload
     def __getitem__(self, place: int) -> T: ...
     @overload
     def __getitem__(self, place: slice) -> Sequence[T]: ...
     def __getitem__(self, place: int | slice) -> T | Sequence[T]:
-        """One member, or a sequence of those of a slice."""
+        """Return an item, or a sequence for a slice."""
         if isinstance(place, slice):
             return SequenceSubset(self, np.arange(*place.indices(len(self))))
         return self.at(range(len(self))[place])
@@ -38,11 +38,11 @@ class LazySequence(Sequence[T]):
 
 @attrs.frozen(eq=False)
 class SequenceSubset(LazySequence[T]):
-    """Some members of another sequence.
+    """Some items of another sequence.
 
     Args:
         members: The other sequence.
-        rows: Their places in it (n,).
+        rows: Indices into it (n,).
     """
 
     members: Sequence[T]
@@ -52,24 +52,24 @@ class SequenceSubset(LazySequence[T]):
         return len(self.rows)
 
     def at(self, place: int) -> T:
-        """The member at a place among those chosen."""
+        """Return the item at an index into `rows`."""
         return self.members[int(self.rows[place])]
 
 
 @attrs.frozen(eq=False)
 class PackedStrings(LazySequence[str]):
-    """Names in one piece of memory: a list of 100,000 paths takes 40 MB, their letters 2 MB.
+    """Strings in one buffer: a list of 100,000 paths takes 40 MB, their characters 2 MB.
 
     Args:
-        buffer: All names, one after the other, in UTF-8.
-        ends: Where each ends.
+        buffer: All strings, concatenated, in UTF-8.
+        ends: End of each in the buffer.
     """
 
     buffer: bytearray = attrs.field(factory=bytearray)
     ends: array[int] = attrs.field(factory=lambda: array("q"))
 
     def append(self, name: str) -> None:
-        """Add a name."""
+        """Append a string."""
         self.buffer.extend(name.encode(errors="surrogateescape"))
         self.ends.append(len(self.buffer))
 
@@ -77,14 +77,14 @@ class PackedStrings(LazySequence[str]):
         return len(self.ends)
 
     def at(self, place: int) -> str:
-        """The name at a place."""
+        """Return the string at an index."""
         start = self.ends[place - 1] if place else 0
         return self.buffer[start : self.ends[place]].decode(errors="surrogateescape")
 
 
 @attrs.frozen(eq=False)
 class LazyPaths(LazySequence[str]):
-    """The files that names below a folder mean; as text, because `Path` keeps the parts of every path in a table."""
+    """Paths of names in a folder; as text, because `Path` interns the parts of every path."""
 
     root: Path
     names: Sequence[str]
@@ -93,13 +93,13 @@ class LazyPaths(LazySequence[str]):
         return len(self.names)
 
     def at(self, place: int) -> str:
-        """The path at a place."""
+        """Return the path at an index."""
         return os.path.join(self.root, self.names[place])
 
 
 @attrs.frozen(eq=False)
 class EscapedNames(LazySequence[str]):
-    """Names as text that can be printed."""
+    """Names as printable text."""
 
     names: Sequence[str]
 
@@ -107,12 +107,12 @@ class EscapedNames(LazySequence[str]):
         return len(self.names)
 
     def at(self, place: int) -> str:
-        """The text at a place."""
+        """Return the text at an index."""
         return escape_name(self.names[place])
 
 
 def select_items(members: Sequence[T], rows: NDArray[np.int64]) -> SequenceSubset[T]:
-    """The members at `rows` (n,), in that order; chosen ones are not chosen from twice."""
+    """Return the items at `rows` (n,), in that order, without nesting subsets."""
     return (
         SequenceSubset(members.members, members.rows[rows])
         if isinstance(members, SequenceSubset)
@@ -121,5 +121,5 @@ def select_items(members: Sequence[T], rows: NDArray[np.int64]) -> SequenceSubse
 
 
 def describe_raw(raw: Any) -> str:
-    """What messages call a raw picture."""
-    return f"'{escape_name(raw)}'" if isinstance(raw, (str, Path)) else "the picture"
+    """Return how messages refer to an image."""
+    return f"'{escape_name(raw)}'" if isinstance(raw, (str, Path)) else "the image"

@@ -1,6 +1,6 @@
-"""The sets of pictures that torchvision knows by name, as they lie on disk; its own code reads them.
+"""Image datasets of torchvision, read by its own code.
 
-Shapes: n pictures, c channels, h and w pixels.
+Shapes: n images, c channels, h and w pixels.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DATASETS: Mapping[str, _Arguments] = {
     "Imagenette": {"train": {"split": "train"}, "test": {"split": "val"}},
     "OxfordIIITPet": {"train": {"split": "trainval"}, "test": {"split": "test"}},
 }
-"""The sets by name, with what torchvision is told for each split."""
+"""Arguments of the torchvision dataset for each split, by dataset."""
 
 OTHER = "other"
 
@@ -46,22 +46,22 @@ _LISTS_OF_PAIRS = ("_samples", "samples")
 
 
 def load_dataset(name: str, root: Path, *, images: ImageInputs, download: bool, subset: str) -> ImageSplits:
-    """All splits of a set.
+    """Return all splits of a dataset.
 
     Args:
-        name: As torchvision writes it.
-        root: The folder that torchvision is told.
-        images: What happens to each picture.
-        download: Whether torchvision may download what is missing.
-        subset: Of EMNIST.
+        name: Name of the dataset in torchvision.
+        root: Folder of the dataset.
+        images: Inputs that decode the images.
+        download: Whether torchvision may download missing files.
+        subset: Split of EMNIST.
 
     Raises:
-        UnknownNameError: There is no set of that name.
-        DataError: It is not under `root`, is broken, or could not be downloaded.
+        UnknownNameError: The dataset is not supported.
+        DataError: It is missing, broken, or could not be downloaded.
     """
     if name not in DATASETS:
         raise UnknownNameError(
-            f"torchvision's set '{name}' is not one that tuneforge reads",
+            f"tuneforge does not support the torchvision dataset '{name}'",
             where="--data.dataset",
             fix=suggest_name(name, DATASETS),
         )
@@ -76,23 +76,23 @@ def load_dataset(name: str, root: Path, *, images: ImageInputs, download: bool, 
 
 
 def merge_other_classes(parts: ImageSplits, *, fraction: float, seed: int) -> tuple[ImageSplits, tuple[str, ...]]:
-    """Eleven classes: the digits, and all other characters as `other`.
+    """Merge all classes but the digits into one class `other`.
 
     Args:
-        parts: Of a set whose classes are characters.
-        fraction: Of `other` in each split; digits are all kept, others are drawn from the seed.
-        seed: The run's.
+        parts: Splits of a dataset whose classes are characters.
+        fraction: Fraction of `other` in each split; all digits are kept, others are drawn by the seed.
+        seed: Seed of the run.
 
     Returns:
-        The parts, and a sentence for each split where there are fewer others than asked for.
+        The splits, and a sentence for each split with fewer others than requested.
 
     Raises:
-        DataError: The set lacks a digit, or has nothing else.
+        DataError: The dataset lacks a digit or has no other class.
     """
     digits = tuple(string.digits)
     if not set(digits) < set(parts.class_names):
         raise DataError(
-            "the set has no digits and other characters",
+            "the dataset does not have digits and other characters",
             where="--data.other-share",
             why=f"its classes are {', '.join(parts.class_names[:12])}",
             fix="use --data.dataset EMNIST --data.subset byclass",
@@ -104,7 +104,7 @@ def merge_other_classes(parts: ImageSplits, *, fraction: float, seed: int) -> tu
         others = np.flatnonzero(codes == len(digits))
         wanted = round((len(codes) - len(others)) * fraction / (1 - fraction))
         if wanted > len(others):
-            notes.append(f"{split} has {len(others):,} others, fewer than the {wanted:,} that were asked for")
+            notes.append(f"{split} has {len(others):,} others, fewer than the requested {wanted:,}")
         drawn = np.random.RandomState(seed % 2**32).permutation(others)[:wanted]
         rows = np.sort(np.concatenate([np.flatnonzero(codes < len(digits)), drawn]))
         by_split[split] = ImageSplit(part.source, codes, part.ids).select(rows)
@@ -119,8 +119,7 @@ def _load_split(name: str, root: Path, arguments: Mapping[str, Any]) -> Any:
             f"cannot load {name}",
             where=f"--data.root {root}",
             why=str(error).split(".")[0] or type(error).__name__,
-            fix="place its files there as torchvision lays them out, or pass --data.download true"
-            + _suggest_network(error),
+            fix="place its files there in torchvision's layout, or pass --data.download true" + _suggest_network(error),
         ) from error
 
 
@@ -129,7 +128,7 @@ def _suggest_network(error: Exception) -> str:
 
 
 def _get_class_names(name: str, dataset: Any) -> tuple[str, ...]:
-    """Names of the classes: a digit is called by its sign, so that heads find it again."""
+    """Return the names of the classes; a digit is named by its character, so that heads match it."""
     if name in _DIGIT_DATASETS:
         return tuple(string.digits)
     known = getattr(dataset, "classes", None)
@@ -143,33 +142,33 @@ def _to_image_split(dataset: Any, images: ImageInputs, split: str) -> ImageSplit
 
 def _to_image_source(dataset: Any, images: ImageInputs) -> ImageSource:
     if hasattr(dataset, "data"):
-        pictures_nchw = _channels_first(dataset.data)
+        images_nchw = _channels_first(dataset.data)
         if isinstance(dataset, datasets.EMNIST):
-            pictures_nchw = pictures_nchw.transpose(2, 3)  # its files hold every picture transposed
-        return ImageArraySource(images, pictures_nchw)
+            images_nchw = images_nchw.transpose(2, 3)  # its files store images transposed
+        return ImageArraySource(images, images_nchw)
     paths, _ = _get_paths_and_labels(dataset)
     return ImageFileSource(images, paths)
 
 
 def _channels_first(data: Any) -> Tensor:
-    """uint8 (n, c, h, w), from (n, h, w), (n, h, w, 3) or (n, 3, h, w)."""
-    pictures = torch.as_tensor(data)
-    if pictures.ndim == 3:
-        return pictures[:, None]
-    return pictures if pictures.shape[1] == 3 else pictures.permute(0, 3, 1, 2)
+    """Return uint8 (n, c, h, w) from (n, h, w), (n, h, w, 3) or (n, 3, h, w)."""
+    images = torch.as_tensor(data)
+    if images.ndim == 3:
+        return images[:, None]
+    return images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
 
 
 def _get_class_indices(dataset: Any) -> NDArray[np.int64]:
-    """The class of each picture (n,)."""
+    """Return the class of each image (n,)."""
     for attribute in ("targets", "labels"):
         if hasattr(dataset, attribute) and hasattr(dataset, "data"):
             codes = np.asarray(getattr(dataset, attribute), dtype=np.int64)
-            return codes if codes.ndim == 1 else codes[:, 0]  # QMNIST adds the writer and more
+            return codes if codes.ndim == 1 else codes[:, 0]  # QMNIST has more columns, such as the writer
     return np.asarray(_get_paths_and_labels(dataset)[1], dtype=np.int64)
 
 
 def _get_paths_and_labels(dataset: Any) -> tuple[list[Path], list[int]]:
-    """Paths and classes, of a set that is not in memory."""
+    """Return paths and classes of a dataset that is not in memory."""
     for paths, labels in _LISTS_OF_FILES:
         if hasattr(dataset, paths):
             return [Path(path) for path in getattr(dataset, paths)], list(getattr(dataset, labels))

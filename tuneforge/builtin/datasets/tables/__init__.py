@@ -1,1 +1,1 @@
-"""Rows: arrays, tensors, data sets given in Python, CSV files."""
+"""Tabular data sources: arrays, tensors, torch datasets, CSV files."""

@@ -1,14 +1,14 @@
-"""Data that is already in Python: numpy arrays, tensors, mappings of them, a torch Dataset or a DataLoader.
+"""Data in memory: numpy arrays, tensors, mappings of them, a torch Dataset or a DataLoader.
 
-`data_from_arrays(x, y)` gives a component for `Engine(data=...)`. What the answers are follows from their type:
+`data_from_arrays(x, y)` returns a component for `Engine(data=...)`. The kind of the targets follows from their dtype:
 
-=============================================  ===========  ==========================================
-answers                                        targets      note
-=============================================  ===========  ==========================================
-text, truth values, integers (n,)              Classes      named by themselves, or by `names`
-floats (n,) or (n, k)                          Numbers      standardised by the training split alone
-a matrix of 0 and 1 with several columns       LabelSets
-=============================================  ===========  ==========================================
+=============================================  =================  =========================================
+y                                              targets            note
+=============================================  =================  =========================================
+text, booleans, integers (n,)                  ClassTargets       class names are the values, or `names`
+floats (n,) or (n, k)                          RegressionTargets  standardized with the training split
+0 and 1 with several columns (n, k)            MultilabelTargets
+=============================================  =================  =========================================
 
 Shapes: n samples, b in a batch, f features.
 """
@@ -65,45 +65,45 @@ from tuneforge.errors import suggest_name
 if TYPE_CHECKING:
     from tuneforge import Run
 
-_WORD_BY_DTYPE_KIND = {"U": "text", "b": "truth values", "i": "integers", "u": "integers", "f": "floats"}
+_WORD_BY_DTYPE_KIND = {"U": "text", "b": "booleans", "i": "integers", "u": "integers", "f": "floats"}
 
 
 @component(api=1)
 class TensorInputs(Inputs):
-    """Numbers as they are: one tensor a sample, or several by name.
+    """Tensors as inputs: one per sample, or several by name.
 
-    Floats and integers pass unchanged (integers are ids); uint8 becomes float32, because no layer takes it.
+    Floats and integers (such as token ids) are unchanged; uint8 becomes float32, because no layer takes it.
     """
 
     shapes: dict[str, tuple[int, ...]] = option(
-        default={}, help="Shape of a sample's tensors by name; '' names a single one."
+        default={}, help="Shape of each tensor of a sample by name; '' for a single one."
     )
-    dtypes: dict[str, str] = option(default={}, help="Their types, such as float32 or int64.")
-    means: tuple[float, ...] = option(default=(), help="Of a single tensor: what is subtracted along its first axis.")
+    dtypes: dict[str, str] = option(default={}, help="Dtypes by name, such as float32 or int64.")
+    means: tuple[float, ...] = option(default=(), help="Mean per feature or channel of a single tensor.")
     scales: tuple[float, ...] = option(
-        default=(), help="Of a single tensor: what it is then divided by.", check=POSITIVE_NUMBERS
+        default=(), help="Std per feature or channel of a single tensor.", check=POSITIVE_NUMBERS
     )
 
     def decode(self, raw: Any) -> TensorTree:
-        """The tensor of a list of numbers, or the tensors of a mapping of lists.
+        """Return the tensor of a sample, or the tensors of a mapping.
 
         Args:
             raw: Nested lists, an array or a tensor, or a mapping of them; JSON text or an .npy file as bytes or a path.
 
         Raises:
-            DataError: It is none of these, or names, shapes or numbers do not fit.
+            DataError: It is none of these, or names, shapes or values are invalid.
         """
         if isinstance(raw, (bytes, Path)):
             raw = _load_json_or_npy(raw)
         if not isinstance(raw, Mapping):
             if self.shapes and set(self.shapes) != {""}:
-                raise DataError("this is no mapping", fix=f"give a mapping of {', '.join(self.shapes)}")
+                raise DataError("this is not a mapping", fix=f"give a mapping of {', '.join(self.shapes)}")
             return self._decode_tensor("", raw)
         self._check_names(raw)
         return {name: self._decode_tensor(name, raw[name]) for name in self.shapes or raw}
 
     def preprocess(self, samples: TensorTree) -> Any:
-        """Stored tensors of a batch as the model takes them."""
+        """Return the model inputs of stored tensors."""
         return map_inputs(samples, self._preprocess_tensor)
 
     def _preprocess_tensor(self, tensor: Tensor) -> Tensor:
@@ -116,13 +116,11 @@ class TensorInputs(Inputs):
 
     def _check_names(self, raw: Mapping[str, Any]) -> None:
         if set(self.shapes) == {""}:
-            raise DataError("this is a mapping", why="a sample is one list of numbers", fix="give the list itself")
+            raise DataError("this is a mapping", why="a sample is one list of numbers", fix="give the list")
         if self.shapes and set(raw) != set(self.shapes):
             strange = sorted(set(raw) - set(self.shapes), key=str)
             raise DataError(
-                f"'{strange[0]}' is none of the inputs"
-                if strange
-                else f"'{min(set(self.shapes) - set(raw))}' is missing",
+                f"unknown input '{strange[0]}'" if strange else f"'{min(set(self.shapes) - set(raw))}' is missing",
                 why=f"the model takes {', '.join(self.shapes)}",
                 fix=suggest_name(str(strange[0]), self.shapes) if strange else "give every input",
             )
@@ -141,27 +139,25 @@ class TensorInputs(Inputs):
 
 @component(api=1)
 class ArrayData:
-    """Live arrays or datasets as a run's data. Made by `data_from_arrays`: the objects themselves are no options."""
+    """Arrays or datasets in memory as a run's data, created by `data_from_arrays`."""
 
     val: float = option(
-        default=0.2, help="Share of the samples for validation, where none are given.", check=FRACTION_OR_ZERO
+        default=0.2, help="Fraction of the samples for validation, if none are given.", check=FRACTION_OR_ZERO
     )
     test: float = option(
-        default=0.2, help="Share of the samples for the test, where none are given.", check=FRACTION_OR_ZERO
+        default=0.2, help="Fraction of the samples for the test split, if none are given.", check=FRACTION_OR_ZERO
     )
-    names: tuple[str, ...] = option(default=(), help="Of the classes by index, of the labels or of the numbers.")
-    units: tuple[str, ...] = option(default=("",), help="Of the numbers; one for all of them will do.")
-    standardize: bool = option(
-        default=False, help="Bring each feature to mean 0 and deviation 1 over the training split."
-    )
+    names: tuple[str, ...] = option(default=(), help="Names of the classes by index, of the labels or of the numbers.")
+    units: tuple[str, ...] = option(default=("",), help="Units of the numbers, or one for all.")
+    standardize: bool = option(default=False, help="Standardize each feature with mean and std of the training split.")
 
     def __attrs_post_init__(self) -> None:
         if self.val + self.test >= 1:
-            raise OptionError(f"val {self.val} and test {self.test} leave nothing to train on", fix="lower them")
+            raise OptionError(f"val {self.val} and test {self.test} leave nothing for training", fix="lower them")
 
     @classmethod
     def from_object(cls, source: Any) -> ArrayData:
-        """The component for a pair (x, y), a torch Dataset or a DataLoader, with the defaults of `data_from_arrays`.
+        """Return the component for a pair (x, y), a torch Dataset or a DataLoader.
 
         Raises:
             UsageError: It is none of these.
@@ -171,19 +167,19 @@ class ArrayData:
         if isinstance(source, (Dataset, DataLoader)):
             return data_from_arrays(source)
         raise UsageError(
-            f"{type(source).__name__} is no data source",
+            f"{type(source).__name__} is not a data source",
             where="--data",
             fix="give a name, a pair (x, y), a torch Dataset, a DataLoader, or data_from_arrays(x, y, ...)",
         )
 
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
-        """Read the answers, divide the samples and describe both.
+        """Read the targets and split the samples.
 
-        Where a tuned model looks at other arrays, its classes and scales are kept.
+        A restored run keeps its classes and scales.
 
         Raises:
-            DataError: The samples cannot be used as they are; the message says which and what to do.
+            DataError: The samples cannot be used.
         """
         given: dict[str, tuple[Any, Any]] = getattr(self, "_given", {})
         if not given:
@@ -212,38 +208,38 @@ def data_from_arrays(
     units: Sequence[str] = ("",),
     standardize: bool = False,
 ) -> ArrayData:
-    """Data for a run from what is already in Python.
+    """Return a data source from arrays, tensors, a Dataset or a DataLoader.
 
     Args:
         x: Inputs of all samples (n, ...): an array, a tensor or a mapping of them; or a torch Dataset of pairs
-            (input, answer), or a DataLoader, whose dataset is taken: order and batch size are the run's.
-        y: Answers (n,) or (n, k); None with a Dataset.
-        val: Share of the samples for validation, unless `x_val` is given; of each class its share.
-        test: Share of the samples for the test, unless `x_test` is given.
+            (input, target), or a DataLoader, of which only the dataset is used.
+        y: Targets (n,) or (n, k); None with a Dataset.
+        val: Fraction of the samples for validation, stratified by class, unless `x_val` is given.
+        test: Fraction of the samples for the test split, unless `x_test` is given.
         x_val: Inputs for validation, as `x`.
-        y_val: Their answers.
-        x_test: Inputs for the test, as `x`.
-        y_test: Their answers.
-        names: Of the classes, where `y` holds their indices, or in the order wanted; of the labels or numbers.
-        units: Of the numbers.
-        standardize: Bring each feature (or channel: the first axis of a sample) to mean 0 and standard deviation 1
-            over the training split; the numbers are stored with the model. Only for one tensor of floats a sample.
+        y_val: Targets for validation.
+        x_test: Inputs for the test split, as `x`.
+        y_test: Targets for the test split.
+        names: Names of the classes, if `y` has their indices or for another order; names of the labels or numbers.
+        units: Units of the numbers.
+        standardize: Standardize each feature (or channel: the first axis of a sample) with mean and standard deviation
+            of the training split, which are stored with the model. Only for one tensor of floats per sample.
     """
     arrays = ArrayData(val=val, test=test, names=tuple(names), units=tuple(units), standardize=standardize)
     given = {"train": (x, y), "val": (x_val, y_val), "test": (x_test, y_test)}
-    # Live objects are no options: they have no text for a file or a flag. So they are set past the frozen class.
+    # The arrays are not options, which need a text for files and flags, so they are set on the frozen instance.
     present = {split: (x, y) for split, (x, y) in given.items() if not (x is None and y is None)}
     object.__setattr__(arrays, "_given", present)
     return arrays
 
 
 class _DataBuilder:
-    """What the samples are, once the answers of all of them are known.
+    """Builds `Data` from samples and their targets.
 
     Args:
-        options: As the user gave them.
-        samples_by_split: The samples by split; what `val` or `test` lacks is drawn from `train`.
-        restored: The data of a tuned model that looks at these samples, or None.
+        options: Options of the data source.
+        parts: Samples by split; a missing `val` or `test` is drawn from `train`.
+        restored: Data of a restored run, or None.
     """
 
     def __init__(self, options: ArrayData, parts: dict[str, ArraySamples], restored: Data | None) -> None:
@@ -251,7 +247,7 @@ class _DataBuilder:
         self.target_kind: TargetKind = infer_target_kind(parts["train"].targets, where="y")
 
     def build(self, shares: dict[str, float], seed: int) -> Data:
-        """The splits; those with a share are drawn from what is given to train."""
+        """Return the data; splits with a fraction are drawn from train."""
         train = self.samples_by_split["train"]
         targets, pools = self._build_targets(num_splits=1 + sum(share > 0 for share in shares.values()))
         rows = split_rows(pools, val=shares["val"], test=shares["test"], seed=seed, where="y")
@@ -272,14 +268,12 @@ class _DataBuilder:
         )
 
     def _build_targets(self, *, num_splits: int) -> tuple[Targets, list[Tensor]]:
-        """The targets, and the rows that are divided alike: those of a class, or all."""
-        answers, names = self.samples_by_split["train"].targets, self.options.names
+        """Return the targets, and the groups of rows to split: those of each class, or all rows."""
+        raw, names = self.samples_by_split["train"].targets, self.options.names
         known = None if self.restored is None else self.restored.targets
-        everything = [torch.arange(len(answers))]
+        everything = [torch.arange(len(raw))]
         if self.target_kind == "classes":
-            classes = (
-                known if isinstance(known, ClassTargets) else ClassTargets(names=names or infer_class_names(answers))
-            )
+            classes = known if isinstance(known, ClassTargets) else ClassTargets(names=names or infer_class_names(raw))
             pools = group_rows_by_class(
                 self._encode_targets("train", classes),
                 classes,
@@ -288,10 +282,10 @@ class _DataBuilder:
                 where="y",
             )
             return classes, pools
-        columns = answers.reshape(len(answers), -1).shape[1]
+        columns = raw.reshape(len(raw), -1).shape[1]
         if names and len(names) != columns:
             raise DataError(
-                f"{len(names)} names for {columns} column(s) of answers", where="names", fix="name each once"
+                f"{len(names)} names for {columns} column(s) of targets", where="names", fix="name each once"
             )
         if self.target_kind == "label-sets":
             return MultilabelTargets(names=names or tuple(map(str, range(columns)))), everything
@@ -301,36 +295,36 @@ class _DataBuilder:
         return RegressionTargets(names=names or default, units=self.options.units), everything
 
     def _encode_targets(self, split: str, targets: Targets) -> Tensor:
-        """The targets of a given part, as the split stores them.
+        """Return the encoded targets of a given split.
 
         Raises:
-            DataError: They are of another kind or shape than the training answers, or of an unknown class.
+            DataError: They differ in kind or shape from the training targets, or have an unknown class.
         """
-        answers, where = self.samples_by_split[split].targets, targets_argument_name(split)
-        if not self._has_same_kind(answers):
+        raw, where = self.samples_by_split[split].targets, targets_argument_name(split)
+        if not self._has_same_kind(raw):
             train = self.samples_by_split["train"].targets
             raise DataError(
-                f"answers of type {answers.dtype} and shape {answers.shape}",
+                f"targets of dtype {raw.dtype} and shape {raw.shape}",
                 where=where,
-                why=f"those to train on have type {train.dtype} and shape {train.shape}",
-                fix="give the same kind of answers for every split",
+                why=f"the training targets have dtype {train.dtype} and shape {train.shape}",
+                fix="give the same kind of targets for every split",
             )
         if isinstance(targets, ClassTargets):
-            by_name = not self.options.names or answers.dtype.kind == "U"
-            return encode_classes(answers, targets.names, by_name=by_name, where=where)
+            by_name = not self.options.names or raw.dtype.kind == "U"
+            return encode_classes(raw, targets.names, by_name=by_name, where=where)
         return (
-            standardize(answers, targets)
+            standardize(raw, targets)
             if isinstance(targets, RegressionTargets)
-            else torch.from_numpy(answers.astype(np.float32))
+            else torch.from_numpy(raw.astype(np.float32))
         )
 
-    def _has_same_kind(self, answers: NDArray[Any]) -> bool:
-        """True where the answers are of the kind and width of those to train on."""
-        if answers.shape[1:] != self.samples_by_split["train"].targets.shape[1:]:
+    def _has_same_kind(self, raw: NDArray[Any]) -> bool:
+        """Return True if the targets have the kind and width of the training targets."""
+        if raw.shape[1:] != self.samples_by_split["train"].targets.shape[1:]:
             return False
-        if self.target_kind == "numbers":  # of which a few may happen to be 0 and 1 throughout
-            return answers.dtype.kind == "f"
-        return infer_target_kind(answers, where="") == self.target_kind
+        if self.target_kind == "numbers":  # a small split may happen to have only 0 and 1
+            return raw.dtype.kind == "f"
+        return infer_target_kind(raw, where="") == self.target_kind
 
     def _build_split(self, split: str, rows: Tensor, targets: Targets) -> Split:
         if split in self.samples_by_split and split != "train":
@@ -342,10 +336,10 @@ class _DataBuilder:
         return Split(taken, stored[rows], ids=[str(row) for row in rows.tolist()])
 
     def _build_inputs(self, rows: Tensor) -> TensorInputs:
-        """The contract of the inputs, read off one sample of each part.
+        """Return the inputs, from one sample of each split.
 
         Raises:
-            DataError: Samples of the parts differ in name, shape or type.
+            DataError: Samples of the splits differ in name, shape or dtype.
         """
         train = describe_tensors(self.samples_by_split["train"].inputs)
         for split, part in self.samples_by_split.items():
@@ -354,8 +348,8 @@ class _DataBuilder:
                 raise DataError(
                     f"samples of shape {_format_shapes(shapes)}",
                     where=f"x_{split}",
-                    why=f"those to train on have shape {_format_shapes(train[0])}, and types must be equal too",
-                    fix="prepare every split in the same way",
+                    why=f"the training samples have shape {_format_shapes(train[0])}, and dtypes must be equal too",
+                    fix="prepare all splits in the same way",
                 )
         known = None if self.restored is None else self.restored.inputs
         means, scales = (
@@ -364,15 +358,15 @@ class _DataBuilder:
         return TensorInputs(shapes=train[0], dtypes=train[1], means=means, scales=scales)
 
     def _compute_mean_and_scale(self, rows: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Means and deviations of each feature over the training rows; nothing where they are not asked for."""
+        """Return mean and standard deviation of each feature over the training rows, if requested."""
         inputs = self.samples_by_split["train"].inputs
         if not self.options.standardize:
             return (), ()
         if not isinstance(inputs, Tensor) or inputs.ndim < 2 or inputs.dtype not in (torch.float32, torch.uint8):
             raise DataError(
-                "only one tensor of numbers a sample can be standardised",
-                where="standardise",
-                fix="leave it out, or standardise x before",
+                "only one tensor of numbers per sample can be standardized",
+                where="standardize",
+                fix="turn it off, or standardize x before",
             )
         features = inputs[rows].double().transpose(0, 1).flatten(1)
         means, scales = features.mean(1), features.std(1, correction=0)
@@ -381,28 +375,26 @@ class _DataBuilder:
     def _describe_targets(self, targets: Targets) -> str:
         kind = _WORD_BY_DTYPE_KIND[self.samples_by_split["train"].targets.dtype.kind]
         if self.target_kind == "numbers":
-            read_as = f"numbers ({targets.num_outputs} a sample)"
-            return f"answers that are {kind} are read as {read_as}; give integers for classes"
+            read_as = f"numbers ({targets.num_outputs} per sample)"
+            return f"targets that are {kind} are read as {read_as}; give integers for classes"
         if self.target_kind == "label-sets":
-            return f"a matrix of 0 and 1 is read as {targets.num_outputs} labels, any of which may hold"
-        return f"answers that are {kind} are read as {targets.num_outputs} classes"
+            return f"a matrix of 0 and 1 is read as {targets.num_outputs} labels (multi-label)"
+        return f"targets that are {kind} are read as {targets.num_outputs} classes"
 
 
 def _cast_tensor(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
     cast = tensor.to(dtype)
     if not dtype.is_floating_point and not torch.equal(cast.to(tensor.dtype), tensor):
-        raise DataError(
-            "a number that is not whole", where=where, why=f"this input is {dtype}", fix="give whole numbers"
-        )
+        raise DataError("a number is not an integer", where=where, why=f"this input is {dtype}", fix="give integers")
     return cast
 
 
 def _load_json_or_npy(raw: bytes | Path) -> Any:
-    """What a file of JSON or an .npy file holds; a pickle inside it is never opened."""
+    """Return the content of a JSON or .npy file, without unpickling."""
     try:
         content = raw.read_bytes() if isinstance(raw, Path) else raw
         if content.startswith(b"\x93NUMPY"):
-            return np.load(io.BytesIO(content), allow_pickle=False)  # noqa: TID251 - which never opens a pickle
+            return np.load(io.BytesIO(content), allow_pickle=False)  # noqa: TID251 - no unpickling
         return json.loads(content)
     except (OSError, ValueError) as error:
         where = str(raw) if isinstance(raw, Path) else ""

@@ -1,4 +1,4 @@
-"""A CSV file read into columns of text, with the line of each row."""
+"""Columns of text of a CSV file, with the line of each row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tuneforge import DataError
 
 
 class Table(NamedTuple):
-    """A CSV file's cells.
+    """The cells of a CSV file.
 
     Args:
         columns: Cells by column name, as text (n,).
@@ -22,10 +22,10 @@ class Table(NamedTuple):
 
 
 def read_table(path: Path, delimiter: str) -> Table:
-    """The cells of a CSV file with a header.
+    """Return the cells of a CSV file with a header.
 
     Raises:
-        DataError: The file is missing, empty, no UTF-8 text, or a row has another number of cells than the header.
+        DataError: The file is missing, empty or not UTF-8, or a row has another number of cells than the header.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:

@@ -1,4 +1,4 @@
-"""Samples that are already in Python: arrays and tensors in memory, or a torch Dataset, item by item.
+"""Samples in memory: arrays, tensors, or a torch Dataset whose items are read on demand.
 
 Shapes: n samples, b in a batch.
 """
@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from tuneforge import DataError, Source, TensorTree, map_inputs
 from tuneforge.builtin.datasets.tables.target_arrays import to_target_array
 
-_LARGE_DATASET = 10_000  # samples from which reading the answers of a Dataset is worth a note
+_LARGE_DATASET = 10_000  # samples from which reading all targets is slow enough for a note
 
 
 class ArraySamples(NamedTuple):
-    """Samples as they were given, of one split or not divided yet."""
+    """Samples of one split, or of all data before it is split."""
 
     inputs: TensorTree | Source
     targets: NDArray[Any]
@@ -29,44 +29,44 @@ class ArraySamples(NamedTuple):
 
 
 def read_samples(x: Any, y: Any, split: str) -> ArraySamples:
-    """What was given for a split, as inputs and answers of equal number.
+    """Return the samples of a split, with as many targets as inputs.
 
     Raises:
-        DataError: Something is missing, empty, of another length, or no array.
+        DataError: Inputs or targets are missing, empty, of different lengths, or not arrays.
     """
     where = "x" if split == "train" else f"x_{split}"
     notes: list[str] = []
     if isinstance(x, DataLoader):
-        notes.append(f"{where}: a DataLoader's order and batch size are not used; those of the run are")
+        notes.append(f"{where}: the sampler and batch size of the DataLoader are not used")
         x = x.dataset
     inputs: TensorTree | Source
     if isinstance(x, Dataset) and y is None:
-        inputs, answers = _read_dataset(x, where)
+        inputs, raw_targets = _read_dataset(x, where)
         if isinstance(inputs, DatasetSource) and len(inputs) >= _LARGE_DATASET:
-            notes.append(f"{where}: every sample was fetched once for its answer; {len(inputs):,} is many")
+            notes.append(f"{where}: all {len(inputs):,} samples were read once for their targets")
     elif x is None or y is None or isinstance(x, Dataset):
         raise DataError(
-            f"{where} and {targets_argument_name(split)} do not go together",
+            f"{where} and {targets_argument_name(split)} do not match",
             fix="give arrays x and y, or a Dataset alone",
         )
     else:
-        inputs, answers = _to_tensors(x, where), y
-    array = to_target_array(answers, where=targets_argument_name(split))
+        inputs, raw_targets = _to_tensors(x, where), y
+    array = to_target_array(raw_targets, where=targets_argument_name(split))
     count = _count_samples(inputs)
     if count != len(array) or not count:
         raise DataError(
-            f"{count} samples and {len(array)} answers", where=where, fix="give one answer a sample, and at least one"
+            f"{count} samples and {len(array)} targets", where=where, fix="give one target per sample, and at least one"
         )
     return ArraySamples(inputs, array, tuple(notes))
 
 
 def targets_argument_name(split: str) -> str:
-    """How messages name the answers of a split."""
+    """Return the name of the targets argument of a split, for messages."""
     return "y" if split == "train" else f"y_{split}"
 
 
 def describe_tensors(inputs: TensorTree | Source) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shape and type of one sample's tensors, by name."""
+    """Return shape and dtype of the tensors of a sample, by name."""
     first = torch.zeros(1, dtype=torch.int64)
     sample = inputs.fetch(first) if isinstance(inputs, Source) else map_inputs(inputs, lambda tensor: tensor[:1])
     tensors = dict(sample) if isinstance(sample, Mapping) else {"": sample}
@@ -79,9 +79,9 @@ def _read_dataset(dataset: Any, where: str) -> tuple[TensorTree | Source, Any]:
         return _to_tensors(dataset.tensors[0], where), dataset.tensors[1]
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise DataError(
-            f"{type(dataset).__name__} cannot be asked for a sample by number",
+            f"{type(dataset).__name__} has no access by index",
             where=where,
-            why="the run decides the order, so that it can be resumed",
+            why="the run chooses the order, so that it can be resumed",
             fix="give a Dataset with __len__ and __getitem__",
         )
     source = DatasetSource(dataset, where)
@@ -96,13 +96,13 @@ def _to_tensors(x: Any, where: str) -> TensorTree:
     }
     lengths = {name: len(tensor) for name, tensor in tensors.items()}
     if len(set(lengths.values())) != 1:
-        raise DataError(f"inputs of different lengths: {lengths}", where=where, fix="give one row a sample in each")
+        raise DataError(f"inputs of different lengths: {lengths}", where=where, fix="give one row per sample in each")
     return tensors
 
 
 def _require_rows(tensor: Tensor, where: str) -> Tensor:
     if tensor.ndim == 0:
-        raise DataError("a single number instead of samples", where=where, fix="give an array with a row a sample")
+        raise DataError("a single number instead of samples", where=where, fix="give an array with a row per sample")
     return tensor
 
 
@@ -111,11 +111,11 @@ def _count_samples(inputs: TensorTree | Source) -> int:
 
 
 class DatasetSource:
-    """A torch Dataset as a source: each sample is fetched when it is asked for.
+    """A torch Dataset as a source, whose samples are read on demand.
 
     Args:
-        dataset: Of pairs (input, answer).
-        where: What messages name.
+        dataset: Dataset of pairs (input, target).
+        where: Name of the argument, for messages.
     """
 
     def __init__(self, dataset: Dataset[Any], where: str) -> None:
@@ -126,14 +126,14 @@ class DatasetSource:
         return len(self.dataset)
 
     def fetch(self, indices: Tensor) -> TensorTree:
-        """The inputs of `indices`, int64 (b,), one upon the other (b, ...)."""
+        """Return the stacked inputs (b, ...) of `indices`, int64 (b,)."""
         samples = [self._read_input(row) for row in indices.tolist()]
         if isinstance(samples[0], Tensor):
             return self._stack(samples, indices)
         return {name: self._stack([sample[name] for sample in samples], indices) for name in samples[0]}
 
     def read_targets(self) -> list[Any]:
-        """Every answer, each from fetching its sample."""
+        """Return the targets of all samples, which reads each sample once."""
         found = [self._read_pair(row)[1] for row in range(len(self))]
         return [each.tolist() if isinstance(each, (Tensor, np.ndarray)) else each for each in found]
 
@@ -148,9 +148,9 @@ class DatasetSource:
         item = self.dataset[row]
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise DataError(
-                f"the dataset gives {type(item).__name__}",
+                f"the dataset returns {type(item).__name__}",
                 where=f"{self.where}[{row}]",
-                fix="give pairs (input, answer)",
+                fix="return pairs (input, target)",
             )
         return item[0], item[1]
 
@@ -166,28 +166,28 @@ class DatasetSource:
 
 
 def to_tensor(value: Any, *, where: str) -> Tensor:
-    """Numbers as a tensor on the CPU: floats as float32, integers as int64, but uint8 and truth values as they are.
+    """Return a CPU tensor: floats become float32, integers int64; uint8 and booleans keep their dtype.
 
     Raises:
-        DataError: It is no array of finite numbers.
+        DataError: The value is not an array of finite numbers.
     """
     if type(value).__module__.partition(".")[0] == "PIL":
-        raise DataError("a picture object", where=where, fix="turn it into a tensor (torchvision.transforms.v2)")
+        raise DataError("a PIL image", where=where, fix="convert it to a tensor (torchvision.transforms.v2)")
     try:
         tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(_to_numeric(np.asarray(value)))
     except (TypeError, ValueError) as error:
-        raise DataError(f"{type(value).__name__} is no array of numbers", where=where, why=str(error)) from None
+        raise DataError(f"{type(value).__name__} is not an array of numbers", where=where, why=str(error)) from None
     if tensor.is_floating_point():
         tensor = tensor.float()
         if not tensor.isfinite().all():
             row = int((~tensor.isfinite()).nonzero()[0, 0]) if tensor.ndim else 0
-            raise DataError("an input is NaN or infinite", where=f"{where}[{row}]", fix="fill in or remove such values")
+            raise DataError("an input is NaN or Inf", where=f"{where}[{row}]", fix="replace or remove such values")
     return tensor if tensor.dtype in (torch.float32, torch.uint8, torch.bool) else tensor.long()
 
 
 def _to_numeric(array: NDArray[Any]) -> NDArray[Any]:
     if array.dtype.kind not in "biuf":
-        raise TypeError(f"its type is {array.dtype}; text columns belong in a table (--data table-csv)")
+        raise TypeError(f"its dtype is {array.dtype}; use --data table-csv for text columns")
     kept = array.dtype == np.uint8 or array.dtype.kind == "b"
     dtype = array.dtype if kept else np.float32 if array.dtype.kind == "f" else np.int64
-    return np.require(array, dtype=dtype, requirements=("C", "W"))  # torch warns of arrays it could not write to
+    return np.require(array, dtype=dtype, requirements=("C", "W"))  # torch warns about read-only arrays

@@ -37,45 +37,43 @@ _MAX_CLASSES = 20  # of a column of whole numbers that `auto` takes for classes
 
 @component(api=1)
 class TableCsv:
-    """Rows of a CSV file with a header: every column but the target is an input."""
+    """Rows of a CSV file with a header; all columns but the target are inputs."""
 
     path: Path = option(help="The file.")
     target: str = option(help="Name of the column to predict.")
     task: Literal["auto", "classification", "regression"] = option(
-        default="auto", help="What the target is; auto: regression if it holds numbers other than a few whole ones."
+        default="auto", help="Task; auto is regression if the target has numbers other than up to 20 distinct integers."
     )
-    unit: str = option(default="", help="Unit of the target, where it is a number.")
-    val: float = option(default=0.15, help="Share of the rows for validation.", check=FRACTION)
-    test: float = option(default=0.15, help="Share of the rows for the test.", check=FRACTION)
-    delimiter: str = option(default=",", help="What separates the cells of a row.", check=_ONE_CHARACTER)
+    unit: str = option(default="", help="Unit of a numeric target.")
+    val: float = option(default=0.15, help="Fraction of the rows for validation.", check=FRACTION)
+    test: float = option(default=0.15, help="Fraction of the rows for the test split.", check=FRACTION)
+    delimiter: str = option(default=",", help="Separator of cells.", check=_ONE_CHARACTER)
 
     def __attrs_post_init__(self) -> None:
         if self.val + self.test >= 1:
-            raise OptionError(f"val {self.val} and test {self.test} leave nothing to train on", fix="lower them")
+            raise OptionError(f"val {self.val} and test {self.test} leave nothing for training", fix="lower them")
 
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
-        """Read, divide, and turn into features by the statistics of the training split alone.
+        """Read and split the rows, and encode them with the statistics of the training split.
 
-        Where a tuned model looks at another file, its columns, classes and scales are kept.
+        A restored run keeps its columns, classes and scales.
 
         Raises:
-            DataError: The file cannot be read or learnt from; the message names line or column and what to do.
+            DataError: The file cannot be read, or its data cannot be used.
         """
         table = read_table(self.path, self.delimiter)
         known, where = run.data if run.restoring else None, f"{self.path}, column '{self.target}'"
-        answers = self._read_target(table, self.task if known is None else _get_restored_task(known.targets, self.task))
-        targets, pools = self._build_targets(answers, known, where)
+        target = self._read_target(table, self.task if known is None else _get_restored_task(known.targets, self.task))
+        targets, pools = self._build_targets(target, known, where)
         rows = split_rows(pools, val=self.val, test=self.test, seed=run.data_seed, where=where)
         if isinstance(targets, RegressionTargets) and known is None:
-            targets = fit_number_targets(
-                answers[rows[0].numpy()], names=(self.target,), units=(self.unit,), where=where
-            )
+            targets = fit_number_targets(target[rows[0].numpy()], names=(self.target,), units=(self.unit,), where=where)
         columns = {name: cells for name, cells in table.columns.items() if name != self.target}
         inputs, notes = infer_inputs(columns, rows[0].tolist(), where=str(self.path))
         if known is not None and isinstance(known.inputs, TableInputs):
             inputs, notes = known.inputs, []
-        features, stored = inputs.to_features(columns), _encode_targets(answers, targets, where)
+        features, stored = inputs.to_features(columns), _encode_targets(target, targets, where)
         ids = [f"{self.path.name}:{line}" for line in table.lines]
         train, val, test = (
             Split(features[part], stored[part], ids=[ids[row] for row in part.tolist()]) for part in rows
@@ -84,7 +82,7 @@ class TableCsv:
         return Data(train=train, val=val, test=test, inputs=inputs, targets=targets, notes=tuple(notes))
 
     def _read_target(self, table: Table, task: str) -> NDArray[Any]:
-        """The target column: text or whole numbers for classes, float64 for numbers (n,)."""
+        """Return the target column (n,): text or integers for classes, float64 for regression."""
         if self.target not in table.columns:
             raise DataError(
                 f"there is no column '{self.target}'",
@@ -97,7 +95,7 @@ class TableCsv:
             raise DataError(
                 f"{len(missing)} row(s) have no '{self.target}'",
                 where=f"{self.path}, line {missing[0]}",
-                why="nothing can be learnt from a row without an answer",
+                why="a row without a target cannot be used",
                 fix="fill these cells in, or remove the rows",
             )
         numbers = [parse_number(cell) for cell in cells]
@@ -114,18 +112,18 @@ class TableCsv:
             return np.array(numbers, dtype=np.float64)
         return np.array(cells) if wrong or not whole else np.array([int(cell) for cell in cells])
 
-    def _build_targets(self, answers: NDArray[Any], known: Data | None, where: str) -> tuple[Targets, list[Tensor]]:
-        """The targets, and the rows that are divided alike: those of a class, or all."""
-        tuned = None if known is None else known.targets
-        if answers.dtype.kind == "f":
+    def _build_targets(self, target: NDArray[Any], known: Data | None, where: str) -> tuple[Targets, list[Tensor]]:
+        """Return the targets, and the groups of rows to split: those of each class, or all rows."""
+        restored = None if known is None else known.targets
+        if target.dtype.kind == "f":
             targets = (
-                tuned
-                if isinstance(tuned, RegressionTargets)
+                restored
+                if isinstance(restored, RegressionTargets)
                 else RegressionTargets(names=(self.target,), units=(self.unit,))
             )
-            return targets, [torch.arange(len(answers))]
-        classes = tuned if isinstance(tuned, ClassTargets) else ClassTargets(names=infer_class_names(answers))
-        codes = encode_classes(answers, classes.names, by_name=True, where=where)
+            return targets, [torch.arange(len(target))]
+        classes = restored if isinstance(restored, ClassTargets) else ClassTargets(names=infer_class_names(target))
+        codes = encode_classes(target, classes.names, by_name=True, where=where)
         return classes, group_rows_by_class(codes, classes, num_splits=3, allow_empty=known is not None, where=where)
 
     def _describe_target(self, targets: Targets) -> str:
@@ -137,7 +135,7 @@ class TableCsv:
 
 
 def _get_restored_task(targets: Targets, task: str) -> str:
-    """What a tuned model's target is; `task` where it is neither classes nor numbers."""
+    """Return the task of a restored run, or `task` if its targets are of another kind."""
     return (
         "classification"
         if isinstance(targets, ClassTargets)
@@ -147,7 +145,7 @@ def _get_restored_task(targets: Targets, task: str) -> str:
     )
 
 
-def _encode_targets(answers: NDArray[Any], targets: Targets, where: str) -> Tensor:
+def _encode_targets(target: NDArray[Any], targets: Targets, where: str) -> Tensor:
     if isinstance(targets, RegressionTargets):
-        return standardize(answers, targets)
-    return encode_classes(answers, targets.labels, by_name=True, where=where)
+        return standardize(target, targets)
+    return encode_classes(target, targets.labels, by_name=True, where=where)

@@ -32,44 +32,44 @@ NUMBER, NUMBER_OR_NONE, TEXT = "number", "number-or-none", "text"
 
 @component(api=1)
 class TableInputs(Inputs):
-    """One row of a table as features (f,): numbers standardised, text as one of its known values.
+    """A row of a table as features (f,): standardized numbers, and one-hot encoded text.
 
-    A missing number is the training mean; where training had such, a further feature says so. A missing text, or one
-    that training did not have, is none of the values.
+    A missing number becomes the training mean, with an indicator feature if the training split has missing numbers. A
+    missing text, or one that is not in the training split, is all zeros.
     """
 
     tabular = True
 
     columns: tuple[str, ...] = option(help="Names of the columns.")
-    column_types: tuple[str, ...] = option(help="number, number-or-none or text, of each column.")
-    means: tuple[float, ...] = option(help="Training mean of each column of numbers; 0 for text.")
-    scales: tuple[float, ...] = option(help="Training deviation of each column of numbers; 1 for text.")
-    categories: tuple[tuple[str, ...], ...] = option(help="Known values of each column of text; none for numbers.")
+    column_types: tuple[str, ...] = option(help="Type of each column: number, number-or-none or text.")
+    means: tuple[float, ...] = option(help="Training mean of each numeric column; 0 for text.")
+    scales: tuple[float, ...] = option(help="Training std of each numeric column; 1 for text.")
+    categories: tuple[tuple[str, ...], ...] = option(help="Known values of each text column; empty for numbers.")
 
     def decode(self, raw: Any) -> Tensor:
-        """The features (f,) of a row.
+        """Return the features (f,) of a row.
 
         Args:
-            raw: Cells by column name, as text or values; other columns are passed over. Also a JSON object as bytes,
-                or the path of a file that holds one.
+            raw: Cells by column name, as text or values; other columns are ignored. Also a JSON object as bytes, or the
+                path of a file with one.
 
         Raises:
-            DataError: A column is missing, or holds text instead of a number.
+            DataError: A column is missing, or has text instead of a number.
         """
         row = _load_json(raw) if isinstance(raw, (bytes, Path)) else raw
         if not isinstance(row, Mapping):
-            raise DataError(f"{type(row).__name__} is no row", fix="give a mapping from column name to value")
+            raise DataError(f"{type(row).__name__} is not a row", fix="give a mapping from column name to value")
         for name in self.columns:
             if name not in row:
                 raise DataError(f"column '{name}' is missing", where="the row", fix=suggest_name(name, map(str, row)))
         return self.to_features({name: [row[name]] for name in self.columns})[0]
 
     def preprocess(self, samples: TensorTree) -> Any:
-        """The features as they are (b, f)."""
+        """Return the features (b, f) unchanged."""
         return samples
 
     def render_text(self, sample: TensorTree) -> str:
-        """The row's cells by name, a missing one as "?"."""
+        """Return the cells of the row by name, a missing one as "?"."""
         assert isinstance(sample, Tensor)
         widths = [self._get_num_features(index) for index in range(len(self.columns))]
         blocks = sample.double().tolist()
@@ -80,7 +80,7 @@ class TableInputs(Inputs):
         return ", ".join(shown)[:200]
 
     def to_features(self, columns: Mapping[str, Sequence[Any]]) -> Tensor:
-        """Cells (n,) of each column as features, float32 (n, f); the same for a row alone and among others."""
+        """Return the features, float32 (n, f), of cells (n,) by column; each row is independent of the others."""
         blocks = [self._encode_column(index, columns[name]) for index, name in enumerate(self.columns)]
         return torch.from_numpy(np.concatenate(blocks, 1).astype(np.float32))
 
@@ -106,13 +106,16 @@ class TableInputs(Inputs):
 
 
 def infer_inputs(columns: Mapping[str, list[str]], train: list[int], *, where: str) -> tuple[TableInputs, list[str]]:
-    """The contract of the inputs, from all cells for a column's kind and from those of training for the rest."""
+    """Return the inputs, and notes on skipped columns.
+
+    The type of a column is inferred from all cells, its statistics and categories from the training rows.
+    """
     kept: dict[str, tuple[str, float, float, tuple[str, ...]]] = {}
     notes = []
     for name, cells in columns.items():
         described = _infer_column(cells, train)
         if isinstance(described, str):
-            notes.append(f"column '{name}' is left out: {described}")
+            notes.append(f"column '{name}' is skipped: {described}")
         else:
             kept[name] = described
     if not kept:
@@ -124,7 +127,7 @@ def infer_inputs(columns: Mapping[str, list[str]], train: list[int], *, where: s
 
 
 def _infer_column(cells: list[str], train: list[int]) -> tuple[str, float, float, tuple[str, ...]] | str:
-    """Kind, mean, scale and values of a column, or why it is left out."""
+    """Return type, mean, scale and categories of a column, or why it is skipped."""
     if all(cell.strip().lower() in MISSING_VALUES for cell in cells):
         return "it is empty"
     numbers = [math.nan if cell.strip().lower() in MISSING_VALUES else parse_number(cell) for cell in cells]
@@ -134,7 +137,7 @@ def _infer_column(cells: list[str], train: list[int]) -> tuple[str, float, float
         return (
             (TEXT, 0.0, 1.0, tuple(values))
             if few
-            else f"it has {len(values)} different texts, more than {_MAX_CATEGORIES}"
+            else f"it has {len(values)} distinct texts, more than {_MAX_CATEGORIES}"
         )
     trained = np.array(numbers, dtype=np.float64)[train]
     present = trained[~np.isnan(trained)]
@@ -146,7 +149,7 @@ def _infer_column(cells: list[str], train: list[int]) -> tuple[str, float, float
 
 
 def parse_number(cell: str | float) -> float | None:
-    """The finite number that a cell holds, or None."""
+    """Return the finite number in a cell, or None."""
     try:
         number = float(cell)
     except ValueError:
@@ -155,13 +158,13 @@ def parse_number(cell: str | float) -> float | None:
 
 
 def _parse_cell(cell: Any, name: str) -> float:
-    """The number of a cell as text or value; NaN where it is missing."""
+    """Return the number in a cell, NaN if it is missing."""
     if cell is None or (isinstance(cell, str) and cell.strip().lower() in MISSING_VALUES):
         return math.nan
     number = parse_number(cell) if isinstance(cell, (str, int, float)) and not isinstance(cell, bool) else None
     if number is None:
         raise DataError(
-            f"{cell!r} is no number", where=f"column '{name}'", fix="give a finite number, or leave it empty"
+            f"{cell!r} is not a number", where=f"column '{name}'", fix="give a finite number, or leave it empty"
         )
     return number
 
@@ -175,4 +178,4 @@ def _load_json(raw: bytes | Path) -> Any:
         return json.loads(raw.read_bytes() if isinstance(raw, Path) else raw)
     except (OSError, ValueError) as error:
         where = str(raw) if isinstance(raw, Path) else ""
-        raise DataError("this is no JSON object", where=where, why=str(error), fix="give a row as JSON") from None
+        raise DataError("this is not a JSON object", where=where, why=str(error), fix="give a row as JSON") from None
