@@ -61,6 +61,17 @@ def test_the_command_in_the_docs_runs(tune):
         CliRunner().invoke(hello, [str(run_dir.parent)], standalone_mode=False, catch_exceptions=False)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("plugin", ["tuneforge-serve", "tuneforge-datacheck"])
+def test_python_in_the_readme_of_a_plugin_runs(plugin, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (source,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "plugins" / plugin / "README.md").read_text(), flags=re.DOTALL
+    )
+    execute(source)
+    assert capsys.readouterr().out
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page):
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
