@@ -1,4 +1,4 @@
-"""One fixture: the real engine on the small world."""
+"""A fixture that runs the engine on a small network and data."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import CLASSES, PhaseRecorder, RecordedRun, copy_state, make_blobs, make_model, make_network
 from torch import nn
-from world import CLASSES, PhaseRecorder, RecordedRun, copy_state, make_blobs, make_model, make_network
 
 import tuneforge as tf
 
@@ -24,13 +24,13 @@ def tune(tmp_path: Path) -> Callable[..., RecordedRun]:
     def run(
         strategy: Any, *, net: nn.Module | None = None, known: tuple[str, ...] = CLASSES, **given: Any
     ) -> RecordedRun:
-        witness = PhaseRecorder()
+        recorder = PhaseRecorder()
         result = tf.Engine(
             strategy=strategy,
             model=make_model(make_network() if net is None else net, known),
             out=tmp_path / f"run{next(number)}",
-            **{"data": make_blobs(150, seed=1), "batch_size": 16, "page": False, "callbacks": [witness], **given},
+            **{"data": make_blobs(150, seed=1), "batch_size": 16, "page": False, "callbacks": [recorder], **given},
         ).run()
-        return RecordedRun(witness.starts, witness.learning_rates, copy_state(result.model.module), result)
+        return RecordedRun(recorder.starts, recorder.learning_rates, copy_state(result.model.module), result)
 
     return run

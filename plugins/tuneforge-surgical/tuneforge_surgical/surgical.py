@@ -1,4 +1,4 @@
-"""`surgical`: tune the one block that the shift of the data concerns, and nothing else."""
+"""The strategy `surgical`: train only the block of layers that a distribution shift concerns."""
 
 from __future__ import annotations
 
@@ -10,26 +10,32 @@ from tuneforge.plugin import StrategyStep
 
 @component(api=1)
 class Surgical:
-    """Tune one block of layers; every other parameter stays as it was pretrained, to the bit.
+    """Train one block of layers; all other parameters stay frozen and bit-identical.
 
-    Surgical fine-tuning (Lee et al. 2023, arXiv 2210.11466): minimise the loss over the parameters of one block alone.
-    The block follows from what has shifted: the first for inputs (noise, blur, another camera), one in the middle for
-    features (other kinds of the same class), the last, which is the head, for what answers mean. As in the authors'
-    code, the rate is constant and the best epoch on validation is kept; 1e-3 is the middle of the rates they search.
+    Surgical fine-tuning (Lee et al. 2023, arXiv 2210.11466) minimizes the loss over the parameters of one block. The
+    block depends on what has shifted: the first for inputs (noise, blur, another camera), one in the middle for
+    features (other kinds of the same class), and the last, which is the head, for the meaning of labels. As in the
+    authors' code, the learning rate is constant and the best epoch on validation is kept; 1e-3 is the middle of the
+    learning rates that they search.
 
-    A head with fresh rows would give the block nothing to go by: then the head alone trains first, and is frozen after.
+    Gradients through randomly initialized rows of the head are noise to the block, so the head then trains alone first
+    and is frozen afterwards.
     """
 
-    block: str | int = option(default="first", help="What is tuned: first, last, or a layer group by name or index.")
-    epochs: int = option(default=15, help="Epochs with the block trained.", check=ge(1))
-    head_epochs: int = option(default=5, help="Epochs of the head before, where it has fresh rows.", check=ge(1))
+    block: str | int = option(default="first", help="Block to train: first, last, or a layer group by name or index.")
+    epochs: int = option(default=15, help="Number of epochs of the block.", check=ge(1))
+    head_epochs: int = option(
+        default=5, help="Number of epochs of the head before, if it has randomly initialized rows.", check=ge(1)
+    )
     lr: float = option(default=1e-3, help="Learning rate.", check=gt(0))
-    patience: int | None = option(default=None, help="Stop a phase after this many epochs without gain.", check=ge(1))
-    restore_best: bool = option(default=True, help="End each phase on the weights of its best epoch.")
+    patience: int | None = option(
+        default=None, help="Stop a phase after this many epochs without improvement.", check=ge(1)
+    )
+    restore_best: bool = option(default=True, help="Restore the weights of the best epoch at the end of each phase.")
 
     @hookimpl
     def finetune_strategy(self, task: TaskInfo) -> Iterable[StrategyStep]:
-        """One phase over the block, after one over the head if the block is not the head and the head has fresh rows.
+        """Return a phase for the block, after one for the head if that is another group with randomly initialized rows.
 
         Raises:
             UnknownNameError: The model has no such block.
@@ -38,7 +44,7 @@ class Surgical:
         group = task.groups[index]
         phases = [self._make_phase(f"{group.name}-only", f"groups[{index}]", self.epochs)]
         if group is not task.head and has_random_head_rows(task):
-            phases.insert(0, self._make_phase("fresh-head", "head", self.head_epochs))
+            phases.insert(0, self._make_phase("new-head", "head", self.head_epochs))
         return phases
 
     def _make_phase(self, name: str, train: str, epochs: int) -> Phase:
@@ -48,25 +54,25 @@ class Surgical:
 
 
 def has_random_head_rows(task: TaskInfo) -> bool:
-    """True where the head has a row that did not come with the model: that of a class new to it, or any at all."""
+    """Return True if a row of the head is randomly initialized: that of a new class, or any if there are no classes."""
     return not task.old_classes or set(task.old_classes) != set(task.classes)
 
 
 def find_block_index(block: str | int, task: TaskInfo) -> int:
-    """Which layer group `block` is, counted from the input; a group's own name beats the other ways to say it.
+    """Return the index of a layer group, counted from the input; the name of a group takes precedence.
 
     Raises:
-        UnknownNameError: None of them; the message lists the groups.
+        UnknownNameError: There is no such group; the message lists the groups.
     """
     names = [group.name for group in task.groups]
-    said = {str(index): index % len(names) for index in range(-len(names), len(names))}
-    said |= {"first": 0, "last": len(names) - 1}
-    said |= {name: index for index, name in enumerate(names)}
-    if str(block) in said:
-        return said[str(block)]
+    index_of = {str(index): index % len(names) for index in range(-len(names), len(names))}
+    index_of |= {"first": 0, "last": len(names) - 1}
+    index_of |= {name: index for index, name in enumerate(names)}
+    if str(block) in index_of:
+        return index_of[str(block)]
     raise UnknownNameError(
         f"the model has no block '{block}'",
         where="--strategy.block",
-        why=f"its {len(names)} layer groups, from the input to the answer, are {', '.join(names)}",
+        why=f"its {len(names)} layer groups, from the input to the output, are {', '.join(names)}",
         fix=f"name one of them, first, last, or an index from 0 to {len(names) - 1}",
     )

@@ -1,4 +1,4 @@
-"""A small network that came with its weights, clouds of points to tune it on, and a witness of its runs."""
+"""A small pretrained network, clusters of points to fine-tune it on, and a recorder of its runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CLASSES = ("0", "1", "2")
 
 
 class PhaseRecorder:
-    """Notes every tensor, and every tensor's rate, when a phase starts."""
+    """Records all tensors and their learning rates when a phase starts."""
 
     def __init__(self) -> None:
         self.starts: list[dict[str, Tensor]] = []
@@ -28,7 +28,7 @@ class PhaseRecorder:
 
 @attrs.frozen(eq=False)
 class RecordedRun:
-    """One run: what was noted at the start of each phase, every tensor at its end, and its result."""
+    """A run: tensors and learning rates at the start of each phase, tensors at the end, and the result."""
 
     starts: list[dict[str, Tensor]]
     learning_rates: list[dict[str, float]]
@@ -36,7 +36,7 @@ class RecordedRun:
     result: tf.Result
 
     def find_changed(self, since: int = 0) -> set[str]:
-        """Names of the parameters and buffers that differ between a phase's start and the run's end."""
+        """Return the names of parameters and buffers that differ between the start of a phase and the run's end."""
         return {name for name, tensor in self.starts[since].items() if not torch.equal(tensor, self.final_state[name])}
 
     def step_names(self) -> list[str]:
@@ -48,7 +48,7 @@ def copy_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def make_network(seed: int = 0) -> nn.Sequential:
-    """Two blocks with BatchNorm and a linear head: (b, 6) -> (b, 3)."""
+    """Return a network of two blocks with BatchNorm and a linear head: (b, 6) -> (b, 3)."""
     net = nn.Sequential()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -59,15 +59,15 @@ def make_network(seed: int = 0) -> nn.Sequential:
 
 
 def make_model(net: nn.Module, known: tuple[str, ...] = CLASSES) -> tf.Model:
-    """The network as a model that came with the head's rows of the classes `known`; a run starts the others fresh."""
+    """Return a model whose head has pretrained rows for the classes `known`; a run initializes the others randomly."""
     groups = [tf.LayerGroup(name, (name,)) for name in ("stem", "body", "head")]
     labels = (*known, *("?" * (3 - len(known))))
     return tf.Model(net, groups=groups, head="head", labels=labels, pretrained_labels=known)
 
 
 def make_blobs(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Points (n, 6) around twelve centres, and their three classes (n,)."""
-    centres = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)) * 2
-    cloud = torch.arange(count) % 12
+    """Return points (n, 6) around twelve centers, and their three classes (n,)."""
+    centers = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)) * 2
+    cluster = torch.arange(count) % 12
     noise = torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
-    return centres[cloud] + noise / 2, cloud % 3
+    return centers[cluster] + noise / 2, cluster % 3
