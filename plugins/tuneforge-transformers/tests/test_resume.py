@@ -1,4 +1,4 @@
-"""A run that was stopped or killed goes on and ends as if nothing had happened, to the bit."""
+"""A run that was stopped or killed and resumed writes the same files as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from world import COMPARED_FILES, Stopper, run_until_stopped, save_model
+from small_models import COMPARED_FILES, Stopper, run_until_stopped, save_model
 
 import tuneforge as tf
 
@@ -32,8 +32,8 @@ def make_settings(folder, table, adapt):
 
 
 @pytest.mark.parametrize(("adapt", "step"), [(["lora"], 2), ([], 5), (["lora"], 11)], ids=["lora", "plain", "lora-all"])
-def test_stopped_in_the_middle_it_ends_the_same(tmp_path, table, adapt, step):
-    """5 steps an epoch: in the frozen phase, at its end, and in a later epoch of the other."""
+def test_stopped_and_resumed_run_writes_the_same_files(tmp_path, table, adapt, step):
+    """An epoch has 5 steps: stop within the frozen phase, at its end, and in a later epoch of the second phase."""
     source = save_model(tmp_path / "source", "bert")
     given = make_settings(source, table, adapt)
     tf.Engine(**given, out=tmp_path / "whole", callbacks=[Stopper(step=step)]).run()
@@ -59,8 +59,8 @@ class Kill:
 """
 
 
-def test_killed_it_goes_on_without_the_folder_of_the_model(tmp_path, table):
-    """A true SIGKILL of `tuneforge run`, then `tuneforge resume`; both are commands."""
+def test_killed_run_is_resumed_without_the_model_folder(tmp_path, table):
+    """`tuneforge run` is killed with SIGKILL, then `tuneforge resume` finishes it."""
     source = save_model(tmp_path / "source", "bert")
     (tmp_path / "kill.py").write_text(KILL)
 

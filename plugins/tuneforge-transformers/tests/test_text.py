@@ -1,4 +1,4 @@
-"""Texts: read from disk, tokenized as the model's library does, answered from the run's folder alone."""
+"""Texts are read, tokenized as transformers does, and predicted from the run directory alone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 import transformers
+from small_models import make_texts, make_tokenizer, save_model, write_csv
 from tuneforge_transformers.text import PackedTokenizer, TextInputs
-from world import make_texts, make_tokenizer, save_model, write_csv
 
 import tuneforge as tf
 
@@ -24,32 +24,32 @@ def make_text_inputs(length=12, **options):
 
 
 def prepare_data(tmp_path, folder, path, **options):
-    """The data of a run."""
-    kept = {}
+    """Return the data of a run."""
+    recorded = {}
 
-    class Witness:
+    class Recorder:
         @tf.hookimpl
         def phase_started(self, run):
-            kept["data"] = run.data
+            recorded["data"] = run.data
 
     tf.Engine(
         data=tf.use("text", path=str(path), **options), model=tf.use("transformers", pretrained=str(folder("bert"))),
-        strategy=tf.use("head-only", epochs=1), callbacks=[Witness()], cache="off", page=False, out=tmp_path / "run",
+        strategy=tf.use("head-only", epochs=1), callbacks=[Recorder()], cache="off", page=False, out=tmp_path / "run",
     ).run()  # fmt: skip
-    return kept["data"]
+    return recorded["data"]
 
 
-def test_tokens_are_those_of_the_library(folder):
+def test_tokens_equal_those_of_transformers(folder):
     theirs = transformers.AutoTokenizer.from_pretrained(folder("bert"))
-    some = [text for text, _ in make_texts(4)] + ["an unseen word", "wave " * 40]
-    wanted = theirs(some, padding="max_length", truncation=True, max_length=12, return_tensors="pt")
-    ours = make_text_inputs().preprocess(make_text_inputs().encode(some))
-    assert torch.equal(ours["input_ids"], wanted["input_ids"])
-    assert torch.equal(ours["attention_mask"], wanted["attention_mask"])
+    texts = [text for text, _ in make_texts(4)] + ["an unseen word", "wave " * 40]
+    expected = theirs(texts, padding="max_length", truncation=True, max_length=12, return_tensors="pt")
+    ours = make_text_inputs().preprocess(make_text_inputs().encode(texts))
+    assert torch.equal(ours["input_ids"], expected["input_ids"])
+    assert torch.equal(ours["attention_mask"], expected["attention_mask"])
 
 
 @pytest.mark.parametrize("form", ["text", "row", "path", "bytes", "json"])
-def test_a_text_is_taken_in_every_form(tmp_path, form):
+def test_text_is_accepted_in_every_form(tmp_path, form):
     (tmp_path / "a.txt").write_text("the old boat")
     raw = {
         "text": "the old boat",
@@ -69,29 +69,29 @@ def test_a_text_is_taken_in_every_form(tmp_path, form):
     [
         ({"txt": "boat"}, "column 'text' is missing"),
         ("  ", "an empty text"),
-        (7, "int is no text"),
-        ({"text": None}, "NoneType is no text"),
-        (b"\xff\xfe\x00", "this is no text"),
+        (7, "int is not a text"),
+        ({"text": None}, "NoneType is not a text"),
+        (b"\xff\xfe\x00", "this is not a text"),
         ("boat " * 100, "a text of 500 characters"),
     ],
 )
-def test_what_is_no_text_is_refused(raw, words):
+def test_inputs_without_a_text_are_refused(raw, words):
     with pytest.raises(tf.DataError, match=words):
         make_text_inputs(max_chars=100).decode(raw)
 
 
-def test_a_message_about_the_contract_does_not_hold_the_tokenizer():
-    made = make_text_inputs()
-    assert len(made.tokenizer) > 500
-    assert len(repr(made)) < 200
+def test_error_messages_do_not_contain_the_tokenizer():
+    inputs = make_text_inputs()
+    assert len(inputs.tokenizer) > 500
+    assert len(repr(inputs)) < 200
 
 
 def test_folders_and_tables_by_split_give_the_same_data(tmp_path, folder):
     pairs = {"train": make_texts(6, seed=1), "val": make_texts(2, seed=2), "test": make_texts(2, seed=3)}
-    for split, some in pairs.items():
+    for split, texts in pairs.items():
         (tmp_path / "tables").mkdir(exist_ok=True)
-        write_csv(tmp_path / "tables" / f"{split}.csv", some)
-        for number, (text, label) in enumerate(some):
+        write_csv(tmp_path / "tables" / f"{split}.csv", texts)
+        for number, (text, label) in enumerate(texts):
             file = tmp_path / "folders" / split / label / f"{number:02}.txt"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
@@ -100,13 +100,13 @@ def test_folders_and_tables_by_split_give_the_same_data(tmp_path, folder):
     assert tables.targets.labels == folders.targets.labels == ("kitchen", "sea", "sky")
     for split in pairs:
         assert len(tables.splits()[split]) == len(folders.splits()[split]) == len(pairs[split])
-    shown = [sorted(map(str, data.test.fetch(torch.arange(6))["input_ids"].tolist())) for data in (tables, folders)]
-    assert shown[0] == shown[1]
+    tokens = [sorted(map(str, data.test.fetch(torch.arange(6))["input_ids"].tolist())) for data in (tables, folders)]
+    assert tokens[0] == tokens[1]
     assert tables.train.id_of(0) == "train.csv:2"
     assert folders.train.id_of(0) == "kitchen/01.txt"
 
 
-def test_a_table_is_divided_by_class_and_the_seed(tmp_path, folder, table):
+def test_csv_without_splits_is_split_by_class(tmp_path, folder, table):
     data = prepare_data(tmp_path, folder, table)
     assert {name: len(split) for name, split in data.splits().items()} == {"train": 36, "val": 6, "test": 6}
     assert sorted(data.test.targets.tolist()) == [0, 0, 1, 1, 2, 2]
@@ -115,11 +115,11 @@ def test_a_table_is_divided_by_class_and_the_seed(tmp_path, folder, table):
     assert data.notes[0].startswith("texts have ")
 
 
-def test_long_texts_are_cut_and_said(tmp_path, folder):
+def test_long_texts_are_truncated_and_a_note_says_how_many(tmp_path, folder):
     path = write_csv(tmp_path / "long.csv", [(text * 8, label) for text, label in make_texts(8)])
     data = prepare_data(tmp_path, folder, path)
     assert data.train.fetch(torch.tensor([0]))["input_ids"].shape == (1, 32)
-    assert "32 are kept, so 24 text(s) are cut" in data.notes[0]
+    assert "the limit is 32, so 24 text(s) are truncated" in data.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -135,21 +135,21 @@ def test_long_texts_are_cut_and_said(tmp_path, folder):
         ('text,label\n"boat,sea\n', "cannot read"),
     ],
 )
-def test_a_table_that_cannot_be_used_is_refused(tmp_path, folder, tune, content, words):
+def test_unusable_csv_is_refused(tmp_path, folder, tune, content, words):
     path = tmp_path / "bad.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(tf.DataError, match=words):
         tune(folder("bert"), data=tf.use("text", path=str(path)))
 
 
-def test_a_folder_without_texts_and_a_missing_path_are_refused(tmp_path, folder, tune):
+def test_folder_without_texts_and_missing_path_are_refused(tmp_path, folder, tune):
     (tmp_path / "empty" / "sea").mkdir(parents=True)
     for path, words in ((tmp_path / "empty", "there is no text in"), (tmp_path / "none", "no file or folder")):
         with pytest.raises(tf.DataError, match=words):
             tune(folder("bert"), data=tf.use("text", path=str(path)))
 
 
-def test_without_a_model_of_transformers_a_tokenizer_must_be_named(tune, folder, table, tmp_path):
+def test_another_model_than_transformers_needs_a_tokenizer_by_name(tune, folder, table, tmp_path):
     with pytest.raises(tf.UsageError, match="need the tokenizer of a model"):
         tune(folder("bert"), model="mlp")
     (tmp_path / "nothing").mkdir()
@@ -158,19 +158,19 @@ def test_without_a_model_of_transformers_a_tokenizer_must_be_named(tune, folder,
 
 
 @pytest.mark.parametrize("adapt", [[], ["lora"]], ids=["plain", "lora"])
-def test_the_runs_folder_alone_predicts_and_evaluates(tmp_path, tune, table, adapt):
+def test_run_directory_alone_predicts_and_evaluates(tmp_path, tune, table, adapt):
     source = save_model(tmp_path / "source", "bert")
     result = tune(source, adapt=adapt, strategy=tf.use("full", epochs=6, lr=3e-3))
     moved = shutil.move(result.run_dir, tmp_path / "elsewhere")
     shutil.rmtree(source)
-    answers = list(tf.predict(moved, ["the salt wave and the harbour", {"text": "moon wind cloud in the sky"}]))
-    assert [set(each["probabilities"]) for each in answers] == [{"kitchen", "sea", "sky"}] * 2
+    predictions = list(tf.predict(moved, ["the salt wave and the harbour", {"text": "moon wind cloud in the sky"}]))
+    assert [set(each["probabilities"]) for each in predictions] == [{"kitchen", "sea", "sky"}] * 2
     assert tf.evaluate(moved)["test"] == result.report["splits"]["test"]
     other = write_csv(tmp_path / "other.csv", make_texts(3, seed=9))
     assert set(tf.evaluate(moved, data=tf.use("text", path=str(other)))) == {"val", "test"}
 
 
-def test_the_command_line_predicts_rows_files_and_json(tmp_path, tune, folder, table):
+def test_command_line_predicts_for_rows_files_and_json(tmp_path, tune, folder, table):
     result = tune(folder("bert"))
     (tmp_path / "a.txt").write_text("the old boat")
     command = [sys.executable, "-m", "tuneforge", "predict", result.run_dir, "--json", table, tmp_path / "a.txt"]
@@ -181,10 +181,10 @@ def test_the_command_line_predicts_rows_files_and_json(tmp_path, tune, folder, t
     assert lines[0]["class"] in ("kitchen", "sea", "sky")
 
 
-def test_the_report_shows_the_texts_of_the_worst_mistakes(tune, folder):
+def test_report_shows_the_texts_of_the_hardest_samples(tune, folder):
     result = tune(folder("bert"))
-    shown = json.loads((result.run_dir / "hardest_samples.json").read_text())
-    assert shown
-    assert all(each["text"] and each["image"] is None for each in shown)
+    hardest = json.loads((result.run_dir / "hardest_samples.json").read_text())
+    assert hardest
+    assert all(each["text"] and each["image"] is None for each in hardest)
     page = tune(folder("bert"), page=True).run_dir / "report.html"
-    assert shown[0]["text"] in page.read_text()
+    assert hardest[0]["text"] in page.read_text()

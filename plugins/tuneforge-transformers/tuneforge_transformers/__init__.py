@@ -1,4 +1,4 @@
-"""Models of the transformers library, texts as data, and LoRA through peft, as components of tuneforge."""
+"""Components of tuneforge: models of the transformers library, text datasets, and LoRA through peft."""
 
 from tuneforge_transformers.classifier import Transformers
 from tuneforge_transformers.lora import LoRA

@@ -1,4 +1,4 @@
-"""`--model transformers`: a classifier of the transformers library, for texts or pictures."""
+"""The model `transformers`: a classifier of the transformers library, for texts or images."""
 
 from __future__ import annotations
 
@@ -30,24 +30,27 @@ _WHERE = "--model.pretrained"
 
 @component(api=1)
 class Transformers:
-    """A classifier of the transformers library, for texts or pictures, whichever the data holds.
+    """A classifier of the transformers library, for texts or images, depending on the data.
 
     Layer groups are `embeddings`, `layer1`, `layer2`, ... and `head`, to which poolers and last norms belong. Only
-    safetensors weights are read, and no code that a model brings is run. A head that came with the weights keeps its
-    rows by label name; where there is none, a fresh one is put on.
+    safetensors weights are read, and no code of the model's repository is run. Rows of a head in the weights are kept
+    by label name; without a head in the weights, a randomly initialized one is added.
     """
 
-    pretrained: str = option(help="A folder with config.json and .safetensors weights, or a repository on the hub.")
+    pretrained: str = option(help="Folder with config.json and .safetensors weights, or a repository on the hub.")
     pooling: Literal["auto", "own", "mean"] = option(
         default="auto",
-        help="Features of a text: as the architecture's own classifier takes them (own), or the mean over its tokens; "
-        "auto: the mean where a sentence-transformers model says so.",
+        help="Features of a text: own (those of the architecture's own classifier) or mean (over its tokens). "
+        "Auto: mean if a sentence-transformers configuration asks for it.",
     )
-    revision: str = option(default="main", help="Of a repository on the hub: a branch, a tag or a commit.")
-    config: str = option(default="", help="Its config.json; filled in, so that a run's folder can be used without it.")
+    revision: str = option(default="main", help="Branch, tag or commit of a repository on the hub.")
+    config: str = option(
+        default="",
+        help="Content of config.json; filled in from the folder, so that the run directory is self-contained.",
+    )
 
     def __attrs_post_init__(self) -> None:
-        """Read the description, so that what is wrong is found at once, and the run's folder holds it."""
+        """Read config.json, so that errors are raised early and the run directory contains it."""
         if self.config:
             return
         folder = self._resolve_directory(source.CONFIG_FILES)
@@ -57,11 +60,11 @@ class Transformers:
 
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:
-        """Build the network with the head that its weights have; the adapter `head` fits it to the data.
+        """Load the network with the head of its weights; the adapter `head` then fits the head to the data.
 
         Raises:
-            PluginError: It is not the first of the chain.
-            UsageError: The architecture does not classify such data, or weights and configuration do not fit.
+            PluginError: There is a model already.
+            UsageError: The architecture does not classify such data, or the weights do not fit the configuration.
             UnsafeFileError: The weights are pickled.
         """
         if model is not None:
@@ -94,10 +97,10 @@ def _build_model(module: nn.Module, *, labels: tuple[str, ...] = ()) -> Model:
 
 
 def _set_up_head(model: Model, missing: set[str], labels: tuple[str, ...], size: int) -> Model:
-    """The model with its labels where its head came with the weights, else with a fresh head for the data.
+    """Return the model with the labels of its pretrained head, or with a randomly initialized head for the data.
 
     Raises:
-        UsageError: More is missing than a head.
+        UsageError: Tensors below the head are missing.
     """
     names = model.parameters()
     below = sorted(name for name in missing if name in names and model.depth_of(name) > 0)
@@ -105,57 +108,57 @@ def _set_up_head(model: Model, missing: set[str], labels: tuple[str, ...], size:
         raise UsageError(
             f"the weights lack {len(below)} tensor(s) below the head: {', '.join(below[:4])}",
             where=_WHERE,
-            why="weights and config.json are not of one model",
+            why="weights and config.json are of different models",
             fix="give the folder that both were saved to",
         )
     if f"{model.head}.weight" not in missing:
         known = _read_labels(model.module)
         return Model(model.module, groups=model.groups, head=model.head, labels=known, pretrained_labels=known)
-    fresh = sorted(name for name in missing if name in names)
+    initialized = sorted(name for name in missing if name in names)
     sized = model.with_head(init_head(_get_head(model).in_features, size), labels=labels)
-    others = [name for name in fresh if not name.startswith(f"{model.head}.")]
-    sentence = f"head: fresh, {size} outputs" + (f"; fresh before it: {', '.join(others)}" if others else "")
-    return sized.with_change(sentence)
+    others = [name for name in initialized if not name.startswith(f"{model.head}.")]
+    change = f"head: randomly initialized, {size} outputs"
+    return sized.with_change(change + (f"; also randomly initialized: {', '.join(others)}" if others else ""))
 
 
 def _get_head(model: Model) -> nn.Linear:
     module = model.head_module()
-    assert isinstance(module, nn.Linear)  # as find_head_path chose it
+    assert isinstance(module, nn.Linear)  # find_head_path returns linear layers only
     return module
 
 
 def _read_labels(module: Any) -> tuple[str, ...]:
-    """The names that the configuration gives the outputs; none where it only counts them."""
+    """Return the labels of the configuration; empty if they are only placeholders such as LABEL_0."""
     names = tuple(str(module.config.id2label[index]) for index in range(module.config.num_labels))
     return () if all(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
 
 
 def _infer_input_kind(example: Any) -> InputKind:
-    """What the data holds.
+    """Return the kind of input of a batch.
 
     Raises:
-        UsageError: Neither texts nor pictures.
+        UsageError: The inputs are neither texts nor images.
     """
     if isinstance(example, Mapping) and set(example) == {INPUT_IDS, ATTENTION_MASK}:
         return "text"
     if isinstance(example, Tensor) and example.ndim == 4:
         return "image"
     raise UsageError(
-        "transformers takes texts or pictures, and the inputs are neither",
+        "transformers takes texts or images, and the inputs are neither",
         where="--model transformers",
-        why="a text is input_ids and attention_mask, a picture one tensor (channels, height, width)",
+        why="a text is input_ids and attention_mask, an image one tensor (channels, height, width)",
         fix="use --data text or --data image-folder, or another --model",
     )
 
 
 def _compare_normalization(run: Run, folder: Path) -> None:
-    """Say where pictures come otherwise normalised than the model was trained with."""
+    """Log if the images are normalized by another mean and std than those of the pretrained model."""
     known = source.read_image_normalization(folder)
     given = tuple(getattr(run.data.inputs, name, None) for name in ("mean", "std"))
     if known is None or None in given or known == given:
         return
     mean, std = (",".join(f"{value:g}" for value in values) for values in known)
     run.log(
-        f"note: the model was trained on pictures with mean {mean} and deviation {std}, the data has other ones: "
-        f"--data.mean {mean} --data.std {std} makes them equal"
+        f"note: the pretrained model uses other normalization than the data: "
+        f"--data.mean {mean} --data.std {std} would make them equal"
     )

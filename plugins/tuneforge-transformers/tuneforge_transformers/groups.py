@@ -1,4 +1,4 @@
-"""Layer groups of a transformer: its embeddings, each layer of its encoder, and the head."""
+"""Layer groups of a transformer: embeddings, each layer of the encoder, head."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from tuneforge_transformers.networks import get_base_prefix
 
 
 def find_layer_groups(module: nn.Module, head: str) -> tuple[LayerGroup, ...]:
-    """`embeddings`, `layer1`, `layer2`, ... and `head`, each parameter in one of them.
+    """Return the groups `embeddings`, `layer1`, `layer2`, ... and `head`; each parameter is in one of them.
 
-    A layer is a member of a list of modules that holds parameters, and no such list lies around it. What comes before
-    the first is `embeddings`; what comes between two belongs to the one before it; a pooler or a last norm, which
-    comes after all of them, belongs to `head`, because many published weights lack it.
+    A layer is a member of an outermost `nn.ModuleList` with parameters. Parameters before the first layer belong to
+    `embeddings`, and those between two layers to the layer before them. A pooler or a last norm, which comes after all
+    layers, belongs to `head`, because many published weights lack it.
 
     Args:
         module: The network.
-        head: Path of the layer that answers.
+        head: Path of the last linear layer.
     """
     layers = _find_layer_paths(module)
-    places = {path: f"layer{number}" for number, path in enumerate(layers, start=1)}
-    members: dict[str, list[str]] = {"embeddings": [], **{name: [] for name in places.values()}, "head": []}
+    group_names = {path: f"layer{number}" for number, path in enumerate(layers, start=1)}
+    members: dict[str, list[str]] = {"embeddings": [], **{name: [] for name in group_names.values()}, "head": []}
     names = [name for name, _ in module.named_parameters()]
-    last = max((place for place, name in enumerate(names) if _find_containing_layer(name, layers)), default=-1)
-    present = "embeddings"
-    for place, name in enumerate(names):
-        inside = _find_containing_layer(name, layers)
-        if inside:
-            present = places[inside]
-            members[present] = [*members[present], inside] if inside not in members[present] else members[present]
+    last = max((index for index, name in enumerate(names) if _find_containing_layer(name, layers)), default=-1)
+    current = "embeddings"
+    for index, name in enumerate(names):
+        layer = _find_containing_layer(name, layers)
+        if layer:
+            current = group_names[layer]
+            members[current] = [*members[current], layer] if layer not in members[current] else members[current]
             continue
-        after = place > last >= 0 or name.startswith(f"{head}.") or not name.startswith(f"{get_base_prefix(module)}.")
-        members["head" if after else present].append(_find_owner(module, name))
+        is_head = index > last >= 0 or name.startswith(f"{head}.") or not name.startswith(f"{get_base_prefix(module)}.")
+        members["head" if is_head else current].append(_find_owner(module, name))
     return tuple(LayerGroup(name, dict.fromkeys(paths)) for name, paths in members.items() if paths)
 
 
 def _find_layer_paths(module: nn.Module) -> list[str]:
-    """Paths of the members of the outermost lists of modules that hold parameters."""
+    """Return the paths of the members of the outermost module lists with parameters."""
     lists = [
         path
         for path, child in module.named_modules()
@@ -52,6 +52,6 @@ def _find_containing_layer(name: str, layers: list[str]) -> str:
 
 
 def _find_owner(module: nn.Module, name: str) -> str:
-    """The module that holds a parameter, where it holds no other module; else the parameter itself."""
+    """Return the path of the parameter's module if that has no children, else the name of the parameter."""
     path = name.rpartition(".")[0]
     return path if not list(module.get_submodule(path).children()) else name

@@ -1,4 +1,4 @@
-"""`--adapt lora`: low-rank adaptation through peft, merged into plain weights at the end.
+"""The adapter `lora`: low-rank adaptation through peft, merged into the weights at the end.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 """
@@ -24,45 +24,43 @@ _FRACTION = Check(
 
 @component(api=1)
 class LoRA:
-    """Train a low-rank change of the encoder's projections, and the head; every other weight stays as it is.
+    """Train low-rank factors of the encoder's projections and the head; freeze all other weights.
 
-    A projection W answers with (W + alpha / rank * B A) x, where A is (rank, inputs) and B is (outputs, rank), 0 at the
-    start. What lies outside the base model (the classifier) trains in full, as with peft's own classification task.
-    Before the test split is looked at, B A is added into W: the run's weights are those of the plain model, so that
-    `predict`, `evaluate` and `export` need no peft.
+    A projection computes (W + alpha / rank * B A) x, where A is (rank, inputs) and B is (outputs, rank), initially 0.
+    Modules outside the base model (the classifier) train in full, as with peft's own classification task. B A is merged
+    into W before the test split is evaluated: the run's weights are those of the plain model, so that `predict`,
+    `evaluate` and `export` do not need peft.
     """
 
-    rank: int = option(default=8, help="Rank of the change.", check=ge(1))
-    alpha: float = option(default=16.0, help="The change is scaled by alpha / rank.", check=gt(0))
-    dropout: float = option(
-        default=0.0, help="Share of a change's inputs that is dropped in training.", check=_FRACTION
-    )
+    rank: int = option(default=8, help="Rank of the factors.", check=ge(1))
+    alpha: float = option(default=16.0, help="The product of the factors is scaled by alpha / rank.", check=gt(0))
+    dropout: float = option(default=0.0, help="Dropout probability of the inputs of the factors.", check=_FRACTION)
     target_modules: tuple[str, ...] = option(
         default=(),
-        help="Ends of the names of the layers to change, such as query,value; empty: peft's choice, else "
-        "queries and values.",
+        help="Suffixes of the names of the layers to adapt, such as query,value. Empty: peft's default for the "
+        "architecture, else queries and values.",
     )
     num_top_layers: int | None = option(
         default=None,
-        help="Only in so many layers nearest the head; those below are a frozen prefix.",
+        help="Number of layers nearest the head to adapt; those below are frozen. None: all.",
         check=ge(1),
     )
-    modules_to_save: tuple[str, ...] = option(default=(), help="Paths of further modules that train in full.")
+    modules_to_save: tuple[str, ...] = option(default=(), help="Paths of further modules to train in full.")
 
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:
-        """Put the changes in; the groups stay what they were.
+        """Inject the factors into the model; its layer groups stay the same.
 
-        Where a finished run is only looked at, the weights are plain already, and nothing is done.
+        The weights of a finished run are merged already, so its model is returned as it is.
 
         Raises:
-            PluginError: There is no model, or it is none of transformers.
+            PluginError: There is no model, or it is not one of transformers.
             UsageError: No layer has such a name.
             MissingDependencyError: peft is not installed.
         """
         if model is None or not hasattr(model.module, "config"):
             raise PluginError(
-                "lora changes a model of the transformers library", where="--adapt lora", fix="use --model transformers"
+                "lora adapts a model of the transformers library", where="--adapt lora", fix="use --model transformers"
             )
         if run.restoring and run.run_dir is None:
             return model
@@ -78,10 +76,10 @@ class LoRA:
             peft.inject_adapter_in_model(settings, model.module)
         except ValueError as error:
             raise UsageError(
-                "the changes find no place in the model",
+                "the model has no layer to adapt",
                 where="--lora.target-modules",
                 why=str(error).partition("\n")[0],
-                fix="name ends of paths of linear layers, such as query,value",
+                fix="name suffixes of the paths of linear layers, such as query,value",
             ) from None
         self._freeze_base(model)
         added = sum(p.numel() for name, p in model.parameters().items() if _is_lora_parameter(name))
@@ -91,12 +89,12 @@ class LoRA:
 
     @hookimpl
     def evaluation_started(self, run: Run) -> None:
-        """Add the changes into the weights before the test split, which is looked at when nothing trains any more."""
+        """Merge the factors before the test split is evaluated, when no phase follows."""
         if run.eval_split == "test" and run.phase is None:
             merge_lora(run.model.module)
 
     def _choose_layers(self, model: Model) -> list[int] | None:
-        """Numbers of the layers that change, from 0; None for all."""
+        """Return the indices of the layers to adapt; None for all."""
         if self.num_top_layers is None:
             return None
         count = sum(group.name.startswith("layer") for group in model.groups)
@@ -109,7 +107,7 @@ class LoRA:
         return list(range(count - self.num_top_layers, count))
 
     def _freeze_base(self, model: Model) -> None:
-        """Let train what was added, what lies outside the base model, and what the user names."""
+        """Freeze all parameters but the factors, those outside the base model, and those of `modules_to_save`."""
         base = get_base_prefix(model.module)
         for path in self.modules_to_save:
             if not any(name.startswith(f"{path}.") for name in model.parameters()):
@@ -122,7 +120,7 @@ class LoRA:
 
 
 def merge_lora(module: nn.Module) -> None:
-    """Add the changes into the weights of their layers and put those back in their places, in place."""
+    """Merge the factors into the weights and replace the adapted layers by the plain ones, in place."""
     for path, layer in _find_lora_layers(module).items():
         layer.merge()
         parent, _, name = path.rpartition(".")
@@ -130,15 +128,15 @@ def merge_lora(module: nn.Module) -> None:
 
 
 def _find_lora_layers(module: nn.Module) -> dict[str, Any]:
-    """Layers that hold a change, by path; none where peft was never asked."""
+    """Return the adapted layers by path."""
     return {path: child for path, child in module.named_modules() if hasattr(child, "get_base_layer")}
 
 
 def _choose_target_modules(module: Any) -> list[str] | None:
-    """Ends of the names of the queries and values, where peft has no choice of its own for the architecture."""
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOSEN
+    """Return suffixes of the queries and values; None if peft has a default for the architecture."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-    if module.config.model_type in CHOSEN:
+    if module.config.model_type in DEFAULTS:
         return None
     ends = {name.rpartition(".")[2] for name, child in module.named_modules() if isinstance(child, nn.Linear)}
     return next((list(names) for names in _QUERY_AND_VALUE if ends.issuperset(names)), None)

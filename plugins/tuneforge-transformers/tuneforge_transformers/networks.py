@@ -1,9 +1,9 @@
-"""Networks that take ready inputs and give logits, from the classes of the transformers library.
+"""Networks from the classes of the transformers library that take tensors and return logits.
 
-Whatever a class of the library does by looking at the values of a batch would give a text other bits in other company,
-and cannot be traced: so the attention mask goes in as a bias, and nothing is decided by it.
+The library drops an attention mask without padding. The outputs for a text would then depend on the rest of its batch,
+and a trace would differ from the model, so the mask is always passed as an attention bias.
 
-Shapes: b texts in a batch, t tokens of each, f features, k outputs.
+Shapes: b texts in a batch, t tokens of each, k outputs.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Pooling = Literal["own", "mean"]
 
 
 class MeanPoolingClassifier(nn.Module):
-    """An encoder, the mean of its last hidden states over the tokens that are no padding, and a linear head.
+    """An encoder, the mean of its last hidden states over the tokens that are not padding, and a linear head.
 
     Args:
-        encoder: A base model of transformers; it keeps the name under which its own classes hold it.
-        num_outputs: k.
+        encoder: A base model of transformers; its attribute has the library's name, such as `bert`.
+        num_outputs: Number of outputs k.
     """
 
     def __init__(self, encoder: PreTrainedModel, num_outputs: int) -> None:
@@ -44,7 +44,7 @@ class MeanPoolingClassifier(nn.Module):
         self.uses_attention_bias = False
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits (b, k) for ids and mask (b, t)."""
+        """Compute logits (b, k) from ids and mask (b, t)."""
         mask = _make_attention_bias(attention_mask) if self.uses_attention_bias else attention_mask
         hidden = self.get_submodule(self.base_model_prefix)(input_ids=input_ids, attention_mask=mask).last_hidden_state
         weights = attention_mask.to(hidden.dtype).unsqueeze(2)
@@ -54,7 +54,7 @@ class MeanPoolingClassifier(nn.Module):
 
 
 def build_text_network(config: str, *, num_outputs: int, pooling: Pooling) -> nn.Module:
-    """A network for texts with fresh weights, its outputs not yet named."""
+    """Build a randomly initialized network for texts."""
     described = parse_config(config)
     if pooling == "mean":
         base = _find_model_class(described, "base")
@@ -65,7 +65,7 @@ def build_text_network(config: str, *, num_outputs: int, pooling: Pooling) -> nn
 
 
 def build_image_network(config: str, *, num_outputs: int) -> nn.Module:
-    """A network for pictures with fresh weights."""
+    """Build a randomly initialized network for images."""
     described = parse_config(config)
     return _build_from_config(_make_image_class(_find_model_class(described, "image")), described, num_outputs)
 
@@ -73,17 +73,21 @@ def build_image_network(config: str, *, num_outputs: int) -> nn.Module:
 def load_network(
     folder: Path, config: str, kind: InputKind, *, num_outputs: int, pooling: Pooling
 ) -> tuple[nn.Module, set[str]]:
-    """A network with a folder's weights, with the outputs that they have, and the names of what they lack.
+    """Load a network from a directory.
 
     Args:
-        folder: With config.json and .safetensors weights.
-        config: Its config.json.
-        kind: What it takes.
-        num_outputs: Of a mean-pooled network, whose head is fresh.
-        pooling: What turns the hidden states of a text into its features.
+        folder: Directory with .safetensors weights.
+        config: Content of its config.json.
+        kind: Kind of input.
+        num_outputs: Number of outputs of a mean-pooled network, whose head is randomly initialized. Other networks have
+            the outputs of their weights.
+        pooling: How the hidden states of a text become its features.
+
+    Returns:
+        The network, and the names of the tensors that the weights lack.
 
     Raises:
-        UsageError: The weights are not those that the configuration describes.
+        UsageError: The weights do not fit the configuration.
     """
     described = parse_config(config)
     if pooling == "mean":
@@ -101,7 +105,7 @@ def load_network(
 
 
 def init_head(num_features: int, num_outputs: int) -> nn.Linear:
-    """A linear layer whose answers are near 0, so that it says nothing before it has learnt."""
+    """Return a linear layer whose initial outputs are near 0, so that the initial predictions are nearly uniform."""
     head = nn.Linear(num_features, num_outputs)
     nn.init.normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)
@@ -109,10 +113,10 @@ def init_head(num_features: int, num_outputs: int) -> nn.Linear:
 
 
 def find_head_path(module: nn.Module) -> str:
-    """Path of the layer that answers: the last linear one outside the base model.
+    """Return the path of the head: the last linear layer outside the base model.
 
     Raises:
-        PluginError: There is none.
+        PluginError: There is no such layer.
     """
     base = get_base_prefix(module)
     linear = [
@@ -130,7 +134,7 @@ def find_head_path(module: nn.Module) -> str:
 
 
 def get_base_prefix(module: nn.Module) -> str:
-    """Path of the base model: all but the head."""
+    """Return the path of the base model, which is everything but the head."""
     return str(getattr(module, "base_model_prefix", ""))
 
 
@@ -142,7 +146,7 @@ def _build_from_config(cls: Any, config: Any, num_outputs: int) -> nn.Module:
 
 
 def _load_pretrained(cls: Any, folder: Path, config: Any, **arguments: Any) -> tuple[Any, set[str]]:
-    """A model from safetensors weights, and the names of its tensors that they lack."""
+    """Load a model from safetensors weights; also return the names of the tensors that they lack."""
     from safetensors import SafetensorError
 
     with silence_transformers():
@@ -170,7 +174,7 @@ def _find_model_class(config: Any, kind: Literal["text", "image", "base"]) -> An
         "base": modeling_auto.MODEL_MAPPING,
     }[kind]
     if type(config) not in mapping:
-        what = {"text": "texts", "image": "pictures", "base": "hidden states"}[kind]
+        what = {"text": "texts", "image": "images", "base": "hidden states"}[kind]
         raise UsageError(
             f"transformers has no {config.model_type} that classifies {what}",
             where="--model transformers",
@@ -181,7 +185,7 @@ def _find_model_class(config: Any, kind: Literal["text", "image", "base"]) -> An
 
 
 def _make_text_class(cls: Any) -> Any:
-    """A classifier of texts with the same parameters that gives logits alone."""
+    """Return a subclass that takes ids and mask and returns logits only."""
 
     def forward(self: Any, input_ids: Tensor, attention_mask: Tensor) -> Any:
         mask = _make_attention_bias(attention_mask) if self.uses_attention_bias else attention_mask
@@ -191,7 +195,7 @@ def _make_text_class(cls: Any) -> Any:
 
 
 def _make_image_class(cls: Any) -> Any:
-    """A classifier of pictures with the same parameters that gives logits alone."""
+    """Return a subclass that takes pixels and returns logits only."""
 
     def forward(self: Any, pixel_values: Tensor) -> Any:
         return cls.forward(self, pixel_values=pixel_values).logits
@@ -200,25 +204,25 @@ def _make_image_class(cls: Any) -> Any:
 
 
 def _detect_bias_support(network: Any) -> nn.Module:
-    """The network, told whether its attention takes a bias: where the answers are those that the mask gives."""
+    """Set `uses_attention_bias` to whether the network returns the same outputs for a bias as for the mask."""
     ids = torch.arange(10, 18).repeat(2, 1) % network.config.vocab_size
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     training = network.training
     network.eval()
     with torch.no_grad():
-        wanted = network(ids, mask)
+        expected = network(ids, mask)
         network.uses_attention_bias = True
         try:
-            network.uses_attention_bias = torch.allclose(network(ids, mask), wanted, rtol=1e-4, atol=1e-5)
-        except Exception:  # noqa: BLE001 - whatever an architecture raises, it takes no bias
+            network.uses_attention_bias = torch.allclose(network(ids, mask), expected, rtol=1e-4, atol=1e-5)
+        except Exception:  # noqa: BLE001 - an architecture that takes no bias may raise anything
             network.uses_attention_bias = False
     module: nn.Module = network.train(training)
     return module
 
 
 def _make_attention_bias(mask: Tensor) -> Tensor:
-    """What is added to the attention's scores (b, 1, 1, t): nothing, or the lowest number where there is padding."""
+    """Return the bias of the attention scores (b, 1, 1, t): 0, or the lowest fp32 number at padding."""
     lowest = torch.finfo(torch.float32).min
     return (1.0 - mask[:, None, None, :].to(torch.float32)) * lowest
 
@@ -228,7 +232,7 @@ def _pooler_arguments(cls: Any) -> dict[str, bool]:
 
 
 def _get_dropout(config: Any) -> float:
-    """The share that the architecture drops before its head, by whatever name."""
+    """Return the dropout probability before the head, whose name differs between architectures."""
     table = json.loads(config.to_json_string(use_diff=False))
     names = ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob", "dropout")
     return float(next((table[name] for name in names if table.get(name) is not None), 0.1))

@@ -1,4 +1,4 @@
-"""What a pretrained model's folder holds, wherever it lies: found, judged safe, and read."""
+"""Find the directory of a pretrained model, locally or on the hub, and read its configuration files."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 CONFIG_FILES = ("*.json", "1_Pooling/config.json")
-"""Files that say what a model is."""
+"""Files that describe the architecture."""
 
 MODEL_FILES = (*CONFIG_FILES, "*.safetensors")
-"""Those and the weights; never a pickle."""
+"""The same and the weights; never pickled ones."""
 
 TOKENIZER_FILES = ("*.json", "vocab.txt", "merges.txt", "*.spm", "sentencepiece.bpe.model", "spiece.model")
-"""Files that a tokenizer is made from."""
+"""Files that a tokenizer is loaded from."""
 
 
 def resolve_model_directory(name: str, *, revision: str, files: Sequence[str], where: str) -> Path:
-    """The local folder of a model: the one named, or a copy of what lies on the hub.
+    """Return the local directory of a model, downloading it from the hub if `name` is not a directory.
 
     Args:
-        name: A folder, or a repository's name on the hub.
-        revision: Of the repository: a branch, a tag or a commit.
+        name: A directory, or the name of a repository on the hub.
+        revision: Branch, tag or commit of the repository.
         files: Patterns of the files that are needed.
-        where: What messages name.
+        where: The flag that error messages name.
 
     Raises:
-        UsageError: There is no such folder, and no repository could be so called.
+        UsageError: There is no such directory, and `name` is not a valid repository name.
         TryAgainError: The hub cannot be reached, or has no such repository.
     """
     path = Path(name).expanduser()
@@ -47,7 +47,7 @@ def resolve_model_directory(name: str, *, revision: str, files: Sequence[str], w
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # noqa: BLE001 - the hub's client raises errors of several libraries
         raise TryAgainError(
-            f"there is no folder '{name}', and the hub did not give a model of that name",
+            f"there is no folder '{name}', and no model of that name could be downloaded from the hub",
             where=where,
             why=str(error).partition("\n")[0],
             fix="check the name and the network, or give a local folder",
@@ -55,7 +55,7 @@ def resolve_model_directory(name: str, *, revision: str, files: Sequence[str], w
 
 
 def read_config_text(folder: Path) -> str:
-    """A folder's config.json, as one line of JSON.
+    """Return the content of config.json as one line of JSON.
 
     Raises:
         FolderError: There is none, or it is not JSON.
@@ -64,7 +64,7 @@ def read_config_text(folder: Path) -> str:
         return json.dumps(json.loads((folder / "config.json").read_text(encoding="utf-8")), sort_keys=True)
     except (OSError, ValueError) as error:
         raise FolderError(
-            f"'{folder}' is no folder of a transformers model",
+            f"'{folder}' is not the folder of a transformers model",
             where="config.json",
             why=str(error),
             fix="give a folder that save_pretrained wrote",
@@ -72,7 +72,7 @@ def read_config_text(folder: Path) -> str:
 
 
 def parse_config(text: str) -> PreTrainedConfig:
-    """The configuration that `read_config_text` gave; code that it may point to is never run.
+    """Parse the result of `read_config_text`; code that the configuration refers to is never run.
 
     Raises:
         UsageError: transformers has no such architecture.
@@ -85,7 +85,7 @@ def parse_config(text: str) -> PreTrainedConfig:
         raise UsageError(
             f"transformers has no architecture '{kind}'",
             where="config.json, model_type",
-            why="models that bring their own code are not loaded",
+            why="models that need code of their own are not loaded",
             fix="use a model of transformers itself",
         )
     config: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(table)
@@ -93,7 +93,7 @@ def parse_config(text: str) -> PreTrainedConfig:
 
 
 def uses_mean_pooling(folder: Path) -> bool:
-    """True where a sentence-transformers model says that its features are the mean over the tokens."""
+    """Return True if a sentence-transformers model's configuration asks for the mean over the tokens."""
     try:
         pooling = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -102,11 +102,11 @@ def uses_mean_pooling(folder: Path) -> bool:
 
 
 def require_safetensors(folder: Path) -> None:
-    """See that a folder has weights that can be opened safely.
+    """Raise unless the directory contains safetensors weights.
 
     Raises:
-        UnsafeFileError: It has pickled weights only.
-        FolderError: It has none.
+        UnsafeFileError: The directory contains only pickled weights.
+        FolderError: The directory contains no weights.
     """
     if any(folder.glob("*.safetensors")):
         return
@@ -116,13 +116,13 @@ def require_safetensors(folder: Path) -> None:
             f"'{pickled[0]}' is not read",
             where=str(folder),
             why="pickled weights can run any code when they are opened",
-            fix="take a revision with .safetensors, or convert them in a place that you can throw away",
+            fix="use a revision with .safetensors, or convert them: tuneforge import",
         )
     raise FolderError(f"'{folder}' has no .safetensors weights", fix="give a folder that save_pretrained wrote")
 
 
 def read_image_normalization(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and deviation that a vision model's pictures were brought to; None where the folder does not say."""
+    """Return normalization mean and std of a vision model; None if preprocessor_config.json does not have them."""
     try:
         table: dict[str, Any] = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -134,7 +134,7 @@ def read_image_normalization(folder: Path) -> tuple[tuple[float, ...], tuple[flo
 
 @contextlib.contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Keep transformers from reports and progress bars of its own; the run says what matters."""
+    """Suppress the log messages and progress bars of transformers."""
     from transformers.utils import logging as untyped
 
     logging: Any = untyped

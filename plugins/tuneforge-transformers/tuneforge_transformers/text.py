@@ -1,6 +1,6 @@
-"""Texts as inputs: from a text, a file or a row to token ids, the same way everywhere.
+"""The inputs component `text`: converts texts, files and rows to token ids.
 
-Shapes: b texts in a batch, t tokens of each, padding included.
+Shapes: b texts in a batch, t tokens of each, including padding.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ INPUT_IDS, ATTENTION_MASK = "input_ids", "attention_mask"
 
 
 class PackedTokenizer(str):
-    """A tokenizer's JSON, compressed to text; messages show its size, not its content."""
+    """The compressed JSON of a tokenizer; its `repr` shows the size, because error messages contain option values."""
 
     __slots__ = ()
 
     @classmethod
     def pack(cls, tokenizer: Tokenizer) -> PackedTokenizer:
-        """A tokenizer with its truncation and padding."""
+        """Compress a tokenizer with its truncation and padding."""
         return cls(base64.b64encode(zlib.compress(tokenizer.to_str().encode(), 9)).decode())
 
     def __repr__(self) -> str:
@@ -41,55 +41,55 @@ class PackedTokenizer(str):
 
 @component(api=1)
 class TextInputs(Inputs):
-    """Texts, stored as token ids and a mask of what is no padding, all of one length.
+    """Texts, stored as token ids and attention mask, padded to one length.
 
-    The tokenizer itself is an option, so that a run's folder alone can read what production sends.
+    The tokenizer itself is an option, so that a run directory is all that inference needs.
     """
 
     tabular = True
 
     tokenizer: str = option(help="The tokenizer's JSON with its truncation and padding, compressed (zlib, base64).")
-    max_length: int = option(help="Tokens of a text, the special ones and padding included.", check=gt(0))
-    text_column: str = option(default="text", help="Where a row holds the text.")
-    max_chars: int = option(default=1_000_000, help="Longest text that is read, in characters.", check=gt(0))
+    max_length: int = option(help="Tokens of each text, including special tokens and padding.", check=gt(0))
+    column: str = option(default="text", help="Column of the text in a row.")
+    max_chars: int = option(default=1_000_000, help="Maximum length of a text, in characters.", check=gt(0))
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "tokenizer", PackedTokenizer(self.tokenizer))
 
     def decode(self, raw: Any) -> dict[str, Tensor]:
-        """The stored form of one text: `input_ids` int32 (t,) and `attention_mask` uint8 (t,).
+        """Tokenize one text: `input_ids` int32 (t,) and `attention_mask` uint8 (t,).
 
         Args:
-            raw: The text; a row that holds it; the path of a text file; or bytes: a text in UTF-8, or a row in JSON.
+            raw: A text, a row with a text, the path of a text file, or bytes: a text in UTF-8 or a row in JSON.
 
         Raises:
-            DataError: It holds no text, no UTF-8, or is too long.
+            DataError: `raw` contains no text, is not UTF-8, or is too long.
         """
         return {name: tensor[0] for name, tensor in self.encode([self.extract_text(raw)]).items()}
 
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """The stored form of texts: `input_ids` int32 (b, t) and `attention_mask` uint8 (b, t)."""
-        found = unpack_tokenizer(self.tokenizer).encode_batch(list(texts))
+        """Tokenize texts: `input_ids` int32 (b, t) and `attention_mask` uint8 (b, t)."""
+        encodings = unpack_tokenizer(self.tokenizer).encode_batch(list(texts))
         return {
-            INPUT_IDS: torch.tensor([each.ids for each in found], dtype=torch.int32),
-            ATTENTION_MASK: torch.tensor([each.attention_mask for each in found], dtype=torch.uint8),
+            INPUT_IDS: torch.tensor([each.ids for each in encodings], dtype=torch.int32),
+            ATTENTION_MASK: torch.tensor([each.attention_mask for each in encodings], dtype=torch.uint8),
         }
 
     def preprocess(self, samples: TensorTree) -> TensorTree:
-        """Both as int64 (b, t), on whatever device they are on."""
+        """Convert ids and mask to int64 (b, t)."""
         return map_inputs(samples, Tensor.long)
 
     def render_text(self, sample: TensorTree) -> str:
-        """The beginning of a stored text, as far as its tokens tell."""
+        """Decode the first 200 characters of a stored text."""
         assert isinstance(sample, Mapping)
         words: str = unpack_tokenizer(self.tokenizer).decode(sample[INPUT_IDS][sample[ATTENTION_MASK].bool()].tolist())
         return words[:200]
 
     def extract_text(self, raw: Any) -> str:
-        """The text in what `decode` takes.
+        """Return the text of any form that `decode` accepts.
 
         Raises:
-            DataError: There is none, or it is too long.
+            DataError: There is no text, or it is too long.
         """
         where = str(raw) if isinstance(raw, Path) else ""
         if isinstance(raw, Path):
@@ -97,48 +97,50 @@ class TextInputs(Inputs):
         if isinstance(raw, (bytes, bytearray, memoryview)):
             raw = self._parse_bytes(bytes(raw), where)
         if isinstance(raw, Mapping):
-            if self.text_column not in raw:
-                fix = suggest_name(self.text_column, map(str, raw))
-                raise DataError(f"column '{self.text_column}' is missing", where=where or "the row", fix=fix)
-            raw = raw[self.text_column]
+            if self.column not in raw:
+                fix = suggest_name(self.column, map(str, raw))
+                raise DataError(f"column '{self.column}' is missing", where=where or "the row", fix=fix)
+            raw = raw[self.column]
         if not isinstance(raw, str) or not raw.strip():
-            what = "an empty text" if isinstance(raw, str) else f"{type(raw).__name__} is no text"
-            raise DataError(what, where=where, fix="give a text, a text file, or a row that holds one")
+            what = "an empty text" if isinstance(raw, str) else f"{type(raw).__name__} is not a text"
+            raise DataError(what, where=where, fix="give a text, a text file, or a row with a text")
         if len(raw) > self.max_chars:
             what = f"a text of {len(raw):,} characters"
             raise DataError(what, where=where, why=f"at most {self.max_chars:,} are read", fix="shorten it")
         return raw
 
     def _parse_bytes(self, raw: bytes, where: str) -> Any:
-        """A row, where the bytes are a JSON object with the column; else the text that they are."""
+        """Return a row if the bytes are a JSON object with the column, else the text."""
         try:
             text = raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise DataError("this is no text", where=where, why=str(error), fix="give UTF-8") from None
+            raise DataError("this is not a text", where=where, why=str(error), fix="give UTF-8") from None
         try:
             row = json.loads(text) if text.lstrip().startswith("{") else None
         except ValueError:
             return text
-        return row if isinstance(row, dict) and self.text_column in row else text
+        return row if isinstance(row, dict) and self.column in row else text
 
 
 @functools.lru_cache(maxsize=8)
 def unpack_tokenizer(packed: str) -> Tokenizer:
-    """The tokenizer that `PackedTokenizer.pack` was given.
+    """Return the tokenizer that `PackedTokenizer.pack` compressed.
 
     Raises:
-        DataError: It is none.
+        DataError: `packed` is not a compressed tokenizer.
     """
     from tokenizers import Tokenizer
 
     try:
         return Tokenizer.from_str(zlib.decompress(base64.b64decode(packed, validate=True)).decode())
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises plain Exception
-        raise DataError("the option 'tokenizer' holds no tokenizer", why=str(error), fix="restore model.json") from None
+        raise DataError(
+            "the option 'tokenizer' is not a compressed tokenizer", why=str(error), fix="restore model.json"
+        ) from None
 
 
 def _read_bytes(path: Path, *, limit: int) -> bytes:
-    """A file's bytes, bounded before they are read."""
+    """Read a file of at most `limit` bytes."""
     try:
         with path.open("rb") as file:
             content = file.read(limit + 1)

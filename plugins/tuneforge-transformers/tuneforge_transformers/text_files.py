@@ -1,4 +1,4 @@
-"""Texts with their labels as they lie on disk: a CSV file, folders of text files, or either of them by split."""
+"""Read texts and labels from a CSV file or from folders of text files, with or without splits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _WHERE = "--data.path"
 
 
 class TextSplit(NamedTuple):
-    """Texts of one split, or not divided yet.
+    """The texts of one split, or all texts if the data has no splits yet.
 
     Args:
-        texts: Each as it is.
-        labels: Of each.
-        ids: Where each came from: a file's path, or a file and a line.
+        texts: The texts.
+        labels: The label of each text.
+        ids: The source of each text: the path of its file, or a file name and a line number.
     """
 
     texts: list[str]
@@ -28,20 +28,20 @@ class TextSplit(NamedTuple):
 
 
 def read_texts(path: Path, *, text: str, label: str, delimiter: str, max_chars: int) -> dict[str, TextSplit]:
-    """All texts by split; only `train` where nothing divides them.
+    """Read all texts by split; the only split is `train` if the data has no splits yet.
 
-    A file is a CSV. A folder holds train.csv (and val.csv, test.csv), or folders train (and val, test) with a folder of
-    .txt files for each class, or the folders of the classes themselves.
+    A file is read as CSV. A folder contains train.csv (and val.csv, test.csv), or folders train (and val, test) with a
+    folder of .txt files for each class, or such folders of classes directly.
 
     Args:
         path: The file or the folder.
         text: Column of the text.
         label: Column of the label.
-        delimiter: Between the cells of a row.
-        max_chars: Longest text that is read.
+        delimiter: Character between the cells of a row.
+        max_chars: Maximum length of a text, in characters.
 
     Raises:
-        DataError: There is nothing of that kind, or a text cannot be used; the message names file and line.
+        DataError: Nothing of these is at the path, or a text cannot be used; the message names file and line.
     """
     if path.is_file():
         return {"train": _read_csv(path, text, label, delimiter, max_chars)}
@@ -57,7 +57,7 @@ def read_texts(path: Path, *, text: str, label: str, delimiter: str, max_chars: 
 
 
 def _read_csv(path: Path, text: str, label: str, delimiter: str, max_chars: int) -> TextSplit:
-    found = TextSplit([], [], [])
+    result = TextSplit([], [], [])
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             csv.field_size_limit(max(csv.field_size_limit(), 4 * max_chars))
@@ -68,33 +68,33 @@ def _read_csv(path: Path, text: str, label: str, delimiter: str, max_chars: int)
                     raise DataError(f"there is no column '{column}'", where=str(path), fix=fix)
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
-                found.texts.append(_check_cell(row[text], where, max_chars, what="text"))
-                found.labels.append(_check_cell(row[label], where, max_chars, what="label").strip())
-                found.ids.append(f"{path.name}:{reader.line_num}")
+                result.texts.append(_check_cell(row[text], where, max_chars, what="text"))
+                result.labels.append(_check_cell(row[label], where, max_chars, what="label").strip())
+                result.ids.append(f"{path.name}:{reader.line_num}")
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"cannot read '{path}'", where=_WHERE, why=why, fix="give a CSV file in UTF-8") from None
-    if not found.texts:
+    if not result.texts:
         raise DataError(f"'{path}' has no rows", why="a header and at least one row are needed", fix="check the file")
-    return found
+    return result
 
 
 def _read_folder(path: Path, max_chars: int) -> TextSplit:
-    found = TextSplit([], [], [])
+    result = TextSplit([], [], [])
     classes = sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
     for folder in classes:
         for file in sorted(folder.rglob("*.txt")):
-            found.texts.append(_check_cell(_read_file(file, max_chars), str(file), max_chars, what="text"))
-            found.labels.append(folder.name)
-            found.ids.append(str(file.relative_to(path)))
-    if not found.texts:
+            result.texts.append(_check_cell(_read_file(file, max_chars), str(file), max_chars, what="text"))
+            result.labels.append(folder.name)
+            result.ids.append(str(file.relative_to(path)))
+    if not result.texts:
         raise DataError(
             f"there is no text in '{path}'",
             where=_WHERE,
             why=f"it has {len(classes)} folder(s), and no .txt file in any",
             fix="give a folder of .txt files for each class, or a CSV file",
         )
-    return found
+    return result
 
 
 def _read_file(file: Path, max_chars: int) -> str:
@@ -108,7 +108,7 @@ def _read_file(file: Path, max_chars: int) -> str:
 def _check_cell(cell: str | None, where: str, max_chars: int, *, what: str) -> str:
     if cell is None or not cell.strip():
         raise DataError(
-            f"there is no {what}", where=where, why="nothing can be learnt from it", fix="fill or remove it"
+            f"there is no {what}", where=where, why="a sample needs a text and a label", fix="fill or remove it"
         )
     if len(cell) > max_chars:
         raise DataError(f"a {what} is too long", where=where, why=f"at most {max_chars:,} characters are read")
