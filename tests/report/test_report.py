@@ -15,7 +15,7 @@ from PIL import Image
 from tuneforge import FolderError
 from tuneforge.builtin.metrics import ClassificationMetrics, RegressionMetrics
 from tuneforge.engine.loop.metric_set import scalar_metrics
-from tuneforge.engine.storage.run_dir import write_json
+from tuneforge.engine.storage.atomic import write_json
 from tuneforge.plugin.results import Diagnostics, StrategyStepResult
 from tuneforge.plugin.serialization import to_json
 from tuneforge.plugin.steps import Diagnosis, Phase

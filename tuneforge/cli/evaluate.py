@@ -16,7 +16,7 @@ def _evaluate(run_dir: Path, **values: Any) -> None:
     ctx = click.get_current_context()
     config = build_config(ctx, values)
     from tuneforge.engine.session import messages, predictor
-    from tuneforge.engine.storage.run_dir import nonfinite_to_none
+    from tuneforge.engine.storage.atomic import nonfinite_to_none
 
     metrics = predictor.evaluate(
         run_dir,

@@ -35,7 +35,7 @@ def export(
     The exported model is compared with the fine-tuned one on the test split, at batch sizes 1, 2, 7 and 16. If a
     predicted class differs, or a probability differs by more than 1e-4, nothing is written.
     """
-    from tuneforge.engine.storage.run_dir import read_json
+    from tuneforge.engine.storage.run_files import read_json
     from tuneforge.exporting.bundle import BUNDLE, MODEL_CARD
     from tuneforge.exporting.exporter import export as exported
 

@@ -55,7 +55,7 @@ def _print(result: LRFindResult) -> None:
 
 
 def _to_dict(result: LRFindResult) -> dict[str, Any]:
-    from tuneforge.engine.storage.run_dir import nonfinite_to_none
+    from tuneforge.engine.storage.atomic import nonfinite_to_none
 
     losses = [{"lr": lr, "loss": nonfinite_to_none(loss)} for lr, loss in result.losses.items()]
     return {

@@ -31,7 +31,7 @@ def report(run_dir: Path, export_strategy: bool, out: Path | None, as_json: bool
     """
     from tuneforge.engine.session import messages
     from tuneforge.engine.session.predictor import require_done
-    from tuneforge.engine.storage.run_dir import REPORT, REPORT_HTML, read_json
+    from tuneforge.engine.storage.run_files import REPORT, REPORT_HTML, read_json
     from tuneforge.errors import UsageError
     from tuneforge.report.report import write_report
 
@@ -58,7 +58,8 @@ def _print_executed_steps(run_dir: Path, out: Path | None, *, as_json: bool) -> 
     """Print or write the executed steps; print on standard error why they would not give the same weights."""
     from tuneforge.builtin.strategies.plan_file import format_plan, step_to_dict
     from tuneforge.engine.session import messages
-    from tuneforge.engine.storage.run_dir import RUN, STRATEGY_STEPS, atomic_write, read_json, read_jsonl
+    from tuneforge.engine.storage.atomic import atomic_write
+    from tuneforge.engine.storage.run_files import RUN, STRATEGY_STEPS, read_json, read_jsonl
     from tuneforge.plugin.serialization import from_json
 
     steps: list[StrategyStep] = [from_json(json.dumps(line["step"])) for line in read_jsonl(run_dir / STRATEGY_STEPS)]
@@ -84,7 +85,7 @@ def _print_executed_steps(run_dir: Path, out: Path | None, *, as_json: bool) -> 
 
 def _explain_differences(run_dir: Path, record: dict[str, Any], steps: list[StrategyStep]) -> Iterator[str]:
     """Yield the reasons why the steps, with the other options of the run, would not give the same weights."""
-    from tuneforge.engine.storage.run_dir import REPORT, read_json
+    from tuneforge.engine.storage.run_files import REPORT, read_json
 
     yield from describe_other_hooks(record["config"]["strategy"]["name"])
     budget = read_json(run_dir / REPORT).get("stopped_by_budget")

@@ -161,7 +161,7 @@ def _select_mentioned(run_config: Mapping[str, Any], args: list[str]) -> dict[st
 
 
 def _read_run_config(run_dir: Path) -> dict[str, Any]:
-    from tuneforge.engine.storage.run_dir import RUN, read_json
+    from tuneforge.engine.storage.run_files import RUN, read_json
 
     config: dict[str, Any] = read_json(run_dir / RUN, "config")["config"]
     return config

@@ -59,7 +59,7 @@ def _find_restarted_run(config: RunConfig) -> Path | None:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return None
     from tuneforge.engine.context.distributed import ProcessGroup
-    from tuneforge.engine.storage.run_dir import STATUS, read_json
+    from tuneforge.engine.storage.run_files import STATUS, read_json
 
     process_group = ProcessGroup.from_env()
     base = Path("runs") if config.out is None else config.out.parent
@@ -76,7 +76,7 @@ def _find_restarted_run(config: RunConfig) -> Path | None:
 
 
 def _is_done(run_dir: Path) -> bool:
-    from tuneforge.engine.storage.run_dir import STATUS, read_json
+    from tuneforge.engine.storage.run_files import STATUS, read_json
 
     return bool(read_json(run_dir / STATUS)["state"] == "done")
 
@@ -172,7 +172,7 @@ def _print_dry_run(config: RunConfig, *, as_json: bool) -> None:
 
 
 def _read_report(run_dir: Any) -> Any:
-    from tuneforge.engine.storage.run_dir import REPORT, read_json
+    from tuneforge.engine.storage.run_files import REPORT, read_json
 
     return read_json(run_dir / REPORT)
 

@@ -13,7 +13,8 @@ from typing import Any
 import tuneforge
 from tuneforge.engine.session.components import is_object
 from tuneforge.engine.storage import run_dir as names
-from tuneforge.engine.storage.run_dir import RunDir, nonfinite_to_none
+from tuneforge.engine.storage.atomic import nonfinite_to_none
+from tuneforge.engine.storage.run_dir import RunDir
 from tuneforge.errors import FolderError, UsageError
 from tuneforge.plugin.config import GROUP_BY_KEY
 

@@ -22,7 +22,7 @@ from tuneforge.comparison.ranking import (
     read_test_metrics,
 )
 from tuneforge.engine.storage import run_dir as names
-from tuneforge.engine.storage.run_dir import nonfinite_to_none
+from tuneforge.engine.storage.atomic import nonfinite_to_none
 from tuneforge.plugin.config import parse_budget
 from tuneforge.report import plots as plots
 from tuneforge.report.report import format_duration, format_metric

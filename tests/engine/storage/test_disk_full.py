@@ -19,7 +19,8 @@ from full_disk import Disk
 
 from tuneforge.__main__ import main
 from tuneforge.engine.storage import checkpoint
-from tuneforge.engine.storage.run_dir import RunDir, is_run_dir
+from tuneforge.engine.storage.run_dir import RunDir
+from tuneforge.engine.storage.run_files import is_run_dir
 
 ALL = os.environ.get("TUNEFORGE_DISK") == "all"
 SAMPLES = 5

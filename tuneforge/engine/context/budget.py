@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import attrs
 
 from tuneforge.engine.storage import fault_injection as faults
-from tuneforge.engine.storage.run_dir import STATUS, read_json, write_json
+from tuneforge.engine.storage.atomic import write_json
+from tuneforge.engine.storage.run_files import STATUS, read_json
 from tuneforge.plugin.config import parse_budget
 
 if TYPE_CHECKING:

@@ -38,17 +38,8 @@ from tuneforge.engine.session.run_log import (
 from tuneforge.engine.session.strategy_loop import check_step_type, run_strategy
 from tuneforge.engine.storage import checkpoint
 from tuneforge.engine.storage.checkpoint import Checkpoints
-from tuneforge.engine.storage.run_dir import (
-    LOG,
-    METRICS,
-    MODEL,
-    RUN,
-    STATUS,
-    STRATEGY_STEPS,
-    TIMINGS,
-    RunDir,
-    read_json,
-)
+from tuneforge.engine.storage.run_dir import RunDir
+from tuneforge.engine.storage.run_files import LOG, METRICS, MODEL, RUN, STATUS, STRATEGY_STEPS, TIMINGS, read_json
 from tuneforge.errors import StoppedError, UsageError
 from tuneforge.plugin.config import GROUP_BY_KEY, REPEATABLE_COMPONENT_KEYS, RunConfig, resolve_config
 from tuneforge.plugin.hooks import Hooks, RegisteredComponent

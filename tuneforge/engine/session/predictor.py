@@ -19,7 +19,7 @@ from tuneforge.engine.loop.phase_components import create_component
 from tuneforge.engine.model import device
 from tuneforge.engine.model.model import Model, extract_logits
 from tuneforge.engine.session.components import is_object, resolve_component
-from tuneforge.engine.storage.run_dir import MODEL, RUN, STATUS, WEIGHTS, read_json
+from tuneforge.engine.storage.run_files import MODEL, RUN, STATUS, WEIGHTS, read_json
 from tuneforge.engine.storage.safetensors_io import load_state_dict, load_tensors
 from tuneforge.errors import DataError, FolderError
 from tuneforge.plugin.config import RunConfig, resolve_config

@@ -20,16 +20,8 @@ from tuneforge.engine.model.module_state import full_state, restore_state
 from tuneforge.engine.session.run_log import DETERMINISM_KEYS, describe_environment
 from tuneforge.engine.storage import checkpoint, fault_injection
 from tuneforge.engine.storage.checkpoint import Checkpoints
-from tuneforge.engine.storage.run_dir import (
-    METRICS,
-    RUN,
-    STATUS,
-    STRATEGY_STEPS,
-    TIMINGS,
-    RunDir,
-    read_json,
-    read_jsonl,
-)
+from tuneforge.engine.storage.run_dir import RunDir
+from tuneforge.engine.storage.run_files import METRICS, RUN, STATUS, STRATEGY_STEPS, TIMINGS, read_json, read_jsonl
 from tuneforge.errors import FolderError, StoppedError, UsageError
 from tuneforge.plugin.names import format_count
 from tuneforge.plugin.results import AnyStrategyStepResult, TaskInfo

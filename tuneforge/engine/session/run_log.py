@@ -19,7 +19,8 @@ from tuneforge.engine.loop.train_phase import planned_epochs
 from tuneforge.engine.model import fsdp
 from tuneforge.engine.session import messages
 from tuneforge.engine.session.components import describe_member
-from tuneforge.engine.storage.run_dir import HARDEST_SAMPLES, METRICS, REPORT, TIMINGS, WEIGHTS, RunDir
+from tuneforge.engine.storage.run_dir import RunDir
+from tuneforge.engine.storage.run_files import HARDEST_SAMPLES, METRICS, REPORT, TIMINGS, WEIGHTS
 from tuneforge.engine.storage.safetensors_io import get_state_dict, save_tensors
 from tuneforge.plugin import registry
 from tuneforge.plugin.config import config_to_dict, parse_budget
