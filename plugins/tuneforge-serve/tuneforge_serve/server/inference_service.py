@@ -65,9 +65,9 @@ class InferenceService:
         try:
             async with asyncio.timeout(self.limits.request_timeout_s):
                 with self.batcher.expect_request() as submit:
-                    asked, stored = await self.run_in_pool(decode)
+                    parsed, stored = await self.run_in_pool(decode)
                     future = submit(model, stored)
-                return asked, await asyncio.wrap_future(future)
+                return parsed, await asyncio.wrap_future(future)
         except TimeoutError:
             raise busy_error(f"there was no prediction within {self.limits.request_timeout_s:g} s") from None
         except RequestError:

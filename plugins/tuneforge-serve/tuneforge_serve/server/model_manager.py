@@ -271,8 +271,8 @@ class ModelManager:
             served = self._load_and_verify(slot.source, version)
         except Exception as error:
             slot.reason = f"version '{version or 'new'}' was refused: {_public_reason(error)}"
-            kept = "no version is loaded" if old is None else f"version '{old.version}' stays"
-            LOG.error("model '%s': %s; %s (%s)", name, slot.reason, kept, error, exc_info=_is_unexpected(error))
+            remaining = "no version is loaded" if old is None else f"version '{old.version}' stays"
+            LOG.error("model '%s': %s; %s (%s)", name, slot.reason, remaining, error, exc_info=_is_unexpected(error))
             self._on_load(name, False)
             raise
         slot.current, slot.reason = served, ""

@@ -87,8 +87,8 @@ class RequestLogger:
 
 def allows_logging(request: Request) -> bool:
     """Return False if the client forbids it: `Cache-Control: no-store` (RFC 9111, 5.2.1.5)."""
-    asked = ",".join(request.headers.getlist("cache-control")).lower().split(",")
-    return "no-store" not in (each.strip() for each in asked)
+    directives = ",".join(request.headers.getlist("cache-control")).lower().split(",")
+    return "no-store" not in (each.strip() for each in directives)
 
 
 def make_ids(request_id: str, count: int, *, is_list: bool) -> list[str]:
