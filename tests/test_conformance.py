@@ -183,11 +183,11 @@ def drop_equal_tensors(original):
     """Return a faulty `parameter_groups` that drops a tensor equal to an earlier one."""
 
     def groups(model, phase, trainable, *, weight_decay):
-        named, kept = model.parameters(), []
+        named, distinct = model.parameters(), []
         for name in trainable:
-            if not any(torch.equal(named[name], named[other]) for other in kept):
-                kept.append(name)
-        return original(model, phase, kept, weight_decay=weight_decay)
+            if not any(torch.equal(named[name], named[other]) for other in distinct):
+                distinct.append(name)
+        return original(model, phase, distinct, weight_decay=weight_decay)
 
     return groups
 

@@ -202,11 +202,6 @@ class SampleRecorder:
         return result
 
 
-def find_changed_tensors(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
-    """Return the names of the tensors that differ."""
-    return {name for name, each in before.items() if not is_bit_equal(each.detach(), after[name].detach())}
-
-
 def _must_change(parameter: Tensor, lr: float) -> bool:
     """Return True if the gradient must change the tensor: a plain SGD step exceeds the rounding error."""
     if parameter.grad is None:

@@ -158,7 +158,7 @@ def test_head_fit_solves_the_head_and_changes_nothing_else(tune):
 def test_diagnosis_has_no_side_effects(tune, measure):
     plain = tune([tf.Phase("a", epochs=1), tf.Phase("b", train="head", epochs=1)])
     diagnosed = tune(
-        [tf.Phase("a", epochs=1), tf.Diagnosis("look", measure=measure), tf.Phase("b", train="head", epochs=1)]
+        [tf.Phase("a", epochs=1), tf.Diagnosis("diagnosis", measure=measure), tf.Phase("b", train="head", epochs=1)]
     )
     assert weights(plain) == weights(diagnosed)
     diagnostics = diagnosed.strategy_steps[1][1]

@@ -23,9 +23,9 @@ from torch import nn
 
 import tuneforge as tf
 from tuneforge.engine.context import run as run_module
-from tuneforge.engine.loop import train_phase as phase
+from tuneforge.engine.loop import train_phase
 from tuneforge.engine.loop.phase_components import PhaseComponents
-from tuneforge.engine.session import resume as memory
+from tuneforge.engine.session import resume
 
 KILLS = int(os.environ.get("TUNEFORGE_KILLS", "24"))
 CLOCK_KILLS = int(os.environ.get("TUNEFORGE_CLOCK_KILLS", "2"))
@@ -92,8 +92,8 @@ def done(path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    path = tmp_path_factory.mktemp("whole") / "run"
+def unbroken(tmp_path_factory):
+    path = tmp_path_factory.mktemp("unbroken") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNEFORGE_CACHE", str(path.parent / "cache"))
         points = run_and_kill(engine(path).run, -1)
@@ -102,59 +102,59 @@ def whole(tmp_path_factory):
 
 def choose_point(points, seed):
     """Return where seed `seed` kills: each kind of point in turn, or next to a phase boundary."""
-    chance = random.Random(seed)
+    generator = random.Random(seed)
     if seed % 4 == 0:
-        borders = [place for place, name in enumerate(points) if name in BOUNDARIES]
-        steps = [place for place, name in enumerate(points) if name == "step"]
-        near = chance.choice(borders)
-        before = [place for place in steps if place < near][-1:]
-        after = [place for place in steps if place > near][:1]
-        return 1 + chance.choice([*before, near, *after])
+        boundaries = [index for index, name in enumerate(points) if name in BOUNDARIES]
+        steps = [index for index, name in enumerate(points) if name == "step"]
+        near = generator.choice(boundaries)
+        before = [index for index in steps if index < near][-1:]
+        after = [index for index in steps if index > near][:1]
+        return 1 + generator.choice([*before, near, *after])
     kinds = sorted(set(points))
     kind = kinds[seed % len(kinds)]
-    return 1 + chance.choice([place for place, name in enumerate(points) if name == kind])
+    return 1 + generator.choice([index for index, name in enumerate(points) if name == kind])
 
 
-def test_points_cover_checkpoints_steps_phase_boundaries_and_the_cache(whole):
-    kinds = set(whole[1])
+def test_points_cover_checkpoints_steps_phase_boundaries_and_the_cache(unbroken):
+    kinds = set(unbroken[1])
     assert kinds >= {"step", "step-saved", "epoch", "cache.begin", "cache.before-rename", *BOUNDARIES}
     assert len([kind for kind in kinds if kind.startswith("checkpoint.")]) >= 7
 
 
 @pytest.mark.parametrize("seed", range(KILLS))
-def test_run_killed_at_any_point_and_resumed_ends_bit_identical(whole, tmp_path, seed):
-    expected, points = whole
+def test_run_killed_at_any_point_and_resumed_ends_bit_identical(unbroken, tmp_path, seed):
+    expected, points = unbroken
     path = tmp_path / "r"
     run_and_kill(engine(path, num_workers=2 if seed % 6 == 0 else 0).run, choose_point(points, seed))
-    chance = random.Random(seed)
-    for _ in range(chance.randint(0, 2)):
+    generator = random.Random(seed)
+    for _ in range(generator.randint(0, 2)):
         if not done(path):
-            run_and_kill(engine(path, resume=True).run, chance.randint(1, len(points) // 2))
+            run_and_kill(engine(path, resume=True).run, generator.randint(1, len(points) // 2))
     if not done(path):
         engine(path, resume=True).run()
     assert read_files(path) == expected
 
 
-def test_cached_features_lost_before_the_resume_are_recomputed_bit_identical(whole, tmp_path, monkeypatch):
+def test_cached_features_lost_before_the_resume_are_recomputed_bit_identical(unbroken, tmp_path, monkeypatch):
     monkeypatch.setenv("TUNEFORGE_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "r"
-    run_and_kill(engine(path).run, 1 + [place for place, name in enumerate(whole[1]) if name == "epoch"][2])
+    run_and_kill(engine(path).run, 1 + [index for index, name in enumerate(unbroken[1]) if name == "epoch"][2])
     monkeypatch.setenv("TUNEFORGE_CACHE", str(tmp_path / "another"))
     engine(path, resume=True).run()
-    assert read_files(path) == whole[0]
+    assert read_files(path) == unbroken[0]
 
 
 def forget(patch, name):
     """Make `ResumeState.restore` or the phase forget one thing."""
-    restore, modes = memory.ResumeState.restore, phase.compute_modes
+    restore, modes = resume.ResumeState.restore, train_phase.compute_modes
 
     def restore_without(self, state):
         if name == "sampler position":
             state["phase"]["batch"] = max(0, state["phase"]["batch"] - 2)
         if name == "EMA":
-            for kept in state["components"].values():
-                if "average" in kept:
-                    kept["average"] = {key: tensor * 0 for key, tensor in kept["average"].items()}
+            for component_state in state["components"].values():
+                if "average" in component_state:
+                    component_state["average"] = {key: tensor * 0 for key, tensor in component_state["average"].items()}
         restore(self, state)
         if name == "log of steps":
             self.completed_steps.pop()
@@ -163,17 +163,17 @@ def forget(patch, name):
         if name == "accumulation":
             self.run.config = attrs.evolve(self.run.config, grad_accum_steps=1)
 
-    patch.setattr(memory.ResumeState, "restore", restore_without)
+    patch.setattr(resume.ResumeState, "restore", restore_without)
     if name == "requires_grad":
-        patch.setattr(phase, "freeze", lambda model, trained: None)
+        patch.setattr(train_phase, "freeze", lambda model, trainable: None)
     if name == "BatchNorm mode":
         patch.setattr(
-            phase,
+            train_phase,
             "compute_modes",
             lambda *a, **k: [(m, on or isinstance(m, nn.BatchNorm1d)) for m, on in modes(*a, **k)],
         )
     if name == "schedule":
-        patch.setattr(PhaseComponents, "build_schedule", lambda self, asked: _Constant())
+        patch.setattr(PhaseComponents, "build_schedule", lambda self, phase: _Constant())
 
 
 class _Constant:
@@ -188,15 +188,14 @@ FORGOTTEN = (
 
 
 @pytest.mark.parametrize("forgotten", FORGOTTEN)
-def test_incomplete_restore_is_found_by_the_comparison(whole, tmp_path, monkeypatch, forgotten):
+def test_incomplete_restore_is_found_by_the_comparison(unbroken, tmp_path, monkeypatch, forgotten):
     """The negative control: a comparison that misses one of these would show nothing."""
-    expected, points = whole
+    expected, points = unbroken
     path = tmp_path / "r"
-    phases = [place for place, name in enumerate(points) if name == "phase-saved"]
-    first = (
-        phases[2] if forgotten != "schedule" else phases[3]
-    )  # in the second phase, of which much is frozen, or the third
-    steps = [place for place, name in enumerate(points) if name == "step-saved" and place > first]
+    phases = [index for index, name in enumerate(points) if name == "phase-saved"]
+    # The second phase freezes most layers, but it has no schedule; the third has one.
+    first = phases[2] if forgotten != "schedule" else phases[3]
+    steps = [index for index, name in enumerate(points) if name == "step-saved" and index > first]
     run_and_kill(engine(path).run, 1 + steps[4])
     forget(monkeypatch, forgotten)
     try:
@@ -206,12 +205,12 @@ def test_incomplete_restore_is_found_by_the_comparison(whole, tmp_path, monkeypa
     assert read_files(path) != expected
 
 
-def test_complete_restore_at_the_same_points_is_bit_identical(whole, tmp_path, monkeypatch):
-    expected, points = whole
-    for place in (2, 3):
-        monkeypatch.setenv("TUNEFORGE_CACHE", str(tmp_path / f"cache{place}"))
-        path = tmp_path / f"r{place}"
-        first = [where for where, name in enumerate(points) if name == "phase-saved"][place]
+def test_complete_restore_at_the_same_points_is_bit_identical(unbroken, tmp_path, monkeypatch):
+    expected, points = unbroken
+    for index in (2, 3):
+        monkeypatch.setenv("TUNEFORGE_CACHE", str(tmp_path / f"cache{index}"))
+        path = tmp_path / f"r{index}"
+        first = [where for where, name in enumerate(points) if name == "phase-saved"][index]
         steps = [where for where, name in enumerate(points) if name == "step-saved" and where > first]
         run_and_kill(engine(path).run, 1 + steps[4])
         engine(path, resume=True).run()
@@ -254,11 +253,11 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("seed", range(CLOCK_KILLS))
 def test_command_killed_at_a_random_time_and_resumed_ends_with_the_same_files(undisturbed, tmp_path, seed):
     expected, seconds = undisturbed
-    chance = random.Random(seed)
+    generator = random.Random(seed)
     path = tmp_path / "runs" / "r"
-    command([*COMMAND, "--out", "runs/r"], tmp_path, kill_after_s=chance.uniform(0.3, 1.0) * seconds)
-    if chance.random() < 0.3 and (path / "run.json").exists() and not done(path):
-        command(RESUME, tmp_path, kill_after_s=chance.uniform(0.3, 1.0) * seconds)
+    command([*COMMAND, "--out", "runs/r"], tmp_path, kill_after_s=generator.uniform(0.3, 1.0) * seconds)
+    if generator.random() < 0.3 and (path / "run.json").exists() and not done(path):
+        command(RESUME, tmp_path, kill_after_s=generator.uniform(0.3, 1.0) * seconds)
     if not (path / "run.json").exists():  # killed before it had begun: there is nothing to resume
         assert command([*COMMAND, "--out", "runs/r"], tmp_path)[0] == 0
     elif not done(path):

@@ -62,33 +62,31 @@ def engine(path, *, resume=False, checkpoint_s=0.0):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    path = tmp_path_factory.mktemp("whole") / "run"
+def unbroken(tmp_path_factory):
+    path = tmp_path_factory.mktemp("unbroken") / "run"
     points = run_and_kill(engine(path).run, -1)
     return read_files(path), points
 
 
-def test_checkpoints_do_not_change_the_result(whole, tmp_path):
+def test_checkpoints_do_not_change_the_result(unbroken, tmp_path):
     engine(tmp_path / "r", checkpoint_s=1e9).run()
-    assert read_files(tmp_path / "r") == whole[0]
+    assert read_files(tmp_path / "r") == unbroken[0]
     assert not (tmp_path / "r" / "checkpoints").exists()
 
 
-def test_changed_strategy_is_refused_with_the_difference(whole, tmp_path):
+def test_changed_strategy_is_refused_with_the_difference(unbroken, tmp_path):
     path = tmp_path / "r"
-    run_and_kill(engine(path).run, len(whole[1]) - 20)
-    changed = engine(path, resume=True)
+    run_and_kill(engine(path).run, len(unbroken[1]) - 20)
 
     def other(task):
         yield tf.Phase("head", train="head", epochs=2, lr=0.03)
 
     objects = {"data": data(), "model": network(), "strategy": other, "callbacks": [tf.use("ema"), NoisyLoss()]}
-    del changed
     with pytest.raises(tf.UsageError, match=r"lr=0\.03"):
         tf.Engine.resume(path, **objects).run()
 
 
-def test_stopped_run_saves_a_checkpoint_and_resumes_bit_identical(whole, tmp_path):
+def test_stopped_run_saves_a_checkpoint_and_resumes_bit_identical(unbroken, tmp_path):
     path = tmp_path / "r"
     running = engine(path, checkpoint_s=1e9)
     faults.hook = lambda name: running.stop("SIGTERM", exit_code=143) if name == "epoch" else None
@@ -98,7 +96,7 @@ def test_stopped_run_saves_a_checkpoint_and_resumes_bit_identical(whole, tmp_pat
     assert caught.value.exit_code == 143
     assert json.loads((path / "status.json").read_text())["state"] == "stopped"
     engine(path, resume=True).run()
-    assert read_files(path) == whole[0]
+    assert read_files(path) == unbroken[0]
 
 
 def test_finished_run_is_not_resumed(tmp_path):
@@ -108,9 +106,9 @@ def test_finished_run_is_not_resumed(tmp_path):
         engine(path, resume=True)
 
 
-def test_running_run_cannot_be_resumed(tmp_path, whole):
+def test_running_run_cannot_be_resumed(tmp_path, unbroken):
     path = tmp_path / "r"
-    run_and_kill(engine(path).run, len(whole[1]) // 2)
+    run_and_kill(engine(path).run, len(unbroken[1]) // 2)
     with RunDir(path, resume=True), pytest.raises(tf.FolderError, match="in use"):
         engine(path, resume=True).run()
 
@@ -140,9 +138,9 @@ def command(arguments, folder, *, kill_after=None, number=signal.SIGKILL, begin=
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    code, out = command([*COMMAND, "--out", "whole"], folder)
+    code, out = command([*COMMAND, "--out", "unbroken"], folder)
     assert code == 0, out
-    return folder / "whole"
+    return folder / "unbroken"
 
 
 @pytest.mark.slow
@@ -183,10 +181,10 @@ def test_engines_own_forward_passes_leave_buffers_unchanged(tmp_path):
             return tf.Engine.resume(path, **objects)
         return tf.Engine(**objects, batch_size=8, page=False, checkpoint_s=0.0, out=path)
 
-    counting(tmp_path / "whole").run()
+    counting(tmp_path / "unbroken").run()
     run_and_kill(counting(tmp_path / "r").run, 15, only="step-saved")
     counting(tmp_path / "r", resume=True).run()
-    assert read_files(tmp_path / "r") == read_files(tmp_path / "whole")
+    assert read_files(tmp_path / "r") == read_files(tmp_path / "unbroken")
 
 
 def test_resumed_run_knows_that_its_model_is_pretrained(tmp_path):
