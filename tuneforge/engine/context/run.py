@@ -110,7 +110,7 @@ class Run(TrainerState):
         for position, augmentation in enumerate(self.engine_state.augmentations):
             if augmentation is component:
                 return f"augment:{position}"
-        raise PluginError(f"{type(component).__name__} takes no part in this run", fix="call run.state(self)")
+        raise PluginError(f"{type(component).__name__} is not part of this run", fix="call run.state(self)")
 
     def forward(self, inputs: Any) -> Any:
         """Return the model's logits (b, k) for the inputs of a batch."""
