@@ -1,21 +1,21 @@
-"""Everything tuneforge raises on purpose, with the exit code the command line gives it.
+"""The exceptions of tuneforge, with the exit codes of the command line.
 
 ::
 
-    TuneforgeError                    1   the root: catch this to catch them all
+    TuneforgeError                    1   base class of all errors
     ├── UsageError                    2   the request itself is wrong
-    │   ├── UnknownNameError          2   no component, option or key of that name
+    │   ├── UnknownNameError          2   no component, option or key has that name
     │   ├── OptionError               2   an option's value has the wrong type or range
-    │   └── SelectorError             2   a selector that matches no parameter
-    ├── PluginError                   1   a plugin did something the contract forbids
-    │   └── PluginLoadError           2   a plugin could not be loaded or does not fit
+    │   └── SelectorError             2   a selector matches no parameter
+    ├── PluginError                   1   a plugin raised an error or violated the plugin API
+    │   └── PluginLoadError           2   a plugin could not be imported or does not fit its hook
     ├── DataError                    65   the data cannot be used as it is
     ├── MissingDependencyError       69   an optional package is not installed
-    ├── HaltError                    70   the run stopped itself (NaN, a broken proof)
-    ├── FolderError                  73   a folder is in use, missing or not writable
-    ├── TryAgainError                75   a passing fault, such as a full disk
-    ├── StoppedError            130, 143   Ctrl-C or SIGTERM; what was done is saved, `tuneforge resume` goes on
-    └── UnsafeFileError              77   a file that could execute code or is not what it claims
+    ├── HaltError                    70   the run halted (NaN or Inf, a failed freeze check)
+    ├── FolderError                  73   a directory is in use, missing or not writable
+    ├── TryAgainError                75   a temporary fault, such as a full disk
+    ├── StoppedError            130, 143   Ctrl-C or SIGTERM; a checkpoint is saved for `tuneforge resume`
+    └── UnsafeFileError              77   a file that could execute code or has another format than it claims
 
 A message has four parts: what went wrong, where, why, and what to do about it.
 """
@@ -58,7 +58,7 @@ class ExitCode(enum.IntEnum):
     DEFECT = 1
     USAGE = 2
     TARGET_MISSED = 3
-    """The command did its work, and a metric that was asked for was missed or a gate refused."""
+    """The command completed, but a metric is below its minimum or the gate refused the model."""
     BAD_DATA = 65
     MISSING_DEPENDENCY = 69
     HALTED = 70
@@ -70,13 +70,13 @@ class ExitCode(enum.IntEnum):
 
 
 class TuneforgeError(Exception):
-    """Something went wrong in a way that tuneforge can explain.
+    """Base class of the errors that tuneforge raises.
 
     Args:
         what: One sentence that quotes the bad value.
-        where: The flag, file, key or plugin concerned.
-        why: The rule that was broken, or the underlying cause.
-        fix: What to do next.
+        where: The flag, file, key or plugin.
+        why: The violated rule or the cause.
+        fix: What to do.
     """
 
     exit_code = 1
@@ -90,28 +90,28 @@ class TuneforgeError(Exception):
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     def __str__(self) -> str:
-        """All four parts on one line, as tracebacks and logs show it."""
+        """Return all four parts on one line, as tracebacks and logs show them."""
         parts = (self.what, f"at {self.where}" if self.where else "", self.why, self.fix)
         return "; ".join(part for part in parts if part)
 
     def format_lines(self) -> list[str]:
-        """The four parts as the terminal shows them, one a line."""
+        """Return the four parts as the terminal shows them, one per line."""
         labelled = (("where", self.where), ("why", self.why), ("do", self.fix))
         return [self.what, *(f"  {label + ':':<7}{text}" for label, text in labelled if text)]
 
 
 class UsageError(TuneforgeError):
-    """The request itself is wrong: a flag, a file, an argument."""
+    """The request is wrong: a flag, a file or an argument."""
 
     exit_code = 2
 
 
 class UnknownNameError(UsageError):
-    """No component, option or key of that name exists."""
+    """No component, option or key has that name."""
 
 
 class OptionError(UsageError):
-    """An option's value has the wrong type or lies outside its range."""
+    """The value of an option has the wrong type or range."""
 
 
 class SelectorError(UsageError):
@@ -119,11 +119,11 @@ class SelectorError(UsageError):
 
 
 class PluginError(TuneforgeError):
-    """A plugin did something the contract forbids, or raised."""
+    """A plugin raised an error or violated the plugin API."""
 
 
 class PluginLoadError(PluginError):
-    """A plugin could not be imported, or what it offers does not fit its hook."""
+    """A plugin could not be imported, or does not fit its hook."""
 
     exit_code = 2
 
@@ -135,36 +135,36 @@ class DataError(TuneforgeError):
 
 
 class MissingDependencyError(TuneforgeError):
-    """An optional package is needed and not installed."""
+    """A required optional package is not installed."""
 
     exit_code = 69
 
 
 class HaltError(TuneforgeError):
-    """The run stopped itself, because going on would have produced rubbish."""
+    """The run halted, because its results would have been wrong."""
 
     exit_code = 70
 
 
 class FolderError(TuneforgeError):
-    """A folder is in use, missing or not writable."""
+    """A directory is in use, missing or not writable."""
 
     exit_code = 73
 
 
 class TryAgainError(TuneforgeError):
-    """A passing fault of the machine, such as a full disk."""
+    """A temporary fault of the machine, such as a full disk."""
 
     exit_code = 75
 
 
 class StoppedError(TuneforgeError):
-    """The run was asked to stop (by Ctrl-C or SIGTERM), saved a checkpoint and did.
+    """The run saved a checkpoint and stopped, because of Ctrl-C or SIGTERM.
 
     Args:
         what: One sentence.
         exit_code: 130 for Ctrl-C, 143 for SIGTERM.
-        fix: How to go on.
+        fix: How to resume.
     """
 
     def __init__(self, what: str, *, exit_code: int, fix: str = "") -> None:
@@ -173,13 +173,13 @@ class StoppedError(TuneforgeError):
 
 
 class UnsafeFileError(TuneforgeError):
-    """A file that could execute code, or that is not what it claims to be."""
+    """A file that could execute code, or that has another format than it claims."""
 
     exit_code = 77
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
-    """A sentence that offers the known name nearest to `name`, or lists what there is."""
+    """Return a sentence that suggests the known name nearest to `name`, or lists the known names."""
     names = {each.casefold(): each for each in sorted(set(known))}
     near = difflib.get_close_matches(name.casefold(), names, n=1)
     if near:
@@ -189,6 +189,6 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
 
 
 def escape_name(name: str | bytes | Path) -> str:
-    """A name with its odd bytes and controls escaped, so that it can be printed and written anywhere."""
+    """Return a name with undecodable bytes and control characters escaped, so that it can be printed."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -84,7 +84,7 @@ def test_a_backend_without_a_form_is_refused(bundle):
 def test_a_model_that_answers_otherwise_than_recorded_fails_its_check(bundle):
     found = load_bundle(bundle)
     found.reference_data.probe_outputs[3] += torch.tensor([2.0, 0.0, -2.0])
-    with pytest.raises(tf.HaltError, match="disagrees with its own recorded answers"):
+    with pytest.raises(tf.HaltError, match="differs from its own reference outputs"):
         found.verify()
     found.reference_data.probe_outputs[3] = torch.nan
     with pytest.raises(tf.HaltError):

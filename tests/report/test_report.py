@@ -366,10 +366,10 @@ def test_run_without_epochs_has_no_curves(tmp_path):
     assert "0 epochs" in page.text
 
 
-def test_nan_and_inf_metrics_are_shown_in_words(tmp_path):
+def test_nan_and_inf_metrics_are_shown(tmp_path):
     splits = {"val": class_metrics(DIGITS, 0, skill=1), "test": class_metrics(DIGITS, 0, skill=1)}
     text = Elements(read(write_run(tmp_path / "run", labels=DIGITS, splits=splits, hardest_samples=[]))).text
-    assert "test 360 not a number not a number" in text
+    assert "test 360 NaN or Inf NaN or Inf" in text
     assert "Hardest class" not in text
 
 
@@ -412,8 +412,8 @@ def test_commands_name_the_folder_as_the_user_did(tmp_path):
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
-        (None, "not a number"),
-        (math.nan, "not a number"),
+        (None, "NaN or Inf"),
+        (math.nan, "NaN or Inf"),
         (0.0, "0.0000"),
         (0.98611, "0.9861"),
         (2e-5, "2.00e-05"),

@@ -1,11 +1,11 @@
-"""A bundle: a folder that holds a tuned model ready for work, and what is needed to trust it. And what serves it.
+"""Bundles: directories that hold a fine-tuned model for deployment and the records to verify it; and their loading.
 
 =======================  ==========================================================================================
-file                     what
+file                     content
 =======================  ==========================================================================================
-`bundle.json`            contracts of inputs and targets, figures, provenance, and the forms the model is in
-`model.onnx`, ...        what each export format wrote
-`reference.safetensors`  recorded answers, a reference for drift, digests of the training samples
+`bundle.json`            inputs, targets, metrics, provenance, and the formats of the model
+`model.onnx`, ...        the model in each export format
+`reference.safetensors`  reference outputs, a reference for drift, digests of the training samples
 `README.md`              the model card
 `manifest.json`          size and SHA-256 of every other file
 =======================  ==========================================================================================
@@ -33,30 +33,30 @@ from tuneforge.exporting.reference_outputs import ReferenceData
 from tuneforge.plugin.steps import ComponentSpec
 
 BUNDLE = "bundle.json"
-"""The file of a bundle that describes it."""
+"""The file that describes a bundle."""
 
 MODEL_CARD = "README.md"
-"""The file of a bundle that holds the model card."""
+"""The model card of a bundle."""
 
 LAYOUT_VERSION = 1
-"""The version of the layout of bundles that this tuneforge writes."""
+"""The version of the bundle layout that this tuneforge writes."""
 
 MAX_DEVIATION = 1e-2
-"""How far a probability may be from the recorded one: accelerators compute convolutions in lower precision."""
+"""Largest allowed difference to a reference probability; accelerators compute convolutions in lower precision."""
 
 
 @attrs.define(eq=False, slots=False)
 class InferenceModel:
-    """A tuned model that answers: from a bundle, a store's version or a finished run. Its methods are thread-safe.
+    """A fine-tuned model for inference, of a bundle, a registry version or a finished run. It is thread-safe.
 
     Args:
-        path: Its folder.
-        name: Of the model.
-        version: Its number in a store; empty elsewhere.
-        backend: What computes: `torch`, `onnxruntime`, ...
-        inputs: How raw things become tensors.
-        targets: How answers are read.
-        record: The content of `bundle.json`; of a run folder, the same as far as it is known.
+        path: The directory of the bundle or run.
+        name: The name of the model.
+        version: The version in the model registry; empty elsewhere.
+        backend: The library that computes: `torch`, `onnxruntime`, ...
+        inputs: Decodes and preprocesses raw inputs.
+        targets: Interprets outputs.
+        record: The content of `bundle.json`; for a run directory, the same fields as far as they are known.
     """
 
     path: Path
@@ -70,47 +70,47 @@ class InferenceModel:
 
     @property
     def test_metrics(self) -> Mapping[str, Any]:
-        """Figures of the test split, as the run reported them."""
+        """The metrics of the test split, as the run reported them."""
         metrics: Mapping[str, Any] = self.record["metrics"]["test"]
         return metrics
 
     @property
     def input_specs(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape without the batch, and type such as `uint8`, of each stored tensor; a single one is named ''."""
+        """Shape without the batch dimension, and dtype such as `uint8`, by tensor name; a single tensor is named ''."""
         specs = self.record["input_specs"].items()
         return {name: (tuple(shape), dtype.removeprefix("torch.")) for name, (shape, dtype) in specs}
 
     @cached_property
     def reference_data(self) -> ReferenceData | None:
-        """Recorded answers and the reference for drift; None for a run folder."""
+        """Reference outputs and the reference for drift; None for a run directory."""
         return None if "bundle" not in self.record else ReferenceData.read(self.path)
 
     def outputs(self, stored: TensorTree) -> Tensor:
-        """The model's outputs, float32 (b, k) on the CPU, for the stored form of a batch: what targets describe."""
+        """Return the outputs of the model, float32 (batch, outputs) on the CPU, for a batch of stored tensors."""
         return self._forward(stored)
 
     def predict_batch(self, stored: TensorTree) -> Tensor:
-        """Probabilities, or numbers in their unit, float32 (b, k), for the stored form of a batch."""
+        """Return probabilities, or values in their unit, float32 (batch, outputs), for a batch of stored tensors."""
         return compute_predictions(self.targets, self._forward(stored))
 
     def predict(self, raws: Iterable[Any]) -> Iterator[dict[str, Any]]:
-        """The answer for each raw thing as plain data, such as class and probabilities.
+        """Yield the prediction for each raw input as plain data, such as class and probabilities.
 
         Raises:
-            DataError: One of them cannot be decoded.
+            DataError: An input cannot be decoded.
         """
         for raw in raws:
             stored = map_inputs(self.inputs.decode(raw), lambda tensor: tensor[None])
             yield self.targets.describe(self._forward(stored)[0])
 
     def verify(self) -> int:
-        """Answer the recorded test inputs again and compare, in one batch and alone.
+        """Predict the recorded test inputs again and compare with the reference, as one batch and singly.
 
         Returns:
-            How many were compared; 0 for a run folder, which records none.
+            The number of compared samples; 0 for a run directory, which has no reference.
 
         Raises:
-            HaltError: An answer is another one, or is no number.
+            HaltError: A prediction differs, or is NaN.
         """
         reference = self.reference_data
         if reference is None:
@@ -124,7 +124,7 @@ class InferenceModel:
             deviation = measure_deviation(actual, recorded)
             if not deviation <= MAX_DEVIATION:
                 raise HaltError(
-                    f"{self.name} {self.version}".strip() + " disagrees with its own recorded answers",
+                    f"{self.name} {self.version}".strip() + " differs from its own reference outputs",
                     where=str(self.path),
                     why=f"an answer is off by {deviation:.3g}, and {MAX_DEVIATION:g} is allowed ({self.backend})",
                     fix="export it again on this machine, or look for what changed in its packages",
@@ -140,19 +140,19 @@ def load_bundle(
     name: str = "",
     version: str = "",
 ) -> InferenceModel:
-    """Open a bundle, once its hashes have been compared.
+    """Load a bundle after its hashes have been verified.
 
     Args:
-        path: Its folder.
-        backend: `torch`, `onnxruntime`, or another that the bundle has a form for; `auto` takes the first that can
-            be used here of those in the order in which they were exported.
-        device_name: Where torch computes.
-        name: What to call the model; by default what the bundle says.
-        version: Its number in a store.
+        path: The directory of the bundle.
+        backend: `torch`, `onnxruntime`, or that of another format of the bundle; `auto` is the first available one in
+            the order of export.
+        device_name: The device of torch.
+        name: The name of the model; by default that in the bundle.
+        version: The version in the model registry.
 
     Raises:
-        FolderError: It is no bundle, or a file of it is missing or changed.
-        UsageError: It has no form for that backend.
+        FolderError: The directory is no bundle, or a file is missing or changed.
+        UsageError: The bundle has no format for that backend.
         MissingDependencyError: A package that the backend needs is not installed.
     """
     path = Path(path)
@@ -162,7 +162,7 @@ def load_bundle(
         raise FolderError(
             f"the bundle '{path}' was written by a newer tuneforge ({record['tuneforge']})",
             where=BUNDLE,
-            why=f"its layout has version {record['bundle']}, and this one reads up to {LAYOUT_VERSION}",
+            why=f"its layout has version {record['bundle']}, and this tuneforge reads up to {LAYOUT_VERSION}",
             fix="update tuneforge",
         )
     chosen, forward = _open_first_available(path, record["formats"], backend, device_name)

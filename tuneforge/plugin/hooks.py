@@ -1,8 +1,8 @@
-"""The hooks of one run: every trap of the hook library is closed here, in one place.
+"""The hooks of one run, on top of pluggy.
 
-A component is never registered as it is. What is registered is a stand-in that holds only its hook
-implementations, each checked and each guarded: so no property of a plugin runs, a failed registration leaves
-nothing behind, and whatever a plugin raises names the plugin.
+pluggy reads every attribute of what is registered, keeps a half-registered plugin after an error, and lets errors pass
+without the name of the plugin. So each hook implementation is checked and registered by itself, in a wrapper that names
+the component in every error.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _HOOK_SIGNATURES = {
 
 @attrs.frozen(eq=False)
 class RegisteredComponent:
-    """A component that takes part in a run.
+    """A component of a run.
 
     Args:
         component: The instance.
-        name: What the user typed for it.
-        label: How messages name it, such as `strategy 'x' of some-package 1.2`.
+        name: The name that the user typed.
+        label: The description in messages, such as `strategy 'x' of some-package 1.2`.
     """
 
     component: Any
@@ -125,7 +125,7 @@ class Hooks:
 
 
 class _HookCallers:
-    """Hooks by name, each looked up once."""
+    """Callers of hooks by name, each created once."""
 
     def __init__(self, hooks: Hooks) -> None:
         self._hooks = hooks
@@ -137,10 +137,10 @@ class _HookCallers:
 
 
 def find_hook_implementations(member: RegisteredComponent) -> list[HookImplementation]:
-    """The checked and guarded hook implementations of a component. Runs none of its code.
+    """Return the hook implementations of a component, checked and wrapped. None of its code is executed.
 
     Raises:
-        PluginLoadError: One is misspelt, has a parameter the hook lacks or one with a default, or is an
+        PluginLoadError: A name is misspelled, a parameter is unknown to the hook or has a default, or it is an
             old-style wrapper.
     """
     cls = type(member.component)
@@ -154,7 +154,7 @@ def find_hook_implementations(member: RegisteredComponent) -> list[HookImplement
 
 
 def find_hook_methods(cls: type, label: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """The hook implementations of a class: attribute, hook, and marks. Runs none of its code.
+    """Return the hook implementations of a class: attribute, hook and marks. None of its code is executed.
 
     Raises:
         PluginLoadError: As `find_hook_implementations`.
@@ -179,10 +179,10 @@ def find_hook_methods(cls: type, label: str) -> list[tuple[str, str, dict[str, A
 
 
 def iterate_strategy(member: RegisteredComponent, steps: Any) -> Generator[Any, Any, str]:
-    """Drive a strategy's iterable so that whatever its body raises names the strategy.
+    """Iterate over the steps of a strategy so that an error in its body names the strategy.
 
-    A generator's body runs outside the hook call, so the guard of the hook does not reach it. It returns what the body
-    returned: the reason why there is no further step, or "".
+    The body of a generator runs outside the hook call, so the wrapper of the hook does not catch its errors. This
+    returns what the body returned: the reason why there is no further step, or "".
 
     Raises:
         PluginError: The body raised, or a generator returned a value.
@@ -246,7 +246,7 @@ def _wrap_errors(member: RegisteredComponent, hook: str, function: Callable[...,
 
 
 def _wrap_wrapper_errors(member: RegisteredComponent, hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse the two silent mistakes of a wrapper: yielding a value, and forgetting to return the result."""
+    """Refuse two silent errors of a wrapper: yielding a value, and not returning the result."""
 
     @functools.wraps(function)
     def guarded(*args: Any) -> Generator[None, Any, Any]:

@@ -1,4 +1,4 @@
-"""What a strategy is told: the task before it begins, and the answer to each of its steps."""
+"""What a strategy receives: the task at its start, and the result of each of its steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tuneforge.plugin.serialization import (
 
 
 def to_name_tuple(values: Iterable[str]) -> tuple[str, ...]:
-    """Names as a tuple, whatever they come in."""
+    """Return names as a tuple."""
     return tuple(values)
 
 
@@ -28,24 +28,23 @@ def _to_step_tuple(values: Iterable[int]) -> tuple[int, ...]:
 @register_serializable
 @attrs.frozen
 class StrategyStepResult:
-    """The answer to a step that changed the weights.
+    """The result of a strategy step that changed the weights.
 
     Args:
-        step_name: The step's name.
-        reason: Why it ended, in a sentence.
-        epochs: Epochs trained.
-        steps: Optimizer steps taken.
-        best_epoch: Counted from 1 within the step; 0 where there is none.
-        train: Figures of training: `loss` of the last epoch.
-        val: Every figure of the validation split after the step, nested as the metrics gave it, sorted by name.
-        history: One entry an epoch: `epoch`, `train`, `val` (single numbers only).
-        num_trainable: Number of parameters that trained.
-        num_frozen: Number of parameters that did not; they are proved unchanged to the bit.
-        never_updated: Names of tensors that had a rate and never received a gradient.
-        selection: What the step chose among candidates (`WeightAverage`'s weight).
-        skipped_steps: Optimizer steps that were not applied, because a loss or a gradient was no number.
-        num_augmented_copies: Fixed augmented views that each training sample was seen in, where features were kept;
-            else 0.
+        step_name: The name of the step.
+        reason: Why the step ended, in a sentence.
+        epochs: The number of epochs.
+        steps: The number of optimizer steps.
+        best_epoch: The best epoch, counted from 1 within the step; 0 if there is none.
+        train: Training metrics: the `loss` of the last epoch.
+        val: All validation metrics after the step, sorted by name.
+        history: One entry per epoch: `epoch`, `train`, `val` (scalars only).
+        num_trainable: The number of trainable parameters.
+        num_frozen: The number of frozen parameters; they were verified to be bit-identical.
+        never_updated: Names of tensors that had a learning rate and never received a gradient.
+        selection: What the step selected among candidates (the weight of `WeightAverage`).
+        skipped_steps: Optimizer steps that were skipped because a loss or gradient was NaN or Inf.
+        num_augmented_copies: Cached augmented copies per training sample if features were cached, else 0.
     """
 
     step_name: str
@@ -67,11 +66,11 @@ class StrategyStepResult:
 @register_serializable
 @attrs.frozen
 class Diagnostics:
-    """The answer to a `Diagnosis`.
+    """The result of a `Diagnosis`.
 
     Args:
-        step_name: The step's name.
-        values: By layer group or tensor name; for rates, by the rate.
+        step_name: The name of the step.
+        values: Values by layer group or tensor name; for `"lrs"`, losses by learning rate.
     """
 
     step_name: str
@@ -87,9 +86,9 @@ class LayerGroupInfo:
     """A layer group as a strategy sees it.
 
     Args:
-        name: As selectors write it.
-        num_parameters: Numbers in its tensors.
-        parameter_names: Names of its parameters.
+        name: The name that selectors use.
+        num_parameters: The number of its parameters.
+        parameter_names: The names of its parameter tensors.
     """
 
     name: str
@@ -104,22 +103,22 @@ def _to_group_tuple(values: Iterable[LayerGroupInfo]) -> tuple[LayerGroupInfo, .
 @register_serializable
 @attrs.frozen
 class TaskInfo:
-    """All that a strategy is told: never the live model, never the test split.
+    """What a strategy knows of the task; it never gets the model or the test split.
 
     Args:
-        groups: Layer groups from the input to the answer; the last is the head.
-        classes: Names of the classes; empty where the targets have none.
-        num_train: Samples of the training split.
-        num_val: Samples of the validation split.
-        batch_size: Samples an optimizer step.
-        device: Kind of device: `cpu`, `cuda`, ...
-        seed: The run's.
-        monitor: The validation figure that the targets are judged by, and `"max"` or `"min"`.
-        monitor_mode: Whether more of it is better.
-        old_classes: Classes whose head rows came with the model.
-        budget: What the run may spend, all of it still there: `{"seconds": 60.0}`, `{"epochs": 20}` or
-            `{"steps": 500}`; empty where there is no limit.
-        sample_groups: Samples of each named part of the training split, which `Phase(mixture_weights=...)` may ask for.
+        groups: Layer groups from the input to the output; the last is the head.
+        classes: Names of the classes; empty if the targets have none.
+        num_train: The number of training samples.
+        num_val: The number of validation samples.
+        batch_size: Samples per optimizer step.
+        device: The device type: `cpu`, `cuda`, ...
+        seed: The seed of the run.
+        monitor: The validation metric that decides, by default that of the targets.
+        monitor_mode: `"max"` if higher is better, or `"min"`.
+        old_classes: Classes that the head of the pretrained model already has.
+        budget: The budget of the whole run: `{"seconds": 60.0}`, `{"epochs": 20}` or `{"steps": 500}`; empty without
+            limit.
+        sample_groups: The number of samples of each sample group, for `Phase(mixture_weights=...)`.
     """
 
     groups: tuple[LayerGroupInfo, ...] = attrs.field(converter=_to_group_tuple)
@@ -137,15 +136,15 @@ class TaskInfo:
 
     @property
     def backbone(self) -> tuple[LayerGroupInfo, ...]:
-        """All groups but the head, from the input up."""
+        """All groups but the head, from the input on."""
         return self.groups[:-1]
 
     @property
     def head(self) -> LayerGroupInfo:
-        """The group nearest to the answer."""
+        """The last group."""
         return self.groups[-1]
 
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the training split; a last sample alone joins the step before it."""
+        """Return the optimizer steps of one epoch; a last batch of one sample is merged into the batch before it."""
         joined = self.num_train > self.batch_size and self.num_train % self.batch_size == 1
         return -(-self.num_train // self.batch_size) - joined

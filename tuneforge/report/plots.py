@@ -276,7 +276,7 @@ def _to_float(value: Any) -> float:
 
 def _describe_change(series: list[float]) -> str:
     known = [value for value in series if math.isfinite(value)]
-    return f"from {known[0]:.4g} to {known[-1]:.4g}" if known else "not a number"
+    return f"from {known[0]:.4g} to {known[-1]:.4g}" if known else "NaN or Inf"
 
 
 def _shorten(name: str, *, max_length: int = _MAX_NAME_LENGTH) -> str:

@@ -22,7 +22,7 @@ from tuneforge.plugin.results import Diagnostics, StrategyStepResult
 from tuneforge.plugin.serialization import from_json
 from tuneforge.report import plots as plots
 
-NON_FINITE = "not a number"
+NON_FINITE = "NaN or Inf"
 _MAX_MATRIX_CLASSES = 30
 _MAX_EXPANDED_CLASSES = 60
 _MAX_CONFUSIONS = 20
@@ -119,7 +119,7 @@ class _RunRecord:
 
 
 def format_metric(value: Any) -> str:
-    """Format a metric; NaN and Inf become "not a number"."""
+    """Format a metric; NaN and Inf become "NaN or Inf"."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return NON_FINITE
     if not isinstance(value, float):
