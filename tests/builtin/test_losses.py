@@ -31,19 +31,19 @@ def drawn(*shape, seed=0):
 
 
 class TestCrossEntropy:
-    def test_without_weights_it_is_torchs_to_the_bit(self):
+    def test_without_weights_it_is_bit_identical_to_torch(self):
         outputs, targets = drawn(5, 3), torch.tensor([0, 1, 2, 2, 0])
         loss, answered = CrossEntropy().train_step(run_of(outputs, ABC), batch(targets))
         assert answered is outputs
         assert torch.equal(loss, F.cross_entropy(outputs, targets))
 
     @pytest.mark.parametrize("smoothing", [0.1, 0.5])
-    def test_label_smoothing_is_torchs_to_the_bit(self, smoothing):
+    def test_label_smoothing_is_bit_identical_to_torch(self, smoothing):
         outputs, targets = drawn(5, 3), torch.tensor([0, 1, 2, 2, 0])
         loss, _ = CrossEntropy(label_smoothing=smoothing).train_step(run_of(outputs, ABC), batch(targets))
         assert torch.equal(loss, F.cross_entropy(outputs, targets, label_smoothing=smoothing))
 
-    def test_mixed_targets_are_shares_of_classes(self):
+    def test_mixed_targets_are_class_probabilities(self):
         outputs, shares = drawn(4, 3), torch.rand(4, 3).softmax(1)
         loss, _ = CrossEntropy().train_step(run_of(outputs, ABC), batch(shares))
         assert torch.equal(loss, F.cross_entropy(outputs, shares))
@@ -90,7 +90,7 @@ class TestCrossEntropy:
 
     @pytest.mark.parametrize("targets", [torch.tensor([0, 3]), torch.tensor([-1, 0])])
     @pytest.mark.parametrize("weights", [None, torch.ones(2)])
-    def test_a_target_that_is_no_class_says_the_range(self, targets, weights):
+    def test_a_target_out_of_range_is_an_error_with_the_range(self, targets, weights):
         with pytest.raises(DataError, match=r"there are 3 classes.*from 0 to 2"):
             CrossEntropy().train_step(run_of(drawn(2, 3), ABC), batch(targets, weights=weights))
 
@@ -114,7 +114,7 @@ class TestCrossEntropy:
 
 
 class TestBinaryCrossEntropy:
-    def test_without_weights_it_is_torchs_to_the_bit(self):
+    def test_without_weights_it_is_bit_identical_to_torch(self):
         outputs, targets = drawn(4, 2), torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
         loss, answered = BinaryCrossEntropy().train_step(run_of(outputs, SETS), batch(targets))
         assert answered is outputs
@@ -160,7 +160,7 @@ class TestMSE:
         assert answered is outputs
         assert torch.equal(loss, F.mse_loss(outputs[:, 0], targets))
 
-    def test_of_several_numbers_it_is_torchs_to_the_bit(self):
+    def test_with_several_outputs_it_is_bit_identical_to_torch(self):
         outputs, targets = drawn(4, 2), torch.randn(4, 2)
         loss, _ = MSE().train_step(run_of(outputs, RegressionTargets(names=("x", "y"))), batch(targets))
         assert torch.equal(loss, F.mse_loss(outputs, targets))

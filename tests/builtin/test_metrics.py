@@ -23,8 +23,8 @@ def classes(number):
     return run_of(ClassTargets(names=tuple(f"c{index}" for index in range(number))))
 
 
-def figures(component, run, outputs, targets, *, parts=1):
-    """The figures of one pass in `parts` batches of uneven size."""
+def compute_metrics(component, run, outputs, targets, *, parts=1):
+    """Return the metrics of one evaluation in `parts` batches of uneven size."""
     metrics = component.evaluate(run)
     cuts = sorted(np.random.default_rng(parts).integers(0, len(targets), parts - 1).tolist())
     for begin, end in zip([0, *cuts], [*cuts, len(targets)], strict=True):
@@ -67,9 +67,9 @@ class TestClassification:
             (200, 1500, (0, 199)),
         ],
     )
-    def test_figures_are_scikit_learns(self, number, samples, missing, seed):
+    def test_metrics_equal_those_of_scikit_learn(self, number, samples, missing, seed):
         outputs, targets = drawn_classes(number, samples, seed, missing=missing)
-        found = figures(Classification(), classes(number), outputs, targets, parts=3)
+        found = compute_metrics(Classification(), classes(number), outputs, targets, parts=3)
         answers = outputs.argmax(1)
         assert found["loss"] == pytest.approx(F.cross_entropy(outputs, targets).item(), **NEAR)
         assert found["accuracy"] == pytest.approx(judge.accuracy_score(targets, answers), **NEAR)
@@ -88,19 +88,19 @@ class TestClassification:
         assert found["confusion"] == judge.confusion_matrix(targets, answers, labels=range(number)).tolist()
 
     @pytest.mark.parametrize(("number", "top"), [(11, 3), (11, 1), (200, 5), (4, 3)])
-    def test_top_k_is_scikit_learns(self, number, top):
+    def test_top_k_equals_that_of_scikit_learn(self, number, top):
         outputs, targets = drawn_classes(number, 300, seed=top)
-        found = figures(Classification(top_k=top), classes(number), outputs, targets)
+        found = compute_metrics(Classification(top_k=top), classes(number), outputs, targets)
         expected = judge.top_k_accuracy_score(targets, outputs, k=top, labels=range(number))
         assert found[f"top{top}_accuracy"] == pytest.approx(expected, **NEAR)
 
     @pytest.mark.parametrize("number", [2, 3])
-    def test_top_k_is_left_out_where_there_are_no_more_classes(self, number):
-        found = figures(Classification(), classes(number), *drawn_classes(number, 20, seed=0))
+    def test_top_k_is_omitted_with_at_most_k_classes(self, number):
+        found = compute_metrics(Classification(), classes(number), *drawn_classes(number, 20, seed=0))
         assert not [name for name in found if name.startswith("top")]
 
     def test_top_k_of_equal_scores_credits_only_the_first(self):
-        found = figures(Classification(top_k=2), classes(4), torch.zeros(4, 4), torch.arange(4))
+        found = compute_metrics(Classification(top_k=2), classes(4), torch.zeros(4, 4), torch.arange(4))
         assert found["top2_accuracy"] == 0.5
         assert found["accuracy"] == 0.25
 
@@ -114,44 +114,44 @@ class TestClassification:
             inside = (confidence > index / bins) & (confidence <= (index + 1) / bins)
             if inside.any():
                 expected += inside.sum().item() / 500 * abs(right[inside].mean() - confidence[inside].mean()).item()
-        assert figures(Classification(bins=bins), classes(5), outputs, targets)["ece"] == pytest.approx(
+        assert compute_metrics(Classification(bins=bins), classes(5), outputs, targets)["ece"] == pytest.approx(
             expected, **NEAR
         )
 
     def test_perfect_confidence_is_perfectly_calibrated(self):
-        found = figures(Classification(), classes(3), torch.eye(3) * 1000, torch.arange(3))
+        found = compute_metrics(Classification(), classes(3), torch.eye(3) * 1000, torch.arange(3))
         assert found["ece"] == 0.0
         assert found["accuracy"] == 1.0
 
     @pytest.mark.parametrize("number", [2, 11, 200])
-    def test_figures_do_not_depend_on_the_batches(self, number):
+    def test_metrics_do_not_depend_on_the_batches(self, number):
         outputs, targets = drawn_classes(number, 257, seed=5)
-        whole = figures(Classification(), classes(number), outputs, targets)
-        split = figures(Classification(), classes(number), outputs, targets, parts=9)
+        whole = compute_metrics(Classification(), classes(number), outputs, targets)
+        split = compute_metrics(Classification(), classes(number), outputs, targets, parts=9)
         assert_near(whole, split)
 
-    def test_an_answer_outside_a_splits_classes_costs_recall_but_makes_no_class_of_its_own(self):
+    def test_a_prediction_outside_the_classes_of_a_split_lowers_recall_but_adds_no_class(self):
         outputs = torch.eye(3)[[0, 1, 2, 1]] * 5
-        found = figures(Classification(), classes(3), outputs, torch.tensor([0, 1, 0, 1]))
+        found = compute_metrics(Classification(), classes(3), outputs, torch.tensor([0, 1, 0, 1]))
         assert found["recall_macro"] == 0.75
         assert found["precision_macro"] == 1.0
 
-    def test_a_class_without_samples_or_answers_does_not_drag_the_macro_average(self):
+    def test_a_class_without_samples_or_predictions_does_not_lower_the_macro_average(self):
         outputs = torch.eye(3)[[0, 1]] * 5
-        found = figures(Classification(), classes(3), outputs, torch.tensor([0, 1]))
+        found = compute_metrics(Classification(), classes(3), outputs, torch.tensor([0, 1]))
         assert found["recall_macro"] == found["f1_macro"] == 1.0
         assert found["per_class"]["c2"] == {"precision": 0.0, "recall": 0.0, "f1-score": 0.0, "support": 0}
 
     def test_the_worst_class_is_the_one_of_lowest_recall_among_those_with_samples(self):
         outputs = torch.eye(4)[[0, 1, 1, 0]] * 5
-        found = figures(Classification(), classes(4), outputs, torch.tensor([0, 1, 2, 0]))
+        found = compute_metrics(Classification(), classes(4), outputs, torch.tensor([0, 1, 2, 0]))
         assert found["recall_min"] == 0.0
         assert found["hardest_class"] == "c2"
 
-    def test_outputs_that_are_no_numbers_count_as_wrong_and_show(self):
+    def test_nan_outputs_count_as_misclassified(self):
         outputs = torch.eye(3)[[0, 0, 1]] * 5
         outputs[1] = math.nan
-        found = figures(Classification(top_k=1), classes(3), outputs, torch.tensor([0, 0, 1]))
+        found = compute_metrics(Classification(top_k=1), classes(3), outputs, torch.tensor([0, 0, 1]))
         assert math.isnan(found["loss"])
         assert math.isnan(found["ece"])
         assert found["accuracy"] == found["top1_accuracy"] == pytest.approx(2 / 3)
@@ -165,13 +165,13 @@ class TestClassification:
 
     def test_an_impossible_class_is_a_number_like_any(self):
         outputs = torch.tensor([[2.0, -math.inf, 1.0]])
-        found = figures(Classification(), classes(3), outputs, torch.tensor([0]))
+        found = compute_metrics(Classification(), classes(3), outputs, torch.tensor([0]))
         assert found["accuracy"] == 1.0
         assert math.isfinite(found["loss"])
 
-    def test_mixed_targets_count_for_their_largest_share(self):
+    def test_mixed_targets_count_for_their_most_probable_class(self):
         outputs, shares = torch.tensor([[3.0, 0.0], [0.0, 3.0]]), torch.tensor([[0.8, 0.2], [0.6, 0.4]])
-        found = figures(Classification(), classes(2), outputs, shares)
+        found = compute_metrics(Classification(), classes(2), outputs, shares)
         assert found["accuracy"] == 0.5
         assert found["loss"] == pytest.approx(F.cross_entropy(outputs, shares).item(), **NEAR)
 
@@ -181,20 +181,20 @@ class TestClassification:
 
     def test_targets_without_names_are_named_by_index(self):
         run = run_of(SimpleNamespace(labels=()))
-        found = figures(Classification(), run, torch.eye(2), torch.arange(2))
+        found = compute_metrics(Classification(), run, torch.eye(2), torch.arange(2))
         assert list(found["per_class"]) == ["0", "1"]
 
 
 class TestMultilabel:
     @pytest.mark.parametrize("seed", range(4))
     @pytest.mark.parametrize("number", [1, 2, 11, 200])
-    def test_figures_are_scikit_learns(self, number, seed):
+    def test_metrics_equal_those_of_scikit_learn(self, number, seed):
         generator = torch.Generator().manual_seed(seed)
         targets = (torch.rand(80, number, generator=generator) < 0.3).float()
         targets[:, 0] = float(seed == 1)  # a label that none has, or all
         outputs = torch.randn(80, number, generator=generator) + targets
         run = run_of(MultilabelTargets(names=tuple(f"l{index}" for index in range(number))))
-        found = figures(Multilabel(threshold=0.6), run, outputs, targets, parts=4)
+        found = compute_metrics(Multilabel(threshold=0.6), run, outputs, targets, parts=4)
         given = (outputs.sigmoid() >= 0.6).numpy().astype(int)
         truth = targets.numpy().astype(int)
         assert found["loss"] == pytest.approx(F.binary_cross_entropy_with_logits(outputs, targets).item(), **NEAR)
@@ -214,14 +214,14 @@ class TestMultilabel:
                 ours = [found[f"{name}_{average}"] for name in ("precision", "recall", "f1")]
                 assert ours == pytest.approx(expected, **NEAR)
 
-    def test_figures_do_not_depend_on_the_batches(self):
+    def test_metrics_do_not_depend_on_the_batches(self):
         outputs = torch.randn(101, 4, generator=torch.Generator().manual_seed(0))
         run, targets = run_of(MultilabelTargets(names=tuple("abcd"))), (outputs.roll(1, 0) > 0).float()
-        assert_near(*(figures(Multilabel(), run, outputs, targets, parts=parts) for parts in (1, 8)))
+        assert_near(*(compute_metrics(Multilabel(), run, outputs, targets, parts=parts) for parts in (1, 8)))
 
-    def test_outputs_that_are_no_numbers_count_as_wrong_and_show(self):
+    def test_nan_outputs_count_as_misclassified(self):
         outputs = torch.tensor([[math.nan, -1.0], [-1.0, -1.0]])
-        found = figures(Multilabel(), run_of(MultilabelTargets(names=("a", "b"))), outputs, torch.zeros(2, 2))
+        found = compute_metrics(Multilabel(), run_of(MultilabelTargets(names=("a", "b"))), outputs, torch.zeros(2, 2))
         assert math.isnan(found["loss"])
         assert found["exact_match"] == 0.5
         assert found["hamming_loss"] == 0.25
@@ -229,12 +229,12 @@ class TestMultilabel:
 
 class TestRegression:
     @pytest.mark.parametrize("seed", range(4))
-    def test_figures_of_one_number_are_scikit_learns_in_original_units(self, seed):
+    def test_metrics_of_one_output_equal_those_of_scikit_learn_in_original_units(self, seed):
         generator = torch.Generator().manual_seed(seed)
         targets = torch.randn(90, generator=generator)
         outputs = (targets + 0.3 * torch.randn(90, generator=generator))[:, None]
         numbers = RegressionTargets(names=("price",), means=(100.0,), scales=(20.0,))
-        found = figures(Regression(), run_of(numbers), outputs, targets, parts=5)
+        found = compute_metrics(Regression(), run_of(numbers), outputs, targets, parts=5)
         truth, guess = targets.double() * 20 + 100, outputs[:, 0].double() * 20 + 100
         assert found == {
             "loss": pytest.approx(F.mse_loss(outputs[:, 0], targets).item(), **NEAR),
@@ -243,13 +243,13 @@ class TestRegression:
             "r2": pytest.approx(judge.r2_score(truth, guess), **NEAR),
         }
 
-    def test_figures_of_several_numbers_are_scikit_learns(self):
+    def test_metrics_of_several_outputs_equal_those_of_scikit_learn(self):
         generator = torch.Generator().manual_seed(7)
         targets = torch.randn(64, 3, generator=generator)
         outputs = targets + torch.tensor([0.1, 0.5, 2.0]) * torch.randn(64, 3, generator=generator)
         scales = torch.tensor([1.0, 10.0, 0.1], dtype=torch.float64)
         numbers = RegressionTargets(names=("x", "y", "z"), units=("m",), means=(5.0,), scales=tuple(scales.tolist()))
-        found = figures(Regression(), run_of(numbers), outputs, targets, parts=4)
+        found = compute_metrics(Regression(), run_of(numbers), outputs, targets, parts=4)
         truth, guess = targets.double() * scales + 5, outputs.double() * scales + 5
         assert found["mae"] == pytest.approx(judge.mean_absolute_error(truth, guess), **NEAR)
         assert found["rmse"] == pytest.approx(judge.root_mean_squared_error(truth, guess), **NEAR)
@@ -261,29 +261,32 @@ class TestRegression:
         noise = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         targets = 1e8 + noise
         outputs = (targets + 0.1 * noise.roll(1))[:, None]
-        found = figures(Regression(), run_of(RegressionTargets()), outputs, targets, parts=7)
+        found = compute_metrics(Regression(), run_of(RegressionTargets()), outputs, targets, parts=7)
         assert found["r2"] == pytest.approx(judge.r2_score(targets, outputs), **NEAR)
 
     @pytest.mark.parametrize(("guess", "expected"), [(0.1, 1.0), (0.2, 0.0)])
     def test_r2_of_a_truth_that_never_varies_is_scikit_learns(self, guess, expected):
         targets, outputs = torch.full((7,), 0.1), torch.full((7, 1), guess)
-        assert figures(Regression(), run_of(RegressionTargets()), outputs, targets, parts=3)["r2"] == expected
+        assert compute_metrics(Regression(), run_of(RegressionTargets()), outputs, targets, parts=3)["r2"] == expected
 
-    def test_figures_do_not_depend_on_the_batches(self):
+    def test_metrics_do_not_depend_on_the_batches(self):
         targets = torch.randn(200, generator=torch.Generator().manual_seed(0))
         outputs = targets.roll(1)[:, None]
         assert_near(
-            *(figures(Regression(), run_of(RegressionTargets()), outputs, targets, parts=parts) for parts in (1, 11))
+            *(
+                compute_metrics(Regression(), run_of(RegressionTargets()), outputs, targets, parts=parts)
+                for parts in (1, 11)
+            )
         )
 
     def test_columns_against_flat_targets_never_broadcast(self):
-        found = figures(
+        found = compute_metrics(
             Regression(), run_of(RegressionTargets()), torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 2.0])
         )
         assert found["mae"] == 0.0
 
-    def test_outputs_that_are_no_numbers_show_in_every_figure(self):
-        found = figures(
+    def test_nan_outputs_make_every_metric_nan(self):
+        found = compute_metrics(
             Regression(), run_of(RegressionTargets()), torch.tensor([[1.0], [math.nan]]), torch.tensor([1.0, 2.0])
         )
         assert all(math.isnan(value) for value in found.values())
@@ -297,7 +300,7 @@ ALL = [
 
 
 @pytest.mark.parametrize(("component", "run", "outputs", "targets"), ALL)
-def test_without_a_sample_the_figures_are_no_numbers(component, run, outputs, targets):
+def test_without_samples_the_metrics_are_nan(component, run, outputs, targets):
     metrics = component.evaluate(run)
     empty = metrics.compute()
     metrics.update(outputs[:0], targets[:0])
@@ -307,8 +310,8 @@ def test_without_a_sample_the_figures_are_no_numbers(component, run, outputs, ta
 
 
 @pytest.mark.parametrize(("component", "run", "outputs", "targets"), ALL)
-def test_figures_are_plain_data(component, run, outputs, targets):
-    found = figures(component, run, outputs, targets)
+def test_metrics_are_plain_data(component, run, outputs, targets):
+    found = compute_metrics(component, run, outputs, targets)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
@@ -318,7 +321,7 @@ def test_an_update_may_come_under_inference_mode_and_the_next_outside(component,
     with torch.inference_mode():
         metrics.update(outputs, targets)
     metrics.update(outputs, targets)
-    assert metrics.compute()["loss"] == pytest.approx(figures(component, run, outputs, targets)["loss"])
+    assert metrics.compute()["loss"] == pytest.approx(compute_metrics(component, run, outputs, targets)["loss"])
 
 
 @pytest.mark.parametrize(("component", "run", "outputs", "targets"), ALL)
@@ -336,6 +339,8 @@ def test_an_update_never_waits_for_the_device(component, run, outputs, targets, 
 
 
 @pytest.mark.parametrize(("component", "run", "outputs", "targets"), ALL)
-def test_half_precision_outputs_give_the_figures_of_their_values(component, run, outputs, targets):
+def test_half_precision_outputs_give_the_metrics_of_their_values(component, run, outputs, targets):
     outputs = outputs + torch.arange(outputs.numel()).view_as(outputs) / 8
-    assert figures(component, run, outputs.bfloat16(), targets) == figures(component, run, outputs, targets)
+    assert compute_metrics(component, run, outputs.bfloat16(), targets) == compute_metrics(
+        component, run, outputs, targets
+    )

@@ -28,14 +28,14 @@ def stepped(optimizer):
     return matrix.detach().clone()
 
 
-def test_sgd_is_torchs_sgd_to_the_bit():
+def test_sgd_is_bit_identical_to_torch():
     ours = SGD(momentum=0.8, nesterov=True, weight_decay=0.1).make(groups(), fused=False)
     theirs = torch.optim.SGD(groups(), momentum=0.8, nesterov=True, weight_decay=0.1)
     for _ in range(3):
         assert torch.equal(stepped(ours), stepped(theirs))
 
 
-def test_adamw_is_torchs_adamw_to_the_bit():
+def test_adamw_is_bit_identical_to_torch():
     ours = AdamW(beta1=0.8, beta2=0.99, eps=1e-6).make(groups(), fused=False)
     theirs = torch.optim.AdamW(groups(), betas=(0.8, 0.99), eps=1e-6, weight_decay=0.01)
     for _ in range(3):
@@ -52,7 +52,7 @@ def test_a_groups_own_weight_decay_beats_the_default(part):
     assert [group["peak_lr"] for group in made.param_groups] == [0.1, 0.1]
 
 
-def test_sgd_with_momentum_is_never_fused_because_thawed_layers_have_none_yet():
+def test_sgd_with_momentum_is_not_fused_because_unfrozen_layers_have_no_momentum():
     assert not SGD(momentum=0.9).make(groups(), fused=True).param_groups[0]["fused"]
 
 

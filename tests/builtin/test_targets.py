@@ -62,7 +62,7 @@ class TestClasses:
         assert ABC.describe(output.bfloat16()) == ABC.describe(output)
 
     @pytest.mark.parametrize("output", [[math.nan, 1.0, 2.0], [math.inf, 1.0, 2.0], [-math.inf] * 3])
-    def test_describe_never_names_a_class_for_what_is_no_number(self, output):
+    def test_describe_names_no_class_for_nan_outputs(self, output):
         told = ABC.describe(torch.tensor(output))
         assert told["class"] is None
         assert told["probability"] is None
@@ -82,7 +82,7 @@ class TestClasses:
         with pytest.raises(DataError, match="did you mean 'zebra'"):
             ClassTargets(names=("zebra", "lion")).encode("zebar")
 
-    def test_truth_of_mixed_samples_names_the_shares(self):
+    def test_label_of_mixed_samples_has_class_probabilities(self):
         assert ABC.describe_label(torch.tensor([0.7, 0.0, 0.3])) == "a 0.70, c 0.30"
 
     def test_wrongness_is_nought_where_right_and_the_cross_entropy_elsewhere(self):
@@ -90,7 +90,7 @@ class TestClasses:
         expected = F.cross_entropy(outputs, targets, reduction="none")
         assert ABC.per_sample_loss(outputs, targets).tolist() == [0.0, expected[1].item()]
 
-    def test_wrongness_ranks_what_is_no_number_worst(self):
+    def test_nan_outputs_have_the_largest_per_sample_loss(self):
         outputs = torch.tensor([[math.nan, 1.0, 0.0], [0.0, 50.0, 0.0]])
         wrongness = ABC.per_sample_loss(outputs, torch.tensor([0, 0]))
         assert wrongness[0] > wrongness[1] > 0
@@ -133,7 +133,7 @@ class TestHeadOfClasses:
         assert torch.equal(weight, again)
         assert torch.equal(bias, free)
 
-    def test_an_absent_class_gets_a_row_that_never_answers(self):
+    def test_an_absent_class_is_never_predicted(self):
         features, labels = blobs(samples=60, features=4, classes=2)
         weight, bias = ClassTargets(names=("a", "ghost", "b")).fit_head(features, labels * 2, l2=1e-3)
         probabilities = (features @ weight.T + bias).softmax(1)
@@ -159,7 +159,7 @@ class TestLabelSets:
         assert told["labels"] == ["red", "round"]
         assert told["probabilities"]["round"] == 0.5
 
-    def test_describe_of_what_is_no_number_is_json(self):
+    def test_describe_of_non_finite_outputs_is_json(self):
         told = SETS.describe(torch.tensor([math.nan, 1.0, -1.0]))
         assert told == {
             "labels": ["round"],
@@ -198,7 +198,7 @@ class TestLabelSets:
         best, free = minimized(loss, (2, 4), (2,))
         assert torch.allclose(features.double() @ weight.T + bias, scaled(features.double()) @ best.T + free, atol=2e-3)
 
-    def test_a_label_that_all_have_or_none_gets_its_share(self):
+    def test_a_constant_label_gets_its_smoothed_frequency(self):
         held = torch.tensor([[1.0, 0.0]]).repeat(9, 1)
         weight, bias = MultilabelTargets(names=("all", "none")).fit_head(torch.randn(9, 3), held, l2=1e-3)
         assert not weight.any()
@@ -215,7 +215,7 @@ class TestNumbers:
         assert told == {"values": {"x": 11.0, "y": 1.0}, "units": {"x": "m", "y": "m"}}
         assert PLACE.describe_label(torch.tensor([1.0, -2.0])) == "x 11 m, y 1 m"
 
-    def test_describe_of_what_is_no_number_is_json(self):
+    def test_describe_of_non_finite_outputs_is_json(self):
         assert PRICE.describe(torch.tensor([math.nan])) == {"value": None, "unit": "EUR"}
 
     def test_encode_undoes_describe(self):
@@ -224,7 +224,7 @@ class TestNumbers:
         assert PLACE.encode([11.0, 1.0]) == [1.0, -2.0]
 
     @pytest.mark.parametrize("raw", ["dear", math.nan, math.inf, True, None])
-    def test_encode_refuses_what_is_no_number(self, raw):
+    def test_encode_rejects_non_finite_numbers(self, raw):
         with pytest.raises(DataError, match="is not a finite number"):
             PRICE.encode(raw)
 
@@ -273,12 +273,12 @@ def test_columns_never_broadcast():
 
 
 @pytest.mark.parametrize("targets", [ABC, SETS, PRICE, PLACE])
-def test_every_encoded_answer_becomes_a_tensor(targets):
+def test_every_encoded_target_becomes_a_tensor(targets):
     raw = {3: "a", 1: 1.0, 2: [1.0, 2.0]}[targets.num_outputs] if targets is not SETS else ["red"]
     assert torch.tensor([targets.encode(raw)]).shape[0] == 1
 
 
 @pytest.mark.parametrize("targets", [ABC, SETS, PRICE, PLACE])
-def test_the_figure_watched_is_on_the_terminal(targets):
+def test_the_monitored_metric_is_a_primary_metric(targets):
     assert targets.monitor in targets.primary_metrics
     assert targets.monitor_mode in ("max", "min")

@@ -41,7 +41,7 @@ PARTS = [Flip(), Flip(axis="vertical"), Rotate(degrees=30), Shift(share=0.3), Er
 
 
 @pytest.mark.parametrize("part", PARTS, ids=repr)
-def test_a_sample_is_changed_alike_in_any_batch_to_the_bit(part: Any) -> None:
+def test_augmentation_of_a_sample_is_bit_identical_in_any_batch(part: Any) -> None:
     whole = part.augment(RUN, batch_of(ROWS)).inputs
     few = torch.tensor([40, 3, 17])
     assert torch.equal(part.augment(RUN, batch_of(few)).inputs, whole[few])
@@ -65,7 +65,7 @@ def test_the_stored_images_are_not_written_to(part: Any) -> None:
     assert torch.equal(IMAGES, before)
 
 
-def test_flip_mirrors_about_the_share_that_is_asked() -> None:
+def test_flip_mirrors_samples_with_its_probability() -> None:
     flipped = Flip(p=0.25).augment(RUN, batch_of(ROWS)).inputs
     mirrored = (flipped == IMAGES.flip(-1)).flatten(1).all(1)
     kept = (flipped == IMAGES).flatten(1).all(1)

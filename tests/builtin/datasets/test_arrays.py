@@ -80,7 +80,7 @@ class TestKinds:
         assert by_index.targets.names == ("no", "maybe", "yes")
         assert torch.equal(by_order.train.targets, 2 - by_index.train.targets)
 
-    def test_floats_are_numbers_standardized_by_the_training_split_alone(self):
+    def test_floats_are_standardized_with_the_training_split(self):
         y = np.linspace(100, 500, 30) ** 1.5
         data = prepared(X, y, names=("price",), units=("EUR",))
         assert isinstance(data.targets, RegressionTargets)
@@ -92,7 +92,7 @@ class TestKinds:
             assert told == pytest.approx(y[rows].tolist(), rel=1e-6)
         assert data.targets.describe(data.test.targets[:1])["unit"] == "EUR"
 
-    def test_a_matrix_of_floats_is_several_numbers(self):
+    def test_a_matrix_of_floats_is_multi_output_regression(self):
         data = prepared(X, X * [1.0, 3.0] + 0.5)
         assert data.targets.names == ("value0", "value1")
         assert data.train.targets.shape == (18, 2)
@@ -106,13 +106,13 @@ class TestKinds:
         rows = [int(data.test.id_of(row)) for row in range(len(data.test))]
         assert data.test.targets.tolist() == y[rows].astype(float).tolist()
 
-    def test_what_the_answers_were_read_as_is_said(self):
+    def test_the_inferred_target_kind_is_noted(self):
         assert "3 classes" in prepared(X, Y).notes[-1]
         assert "give integers for classes" in prepared(X, Y.astype(float)).notes[-1]
 
 
 class TestSplits:
-    def test_each_class_has_its_share_in_every_split(self):
+    def test_splits_are_stratified_by_class(self):
         data = prepared(X, Y)
         assert sizes(data) == {"train": 18, "val": 6, "test": 6}
         for split, count in (("train", 6), ("val", 2), ("test", 2)):
@@ -146,7 +146,7 @@ class TestSplits:
             prepared(X, np.array(["zebra", "lion", "gnu"])[Y], x_val=X[:1], y_val=["zebar"])
 
     @pytest.mark.parametrize("given_y", [np.array([0.5]), np.array(["a"]), np.array([[0, 1]])])
-    def test_given_answers_of_another_kind_are_refused(self, given_y):
+    def test_targets_of_another_kind_in_a_given_split_are_an_error(self, given_y):
         with pytest.raises(DataError):
             prepared(X, Y, x_val=X[:1], y_val=given_y)
 
@@ -156,7 +156,7 @@ class TestSplits:
             prepared(X, Y, x_val=given_x, y_val=Y[:1])
 
     @pytest.mark.parametrize("shares", [{"val": 0.5, "test": 0.5}, {"val": 1.0}, {"test": -0.1}])
-    def test_shares_that_leave_no_training_are_refused(self, shares):
+    def test_fractions_that_leave_no_training_split_are_an_error(self, shares):
         with pytest.raises(OptionError):
             data_from_arrays(X, Y, **shares)
 
@@ -249,13 +249,13 @@ class TestDatasets:
         assert data.train.in_memory
         assert torch.equal(stored(data.train), stored(prepared(X, Y).train))
 
-    def test_a_loader_gives_its_dataset_and_says_so(self):
+    def test_a_loader_gives_its_dataset_with_a_note(self):
         loader = DataLoader(TensorDataset(torch.from_numpy(X), torch.from_numpy(Y)), batch_size=7, shuffle=True)
         data = prepared(loader)
         assert data.train.fingerprint() == prepared(X, Y).train.fingerprint()
         assert "not used" in data.notes[0]
 
-    def test_reading_many_answers_is_said(self, monkeypatch):
+    def test_reading_many_targets_is_noted(self, monkeypatch):
         monkeypatch.setattr("tuneforge.builtin.datasets.tables.sample_arrays._LARGE_DATASET", 30)
         assert (
             "all 30 samples were read once" in prepared(Pairs(lambda index: ([float(index)], int(Y[index])))).notes[0]

@@ -69,7 +69,7 @@ def test_three_fifths_are_digits_and_two_fifths_others(default):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9])
-def test_any_share_is_kept_to_the_nearest_image_in_each_split(share):
+def test_any_fraction_of_others_is_exact_to_the_nearest_image_in_each_split(share):
     data = digits(other_share=share)
     for split in (data.train, data.val, data.test):
         assert abs((split.targets == 10).sum() - share * len(split)) <= 0.5
@@ -118,7 +118,7 @@ def test_no_stroke_comes_from_a_digit_of_another_split(options):
         assert set(sources[strokes].ravel().tolist()) <= {-1, *real}
 
 
-def test_each_transform_keeps_its_share_of_the_strokes_in_each_split(default):
+def test_each_transform_keeps_its_fraction_of_the_strokes_in_each_split(default):
     shares = character_images().transform_shares
     for split in (default.train, default.val, default.test):
         transforms = [split.ids[row].split("/")[1] for row in of_origin(split, "strokes")]

@@ -62,7 +62,7 @@ def levels_of(split: Split) -> list[int]:
     return split.fetch(torch.arange(len(split)))[:, 0, 0, 0].tolist()
 
 
-def test_a_folder_a_class_is_divided_by_class_into_shares(tmp_path: Path) -> None:
+def test_class_folders_are_split_stratified_by_class(tmp_path: Path) -> None:
     data = folder_data(folder_of(tmp_path, {"cat": 20, "ant": 10}), val=0.1, test=0.3)
     assert data.targets.labels == ("ant", "cat")
     counts = {split: Counter(labels_of(data, split)) for split in ("train", "val", "test")}
@@ -136,7 +136,7 @@ def test_two_folders_for_one_split_are_an_error(tmp_path: Path) -> None:
         folder_data(tmp_path)
 
 
-def test_a_test_folder_without_classes_is_left_out_with_a_note(tmp_path: Path) -> None:
+def test_a_test_folder_without_classes_is_skipped_with_a_note(tmp_path: Path) -> None:
     folder_of(tmp_path / "train", {"a": 10, "b": 10})
     image(tmp_path / "test" / "unknown.png")
     data = folder_data(tmp_path)
@@ -144,7 +144,7 @@ def test_a_test_folder_without_classes_is_left_out_with_a_note(tmp_path: Path) -
     assert f"skipped '{tmp_path / 'test'}', which has no class folder with images" in data.notes
 
 
-def test_hidden_foreign_and_broken_entries_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_hidden_foreign_and_broken_entries_are_skipped_and_counted(tmp_path: Path) -> None:
     folder_of(tmp_path, {"a": 3, "b": 3})
     for name in (".hidden.png", "notes.txt", "Thumbs.db"):
         (tmp_path / "a" / name).write_bytes(b"x")
@@ -388,12 +388,12 @@ def test_stratified_gives_every_split_one_of_each_class() -> None:
     assert sorted(np.concatenate(list(rows.values())).tolist()) == list(range(103))
 
 
-def test_large_shares_of_a_small_class_still_leave_something_to_learn_from() -> None:
+def test_large_fractions_of_a_small_class_leave_training_samples() -> None:
     rows = split_stratified(np.zeros(4, np.int64), ("a",), {"val": 0.4, "test": 0.5}, seed=0)
     assert {split: len(chosen) for split, chosen in rows.items()} == {"train": 1, "val": 1, "test": 2}
 
 
-def test_shares_that_leave_nothing_to_learn_from_are_a_usage_error(tmp_path: Path) -> None:
+def test_fractions_that_leave_no_training_split_are_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"val 0\.5 and test 0\.6 leave nothing for training"):
         folder_data(folder_of(tmp_path, {"a": 30, "b": 30}), val=0.5, test=0.6)
 
@@ -515,7 +515,7 @@ def test_emnist_is_turned_upright_and_named_by_its_characters(tmp_path: Path) ->
     assert torch.equal(data.test.fetch(torch.arange(124))[:, 0], torch.from_numpy(images).transpose(1, 2))
 
 
-def test_emnist_letters_can_be_one_class_other_of_a_given_share(tmp_path: Path) -> None:
+def test_emnist_letters_can_be_one_class_other_of_a_given_fraction(tmp_path: Path) -> None:
     emnist(tmp_path)
     data = torchvision_data(tmp_path, "EMNIST", other_share=0.4)
     assert data.targets.labels == (*string.digits, "other")
@@ -526,7 +526,7 @@ def test_emnist_letters_can_be_one_class_other_of_a_given_share(tmp_path: Path) 
     assert every["other"] / every.total() == pytest.approx(0.4, abs=0.01)
 
 
-def test_fewer_others_than_asked_for_are_all_taken_and_said(tmp_path: Path) -> None:
+def test_fewer_others_than_requested_are_all_used_with_a_note(tmp_path: Path) -> None:
     emnist(tmp_path)
     data = torchvision_data(tmp_path, "EMNIST", other_share=0.9)
     assert "test has 104 others, fewer than the requested 180" in data.notes

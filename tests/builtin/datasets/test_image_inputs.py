@@ -271,7 +271,7 @@ def test_missing_files_folders_and_pipes_are_refused(tmp_path: Path) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM"]), st.data())
-def test_whatever_the_bytes_the_answer_is_a_image_or_a_data_error(kind: str, data: st.DataObject) -> None:
+def test_any_bytes_decode_to_an_image_or_raise_a_data_error(kind: str, data: st.DataObject) -> None:
     raw = bytearray(encoded(Image.fromarray(COLORS), kind))
     for place in data.draw(st.lists(st.integers(0, len(raw) - 1), max_size=8)):
         raw[place] = data.draw(st.integers(0, 255))

@@ -53,7 +53,7 @@ def stored(split):
 
 
 class TestTableCsv:
-    def test_numbers_are_standardized_by_the_training_split_alone(self, table):
+    def test_numbers_are_standardized_with_the_training_split(self, table):
         data = prepared(table)
         train = stored(data.train)
         assert data.inputs.columns == ("area", "age", "city", "kind")
@@ -65,7 +65,7 @@ class TestTableCsv:
         assert isinstance(data.targets, RegressionTargets)
         assert data.train.targets.mean().item() == pytest.approx(0, abs=1e-6)
 
-    def test_a_missing_number_is_the_training_mean_and_says_so(self, table):
+    def test_a_missing_number_is_the_training_mean_with_an_indicator(self, table):
         data = prepared(table)
         gaps = stored(data.train)[:, 2] == 1
         assert 0 < gaps.sum() < 28
@@ -81,7 +81,7 @@ class TestTableCsv:
             line = int(data.test.id_of(row).partition(":")[2])
             assert stored(data.test)[row, 3:6].tolist() == [float(rows[line - 2]["city"] == city) for city in CITIES]
 
-    def test_decode_of_a_row_gives_the_stored_features_to_the_bit(self, table):
+    def test_decode_of_a_row_is_bit_identical_to_the_stored_features(self, table):
         data, rows = prepared(table), houses()
         for split in data.splits().values():
             for row in range(len(split)):
@@ -115,7 +115,7 @@ class TestTableCsv:
         assert data.targets.units == ("EUR",)
         assert data.train.targets.shape == (28,)
 
-    def test_classes_have_their_share_in_every_split(self, table):
+    def test_splits_are_stratified_by_class(self, table):
         data = prepared(table, "city")
         for split, counts in (("train", [28, 28, 28]), ("val", [6, 6, 6]), ("test", [6, 6, 6])):
             assert data.splits()[split].targets.bincount().sum() == counts[0]
@@ -126,7 +126,7 @@ class TestTableCsv:
         assert first == again
         assert first != other
 
-    def test_columns_that_cannot_serve_are_left_out_and_named(self, tmp_path):
+    def test_unusable_columns_are_skipped_and_named(self, tmp_path):
         rows = houses(60, name=lambda index: f"no. {index}", empty=lambda index: "")
         data = prepared(written(tmp_path / "t.csv", rows), val=0.05, test=0.05)
         assert "name" not in data.inputs.columns
@@ -148,7 +148,7 @@ class TestTableCsv:
         assert get_option_values(other.inputs) == get_option_values(tuned.inputs)
         assert get_option_values(other.targets) == get_option_values(tuned.targets)
 
-    def test_what_the_target_was_read_as_is_said(self, table):
+    def test_the_inferred_task_is_noted(self, table):
         assert "read as a number" in prepared(table).notes[-1]
         assert "read as 3 classes" in prepared(table, "city").notes[-1]
 
@@ -220,7 +220,7 @@ class TestTableRow:
             ({"area": True}, "True is not a number"),
         ],
     )
-    def test_decode_refuses_what_is_no_number(self, table, change, message):
+    def test_decode_rejects_what_is_not_a_number(self, table, change, message):
         with pytest.raises(DataError, match=message):
             prepared(table).inputs.decode(houses()[0] | change)
 

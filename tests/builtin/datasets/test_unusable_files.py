@@ -55,7 +55,7 @@ def ids(data):
     return {split.id_of(row) for split in data.splits().values() for row in range(len(split))}
 
 
-def test_a_run_stops_before_training_and_says_what_to_do(photos, tmp_path, capsys):
+def test_a_run_with_unusable_files_stops_before_training(photos, tmp_path, capsys):
     code = main(["run", "--data", "image-folder", "--data.path", str(photos), "--out", str(tmp_path / "r"), *QUICK])
     assert code == 65
     err = capsys.readouterr().err
@@ -64,7 +64,7 @@ def test_a_run_stops_before_training_and_says_what_to_do(photos, tmp_path, capsy
     assert not (tmp_path / "r" / "model.safetensors").exists()
 
 
-def test_a_run_skips_what_it_is_told_to_skip_and_says_so_in_its_folder(photos, tmp_path):
+def test_skipped_files_are_recorded_in_the_run_directory(photos, tmp_path):
     run = tf.Engine(data=ImageFolder(path=photos, size=32, on_error="skip"), strategy=STEPS, out=tmp_path / "r").run()
     assert sum(run.report["num_samples"].values()) == 15
     assert list(json.loads((run.run_dir / FILE_CHECK_FILE).read_text())["unusable"]) == ["a/3.png"]
@@ -119,7 +119,7 @@ def test_a_file_that_breaks_while_a_run_trains_does_not_end_it(photos, tmp_path,
     assert sum("replaces it" in line for line in told) == 1
 
 
-def test_the_figures_of_a_split_say_how_many_images_others_stood_in_for(photos, tmp_path):
+def test_the_metrics_of_a_split_count_replaced_images(photos, tmp_path):
     data = ImageFolder(path=photos, size=32, on_error="skip", memory_mb=0)
 
     class BreaksTheTest(Breaks):
@@ -147,7 +147,7 @@ def test_a_disk_that_is_gone_is_no_broken_file(photos, tmp_path):
         data.train.fetch(torch.tensor([0]))
 
 
-def test_copies_across_splits_are_marked_in_the_report(tmp_path):
+def test_duplicates_across_splits_are_marked_in_the_report(tmp_path):
     for split, count in (("train", 6), ("val", 2), ("test", 3)):
         for place, label in enumerate("ab"):
             for number in range(count):

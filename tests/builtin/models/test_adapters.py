@@ -30,7 +30,7 @@ def small(labels: str = "abcd", *, head: nn.Module | None = None) -> Model:
     return Model(module, groups=groups, head="fc", labels=tuple(labels), pretrained_labels=tuple(labels))
 
 
-def test_rows_of_shared_names_are_kept_to_the_bit_wherever_they_stood() -> None:
+def test_rows_of_shared_names_are_kept_bit_identical_in_any_order() -> None:
     model = small("abcd")
     old = model.module.fc
     adapted = Head().model_adapt(run_of("d", "x", "b"), model)
@@ -75,7 +75,7 @@ def test_the_same_names_in_another_order_are_put_in_order() -> None:
 
 
 @pytest.mark.parametrize(("model_labels", "run"), [("xyz", run_of("a", "b")), ("ab", run_of(size=2))])
-def test_without_shared_names_every_row_is_fresh(model_labels: str, run: Any) -> None:
+def test_without_shared_names_every_row_is_randomly_initialized(model_labels: str, run: Any) -> None:
     model = small(model_labels, head=nn.Linear(5, 2))
     old = model.module.fc.weight
     adapted = Head().model_adapt(run, model)
@@ -94,7 +94,7 @@ def test_keeping_can_be_turned_off() -> None:
     assert Head(keep=False).model_adapt(run_of("a", "x"), small("ab")).pretrained_labels == ()
 
 
-def test_fresh_rows_follow_from_the_seed_and_touch_no_generator() -> None:
+def test_random_rows_depend_on_the_seed_and_use_no_global_generator() -> None:
     def fresh(seed: int) -> torch.Tensor:
         weight: torch.Tensor = Head().model_adapt(run_of("x", "y", seed=seed), small()).module.fc.weight
         return weight
@@ -134,7 +134,7 @@ def conv_model(channels: int) -> Model:
 
 
 @pytest.mark.parametrize(("old", "new"), [(3, 1), (1, 3), (3, 4), (4, 3), (1, 5), (3, 2)])
-def test_answers_to_gray_images_stay_the_same(old: int, new: int) -> None:
+def test_outputs_for_grayscale_images_stay_the_same(old: int, new: int) -> None:
     model = conv_model(old)
     gray = torch.rand(2, 1, 8, 8)
     before = model.module(gray.expand(2, old, 8, 8))

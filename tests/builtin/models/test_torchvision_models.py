@@ -58,7 +58,7 @@ def build(arch: str, *labels: str, **options: Any) -> Model:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_groups_hold_every_parameter_once_and_the_head_answers(arch: str) -> None:
+def test_groups_have_every_parameter_once_and_the_head_is_the_output_layer(arch: str) -> None:
     with ParametersOnMeta():
         module = torchvision_models._build_network(arch, 7, (224, 224), pretrained=False)
     head = find_head_path(module)
@@ -83,7 +83,7 @@ def test_every_family_of_torchvision_is_tried() -> None:
 
 
 @pytest.mark.parametrize("arch", [arch for arch in SMALL if arch not in ("maxvit_t", "vgg11", "alexnet")])
-def test_it_answers_and_its_groups_stand_in_the_order_of_the_data(arch: str) -> None:
+def test_forward_runs_and_groups_are_in_the_order_of_the_data_flow(arch: str) -> None:
     model = build(arch)
     ran: list[int] = []
     for name, module in model.module.named_modules():

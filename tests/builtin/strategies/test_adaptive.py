@@ -1,4 +1,4 @@
-"""`adaptive`: what it decides from which report, in a conversation of made-up reports; then the real engine."""
+"""`adaptive`: decisions from synthetic results in the strategy loop, then runs of the engine."""
 
 import json
 
@@ -44,7 +44,7 @@ def conversation(figures, *, task=TASK, **options):
         answer = report(step.name, 0.5 if isinstance(step, tf.WeightAverage) else next(answers))
 
 
-def test_gains_thaw_the_upper_half_then_all_and_two_misses_end_the_run_on_the_best_weights():
+def test_improvements_unfreeze_the_upper_half_then_all_and_two_failures_end_on_the_best_weights():
     steps = conversation([0.6, 0.7, 0.8, 0.9, 0.9, 0.9])
     assert [step.name for step in steps] == [
         "start-metrics", "head", "round-1", "round-2", "round-3", "round-4",
@@ -55,12 +55,12 @@ def test_gains_thaw_the_upper_half_then_all_and_two_misses_end_the_run_on_the_be
     assert "two rounds in a row did not improve" in steps[-1].why
 
 
-def test_a_miss_with_all_thawed_lowers_the_rate_to_a_third_and_a_gain_keeps_it():
+def test_a_failure_with_all_unfrozen_divides_lr_by_three_and_an_improvement_keeps_it():
     phases = [step for step in conversation([0.6, 0.7, 0.7, 0.9, 0.9, 0.9], lr=0.09) if isinstance(step, tf.Phase)]
     assert [step.lr for step in phases] == pytest.approx([0.09, 0.09, 0.03, 0.03, 0.01])
 
 
-def test_a_round_that_loses_before_all_is_thawed_is_undone_and_the_next_thaws_more_at_the_same_rate():
+def test_a_failure_before_all_is_unfrozen_is_undone_and_the_next_round_unfreezes_more_at_the_same_lr():
     steps = conversation([0.6, 0.4, 0.9, 0.9, 0.9], lr=0.09)
     undone, following = steps[3:5]
     assert (undone.name, undone.snapshots) == ("restore-1", ("head",))
@@ -82,7 +82,7 @@ def test_it_takes_no_more_rounds_than_asked_for():
     assert steps[-1].why == "the maximum of 3 rounds is reached"
 
 
-def test_every_step_says_why():
+def test_every_step_has_a_reason():
     for step in conversation([0.6, 0.4, 0.9, 0.9, 0.9]):
         assert len(step.why) > 20, step
 
@@ -153,7 +153,7 @@ def test_the_run_ends_on_the_best_round(tune):
     assert end.val["loss"] < steps[0][1].val["loss"] / 2
 
 
-def test_it_tunes_numbers_too(tune):
+def test_it_fine_tunes_regression(tune):
     x = torch.randn(120, 8, generator=torch.Generator().manual_seed(0))
     result = tune(
         tf.use("adaptive", lr=0.03, rounds=4),

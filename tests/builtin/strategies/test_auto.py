@@ -1,4 +1,4 @@
-"""`auto`: the diagnosis from made-up readings, then trials on the small world."""
+"""`auto`: ranking of layer groups from synthetic diagnostics, then runs on a small model."""
 
 import attrs
 import pytest
@@ -37,7 +37,7 @@ def test_without_other_signs_blocks_come_by_relative_gradient_norm():
     assert order() == ["second", "head", "first"]
 
 
-def test_answers_that_renaming_would_mend_point_to_the_head():
+def test_permuted_predictions_rank_the_head_first():
     assert accuracy_after_relabeling(before(((5, 45), (48, 2)))) == pytest.approx(
         (0.07, 0.93, (0.93 * 0.07 / 100) ** 0.5)
     )
@@ -97,7 +97,7 @@ def test_every_block_is_tried_from_the_same_weights_and_only_the_chosen_one_move
     assert moved == {block}
 
 
-def test_a_shift_of_the_answers_is_found_and_mended(tune, shifted):
+def test_a_shift_of_the_labels_is_diagnosed_and_fixed(tune, shifted):
     net, data = shifted
     result = tune(tf.use("auto", candidates=2), model=knowing(net), data=data)
     first = next(step for step, _ in result.strategy_steps if isinstance(step, tf.Phase))
@@ -107,7 +107,7 @@ def test_a_shift_of_the_answers_is_found_and_mended(tune, shifted):
     assert result.report["splits"]["test"]["accuracy"] > 0.8
 
 
-def test_it_tries_no_more_blocks_than_asked_for_and_says_why_of_each_step(tune, shifted):
+def test_it_tries_at_most_the_given_candidates_with_a_reason_for_each_step(tune, shifted):
     net, data = shifted
     steps = [
         step
@@ -117,14 +117,14 @@ def test_it_tries_no_more_blocks_than_asked_for_and_says_why_of_each_step(tune, 
     assert all(step.why for step in steps)
 
 
-def test_a_head_with_fresh_rows_is_brought_to_the_data_first(tune):
+def test_a_head_with_random_rows_is_fitted_first(tune):
     model = tf.Model.from_module(tiny_net(), head="head", labels=("a", "b", "z"))
     steps = [step for step, _ in tune(Auto(epochs=1, then_all=False), model=model).strategy_steps]
     assert isinstance(steps[0], tf.HeadFit)
     assert steps[-1].snapshots[0] == "head"
 
 
-def test_where_no_block_gains_the_start_is_kept(tune, shifted):
+def test_starting_weights_are_kept_if_no_layer_group_improves(tune, shifted):
     net, data = shifted
     start = {name: each.clone() for name, each in net.state_dict().items()}
     result = tune(Auto(epochs=1, lr=1e-9, then_all=False), model=knowing(net), data=data)
@@ -150,7 +150,7 @@ def conversation(figures):
             answer = GRADIENTS if step.measure == "gradients" else STILL
 
 
-def test_all_layers_train_last_at_a_tenth_of_the_rate_and_that_is_undone_where_it_gains_nothing():
+def test_all_layers_train_last_at_a_tenth_of_the_lr_and_that_is_undone_without_improvement():
     kept = conversation({"head-only": 0.8, "best-block": 0.8, "all": 0.9})
     assert [step.name for step in kept] == [
         "start-metrics",

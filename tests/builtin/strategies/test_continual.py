@@ -50,7 +50,7 @@ def start_of(model, tune):
     return kept
 
 
-def test_lwf_adds_what_the_formula_says(tune):
+def test_lwf_adds_the_distillation_term_of_the_formula(tune):
     start = start_of(knowing(tiny_net(), "b", "a", "z"), tune)
     judge = Judge(start, [0, 1], strength=3.0, temperature=2.5)
     strategy = LwF(head_epochs=1, epochs=2, lr=0.01, strength=3.0, temperature=2.5)
@@ -69,7 +69,7 @@ def test_the_teacher_leaves_no_trace(tune):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_without_fresh_rows_all_layers_train_at_once(tune):
+def test_without_random_rows_all_layers_train_at_once(tune):
     result = tune(LwF(epochs=1), model=knowing(tiny_net(), "a", "b", "c"))
     assert [step.name for step, _ in result.strategy_steps] == ["all"]
 
@@ -128,7 +128,7 @@ def copy_of(net):
     return knowing(fresh, "a", "b", "z")
 
 
-def test_what_is_old_is_forgotten_without_them_and_kept_with_them(tune, learnt):
+def test_lwf_and_replay_prevent_catastrophic_forgetting(tune, learnt):
     data = tiny_data()
     new = attrs.evolve(data, train=only(data.train, 2))
     mixed = attrs.evolve(data, sample_groups={"old": (data.train.targets < 2).nonzero().flatten()})
@@ -154,7 +154,7 @@ class Drawn:
         return (yield)
 
 
-def test_replay_draws_its_share_of_old_samples(tune):
+def test_replay_draws_its_fraction_of_old_samples(tune):
     drawn = Drawn()
     data = attrs.evolve(tiny_data(), train=blobs(100, seed=1), sample_groups={"old": torch.arange(40)})
     tune(Replay(epochs=1, share=0.25), data=data, callbacks=[drawn])
@@ -162,6 +162,6 @@ def test_replay_draws_its_share_of_old_samples(tune):
     assert sum(row < 40 for row in drawn.indices) == 25
 
 
-def test_replay_says_what_is_missing_where_the_data_name_no_old_samples(tune):
+def test_replay_names_the_missing_sample_group(tune):
     with pytest.raises(tf.DataError, match="mixes sample group 'old', which the data does not have"):
         tune(Replay(epochs=1))

@@ -81,7 +81,7 @@ def test_bias_only_refuses_a_model_whose_only_bias_is_the_heads(tune):
         tune(BiasOnly(), model=module)
 
 
-def test_layer_decay_gives_rates_geometric_in_depth(tune):
+def test_layer_decay_gives_learning_rates_geometric_in_depth(tune):
     witness = Witness()
     tune(LayerDecay(epochs=1, lr=0.1, decay=0.5), callbacks=[witness])
     (rates,) = witness.rates
@@ -139,7 +139,7 @@ def test_wise_ft_ends_on_the_interpolation_of_solved_head_and_tuned_weights(tune
     ("labels", "solve_head", "first"),
     [("abc", None, "start"), ("abd", None, "head"), ("abc", True, "head"), ("abd", False, "start")],
 )
-def test_wise_ft_solves_a_head_with_fresh_rows_first_unless_told(tune, labels, solve_head, first):
+def test_wise_ft_fits_a_randomly_initialized_head_first_by_default(tune, labels, solve_head, first):
     steps = [step for step, _ in tune(WiSEFT(epochs=1, solve_head=solve_head), model=knowing(*labels)).strategy_steps]
     assert steps[-1].snapshots == (first, "all")
     assert [step.name for step in steps] == ["head", "all", "average"][first == "start" :]
@@ -173,7 +173,7 @@ class Judge:
         return loss, outputs
 
 
-def test_l2_sp_adds_what_the_formula_says(tune):
+def test_l2_sp_adds_the_penalty_of_the_formula(tune):
     judge = Judge(3.0, 0.5, start())
     tune(L2SP(epochs=2, lr=0.01, alpha=3.0, beta=0.5), callbacks=[judge])
     assert judge.found == pytest.approx(judge.expected, rel=1e-5)
@@ -189,7 +189,7 @@ def test_l2_sp_leaves_out_what_is_frozen(tune):
     assert judge.found == pytest.approx(judge.expected, rel=1e-5)
 
 
-def test_l2_sp_leaves_the_frozen_prefix_to_be_kept(tune, monkeypatch):
+def test_l2_sp_allows_the_feature_cache_of_a_frozen_backbone(tune, monkeypatch):
     monkeypatch.setattr(feature_cache_build, "MIN_MACS_PER_BYTE", 0.0)
     net = tiny_net()
     net.first.requires_grad_(False)

@@ -126,7 +126,7 @@ HEAD = '[[step]]\nkind = "phase"\nname = "a"\nepochs = 1\n'
         (HEAD + '[[step]]\nkind = "weight-average"\nname = "b"\nsnapshots = ["a"]\nweights = [2.0]\n', ["from 0 to 1"]),
     ],
 )
-def test_what_is_wrong_is_said_with_file_step_and_key(tmp_path, content, words):
+def test_errors_name_file_step_and_key(tmp_path, content, words):
     path = tmp_path / "plan.toml"
     path.write_text(content)
     with pytest.raises(tf.UsageError) as caught:
@@ -135,7 +135,7 @@ def test_what_is_wrong_is_said_with_file_step_and_key(tmp_path, content, words):
         assert word in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_said(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(tf.UsageError, match=r"cannot read the plan.*none\.toml.*--strategy\.path"):
         read_plan(tmp_path / "none.toml")
 

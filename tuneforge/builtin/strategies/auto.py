@@ -31,7 +31,7 @@ class Auto:
     """Diagnose the distribution shift, fine-tune each candidate layer group from the same weights, and keep the best.
 
     Surgical fine-tuning (Lee et al. 2023, arXiv 2210.11466) trains one block: the first for a shift of the inputs, the
-    head for a shift of the labels. The block is diagnosed on the labelled target samples, then checked on validation:
+    head for a shift of the labels. The block is diagnosed on the labeled target samples, then checked on validation:
 
     - Confusion: where a permutation of the predicted classes would be more accurate by more than two standard errors,
       the head comes first.

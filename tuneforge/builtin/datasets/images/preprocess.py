@@ -155,7 +155,7 @@ def _pad_to_square(images_nchw: Tensor) -> Tensor:
 def _crop_to_ink(images_nchw: Tensor) -> Tensor:
     """Crop a character on paper or on a screen to its ink, as is usual for character recognition.
 
-    Dark ink on a light background is inverted, judged by the median of the border. Ink is what exceeds the background
+    Dark ink on a light background is inverted, by the median of the border. Ink is what exceeds the background
     by more than a quarter of the maximum. Images of at most 16 pixels a side count as cropped already.
     """
     if max(images_nchw.shape[-2:]) <= _MAX_CROPPED_SIZE:
