@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from hostile_images import encoded, named, picture, plant, special
+from hostile_images import encoded, make_image, named, plant, special
 from PIL import Image
 from tuneforge_datacheck import quarantine
 from tuneforge_datacheck.files import EXTENSIONS, SPLIT_NAMES, list_files
@@ -37,7 +37,7 @@ def test_every_file_has_a_line_and_the_report_contains_no_markup_of_file_names(t
     root = tmp_path / "data"
     expected = plant(root / "class a", [*named(), *special()])
     (root / "class b").mkdir()
-    (root / "class b" / "one.png").write_bytes(encoded(picture(50)))
+    (root / "class b" / "one.png").write_bytes(encoded(make_image(50)))
     assert main(["data", "check", "data", "--show-all"]) == 65
     lines = capsys.readouterr().out.splitlines()
     for name in expected:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jinja2
@@ -24,7 +24,7 @@ _TITLES = {
     "label issue": "Label issues",
     "exact duplicate": "Exact duplicates",
     "near-duplicate": "Near-duplicates",
-    "class": "Classes",
+    "class": "Class issues",
     "not used": "Files that a run does not use",
 }
 _DESCRIPTIONS = {
@@ -64,7 +64,7 @@ def render_report(findings: Findings, *, memory_mb: int, timeout_s: float) -> st
         ],
         thumbnails=_render_thumbnails(findings, ids, memory_mb=memory_mb, timeout_s=timeout_s),
         classes=_count_classes(findings),
-        splits=[split or "all" for split in count_by_class(findings.usable)],
+        splits=[split or "all" for split in _count_by_split(findings)],
     )
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "\ufffd", html)
 
@@ -86,8 +86,14 @@ def _render_thumbnails(findings: Findings, ids: Iterable[str], *, memory_mb: int
     return {each: scan.preview for each, scan in zip(shown, scans, strict=True) if scan.preview is not None}
 
 
+def _count_by_split(findings: Findings) -> dict[str, Mapping[str, int]]:
+    """Count images by split, in the order train, val, test, and class."""
+    counts = count_by_class(findings.usable)
+    return {split: counts[split] for split in ("", "train", "val", "test") if split in counts}
+
+
 def _count_classes(findings: Findings) -> list[tuple[str, list[int]]]:
     """Return each class with its number of images in every split."""
-    counts = count_by_class(findings.usable)
+    counts = _count_by_split(findings)
     labels = sorted({label for by_label in counts.values() for label in by_label})
     return [(label, [by_label.get(label, 0) for by_label in counts.values()]) for label in labels]
