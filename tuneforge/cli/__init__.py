@@ -11,17 +11,17 @@ from tuneforge.plugin.commands import installed_commands, load_command
 
 SECTIONS: dict[str, dict[str, str]] = {
     "prepare": {
-        "import": "Convert a foreign .pth weight file to safetensors, without executing anything in it.",
+        "import": "Convert a .pth weight file from elsewhere to safetensors, without executing its code.",
     },
     "train": {
-        "run": "Fine-tune a model: data, model, strategy, report.",
+        "run": "Fine-tune a model on your data, and write a report.",
         "resume": "Resume a run that was stopped or killed.",
-        "lr-find": "Suggest a learning rate from the loss after one step at each of a range of rates.",
+        "lr-find": "Suggest a learning rate: try a range of them, one optimizer step each.",
         "cache": "List or clear the feature cache: outputs of frozen backbones, kept on disk.",
     },
     "evaluate": {
         "evaluate": "Evaluate a finished run again, on its own data or on other data.",
-        "predict": "Predict with a finished run: a file or a folder of files.",
+        "predict": "Predict a file, or every file of a folder, with a finished run.",
         "compare": "Compare strategies on your data at equal cost, or compare finished runs.",
         "report": "Print the metrics of a finished run, and write report.html again.",
     },
@@ -88,9 +88,9 @@ def _sections() -> dict[str, dict[str, str]]:
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="tuneforge", prog_name="tuneforge")
 def cli() -> None:
-    """Fine-tune a pretrained PyTorch model on your own data, and compare training recipes.
+    """Fine-tune a pretrained PyTorch model on your own data, and compare strategies.
 
     Start with: tuneforge run --strategy freeze-then-unfreeze
 
-    With --debug, errors show their traceback.
+    Add --debug to any command to see the traceback of an error.
     """
