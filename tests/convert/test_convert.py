@@ -32,7 +32,7 @@ def saved(path, content, **options):
     return path
 
 
-def test_every_malicious_file_is_refused_and_none_runs(planted, tmp_path):
+def test_every_malicious_file_is_refused_and_none_is_executed(planted, tmp_path):
     assert len(planted) >= 60
     out = tmp_path / "out.safetensors"
     target = "tuneforge.convert.restricted_unpickler:unpack"
@@ -54,7 +54,7 @@ def _refused(process, path, out):
     return False
 
 
-def test_the_command_refuses_with_its_codes_and_leaves_nothing(planted, tmp_path, capsys):
+def test_the_command_refuses_with_its_exit_codes_and_writes_nothing(planted, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     names = planted if os.environ.get("TUNEFORGE_MALICIOUS") == "all" else BY_COMMAND
     codes = {name: main(["import", str(planted[name]), "--out", str(out), "--max-mb", "64"]) for name in names}
@@ -67,7 +67,7 @@ def test_the_command_refuses_with_its_codes_and_leaves_nothing(planted, tmp_path
     assert os.listdir(tmp_path) == ["in"]
 
 
-def test_the_files_that_are_refused_would_run_in_a_careless_reader(tmp_path):
+def test_the_refused_files_would_execute_code_in_an_unsafe_reader(tmp_path):
     """What the other tests prove nothing without: the payloads work."""
     planted = malicious.plant(tmp_path, tmp_path / "marker")
     for name in ("os.system", "exec", "stack-global", "legacy-os.system"):
@@ -76,7 +76,7 @@ def test_the_files_that_are_refused_would_run_in_a_careless_reader(tmp_path):
         (tmp_path / "marker").unlink()
 
 
-def test_weights_become_safetensors_whatever_container_they_came_in(tmp_path, capsys):
+def test_weights_of_every_container_are_converted_to_safetensors(tmp_path, capsys):
     state = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).state_dict()
     path = saved(tmp_path / "a.pth", {"epoch": 3, "state_dict": state}, _use_new_zipfile_serialization=False)
     assert main(["import", str(path), "--json"]) == 0
@@ -87,7 +87,7 @@ def test_weights_become_safetensors_whatever_container_they_came_in(tmp_path, ca
     assert all(torch.equal(tensors[name], state[name]) for name in state)
 
 
-def test_a_shared_tensor_is_kept_once_and_the_file_of_a_link_is_left_alone(tmp_path, capsys):
+def test_a_shared_tensor_is_written_once_and_the_target_of_a_link_is_not_changed(tmp_path, capsys):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "b.safetensors").symlink_to(tmp_path / "precious")
     weight = torch.randn(4, 4)
@@ -103,7 +103,7 @@ def test_a_shared_tensor_is_kept_once_and_the_file_of_a_link_is_left_alone(tmp_p
     assert not (tmp_path / "b.safetensors").is_symlink()
 
 
-def test_what_is_there_is_not_written_over_unless_that_is_asked(tmp_path, capsys):
+def test_an_existing_file_is_overwritten_only_with_force(tmp_path, capsys):
     path, out = saved(tmp_path / "a.pth", {"w": torch.zeros(3)}), tmp_path / "a.safetensors"
     out.write_text("mine")
     assert main(["import", str(path)]) == 73
@@ -124,7 +124,7 @@ def test_safetensors_need_no_import(tmp_path, capsys):
     assert path.read_bytes() == before
 
 
-def test_what_is_no_file_of_weights_is_bad_data_and_what_could_run_is_unsafe(tmp_path):
+def test_other_files_are_bad_data_and_files_with_code_are_unsafe(tmp_path):
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as made:
         made.writestr("photo.txt", "x" * 999)

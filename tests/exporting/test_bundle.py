@@ -31,7 +31,7 @@ def bundle(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "b")
 
 
-def test_it_answers_as_the_run_and_without_it(run, bundle, request):
+def test_a_bundle_predicts_as_its_run_and_without_it(run, bundle, request):
     stored = blobs(40, seed=9).fetch(torch.arange(40))
     expected = load_inference_model(run).outputs(stored)
     away = run.rename(run.with_name("away"))
@@ -44,7 +44,7 @@ def test_it_answers_as_the_run_and_without_it(run, bundle, request):
     assert torch.allclose(found.predict_batch(stored).sum(1), torch.ones(40))
 
 
-def test_a_run_folder_is_servable_as_it_is(run):
+def test_a_run_directory_is_loaded_as_an_inference_model(run):
     found = load_inference_model(run)
     assert (found.name, found.backend, found.verify(), found.reference_data) == ("blobs", "torch", 0, None)
     assert 0 < found.test_metrics["accuracy"] <= 1
@@ -54,7 +54,7 @@ def test_a_run_folder_is_servable_as_it_is(run):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "reference.safetensors", "bundle.json", "run.json"])
-def test_a_byte_that_changed_is_found_and_the_file_named(bundle, name):
+def test_a_changed_byte_is_detected_and_the_file_named(bundle, name):
     content = bytearray((bundle / name).read_bytes())
     content[len(content) // 2] ^= 1
     (bundle / name).write_bytes(content)
@@ -62,26 +62,26 @@ def test_a_byte_that_changed_is_found_and_the_file_named(bundle, name):
         load_bundle(bundle)
 
 
-def test_a_file_that_is_gone_is_named(bundle):
+def test_a_missing_file_is_named(bundle):
     (bundle / "model.safetensors").unlink()
     with pytest.raises(tf.FolderError, match="model.safetensors"):
         load_bundle(bundle)
 
 
-def test_what_is_no_bundle_is_refused(tmp_path):
+def test_a_directory_without_a_bundle_is_refused(tmp_path):
     (tmp_path / "x").mkdir()
     for load in (load_bundle, load_inference_model):
         with pytest.raises(tf.FolderError):
             load(tmp_path / "x")
 
 
-def test_a_backend_without_a_form_is_refused(bundle):
+def test_a_backend_without_a_format_is_refused(bundle):
     assert list_backends(bundle) == ("torch",)
     with pytest.raises(tf.UsageError, match="onnxruntime"):
         load_bundle(bundle, backend="onnxruntime")
 
 
-def test_a_model_that_answers_otherwise_than_recorded_fails_its_check(bundle):
+def test_a_model_that_differs_from_its_reference_outputs_fails_verification(bundle):
     found = load_bundle(bundle)
     found.reference_data.probe_outputs[3] += torch.tensor([2.0, 0.0, -2.0])
     with pytest.raises(tf.HaltError, match="differs from its own reference outputs"):
@@ -91,7 +91,7 @@ def test_a_model_that_answers_otherwise_than_recorded_fails_its_check(bundle):
         found.verify()
 
 
-def test_many_threads_get_the_answers_of_one(bundle):
+def test_many_threads_get_the_predictions_of_one(bundle):
     found = load_bundle(bundle)
     stored = [blobs(5, seed=seed).fetch(torch.arange(5)) for seed in range(16)]
     expected = [found.outputs(each) for each in stored]
@@ -118,7 +118,7 @@ def test_a_bundle_of_a_later_layout_is_refused(bundle):
         load_bundle(bundle)
 
 
-def test_the_evidence_holds_what_was_trained_on_and_a_reference(bundle):
+def test_reference_data_hold_training_digests_and_a_reference_for_drift(bundle):
     kept = load_bundle(bundle).reference_data
     assert kept.train_digests.tolist() == sorted(set(hash_samples(data().train).tolist()))
     assert not torch.isin(hash_samples(data().test), kept.train_digests).any()
@@ -128,7 +128,7 @@ def test_the_evidence_holds_what_was_trained_on_and_a_reference(bundle):
     assert len(kept.probe_outputs) == len(kept.probe_inputs) == 16
 
 
-def test_a_digest_is_of_the_sample_and_nothing_else():
+def test_a_digest_depends_on_the_sample_only():
     one, two = blobs(20, seed=1), blobs(20, seed=1)
     shuffled = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     assert torch.equal(hash_samples(two.subset(shuffled)), hash_samples(one)[shuffled])
@@ -136,7 +136,7 @@ def test_a_digest_is_of_the_sample_and_nothing_else():
     assert len({*hash_samples(named).tolist(), *hash_samples(one).tolist()}) == 40
 
 
-def test_a_picture_is_summed_up_the_same_in_any_batch():
+def test_the_summary_of_an_image_does_not_depend_on_its_batch():
     pictures = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     whole = summarize_inputs(pictures)
     assert whole.shape == (6, 18)
@@ -144,7 +144,7 @@ def test_a_picture_is_summed_up_the_same_in_any_batch():
     assert torch.allclose(whole[:, 0], pictures.float().mean((1, 2, 3)))
 
 
-def test_a_model_given_as_an_object_cannot_leave_as_safetensors(tmp_path):
+def test_a_model_given_as_an_object_cannot_be_exported_as_safetensors(tmp_path):
     run = finished(tmp_path / "run", model=tiny_net())
     with pytest.raises(tf.TuneforgeError, match="model"):
         export(run, to=["safetensors"], out=tmp_path / "b", data=data(), model=tiny_net())

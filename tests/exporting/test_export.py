@@ -51,7 +51,7 @@ def digits(tmp_path_factory):
     return place
 
 
-def test_the_digit_cnn_passes_the_gate_at_every_batch_size(digits):
+def test_the_digit_cnn_passes_the_parity_check_at_every_batch_size(digits):
     record = json.loads((digits / "bundle" / "bundle.json").read_text())
     parity = record["formats"]["onnx"]["parity"]
     assert (parity["num_samples"], parity["batch_sizes"], parity["num_different"]) == (360, [1, 2, 7, 16], 0)
@@ -61,7 +61,7 @@ def test_the_digit_cnn_passes_the_gate_at_every_batch_size(digits):
     assert found.input_specs == {"": ((1, 32, 32), "uint8")}
 
 
-def test_the_graph_takes_pixels_and_gives_probabilities_for_any_batch(digits):
+def test_the_graph_maps_pixels_to_probabilities_for_any_batch_size(digits):
     import onnxruntime
 
     session = onnxruntime.InferenceSession(digits / "bundle" / "model.onnx", providers=["CPUExecutionProvider"])
@@ -72,13 +72,13 @@ def test_the_graph_takes_pixels_and_gives_probabilities_for_any_batch(digits):
         assert answers.sum(1) == pytest.approx(np.ones(size), abs=1e-5)
 
 
-def test_the_card_tells_what_is_stored_from_what_the_network_takes(digits):
+def test_the_model_card_describes_stored_and_preprocessed_inputs(digits):
     lines = (digits / "bundle" / "README.md").read_text().splitlines()
     assert any(line.startswith("uint8 of shape (1, 32, 32); the rest of the way") for line in lines)
     assert "| channels | `3` | Channels that the model takes; grey is repeated, colours are averaged. |" in lines
 
 
-def test_the_card_s_script_gives_the_same_accuracy_where_there_is_no_torch(digits, tmp_path):
+def test_the_script_of_the_model_card_has_the_same_accuracy_without_torch(digits, tmp_path):
     """onnxruntime, numpy and Pillow alone are on the path; each picture gets the class that the run gives it."""
     card = (digits / "bundle" / "README.md").read_text()
     (script,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
@@ -115,7 +115,7 @@ def in_plain_python(place, script, *arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", TRIED)
-def test_an_architecture_passes_the_gate(arch, tmp_path):
+def test_an_architecture_passes_the_parity_check(arch, tmp_path):
     """Random weights, but norms and a head that make answers differ from picture to picture as tuned ones do."""
     side = FAMILIES[arch]
     given = tf.Data(
@@ -176,7 +176,7 @@ class Decides(Fixed):
         return self.head(inputs) if float(inputs.sum()) > 0 else self.head(-inputs)
 
 
-def test_a_form_that_cannot_answer_every_batch_is_refused(plant, tmp_path):
+def test_a_format_that_fails_at_a_batch_size_is_refused(plant, tmp_path):
     source = CROOKED.replace("return lambda stored: forward(stored)", "return lambda s: forward(s.reshape(16, 8))")
     plant("crooked", {"tuneforge.export": {"crooked": "crooked_format:Crooked"}}, crooked_format=source.format(by=0.0))
     finished(tmp_path / "run")
@@ -186,7 +186,7 @@ def test_a_form_that_cannot_answer_every_batch_is_refused(plant, tmp_path):
 
 
 @pytest.mark.parametrize("module", [Fixed, Decides])
-def test_what_cannot_be_a_graph_for_any_batch_is_refused_and_nothing_is_left(module, tmp_path):
+def test_a_model_without_a_graph_for_any_batch_size_is_refused_and_nothing_is_written(module, tmp_path):
     finished(tmp_path / "run", model=module())
     with pytest.raises(tf.PluginError, match="cannot be written as ONNX") as refused:
         export(tmp_path / "run", to=["onnx"], out=tmp_path / "b", data=data(), model=module())
@@ -212,7 +212,7 @@ class Crooked(SafetensorsFormat):
 
 
 @pytest.mark.parametrize(("by", "passes"), [(1e-5, True), (1e-2, False), (float("nan"), False)])
-def test_a_plugin_s_format_must_pass_the_gate_too(plant, tmp_path, by, passes):
+def test_the_format_of_a_plugin_must_pass_the_parity_check_too(plant, tmp_path, by, passes):
     source = CROOKED.format(by=f'float("{by}")')
     plant("crooked", {"tuneforge.export": {"crooked": "crooked_format:Crooked"}}, crooked_format=source)
     finished(tmp_path / "run")
@@ -230,7 +230,7 @@ def test_a_plugin_s_format_must_pass_the_gate_too(plant, tmp_path, by, passes):
     ("by", "passed", "different", "near_ties"),
     [(0.0, True, 0, 0), (9e-5, True, 0, 1), (3e-4, False, 1, 0), (float("inf"), False, 1, 0)],
 )
-def test_the_gate_allows_near_ties_and_nothing_more(by, passed, different, near_ties):
+def test_the_parity_check_allows_near_ties_only(by, passed, different, near_ties):
     """In two classes the second comes out ahead by `by` in probability where the first was, barely."""
     wanted = torch.tensor([[1e-7, 0.0], [3.0, 0.0]])
     found = wanted.clone()
@@ -260,7 +260,7 @@ def of_targets(targets, change):
 
 
 @pytest.mark.parametrize("kind", ["mapping", "numbers", "label-sets"])
-def test_other_inputs_and_answers_leave_by_the_same_code(kind, tmp_path):
+def test_tables_and_other_targets_are_exported_by_the_same_code(kind, tmp_path):
     module = tiny_net()
     if kind == "mapping":
         splits = {name: by_name(each) for name, each in data().splits().items()}
@@ -284,7 +284,7 @@ def test_other_inputs_and_answers_leave_by_the_same_code(kind, tmp_path):
     assert found.predict_batch(stored)[0].tolist() == pytest.approx(list(numbers.values()), rel=1e-4, abs=1e-4)
 
 
-def test_a_bundle_is_never_written_over_and_data_that_changed_is_refused(tmp_path):
+def test_a_bundle_is_never_overwritten_and_changed_data_are_refused(tmp_path):
     finished(tmp_path / "run")
     other = data(test=blobs(300, seed=77))
     with pytest.raises(tf.DataError, match="the test split is not what the run was made with"):
@@ -297,7 +297,7 @@ def test_a_bundle_is_never_written_over_and_data_that_changed_is_refused(tmp_pat
     assert (tmp_path / "b" / "manifest.json").read_bytes() == before
 
 
-def test_a_missing_package_is_named_with_the_way_to_install_it(tmp_path, monkeypatch):
+def test_a_missing_package_is_named_with_its_install_command(tmp_path, monkeypatch):
     finished(tmp_path / "run")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(tf.MissingDependencyError, match="onnxscript is not installed") as missing:
@@ -306,5 +306,5 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(tmp_path, monkeyp
     assert not (tmp_path / "b").exists()
 
 
-def test_the_batch_sizes_are_those_that_are_promised():
+def test_the_batch_sizes_are_the_documented_ones():
     assert BATCH_SIZES == (1, 2, 7, 16)

@@ -55,7 +55,7 @@ def test_a_verb_without_a_help_file_is_listed_under_its_distribution(ship, capsy
 
 
 @pytest.mark.parametrize("text", ["[greet", "greet = 5", "[greet]\nhelp = 5\nsection = []", "\x00"])
-def test_a_broken_help_file_hurts_nobody(ship, capsys, text):
+def test_a_broken_help_file_affects_no_other_command(ship, capsys, text):
     ship("pkg-greet", {"greet": "greeting:greet"}, help_file=text, greeting=GREET)
     assert main(["--help"]) == 0
     assert "greet" in capsys.readouterr().out
@@ -102,6 +102,6 @@ def test_a_verb_that_is_not_installed_says_what_to_install(monkeypatch, capsys, 
     assert f"pip install {commands.OFFICIAL_VERBS[verb]}" in capsys.readouterr().err
 
 
-def test_a_misspelt_verb_is_answered_with_the_nearest(capsys):
+def test_a_misspelled_verb_suggests_the_nearest(capsys):
     assert main(["runn"]) == 2
     assert "did you mean 'run'?" in capsys.readouterr().err

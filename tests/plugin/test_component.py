@@ -78,7 +78,7 @@ def test_a_value_of_the_wrong_type_is_an_error_that_quotes_it(name, value):
     assert f"--x.{name}" in str(caught.value)
 
 
-def test_python_constructors_are_held_to_the_same_rules():
+def test_python_constructors_check_the_same_rules():
     with pytest.raises(tf.OptionError, match="out of range"):
         Every(count=0)
     with pytest.raises(tf.OptionError, match="must be of type: number"):
@@ -86,7 +86,7 @@ def test_python_constructors_are_held_to_the_same_rules():
     assert Every(many=[1, 2]).many == (1, 2)
 
 
-def test_an_unknown_option_offers_the_nearest():
+def test_an_unknown_option_suggests_the_nearest():
     with pytest.raises(tf.UnknownNameError, match="did you mean 'count'"):
         build_component(Every, {"cuont": 1}, where="--x")
 
@@ -112,7 +112,7 @@ def test_the_schema_holds_types_checks_and_defaults():
     assert build_json_schema(Needs)["required"] == ["path"]
 
 
-def test_a_field_that_is_no_option_is_refused_at_the_decorator():
+def test_a_field_without_option_is_refused_by_the_decorator():
     with pytest.raises(tf.OptionError, match="option"):
 
         @tf.component(api=1)

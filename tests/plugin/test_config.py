@@ -6,7 +6,7 @@ import tuneforge as tf
 from tuneforge.plugin.config import config_to_dict, config_to_toml, merge_config, read_config_file, resolve_config
 
 
-def test_flags_beat_the_file_which_beats_the_defaults():
+def test_flags_override_the_file_which_overrides_the_defaults():
     file = {"seed": 3, "batch-size": 8, "strategy": {"name": "full", "epochs": 2, "lr": 0.1}}
     config = resolve_config(merge_config(file, {"seed": 4, "strategy": {"name": "full", "epochs": "5"}}))
     assert (config.seed, config.batch_size, config.num_workers) == (4, 8, 0)
@@ -51,7 +51,7 @@ def test_an_unknown_key_offers_the_nearest(tmp_path):
         read_config_file(path)
 
 
-def test_a_file_that_is_no_toml_says_where(tmp_path):
+def test_a_file_that_is_not_toml_is_an_error_with_the_line(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("seed = = 3\n")
     with pytest.raises(tf.UsageError, match="line 1"):

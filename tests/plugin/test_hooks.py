@@ -44,7 +44,7 @@ def test_a_wrapper_sees_and_changes_the_result():
     assert hooks(Step(3), Twice()).call.train_step(run=None, batch=None) == 6
 
 
-def test_a_wrapper_that_forgets_to_return_is_named():
+def test_a_wrapper_that_does_not_return_the_result_is_named():
     class Loses:
         @tf.hookimpl(wrapper=True)
         def train_step(self):
@@ -69,7 +69,7 @@ def test_a_wrapper_that_yields_a_value_is_named():
         hooks(Strategy(), Swallowed()).call.finetune_strategy(task=None)
 
 
-def test_a_misspelt_hook_is_found_at_once():
+def test_a_misspelled_hook_is_refused_at_registration():
     class Misspelt:
         @tf.hookimpl
         def train_stop(self, run, batch):
@@ -82,7 +82,7 @@ def test_a_misspelt_hook_is_found_at_once():
 @pytest.mark.parametrize(
     "source", ["def train_step(self, run, batch, extra): ...", "def train_step(self, run, batch=None): ..."]
 )
-def test_a_parameter_that_would_never_be_passed_is_found_at_once(source):
+def test_a_parameter_that_is_never_passed_is_refused_at_registration(source):
     namespace = {}
     exec(source, namespace)
     made = type("Bad", (), {"train_step": tf.hookimpl(namespace["train_step"])})()
@@ -107,7 +107,7 @@ def test_a_failed_component_leaves_no_hook_behind():
     assert [each.name for each in made.components] == ["c0"]
 
 
-def test_registering_runs_no_property():
+def test_registration_reads_no_property():
     class Lazy:
         @property
         def expensive(self):
@@ -121,7 +121,7 @@ def test_registering_runs_no_property():
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), SystemExit(1)])
-def test_whatever_a_plugin_raises_names_the_plugin(error):
+def test_every_error_of_a_plugin_names_the_plugin(error):
     class Raises:
         @tf.hookimpl
         def train_step(self):
@@ -131,7 +131,7 @@ def test_whatever_a_plugin_raises_names_the_plugin(error):
         hooks(Raises()).call.train_step(run=None, batch=None)
 
 
-def test_our_own_errors_pass_through_unchanged():
+def test_errors_of_tuneforge_are_not_wrapped():
     class Raises:
         @tf.hookimpl
         def train_step(self):
@@ -189,13 +189,13 @@ class Figures:
         return self.values
 
 
-def test_figures_of_all_metrics_are_merged():
+def test_values_of_all_metrics_are_merged():
     merged = hooks(Figures(a=0), Figures(b=1)).call.evaluate(run=None)
     merged.update(None, None)
     assert merged.compute() == {"a": 1, "b": 2}
 
 
-def test_the_same_figure_twice_names_both():
+def test_a_metric_of_two_components_names_both():
     with pytest.raises(tf.PluginError, match="c0.*c1"):
         hooks(Figures(a=0), Figures(a=0)).call.evaluate(run=None).compute()
 
@@ -221,7 +221,7 @@ def test_a_generator_that_returns_its_steps_says_so():
         next(iterate_strategy(member(object()), steps()))
 
 
-def test_answers_reach_the_strategy():
+def test_results_reach_the_strategy():
     heard = []
 
     def steps():
@@ -236,7 +236,7 @@ def test_answers_reach_the_strategy():
     assert heard == ["a", "b"]
 
 
-def test_a_yield_from_a_list_is_told_to_loop():
+def test_a_yield_from_a_list_is_an_error_that_suggests_a_loop():
     def asked():
         yield from [1, 2]
 
@@ -246,7 +246,7 @@ def test_a_yield_from_a_list_is_told_to_loop():
         steps.send("report")
 
 
-def test_what_a_strategy_cleans_up_is_done_when_it_is_closed_and_a_failure_names_it():
+def test_a_closed_strategy_cleans_up_and_an_error_then_names_it():
     closed = []
 
     def tidy():

@@ -47,7 +47,7 @@ def test_plain_data_survives_json_without_loss(value):
         Diagnostics("r", values={1e-3: math.inf}),
     ],
 )
-def test_steps_and_answers_survive_json(step):
+def test_steps_and_results_survive_json(step):
     again = from_json(to_json(step))
     assert type(again) is type(step)
     assert to_json(again) == to_json(step)
@@ -77,7 +77,7 @@ def test_a_tensor_is_not_plain_data():
         {"epochs": 1, "batchnorm_stats": "x"},
     ],
 )
-def test_a_phase_that_makes_no_sense_is_refused_by_name(wrong):
+def test_an_invalid_phase_is_refused_by_name(wrong):
     with pytest.raises(tf.UsageError, match="Phase 'p'"):
         tf.Phase("p", **wrong)
 
@@ -90,17 +90,17 @@ def test_a_task_knows_its_backbone():
     assert task.steps_per_epoch() == 2  # 16 and 17: a last sample alone joins the step before it
 
 
-def test_the_order_of_rate_factors_is_kept_because_a_later_one_beats_an_earlier():
+def test_the_order_of_lr_scales_is_kept_because_a_later_one_overrides():
     phase = tf.Phase("x", train="all", epochs=1, lr=1.0, lr_scales={"norms": 0.1, "all": 0.5, "head": 2.0})
     assert list(from_json(to_json(phase)).lr_scales) == ["norms", "all", "head"]
 
 
-def test_readings_keep_the_order_of_the_layers():
+def test_diagnostics_keep_the_order_of_the_layers():
     readings = Diagnostics("r", values={"stem": 1.0, "body": 1.0, "head": 0.5})
     assert list(from_json(to_json(readings)).values) == ["stem", "body", "head"]
 
 
-def test_figures_of_a_report_have_one_order_because_a_strategy_may_break_ties_by_it():
+def test_metrics_of_a_result_are_sorted_because_a_strategy_may_break_ties_by_order():
     per_class = {"b": {"recall": 0.5}, "a": {"recall": 0.5}}
     report = tf.StrategyStepResult("p", val={"per_class": per_class}, history=[{"val": {"b": 1, "a": 1}, "epoch": 1}])
     for each in (report, from_json(to_json(report))):
@@ -108,6 +108,6 @@ def test_figures_of_a_report_have_one_order_because_a_strategy_may_break_ties_by
         assert list(each.history[0]["val"]) == ["a", "b"]
 
 
-def test_the_order_of_a_steps_other_mappings_says_nothing():
+def test_the_order_of_other_mappings_of_a_step_does_not_count():
     one, other = (tf.Phase("p", epochs=1, class_weights=weights) for weights in ({"a": 1, "b": 2}, {"b": 2, "a": 1}))
     assert to_json(one) == to_json(other)

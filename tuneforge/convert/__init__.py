@@ -1,1 +1,1 @@
-"""Foreign weight files, made into safetensors in a sandbox that executes nothing of them."""
+"""Conversion of weight files of torch.save to safetensors, in a sandbox that executes nothing in them."""

@@ -1,4 +1,4 @@
-"""Export: a tuned model leaves its run as a bundle, once it is proved to answer as before.
+"""Export of a finished run as a bundle, after a parity check of the exported model.
 
 Everything is written into a temporary folder, which gets its name at the very end; a refusal leaves nothing behind.
 """
@@ -47,16 +47,16 @@ def export(
     """Write a bundle of a finished run.
 
     Args:
-        run: The run's folder.
-        to: Export formats by name; each is proved by itself.
-        out: The bundle's folder, which must not exist or be empty; None: `bundles/` and the run's name.
-        name: Of the model; by default the run's.
-        data: The run's data, where it was given them as objects; None prepares them again.
-        model: The module, where the run was given one as an object.
+        run: The run directory.
+        to: Export formats by name; each is checked separately.
+        out: The bundle directory, which must be new or empty; None is `bundles/` and the name of the run.
+        name: The name of the model; by default that of the run.
+        data: The data of the run, if it was given as an object; None prepares it again.
+        model: The module, if the run was given it as an object.
         reference_splits: Further samples, not trained on, such as what production sent: drift is measured from them
             too.
-        image_dir: A folder for the test split's pictures as files, as they are stored; None writes none.
-        log: Where sentences for the user go.
+        image_dir: A directory to write the images of the test split to, as they are stored; None writes none.
+        log: Called with each log line.
 
     Returns:
         The bundle's folder.
@@ -87,7 +87,7 @@ def export(
 
 
 def describe_parity(parity: ParityResult) -> str:
-    """How the comparison went, for people."""
+    """Format the result of the parity check."""
     ties = f", {parity.num_near_ties} near-ties" if parity.num_near_ties else ""
     return (
         f"answers as the tuned model does, {parity.num_samples} test samples in batches of "
@@ -98,7 +98,7 @@ def describe_parity(parity: ParityResult) -> str:
 def _write_and_verify(
     name: str, form: ExportFormat, run: Path, model: Any, data: Data, directory: Path, log: Callable[[str], None]
 ) -> ParityResult:
-    """Write one form, open it again and compare it with the run, freshly loaded."""
+    """Write one format, load it and compare it with the run."""
     predictor = load(run, model=model, device_name="cpu")
     if form.float32:
         predictor.run.forward_pass.precision = "fp32"
@@ -125,7 +125,7 @@ def _write_record_and_card(directory: Path, record: Mapping[str, Any]) -> None:
 def _build_record(
     predictor: Predictor, name: str, formats: dict[str, ExportFormat], parities: dict[str, ParityResult]
 ) -> dict[str, Any]:
-    """The content of `bundle.json`."""
+    """Return the content of `bundle.json`."""
     report, model = (names.read_json(predictor.run_dir / each) for each in (names.REPORT, names.MODEL))
     run_record = names.read_json(predictor.run_dir / names.RUN)
     return {
@@ -152,7 +152,7 @@ def _build_format_record(name: str, form: ExportFormat, parity: ParityResult) ->
 
 
 def _package_versions() -> dict[str, str]:
-    """Packages that have a hand in the answers, as far as they are installed."""
+    """Return the versions of the installed packages that affect predictions."""
     found = {}
     for package in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""What an export format is: it writes a tuned model into a folder, and opens what it wrote without the run."""
+"""Interface of export formats: writing a fine-tuned model to a directory, and loading it without the run."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from tuneforge.engine.data.dataset import Targets, TensorTree, map_inputs
 from tuneforge.engine.session.predictor import Predictor
 
 Forward = Callable[[TensorTree], Tensor]
-"""From the stored form of a batch, on the CPU, to the model's outputs, float32 (b, k), on the CPU. Thread-safe."""
+"""Maps a batch of stored tensors on the CPU to outputs, float32 (batch, outputs), on the CPU. Thread-safe."""
 
 
 class ExportFormat(ABC):
-    """A form that a tuned model leaves its run in. A part of group `tuneforge.export`."""
+    """An export format; a component of the group `tuneforge.export`."""
 
     backend: str
-    """What computes the answers: `torch`, `onnxruntime`, ..."""
+    """The library that computes predictions: `torch`, `onnxruntime`, ..."""
 
     float32 = True
-    """True where it computes in float32, whatever precision the run had."""
+    """True if it computes in float32 regardless of the precision of the run."""
 
     @abstractmethod
     def write(self, predictor: Predictor, directory: Path) -> None:
-        """Write the model into `directory`, which exists and is not the final one.
+        """Write the model to `directory`, a temporary one that exists.
 
         Raises:
             MissingDependencyError: A package that writing needs is not installed.
@@ -38,7 +38,7 @@ class ExportFormat(ABC):
 
     @abstractmethod
     def load(self, directory: Path, *, device_name: str) -> Forward:
-        """Open what `write` left.
+        """Load what `write` wrote.
 
         Raises:
             MissingDependencyError: A package that computing needs is not installed.
@@ -48,19 +48,19 @@ class ExportFormat(ABC):
 
 @runtime_checkable
 class SupportsPredictions(Protocol):
-    """Targets that say what outputs mean in numbers: probabilities, or numbers in their own unit."""
+    """Targets that convert outputs to probabilities, or to values in their unit."""
 
     def to_predictions(self, outputs: Tensor) -> Tensor:
-        """Outputs (b, k) as answers (b, k); a graph can compute it."""
+        """Convert outputs (batch, outputs) to predictions of the same shape; a graph can contain it."""
 
 
 def compute_predictions(targets: Targets, outputs: Tensor) -> Tensor:
-    """Probabilities or numbers (b, k) of outputs (b, k); the outputs themselves where the targets say nothing more."""
+    """Convert outputs (batch, outputs) to probabilities or values; return them unchanged if the targets cannot."""
     return targets.to_predictions(outputs) if isinstance(targets, SupportsPredictions) else outputs
 
 
 def make_forward(predictor: Predictor) -> Forward:
-    """What a loaded run computes; one batch at a time, because a module may keep things while it computes."""
+    """Return the forward pass of a loaded run; one batch at a time, because a module may store state in its forward."""
     run, inputs, lock = predictor.run, predictor.inputs, threading.Lock()
 
     def forward(stored: TensorTree) -> Tensor:

@@ -1,4 +1,4 @@
-"""The parity gate: an exported model answers as the tuned one, on the real test split, at several batch sizes.
+"""Parity check: an exported model predicts as the fine-tuned one on the test split, at several batch sizes.
 
 Shapes: n samples, b in a batch, k outputs.
 """
@@ -18,25 +18,25 @@ from tuneforge.exporting.formats import Forward, compute_predictions
 
 BATCH_SIZES = (1, 2, 7, 16)
 TOLERANCE = 1e-4
-"""How far a probability may be off; of a number beyond 1, relative to it."""
+"""Largest allowed difference of a probability; relative for values above 1."""
 
 _BLOCK = 16 * 7  # samples fetched at once, which every batch size divides
 
 
 class ParityError(HaltError):
-    """An exported model does not answer as the tuned one."""
+    """The predictions of an exported model differ from those of the fine-tuned one."""
 
 
 @attrs.frozen
 class ParityResult:
-    """How an exported model compares.
+    """The result of a parity check.
 
     Args:
-        num_samples: Of the test split, each compared at every batch size.
+        num_samples: The number of test samples, each compared at every batch size.
         batch_sizes: The batch sizes.
-        max_deviation: The largest difference of two answers.
-        num_different: Answers that are another class, beyond near-ties.
-        num_near_ties: Answers that are another class, and yet no probability is off by more than `TOLERANCE`.
+        max_deviation: The largest difference of two predictions.
+        num_different: Predictions of another class, without near-ties.
+        num_near_ties: Predictions of another class where no probability differs by more than `TOLERANCE`.
     """
 
     num_samples: int
@@ -47,19 +47,19 @@ class ParityResult:
 
     @property
     def passed(self) -> bool:
-        """True where it may leave."""
+        """True if the model may be exported."""
         return self.max_deviation <= TOLERANCE and not self.num_different
 
 
 def require_parity(name: str, reference: Forward, exported: Forward, targets: Targets, test: Split) -> ParityResult:
-    """Compare an exported model with the tuned one.
+    """Compare an exported model with the fine-tuned one.
 
     Args:
-        name: Of the format, for the message.
-        reference: What the tuned model computes.
-        exported: What the exported model computes.
-        targets: How answers are read.
-        test: The real test split.
+        name: The name of the format, for messages.
+        reference: The forward pass of the fine-tuned model.
+        exported: The forward pass of the exported model.
+        targets: Interprets outputs.
+        test: The test split.
 
     Raises:
         ParityError: A class differs, or an answer is further off than `TOLERANCE`.
@@ -85,7 +85,7 @@ def require_parity(name: str, reference: Forward, exported: Forward, targets: Ta
 
 
 def compare_outputs(expected: Tensor, outputs_by_size: dict[int, Tensor], targets: Targets) -> ParityResult:
-    """Outputs (n, k) of the tuned model beside those of the exported one by batch size."""
+    """Return the outputs (samples, outputs) of the fine-tuned model, and those of the exported one by batch size."""
     max_deviation, num_different, num_near_ties = 0.0, 0, 0
     predictions = compute_predictions(targets, expected)
     for outputs in outputs_by_size.values():
@@ -102,7 +102,7 @@ def compare_outputs(expected: Tensor, outputs_by_size: dict[int, Tensor], target
 
 
 def measure_deviation(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference of two sets of answers, relative where they exceed 1; infinite where one is no number."""
+    """Return the largest difference of two sets of predictions, relative above 1; Inf if one is not finite."""
     if actual.shape != expected.shape:
         return float("inf")
     far = (actual.double() - expected.double()).abs() / expected.double().abs().clamp_min(1.0)
@@ -110,7 +110,7 @@ def measure_deviation(actual: Tensor, expected: Tensor) -> float:
 
 
 def _run_in_batches(name: str, exported: Forward, stored: TensorTree, batch_size: int) -> Tensor:
-    """What the exported model gives for a block of stored inputs, asked for in batches."""
+    """Return the outputs of the exported model for a block of stored inputs, computed in batches."""
     count = len(next(iter(named_tensors(stored).values())))
     try:
         return torch.cat([exported(InMemorySource(stored).fetch(rows)) for rows in iter_sequential(count, batch_size)])
@@ -123,7 +123,7 @@ def _run_in_batches(name: str, exported: Forward, stored: TensorTree, batch_size
 
 
 def _drop_numbers(value: Any) -> Any:
-    """A described answer without its numbers."""
+    """Return a described prediction without its numbers."""
     if isinstance(value, dict):
         return {key: _drop_numbers(item) for key, item in value.items() if not isinstance(item, float)}
     return value

@@ -1,4 +1,4 @@
-"""What a bundle remembers of data: answers to compare with, a reference for drift, and what was trained on.
+"""Reference data of a bundle: reference outputs, a reference for drift, and digests of the training samples.
 
 Shapes: n samples of a split, m of them remembered, b in a batch, k outputs, d numbers that sum an input up.
 """
@@ -21,10 +21,10 @@ from tuneforge.exporting.formats import Forward, compute_predictions
 REFERENCE_FILE = "reference.safetensors"
 
 NUM_PROBES = 16
-"""Test samples kept as they are stored, with their outputs."""
+"""Number of test samples that are stored with their outputs."""
 
 MAX_REFERENCE_SAMPLES = 1000
-"""Samples of a world at most whose summaries and answers are kept for a two-sample test."""
+"""Largest number of samples per split whose summaries and predictions are stored for a two-sample test."""
 
 _TENSOR_FIELDS = ("probe_outputs", "summaries", "predictions", "train_digests", "duplicate_fraction", "reference_ids")
 _PROBE_PREFIX = "probe_inputs/"
@@ -34,13 +34,13 @@ _BATCH = 256
 
 @attrs.frozen(eq=False)
 class ReferenceData:
-    """What a bundle remembers of data.
+    """The reference data of a bundle.
 
     Args:
         probe_inputs: Stored inputs of some test samples, evenly spread over the split.
-        probe_outputs: What the model gave for them, float32 (m, k).
-        summaries: Of some inputs that were not trained on, float32 (m, d); see `summarize_inputs`.
-        predictions: Probabilities or numbers given for these, float32 (m, k).
+        probe_outputs: Outputs of the model for them, float32 (m, k).
+        summaries: Summaries of inputs that were not trained on, float32 (m, d); see `summarize_inputs`.
+        predictions: Predicted probabilities or values for these, float32 (m, k).
         train_digests: Digests of the stored training samples, int64, sorted, each once.
         duplicate_fraction: The share of training samples whose stored form occurs more than once among them, (): so
             many test samples are to be expected among them too.
@@ -59,14 +59,14 @@ class ReferenceData:
     )
 
     def save(self, folder: Path) -> None:
-        """Write it into a bundle."""
+        """Write the reference data to a bundle."""
         tensors = {f"{_PROBE_PREFIX}{name}": tensor for name, tensor in named_tensors(self.probe_inputs).items()}
         others = {name: getattr(self, name) for name in _TENSOR_FIELDS}
         save_tensors(tensors | others, folder / REFERENCE_FILE)
 
     @classmethod
     def read(cls, folder: Path) -> ReferenceData:
-        """Read it from a bundle.
+        """Read the reference data of a bundle.
 
         Raises:
             FolderError: The file is missing.
