@@ -75,7 +75,7 @@ def test_the_graph_maps_pixels_to_probabilities_for_any_batch_size(digits):
 def test_the_model_card_describes_stored_and_preprocessed_inputs(digits):
     lines = (digits / "bundle" / "README.md").read_text().splitlines()
     assert any(line.startswith("uint8 of shape (1, 32, 32); the rest of the way") for line in lines)
-    assert "| channels | `3` | Channels that the model takes; grey is repeated, colours are averaged. |" in lines
+    assert "| channels | `3` | Channels of the model's input; grayscale is repeated, colors are averaged. |" in lines
 
 
 def test_the_script_of_the_model_card_has_the_same_accuracy_without_torch(digits, tmp_path):
@@ -192,7 +192,7 @@ def test_a_model_without_a_graph_for_any_batch_size_is_refused_and_nothing_is_wr
         export(tmp_path / "run", to=["onnx"], out=tmp_path / "b", data=data(), model=module())
     assert refused.value.fix == "export it as safetensors"
     if module is Fixed:
-        assert refused.value.why == "its graph takes a batch of 2 and no other"
+        assert refused.value.why == "its graph takes only a batch of 2"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
