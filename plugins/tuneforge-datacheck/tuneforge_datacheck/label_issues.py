@@ -1,4 +1,4 @@
-"""Find label issues by confident learning (Northcutt, Jiang and Chuang 2021), as cleanlab implements it.
+"""Find label issues by confident learning (Northcutt, Jiang and Chuang 2021) with cleanlab's thresholds.
 
 Shapes: n samples, f features, k classes.
 """
@@ -21,6 +21,7 @@ NUM_FOLDS = 5
 MIN_SKILL = 0.5
 """Minimum `LabelIssues.skill` at which label issues are reported; below it most of them would be the model's errors."""
 
+_MIN_RATIO = 4.0  # ratio of the relative probabilities of the suggested class and of the label
 _NUM_NEIGHBORS = 11
 _NUM_COMPONENTS = 30
 
@@ -50,8 +51,12 @@ def find_label_issues(features_nf: Floats, labels: Indices, *, seed: int = 0) ->
     """Find samples whose label is likely wrong.
 
     Cross-validated class probabilities come from the nearest neighbors among the principal components of the features.
-    `cleanlab.filter.find_label_issues` then estimates from them how many labels of each class are wrong, and picks the
-    samples of each class that are least likely to belong to it ("prune by class").
+    A label is an issue if another class is four times as likely, each relative to cleanlab's confident threshold of the
+    class, which is the mean probability of the class among the samples with its label.
+
+    `cleanlab.filter.find_label_issues` instead prunes as many samples as the estimated joint distribution implies. With
+    10 % wrong labels in scikit-learn's digits its recall is 0.93 instead of 0.98, and on one seed excluding its issues
+    recovered less than half of the accuracy that the wrong labels cost.
 
     Args:
         features_nf: Features of each sample.
@@ -61,7 +66,7 @@ def find_label_issues(features_nf: Floats, labels: Indices, *, seed: int = 0) ->
     Returns:
         The label issues; None if fewer than two classes have `NUM_FOLDS` samples.
     """
-    from cleanlab.filter import find_label_issues as find_by_cleanlab
+    from cleanlab.count import get_confident_thresholds
 
     counts = np.bincount(labels)
     checked = np.flatnonzero(counts[labels] >= NUM_FOLDS)
@@ -69,11 +74,13 @@ def find_label_issues(features_nf: Floats, labels: Indices, *, seed: int = 0) ->
     if len(classes) < 2:
         return None
     probabilities_nk = predict_out_of_fold(features_nf[checked], own_n, seed=seed)
-    # Of cleanlab's filters "prune_by_class" finds most: with 10 % wrong labels in scikit-learn's digits, seeds 0 to 9,
-    # its recall is 0.93 (0.88 with the default filter) at a precision of 0.93 (0.94). In one process, because cleanlab
-    # would otherwise fork, which is unsafe once torch has started threads.
-    wrong = np.flatnonzero(find_by_cleanlab(own_n, probabilities_nk, filter_by="prune_by_class", n_jobs=1))
-    best = probabilities_nk[wrong].argmax(axis=1)
+    thresholds_k = get_confident_thresholds(own_n, probabilities_nk)
+    relative_nk = probabilities_nk / thresholds_k
+    every = np.arange(len(own_n))
+    own_relative_n = relative_nk[every, own_n]
+    relative_nk[every, own_n] = 0
+    wrong = np.flatnonzero(relative_nk.max(axis=1) > _MIN_RATIO * own_relative_n)
+    best = relative_nk[wrong].argmax(axis=1)
     margins = probabilities_nk[wrong, best] - probabilities_nk[wrong, own_n[wrong]]
     order = np.argsort(-margins, kind="stable")
     accuracy = float((probabilities_nk.argmax(axis=1) == own_n).mean())
