@@ -11,7 +11,7 @@ from tuneforge.plugin import registry
 from tuneforge.plugin.declaration import get_options
 
 EXAMPLE_SCRIPT = '''\
-"""Name the class of pictures with onnxruntime, numpy and Pillow alone: python classify.py BUNDLE FOLDER|FILE..."""
+"""Classify images with onnxruntime, numpy and Pillow alone: python classify.py BUNDLE FOLDER|FILE..."""
 
 import json
 import sys
@@ -42,7 +42,7 @@ for file in files:
 if len(paths) == 1 and paths[0].is_dir():
     print(f"right, where the folder is the class: {num_correct} of {len(files)}")
 '''
-"""Printed in the card of a picture model in ONNX; the tests run it where there is no torch."""
+"""Part of the model card of an image classifier in ONNX; the tests run it where torch is not installed."""
 
 
 def render_card(record: Mapping[str, Any]) -> str:
@@ -116,7 +116,7 @@ def _usage_section(record: Mapping[str, Any]) -> Iterator[str]:
         yield "Any batch size will do."
         yield ""
     if _has_example_script(record):
-        yield "The pictures of a folder, or files, with onnxruntime, numpy and Pillow alone (`classify.py`):"
+        yield "Classify the images of a folder, or files, with onnxruntime, numpy and Pillow alone (`classify.py`):"
         yield ""
         yield f"```python\n{EXAMPLE_SCRIPT}```"
         yield ""
@@ -127,7 +127,7 @@ def _usage_section(record: Mapping[str, Any]) -> Iterator[str]:
     yield "```py"
     yield "import tuneforge as tf"
     yield ""
-    yield 'print(*load_bundle("BUNDLE").predict(["picture.png"]))'
+    yield 'print(*load_bundle("BUNDLE").predict(["image.png"]))'
     yield "```"
     yield ""
 
@@ -164,7 +164,7 @@ def _provenance_section(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _has_example_script(record: Mapping[str, Any]) -> bool:
-    """True for a picture model in ONNX that names classes and takes pictures of one size."""
+    """Return whether this is an image classifier in ONNX with one input size."""
     contracts = (record["inputs"]["name"], record["targets"]["name"])
     return "onnx" in record["formats"] and contracts == ("images", "classes")
 

@@ -116,7 +116,7 @@ def evenly_spaced_rows(count: int, max_rows: int) -> Tensor:
 def summarize_inputs(stored: TensorTree) -> Tensor:
     """Each stored input of a batch as a few numbers, float32 (b, d): the same numbers for the same input anywhere.
 
-    An input of at most 32 numbers is these numbers; of a longer one, such as a picture, they are the mean, the standard
+    An input of at most 32 numbers is these numbers; of a longer one, such as an image, they are the mean, the standard
     deviation, and the means of 16 bands of equal length, in the order in which it is stored.
     """
     return torch.cat([_summarize_tensor(tensor) for _, tensor in sorted(named_tensors(stored).items())], 1)

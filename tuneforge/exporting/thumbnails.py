@@ -1,4 +1,4 @@
-"""The test split's pictures as files, as they are stored: for programs that know nothing of tuneforge."""
+"""Write the images of the test split as files, for programs that do not use tuneforge."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tuneforge.errors import DataError, FolderError
 
 
 def write_images(split: Split, targets: Targets, directory: Path) -> int:
-    """Write every picture of a split as `CLASS/NUMBER.png`, without loss; returns how many.
+    """Write every image of a split as `CLASS/NUMBER.png`, lossless, and return their number.
 
     Names of classes are written as in a URL, so that any name can be a folder's.
 
     Raises:
-        DataError: The samples are no pictures of 8 bits in one class each.
+        DataError: The samples are not 8-bit images with one class each.
         FolderError: There is something in the folder already.
     """
     from PIL import Image
