@@ -42,8 +42,7 @@ def main(epochs: int, per_class: int | None) -> None:
     data = Digits(per_class=per_class).data_prepare(SimpleNamespace(data_seed=0))
     network = DigitNet(11)  # (4); its forward ends on the head: (1), (2)
     shipped, _ = load_tensors(PRETRAINED_WEIGHTS)
-    weights = {name: tensor.float() for name, tensor in shipped.items() if "head" not in name}
-    network.load_state_dict(weights, strict=False)  # (3)
+    network.load_state_dict({k: w.float() for k, w in shipped.items() if "head" not in k}, strict=False)  # (3)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     for epoch in range(epochs):
         network.train()
