@@ -65,11 +65,11 @@ class Settings:
     """The settings of a run besides its components."""
 
     batch_size: int = option(default=32, help="Batch size of training.", check=ge(1))
-    eval_batch_size: int | None = option(default=None, help="Batch size of evaluation; none: 256.", check=ge(1))
+    eval_batch_size: int | None = option(default=None, help="Batch size of evaluation; 256 if not set.", check=ge(1))
     grad_accum_steps: int = option(default=1, help="Gradient accumulation: batches per optimizer step.", check=ge(1))
     micro_batch: int | None = option(
         default=None,
-        help="Samples per forward and backward pass; none: the batch size, and half as many whenever memory runs out.",
+        help="Samples per forward and backward pass; by default the batch size, halved each time memory runs out.",
         check=ge(1),
     )
     on_nan: Literal["halt", "skip", "rollback"] = option(
@@ -79,7 +79,9 @@ class Settings:
     )
     seed: int = option(default=0, help="Seed of splits, shuffling, augmentation and initialization.", check=ge(0))
     data_seed: int | None = option(
-        default=None, help="Seed of splits and generated data; none: --seed. Fix it to compare seeds.", check=ge(0)
+        default=None,
+        help="Seed of splits and generated data; by default --seed. Set it to compare other seeds on the same data.",
+        check=ge(0),
     )
     device: str = option(default="auto", help="auto, cpu, cuda, cuda:1, mps, xla or any other torch device.")
     num_workers: int = option(default=0, help="Worker processes that load data that is not in memory.", check=ge(0))
@@ -97,8 +99,8 @@ class Settings:
     )
     cache: Literal["auto", "memory", "off"] = option(
         default="auto",
-        help="Cache the features of the frozen backbone where that saves time; auto: in memory and on disk, shared "
-        "between runs.",
+        help="Cache the features of the frozen backbone where that saves time; auto: in memory and on disk, where "
+        "runs share them.",
     )
     cache_mb: int = option(
         default=2048, help="Memory of the feature cache, in MB; the rest is memory-mapped.", check=ge(0)
@@ -109,7 +111,7 @@ class Settings:
         check=ge(0),
     )
     cache_dir: Path | None = option(
-        default=None, help="Directory of the feature cache; none: the user's cache directory."
+        default=None, help="Directory of the feature cache; by default the user's cache directory."
     )
     cache_copies: int = option(
         default=4,
@@ -118,20 +120,22 @@ class Settings:
     )
     budget: str | None = option(
         default=None,
-        help="Stop training after 60s, 5m, 2h, 20epochs or 500steps, for example; none: no limit.",
+        help="Stop training after 60s, 5m, 2h, 20epochs or 500steps, for example; by default no limit.",
         check=_BUDGET_CHECK,
     )
     checkpoint_s: float = option(default=60.0, help="Seconds between checkpoints.", check=ge(0))
     checkpoint_steps: int | None = option(
-        default=None, help="Optimizer steps between checkpoints, if that is sooner; none: only by time.", check=ge(1)
+        default=None,
+        help="Also save a checkpoint after this many optimizer steps; by default only by time.",
+        check=ge(1),
     )
     keep: int = option(
         default=2,
-        help="Number of checkpoints to keep, besides the best one and those that contain a file 'pinned'.",
+        help="Number of checkpoints to keep, besides the best one and those in which you create a file named 'pinned'.",
         check=ge(1),
     )
     page: bool = option(default=True, help="Write report.html at the end of the run.")
-    out: Path | None = option(default=None, help="Run directory; none: a new one under runs/.")
+    out: Path | None = option(default=None, help="Run directory; by default a new one under runs/.")
 
 
 @attrs.frozen(kw_only=True, eq=True)

@@ -109,7 +109,7 @@ class FreezeThenUnfreeze:
     epochs: int = option(default=8, help="Epochs with every layer trained.", check=ge(1))
     lr: float = option(default=2e-3, help="Peak learning rate of the head while the backbone is frozen.", check=gt(0))
     lr_mult: float = option(
-        default=100.0, help="Ratio of the learning rates of the head and the first layer group.", check=ge(1)
+        default=100.0, help="Learning rate of the head divided by that of the first layer group.", check=ge(1)
     )
     patience: int | None = _patience()
     restore_best: bool = option(default=True, help="End each phase on the weights of its best epoch.")
