@@ -137,6 +137,9 @@ def _installed_commands(path: tuple[str, ...]) -> tuple[CommandEntry, ...]:
     found: dict[tuple[str, str], CommandEntry] = {}
     for distribution in importlib.metadata.distributions():
         try:
+            # To parse the metadata of every installed distribution takes longer than all else that help does.
+            if GROUP not in (distribution.read_text("entry_points.txt") or ""):
+                continue
             name, version = distribution.metadata["Name"], distribution.version
             entries = [entry for entry in distribution.entry_points if entry.group == GROUP]
         except Exception:  # noqa: BLE001, S112 - one distribution with broken metadata must not hide the others
