@@ -73,11 +73,14 @@ class BatchSizes(Sequence[int]):
     def __getitem__(self, place: slice) -> list[int]: ...
     def __getitem__(self, place: int | slice) -> int | list[int]:
         """Return the size of one batch, or the sizes of a slice of batches."""
-        count = len(self)
-        if isinstance(place, slice):
-            return [self[each] for each in range(*place.indices(count))]
-        at = range(count)[place]
-        return self.batch_size if at < count - 1 else self.size - at * self.batch_size
+        last = len(self) - 1
+        at = range(last + 1)[place]
+        if isinstance(at, int):
+            return self.batch_size if at < last else self.size - last * self.batch_size
+        sizes = [self.batch_size] * len(at)
+        if last in at:
+            sizes[at.index(last)] = self[last]
+        return sizes
 
     def _merges_remainder(self, num_full: int, remainder: int) -> bool:
         return remainder == 1 and num_full > 0 and self.batch_size > 1

@@ -17,7 +17,7 @@ from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Batch
 from tuneforge.engine.data.loader import batch_sizes
 from tuneforge.engine.loop.nonfinite import NonFiniteError, NonFinitePolicy, find_nonfinite_gradient
-from tuneforge.engine.loop.oom import catch_out_of_memory, halve
+from tuneforge.engine.loop.oom import CatchOutOfMemory, halve
 from tuneforge.engine.model.fsdp import check_loss
 from tuneforge.engine.model.modes import set_modes
 from tuneforge.errors import HaltError, PluginError
@@ -94,7 +94,7 @@ class BackwardPass:
         while True:
             losses: list[tuple[Tensor, int]] = []
             nonfinite: NonFiniteError | None = None
-            with catch_out_of_memory(run, where=f"optimizer step {run.step + 1}", flag="--micro-batch") as memory:
+            with CatchOutOfMemory(run, where=f"optimizer step {run.step + 1}", flag="--micro-batch") as memory:
                 try:
                     losses = self._forward_backward(run, batches, sizes)
                 except NonFiniteError as error:
@@ -194,7 +194,9 @@ def _local_micro_batches(run: Run, batch: Batch, size: int) -> list[tuple[Batch,
     All ranks of a sharded model run the same number of passes, because each pass gathers weights from all of them; a
     rank without samples runs passes that count for nothing.
     """
-    counts = run.process_group.world_size == 1 or run.process_group.num_local(size) > 0
+    if run.process_group.world_size == 1:
+        return [(each, len(each.indices)) for each in micro_batches(run, batch)]
+    counts = run.process_group.num_local(size) > 0
     if not run.sharded and not counts:
         return []
     passes = [(each, len(each.indices) if counts else 0) for each in micro_batches(run, batch)]

@@ -16,7 +16,7 @@ from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Batch
 from tuneforge.engine.data.sampler import EpochSampler
 from tuneforge.engine.loop.backward import compute_loss
-from tuneforge.engine.loop.oom import catch_out_of_memory, halve
+from tuneforge.engine.loop.oom import CatchOutOfMemory, halve
 from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.model.freezing import freeze, select
 from tuneforge.engine.model.modes import set_modes
@@ -163,7 +163,7 @@ def _backward(run: Run, batch: Batch) -> None:
     num_summed = run.process_group.world_size if run.sharded else 1
     while True:
         size = min(run.engine_state.micro_batch_size or len(batch.indices), len(batch.indices))
-        with catch_out_of_memory(run, where="diagnosis", flag="--micro-batch", can_halve=size > 1) as memory:
+        with CatchOutOfMemory(run, where="diagnosis", flag="--micro-batch", can_halve=size > 1) as memory:
             for micro_batch, share in _micro_batches(run, batch):
                 torch.autograd.backward(compute_loss(run, micro_batch)[0] * (share / num_summed))
         if run.sharded:

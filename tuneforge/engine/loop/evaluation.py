@@ -12,7 +12,7 @@ from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Batch, Split
 from tuneforge.engine.data.loader import iter_sequential
 from tuneforge.engine.loop.metric_set import HardestSamples
-from tuneforge.engine.loop.oom import catch_out_of_memory, halve
+from tuneforge.engine.loop.oom import CatchOutOfMemory, halve
 from tuneforge.engine.model.device import is_out_of_memory
 from tuneforge.errors import DataError
 
@@ -51,7 +51,7 @@ def _repeat_on_oom(run: Run, one_pass: Callable[[], T], doing: str) -> T:
     while True:
         results: list[T] = []
         can_halve = state.eval_batch_size > 1
-        with catch_out_of_memory(run, where=doing, flag="--eval-batch-size", can_halve=can_halve):
+        with CatchOutOfMemory(run, where=doing, flag="--eval-batch-size", can_halve=can_halve):
             results.append(one_pass())
         if not run.process_group.all_reduce_any(not results)[0]:
             return results[0]

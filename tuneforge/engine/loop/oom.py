@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from typing import Self
 
 import attrs
 
@@ -13,41 +12,43 @@ from tuneforge.engine.model.fsdp import out_of_memory_error
 from tuneforge.errors import PluginError
 
 
-@attrs.define
-class MemoryStatus:
-    """Whether a pass ran out of memory.
+@attrs.define(eq=False)
+class CatchOutOfMemory:
+    """A `with` block whose out-of-memory error is recorded instead of raised.
 
-    Args:
-        exhausted: True if it did.
-        message: The first line of the error; "" if there was none.
-    """
-
-    exhausted: bool = False
-    message: str = ""
-
-
-@contextlib.contextmanager
-def catch_out_of_memory(run: Run, *, where: str, flag: str, can_halve: bool = True) -> Iterator[MemoryStatus]:
-    """Record an out-of-memory error of the `with` block instead of raising it.
+    It is entered once per optimizer step, where a generator as context manager costs twice the time of a class.
 
     Args:
         run: The run; if its model is sharded the error is raised, because the other ranks wait in a collective.
         where: What failed, for the message.
         flag: The flag that limits the samples of a pass, for the message.
         can_halve: False if the pass has a single sample; then the error is raised.
+        exhausted: True once the block ran out of memory.
+        message: The first line of the error; "" if there was none.
 
     Raises:
         HaltError: The model is sharded.
     """
-    status = MemoryStatus()
-    try:
-        yield status
-    except (RuntimeError, MemoryError, PluginError) as error:
-        if not is_out_of_memory(error) or not can_halve:
-            raise
-        if run.sharded:
-            raise out_of_memory_error(root_cause(error), where=where, flag=flag) from None
-        status.exhausted, status.message = True, str(root_cause(error)).partition("\n")[0]
+
+    run: Run
+    where: str
+    flag: str
+    can_halve: bool = True
+    exhausted: bool = attrs.field(default=False, init=False)
+    message: str = attrs.field(default="", init=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, (RuntimeError, MemoryError, PluginError)):
+            return False
+        if not is_out_of_memory(error) or not self.can_halve:
+            return False
+        if self.run.sharded:
+            raise out_of_memory_error(root_cause(error), where=self.where, flag=self.flag) from None
+        self.exhausted, self.message = True, str(root_cause(error)).partition("\n")[0]
+        return True
 
 
 def halve(run: Run, size: int, *, minimum: int = 1) -> int:
