@@ -27,7 +27,6 @@ import difflib
 import enum
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -188,7 +187,7 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(list(names.values())[:40])}{more}" if names else "there are none"
 
 
-def escape_name(name: str | bytes | Path) -> str:
+def escape_name(name: str | bytes | os.PathLike[str]) -> str:
     """Return a name with undecodable bytes and control characters escaped, so that it can be printed."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

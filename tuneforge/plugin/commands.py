@@ -21,15 +21,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
-import importlib.util
 import sys
-import tomllib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tuneforge.errors import MissingDependencyError, PluginLoadError, UnknownNameError, suggest_name
+from tuneforge.plugin.distributions import read_entry_points
 
 GROUP = "tuneforge.command"
 HELP_FILE = "tuneforge_commands.toml"
@@ -135,25 +132,22 @@ def _import_command(entry: CommandEntry) -> Any:
 def _installed_commands(path: tuple[str, ...]) -> tuple[CommandEntry, ...]:
     del path  # the key of the cache: another sys.path may hold other distributions
     found: dict[tuple[str, str], CommandEntry] = {}
-    for distribution in importlib.metadata.distributions():
-        try:
-            # To parse the metadata of every installed distribution takes longer than all else that help does.
-            if GROUP not in (distribution.read_text("entry_points.txt") or ""):
-                continue
-            name, version = distribution.metadata["Name"], distribution.version
-            entries = [entry for entry in distribution.entry_points if entry.group == GROUP]
-        except Exception:  # noqa: BLE001, S112 - one distribution with broken metadata must not hide the others
-            continue
-        for entry in entries:
-            table = _help_of(entry.value.partition(":")[0].partition(".")[0]).get(entry.name, {})
-            section, help_line = _text(table, "section", OTHER_SECTION), _text(table, "help", f"(of {name} {version})")
-            command = CommandEntry(entry.name, entry.value, str(name), version, section, help_line)
-            found.setdefault((command.name, command.distribution), command)
+    help_of = functools.cache(_help_of)  # for this listing alone: a package may be replaced later
+    for _, name, target, distribution, version in (each for each in read_entry_points(GROUP) if each.group == GROUP):
+        table = help_of(target.partition(":")[0].partition(".")[0]).get(name, {})
+        default = f"(of {distribution} {version})"
+        section, help_line = _text(table, "section", OTHER_SECTION), _text(table, "help", default)
+        command = CommandEntry(name, target, distribution, version, section, help_line)
+        found.setdefault((name, distribution), command)
     return tuple(sorted(found.values()))
 
 
 def _help_of(package: str) -> Mapping[str, Any]:
     """The tables of a package's help file; empty where there is none, or none that can be read."""
+    import importlib.util
+    import tomllib
+    from pathlib import Path
+
     try:
         spec = importlib.util.find_spec(package)
         if spec is None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import inspect
 import sys
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tuneforge.errors import PluginLoadError, UnknownNameError, suggest_name
+from tuneforge.plugin.distributions import read_entry_points
 from tuneforge.plugin.names import to_kebab_case
 
 GROUP_PREFIX = "tuneforge."
@@ -144,33 +143,16 @@ def clear_cache() -> None:
 def _list_components_on_path(path: tuple[str, ...]) -> tuple[ComponentEntry, ...]:
     del path  # the key of the cache: another sys.path may hold other distributions
     by_target: dict[tuple[str, str, str, str], list[str]] = {}
-    for group, name, target, distribution, version in dict.fromkeys(_read_entry_points()):
-        by_target.setdefault((group, target, distribution, version), []).append(name)
+    points = dict.fromkeys(read_entry_points(GROUP_PREFIX))
+    known = [(each.group.removeprefix(GROUP_PREFIX), *each[1:]) for each in points]
+    for group, name, target, distribution, version in known:
+        if group in GROUPS:
+            by_target.setdefault((group, target, distribution, version), []).append(name)
     entries = [
         ComponentEntry(group, *_choose_primary_name(names, target), distribution, version, _list_aliases(names, target))
         for (group, target, distribution, version), names in by_target.items()
     ]
     return tuple(sorted(entries, key=lambda entry: (GROUPS.index(entry.group), entry.name, entry.distribution)))
-
-
-def _read_entry_points() -> Iterator[tuple[str, str, str, str, str]]:
-    seen = set()
-    for distribution in importlib.metadata.distributions():
-        try:
-            text = distribution.read_text("entry_points.txt")
-            if not text or GROUP_PREFIX not in text:
-                continue
-            name, version = distribution.metadata["Name"], distribution.version
-            if not name or name in seen:  # an earlier directory on the path hides a later one, as for imports
-                continue
-            seen.add(name)
-            points = [point for point in distribution.entry_points if point.group.startswith(GROUP_PREFIX)]
-        except Exception:  # noqa: BLE001, S112 - one unreadable distribution must not hide the others
-            continue
-        for point in points:
-            group = point.group.removeprefix(GROUP_PREFIX)
-            if group in GROUPS:
-                yield group, point.name, point.value, name, version
 
 
 def _choose_primary_name(names: list[str], target: str) -> tuple[str, str]:
