@@ -13,6 +13,7 @@ from torch import Tensor
 from tuneforge.engine.context.forward import FeatureCacheProtocol, Features
 from tuneforge.engine.data.dataset import Batch, Split, TensorTree, map_inputs
 from tuneforge.engine.data.loader import batch_sizes, iter_batches, iter_sampled, iter_sequential
+from tuneforge.engine.data.sample_seeds import epoch_key
 from tuneforge.engine.data.sampler import EpochSampler, SampleRNG
 from tuneforge.engine.data.workers import Workers
 
@@ -55,7 +56,7 @@ def training_batches(
         rng = SampleRNG(rng_seed, epoch, chosen)
         return augment(run, _make_batch(run, split, chosen, prepare_inputs(run, stored), rng, weights))
 
-    yield from iter_batches(split, indices, collate, workers=get_workers(run))
+    yield from iter_batches(split, indices, collate, workers=get_workers(run), key=epoch_key(rng_seed, epoch))
 
 
 def _cached_batches(

@@ -17,39 +17,14 @@ import attrs
 import torch
 from torch import Tensor
 
+from tuneforge.engine.data.sample_seeds import FIXED_DRAW, SeededFetcher, fetch_seeded
 from tuneforge.engine.data.sampler import SampleRNG
+from tuneforge.engine.data.tensor_tree import TensorTree as TensorTree
+from tuneforge.engine.data.tensor_tree import concatenate_inputs as concatenate_inputs
+from tuneforge.engine.data.tensor_tree import map_inputs as map_inputs
+from tuneforge.engine.data.tensor_tree import named_tensors as named_tensors
+from tuneforge.engine.data.tensor_tree import stack_inputs as stack_inputs
 from tuneforge.errors import DataError
-
-TensorTree = Tensor | Mapping[str, Tensor]
-"""A batch of inputs: one tensor, or a mapping of tensors. The first axis is the batch."""
-
-
-def map_inputs(inputs: TensorTree, fn: Callable[[Tensor], Tensor]) -> TensorTree:
-    """Apply `fn` to the tensor, or to each tensor of the mapping."""
-    if isinstance(inputs, Tensor):
-        return fn(inputs)
-    return {name: fn(tensor) for name, tensor in inputs.items()}
-
-
-def named_tensors(inputs: TensorTree) -> dict[str, Tensor]:
-    """Return the tensors by name; a single tensor gets the name `""`."""
-    return {"": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-
-
-def stack_inputs(samples: Sequence[TensorTree]) -> TensorTree:
-    """Return a batch of samples that have no batch axis yet; all samples need equal shapes."""
-    return _join(samples, torch.stack)
-
-
-def concatenate_inputs(batches: Sequence[TensorTree]) -> TensorTree:
-    """Return one batch with the samples of all batches."""
-    return _join(batches, torch.cat)
-
-
-def _join(inputs: Sequence[TensorTree], join: Callable[[list[Tensor]], Tensor]) -> TensorTree:
-    named = [named_tensors(each) for each in inputs]
-    joined = {name: join([each[name] for each in named]) for name in named[0]}
-    return joined[""] if isinstance(inputs[0], Tensor) else joined
 
 
 @runtime_checkable
@@ -59,6 +34,10 @@ class Source(Protocol):
     A source may also have a method `fingerprint() -> str | None`. It returns a string that changes whenever `fetch`
     would return something else, such as a SHA-256 over the paths, sizes and times of files, or None if it cannot tell.
     With it, cached features of the samples are shared between runs.
+
+    A source without that method may draw random numbers: the generators of Python, numpy and torch are seeded for each
+    sample and epoch. It may have a method `fetch_seeded(indices, seed_sample)`, which calls `seed_sample(position)`
+    before it reads the sample at a position of `indices`; otherwise its samples are fetched one by one.
     """
 
     def __len__(self) -> int:
@@ -102,6 +81,7 @@ class Split:
     def __init__(self, inputs: TensorTree | Source, targets: Tensor, *, ids: Sequence[str] | None = None) -> None:
         self.targets = targets
         self.source: Source = inputs if isinstance(inputs, Source) else InMemorySource(inputs)
+        self._fetcher = SeededFetcher(self.source)
         self.ids = ids
         self._inputs_digest: str | None = None
         if not len(targets):
@@ -124,9 +104,14 @@ class Split:
         """Return the stable name of the sample at `row`."""
         return self.ids[row] if self.ids is not None else str(row)
 
-    def fetch(self, indices: Tensor) -> TensorTree:
-        """Return the stored inputs at `indices`, int64 (b,)."""
-        return self.source.fetch(indices)
+    def fetch(self, indices: Tensor, key: int = FIXED_DRAW) -> TensorTree:
+        """Return the stored inputs at `indices`, int64 (b,).
+
+        Args:
+            indices: Rows of the split.
+            key: Which draw of random samples to return; see `tuneforge.engine.data.sample_seeds`.
+        """
+        return self._fetcher.fetch(indices, key)
 
     def subset(self, indices: Tensor) -> Split:
         """Return the split of these samples only, in the order of `indices`."""
@@ -193,6 +178,15 @@ class Subset:
     def fetch(self, indices: Tensor) -> TensorTree:
         """Return the samples at `indices` (b,) of the subset."""
         return self.source.fetch(self.indices[indices])
+
+    def fetch_seeded(self, indices: Tensor, seed_sample: Callable[[int], None]) -> TensorTree:
+        """Return the samples at `indices` (b,) of the subset, each read after its seed was set."""
+        return fetch_seeded(self.source, self.indices[indices], seed_sample)
+
+    @property
+    def underlying(self) -> Source:
+        """The source that decides whether samples are random."""
+        return self.source
 
     @property
     def paths(self) -> list[str | Path] | None:

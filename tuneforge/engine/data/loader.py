@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tuneforge.engine.data.dataset import Batch, Split, TensorTree
+from tuneforge.engine.data.sample_seeds import FIXED_DRAW
 from tuneforge.engine.data.sampler import EpochSampler
 from tuneforge.engine.data.workers import Workers
 
@@ -18,7 +19,7 @@ _POSITIONS_PER_BLOCK = 2**14  # positions computed at once; more cost memory and
 
 
 def fetch_batches(
-    split: Split, indices: Iterator[Tensor], *, workers: Workers | int
+    split: Split, indices: Iterator[Tensor], *, workers: Workers | int, key: int = FIXED_DRAW
 ) -> Iterator[tuple[Tensor, TensorTree]]:
     """Yield the rows of each batch, int64 (b,), with their stored inputs, in the order of `indices`.
 
@@ -27,25 +28,31 @@ def fetch_batches(
         indices: Rows of each batch.
         workers: Processes that decode ahead if the split is not in memory; a number starts them for this pass alone,
             and 0 decodes in this process.
+        key: Which draw of random samples to fetch; see `Split.fetch`.
     """
     if isinstance(workers, int):
         workers_of_pass = Workers(workers, [split.source])
         try:
-            yield from fetch_batches(split, indices, workers=workers_of_pass)
+            yield from fetch_batches(split, indices, workers=workers_of_pass, key=key)
         finally:
             workers_of_pass.close()
     elif split.in_memory or not workers.can_fetch(split.source):
         for chosen in indices:
-            yield chosen, split.fetch(chosen)
+            yield chosen, split.fetch(chosen, key)
     else:
-        yield from workers.fetch_batches(split.source, indices)
+        yield from workers.fetch_batches(split.source, indices, key)
 
 
 def iter_batches(
-    split: Split, indices: Iterator[Tensor], collate: Callable[[Tensor, TensorTree], Batch], *, workers: Workers | int
+    split: Split,
+    indices: Iterator[Tensor],
+    collate: Callable[[Tensor, TensorTree], Batch],
+    *,
+    workers: Workers | int,
+    key: int = FIXED_DRAW,
 ) -> Iterator[Batch]:
     """Yield what `collate` makes of the rows of each batch and their stored inputs; see `fetch_batches`."""
-    return (collate(chosen, stored) for chosen, stored in fetch_batches(split, indices, workers=workers))
+    return (collate(chosen, stored) for chosen, stored in fetch_batches(split, indices, workers=workers, key=key))
 
 
 @attrs.frozen

@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tuneforge.engine.data.sample_seeds import FIXED_DRAW, SeededFetcher
 from tuneforge.errors import PluginError, TryAgainError, TuneforgeError
 
 PREFETCH_FACTOR = 2  # requested batches per worker
@@ -76,7 +77,7 @@ class Workers:
         self._num_workers, self._sources, self._log = num_workers, list(sources), log
         self._running: list[_Worker] = []
         self._num_requested = 0
-        self._requests: dict[int, tuple[int, NDArray[Any]]] = {}  # position of the source, and rows
+        self._requests: dict[int, tuple[int, NDArray[Any], int]] = {}  # position of the source, rows, key
         self._results: dict[int, Any] = {}
         self._deaths: Counter[int] = Counter()  # since the last answer, by slot
         self._finalizer = weakref.finalize(self, _kill_workers, self._running, os.getpid())
@@ -85,8 +86,12 @@ class Workers:
         """Return True if samples of `source` can be fetched."""
         return self._num_workers > 0 and any(each is source for each in self._sources)
 
-    def fetch_batches(self, source: SampleFetcher, indices: Iterator[Tensor]) -> Iterator[tuple[Tensor, Any]]:
+    def fetch_batches(
+        self, source: SampleFetcher, indices: Iterator[Tensor], key: int = FIXED_DRAW
+    ) -> Iterator[tuple[Tensor, Any]]:
         """Yield the rows of each batch, int64 (b,), with their stored inputs, in the order of `indices`.
+
+        Random samples are those of `key`; see `tuneforge.engine.data.sample_seeds`.
 
         Raises:
             TryAgainError: Several workers in a row died over the same batches.
@@ -98,7 +103,7 @@ class Workers:
         pending: deque[tuple[int, Tensor]] = deque()
         try:
             for chosen in indices:
-                pending.append((self._request(place, chosen), chosen))
+                pending.append((self._request(place, chosen, key), chosen))
                 if len(pending) > PREFETCH_FACTOR * self._num_workers:
                     number, first = pending.popleft()
                     yield first, self._wait_for_result(number)
@@ -141,10 +146,10 @@ class Workers:
             theirs.close()
         return _Worker(process, ours)
 
-    def _request(self, place: int, indices: Tensor) -> int:
+    def _request(self, place: int, indices: Tensor, key: int) -> int:
         number = self._num_requested
         self._num_requested += 1
-        self._requests[number] = (place, indices.numpy())
+        self._requests[number] = (place, indices.numpy(), key)
         self._send(number)
         return number
 
@@ -240,15 +245,16 @@ def _worker_loop(connection: Connection, sources: Sequence[SampleFetcher], paren
         signal.signal(number, signal.SIG_IGN)
     _exit_with_parent(parent)
     torch.set_num_threads(1)
+    fetchers = [SeededFetcher(source) for source in sources]
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            number, place, rows = connection.recv()
-            connection.send((number, _try_fetch(sources[place], rows)))
+            number, place, rows, key = connection.recv()
+            connection.send((number, _try_fetch(fetchers[place], rows, key)))
 
 
-def _try_fetch(source: SampleFetcher, indices: NDArray[Any]) -> Any:
+def _try_fetch(fetcher: SeededFetcher, indices: NDArray[Any], key: int) -> Any:
     try:
-        return source.fetch(torch.from_numpy(indices))
+        return fetcher.fetch(torch.from_numpy(indices), key)
     except TuneforgeError as error:
         return _Failure(error, "", "")
     except Exception as error:  # noqa: BLE001 - a plugin's source may raise anything; it is raised again in the run

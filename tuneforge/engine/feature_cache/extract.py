@@ -17,6 +17,7 @@ from tuneforge.engine.context.batches import augment, get_workers
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Batch, Split, TensorTree, named_tensors
 from tuneforge.engine.data.loader import fetch_batches
+from tuneforge.engine.data.sample_seeds import FIXED_DRAW, epoch_key
 from tuneforge.engine.data.sampler import SampleRNG, derive_seed
 from tuneforge.engine.feature_cache.cache import FeatureCache, Values, num_megabytes
 from tuneforge.engine.feature_cache.disk import DiskCache, default_cache_dir
@@ -145,7 +146,8 @@ class FeatureExtractor:
     def _extract_batches(self, backbone: nn.Module, split: Split, copy_index: int | None) -> Iterator[Values]:
         ranks, starts = self._run.process_group, range(0, len(split), self._batch_size)
         indices = (self._rows(split, start) for start in starts[ranks.rank :: ranks.world_size])
-        local = fetch_batches(split, indices, workers=get_workers(self._run))
+        key = FIXED_DRAW if copy_index is None else epoch_key(self._run.config.seed, copy_index)
+        local = fetch_batches(split, indices, workers=get_workers(self._run), key=key)
         for first in range(0, len(starts), ranks.world_size):
             self._save_if_due()
             group = [self._rows(split, start) for start in starts[first : first + ranks.world_size]]
@@ -166,7 +168,7 @@ class FeatureExtractor:
         """Yield one batch per rank, each computed by one rank and sent to all."""
         ranks = self._run.process_group
         batch = next(local, None)  # the last group may have no batch for this rank, which then computes the first
-        indices, stored = batch or (group[0], split.fetch(group[0]))
+        indices, stored = batch or (group[0], split.fetch(group[0]))  # these values are dropped
         sizes = [
             len(indices) if rank < len(group) else 0
             for rank, indices in enumerate([*group, *group[:1] * ranks.world_size])

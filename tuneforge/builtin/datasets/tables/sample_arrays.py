@@ -5,7 +5,7 @@ Shapes: n samples, b in a batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from tuneforge import DataError, Source, TensorTree, map_inputs
+from tuneforge import DataError, Source, Split, TensorTree, map_inputs
 from tuneforge.builtin.datasets.tables.target_arrays import to_target_array
 
 _LARGE_DATASET = 10_000  # samples from which reading all targets is slow enough for a note
+_READ_BLOCK = 64  # samples that are read at once for their targets
+_NUM_CHECKED = 16  # samples that are read again, to find out whether they are random
 
 
 class ArraySamples(NamedTuple):
@@ -44,6 +46,10 @@ def read_samples(x: Any, y: Any, split: str) -> ArraySamples:
         inputs, raw_targets = _read_dataset(x, where)
         if isinstance(inputs, DatasetSource) and len(inputs) >= _LARGE_DATASET:
             notes.append(f"{where}: all {len(inputs):,} samples were read once for their targets")
+        if isinstance(inputs, DatasetSource) and inputs.draws:
+            notes.append(
+                f"{where}: the samples are random; each is drawn anew in each epoch, from (seed, epoch, sample)"
+            )
     elif x is None or y is None or isinstance(x, Dataset):
         raise DataError(
             f"{where} and {targets_argument_name(split)} do not match",
@@ -75,7 +81,7 @@ def describe_tensors(inputs: TensorTree | Source) -> tuple[dict[str, tuple[int, 
 
 
 def _read_dataset(dataset: Any, where: str) -> tuple[TensorTree | Source, Any]:
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+    if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
         return _to_tensors(dataset.tensors[0], where), dataset.tensors[1]
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise DataError(
@@ -121,24 +127,72 @@ class DatasetSource:
     def __init__(self, dataset: Dataset[Any], where: str) -> None:
         self.dataset: Any = dataset
         self.where = where
+        self.draws = False
+        self._targets: list[Any] = []
+        self._last_targets: list[Any] = []
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def fetch(self, indices: Tensor) -> TensorTree:
-        """Return the stacked inputs (b, ...) of `indices`, int64 (b,)."""
-        samples = [self._read_input(row) for row in indices.tolist()]
+        """Return the stacked inputs (b, ...) of `indices`, int64 (b,), with whatever the generators draw now."""
+        return self.fetch_seeded(indices, lambda position: None)
+
+    def fetch_seeded(self, indices: Tensor, seed_sample: Callable[[int], None]) -> TensorTree:
+        """Return the stacked inputs (b, ...) of `indices`, each read after its seed was set.
+
+        Raises:
+            DataError: Samples do not fit together, or a target is not the one that was read first.
+        """
+        rows, samples, targets = indices.tolist(), [], []
+        for position, row in enumerate(rows):
+            seed_sample(position)
+            value, target = self._read_pair(row)
+            samples.append(self._to_input(value, row))
+            targets.append(target.tolist() if isinstance(target, (Tensor, np.ndarray)) else target)
+        self._last_targets = targets
+        if self._targets:
+            self._check_targets(rows, targets)
         if isinstance(samples[0], Tensor):
-            return self._stack(samples, indices)
-        return {name: self._stack([sample[name] for sample in samples], indices) for name in samples[0]}
+            return self._stack(samples, rows)
+        return {name: self._stack([sample[name] for sample in samples], rows) for name in samples[0]}
 
     def read_targets(self) -> list[Any]:
-        """Return the targets of all samples, which reads each sample once."""
-        found = [self._read_pair(row)[1] for row in range(len(self))]
-        return [each.tolist() if isinstance(each, (Tensor, np.ndarray)) else each for each in found]
+        """Return the targets of all samples, which reads each sample once, and a few of them three times.
 
-    def _read_input(self, row: int) -> Any:
-        value = self._read_pair(row)[0]
+        Raises:
+            DataError: A sample cannot be used, or is random in a way that no seed repeats.
+        """
+        count = len(self)
+        split, found = Split(self, torch.zeros(count)), []
+        for start in range(0, count, _READ_BLOCK):
+            split.fetch(torch.arange(start, min(start + _READ_BLOCK, count)))
+            found += self._last_targets
+        self._targets = found
+        rows = torch.arange(0, count, max(1, count // _NUM_CHECKED))
+        first, again, other = split.fetch(rows), split.fetch(rows), split.fetch(rows, key=1)
+        if not _equal_inputs(first, again):
+            raise DataError(
+                "the dataset draws random numbers that no seed repeats",
+                where=self.where,
+                why="the same samples were read twice with equal seeds of random, numpy.random and torch, and differ",
+                fix="draw from these three, or from a generator that is an attribute of the dataset; not from "
+                "numpy.random.default_rng() in __getitem__, from random.SystemRandom or from a clock",
+            )
+        self.draws = not _equal_inputs(first, other)
+        return found
+
+    def _check_targets(self, rows: list[int], targets: list[Any]) -> None:
+        for row, target in zip(rows, targets, strict=True):
+            if repr(target) != repr(self._targets[row]):
+                raise DataError(
+                    f"the dataset returns the target {target!r:.60} and returned {self._targets[row]!r:.60} before",
+                    where=f"{self.where}[{row}]",
+                    why="a target is read once, so a random one cannot be trained on",
+                    fix="return the same target for a sample each time; mix samples and targets with --augment",
+                )
+
+    def _to_input(self, value: Any, row: int) -> Any:
         where = f"{self.where}[{row}]"
         if isinstance(value, Mapping):
             return {name: to_tensor(each, where=where) for name, each in value.items()}
@@ -154,8 +208,8 @@ class DatasetSource:
             )
         return item[0], item[1]
 
-    def _stack(self, samples: list[Tensor], rows: Tensor) -> Tensor:
-        for row, sample in zip(rows.tolist(), samples, strict=True):
+    def _stack(self, samples: list[Tensor], rows: list[int]) -> Tensor:
+        for row, sample in zip(rows, samples, strict=True):
             if sample.shape != samples[0].shape:
                 raise DataError(
                     f"samples of shapes {tuple(samples[0].shape)} and {tuple(sample.shape)}",
@@ -163,6 +217,11 @@ class DatasetSource:
                     fix="pad or resize them to one shape in the dataset",
                 )
         return torch.stack(samples)
+
+
+def _equal_inputs(first: TensorTree, second: TensorTree) -> bool:
+    one, other = ({"": each} if isinstance(each, Tensor) else each for each in (first, second))
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def to_tensor(value: Any, *, where: str) -> Tensor:
