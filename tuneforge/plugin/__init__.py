@@ -76,6 +76,12 @@ _NAMES_OF_MODULE = {
         "WeightAverage",
         "use",
     ),
+    "tuneforge.plugin.table_file": (
+        "TableFile",
+        "TableRow",
+        "parse_json",
+        "read_json_rows",
+    ),
     "tuneforge.sandbox": (
         "LimitError",
         "Sandbox",

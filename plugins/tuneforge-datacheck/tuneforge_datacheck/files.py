@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import stat
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import attrs
 
 from tuneforge import DataError
 from tuneforge.errors import escape_name, suggest_name
+from tuneforge.plugin import TableFile, TableRow
 
 EXTENSIONS = frozenset(
     (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -147,42 +147,35 @@ def _scan_directory(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _list_csv(path: Path, columns: CsvColumns) -> list[DataFile]:
-    try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            header = file.readline()
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter=max(",;\t", key=header.count))
-            names = list(reader.fieldnames or ())
-            for column in (columns.image, columns.label):
-                _require_column(column, names, path)
-            files = [_parse_row(row, reader.line_num, path, columns) for row in reader]
-    except (OSError, csv.Error) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"cannot read '{escape_name(path)}'", where="DIR|CSV", why=why, fix="name a CSV file") from None
-    if not files:
-        raise DataError(f"'{escape_name(path)}' has no rows", where="DIR|CSV", fix="add one row per image")
+    expected = (columns.image, columns.label, columns.split)
+    table = TableFile(path, columns=expected, keep_bytes=True, where="DIR|CSV")
+    for column in (columns.image, columns.label):
+        _require_column(column, table.header, path)
+    files = [_parse_row(row, table, path, columns) for row in table.rows()]
     order = {split: number for number, split in enumerate(dict.fromkeys(file.split for file in files))}
     files.sort(key=lambda file: order[file.split])
     return files if set(order) != {"train"} else [attrs.evolve(file, split="") for file in files]
 
 
-def _parse_row(row: dict[str, str | None], line: int, path: Path, columns: CsvColumns) -> DataFile:
-    image, label = row[columns.image], row[columns.label]
-    if not image or not label or not image.strip() or not label.strip():
+def _parse_row(row: TableRow, table: TableFile, path: Path, columns: CsvColumns) -> DataFile:
+    line, cells, error = row
+    image, label, text = (cells.get(column, "") for column in (columns.image, columns.label, columns.split))
+    if error is not None and (not cells or (image and label)):
+        raise error
+    if not image.strip() or not label.strip():
         raise DataError(
-            f"row at line {line} has no {'path' if not image else 'label'}",
+            f"row at line {line} has no {'label' if image.strip() else 'path'}",
             where=escape_name(path),
             fix="give every row a path and a label, or remove it",
         )
-    text = (row[columns.split] or "").strip() if columns.split in row else "train"
-    split = SPLIT_NAMES.get(text.lower())
+    split = SPLIT_NAMES.get(text.strip().lower()) if columns.split in table.header else "train"
     if split is None:
         raise DataError(
             f"row at line {line} has the split '{escape_name(text)}'",
             where=escape_name(path),
             fix="write train, val or test",
         )
-    return DataFile(image, split, escape_name(label.strip()))
+    return DataFile(table.find_file_name(columns.root or path.parent, image), split, escape_name(label.strip()))
 
 
 def _require_column(name: str, columns: list[str], path: Path) -> None:

@@ -131,7 +131,7 @@ def test_long_texts_are_truncated_and_a_note_says_how_many(tmp_path, folder):
         ("text,label\n  ,sea\n", "there is no text"),
         ("text,label\nboat,sea\nfish,sea\nanchor,sea\n", "only one class"),
         ("text,label\nboat,sea\npan,kitchen\n", "has 1 sample"),
-        (b"text,label\n\xff\xff,sea\n", "cannot read"),
+        (b"text,label\n\x81\x81,sea\n", "cannot read"),
         ('text,label\n"boat,sea\n', "cannot read"),
     ],
 )

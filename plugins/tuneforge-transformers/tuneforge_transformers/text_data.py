@@ -54,7 +54,9 @@ class TextData:
     max_chars: int = option(default=1_000_000, help="Maximum length of a text, in characters.", check=gt(0))
     val: float = option(default=0.15, help="Fraction of each class for validation.", check=_FRACTION)
     test: float = option(default=0.15, help="Fraction of each class for the test.", check=_FRACTION)
-    delimiter: str = option(default=",", help="Character between the cells of a CSV file.", check=_ONE_CHARACTER)
+    delimiter: str | None = option(
+        default=None, help="Character between the cells of a CSV file. Default: detected.", check=_ONE_CHARACTER
+    )
 
     def __attrs_post_init__(self) -> None:
         if self.val + self.test >= 1:

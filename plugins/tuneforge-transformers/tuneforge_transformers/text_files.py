@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import NamedTuple
 
 from tuneforge import DataError
 from tuneforge.errors import suggest_name
+from tuneforge.plugin import TableFile
 
 SPLITS = ("train", "val", "test")
 _WHERE = "--data.path"
@@ -27,7 +27,7 @@ class TextSplit(NamedTuple):
     ids: list[str]
 
 
-def read_texts(path: Path, *, text: str, label: str, delimiter: str, max_chars: int) -> dict[str, TextSplit]:
+def read_texts(path: Path, *, text: str, label: str, delimiter: str | None, max_chars: int) -> dict[str, TextSplit]:
     """Read all texts by split; the only split is `train` if the data has no splits yet.
 
     A file is read as CSV. A folder contains train.csv (and val.csv, test.csv), or folders train (and val, test) with a
@@ -37,7 +37,7 @@ def read_texts(path: Path, *, text: str, label: str, delimiter: str, max_chars: 
         path: The file or the folder.
         text: Column of the text.
         label: Column of the label.
-        delimiter: Character between the cells of a row.
+        delimiter: Character between the cells of a row; None detects it.
         max_chars: Maximum length of a text, in characters.
 
     Raises:
@@ -56,26 +56,19 @@ def read_texts(path: Path, *, text: str, label: str, delimiter: str, max_chars: 
     return {"train": _read_folder(path, max_chars)}
 
 
-def _read_csv(path: Path, text: str, label: str, delimiter: str, max_chars: int) -> TextSplit:
+def _read_csv(path: Path, text: str, label: str, delimiter: str | None, max_chars: int) -> TextSplit:
     result = TextSplit([], [], [])
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            csv.field_size_limit(max(csv.field_size_limit(), 4 * max_chars))
-            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-            for column in (text, label):
-                if column not in (reader.fieldnames or ()):
-                    fix = suggest_name(column, map(str, reader.fieldnames or ()))
-                    raise DataError(f"there is no column '{column}'", where=str(path), fix=fix)
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                result.texts.append(_check_cell(row[text], where, max_chars, what="text"))
-                result.labels.append(_check_cell(row[label], where, max_chars, what="label").strip())
-                result.ids.append(f"{path.name}:{reader.line_num}")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(f"cannot read '{path}'", where=_WHERE, why=why, fix="give a CSV file in UTF-8") from None
-    if not result.texts:
-        raise DataError(f"'{path}' has no rows", why="a header and at least one row are needed", fix="check the file")
+    table = TableFile(path, delimiter=delimiter, columns=(text, label), where=_WHERE)
+    for column in (text, label):
+        if column not in table.header:
+            raise DataError(f"there is no column '{column}'", where=str(path), fix=suggest_name(column, table.header))
+    for line, cells, error in table.rows():
+        if error is not None:
+            raise error
+        where = f"{path}, line {line}"
+        result.texts.append(_check_cell(cells[text], where, max_chars, what="text"))
+        result.labels.append(_check_cell(cells[label], where, max_chars, what="label").strip())
+        result.ids.append(f"{path.name}:{line}")
     return result
 
 
@@ -105,8 +98,8 @@ def _read_file(file: Path, max_chars: int) -> str:
         raise DataError(f"cannot read '{file}'", why=str(error), fix="give text files in UTF-8") from None
 
 
-def _check_cell(cell: str | None, where: str, max_chars: int, *, what: str) -> str:
-    if cell is None or not cell.strip():
+def _check_cell(cell: str, where: str, max_chars: int, *, what: str) -> str:
+    if not cell.strip():
         raise DataError(
             f"there is no {what}", where=where, why="a sample needs a text and a label", fix="fill or remove it"
         )

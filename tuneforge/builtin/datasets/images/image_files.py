@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import heapq
 import itertools
 import os
@@ -16,6 +15,7 @@ import attrs
 from tuneforge import DataError
 from tuneforge.builtin.datasets.images.sample_names import EscapedNames, LazyPaths, PackedStrings
 from tuneforge.errors import escape_name, suggest_name
+from tuneforge.plugin import TableFile
 
 EXTENSIONS = frozenset(
     (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -133,22 +133,10 @@ def find_images_in_csv(
     Raises:
         DataError: The file is missing or broken, a column is missing, a value is empty, or a image does not exist.
     """
-    try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter=max(",;\t", key=first.count))
-            columns = list(reader.fieldnames or ())
-            for needed in (image, label):
-                _require_column(needed, columns, path, where)
-            rows = ((reader.line_num, row[image], row[label], row.get(split)) for row in reader)
-            parts = _group_by_split(rows, root, path, divided=split in columns, keep_missing=keep_missing)
-    except (OSError, csv.Error) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"cannot read '{escape_name(path)}'", where=where, why=why, fix="name a CSV file") from None
-    if not parts:
-        raise DataError(f"'{escape_name(path)}' has no rows", where=where, fix="add a row per image below the header")
-    return ImageIndex(parts)
+    table = TableFile(path, columns=(image, label, split), keep_bytes=True, where=where)
+    for needed in (image, label):
+        _require_column(needed, table.header, path, where)
+    return ImageIndex(_group_by_split(table, (image, label, split), root, path, keep_missing=keep_missing), table.notes)
 
 
 def find_split_folders(root: Path, skipped: Counter[str], notes: list[str], *, where: str) -> dict[str, str]:
@@ -309,32 +297,31 @@ def _require_column(name: str, columns: list[str], path: Path, where: str) -> No
 
 
 def _group_by_split(
-    rows: Iterable[tuple[int, str | None, str | None, str | None]],
-    root: Path,
-    path: Path,
-    *,
-    divided: bool,
-    keep_missing: bool,
+    table: TableFile, columns: tuple[str, str, str], root: Path, path: Path, *, keep_missing: bool
 ) -> dict[str, ImageList]:
     """Return the rows by split."""
     grouped: dict[str, ImageList] = {}
     first_missing: tuple[int, str] | None = None
     missing = count = 0
-    for line, image, label, split in rows:
+    for line, cells, error in table.rows():
         count += 1
-        if not image or not label or not image.strip() or not label.strip():
+        image, label, split = (cells.get(column, "") for column in columns)
+        if error is not None and (not cells or (image and label)):
+            raise error
+        if not image.strip() or not label.strip():
             raise DataError(
-                f"row at line {line} has no {'path' if not image else 'label'}",
+                f"row at line {line} has no {'label' if image.strip() else 'path'}",
                 where=escape_name(path),
                 fix="give every row a path and a label, or remove it",
             )
-        name = _parse_split_name((split or "").strip()) if divided else "train"
+        name = _parse_split_name(split.strip()) if columns[2] in table.header else "train"
         if name is None:
             raise DataError(
-                f"row at line {line} has the split '{escape_name(split or '')}'",
+                f"row at line {line} has the split '{escape_name(split)}'",
                 where=escape_name(path),
                 fix="write train, val or test",
             )
+        image = table.find_file_name(root, image)
         if not keep_missing and not (root / image).is_file():
             missing += 1
             first_missing = first_missing or (line, image)
