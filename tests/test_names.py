@@ -7,8 +7,10 @@ import pkgutil
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 import tuneforge
-from tuneforge import errors
+from tuneforge import comparison, errors, exporting, plugin
 
 ROOT = Path(tuneforge.__file__).parent
 REPOSITORY = ROOT.parent
@@ -49,10 +51,14 @@ def test_the_top_level_exports_35_names_and_the_errors():
     }
 
 
-def test_type_checkers_see_the_names_that_are_exported():
-    tree = ast.parse((ROOT / "__init__.pyi").read_text())
-    typed = {alias.asname for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert typed == set(tuneforge.__all__) - {"__version__"}
+@pytest.mark.parametrize("package", [tuneforge, comparison, exporting, plugin], ids=lambda package: package.__name__)
+def test_the_stub_of_a_package_lists_what_is_exported_and_where_it_stands(package):
+    tree = ast.parse(Path(package.__file__).with_suffix(".pyi").read_text())
+    listed = [(node.module, each.name, each.asname) for node in tree.body for each in getattr(node, "names", ())]
+    assert {name for _, name, _ in listed} == set(package.__all__) - {"__version__"}
+    for module, name, alias in listed:
+        assert alias == name
+        assert getattr(package, name) is getattr(importlib.import_module(module), name)
 
 
 def test_public_functions_stay_functions_after_every_module_is_imported():

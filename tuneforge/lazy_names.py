@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable
 from typing import Any
 
 
-def lazy_names(
-    package: str, names_of_module: Mapping[str, Sequence[str]]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Build what a package's `__init__` needs to import its public names on first use.
+
+    The names stand in the stub beside it, which type checkers read as well: a line
+    `from package.module import name as name` for each.
 
     Args:
         package: The package's `__name__`.
-        names_of_module: The public names, by the module that defines them.
+        file: The package's `__file__`.
 
     Returns:
         `__getattr__`, `__dir__` and `__all__` of the package.
     """
-    module_of = {name: module for module, names in names_of_module.items() for name in names}
+    with open(os.path.splitext(file)[0] + ".pyi", encoding="utf-8") as stub:
+        imports = [line.split() for line in stub if line.startswith("from ")]
+    module_of = {words[-1]: words[1] for words in imports}
     public = sorted(module_of)
 
     def get_name(name: str) -> Any:
