@@ -139,7 +139,7 @@ def _find_trainable_inputs(model: Model, example: Any) -> dict[nn.Module, bool]:
     found: dict[nn.Module, bool] = {}
     handles = []
     for module in model.module.modules():
-        if next(module.parameters(), None) is None:
+        if next(module.parameters(), None) is None and not isinstance(module, torch.jit.ScriptModule):
             handles.append(module.register_forward_pre_hook(_build_hook(found), with_kwargs=True))
     try:
         with preserve_modes_and_buffers(model.module), torch.random.fork_rng(devices=[]), torch.enable_grad():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge.engine.model.modes import eval_mode
+from tuneforge.engine.model.module_check import check_module
 from tuneforge.errors import PluginError
 from tuneforge.plugin.results import LayerGroupInfo
 
@@ -63,7 +64,8 @@ class Model:
         pretrained: False if all weights are randomly initialized, so that freezing would preserve nothing.
 
     Raises:
-        PluginError: A parameter lies in no group, or in two; two groups have one name; there is no module at `head`.
+        PluginError: A parameter lies in no group, or in two; two groups have one name; there is no module at `head`;
+            the module is of a kind that cannot be fine-tuned, such as a scripted one.
     """
 
     module: nn.Module
@@ -76,6 +78,7 @@ class Model:
     pretrained: bool = True
 
     def __attrs_post_init__(self) -> None:
+        check_module(self.module, self.head)
         names = [group.name for group in self.groups]
         if len(set(names)) != len(names) or "head" in names[:-1]:
             raise PluginError(
@@ -104,8 +107,9 @@ class Model:
             labels: Names of the outputs; their rows of the head are taken as trained.
 
         Raises:
-            PluginError: It has no linear layer, and `head` was not given.
+            PluginError: It has no linear layer, and `head` was not given; or it cannot be fine-tuned.
         """
+        check_module(module)
         head = head or _find_last_linear(module)
         names = tuple(labels)
         return cls(module, groups=infer_layer_groups(module, head), head=head, labels=names, pretrained_labels=names)

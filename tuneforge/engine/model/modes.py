@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import attrs
 from torch import nn
 
 from tuneforge.engine.model.module_state import restore_state
@@ -53,3 +54,32 @@ def preserve_modes_and_buffers(module: nn.Module) -> Iterator[None]:
     finally:
         set_modes(before)
         restore_state(module, buffers)
+
+
+@attrs.frozen(eq=False)
+class ModuleFlags:
+    """The mode of each module and `requires_grad` of each parameter, as they were before a run.
+
+    Args:
+        module: The module.
+        modes: The mode of each module in it.
+        requires_grad: By the name of the parameter.
+    """
+
+    module: nn.Module
+    modes: Modes
+    requires_grad: dict[str, bool]
+
+    @classmethod
+    def capture(cls, module: nn.Module) -> ModuleFlags:
+        """Return the present flags of a module."""
+        flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+        return cls(module, get_modes(module), flags)
+
+    def restore(self, *, with_modes: bool) -> None:
+        """Set `requires_grad` to what it was, on request the modes too, and drop gradients."""
+        if with_modes:
+            set_modes(self.modes)
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
+            parameter.grad = None

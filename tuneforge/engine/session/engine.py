@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 
 from tuneforge.engine.context.budget import Budget
 from tuneforge.engine.context.distributed import ProcessGroup, open_run_dir
@@ -17,6 +16,7 @@ from tuneforge.engine.context.run import Run
 from tuneforge.engine.loop.phase_components import PhaseComponents, create_component
 from tuneforge.engine.model import device, fsdp
 from tuneforge.engine.model.model import Model
+from tuneforge.engine.model.modes import ModuleFlags
 from tuneforge.engine.session import messages
 from tuneforge.engine.session.components import (
     as_list,
@@ -27,6 +27,7 @@ from tuneforge.engine.session.components import (
     resolve_component,
 )
 from tuneforge.engine.session.dry_run import DryRun, collect_known_steps
+from tuneforge.engine.session.exclusive import exclusive_process_state
 from tuneforge.engine.session.resume import ResumeState, find_checkpoint
 from tuneforge.engine.session.run_log import (
     RunLogger,
@@ -57,7 +58,7 @@ class Result:
     Args:
         run_dir: The run directory.
         report: The content of `report.json`.
-        model: The fine-tuned model.
+        model: The fine-tuned model, in eval mode.
         strategy_steps: Each step of the strategy with its result.
     """
 
@@ -116,6 +117,7 @@ class Engine:
         self._resume_dir: Path | None = None
         self._stop_error: StoppedError | None = None
         self._budget = Budget()
+        self._module_flags: ModuleFlags | None = None  # known once the model is built
         table = dict(settings)
         for key, value in (("data", data), ("model", model), ("loss", loss), ("strategy", strategy)):
             if value is not None:
@@ -191,17 +193,21 @@ class Engine:
                 why="its model has been adapted or trained, so a second run would start from other weights",
                 fix="create another Engine with a new model",
             )
-        self._has_run = True
+        with exclusive_process_state(device.resolve_device(self.config.device).torch.type):
+            self._has_run = True
+            return self._run()
+
+    def _run(self) -> Result:
+        """Open the run directory, execute the run, and give the model back whatever happens."""
         process_group = ProcessGroup.from_env()
-        with (
-            open_run_dir(process_group, self.config.out, resume=self._resume_dir is not None) as run_dir,
-            torch.random.fork_rng(devices=[]),
-        ):
+        with open_run_dir(process_group, self.config.out, resume=self._resume_dir is not None) as run_dir:
             try:
                 run = self._create_run(run_dir, process_group)
                 try:
                     return self._execute(run, run_dir)
                 finally:
+                    if self._module_flags is not None:
+                        self._module_flags.restore(with_modes=run_dir.state != "done")
                     run.close()  # before the run directory is unlocked: a data worker would still hold the lock
             except BaseException as error:
                 run_dir.append(LOG, traceback.format_exc())
@@ -244,7 +250,6 @@ class Engine:
         self._budget.start()
         stop_reason = run_strategy(run, resume_state)
 
-        _restore_requires_grad(run.model)
         if not resume_state.completed_steps:
             run.log("note: the strategy yielded no step, so nothing was trained")
         report = write_results(run, run_dir, stop_reason)
@@ -300,6 +305,7 @@ class Engine:
         self._add_default_components(run)
         run.reseed()  # so that randomly initialized weights depend on the seed alone
         model = _mark_user_frozen(run.hooks.call.model_adapt(run=run, model=None))
+        self._module_flags = ModuleFlags.capture(model.module)
         run.set_model(model if pretrained is None else attrs.evolve(model, pretrained=pretrained))
 
     def _add_default_components(self, run: Run) -> None:
@@ -317,14 +323,14 @@ class Engine:
 
     def prepare(self) -> Run:
         """Return the run with prepared data and model; nothing is trained or written. `run` can no longer be called."""
-        self._has_run = True  # a model object of the caller has been adapted
         run = Run(
             config=self.config,
             run_dir=None,
             device=device.resolve_device(self.config.device),
             hooks=self._create_hooks(),
         )
-        with torch.random.fork_rng(devices=[]):
+        with exclusive_process_state(run.device.torch.type):
+            self._has_run = True  # a model object of the caller has been adapted
             _prepare_data(run)
             self._prepare_model(run)
         return run
@@ -369,9 +375,3 @@ def _mark_user_frozen(model: Model) -> Model:
         return model
     sentence = f"{len(user_frozen)} parameter tensor(s) came frozen and stay so: {messages.join_names(user_frozen, 4)}"
     return model.with_change(sentence, user_frozen=user_frozen)
-
-
-def _restore_requires_grad(model: Model) -> None:
-    """Set `requires_grad` of every parameter to what it was when the model was built."""
-    for name, parameter in model.parameters().items():
-        parameter.requires_grad_(name not in model.user_frozen)

@@ -24,6 +24,11 @@ _DTYPES = {
 every tensor."""
 
 
+def is_storable(tensor: Tensor) -> bool:
+    """Return True if the format has the dtype and the layout of a tensor."""
+    return tensor.dtype in _DTYPES and tensor.layout is torch.strided
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, Any] | None = None) -> None:
     """Write tensors as safetensors, atomically; equal tensors and metadata give identical files.
 
@@ -37,7 +42,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping
         TryAgainError: The disk is full.
     """
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
+        if not is_storable(tensor):
             raise UsageError(
                 f"'{name}' cannot be stored as safetensors",
                 where=str(path),
