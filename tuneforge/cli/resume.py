@@ -2,52 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import attrs
 import click
 
 from tuneforge.cli.run import run_engine
 from tuneforge.errors import UsageError
-from tuneforge.plugin import registry
 from tuneforge.plugin.command_options import (
     ComponentCommand,
     config_table_from_args,
     flag_values,
     flags_to_table,
-    format_value,
     run_options,
 )
 from tuneforge.plugin.config import (
-    GROUP_BY_KEY,
     REPEATABLE_COMPONENT_KEYS,
     SINGLE_COMPONENT_KEYS,
-    Settings,
     config_to_toml,
-    default_name,
     list_component_entries,
     merge_config,
     resolve_config,
 )
-from tuneforge.plugin.declaration import Option, find_option, get_options, parse_option
+from tuneforge.plugin.config_conflicts import ConfigConflict, find_conflicts
 from tuneforge.plugin.names import option_prefix
 
 _RUN, _FILE = "tuneforge.run", "tuneforge.given"
-
-
-@attrs.frozen
-class ConfigConflict:
-    """A flag whose value differs from that of the run."""
-
-    key: str
-    run_value: str
-    new_value: str
-
-    def __str__(self) -> str:
-        """Return the difference as one line."""
-        return f"{self.key}: the run has {self.run_value}, given {self.new_value}"
 
 
 class ResumeCommand(ComponentCommand):
@@ -78,71 +59,6 @@ class ResumeCommand(ComponentCommand):
             if "=" not in word and word not in alone:
                 next(words, None)
         return None
-
-
-def find_conflicts(
-    run_config: Mapping[str, Any], new_config: Mapping[str, Any], run_dir: Path
-) -> Iterator[ConfigConflict]:
-    """Yield the options of flags and file that differ from those of a run; options they do not name cannot differ.
-
-    Args:
-        run_config: The configuration in the run directory, as a table.
-        new_config: The configuration of flags and file.
-        run_dir: The run directory, which `out` must name.
-
-    Raises:
-        UnknownNameError: A name or an option does not exist.
-        OptionError: A value has the wrong type or range.
-    """
-    run_config = {key.replace("_", "-"): value for key, value in run_config.items()} | {"out": str(run_dir)}
-    for key, value in ((key.replace("_", "-"), value) for key, value in new_config.items()):
-        if key not in GROUP_BY_KEY:
-            option = find_option(get_options(Settings), key, where=f"--{key}", owner="tuneforge")
-            yield from _compare_values(f"--{key}", option, run_config.get(key, option.default), value)
-        elif key in SINGLE_COMPONENT_KEYS:
-            (had,), (wanted,) = (list_component_entries(each) or [{}] for each in (run_config.get(key), value))
-            yield from _compare_component(key, had, {"name": default_name(key), **wanted})
-        else:
-            for wanted in list_component_entries(value):
-                yield from _compare_repeatable(key, list_component_entries(run_config.get(key)), wanted)
-
-
-def _compare_repeatable(key: str, present: list[dict[str, Any]], new: dict[str, Any]) -> Iterator[ConfigConflict]:
-    target = _target(key, new["name"])
-    had = next((each for each in present if _target(key, each["name"]) == target), None)
-    if had is not None:
-        yield from _compare_component(key, had, new)
-    else:
-        names = ", ".join(each["name"] for each in present)
-        yield ConfigConflict(f"--{key}", names or "none", new["name"])
-
-
-def _compare_component(key: str, current: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[ConfigConflict]:
-    if not current or _target(key, current["name"]) != _target(key, new["name"]):
-        yield ConfigConflict(f"--{key}", current.get("name", "none"), new["name"])
-        return
-    prefix = f"--{option_prefix(new['name']) if key in REPEATABLE_COMPONENT_KEYS else key}"
-    known = get_options(
-        registry.load_component(registry.find_component(GROUP_BY_KEY[key], new["name"], where=f"--{key}"))
-    )
-    before = {name.replace("-", "_"): value for name, value in current.items()}
-    for name, value in new.items():
-        if name != "name":
-            option = find_option(known, name, where=f"{prefix}.{name}", owner=new["name"])
-            yield from _compare_values(f"{prefix}.{option.key}", option, before.get(option.name, option.default), value)
-
-
-def _compare_values(flag: str, option: Option, current: Any, new: Any) -> Iterator[ConfigConflict]:
-    parsed_current, parsed_new = (parse_option(option, value, where=flag) for value in (current, new))
-    places = isinstance(parsed_current, Path) and isinstance(parsed_new, Path)
-    same = parsed_current.resolve() == parsed_new.resolve() if places else parsed_current == parsed_new
-    if not same:
-        yield ConfigConflict(flag, format_value(parsed_current), format_value(parsed_new))
-
-
-def _target(key: str, name: str) -> str:
-    """Return the class that a name stands for, so that an alias equals the name."""
-    return registry.find_component(GROUP_BY_KEY[key], name, where=f"--{key}").target
 
 
 def _select_mentioned(run_config: Mapping[str, Any], args: list[str]) -> dict[str, Any]:

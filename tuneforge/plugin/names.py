@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+OBJECT_PREFIX = "object:"
+"""How the recorded name of a component begins that was a Python object, which a run directory does not hold."""
+
 
 def to_kebab_case(name: str) -> str:
     """Return a class name in kebab case: `FreezeThenUnfreeze` -> `freeze-then-unfreeze`, `DigitCNN` -> `digit-cnn`."""
@@ -13,6 +16,11 @@ def to_kebab_case(name: str) -> str:
 def option_prefix(reference: str) -> str:
     """Return the option prefix of a repeatable component: `ema` for `pkg/ema`, `my-loss` for `module:MyLoss`."""
     return to_kebab_case(reference.rpartition(":")[2]) if ":" in reference else reference.rpartition("/")[2]
+
+
+def is_object(name: str) -> bool:
+    """Return True if a recorded name stands for a Python object, which a run directory does not hold."""
+    return name.startswith(OBJECT_PREFIX)
 
 
 def format_count(number: int, noun: str, plural: str = "") -> str:

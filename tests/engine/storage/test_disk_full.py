@@ -128,7 +128,7 @@ def test_disk_full_at_any_write_loses_nothing_after_resume(uninterrupted, tmp_pa
             assert place.remaining_files() == remaining_files, at
         elif missing:
             assert all(name.startswith("disk/cache") for name in missing), (at, missing)
-            assert "not shared with other runs: the cache cannot be written (No space left" in out, at
+            assert "not written to disk, because the cache cannot be written (No space left" in out, at
     assert stopped > survived > 0
     with capsys.disabled():
         if ALL:

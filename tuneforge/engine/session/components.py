@@ -12,11 +12,11 @@ from tuneforge.plugin import registry
 from tuneforge.plugin.config import REPEATABLE_COMPONENT_KEYS, SINGLE_COMPONENT_KEYS, RunConfig
 from tuneforge.plugin.declaration import build_component, get_option_values
 from tuneforge.plugin.hooks import RegisteredComponent, find_hook_methods
-from tuneforge.plugin.names import option_prefix
+from tuneforge.plugin.names import OBJECT_PREFIX, option_prefix
+from tuneforge.plugin.names import is_object as is_object
 from tuneforge.plugin.serialization import to_plain_data
 from tuneforge.plugin.steps import ComponentSpec
 
-_OBJECT_PREFIX = "object:"
 _KEY_BY_HOOK = {hook: key for key, hook in SINGLE_COMPONENT_KEYS.items()} | {"evaluate": "metrics"}
 
 
@@ -65,12 +65,7 @@ def component_name(hook: str, component: Any) -> str:
     cls = type(component)
     if hasattr(cls, "__tuneforge_api__") and "<locals>" not in cls.__qualname__:
         return registry.find_entry_of_class(hook, cls).name
-    return _OBJECT_PREFIX + _KEY_BY_HOOK.get(hook, hook)
-
-
-def is_object(name: str) -> bool:
-    """Return True if a recorded name stands for a Python object, which a run directory does not hold."""
-    return name.startswith(_OBJECT_PREFIX)
+    return OBJECT_PREFIX + _KEY_BY_HOOK.get(hook, hook)
 
 
 def describe_member(member: RegisteredComponent, hook: str) -> dict[str, Any]:

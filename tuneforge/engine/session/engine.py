@@ -29,6 +29,7 @@ from tuneforge.engine.session.components import (
 from tuneforge.engine.session.dry_run import DryRun, collect_known_steps
 from tuneforge.engine.session.exclusive import exclusive_process_state
 from tuneforge.engine.session.resume import ResumeState, find_checkpoint
+from tuneforge.engine.session.resume_check import check_config, check_data
 from tuneforge.engine.session.run_log import (
     RunLogger,
     build_task_info,
@@ -115,6 +116,7 @@ class Engine:
         self._observers: list[RegisteredComponent] = []
         self._has_run = False
         self._resume_dir: Path | None = None
+        self._changed_settings: list[str] = []
         self._stop_error: StoppedError | None = None
         self._budget = Budget()
         self._module_flags: ModuleFlags | None = None  # known once the model is built
@@ -160,17 +162,22 @@ class Engine:
             path: The run directory.
             log: Called with every line for the user.
             observers: Callbacks that `run.json` does not record.
-            objects: The Python objects that the run was given, such as `model` and `data`.
+            objects: The Python objects that the run was given, such as `model` and `data`. Other components and
+                settings come from the run. They may be given again if they are the same; `device`, `num_workers`,
+                `checkpoint_s`, `checkpoint_steps`, `keep`, `cache_dir` and `page` may also differ.
 
         Raises:
             FolderError: `path` holds no run, or the run was given Python objects that are missing here.
-            UsageError: The run is done.
+            UsageError: The run is done, or a component or setting differs from that of the run. `run` also raises it if
+                the strategy asks for other steps than before, and `DataError` if the data differs.
         """
         path = Path(path)
-        config = resolve_config(read_json(path / RUN, "config")["config"], where=str(path / RUN))
+        recorded = read_json(path / RUN, "config")["config"]
+        config = resolve_config(recorded, where=str(path / RUN))
         if read_json(path / STATUS, "state")["state"] == "done":
             raise UsageError(f"the run in '{path}' is done", fix=f"see it: tuneforge report {path}")
-        engine = cls(**{**engine_arguments(config), **objects, "out": path}, log=log)
+        engine = cls(**{**engine_arguments(config), "out": path, **objects}, log=log)
+        engine._changed_settings = check_config(path, recorded, engine.config, objects)
         engine._set_observers(observers)
         engine._resume_dir = path
         return engine
@@ -230,7 +237,12 @@ class Engine:
             stop_request=lambda: self._stop_error,
             components=PhaseComponents(self.config),
         )
-        checkpoint_name, state = find_checkpoint(run, run_dir.path) if self._resume_dir is not None else ("", None)
+        checkpoint_name, state = "", None
+        if self._resume_dir is not None:
+            if (run_dir.path / MODEL).exists():
+                check_data(run.data, read_json(run_dir.path / MODEL, "splits"))
+            resume_state.read_requested_steps()
+            checkpoint_name, state = find_checkpoint(run, run_dir.path)
         run.restoring = state is not None
         # A model that is built for a checkpoint loads no weights, so only model.json knows whether it was pretrained.
         self._prepare_model(run, pretrained=None if state is None else read_json(run_dir.path / MODEL)["pretrained"])
@@ -278,6 +290,7 @@ class Engine:
             run_dir.write(RUN, describe_run(run, self._members))
         run_dir.write_status("running", elapsed_s=self._budget.previous_s)
         messages.log_lines(run, messages.format_run(run_dir.path, process_group.world_size, shard=self.config.shard))
+        messages.log_lines(run, self._changed_settings)
         return run
 
     def _create_hooks(self, observers: Iterable[RegisteredComponent] = ()) -> Hooks:

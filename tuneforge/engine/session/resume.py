@@ -17,18 +17,19 @@ from tuneforge.engine.loop.phase_progress import PhaseProgress
 from tuneforge.engine.loop.weight_average import Snapshot, take_snapshot
 from tuneforge.engine.model import fsdp
 from tuneforge.engine.model.module_state import full_state, restore_state
+from tuneforge.engine.session.resume_check import check_plan, check_step
 from tuneforge.engine.session.run_log import DETERMINISM_KEYS, describe_environment
 from tuneforge.engine.storage import checkpoint, fault_injection
 from tuneforge.engine.storage.checkpoint import Checkpoints
 from tuneforge.engine.storage.run_dir import RunDir
 from tuneforge.engine.storage.run_files import METRICS, RUN, STATUS, STRATEGY_STEPS, TIMINGS, read_json, read_jsonl
-from tuneforge.errors import FolderError, StoppedError, UsageError
+from tuneforge.errors import FolderError, StoppedError
 from tuneforge.plugin.names import format_count
 from tuneforge.plugin.results import AnyStrategyStepResult, TaskInfo
 from tuneforge.plugin.serialization import from_json, to_json
 from tuneforge.plugin.steps import StrategyStep
 
-TASK = "task.json"
+TASK, STRATEGY = "task.json", "strategy.json"
 _APPENDED_FILES = (STRATEGY_STEPS, METRICS, TIMINGS)
 """Files that a run appends to. A resumed run truncates them to their size at the checkpoint, so no line repeats."""
 
@@ -47,6 +48,9 @@ class ResumeState:
         snapshots: The weights at the start and after each strategy step, for `WeightAverage`.
         completed_steps: The completed strategy steps with their results.
         phase_state: In a resumed run, the state of the phase in which the checkpoint was saved, until it continues.
+        requested_steps: The strategy steps that were asked for so far, or all of them where the strategy is a list.
+        is_plan: True where the strategy is a list, so that `requested_steps` is complete.
+        num_restored: How many strategy steps a resumed run has not executed itself.
     """
 
     run: Run
@@ -58,6 +62,9 @@ class ResumeState:
     snapshots: dict[str, Snapshot] = attrs.field(factory=dict)
     completed_steps: list[tuple[StrategyStep, AnyStrategyStepResult]] = attrs.field(factory=list)
     phase_state: dict[str, Any] | None = None
+    requested_steps: tuple[StrategyStep, ...] = ()
+    is_plan: bool = False
+    num_restored: int = 0
 
     def begin(self, task: TaskInfo) -> None:
         """Prepare for the first strategy step of a new run."""
@@ -74,6 +81,10 @@ class ResumeState:
         fault_injection.point("phase-logged")
         self.save(None)
         fault_injection.point("phase-saved")
+
+    def _record_steps(self, steps: tuple[StrategyStep, ...], *, is_plan: bool) -> None:
+        self.requested_steps, self.is_plan = steps, is_plan
+        self.run_dir.write_text(STRATEGY, to_json({"steps": steps, "is_plan": is_plan}))
 
     def save(self, progress: PhaseProgress | None) -> None:
         """Save a checkpoint if one is due or a stop was requested.
@@ -101,6 +112,40 @@ class ResumeState:
             stop_error = stop_error or StoppedError("stopped, because another rank was stopped", exit_code=143)
             raise StoppedError(stop_error.what, exit_code=stop_error.exit_code, fix=how)
 
+    def read_requested_steps(self) -> None:
+        """Read the steps that the strategy of the stopped run had asked for, completed or not."""
+        if (self.run_dir.path / STRATEGY).exists():
+            record = from_json((self.run_dir.path / STRATEGY).read_text(encoding="utf-8"))
+            self.requested_steps, self.is_plan = record["steps"], record["is_plan"]
+
+    def check_plan(self, plan: tuple[StrategyStep, ...]) -> None:
+        """Check a strategy that returns a list against that of the stopped run; record that of a new run.
+
+        Raises:
+            UsageError: A step differs, is missing or is new.
+        """
+        if self.is_plan:
+            check_plan(self.requested_steps, plan)
+        elif not self.requested_steps:
+            self._record_steps(plan, is_plan=True)
+
+    def check_next_step(self, number: int, step: StrategyStep | None) -> None:
+        """Check the first step that a resumed run executes against that of the stopped run; record every other one.
+
+        Later steps depend on results, which the resumed run computes by itself.
+
+        Args:
+            number: Of the step, counted from 0.
+            step: What the strategy asks for; None at its end.
+
+        Raises:
+            UsageError: They differ, because the strategy's code or options have changed.
+        """
+        if number == self.num_restored and number < len(self.requested_steps):
+            check_step(number + 1, self.requested_steps[number], step)
+        elif step is not None and not self.is_plan:
+            self._record_steps((*self.requested_steps[:number], step), is_plan=False)
+
     def replay_step(self, number: int, step: StrategyStep) -> AnyStrategyStepResult:
         """Return the recorded result of strategy step `number`, counted from 0.
 
@@ -108,13 +153,7 @@ class ResumeState:
             UsageError: The strategy yields another step than before, because its code or options have changed.
         """
         before, result = self.completed_steps[number]
-        if to_json(attrs.evolve(before, why="")) != to_json(attrs.evolve(step, why="")):  # a reason may be reworded
-            raise UsageError(
-                f"step {number + 1} of the strategy differs from that of the stopped run",
-                where=f"before: {before}",
-                why=f"now: {step}",
-                fix="restore the strategy's code, or start a new run",
-            )
+        check_step(number + 1, before, step)
         return result
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -138,7 +177,8 @@ class ResumeState:
         for line in read_jsonl(self.run_dir.path / STRATEGY_STEPS):
             pair = [from_json(json.dumps(line[key])) for key in ("step", "result")]
             self.completed_steps.append((pair[0], pair[1]))
-        self.checkpoints.last_counters = (run.step, run.epoch, len(self.completed_steps))
+        self.num_restored = len(self.completed_steps)
+        self.checkpoints.last_counters = (run.step, run.epoch, self.num_restored)
 
     def describe(self, name: str) -> str:
         """Return a line that says where the run continues from checkpoint `name`."""

@@ -12,7 +12,8 @@ import torch
 
 import tuneforge
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.data.dataset import Inputs, Split, Targets, named_tensors
+from tuneforge.engine.data.dataset import Data, Inputs, Split, Targets, named_tensors
+from tuneforge.engine.data.fingerprint import describe_split, hash_tensors
 from tuneforge.engine.loop.evaluation import evaluate
 from tuneforge.engine.loop.metric_set import HardestSamples
 from tuneforge.engine.loop.train_phase import planned_epochs
@@ -99,13 +100,22 @@ def describe_model(run: Run) -> dict[str, Any]:
         "groups": [{"name": info.name, "parameters": info.num_parameters} for info in run.model.group_infos()],
         "changes": list(run.model.changes),
         "pretrained": run.model.pretrained,
-        "inputs": _describe_component("inputs", run.data.inputs),
-        "targets": _describe_component("targets", run.data.targets),
+        **describe_data(run.data),
         "input_specs": {
             name: [list(tensor.shape[1:]), str(tensor.dtype)] for name, tensor in named_tensors(example).items()
         },
         "fingerprints": {name: split.fingerprint() for name, split in run.data.splits().items()},
         "notes": list(run.data.notes),
+    }
+
+
+def describe_data(data: Data) -> dict[str, Any]:
+    """Return what identifies the data: its two contracts with their options, and hashes of its samples."""
+    return {
+        "inputs": _describe_component("inputs", data.inputs),
+        "targets": _describe_component("targets", data.targets),
+        "splits": {name: describe_split(split) for name, split in data.splits().items()},
+        "sample_groups": {name: hash_tensors({name: rows}) for name, rows in data.sample_groups.items()},
     }
 
 

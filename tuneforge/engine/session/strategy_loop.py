@@ -39,6 +39,8 @@ def run_strategy(run: Run, resume_state: ResumeState) -> str:
     for number, step in enumerate(planned, start=1):
         validate_step(run, check_step_type(step, member))
         run.log(f"plan: {messages.format_step(step, f'{number}/{len(planned)}')}")
+    if planned:
+        resume_state.check_plan(tuple(planned))
     steps = iterate_strategy(member, steps_or_generator)
     result: AnyStrategyStepResult | None = None
     number = 0
@@ -52,6 +54,7 @@ def run_strategy(run: Run, resume_state: ResumeState) -> str:
         try:
             step = check_step_type(steps.send(result), member)
         except StopIteration as end:
+            resume_state.check_next_step(number, None)
             if end.value:
                 run.log(f"strategy ended: {end.value}")
             return str(end.value or "")
@@ -59,6 +62,7 @@ def run_strategy(run: Run, resume_state: ResumeState) -> str:
         if number <= num_completed:
             result = resume_state.replay_step(number - 1, step)
             continue
+        resume_state.check_next_step(number - 1, step)
         _check_step_name(step, resume_state.snapshots, member)
         run.log(messages.format_step(step, f"{number}/{len(planned)}" if planned else ""))
         if step.why:
