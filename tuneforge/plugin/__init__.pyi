@@ -24,7 +24,9 @@ from tuneforge.plugin.hookspecs import hookimpl as hookimpl
 from tuneforge.plugin.image_decoding import IMAGE_FORMATS as IMAGE_FORMATS
 from tuneforge.plugin.image_decoding import MAX_IMAGE_BYTES as MAX_IMAGE_BYTES
 from tuneforge.plugin.image_decoding import MAX_IMAGE_PIXELS as MAX_IMAGE_PIXELS
+from tuneforge.plugin.image_decoding import MAX_JPEG_PIXELS as MAX_JPEG_PIXELS
 from tuneforge.plugin.image_decoding import convert_to_upright as convert_to_upright
+from tuneforge.plugin.image_decoding import open_image as open_image
 from tuneforge.plugin.image_scan import ImageScan as ImageScan
 from tuneforge.plugin.image_scan import scan_images as scan_images
 from tuneforge.plugin.parameter_types import FiniteFloatRange as FiniteFloatRange

@@ -1,21 +1,30 @@
-"""Limits on image files, and the conversion of a PIL image to an upright, opaque one with 8 bits a channel.
+"""Opening image files with limits, and the conversion of a PIL image to an upright, opaque one with 8 bits a channel.
 
 Imports no torch, so that a sandboxed process starts quickly and stays small.
 """
 
 from __future__ import annotations
 
-import numpy as np
-from PIL import Image
+import contextlib
+import struct
+from typing import IO
 
-IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+import numpy as np
+from PIL import Image, UnidentifiedImageError, features
+
+IMAGE_FORMATS = (
+    "PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ())
+)  # fmt: skip
 """File formats that are read. PIL knows many more, some of which start other programs."""
 
 MAX_IMAGE_BYTES = 64 * 2**20
 """Size of the largest file that is read, in bytes."""
 
 MAX_IMAGE_PIXELS = 89_478_485
-"""Size of the largest image that is decoded, in pixels; above it PIL warns of a decompression bomb."""
+"""Default size of the largest image that is decoded, in pixels."""
+
+MAX_JPEG_PIXELS = 4 * MAX_IMAGE_PIXELS
+"""Size of the largest JPEG that is opened, in pixels: it can be decoded at 1/8 of its size."""
 
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE_BY_ORIENTATION = {
@@ -27,6 +36,27 @@ _TRANSPOSE_BY_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def open_image(file: IO[bytes]) -> Image.Image:
+    """Return the image of a file without decoding it; its size is not checked.
+
+    `PIL.Image.open` refuses large sizes before it is known at which fraction of its size a JPEG will be decoded.
+
+    Raises:
+        UnidentifiedImageError: It has none of the supported formats.
+    """
+    start = file.read(16)
+    Image.preinit()
+    for name in IMAGE_FORMATS:
+        if name not in Image.OPEN:
+            Image.init()
+        factory, accepts = Image.OPEN[name]
+        if accepts is None or accepts(start) is True:
+            file.seek(0)
+            with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):  # as PIL does: try the next
+                return factory(file, "")
+    raise UnidentifiedImageError("not an image of a supported format")
 
 
 def convert_to_upright(image: Image.Image) -> Image.Image:

@@ -25,8 +25,10 @@ from tuneforge.plugin.image_decoding import (
     IMAGE_FORMATS,
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
+    MAX_JPEG_PIXELS,
     check_bit_depth,
     convert_to_upright,
+    open_image,
 )
 from tuneforge.sandbox import Sandbox
 
@@ -76,6 +78,7 @@ def scan_images(
     preview: bool = False,
     memory_mb: int = _MEMORY_MB,
     timeout_s: float = _TIMEOUT_S,
+    max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Iterator[ImageScan]:
     """Open each file in a sandboxed process and yield the results in order.
 
@@ -87,6 +90,7 @@ def scan_images(
         preview: Also make the preview of each file.
         memory_mb: Memory limit of each process, in MB.
         timeout_s: Time limit for each file, in seconds.
+        max_pixels: Size of the largest image that is decoded, in pixels; a JPEG is decoded at a fraction of its size.
     """
     count = min(4, os.cpu_count() or 1) if len(paths) > _MAX_FILES_FOR_ONE_PROCESS else 1
     idle: queue.SimpleQueue[Sandbox] = queue.SimpleQueue()
@@ -97,7 +101,9 @@ def scan_images(
     def scan(path: str) -> ImageScan:
         process = idle.get()
         try:
-            return _to_image_scan(process.call(path=path, thumbnails=thumbnails, preview=preview))
+            return _to_image_scan(
+                process.call(path=path, thumbnails=thumbnails, preview=preview, max_pixels=max_pixels)
+            )
         except DataError as error:
             return ImageScan(why=escape_name(error.what))
         finally:
@@ -138,11 +144,10 @@ def inspect_image(
     """
     content = _read_content(path, max_bytes)
     try:
-        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
-        if image.width * image.height > max_pixels:
-            raise DataError(
-                f"it is {image.width}x{image.height} pixels large; at most {max_pixels:,} pixels are decoded"
-            )
+        image = open_image(io.BytesIO(content))
+        limit = max(max_pixels, MAX_JPEG_PIXELS) if image.format == "JPEG" else max_pixels
+        if image.width * image.height > limit:
+            raise DataError(f"it is {image.width}x{image.height} pixels large; at most {limit:,} pixels are decoded")
         size, kind = image.size, f"{image.format} {image.mode}"
         image.draft("RGB", (2 * _PREVIEW_SIZE, 2 * _PREVIEW_SIZE))
         image.load()
@@ -204,7 +209,8 @@ def _guess_file_type(content: bytes) -> str:
         if start.startswith(magic):
             return f"it is {name}"
     if content[4:8] == b"ftyp":
-        return "it is HEIC, AVIF or a video, which are not read"
+        kind = "AVIF" if content[8:12] in (b"avif", b"avis") else "HEIC or a video"
+        return f"it is {kind}, a format that is not supported; supported are {', '.join(IMAGE_FORMATS)}"
     if not content.strip(b"\0"):
         return "it contains only zeros"
     return f"it is not an image of a supported format ({', '.join(IMAGE_FORMATS)})"

@@ -14,9 +14,13 @@ from tuneforge.errors import escape_name, suggest_name
 from tuneforge.plugin import TableFile, TableRow
 
 EXTENSIONS = frozenset(
-    (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
-)
-"""Extensions of the files that `--data image-folder` reads."""
+    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+     ".avif", ".heic", ".heif")
+)  # fmt: skip
+"""Extensions of the files that `--data image-folder` lists."""
+
+SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"))
+"""Folders that `--data image-folder` takes for hidden."""
 
 SPLIT_NAMES = {
     "train": "train", "training": "train",
@@ -99,7 +103,7 @@ def find_empty_classes(path: Path, files: list[DataFile]) -> list[tuple[str, str
         (split if has_splits else "", escape_name(entry.name))
         for split, folder in splits.items()
         for entry in sorted(os.scandir(path / folder), key=lambda entry: os.fsencode(entry.name))
-        if entry.is_dir() and not entry.name.startswith(".")
+        if entry.is_dir() and not _is_hidden(entry.name)
     ]
     return [each for each in known if each not in used]
 
@@ -137,7 +141,7 @@ def _scan_directory(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             return sorted(
-                (entry for entry in entries if not entry.name.startswith(".")),
+                (entry for entry in entries if not _is_hidden(entry.name)),
                 key=lambda entry: os.fsencode(entry.name),
             )
     except OSError as error:
@@ -230,13 +234,28 @@ def _walk(root: Path) -> Iterator[tuple[str, str]]:
         folders = []
         for entry in entries:
             name = os.path.join(folder, entry.name)
-            if entry.name.startswith("."):
+            if _is_hidden(entry.name):
                 continue
-            if _is_folder(entry):
+            if entry.is_symlink() and _is_listed_elsewhere(root, entry.path):
+                yield name, "it is a link to another place in the same data"
+            elif _is_folder(entry):
                 folders.append(name)
             else:
                 yield name, _special_file_reason(root / name)
         pending += folders[::-1]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def _is_listed_elsewhere(root: Path, link: str) -> bool:
+    """Return True if a link leads to the data's folder itself, or to an entry of it that is not hidden."""
+    top, target = os.path.realpath(root), os.path.realpath(link)
+    inside = os.path.relpath(target, top)
+    if not os.path.exists(target) or (inside.startswith(os.pardir) and os.path.commonpath([top, target]) != target):
+        return False
+    return not any(map(_is_hidden, Path(inside).parts)) or inside.startswith(os.pardir)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -166,6 +166,18 @@ def test_a_loop_of_links_ends(tmp_path: Path) -> None:
     (tmp_path / "b" / "deep" / "again").symlink_to(tmp_path / "b")
     data = folder_data(tmp_path)
     assert sum(map(len, data.splits().values())) == 6
+    assert "skipped because a link to another place in the same data, whose images are listed there: 1 entry" in (
+        data.notes
+    )
+
+
+def test_a_folder_elsewhere_is_entered_once(tmp_path: Path) -> None:
+    folder_of(tmp_path / "data", {"a": 3, "b": 3})
+    folder_of(tmp_path, {"elsewhere": 3}, start=6)
+    for name in ("one", "two"):
+        (tmp_path / "data" / "b" / name).symlink_to(tmp_path / "elsewhere")
+    data = folder_data(tmp_path / "data")
+    assert sum(map(len, data.splits().values())) == 9
     assert "skipped because a folder linked twice: 1 entry" in data.notes
 
 

@@ -205,7 +205,9 @@ def _scan_files(found: ImageIndex, inputs: ImageInputs, memory_mb: int) -> FileC
     first: dict[bytes, str] = {}
     more: dict[bytes, list[str]] = {}
     for listing in found.by_split.values():
-        for name, verdict in zip(listing.names, scan_images(listing.paths, memory_mb=memory_mb), strict=True):
+        for name, verdict in zip(
+            listing.names, scan_images(listing.paths, memory_mb=memory_mb, max_pixels=inputs.max_pixels), strict=True
+        ):
             why = verdict.why or _explain_if_too_large(inputs, verdict)
             if why:
                 result.unusable[name] = why
@@ -220,7 +222,7 @@ def _scan_files(found: ImageIndex, inputs: ImageInputs, memory_mb: int) -> FileC
 
 def _explain_if_too_large(inputs: ImageInputs, verdict: ImageScan) -> str:
     try:
-        inputs.check_size(verdict.size[1], verdict.size[0], "it")
+        inputs.check_size(verdict.size[1], verdict.size[0], "it", is_jpeg=verdict.format.startswith("JPEG"))
     except DataError as error:
         return error.what
     return ""
@@ -233,7 +235,8 @@ def _unusable_files_error(found: ImageIndex, unusable: dict[str, str]) -> DataEr
         f"cannot use '{escape_name(name)}'{others}",
         where=escape_name(found.root),
         why=why,
-        fix="repair or remove the files that tuneforge data check lists, or skip them: --data.on-error skip",
+        fix=("raise the limit with --data.max-megapixels; or " if " pixels" in why else "")
+        + "repair or remove the files that tuneforge data check lists, or skip them: --data.on-error skip",
     )
 
 

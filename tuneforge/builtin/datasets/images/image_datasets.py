@@ -61,6 +61,12 @@ class ImageOptions:
         "size; 1 is fastest, 0 always decodes the full size.",
         check=between(0, 8),
     )
+    max_megapixels: int | None = option(
+        default=None,
+        help="Maximum size at which an image is decoded, in megapixels; a large JPEG is decoded at 1/2, 1/4 or 1/8. "
+        "Default: 89.",
+        check=gt(0),
+    )
     limit: int | None = option(default=None, help="Maximum number of images per class, for a quick trial.", check=gt(0))
     memory_mb: int | None = option(
         default=None,
@@ -89,6 +95,7 @@ class ImageOptions:
 
     def _build_inputs(self, *, grayscale: bool) -> ImageInputs:
         from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
+        from tuneforge.plugin import MAX_IMAGE_PIXELS
 
         shapes = {
             "crop": (f"resize {self.size}", f"center-crop {self.size}"),
@@ -96,7 +103,12 @@ class ImageOptions:
             "stretch": (f"resize {self.size}x{self.size}",),
         }
         pixel_ops = (("grayscale",) if grayscale else ()) + (("invert",) if self.invert else ())
-        return ImageInputs(ops=(*pixel_ops, *shapes[self.fit]), channels=self.channels, jpeg_margin=self.jpeg_margin)
+        return ImageInputs(
+            ops=(*pixel_ops, *shapes[self.fit]),
+            channels=self.channels,
+            jpeg_margin=self.jpeg_margin,
+            max_pixels=MAX_IMAGE_PIXELS if self.max_megapixels is None else self.max_megapixels * 1_000_000,
+        )
 
 
 @component(api=1)

@@ -18,8 +18,14 @@ from tuneforge.errors import escape_name, suggest_name
 from tuneforge.plugin import TableFile
 
 EXTENSIONS = frozenset(
-    (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
-)
+    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+     ".avif", ".heic", ".heif")
+)  # fmt: skip
+"""Extensions of images. The check of files says which formats are not supported, rather than leaving such files out."""
+
+SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"))
+"""Folders that systems and archives leave behind; they count as hidden."""
+
 SPLITS = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
@@ -28,11 +34,12 @@ SPLITS = {
 """Splits by the name of a folder or the value of a column."""
 
 _FOLDER, _IMAGE = "folder", "image"
-_HIDDEN, _NOT_AN_IMAGE, _BROKEN, _ALREADY_SEEN = (
+_HIDDEN, _NOT_AN_IMAGE, _BROKEN, _ALREADY_SEEN, _LINKED = (
     "hidden",
     "not an image file by its extension",
     "a broken link or not a file",
     "a folder linked twice",
+    "a link to another place in the same data, whose images are listed there",
 )
 
 
@@ -109,11 +116,14 @@ def find_images_in_folder(root: Path, *, where: str) -> ImageIndex:
     skipped: Counter[str] = Counter()
     notes: list[str] = []
     parts: dict[str, ImageList] = {}
+    seen: dict[tuple[int, int], str] = {}
     for split, name in find_split_folders(root, skipped, notes, where=where).items():
-        listing = _list_class_folders(root, name, split, skipped, notes, where=where)
+        listing = _list_class_folders(root, name, split, skipped, notes, seen, where=where)
         if listing is not None:
             parts[split] = listing
-    return ImageIndex(parts, (*notes, *_make_skip_notes(skipped)))
+    found = ImageIndex(parts, (*notes, *_make_skip_notes(skipped)))
+    _check_not_parent(root, found, where=where)
+    return found
 
 
 def find_images_in_csv(
@@ -154,12 +164,12 @@ def find_split_folders(root: Path, skipped: Counter[str], notes: list[str], *, w
         DataError: Two folders name the same split, or the root cannot be read.
     """
     found: Counter[str] = Counter()
-    names = [name for name, kind in _scan_directory(root, found) if kind == _FOLDER]
+    names = [name for name, kind in _scan_directory(root, root, found) if kind == _FOLDER]
     trains = [name for name in names if _parse_split_name(name) == "train"]
-    if len(trains) != 1 or not _holds_only_folders(root / trains[0]):
+    if len(trains) != 1 or not _holds_only_folders(root, root / trains[0]):
         return {"train": ""}
     skipped[_HIDDEN] += found[_HIDDEN]
-    skipped[_NOT_AN_IMAGE] += sum(kind != _FOLDER for _, kind in _scan_directory(root, Counter()))
+    skipped[_NOT_AN_IMAGE] += sum(kind != _FOLDER for _, kind in _scan_directory(root, root, Counter()))
     strange = [escape_name(name) for name in names if _parse_split_name(name) is None]
     if strange:
         notes.append(f"skipped folders beside train, val and test: {', '.join(strange)}")
@@ -175,22 +185,29 @@ def _parse_split_name(name: str) -> str | None:
     return SPLITS.get(name.lower())
 
 
-def _holds_only_folders(folder: Path) -> bool:
-    kinds = {kind for _, kind in _scan_directory(folder, Counter())}
+def _holds_only_folders(root: Path, folder: Path) -> bool:
+    kinds = {kind for _, kind in _scan_directory(root, folder, Counter())}
     return _FOLDER in kinds and _IMAGE not in kinds
 
 
 def _list_class_folders(
-    root: Path, below: str, split: str, skipped: Counter[str], notes: list[str], *, where: str
+    root: Path,
+    below: str,
+    split: str,
+    skipped: Counter[str],
+    notes: list[str],
+    seen: dict[tuple[int, int], str],
+    *,
+    where: str,
 ) -> ImageList | None:
     """Return the images of the class folders in `below`; None if a split other than train has none."""
     listing, folder = ImageList(root), root / below
     counts: dict[str, int] = {}
-    loose = 0
-    for name, kind in _scan_directory(folder, skipped):
+    loose, num_links = 0, skipped[_LINKED]
+    for name, kind in _scan_directory(root, folder, skipped):
         if kind == _FOLDER:
             before, label = len(listing), escape_name(name)
-            for image in _find_images_below(root, os.path.join(below, name), skipped, set()):
+            for image in _find_images_below(root, place := os.path.join(below, name), skipped, seen, place):
                 listing.append(image, label)
             counts[label] = len(listing) - before
         elif kind == _IMAGE:
@@ -206,20 +223,50 @@ def _list_class_folders(
         notes.append(f"skipped {_pluralize(loose, 'image')} outside of class folders in '{escape_name(folder)}'")
     empty = [name for name, count in counts.items() if not count]
     if empty and split == "train":
+        only_links = skipped[_LINKED] > num_links
         raise DataError(
             f"class '{empty[0]}' has no images" + (f", nor have {len(empty) - 1} more" if len(empty) > 1 else ""),
             where=escape_name(folder / empty[0]),
-            why=f"no file in it ends in {', '.join(sorted(EXTENSIONS))}",
-            fix="add images to the folder or remove it",
+            why=f"{_LINKED}: {skipped[_LINKED] - num_links}"
+            if only_links
+            else f"no file in it ends in {', '.join(sorted(EXTENSIONS))}",
+            fix=_suggest_inner_folder(root, below, [name for name, count in counts.items() if count])
+            or "add images to the folder or remove it",
         )
     return listing
+
+
+def _check_not_parent(root: Path, found: ImageIndex, *, where: str) -> None:
+    """Check that a folder with one class is not the folder that holds the data.
+
+    Raises:
+        DataError: The only class folder holds class folders, or splits of these.
+    """
+    classes = list(found.by_split["train"].classes)
+    if len(found.by_split) == 1 and (fix := _suggest_inner_folder(root, "", classes)):
+        raise DataError(
+            f"there is only one class, '{classes[0]}'",
+            where=where,
+            why=f"'{escape_name(root)}' holds one folder with images, and the folders in that look like the classes",
+            fix=fix,
+        )
+
+
+def _suggest_inner_folder(root: Path, below: str, names: list[str]) -> str:
+    """Return advice to name the only folder that has images, if it holds two folders or more and no image."""
+    inner = root / below / names[0] if len(names) == 1 else root
+    if inner == root or not inner.is_dir() or not _holds_only_folders(root, inner):
+        return ""
+    folders = [name for name, kind in _scan_directory(root, inner, Counter()) if kind == _FOLDER]
+    listed = ", ".join(map(escape_name, folders[:5])) + (", ..." if len(folders) > 5 else "")
+    return f"name the folder '{escape_name(inner)}', which holds {listed}" if len(folders) > 1 else ""
 
 
 def _no_classes_error(folder: Path, loose: int, classes: Iterable[str], *, where: str) -> DataError:
     if loose:
         why = f"{_pluralize(loose, 'image')} directly in it, so their class is unknown"
     elif classes:
-        why = "its folders hold no file with the extension of an image"
+        why = f"its folders hold no file that ends in {', '.join(sorted(EXTENSIONS))}"
     else:
         why = "the folder is empty"
     return DataError(
@@ -230,14 +277,19 @@ def _no_classes_error(folder: Path, loose: int, classes: Iterable[str], *, where
     )
 
 
-def _scan_directory(folder: Path, skipped: Counter[str]) -> Iterator[tuple[str, str]]:
-    """Yield name and kind of the entries of a folder, without hidden ones, sorted by the bytes of their names."""
+def _scan_directory(root: Path, folder: Path, skipped: Counter[str]) -> Iterator[tuple[str, str]]:
+    """Yield name and kind of the entries of a folder, without hidden ones, sorted by the bytes of their names.
+
+    A link to what the data lists at another place is left out: an image has the label of the folder it lies in.
+    """
     names: dict[str, list[bytes]] = {}
     try:
         with os.scandir(folder) as found:
             for entry in found:
-                if entry.name.startswith("."):
+                if _is_hidden(entry.name):
                     skipped[_HIDDEN] += 1
+                elif entry.is_symlink() and _is_listed_elsewhere(root, entry.path):
+                    skipped[_LINKED] += 1
                 else:  # only bytes, because a million DirEntry objects would fill memory
                     names.setdefault(_classify_entry(entry), []).append(os.fsencode(entry.name))
     except OSError as error:
@@ -246,6 +298,19 @@ def _scan_directory(folder: Path, skipped: Counter[str]) -> Iterator[tuple[str, 
         ) from None
     in_order = [zip(sorted(each), itertools.repeat(kind), strict=False) for kind, each in names.items()]
     return ((os.fsdecode(name), kind) for name, kind in heapq.merge(*in_order))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def _is_listed_elsewhere(root: Path, link: str) -> bool:
+    """Return True if a link leads to the data's folder itself, or to an entry of it that is not hidden."""
+    top, target = os.path.realpath(root), os.path.realpath(link)
+    inside = os.path.relpath(target, top)
+    if not os.path.exists(target) or (inside.startswith(os.pardir) and os.path.commonpath([top, target]) != target):
+        return False
+    return not any(map(_is_hidden, Path(inside).parts)) or inside.startswith(os.pardir)
 
 
 def _classify_entry(entry: os.DirEntry[str]) -> str:
@@ -259,17 +324,30 @@ def _classify_entry(entry: os.DirEntry[str]) -> str:
     return _IMAGE if os.path.splitext(entry.name)[1].lower() in EXTENSIONS else _NOT_AN_IMAGE
 
 
-def _find_images_below(root: Path, below: str, skipped: Counter[str], seen: set[tuple[int, int]]) -> Iterator[str]:
-    """Yield names of the images below a folder, recursively; links are followed, each folder is entered once."""
+def _find_images_below(
+    root: Path, below: str, skipped: Counter[str], seen: dict[tuple[int, int], str], class_folder: str
+) -> Iterator[str]:
+    """Yield names of the images below a folder, recursively; links are followed, each folder is entered once.
+
+    Raises:
+        DataError: Two class folders link to the same folder, so that its images would have two labels.
+    """
     status = (root / below).stat()
     key = (status.st_dev, status.st_ino)
     if key in seen:
+        if seen[key] != class_folder:
+            raise DataError(
+                f"'{escape_name(seen[key])}' and '{escape_name(class_folder)}' hold the same images",
+                where=escape_name(root / below),
+                why="it is, or leads to, a folder that both link to",
+                fix="remove one of the links",
+            )
         skipped[_ALREADY_SEEN] += 1
         return
-    seen.add(key)
-    for name, kind in _scan_directory(root / below, skipped):
+    seen[key] = class_folder
+    for name, kind in _scan_directory(root, root / below, skipped):
         if kind == _FOLDER:
-            yield from _find_images_below(root, os.path.join(below, name), skipped, seen)
+            yield from _find_images_below(root, os.path.join(below, name), skipped, seen, class_folder)
         elif kind == _IMAGE:
             yield os.path.join(below, name)
         else:

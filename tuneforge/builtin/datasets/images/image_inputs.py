@@ -32,7 +32,14 @@ from tuneforge.builtin.datasets.images.preprocess import (
     parse_ops,
 )
 from tuneforge.builtin.datasets.images.sample_names import describe_raw
-from tuneforge.plugin import IMAGE_FORMATS, MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, convert_to_upright
+from tuneforge.plugin import (
+    IMAGE_FORMATS,
+    MAX_IMAGE_BYTES,
+    MAX_IMAGE_PIXELS,
+    MAX_JPEG_PIXELS,
+    convert_to_upright,
+    open_image,
+)
 
 _MIN_PREVIEW_SIZE = 96  # pixels; smaller images are enlarged for display
 
@@ -63,9 +70,7 @@ class ImageInputs(Inputs):
     )
     max_bytes: int = option(default=MAX_IMAGE_BYTES, help="Maximum size of a file, in bytes.", check=gt(0))
     max_pixels: int = option(
-        default=MAX_IMAGE_PIXELS,
-        help="Maximum size of a decoded or resized image, in pixels.",
-        check=between(1, MAX_IMAGE_PIXELS),
+        default=MAX_IMAGE_PIXELS, help="Maximum size of a decoded or resized image, in pixels.", check=gt(0)
     )
 
     @property
@@ -156,18 +161,22 @@ class ImageInputs(Inputs):
             )
         return values * (self.channels // len(values))
 
-    def check_size(self, height: int, width: int, name: str) -> None:
-        """Check the size of an image, also after each operation.
+    def check_size(self, height: int, width: int, name: str, *, is_jpeg: bool = False) -> None:
+        """Check the size at which an image is decoded, also after each operation.
 
         Raises:
             DataError: It exceeds `max_pixels`; the message calls the image `name`.
         """
-        if count_max_pixels(parse_ops(self.ops), height, width) > self.max_pixels:
+        scale = self._jpeg_scale(height, width) if is_jpeg and height * width <= MAX_JPEG_PIXELS else 1
+        if count_max_pixels(parse_ops(self.ops), -(-height // scale), -(-width // scale)) > self.max_pixels:
             raise DataError(
                 f"{name} is too large or too long: {width}x{height} pixels",
-                why=f"the limit is {self.max_pixels:,} pixels",
+                why=f"the limit is {self.max_pixels:,} pixels, because of decompression bombs",
                 fix="make the image smaller",
             )
+
+    def _jpeg_scale(self, height: int, width: int) -> int:
+        return choose_jpeg_scale(parse_ops(self.ops), height, width, margin=self.jpeg_margin)
 
     def _pixels_from_array(self, array: np.ndarray[Any, Any], name: str) -> Tensor:
         """Return the pixels (c, h, w) of an array (h, w) or (h, w, c)."""
@@ -187,11 +196,12 @@ class ImageInputs(Inputs):
         The result has 1 channel if the operations and the image are grayscale, else 3.
         """
         image = raw if isinstance(raw, Image.Image) else self._open_image(self._read_bytes(raw, name), name)
-        self.check_size(image.height, image.width, name)
         grayscale = "grayscale" in self.ops
+        if image is raw:
+            self.check_size(image.height, image.width, name)
         try:
             if image is not raw:
-                scale = choose_jpeg_scale(parse_ops(self.ops), image.height, image.width, margin=self.jpeg_margin)
+                scale = self._jpeg_scale(image.height, image.width)
                 image.draft("L" if grayscale else "RGB", (max(1, image.width // scale), max(1, image.height // scale)))
             return _to_pixels(image, grayscale=grayscale)
         except Exception as error:  # noqa: BLE001 - PIL raises whatever a hostile file makes it raise
@@ -199,12 +209,10 @@ class ImageInputs(Inputs):
 
     def _open_image(self, file: IO[bytes], name: str) -> Image.Image:
         try:
-            image = Image.open(file, formats=IMAGE_FORMATS)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise _decode_error(name, error) from None
+            image = open_image(file)
         except Exception as error:  # noqa: BLE001 - PIL raises whatever a hostile file makes it raise
             raise _decode_error(name, error) from None
-        self.check_size(image.height, image.width, name)
+        self.check_size(image.height, image.width, name, is_jpeg=image.format == "JPEG")
         return image
 
     def _read_bytes(self, raw: Any, name: str) -> io.BytesIO:
