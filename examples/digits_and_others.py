@@ -1,7 +1,7 @@
 """Handwritten digits in a data set where 60 % are the digits 0-9 and 40 % are other characters.
 
 Prints more than the accuracy: metrics on the real digits alone, on printed digits of a font family that neither
-training nor pretraining has seen (the split `control`), and the most frequent confusions.
+training nor pretraining has seen (the split `unseen font`), and the most frequent confusions.
 """
 
 import click

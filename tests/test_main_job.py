@@ -22,7 +22,7 @@ def test_default_run_recognizes_digits_others_and_printed_digits(result):
     assert len(splits["test"]["per_class"]) == 11
     assert splits["test"]["f1_macro"] >= 0.95
     assert splits["real digits"]["f1_macro"] >= 0.95
-    assert splits["control"]["accuracy"] >= 0.85
+    assert splits["unseen font"]["accuracy"] >= 0.85
 
 
 @pytest.mark.slow

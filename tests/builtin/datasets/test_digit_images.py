@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_data_and_another_seed_other_data(default):
 
 
 def test_ids_are_unique_and_splits_share_no_image(default):
-    splits = (default.train, default.val, default.test, default.extra_test_splits["control"])
+    splits = (default.train, default.val, default.test, default.extra_test_splits["unseen font"])
     ids = [name for split in splits for name in split.ids]
     assert len(set(ids)) == len(ids)
     images = [{image.numpy().tobytes() for image in pixels(split)} for split in splits]
@@ -143,7 +143,7 @@ def test_ambiguous_characters_are_not_among_the_others(default):
 
 
 def test_control_digits_are_ten_classes_in_equal_parts(default):
-    assert default.extra_test_splits["control"].targets.bincount().tolist() == [50] * 10
+    assert default.extra_test_splits["unseen font"].targets.bincount().tolist() == [50] * 10
 
 
 def test_per_class_takes_as_many_training_images_of_each_class():
@@ -167,7 +167,7 @@ def test_a_simple_model_tells_digits_from_others_and_knows_the_held_out_family(d
     assert accuracy(default.extra_test_splits["real digits"]) > 0.96
     for origin in ("letters", "strokes"):
         assert accuracy(default.test.subset(of_origin(default.test, origin))) > 0.9
-    assert accuracy(default.extra_test_splits["control"]) > 0.85
+    assert accuracy(default.extra_test_splits["unseen font"]) > 0.85
 
 
 def test_letters_take_the_place_of_strokes_where_digits_are_too_few(monkeypatch):

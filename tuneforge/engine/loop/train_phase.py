@@ -18,7 +18,7 @@ from tuneforge.engine.loop.evaluation import evaluate
 from tuneforge.engine.loop.metric_set import resolve_monitor, scalar_metrics
 from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.phase_progress import MetricTracker, PhaseProgress
-from tuneforge.engine.loop.sampling import SamplingWeights
+from tuneforge.engine.loop.sample_weights import SamplingWeights
 from tuneforge.engine.model.freeze_check import FreezeCheck
 from tuneforge.engine.model.freezing import compute_modes, freeze, select
 from tuneforge.engine.model.module_state import full_state, restore_state
@@ -225,6 +225,7 @@ def _record_epoch(run: Run, tracker: MetricTracker, loss: float, metrics: Mappin
             "lr": run.optimization.lrs()[0],
             "train": {"loss": loss},
             "val": scalar_metrics(metrics),
+            "monitor": tracker.monitor,
             "best": tracker.best_epoch == len(tracker.history),
             "seconds": seconds,
         }

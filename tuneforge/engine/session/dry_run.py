@@ -11,7 +11,7 @@ import attrs
 
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.loop.phase_components import PhaseComponents
-from tuneforge.engine.loop.sampling import SamplingWeights
+from tuneforge.engine.loop.sample_weights import SamplingWeights
 from tuneforge.engine.model.freezing import select
 from tuneforge.engine.model.optimizer import parameter_groups
 from tuneforge.engine.session import messages

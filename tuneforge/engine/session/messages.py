@@ -112,7 +112,7 @@ def format_epoch(entry: Mapping[str, Any], num_epochs: int, primary_metrics: Ite
     """
     val = entry["val"]
     metrics = "".join(f"  val {name} {val[name]:.4f}" for name in primary_metrics if name in val)
-    best = "  *best" if entry["best"] else ""
+    best = f"  *best {entry['monitor']}" if entry["best"] else ""
     return (
         f"  epoch {entry['epoch']}/{num_epochs}  {entry['seconds']:.1f} s  lr {entry['lr']:.1e}  "
         f"train loss {entry['train']['loss']:.4f}{metrics}{best}"
@@ -176,7 +176,7 @@ def truncate_text(text: str, max_chars: int = 240) -> str:
 
 
 def _phase_details(phase: Phase) -> Iterable[str]:
-    yield f"training {' and '.join(phase.train)}"
+    yield f"training {' and '.join(phase.train).replace('all', 'all parameters')}"
     yield format_count(phase.epochs, "epoch") if phase.epochs else format_count(phase.steps or 0, "optimizer step")
     yield f"lr {format_lr(phase.lr)}"
     if phase.layer_decay != 1:

@@ -42,8 +42,8 @@ class Digits:
     """Real handwritten digits (UCI optdigits, from scikit-learn) among other characters, an eleventh class `other`.
 
     60 % digits 0-9 and 40 % other characters by default. Some digits are rendered from fonts, so that printed
-    characters are not all `other`. The report has extra test splits: the real digits, and a control set of digits in a
-    font family that is in neither the training nor the pretraining data.
+    characters are not all `other`. The report has extra test splits: `real digits`, and `unseen font`, digits in a font
+    family that is in neither the training nor the pretraining data.
 
     The seed splits the real digits and chooses among the other images that ship. Two splits share no image, and no
     strokes of one real digit. If a large fraction needs more images than ship, the rest are random distortions, each
@@ -73,7 +73,7 @@ class Digits:
             notes.append(f"characters not among the others, because they look like digits at 8x8 pixels: {ambiguous}")
             extra["real digits"] = test.subset(torch.arange(len(real["test"])))
             control = _draw("control", shipped.control, DIGITS, {"control": 500}, default_rng(seed))
-            extra["control"] = _split([control["control"]], classes)
+            extra["unseen font"] = _split([control["control"]], classes)
         targets = ClassTargets(names=classes)
         return Data(
             train=train,
