@@ -19,6 +19,8 @@ from tuneforge.errors import PluginError, PluginLoadError, TuneforgeError, sugge
 from tuneforge.plugin.hookspecs import CHAINED_HOOKS, PROVIDER_HOOKS, HookSpecs
 from tuneforge.plugin.merged_metrics import MergedMetrics
 
+_MAX_YIELDS_OF_CLOSED = 100
+
 _HOOK_SIGNATURES = {
     name: inspect.signature(spec) for name, spec in vars(HookSpecs).items() if hasattr(spec, "tuneforge_spec")
 }
@@ -204,7 +206,22 @@ def iterate_strategy(member: RegisteredComponent, steps: Any) -> Generator[Any, 
             answer = yield step
     finally:
         if hasattr(iterator, "close"):  # what a generator cleans up, it does now
-            _call_wrapped(member, "finetune_strategy", iterator.close)
+            _call_wrapped(member, "finetune_strategy", _close_fully, iterator)
+
+
+def _close_fully(iterator: Any) -> None:
+    """Close a generator; one that yields while it is closed stays suspended, so it is closed until it ends."""
+    num_yields = 0
+    while num_yields < _MAX_YIELDS_OF_CLOSED:
+        try:
+            iterator.close()
+            break
+        except RuntimeError as error:
+            if "ignored GeneratorExit" not in str(error):
+                raise
+            num_yields += 1
+    if num_yields:
+        raise RuntimeError("it yields another step while it is closed")
 
 
 def _check_signature(label: str, hook: str, where: str, function: Callable[..., Any], marks: dict[str, Any]) -> None:

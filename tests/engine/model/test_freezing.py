@@ -168,3 +168,55 @@ def test_test_split_is_evaluated_once(tune):
 
 def test_small_dataset_can_be_learned(tune):
     assert tune([tf.Phase("all", epochs=12, lr=0.01)], data=tiny_data()).report["splits"]["test"]["accuracy"] > 0.9
+
+
+class AddsLate:
+    """Adds 1 to a tensor in one hook of the final evaluation, or after the run."""
+
+    def __init__(self, name, hook):
+        self.name, self.hook = name, hook
+
+    def add(self, run, hook):
+        if hook == self.hook and run.phase is None:
+            with torch.no_grad():
+                run.model.module.state_dict()[self.name].add_(1)
+
+    @tf.hookimpl
+    def evaluation_started(self, run):
+        self.add(run, "evaluation_started")
+
+    @tf.hookimpl
+    def evaluation_ended(self, run):
+        self.add(run, "evaluation_ended")
+
+    @tf.hookimpl
+    def run_ended(self, run):
+        self.add(run, "run_ended")
+
+
+@pytest.mark.parametrize("hook", ["evaluation_started", "evaluation_ended", "run_ended"])
+@pytest.mark.parametrize("name", ["first.0.weight", "first.1.running_mean", "head.bias"])
+def test_weight_that_a_callback_changes_after_the_last_step_is_found(tune, hook, name):
+    with pytest.raises(tf.HaltError, match=rf"changed after the last step of the strategy: {name}"):
+        tune([tf.Phase("head", train="head", steps=1)], callbacks=[AddsLate(name, hook)])
+
+
+def test_frozen_weight_that_a_callback_changes_in_the_evaluation_of_a_head_fit_is_found(tune):
+    with pytest.raises(tf.HaltError, match=r"changed during the phase: first\.0\.weight"):
+        tune([tf.HeadFit("fit")], callbacks=[AddsLate("first.0.weight", "evaluation_started")])
+
+
+def test_callback_that_swaps_weights_for_the_final_evaluation_may_do_so(tune):
+    class Swaps:
+        @tf.hookimpl
+        def evaluation_started(self, run):
+            with torch.no_grad():
+                self.kept = run.model.module.head.bias.clone()
+                run.model.module.head.bias.zero_()
+
+        @tf.hookimpl
+        def evaluation_ended(self, run):
+            with torch.no_grad():
+                run.model.module.head.bias.copy_(self.kept)
+
+    assert tune([tf.Phase("head", train="head", steps=1)], callbacks=[Swaps()]).report["splits"]

@@ -16,6 +16,7 @@ from tuneforge.engine.context.distributed import ProcessGroup
 from tuneforge.engine.context.forward import ForwardPass
 from tuneforge.engine.context.state import EngineState, TrainerState
 from tuneforge.engine.data.dataset import Batch, Data, Split, TensorTree
+from tuneforge.engine.data.hidden_split import hide_test_splits
 from tuneforge.engine.data.sampler import EpochSampler, derive_seed
 from tuneforge.engine.model import fsdp
 from tuneforge.engine.model.device import Device
@@ -65,10 +66,13 @@ class Run(TrainerState):
 
     @property
     def data(self) -> Data:
-        """The splits, the inputs and the targets; available once `data_prepare` has returned."""
+        """The splits, the inputs and the targets; available once `data_prepare` has returned.
+
+        While a strategy decides, reading a test split is an error.
+        """
         if self._data is None:
             raise PluginError("there is no data yet", why="data_prepare has not finished", fix="ask in a later hook")
-        return self._data
+        return hide_test_splits(self._data) if self.engine_state.strategy_decides else self._data
 
     @property
     def model(self) -> Model:

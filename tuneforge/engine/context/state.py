@@ -53,6 +53,8 @@ class EngineState:
         budget: What the run may spend.
         save: Called with the phase's progress after each step; saves a checkpoint when one is due.
         component_states: State of each component, by its position and name; saved with checkpoints.
+        nonfinite_at_start: Names of the tensors that were NaN or Inf when the run began.
+        strategy_decides: True while code of the strategy runs, from which the test splits are hidden.
         freeze_check: Verifies which tensors the current phase changes; None between phases.
         next_phases: The phases that are known to follow the current strategy step.
         later_features: Features for later phases, by cache key, extracted during the pass of an earlier phase.
@@ -65,6 +67,8 @@ class EngineState:
     budget: Budget = attrs.field(factory=Budget)
     save: Callable[[Any], None] = lambda progress: None
     component_states: dict[str, dict[str, Any]] = attrs.field(factory=dict)
+    nonfinite_at_start: frozenset[str] = frozenset()
+    strategy_decides: bool = False
     freeze_check: FreezeCheck | None = None
     next_phases: tuple[Phase, ...] = ()
     later_features: dict[str, tuple[Tensor, ...]] = attrs.field(factory=dict)

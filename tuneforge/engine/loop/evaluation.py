@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from tuneforge.engine.data.loader import iter_sequential
 from tuneforge.engine.loop.metric_set import HardestSamples
 from tuneforge.engine.loop.oom import CatchOutOfMemory, halve
 from tuneforge.engine.model.device import is_out_of_memory
-from tuneforge.errors import DataError
+from tuneforge.errors import DataError, HaltError
 
 T = TypeVar("T")
 
@@ -66,12 +67,49 @@ def _evaluate_once(run: Run, split: Split, hardest: HardestSamples | None) -> di
     if hardest is not None:
         hardest.reset()
     with torch.no_grad():  # not inference_mode: what a model caches in forward must be usable in training
+        finite: list[tuple[Tensor, Tensor]] = []
         for outputs, targets, indices in _iter_outputs(run, split):
+            finite.append((_are_finite(outputs, len(indices)), indices))
             metrics.update(outputs, targets)
             if hardest is not None:
                 hardest.update(run.data.targets.per_sample_loss(outputs, targets), indices, outputs)
+        _check_outputs(run, split, finite)
         computed: dict[str, Any] = metrics.compute()
     return computed
+
+
+def _are_finite(outputs: Any, size: int) -> Tensor:
+    """Return a mask (b,): False where an output is NaN or +Inf, or all of a row is -Inf; single -Inf mask classes."""
+    if not (isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.shape[:1] == (size,)):
+        return torch.ones(size, dtype=torch.bool)
+    rows = outputs.flatten(1) if outputs.ndim > 1 else outputs[:, None]
+    return (rows < math.inf).all(1) & (rows > -math.inf).any(1)
+
+
+def _check_outputs(run: Run, split: Split, finite: list[tuple[Tensor, Tensor]]) -> None:
+    """Halt if outputs for the validation split are not finite, because it decides; log it for other splits.
+
+    Args:
+        run: The run, during an evaluation.
+        split: The split that was evaluated.
+        finite: Of each batch, a mask (b,) and the indices (b,) of its samples.
+
+    Raises:
+        HaltError: The output for a validation sample is NaN or Inf.
+    """
+    bad = [index for mask, indices in finite for index in indices[~mask.cpu()].tolist()]
+    if not bad:
+        return
+    what = f"the model's output is NaN or Inf for {len(bad)} of {len(split)} samples of '{run.eval_split}'"
+    samples = ", ".join(map(split.id_of, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+    if run.eval_split == "val":
+        raise HaltError(
+            what,
+            where=f"optimizer step {run.step}, samples {samples}",
+            why="early stopping, best weights and the strategy's decisions depend on them",
+            fix="look for NaN and extreme values in these inputs, and for what the model does in eval mode only",
+        )
+    run.log(f"warning: {what}: {samples}; they count as misclassified")
 
 
 def _iter_outputs(run: Run, split: Split) -> Iterator[tuple[Any, Tensor, Tensor]]:
@@ -120,6 +158,13 @@ def compute_head_features(run: Run, split: Split) -> tuple[Tensor, Tensor]:
             f"the head was called with {len(features)} inputs for {len(split)} samples",
             why="it is not called once per sample, so it cannot be solved on its inputs",
             fix="use a strategy without HeadFit",
+        )
+    if not bool(features.isfinite().all()):
+        count = int((~features.isfinite().all(1)).sum())
+        raise HaltError(
+            f"the input of the head is NaN or Inf for {count} of {len(split)} samples",
+            why="the head is solved on it",
+            fix="look for NaN and extreme values in the data and in the frozen weights",
         )
     return features, split.targets
 

@@ -34,8 +34,8 @@ def fit_head(run: Run, step: HeadFit) -> StrategyStepResult:
     weight, bias = run.data.targets.fit_head(features, targets, l2=step.l2)
     _load_head(run.model.head_module(), weight, bias, features)
     run.optimization.reset_state()
-    never_updated = freeze_check.finish(run.model)
     val, run.forward_pass.feature_cache = evaluate(run, run.data.val, "val"), None
+    never_updated = freeze_check.finish(run.model)
     sizes = {name: parameter.numel() for name, parameter in run.model.parameters().items()}
     num_trainable = sum(sizes[name] for name in trainable)
     return StrategyStepResult(

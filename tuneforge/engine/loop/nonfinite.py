@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -120,6 +121,34 @@ class NonFinitePolicy:
             state.update(copy.deepcopy(self.epoch_start_state["components"].get(key, {})))
 
 
+def check_finite_weights(run: Run, where: str) -> None:
+    """Check the parameters and buffers that the last step or epoch may have changed.
+
+    A tensor that was non-finite when the run began, such as an attention mask with -Inf, is left out.
+
+    Raises:
+        HaltError: One of them is NaN or Inf, although each loss and each gradient was finite.
+    """
+    freeze_check = run.engine_state.freeze_check
+    skipped = run.engine_state.nonfinite_at_start.union(freeze_check.frozen if freeze_check is not None else ())
+    names = find_nonfinite_tensors(full_state(run.model.module), skipped)
+    if run.sharded:  # all ranks raise together
+        names = list(dict.fromkeys(itertools.chain(*run.process_group.all_gather_object(names))))
+    if names:
+        more = f" and {len(names) - _MAX_LISTED_IDS} more" if len(names) > _MAX_LISTED_IDS else ""
+        raise HaltError(
+            f"weights or buffers are NaN or Inf: {', '.join(names[:_MAX_LISTED_IDS])}{more}",
+            where=where,
+            why="losses and gradients were finite, so an update was too large or an input has extreme values",
+            fix="lower the learning rate, add --callback grad-clip, or look for extreme values in the data",
+        )
+
+
+def find_nonfinite_tensors(tensors: Mapping[str, Tensor], skipped: Collection[str] = ()) -> list[str]:
+    """Return the names of the tensors with an element that is NaN or Inf, but for those in `skipped`."""
+    return [name for name, each in tensors.items() if name not in skipped and not _is_finite(each)]
+
+
 def find_nonfinite_gradient(run: Run, trainable: list[tuple[str, nn.Parameter]]) -> str:
     """Return the name of a parameter whose gradient is non-finite; "" if there is none.
 
@@ -135,13 +164,15 @@ def find_nonfinite_gradient(run: Run, trainable: list[tuple[str, nn.Parameter]])
 
 def _find_local_nonfinite_gradient(trainable: list[tuple[str, nn.Parameter]]) -> str:
     for name, parameter in trainable:
-        gradient = parameter.grad
-        if gradient is not None:
-            values = gradient.coalesce().values() if gradient.is_sparse else local_shard(gradient)
-            # The sum is non-finite if an element is, and needs no temporary tensor; a finite one may overflow it.
-            if not math.isfinite(abs(values.sum().item())) and not bool(values.isfinite().all()):
-                return name
+        if parameter.grad is not None and not _is_finite(parameter.grad):
+            return name
     return ""
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    values = tensor.coalesce().values() if tensor.is_sparse else local_shard(tensor)
+    # The sum is non-finite if an element is, and needs no temporary tensor; a finite one may overflow it.
+    return math.isfinite(abs(values.sum().item())) or bool(values.isfinite().all())
 
 
 def _describe_samples(run: Run, error: NonFiniteError) -> str:

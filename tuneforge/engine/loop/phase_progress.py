@@ -65,6 +65,7 @@ class MetricTracker:
 
         Raises:
             UsageError: No component computes the monitored metric.
+            HaltError: The phase ends, and the monitored metric was NaN or Inf after every epoch.
         """
         numbers = scalar_metrics(metrics)
         decides = self.phase.patience is not None or self.phase.restore_best or self.phase.monitor is not None
@@ -90,6 +91,13 @@ class MetricTracker:
                 state = full_state(run.model.module)
                 self.best_state = {name: tensor.clone() for name, tensor in state.items() if name not in frozen}
         self.stop_reason = self._find_stop_reason(is_complete=run.steps_done >= run.total_steps)
+        if decides and self.stop_reason and not math.isfinite(self.best_value):
+            raise HaltError(
+                f"the metric '{self.monitor}' is {self.best_value} after every epoch",
+                where=f"phase '{self.phase.name}'",
+                why="early stopping and best weights depend on it",
+                fix="look at what computes the metric, or monitor another one",
+            )
 
     def _find_stop_reason(self, *, is_complete: bool) -> str:
         since = len(self.history) - self.best_epoch

@@ -16,6 +16,7 @@ from tuneforge.engine.loop.backward import BackwardPass
 from tuneforge.engine.loop.compile import compile_forward
 from tuneforge.engine.loop.evaluation import evaluate
 from tuneforge.engine.loop.metric_set import resolve_monitor, scalar_metrics
+from tuneforge.engine.loop.nonfinite import check_finite_weights
 from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.phase_progress import MetricTracker, PhaseProgress
 from tuneforge.engine.loop.sample_weights import SamplingWeights
@@ -83,6 +84,7 @@ def train_phase(
         began = time.perf_counter()
         loss = _train_epoch(run, sampling, progress, schedule)
         freeze_check.update(run.model)
+        check_finite_weights(run, f"phase '{phase.name}', epoch {run.epoch + 1}")
         run.epoch += 1
         on_metrics = functools.partial(tracker.update, run, loss, trainable)
         metrics = evaluate(run, run.data.val, "val", on_metrics=on_metrics)

@@ -12,7 +12,7 @@ from tuneforge.engine.context.run import Run
 from tuneforge.engine.loop.evaluation import evaluate
 from tuneforge.engine.loop.metric_set import resolve_monitor, scalar_metrics
 from tuneforge.engine.model.module_state import bitwise_equal, full_state, restore_state
-from tuneforge.errors import UsageError
+from tuneforge.errors import HaltError, UsageError
 from tuneforge.plugin.results import StrategyStepResult
 from tuneforge.plugin.steps import WeightAverage
 
@@ -25,6 +25,7 @@ def average_weights(run: Run, step: WeightAverage, snapshots: Mapping[str, Snaps
 
     Raises:
         UsageError: A snapshot does not exist, or no component computes the monitored metric.
+        HaltError: The metric is NaN or Inf for every candidate.
     """
     for name in step.snapshots:
         if name not in snapshots:
@@ -44,6 +45,8 @@ def average_weights(run: Run, step: WeightAverage, snapshots: Mapping[str, Snaps
         metrics[weight] = evaluate(run, run.data.val, "val")
         if monitor not in scalar_metrics(metrics[weight]):
             raise UsageError(f"no component computes the metric '{monitor}'", where=f"step '{step.name}'")
+    if not any(math.isfinite(each[monitor]) for each in metrics.values()):
+        raise HaltError(f"the metric '{monitor}' is NaN or Inf for every candidate", where=f"step '{step.name}'")
     best = max(candidates, key=lambda weight: _nan_as_worst(sign * metrics[weight][monitor]))
     restore_state(run.model.module, candidates[best])
     run.optimization.reset_state()
@@ -64,6 +67,37 @@ def take_snapshot(run: Run, before: Snapshot | None) -> Snapshot:
     return {
         name: before[name] if bitwise_equal(before[name], tensor) else tensor.clone() for name, tensor in state.items()
     }
+
+
+def check_unchanged(run: Run, snapshots: Mapping[str, Snapshot], where: str) -> None:
+    """Check that the weights are those of the last snapshot.
+
+    Parameters that were replaced under another name (merged adapters) and converted ones are left out, and so are
+    buffers that the last strategy step changed, because the model may update them in each forward pass.
+
+    Raises:
+        HaltError: A tensor differs.
+    """
+    all_snapshots = list(snapshots.values())
+    before, last = all_snapshots[max(-2, -len(all_snapshots))], all_snapshots[-1]
+    parameters = run.model.parameters()
+    changed = [
+        name
+        for name, tensor in full_state(run.model.module).items()
+        if name in last
+        and (tensor.dtype, tensor.shape) == (last[name].dtype, last[name].shape)
+        and (name in parameters or bitwise_equal(before[name], last[name]))
+        and not bitwise_equal(tensor.to(last[name].device), last[name])
+    ]
+    if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise HaltError(
+            f"{len(changed)} tensor(s) changed after the last step of the strategy: {', '.join(changed[:5])}{more}",
+            where=where,
+            why="frozen and trained weights must stay as the last step left them",
+            fix="look for a callback that writes to them in evaluation_started, evaluation_ended or run_ended; change "
+            "weights in phase_ended or after the run",
+        )
 
 
 def interpolate(first: Snapshot, last: Snapshot, weight: float) -> Snapshot:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from tuneforge.engine.context.budget import Budget
 from tuneforge.engine.context.distributed import ProcessGroup, open_run_dir
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.loop.phase_components import PhaseComponents, create_component
+from tuneforge.engine.loop.weight_average import check_unchanged
 from tuneforge.engine.model import device, fsdp
 from tuneforge.engine.model.model import Model
 from tuneforge.engine.model.modes import ModuleFlags
@@ -264,12 +266,14 @@ class Engine:
 
         if not resume_state.completed_steps:
             run.log("note: the strategy yielded no step, so nothing was trained")
-        report = write_results(run, run_dir, stop_reason)
+        check_weights = functools.partial(check_unchanged, run, resume_state.snapshots)
+        report = write_results(run, run_dir, stop_reason, check_weights)
         run_dir.write_status("done", elapsed_s=self._budget.elapsed_s())
         if run_dir.writable:
             checkpoint.delete_unpinned(run_dir.path)
         messages.log_lines(run, messages.format_checkpoints(resume_state.checkpoints))
         run.hooks.call.run_ended(run=run)
+        check_weights("run_ended; the run directory is complete, the model in memory is not the saved one")
         run.process_group.barrier()  # a rank that exits early would break collectives of the others
         return Result(run_dir.path, report, run.model, tuple(resume_state.completed_steps))
 

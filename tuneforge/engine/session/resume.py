@@ -12,6 +12,7 @@ import attrs
 import torch
 
 from tuneforge.engine.context.run import Run
+from tuneforge.engine.loop.nonfinite import find_nonfinite_tensors
 from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.phase_progress import PhaseProgress
 from tuneforge.engine.loop.weight_average import Snapshot, take_snapshot
@@ -70,7 +71,12 @@ class ResumeState:
         """Prepare for the first strategy step of a new run."""
         self.task = task
         self.snapshots = {"start": take_snapshot(self.run, None)}
+        self._find_nonfinite_at_start()
         self.run_dir.write_text(TASK, to_json(task))
+
+    def _find_nonfinite_at_start(self) -> None:
+        nonfinite = find_nonfinite_tensors(self.snapshots["start"])
+        self.run.engine_state.nonfinite_at_start = frozenset(nonfinite)
 
     def add_step_result(self, step: StrategyStep, result: AnyStrategyStepResult) -> None:
         """Record a completed strategy step."""
@@ -173,6 +179,7 @@ class ResumeState:
         engine_state.budget.previous_s = max(engine_state.budget.previous_s, state["elapsed_s"])
         torch.set_rng_state(state["random"].cpu())
         self.snapshots, self.phase_state = state["snapshots"], state["phase"]
+        self._find_nonfinite_at_start()
         self.task = from_json((self.run_dir.path / TASK).read_text(encoding="utf-8"))
         for line in read_jsonl(self.run_dir.path / STRATEGY_STEPS):
             pair = [from_json(json.dumps(line[key])) for key in ("step", "result")]

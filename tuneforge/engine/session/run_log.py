@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +120,18 @@ def describe_data(data: Data) -> dict[str, Any]:
     }
 
 
-def write_results(run: Run, run_dir: RunDir, stop_reason: str) -> dict[str, Any]:
-    """Evaluate every split but the training split; write the weights, `report.json` and the hardest samples."""
+def write_results(run: Run, run_dir: RunDir, stop_reason: str, check_weights: Callable[[str], None]) -> dict[str, Any]:
+    """Evaluate every split but the training split; write the weights, `report.json` and the hardest samples.
+
+    `check_weights` is called after the evaluations with a phrase that says so, and raises if a weight has changed.
+    """
     hardest = HardestSamples(NUM_HARDEST_SAMPLES)
     splits = {
         "val": evaluate(run, run.data.val, "val"),
         "test": evaluate(run, run.data.test, "test", hardest=hardest),
     }
     splits |= {name: evaluate(run, split, name) for name, split in run.data.extra_test_splits.items()}
+    check_weights("the final evaluation")
     weights = fsdp.gather_state(get_state_dict(run.model.module), keep=run_dir.writable)
     if run_dir.writable:
         save_tensors(weights, run_dir.path / WEIGHTS, metadata={"labels": run.model.labels})

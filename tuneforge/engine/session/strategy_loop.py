@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.loop.diagnosis import diagnose
 from tuneforge.engine.loop.head_fit import fit_head
+from tuneforge.engine.loop.nonfinite import check_finite_weights
 from tuneforge.engine.loop.train_phase import train_phase
 from tuneforge.engine.loop.weight_average import Snapshot, average_weights
 from tuneforge.engine.model.module_state import full_state
 from tuneforge.engine.session import messages
 from tuneforge.engine.session.dry_run import validate_step
 from tuneforge.engine.session.resume import ResumeState
-from tuneforge.errors import PluginError
+from tuneforge.errors import PluginError, TuneforgeError
 from tuneforge.plugin.hooks import RegisteredComponent, iterate_strategy
 from tuneforge.plugin.results import AnyStrategyStepResult
 from tuneforge.plugin.steps import Diagnosis, HeadFit, Phase, StrategyStep, WeightAverage
@@ -34,7 +36,8 @@ def run_strategy(run: Run, resume_state: ResumeState) -> str:
     """
     member, budget = run.hooks.get_provider("finetune_strategy"), run.engine_state.budget
     assert resume_state.task is not None
-    steps_or_generator = run.hooks.call.finetune_strategy(task=resume_state.task)
+    with _hidden_test_splits(run):
+        steps_or_generator = run.hooks.call.finetune_strategy(task=resume_state.task)
     planned = steps_or_generator if isinstance(steps_or_generator, (list, tuple)) else ()
     for number, step in enumerate(planned, start=1):
         validate_step(run, check_step_type(step, member))
@@ -49,10 +52,11 @@ def run_strategy(run: Run, resume_state: ResumeState) -> str:
         is_next = number == num_completed and resume_state.phase_state is None
         if is_next and (exhausted := budget.check_exhausted(run)):
             run.log(f"stopping: {exhausted}")
-            steps.close()
+            _close(run, steps, member)
             return "the budget was spent"
         try:
-            step = check_step_type(steps.send(result), member)
+            with _hidden_test_splits(run):
+                step = check_step_type(steps.send(result), member)
         except StopIteration as end:
             resume_state.check_next_step(number, None)
             if end.value:
@@ -70,9 +74,29 @@ def run_strategy(run: Run, resume_state: ResumeState) -> str:
         later_phases = itertools.takewhile(lambda each: isinstance(each, Phase), planned[number:])
         run.engine_state.next_phases = tuple(later_phases)
         result = _execute_step(run, step, resume_state)
+        check_finite_weights(run, f"the end of step '{step.name}'")
         run.process_group.broadcast(list(full_state(run.model.module).values()))
         messages.log_lines(run, messages.format_step_result(result))
         resume_state.add_step_result(step, result)
+
+
+@contextlib.contextmanager
+def _hidden_test_splits(run: Run) -> Iterator[None]:
+    run.engine_state.strategy_decides = True
+    try:
+        yield
+    finally:
+        run.engine_state.strategy_decides = False
+
+
+def _close(run: Run, steps: Generator[Any, Any, str], member: RegisteredComponent) -> None:
+    """End a strategy early; what its cleanup asks for or raises must not cost the run its report."""
+    try:
+        with _hidden_test_splits(run):
+            steps.close()
+    except TuneforgeError as error:
+        why = error.why or str(error)
+        run.log(f"warning: {member.label} did not end cleanly: {why}; its further steps are not executed")
 
 
 def _execute_step(run: Run, step: StrategyStep, resume_state: ResumeState) -> AnyStrategyStepResult:
