@@ -139,7 +139,7 @@ def _inputs_section(record: Mapping[str, Any]) -> Iterator[str]:
     yield f"{_format_input_specs(record)}; the rest of the way to what the network takes is part of the model."
     yield ""
     yield from _options_table("inputs", record)
-    yield f"Answers are read by `{record['targets']['name']}`:"
+    yield f"Outputs are decoded by `{record['targets']['name']}`:"
     yield ""
     yield from _options_table("targets", record)
     if told := (*record["notes"], *record["changes"]):
