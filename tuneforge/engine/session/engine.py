@@ -39,6 +39,7 @@ from tuneforge.engine.session.run_log import (
     describe_run,
     write_results,
 )
+from tuneforge.engine.session.signals import save_on_signals
 from tuneforge.engine.session.strategy_loop import check_step_type, run_strategy
 from tuneforge.engine.storage import checkpoint
 from tuneforge.engine.storage.checkpoint import Checkpoints
@@ -116,7 +117,7 @@ class Engine:
         self._log = log
         self._members: list[tuple[str, RegisteredComponent]] = []  # (hook, component), in the order of hook calls
         self._observers: list[RegisteredComponent] = []
-        self._has_run = False
+        self._has_run = self._has_started = False
         self._resume_dir: Path | None = None
         self._changed_settings: list[str] = []
         self._stop_error: StoppedError | None = None
@@ -184,16 +185,20 @@ class Engine:
         engine._resume_dir = path
         return engine
 
-    def stop(self, reason: str, *, exit_code: int) -> None:
-        """Request a stop: after the current optimizer step, `run` saves a checkpoint and raises `StoppedError`."""
+    def stop(self, reason: str, *, exit_code: int) -> bool:
+        """Make `run` save a checkpoint after the optimizer step and raise `StoppedError`; False if it has not begun."""
         self._stop_error = StoppedError(
             f"stopped by {reason}", exit_code=exit_code, fix="continue with: tuneforge resume RUN"
         )
+        return self._has_started
 
     def run(self) -> Result:
         """Execute the run: prepare data and model, execute the strategy's steps, evaluate, and write the report.
 
+        Ctrl-C and SIGTERM save a checkpoint before they take their usual effect, unless the program has set a handler.
+
         Raises:
+            KeyboardInterrupt: Ctrl-C; a checkpoint is saved once training has begun.
             TuneforgeError: The run failed; the run directory keeps what was written, the log and the reason.
         """
         if self._has_run:
@@ -202,7 +207,8 @@ class Engine:
                 why="its model has been adapted or trained, so a second run would start from other weights",
                 fix="create another Engine with a new model",
             )
-        with exclusive_process_state(device.resolve_device(self.config.device).torch.type):
+        device_type = device.resolve_device(self.config.device).torch.type
+        with save_on_signals(self.stop), exclusive_process_state(device_type):
             self._has_run = True
             return self._run()
 
@@ -259,6 +265,7 @@ class Engine:
             run.log(resume_state.describe(checkpoint_name))
 
         run.engine_state.save = resume_state.save
+        self._has_started = True
         if self._stop_error is not None:
             resume_state.save(None)
         self._budget.start()

@@ -25,7 +25,7 @@ from tuneforge.engine.storage.checkpoint import Checkpoints
 from tuneforge.engine.storage.run_dir import RunDir
 from tuneforge.engine.storage.run_files import METRICS, RUN, STATUS, STRATEGY_STEPS, TIMINGS, read_json, read_jsonl
 from tuneforge.errors import FolderError, StoppedError
-from tuneforge.plugin.names import format_count
+from tuneforge.plugin.names import format_count, is_object
 from tuneforge.plugin.results import AnyStrategyStepResult, TaskInfo
 from tuneforge.plugin.serialization import from_json, to_json
 from tuneforge.plugin.steps import StrategyStep
@@ -115,6 +115,8 @@ class ResumeState:
         if stopped:
             process_group.barrier()
             how = f"continue with: tuneforge resume {shlex.quote(str(self.run_dir.path))}"
+            if any(is_object(member.name) for member in self.run.hooks.components):
+                how += ", or Engine.resume with the objects of the run"
             stop_error = stop_error or StoppedError("stopped, because another rank was stopped", exit_code=143)
             raise StoppedError(stop_error.what, exit_code=stop_error.exit_code, fix=how)
 
