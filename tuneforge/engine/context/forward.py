@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge.engine.data.dataset import Split, map_inputs, named_tensors
+from tuneforge.engine.model.dataflow import FreezeFunctions
 from tuneforge.engine.model.device import Device
 from tuneforge.engine.model.model import call_module, extract_logits
 
@@ -59,6 +60,7 @@ class ForwardPass:
         channels_last: True where 4-D tensors are converted to `torch.channels_last`.
         feature_cache: The features of the phase, where its frozen backbone is cached.
         compiled_module: What the phase trains, compiled; None where it is not.
+        function_mode: The mode in which the phase calls its model, if functions have to be frozen.
     """
 
     device: Device
@@ -67,6 +69,7 @@ class ForwardPass:
     channels_last: bool = False
     feature_cache: FeatureCacheProtocol | None = None
     compiled_module: Any = None
+    function_mode: FreezeFunctions | None = None
 
     def __call__(self, module: nn.Module, inputs: Any, *, evaluating: bool) -> Any:
         """Return the logits (b, k) for the inputs or the cached features of a batch, in float32.
@@ -76,7 +79,10 @@ class ForwardPass:
             inputs: What the model takes, or `Features`.
             evaluating: True to take the eval-mode tail of the feature cache, and never the compiled module.
         """
-        with self.autocast():
+        with (
+            self.autocast(),
+            contextlib.nullcontext() if evaluating else self.function_mode or contextlib.nullcontext(),
+        ):
             output = extract_logits(self._call_network(module, inputs, evaluating))
         return output.float() if isinstance(output, Tensor) and output.dtype == torch.bfloat16 else output
 

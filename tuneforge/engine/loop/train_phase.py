@@ -20,6 +20,7 @@ from tuneforge.engine.loop.nonfinite import check_finite_weights
 from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.phase_progress import MetricTracker, PhaseProgress
 from tuneforge.engine.loop.sample_weights import SamplingWeights
+from tuneforge.engine.model.dataflow import find_function_mode
 from tuneforge.engine.model.freeze_check import FreezeCheck
 from tuneforge.engine.model.freezing import compute_modes, freeze, select
 from tuneforge.engine.model.module_state import full_state, restore_state
@@ -70,6 +71,9 @@ def train_phase(
         _log_resume_point(run, sampling, progress, schedule)
     freeze_check = state.freeze_check
     if has_frozen:
+        run.forward_pass.function_mode = find_function_mode(
+            run.model.module, run.example, modes, norms=phase.batchnorm_stats == "frozen"
+        )
         save_if_due = functools.partial(state.save, progress)
         run.forward_pass.feature_cache = try_build_feature_cache(
             run, modes, epochs=_num_epochs(run, phase), save_if_due=save_if_due
@@ -114,6 +118,7 @@ def _finish_phase(
         restore_state(run.model.module, tracker.best_state)
         run.optimization.reset_state()
     run.phase = run.engine_state.freeze_check = forward_pass.feature_cache = forward_pass.compiled_module = None
+    forward_pass.function_mode = None
     sizes = {name: parameter.numel() for name, parameter in run.model.parameters().items()}
     return StrategyStepResult(
         step_name=phase.name,

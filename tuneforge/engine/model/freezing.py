@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tuneforge.engine.model.model import NORMS, LayerGroup, Model, call_module
-from tuneforge.engine.model.modes import Modes, preserve_modes_and_buffers
+from tuneforge.engine.model.dataflow import find_trainable_inputs
+from tuneforge.engine.model.model import NORMS, LayerGroup, Model
+from tuneforge.engine.model.modes import Modes, get_modes, set_modes
 from tuneforge.errors import SelectorError, suggest_name
 
 
@@ -50,18 +50,36 @@ def freeze(model: Model, trainable: Iterable[str]) -> None:
 def compute_modes(model: Model, example: Any, *, batchnorm_stats: str) -> Modes:
     """Return the mode that each module has while the phase trains: (module, training).
 
-    A module is in eval mode if all its parameters are frozen, or if it has none and no trainable parameter lies before
-    it in the dataflow. A norm layer with a frozen parameter does not update its running statistics, unless
-    `batchnorm_stats` is `"updating"`.
+    Where nothing is frozen, every module is in training mode. Otherwise a module is in eval mode if all its parameters
+    are frozen, or if it has none and no trainable parameter lies before it in the dataflow, and a norm layer with a
+    frozen parameter does not update its running statistics, unless `batchnorm_stats` is `"updating"`. In both cases a
+    module that the model's own `train()` leaves in eval mode stays there.
 
     Args:
         model: The model, after `freeze`.
         example: Prepared inputs, with which the dataflow is observed; module state and random generators are restored.
         batchnorm_stats: The phase's setting, `"frozen"` or `"updating"`.
     """
-    reached = _find_trainable_inputs(model, example)
-    parents = {child: parent for parent in model.module.modules() for child in parent.children()}
-    return [(module, _should_train(module, reached, parents, batchnorm_stats)) for module in model.module.modules()]
+    modules = list(model.module.modules())
+    held_in_eval = _find_held_in_eval(model.module)
+    if all(parameter.requires_grad for parameter in model.module.parameters()):
+        return [(module, module not in held_in_eval) for module in modules]
+    reached = find_trainable_inputs(model.module, example)
+    parents = {child: parent for parent in modules for child in parent.children()}
+    return [
+        (module, module not in held_in_eval and _should_train(module, reached, parents, batchnorm_stats))
+        for module in modules
+    ]
+
+
+def _find_held_in_eval(module: nn.Module) -> set[nn.Module]:
+    """Return the modules that `module.train()` leaves in eval mode, because a class overrides it."""
+    before = get_modes(module)
+    try:
+        module.train()
+        return {child for child, training in get_modes(module) if not training}
+    finally:
+        set_modes(before)
 
 
 def _match_selector(model: Model, selector: str) -> list[str]:
@@ -130,43 +148,6 @@ def _has_close_match(selector: str, known: list[str]) -> bool:
     return suggest_name(selector, known).startswith("did you mean")
 
 
-def _find_trainable_inputs(model: Model, example: Any) -> dict[nn.Module, bool]:
-    """Return for each module without parameters that ran whether a trainable parameter lies before it.
-
-    Autograd answers this: in a forward pass with gradients enabled, a tensor requires a gradient exactly if a trainable
-    parameter lies before it. Modes, buffers and the random generator of the CPU are restored.
-    """
-    found: dict[nn.Module, bool] = {}
-    handles = []
-    for module in model.module.modules():
-        if next(module.parameters(), None) is None and not isinstance(module, torch.jit.ScriptModule):
-            handles.append(module.register_forward_pre_hook(_build_hook(found), with_kwargs=True))
-    try:
-        with preserve_modes_and_buffers(model.module), torch.random.fork_rng(devices=[]), torch.enable_grad():
-            model.module.eval()
-            call_module(model.module, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _build_hook(found: dict[nn.Module, bool]) -> Any:
-    def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():  # without gradients autograd cannot answer
-            found[module] = found.get(module, False) or any(map(_requires_grad, (*args, *kwargs.values())))
-
-    return observe
-
-
-def _requires_grad(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.requires_grad
-    if isinstance(value, Mapping):
-        return any(map(_requires_grad, value.values()))
-    return isinstance(value, (tuple, list)) and any(map(_requires_grad, value))
-
-
 def _should_train(
     module: nn.Module, reached: dict[nn.Module, bool], parents: dict[nn.Module, nn.Module], batchnorm_stats: str
 ) -> bool:
@@ -179,6 +160,6 @@ def _should_train(
         return any(parameter.requires_grad for parameter in module.parameters())
     if module in reached:
         return reached[module]
-    # The module did not run, or only without gradients: it gets the mode of its parent.
+    # The module did not run: it gets the mode of its parent.
     parent = parents.get(module, module)
     return any(parameter.requires_grad for parameter in parent.parameters())

@@ -18,7 +18,7 @@ from tuneforge.engine.loop.phase_components import PhaseComponents, create_compo
 from tuneforge.engine.loop.weight_average import check_unchanged
 from tuneforge.engine.model import device, fsdp
 from tuneforge.engine.model.model import Model
-from tuneforge.engine.model.modes import ModuleFlags
+from tuneforge.engine.model.modes import ModuleFlags, get_modes, set_modes
 from tuneforge.engine.session import messages
 from tuneforge.engine.session.components import (
     as_list,
@@ -393,7 +393,13 @@ def _prepare_data(run: Run) -> None:
 
 
 def _mark_user_frozen(model: Model) -> Model:
-    """Return the model with the parameters that the user froze recorded, so that no phase trains them."""
+    """Return the model with the parameters that the user froze recorded, so that no phase trains them.
+
+    A model may freeze some in its own `train()`, which is called at the start of every epoch.
+    """
+    before = get_modes(model.module)
+    model.module.train()
+    set_modes(before)
     user_frozen = [name for name, parameter in model.parameters().items() if not parameter.requires_grad]
     if not user_frozen:
         return model
