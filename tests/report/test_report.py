@@ -322,7 +322,7 @@ def test_many_classes_are_folded_away_and_their_largest_confusions_listed(tmp_pa
     confusion = np.array(json.loads((folder / "report.json").read_text())["splits"]["test"]["confusion"])
     np.fill_diagonal(confusion, 0)
     text = Elements(read(folder)).text
-    listed = text.split("fraction of the samples with that label. label prediction samples fraction")[1]
+    listed = text.split("in percent of the samples with that label. label prediction samples percent")[1]
     assert "All 200 classes, lowest recall first" in text
     assert listed.startswith(f" class {confusion.max(1).argmax()} class")
     assert len(re.findall(r"class \d+ class \d+ \d+ \d+\.\d %", listed)) == 20
