@@ -42,6 +42,17 @@ def drawn_classes(number, samples, seed, *, missing=()):
     return outputs, targets
 
 
+def matrix_of(found):
+    """The confusion matrix, which above 100 classes is put together from recalls and the wrong predictions."""
+    if "confusion" in found:
+        return found["confusion"]
+    rows = list(found["per_class"].values())
+    matrix = np.diag([round(row["recall"] * row["support"]) for row in rows])
+    for label, prediction, count in found["largest_confusions"]:
+        matrix[label, prediction] += count
+    return matrix.tolist()
+
+
 def assert_near(first, second):
     assert first.keys() == second.keys()
     for name in first:
@@ -64,7 +75,7 @@ class TestClassification:
             (11, 400, ()),
             (11, 30, (4, 10)),
             (200, 300, ()),
-            (200, 1500, (0, 199)),
+            (200, 900, (0, 199)),
         ],
     )
     def test_metrics_equal_those_of_scikit_learn(self, number, samples, missing, seed):
@@ -85,7 +96,47 @@ class TestClassification:
             targets, answers, labels=range(number), target_names=names, output_dict=True, zero_division=0
         )
         assert_near(found["per_class"], {name: report[name] for name in names})
-        assert found["confusion"] == judge.confusion_matrix(targets, answers, labels=range(number)).tolist()
+        assert matrix_of(found) == judge.confusion_matrix(targets, answers, labels=range(number)).tolist()
+
+    @pytest.mark.parametrize(("number", "name"), [(100, "confusion"), (101, "largest_confusions")])
+    def test_whole_matrix_is_given_up_to_a_hundred_classes(self, number, name):
+        found = compute_metrics(Classification(), classes(number), *drawn_classes(number, 150, seed=0))
+        assert {"confusion", "largest_confusions"} & found.keys() == {name}
+
+    def test_most_frequent_of_very_many_confusions_are_given_in_order(self):
+        labels = torch.arange(1500).repeat_interleave(2)
+        labels = torch.cat([labels, torch.tensor([7] * 4)])
+        predicted = (labels + 1) % 1500
+        predicted[0] = 5  # one sample of class 0 goes elsewhere, so that both cells of class 0 have one sample
+        found = compute_metrics(Classification(), classes(1500), F.one_hot(predicted, 1500).float(), labels, parts=4)
+        confusions = found["largest_confusions"]
+        assert confusions[0] == [7, 8, 6]
+        assert len(confusions) == 1000
+        assert confusions[1:4] == [[1, 2, 2], [2, 3, 2], [3, 4, 2]]
+
+    @pytest.mark.parametrize("number", [3, 200])
+    def test_sums_of_many_samples_equal_those_of_few_at_a_time(self, number, monkeypatch):
+        outputs, targets = drawn_classes(number, 400, seed=8)
+        whole = compute_metrics(Classification(), classes(number), outputs, targets, parts=5)
+        monkeypatch.setattr("tuneforge.builtin.metrics._MAX_PENDING", 32)
+        assert_near(compute_metrics(Classification(), classes(number), outputs, targets, parts=5), whole)
+
+    @pytest.mark.parametrize("number", [3, 200])
+    def test_metrics_can_be_computed_between_updates(self, number):
+        outputs, targets = drawn_classes(number, 90, seed=9)
+        metrics = Classification().evaluate(classes(number))
+        metrics.update(outputs[:50], targets[:50])
+        assert_near(metrics.compute(), compute_metrics(Classification(), classes(number), outputs[:50], targets[:50]))
+        metrics.update(outputs[50:].requires_grad_(), targets[50:])
+        assert_near(metrics.compute(), compute_metrics(Classification(), classes(number), outputs, targets))
+
+    @pytest.mark.parametrize("number", [3, 200])
+    def test_first_of_equal_scores_is_the_prediction(self, number):
+        outputs = torch.zeros(3, number)
+        outputs[1, [1, 2]] = 5.0
+        outputs[2, 0] = -math.inf
+        found = compute_metrics(Classification(), classes(number), outputs, torch.tensor([0, 1, 1]))
+        assert found["accuracy"] == 1.0
 
     @pytest.mark.parametrize(("number", "top"), [(11, 3), (11, 1), (200, 5), (4, 3)])
     def test_top_k_equals_that_of_scikit_learn(self, number, top):
@@ -147,6 +198,15 @@ class TestClassification:
         found = compute_metrics(Classification(), classes(4), outputs, torch.tensor([0, 1, 2, 0]))
         assert found["recall_min"] == 0.0
         assert found["hardest_class"] == "c2"
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_non_finite_outputs_count_as_misclassified(self, value):
+        outputs = torch.eye(150)[[0, 0, 1]] * 5
+        outputs[1, 0] = value
+        found = compute_metrics(Classification(top_k=1), classes(150), outputs, torch.tensor([0, 0, 1]))
+        assert found["accuracy"] == found["top1_accuracy"] == pytest.approx(2 / 3)
+        assert found["largest_confusions"] == []
+        assert found["per_class"]["c0"]["recall"] == 0.5
 
     def test_nan_outputs_count_as_misclassified(self):
         outputs = torch.eye(3)[[0, 0, 1]] * 5

@@ -309,23 +309,31 @@ def test_configuration_is_a_file_that_runs_the_same(html):
     assert table["strategy"] == {"name": "freeze-then-unfreeze", "head-epochs": 1, "note": 'a "quoted" </code> one'}
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 11, 30, 31, 200])
+@pytest.mark.parametrize("number", [0, 1, 2, 11, 30, 31, 100, 101])
 def test_any_number_of_classes_makes_a_page(tmp_path, number):
     page = Elements(read(classes_run(tmp_path / "run", [f"class {index}" for index in range(number)])))
-    assert sum(tag == "svg" for tag, _ in page.tags) == (3 if number > 30 else 2)
+    assert sum(tag == "svg" for tag, _ in page.tags) == (3 if 30 < number <= 100 else 2)
     assert any((attrs.get("class") or "").startswith("matrix") for _, attrs in page.tags) == (0 < number <= 30)
     assert ("most frequent confusions" in page.text) == (number > 30)
 
 
 def test_many_classes_are_folded_away_and_their_largest_confusions_listed(tmp_path):
     folder = classes_run(tmp_path / "run", [f"class {index}" for index in range(200)])
-    confusion = np.array(json.loads((folder / "report.json").read_text())["splits"]["test"]["confusion"])
-    np.fill_diagonal(confusion, 0)
+    label, prediction, count = json.loads((folder / "report.json").read_text())["splits"]["test"]["largest_confusions"][
+        0
+    ]
     text = Elements(read(folder)).text
     listed = text.split("in percent of the samples with that label. label prediction samples percent")[1]
     assert "All 200 classes, lowest recall first" in text
-    assert listed.startswith(f" class {confusion.max(1).argmax()} class")
+    assert listed.startswith(f" class {label} class {prediction} {count} ")
     assert len(re.findall(r"class \d+ class \d+ \d+ \d+\.\d %", listed)) == 20
+
+
+def test_only_so_many_classes_are_listed_as_a_page_can_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr("tuneforge.report.report._MAX_LISTED_CLASSES", 70)
+    text = Elements(read(classes_run(tmp_path / "run", [f"class {index}" for index in range(110)]))).text
+    assert "70 of 110 classes, lowest recall first; all are in report.json" in text
+    assert len(re.findall(r"class \d+ [01]\.\d{4} [01]\.\d{4} [01]\.\d{4} \d", text)) == 70
 
 
 def test_names_of_users_never_become_markup(tmp_path):

@@ -1,6 +1,6 @@
-"""Metrics, accumulated batch by batch as sums on the device of the outputs; no sample is stored.
+"""Metrics, accumulated batch by batch as sums on the device of the outputs; memory does not grow with the samples.
 
-`update` does not synchronize with the device; sums are float64 where the device supports it. Definitions, names and
+Sums are float64 where the device supports it. Definitions, names and
 values for a denominator of 0 are scikit-learn's. Without samples, every metric is NaN.
 
 Shapes: b samples in a batch, k classes, labels or numbers.
@@ -17,12 +17,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tuneforge import DataError, between, component, ge, hookimpl, option
+from tuneforge.builtin.confusion import ConfusionCells, RowScan, count_cells
 from tuneforge.builtin.targets import to_columns
 
 if TYPE_CHECKING:
     from tuneforge import Metrics, Run
 
 _NAN = math.nan
+_MAX_PENDING = 65_536  # samples whose values are kept before they are summed
+MAX_MATRIX_CLASSES = 100
+"""The most classes for which a whole confusion matrix is reported."""
+_MAX_CONFUSIONS = 1_000
 
 
 @component(api=1)
@@ -88,7 +93,11 @@ class ClassificationMetrics:
     def __init__(self, labels: Sequence[str], *, top_k: int, num_bins: int) -> None:
         self.labels, self.top_k, self.num_bins = tuple(labels), top_k, num_bins
         self._count = 0
+        self._pending: list[Tensor] = []  # label, prediction, confidence, in top k, loss, each of many samples
+        self._num_pending = 0
         self._sums: dict[str, Tensor] = {}
+        self._cells: ConfusionCells | None = None
+        self._scan = RowScan()
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch: outputs (b, k), targets int64 (b,) or probabilities (b, k), whose argmax is the label.
@@ -97,33 +106,59 @@ class ClassificationMetrics:
             DataError: The number of outputs is not that of the classes.
         """
         self.labels = _resolve_labels(self.labels, outputs)
-        num_classes = len(self.labels)
         labels_b = targets if targets.ndim == 1 else targets.argmax(1)
-        scores = outputs if outputs.dtype == torch.float64 else outputs.float()
-        confidence, predicted = scores.softmax(1).max(1)
-        broken = confidence.isnan()
-        correct = (predicted == labels_b) & ~broken
-        cells = labels_b * (num_classes + 1) + torch.where(broken, num_classes, predicted)
-        self._count += len(outputs)
-        _add(
-            self._sums,
-            "loss",
-            F.cross_entropy(scores, targets, reduction="none").sum(dtype=_accumulation_dtype(outputs)),
+        scores = (outputs if outputs.dtype == torch.float64 else outputs.float()).detach()
+        log_probabilities = scores.log_softmax(1)
+        losses = (
+            F.nll_loss(log_probabilities, targets, reduction="none")
+            if targets.ndim == 1
+            else F.cross_entropy(scores, targets, reduction="none")
         )
-        _add(self._sums, "cells", _bincount(cells, num_classes * (num_classes + 1)))
-        _add(self._sums, "top", (_is_in_top_k(scores, labels_b, self.top_k) & ~broken).sum())
+        predicted, num_before = self._scan.scan(scores, labels_b)
+        confidence = log_probabilities.amax(1).exp()
+        self._keep((labels_b, predicted, confidence, num_before < self.top_k, losses))
+
+    def _keep(self, values: tuple[Tensor, ...]) -> None:
+        """Copy values of the samples of a batch, each (b,), behind those that are not summed yet.
+
+        Kept as they are, these small tensors would lie between the large ones of each batch, and the memory of those
+        could not be used again: 2 GB with 20,000 classes.
+        """
+        size = len(values[0])
+        if not self._pending or self._num_pending + size > len(self._pending[0]):
+            self._add_pending()
+            with torch.inference_mode(False):  # a later update may come outside of inference mode
+                self._pending = [value.new_empty(max(size, _MAX_PENDING)) for value in values]
+        for held, value in zip(self._pending, values, strict=True):
+            held[self._num_pending : self._num_pending + size] = value
+        self._num_pending += size
+        self._count += size
+
+    def _add_pending(self) -> None:
+        """Reduce the values of single samples to sums; many batches at once, because each operation has a cost."""
+        if not self._num_pending:
+            return
+        labels_n, predicted, confidence, in_top, losses = (held[: self._num_pending] for held in self._pending)
+        self._num_pending = 0
+        num_classes, broken = len(self.labels), confidence.isnan()
+        correct = (predicted == labels_n) & ~broken
+        codes = labels_n * (num_classes + 1) + torch.where(broken, num_classes, predicted)
+        self._cells = count_cells(codes, num_classes, self._cells)
+        _add(self._sums, "loss", losses.sum(dtype=_accumulation_dtype(losses)))
+        _add(self._sums, "top", (in_top & ~broken).sum())
         _add(self._sums, "bins", _bin_by_confidence(confidence, correct, self.num_bins))
 
     def compute(self) -> dict[str, Any]:
-        """Return the metrics so far; rows of `confusion` are labels, columns are predictions."""
+        """Return the metrics so far.
+
+        With up to 100 classes, `confusion` has a row per label and a column per prediction. With more,
+        `largest_confusions` has the most frequent wrong predictions, as (label, prediction, samples) with indices of
+        classes.
+        """
+        self._add_pending()
         num_classes, count = len(self.labels), self._count
-        cells = self._sums.get("cells", torch.zeros(num_classes * (num_classes + 1))).cpu().double()
-        confusion = cells.view(num_classes, num_classes + 1)[:, :num_classes]  # the last column counts NaN outputs
-        support, given, correct = (
-            cells.view(num_classes, num_classes + 1).sum(1),
-            confusion.sum(0),
-            confusion.diagonal(),
-        )
+        cells = self._cells or count_cells(torch.zeros(0, dtype=torch.int64), num_classes, None)
+        support, given, correct = cells.sums()
         rates = _precision_recall_f1(correct, given, support)
         seen = support > 0
         macro = {f"{name}_macro": _mean(values[seen]) for name, values in rates.items()}
@@ -138,7 +173,11 @@ class ClassificationMetrics:
             **({f"top{self.top_k}_accuracy": top} if self.top_k < num_classes else {}),
             "ece": self._compute_calibration_error(),
             "per_class": _format_per_label(self.labels, rates, support, count),
-            "confusion": confusion.long().tolist(),
+            **(
+                {"confusion": cells.to_matrix().tolist()}
+                if num_classes <= MAX_MATRIX_CLASSES
+                else {"largest_confusions": cells.largest_confusions(_MAX_CONFUSIONS).tolist()}
+            ),
         }
 
     def _find_hardest_class(self, recall: Tensor, support: Tensor) -> dict[str, Any]:
@@ -296,18 +335,6 @@ def _resolve_labels(labels: tuple[str, ...], outputs: Tensor) -> tuple[str, ...]
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
-
-
-def _bincount(indices: Tensor, size: int) -> Tensor:
-    """Return the count of each index below `size`, int64 (size,), deterministically."""
-    return torch.zeros(size, dtype=torch.int64, device=indices.device).index_add_(0, indices, torch.ones_like(indices))
-
-
-def _is_in_top_k(scores: Tensor, labels_b: Tensor, top_k: int) -> Tensor:
-    """Return whether the label is among the `top_k` highest scores (b,); ties go to the lower index."""
-    own = scores.gather(1, labels_b[:, None])
-    earlier = torch.arange(scores.shape[1], device=scores.device) < labels_b[:, None]
-    return ((scores > own) | ((scores == own) & earlier)).sum(1) < top_k
 
 
 def _bin_by_confidence(confidence: Tensor, correct: Tensor, bins: int) -> Tensor:

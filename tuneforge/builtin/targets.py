@@ -87,7 +87,8 @@ class ClassTargets(Targets):
 
     def group_by_class(self, targets: Tensor) -> dict[str, Tensor]:
         """Return the rows of each class, int64."""
-        return {name: (targets == index).nonzero().flatten() for index, name in enumerate(self.names)}
+        counts = targets.bincount(minlength=len(self.names)).tolist()
+        return dict(zip(self.names, torch.split(targets.argsort(stable=True), counts), strict=True))
 
     def fit_head(self, features: Tensor, targets: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
         """Fit a logistic regression: minimize the mean cross-entropy + l2 / 2 * |W|^2; the bias has no penalty.

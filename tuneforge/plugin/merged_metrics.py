@@ -8,6 +8,8 @@ from typing import Any
 from tuneforge.errors import PluginError
 from tuneforge.plugin.names import to_kebab_case
 
+_PLAIN_TYPES = frozenset({int, float, str, bool, type(None)})
+
 
 class MergedMetrics:
     """The metrics of several components as one metric object, each name once.
@@ -56,6 +58,8 @@ class MergedMetrics:
 
 def to_plain(value: Any) -> Any:
     """Convert tensors and numpy values to plain numbers and lists; return everything else unchanged."""
+    if type(value) in _PLAIN_TYPES:  # the fast way out: with thousands of classes there are tens of thousands of these
+        return value
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -12,7 +12,6 @@ from typing import Any
 
 import attrs
 import jinja2
-import numpy as np
 import tomli_w
 
 from tuneforge.engine.loop.metric_set import scalar_metrics
@@ -21,11 +20,11 @@ from tuneforge.engine.storage import run_dir as names
 from tuneforge.plugin.results import Diagnostics, StrategyStepResult
 from tuneforge.plugin.serialization import from_json
 from tuneforge.report import plots as plots
+from tuneforge.report.confusions import build_confusion, list_confusions
 
 NON_FINITE = "NaN or Inf"
-_MAX_MATRIX_CLASSES = 30
 _MAX_EXPANDED_CLASSES = 60
-_MAX_CONFUSIONS = 20
+_MAX_LISTED_CLASSES = 1_000
 _SPLITS = {"train": "training", "val": "validation"}
 
 
@@ -161,7 +160,7 @@ def _build_context(record: _RunRecord) -> dict[str, Any]:
         "never_updated": _unchanged_parameters(record),
         "monitor": record.monitor,
         "classes": _build_class_table(record),
-        "confusion": _build_confusion(record),
+        "confusion": build_confusion(_test_metrics(record), record.model.get("labels") or ()),
         "outputs": _test_metrics(record).get("per_output"),
         "hardest_samples": _hardest_samples(record),
         "data": _build_data_section(record),
@@ -207,7 +206,8 @@ def _weakest_class(record: _RunRecord) -> dict[str, Any] | None:
     name, row = min(seen, key=lambda pair: pair[1]["recall"])
     weakest = {"name": name, "recall": row["recall"], "support": row["support"], "confused_with": None}
     weakest["found"] = round(row["recall"] * row["support"])
-    confusions = [each for each in _largest_confusions(record) if each["label"] == name and each["count"] > 1]
+    listed = list_confusions(_test_metrics(record), record.model.get("labels") or ())
+    confusions = [each for each in listed if each["label"] == name and each["count"] > 1]
     return weakest | ({"confused_with": confusions[0]} if confusions else {})
 
 
@@ -249,39 +249,8 @@ def _unchanged_parameters(record: _RunRecord) -> list[tuple[Sequence[str], list[
 def _build_class_table(record: _RunRecord) -> dict[str, Any] | None:
     """Return the classes of the test split, lowest recall first, those without samples last."""
     rows = sorted(_per_class(record), key=lambda pair: (not pair[1].get("support"), pair[1].get("recall") or 0.0))
-    return {"rows": rows, "folded": len(rows) > _MAX_EXPANDED_CLASSES} if rows else None
-
-
-def _build_confusion(record: _RunRecord) -> dict[str, Any] | None:
-    """Return the confusion matrix of the test split: a table, or a plot and the largest confusions above a size."""
-    counts = np.asarray(_test_metrics(record).get("confusion") or [], dtype=np.float64)
-    if not counts.size:
-        return None
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    size, right, total = len(counts), int(counts.trace()), int(counts.sum())
-    content = {"names": _class_names(record, size), "size": size, "right": right, "total": total}
-    if size <= _MAX_MATRIX_CLASSES:
-        rows = zip(counts.astype(np.int64).tolist(), shares.tolist(), strict=True)
-        cells = [list(zip(*row, strict=True)) for row in rows]
-        return {**content, "cells": cells, "plot": None, "largest": []}
-    alt = f"Confusion matrix of {size} classes: {right:,} of {total:,} predictions on the diagonal are correct."
-    largest = _largest_confusions(record)[:_MAX_CONFUSIONS]
-    return {**content, "cells": [], "plot": plots.plot_confusion_matrix(shares, alt=alt), "largest": largest}
-
-
-def _largest_confusions(record: _RunRecord) -> list[dict[str, Any]]:
-    """Return the confusions of the test split, most frequent first."""
-    counts = np.asarray(_test_metrics(record).get("confusion") or [], dtype=np.int64)
-    if not counts.size:
-        return []
-    labels, support = _class_names(record, len(counts)), counts.sum(1)
-    wrong = counts * ~np.eye(len(counts), dtype=bool)
-    order = np.argsort(-wrong, axis=None, kind="stable")[: np.count_nonzero(wrong)]
-    pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
-    return [
-        {"label": labels[row], "prediction": labels[column], "count": int(wrong[row, column]), "of": int(support[row])}
-        for row, column in pairs
-    ]
+    folded = len(rows) > _MAX_EXPANDED_CLASSES
+    return {"rows": rows[:_MAX_LISTED_CLASSES], "total": len(rows), "folded": folded} if rows else None
 
 
 def _hardest_samples(record: _RunRecord) -> dict[str, Any] | None:
@@ -369,14 +338,6 @@ def _test_metrics(record: _RunRecord) -> Mapping[str, Any]:
 
 def _per_class(record: _RunRecord) -> list[tuple[str, Mapping[str, Any]]]:
     return list((_test_metrics(record).get("per_class") or {}).items())
-
-
-def _class_names(record: _RunRecord, size: int) -> list[str]:
-    """Return the class names in the order of the confusion matrix; numbers where they are not known."""
-    for known in (record.model.get("labels") or (), [name for name, _ in _per_class(record)]):
-        if len(known) == size:
-            return [str(name) for name in known]
-    return [str(number) for number in range(size)]
 
 
 def _read(path: Path, default: Any) -> Any:

@@ -38,11 +38,19 @@ def test_without_other_signs_blocks_come_by_relative_gradient_norm():
 
 
 def test_permuted_predictions_rank_the_head_first():
-    assert accuracy_after_relabeling(before(((5, 45), (48, 2)))) == pytest.approx(
+    assert accuracy_after_relabeling(before(((5, 45), (48, 2))), ()) == pytest.approx(
         (0.07, 0.93, (0.93 * 0.07 / 100) ** 0.5)
     )
     assert order(((5, 45), (48, 2))) == ["head", "second", "first"]
     assert order(((24, 26), (26, 24))) == ["second", "head", "first"]  # 0.48 or 0.52: by chance
+
+
+def test_permuted_predictions_are_found_from_the_largest_confusions():
+    rows = {name: {"recall": correct / 50, "support": 50} for name, correct in (("a", 5), ("b", 2))}
+    val = {"accuracy": 0.07, "loss": 1.0, "per_class": rows, "largest_confusions": [[1, 0, 48], [0, 1, 45]]}
+    found = tf.StrategyStepResult("start-metrics", val=val)
+    assert accuracy_after_relabeling(found, TASK.classes) == accuracy_after_relabeling(before(((5, 45), (48, 2))), ())
+    assert [block for block, _ in rank_blocks(TASK, found, GRADIENTS, STILL, 5)] == ["head", "second", "first"]
 
 
 def test_the_lowest_block_whose_features_drift_comes_before_those_with_large_gradients():
@@ -54,7 +62,7 @@ def test_the_lowest_block_whose_features_drift_comes_before_those_with_large_gra
 
 
 def test_targets_without_confusion_are_diagnosed_by_the_probes_alone():
-    assert accuracy_after_relabeling(tf.StrategyStepResult("start-metrics", val={"rmse": 1.0})) == (0.0, 0.0, 0.0)
+    assert accuracy_after_relabeling(tf.StrategyStepResult("start-metrics", val={"rmse": 1.0}), ()) == (0.0, 0.0, 0.0)
 
 
 class Witness:

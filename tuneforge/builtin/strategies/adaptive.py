@@ -132,7 +132,7 @@ def format_comparison(after: StrategyStepResult, before: StrategyStepResult, tas
 
 def weigh_weak_classes(report: StrategyStepResult) -> dict[str, float]:
     """Return loss weights for the classes whose recall is two standard errors below the mean recall."""
-    if "confusion" not in report.val:  # regression or multi-label
+    if not {"confusion", "largest_confusions"} & report.val.keys():  # regression or multi-label
         return {}
     recalls = {name: row["recall"] for name, row in report.val["per_class"].items() if row["support"]}
     mean = sum(recalls.values()) / max(1, len(recalls))

@@ -6,7 +6,8 @@ It imports no torch, so that `tuneforge run --strategy auto --help` shows its op
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tuneforge import (
     Diagnosis,
@@ -93,7 +94,7 @@ def rank_blocks(
 ) -> Sequence[tuple[str, str]]:
     """Return the candidate layer groups in the order in which they are tried, each with the reason."""
     found: dict[str, str] = {}
-    right, renamed, error = accuracy_after_relabeling(before)
+    right, renamed, error = accuracy_after_relabeling(before, task.classes)
     if renamed - right > 2 * error:
         found[task.head.name] = f"relabeling the predictions would raise accuracy from {right:.2f} to {renamed:.2f}"
     seen = [min(batches * task.batch_size, count) for count in (task.num_train, task.num_val)]
@@ -107,15 +108,30 @@ def rank_blocks(
     return list(found.items())
 
 
-def accuracy_after_relabeling(report: StrategyStepResult) -> tuple[float, float, float]:
+def accuracy_after_relabeling(report: StrategyStepResult, classes: Sequence[str]) -> tuple[float, float, float]:
     """Return accuracy, accuracy after the best relabeling of predictions, and its standard error; 0 if no classes."""
-    confusion = report.val.get("confusion", ())
-    count = sum(map(sum, confusion))
+    cells = _list_cells(report.val, classes)
+    count = sum(number for _, _, number in cells)
+    if "largest_confusions" in report.val:  # rare confusions are left out there
+        count = sum(row["support"] for row in report.val["per_class"].values())
     if not count:
         return 0.0, 0.0, 0.0
-    right = sum(row[place] for place, row in enumerate(confusion)) / count
-    renamed = sum(map(max, zip(*confusion, strict=True))) / count
+    best: dict[int, int] = {}
+    for _, prediction, number in cells:
+        best[prediction] = max(best.get(prediction, 0), number)
+    right = sum(number for label, prediction, number in cells if label == prediction) / count
+    renamed = sum(best.values()) / count
     return right, renamed, math.sqrt(renamed * (1 - renamed) / count)
+
+
+def _list_cells(metrics: Mapping[str, Any], classes: Sequence[str]) -> list[tuple[int, int, int]]:
+    """Return label, prediction and samples of each known cell of the confusion matrix."""
+    if "largest_confusions" in metrics:
+        rows = [metrics["per_class"][name] for name in classes]
+        diagonal = [(place, place, round(row["recall"] * row["support"])) for place, row in enumerate(rows)]
+        return [*diagonal, *metrics["largest_confusions"]]
+    matrix = metrics.get("confusion", ())
+    return [(label, place, number) for label, row in enumerate(matrix) for place, number in enumerate(row)]
 
 
 def select_best(task: TaskInfo, start: StrategyStepResult, ranked: Sequence[StrategyStepResult]) -> WeightAverage:

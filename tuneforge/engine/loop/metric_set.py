@@ -84,10 +84,13 @@ class HardestSamples:
 
     def update(self, losses: Tensor, indices: Tensor, outputs: Tensor) -> None:
         """Add one batch: losses (b,), indices (b,), outputs (b, k). Samples without a loss are not kept."""
-        outputs = outputs.detach().float().cpu()
-        all_outputs = outputs if self.outputs is None else torch.cat([self.outputs, outputs])
         all_losses = torch.cat([self.losses, losses.detach().float().cpu()])
-        all_indices = torch.cat([self.indices, indices])
         order = torch.argsort(all_losses, descending=True, stable=True)[: self.max_samples]
         order = order[all_losses[order] > 0]
-        self.losses, self.indices, self.outputs = all_losses[order], all_indices[order], all_outputs[order]
+        num_kept = len(self.losses)
+        chosen = order[order >= num_kept] - num_kept  # only these rows are copied: an output may have 20,000 classes
+        outputs = outputs.detach()[chosen.to(outputs.device)].float().cpu()
+        # The rows kept before come first, then the chosen ones, as in `all_losses`.
+        rank = torch.where(order < num_kept, order, num_kept + (order >= num_kept).cumsum(0) - 1)
+        self.losses, self.indices = all_losses[order], torch.cat([self.indices, indices])[order]
+        self.outputs = (outputs if self.outputs is None else torch.cat([self.outputs, outputs]))[rank]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from tuneforge.plugin.results import TaskInfo
 from tuneforge.plugin.serialization import to_json
 
 NUM_HARDEST_SAMPLES = 24
+_MAX_PROBABILITIES = 100  # classes whose probability is recorded for a hardest sample
 DETERMINISM_KEYS = ("torch", "threads", "machine", "cpu", "device")
 
 
@@ -161,17 +162,28 @@ def describe_hardest_samples(run: Run, split: Split, hardest: HardestSamples) ->
         sample = {name: tensor[0] for name, tensor in named_tensors(stored).items()}
         shown = sample.get("", sample)
         image = run.data.inputs.render_image(shown)
+        label = run.data.targets.describe_label(split.targets[index])
         out.append(
             {
                 "id": split.id_of(index),
-                "label": run.data.targets.describe_label(split.targets[index]),
-                "prediction": run.data.targets.describe(output),
+                "label": label,
+                "prediction": _keep_most_probable(run.data.targets.describe(output), label),
                 "loss": loss,
                 "image": base64.b64encode(image).decode() if image else None,
                 "text": None if image else run.data.inputs.render_text(shown),
             }
         )
     return out
+
+
+def _keep_most_probable(prediction: dict[str, Any], label: str) -> dict[str, Any]:
+    """Return a prediction with the probabilities of a few classes only, the label among them, where there are many."""
+    probabilities = prediction.get("probabilities")
+    if not isinstance(probabilities, Mapping) or len(probabilities) <= _MAX_PROBABILITIES:
+        return prediction
+    ranked = sorted(probabilities, key=lambda name: probabilities[name] or 0.0, reverse=True)
+    kept = dict.fromkeys([*ranked[:_MAX_PROBABILITIES], *([label] if label in probabilities else [])])
+    return {**prediction, "probabilities": {name: probabilities[name] for name in kept}}
 
 
 def _describe_component(group: str, instance: Inputs | Targets) -> dict[str, Any]:
