@@ -15,6 +15,7 @@ from tiny import TinyNet, tiny_data
 from torch import nn
 
 import tuneforge as tf
+from tuneforge.engine.model.extra_state import get_extra_states, set_extra_states
 from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.engine.storage.run_dir import RunDir
 
@@ -185,6 +186,67 @@ def test_engines_own_forward_passes_leave_buffers_unchanged(tmp_path):
     run_and_kill(counting(tmp_path / "r").run, 15, only="step-saved")
     counting(tmp_path / "r", resume=True).run()
     assert read_files(tmp_path / "r") == read_files(tmp_path / "unbroken")
+
+
+class WithExtraState(nn.Linear):
+    """Anneals its output by a count of training passes, which only its extra state holds."""
+
+    count = 0
+
+    def forward(self, inputs):
+        self.count += self.training
+        return super().forward(inputs) / (1 + 0.01 * self.count)
+
+    def get_extra_state(self):
+        return torch.tensor([self.count])
+
+    def set_extra_state(self, state):
+        self.count = int(state)
+
+
+@pytest.mark.parametrize("point", [5, 14, 22])
+def test_extra_state_of_modules_is_resumed_and_belongs_to_the_best_weights(tmp_path, point):
+    def run(path, resume=False):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = nn.Sequential(WithExtraState(8, 16), nn.ReLU(), nn.Linear(16, 3))
+        best = {"restore_best": True, "monitor": "loss", "monitor_mode": "max"}
+        phases = [tf.Phase("one", epochs=2, lr=0.02, **best), tf.Phase("two", epochs=2, lr=0.01)]
+        objects = {"data": data(), "model": module, "strategy": phases}
+        if resume:
+            return tf.Engine.resume(path, **objects), module
+        return tf.Engine(**objects, batch_size=8, page=False, checkpoint_s=0.0, out=path), module
+
+    unbroken, module = run(tmp_path / "unbroken")
+    unbroken.run()
+    assert module[0].count == 6 + 12, "the first of two epochs was the best"
+    run_and_kill(run(tmp_path / "r")[0].run, point, only="step-saved")
+    resumed, module = run(tmp_path / "r", resume=True)
+    resumed.run()
+    assert module[0].count == 6 + 12
+    assert read_files(tmp_path / "r") == read_files(tmp_path / "unbroken")
+
+
+def test_extra_state_of_any_plain_form_comes_back_and_a_failed_one_is_named():
+    class Plain(nn.Module):
+        def get_extra_state(self):
+            return {"scale": (1.5, [2]), "name": "a"}
+
+        def set_extra_state(self, state):
+            self.state = state
+
+    module = nn.Sequential(nn.Linear(1, 1), Plain())
+    states = get_extra_states(module)
+    assert states == {"1": {"scale": (1.5, [2]), "name": "a"}}
+    set_extra_states(module, states)
+    assert module[1].state == states["1"]
+
+    class Half(nn.Module):
+        def get_extra_state(self):
+            return 1
+
+    with pytest.raises(tf.PluginError, match="set_extra_state of Half 'inner' failed"):
+        set_extra_states(nn.ModuleDict({"inner": Half()}), {"inner": 1})
 
 
 def test_resumed_run_knows_that_its_model_is_pretrained(tmp_path):

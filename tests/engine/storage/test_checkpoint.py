@@ -5,6 +5,7 @@ The full set of random histories: `TUNEFORGE_HISTORIES=1000 python -m pytest tes
 
 import importlib.util
 import json
+import math
 import os
 import random
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -22,6 +24,7 @@ import tuneforge as tf
 from tuneforge.engine.storage import checkpoint
 from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.engine.storage.checkpoint import Checkpoints
+from tuneforge.plugin.serialization import from_json, to_json
 
 HISTORIES = int(os.environ.get("TUNEFORGE_HISTORIES", "100"))
 COMPARED = ("model.safetensors", "metrics.jsonl", "steps.jsonl", "report.json", "model.json", "hardest_samples.json")
@@ -260,6 +263,28 @@ def test_shared_tensors_are_stored_once_and_shared_again():
     assert len(tensors) == 1
     again = checkpoint.unpack(packed, tensors)
     assert again["a"] is again["b"][0]
+
+
+def test_plain_data_comes_back_as_it_was():
+    value = {
+        "tuple": (1, (2.5, [None, "a"])), "list": [True, {"x": (torch.ones(2),)}], "nan": math.nan, "inf": -math.inf,
+        "empty": (), 7: "a key that is no text", "step": tf.Phase("p", epochs=1), "zero-dimensional": np.float32(0.5),
+    }  # fmt: skip
+    tensors = {}
+    text = to_json(checkpoint.pack(value, tensors, {}))
+    again = checkpoint.unpack(from_json(text), tensors)
+    assert math.isnan(again.pop("nan"))
+    assert math.isnan(value.pop("nan"))
+    assert again["list"][1]["x"][0] is value["list"][1]["x"][0]
+    del again["list"], value["list"]
+    assert again == value
+
+
+@pytest.mark.parametrize("value", [{1, 2}, object(), np.zeros(3), b"bytes"])
+def test_what_is_neither_tensor_nor_plain_data_is_refused_with_its_place(tmp_path, value):
+    with pytest.raises(tf.PluginError, match=r"state\.components\.3:mine\.seen"):
+        make_checkpoints(tmp_path).save(0, {"components": {"3:mine": {"count": 1, "seen": [value]}}})
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 # Random histories

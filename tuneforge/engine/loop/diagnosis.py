@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from itertools import islice
@@ -18,6 +19,7 @@ from tuneforge.engine.data.sampler import EpochSampler
 from tuneforge.engine.loop.backward import compute_loss
 from tuneforge.engine.loop.oom import CatchOutOfMemory, halve
 from tuneforge.engine.loop.phase_components import PhaseComponents
+from tuneforge.engine.model.extra_state import get_extra_states, set_extra_states
 from tuneforge.engine.model.freezing import freeze, select
 from tuneforge.engine.model.modes import set_modes
 from tuneforge.engine.model.module_state import full_state, restore_state
@@ -201,6 +203,7 @@ def _preserve_state(run: Run) -> Iterator[None]:
     """Restore weights, buffers, `requires_grad`, modes and random generators bit-exactly."""
     module = run.model.module
     state = {name: tensor.clone() for name, tensor in full_state(module).items()}
+    extra_states = copy.deepcopy(get_extra_states(module))
     requires_grad = {name: parameter.requires_grad for name, parameter in run.model.parameters().items()}
     modes = [(child, child.training) for child in module.modules()]
     # A diagnosis runs in eval mode, where a micro-batch may be smaller than BatchNorm allows in training.
@@ -213,5 +216,6 @@ def _preserve_state(run: Run) -> Iterator[None]:
         finally:
             run.phase, run.engine_state.micro_batch_size = None, micro_batch_size
             restore_state(module, state)
+            set_extra_states(module, extra_states)
             set_modes(modes)
             freeze(run.model, [name for name, requires in requires_grad.items() if requires])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Batch, named_tensors
+from tuneforge.engine.model.extra_state import get_extra_states, set_extra_states
 from tuneforge.engine.model.fsdp import local_shard
 from tuneforge.engine.model.module_state import full_state, restore_state
 from tuneforge.errors import HaltError
@@ -67,7 +68,11 @@ class NonFinitePolicy:
         """Store the state that a rollback restores."""
         if run.config.on_nan == "rollback":
             tensors = {name: tensor.clone() for name, tensor in full_state(run.model.module).items()}
-            state = {"optimizer": run.optimization.state(run.model), "components": run.engine_state.component_states}
+            state = {
+                "optimizer": run.optimization.state(run.model),
+                "components": run.engine_state.component_states,
+                "extra_states": get_extra_states(run.model.module),
+            }
             self.epoch_start_state = {"model": tensors, **copy.deepcopy(state)}
 
     def handle(self, run: Run, error: NonFiniteError | None) -> None:
@@ -112,6 +117,7 @@ class NonFinitePolicy:
     def _roll_back(self, run: Run) -> None:
         self.lr_factor, self.rollbacks = self.lr_factor / 2, self.rollbacks + 1
         restore_state(run.model.module, self.epoch_start_state["model"])
+        set_extra_states(run.model.module, copy.deepcopy(self.epoch_start_state["extra_states"]))
         freeze_check = run.engine_state.freeze_check
         if freeze_check is not None:  # the steps since are undone, so their gradients must no longer change anything
             freeze_check.unmoved = dict.fromkeys(freeze_check.unmoved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,12 +14,22 @@ from torch import Tensor
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.loop.backward import BackwardPass
 from tuneforge.engine.loop.metric_set import scalar_metrics
+from tuneforge.engine.model.extra_state import get_extra_states
 from tuneforge.engine.model.module_state import full_state
 from tuneforge.errors import HaltError, UsageError
 from tuneforge.plugin.names import format_count
 from tuneforge.plugin.steps import Phase
 
-_STATE_FIELDS = ("stop_reason", "best_value", "best_epoch", "best_metrics", "best_state", "metrics", "history")
+_STATE_FIELDS = (
+    "stop_reason",
+    "best_value",
+    "best_epoch",
+    "best_metrics",
+    "best_state",
+    "best_extra_states",
+    "metrics",
+    "history",
+)
 
 
 @attrs.define(eq=False)
@@ -34,6 +45,7 @@ class MetricTracker:
         best_epoch: The best epoch, counted from 1 within the phase; 0 before the first.
         best_metrics: All metrics of the best epoch.
         best_state: Trained parameters and all buffers after the best epoch, if the phase restores them.
+        best_extra_states: The extra state of modules after the best epoch, in the same case.
         metrics: All metrics of the latest epoch.
         history: One entry per epoch: training loss and validation metrics.
     """
@@ -46,6 +58,7 @@ class MetricTracker:
     best_epoch: int = 0
     best_metrics: Mapping[str, Any] = attrs.field(factory=dict)
     best_state: dict[str, Tensor] = attrs.field(factory=dict)
+    best_extra_states: dict[str, Any] = attrs.field(factory=dict)
     metrics: Mapping[str, Any] = attrs.field(factory=dict)
     history: list[dict[str, Any]] = attrs.field(factory=list)
 
@@ -90,6 +103,7 @@ class MetricTracker:
                 frozen = set(run.model.parameters()) - set(trainable)
                 state = full_state(run.model.module)
                 self.best_state = {name: tensor.clone() for name, tensor in state.items() if name not in frozen}
+                self.best_extra_states = copy.deepcopy(get_extra_states(run.model.module))
         self.stop_reason = self._find_stop_reason(is_complete=run.steps_done >= run.total_steps)
         if decides and self.stop_reason and not math.isfinite(self.best_value):
             raise HaltError(

@@ -21,6 +21,7 @@ from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.phase_progress import MetricTracker, PhaseProgress
 from tuneforge.engine.loop.sample_weights import SamplingWeights
 from tuneforge.engine.model.dataflow import find_function_mode
+from tuneforge.engine.model.extra_state import set_extra_states
 from tuneforge.engine.model.freeze_check import FreezeCheck
 from tuneforge.engine.model.freezing import compute_modes, freeze, select
 from tuneforge.engine.model.module_state import full_state, restore_state
@@ -116,6 +117,7 @@ def _finish_phase(
     num_augmented_copies = forward_pass.feature_cache.num_augmented_copies if forward_pass.feature_cache else 0
     if phase.restore_best and tracker.best_epoch != len(tracker.history):
         restore_state(run.model.module, tracker.best_state)
+        set_extra_states(run.model.module, tracker.best_extra_states)
         run.optimization.reset_state()
     run.phase = run.engine_state.freeze_check = forward_pass.feature_cache = forward_pass.compiled_module = None
     forward_pass.function_mode = None

@@ -190,7 +190,7 @@ def gather_state(state: Any, *, keep: bool) -> Any:
             return found[id(value)]
         if isinstance(value, Mapping):
             return {key: gather(item) for key, item in value.items()}
-        return [gather(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return type(value)(map(gather, value)) if type(value) in (list, tuple) else value
 
     return gather(state)
 
@@ -213,7 +213,7 @@ def scatter_state(state: Any, parameters: Mapping[str, Tensor], device: torch.de
             return found[id(value)]
         if isinstance(value, Mapping):
             return {key: scatter(item, key if key in parameters else name) for key, item in value.items()}
-        return [scatter(item, name) for item in value] if isinstance(value, (list, tuple)) else value
+        return type(value)(scatter(item, name) for item in value) if type(value) in (list, tuple) else value
 
     return scatter(state, "")
 

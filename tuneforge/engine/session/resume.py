@@ -17,6 +17,7 @@ from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.phase_progress import PhaseProgress
 from tuneforge.engine.loop.weight_average import Snapshot, take_snapshot
 from tuneforge.engine.model import fsdp
+from tuneforge.engine.model.extra_state import get_extra_states, set_extra_states
 from tuneforge.engine.model.module_state import full_state, restore_state
 from tuneforge.engine.session.resume_check import check_plan, check_step
 from tuneforge.engine.session.run_log import DETERMINISM_KEYS, describe_environment
@@ -172,6 +173,7 @@ class ResumeState:
         if run.sharded:
             state = fsdp.scatter_state(state, run.model.parameters(), run.device.torch)
         restore_state(run.model.module, state["model"])
+        set_extra_states(run.model.module, state["extra_states"])
         run.optimization.pending_state = state["optimizer"]
         self.components.current_optimizer = state["optimizer_part"]
         run.step, run.epoch, run.history = state["step"], state["epoch"], state["history"]
@@ -202,6 +204,7 @@ class ResumeState:
         run, engine_state = self.run, self.run.engine_state
         return {
             "model": full_state(run.model.module),
+            "extra_states": get_extra_states(run.model.module),
             "optimizer": run.optimization.state(run.model),
             "optimizer_part": self.components.current_optimizer,
             "components": engine_state.component_states,

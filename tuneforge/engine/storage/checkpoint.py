@@ -24,15 +24,15 @@ from torch import Tensor
 from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.engine.storage.atomic import atomic_write, fsync_path, is_disk_full, size_and_sha256, write_error
 from tuneforge.engine.storage.safetensors_io import load_tensors, save_tensors
-from tuneforge.errors import FolderError, TuneforgeError
-from tuneforge.plugin.serialization import from_json, to_json
+from tuneforge.errors import FolderError, PluginError, TuneforgeError
+from tuneforge.plugin.serialization import from_json, to_json, to_plain_data
 
 CHECKPOINTS_DIR = "checkpoints"
 PINNED = "pinned"
 """A checkpoint whose directory holds a file of this name, whatever its content, is never deleted."""
 
 _STATE, _TENSORS, _MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
-_REFERENCE = "__tensor__"
+_REFERENCE, _TUPLE = "__tensor__", "__tuple__"
 _NAME = re.compile(r"\.?(\d{6,})(-step-\d+|\.part)")  # other files in the directory are the user's: never deleted
 
 
@@ -105,6 +105,7 @@ class Checkpoints:
 
         Raises:
             TryAgainError: The disk is full; earlier checkpoints are unchanged.
+            PluginError: The state holds something that is neither plain data nor a tensor.
             FolderError: The directory cannot be written, or the files are not what was written.
         """
         began = time.monotonic()
@@ -206,13 +207,17 @@ def delete_unpinned(run_dir: Path) -> None:
         directory.rmdir()
 
 
-def pack(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
+def pack(value: Any, tensors: dict[str, Tensor], names: dict[int, str], where: str = "state") -> Any:
     """Return plain data with a reference in place of each tensor.
 
     Args:
         value: Nested mappings, lists, tuples, plain data and tensors.
         tensors: Receives the tensors by name.
         names: Names of the tensors seen so far, by `id`: a tensor that occurs twice is stored once.
+        where: The place of the value, for the message of an error.
+
+    Raises:
+        PluginError: The value is neither plain data nor a tensor.
     """
     if isinstance(value, Tensor):
         if id(value) not in names:
@@ -220,21 +225,36 @@ def pack(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
             tensors[names[id(value)]] = value
         return {_REFERENCE: names[id(value)]}
     if isinstance(value, Mapping):
-        return {key: pack(item, tensors, names) for key, item in value.items()}
+        return {_plain(key, where): pack(item, tensors, names, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [pack(item, tensors, names) for item in value]
-    return value
+        packed = [pack(item, tensors, names, where) for item in value]
+        return {_TUPLE: packed} if isinstance(value, tuple) else packed
+    return _plain(value, where)
 
 
 def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return what `pack` was given, with mappings as dict and sequences as list."""
+    """Return what `pack` was given, with mappings as dict."""
     if isinstance(value, Mapping):
         if set(value) == {_REFERENCE}:
             return tensors[value[_REFERENCE]]
+        if set(value) == {_TUPLE}:
+            return tuple(unpack(item, tensors) for item in value[_TUPLE])
         return {key: unpack(item, tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [unpack(item, tensors) for item in value]
     return value
+
+
+def _plain(value: Any, where: str) -> Any:
+    try:
+        return to_plain_data(value)
+    except TypeError as error:
+        raise PluginError(
+            f"a checkpoint cannot hold {value!r:.80}",
+            where=where,
+            why=str(error),
+            fix="keep tensors, numbers and text there, in lists, tuples and mappings",
+        ) from None
 
 
 def _write(directory: Path, step: int, best: bool, state: Mapping[str, Any]) -> Path:
