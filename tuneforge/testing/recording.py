@@ -163,7 +163,7 @@ class StrategyHarness:
         counter = _StepCounter()
         engine = self.build_engine(*make_callbacks(), counter, name=name, **settings)
         while True:
-            with _set_fault_hook(functools.partial(_interrupt, engine, counter, remaining)):
+            with set_fault_hook(functools.partial(_interrupt, engine, counter, remaining)):
                 try:
                     return self._run_to_end(engine)
                 except (_KilledError, StoppedError):
@@ -177,7 +177,7 @@ class StrategyHarness:
     def record_points(self, *callbacks: Any, name: str = "points", **settings: Any) -> list[InterruptionPoint]:
         """Run the strategy, and return every fault-injection point that the run passes, in order."""
         counter, passed = _StepCounter(), list[InterruptionPoint]()
-        with _set_fault_hook(lambda point: passed.append((point, counter()))):
+        with set_fault_hook(lambda point: passed.append((point, counter()))):
             self.run(*callbacks, counter, name=name, **settings)
         return passed
 
@@ -231,7 +231,8 @@ def _interrupt(engine: Engine, counter: _StepCounter, remaining: set[Interruptio
 
 
 @contextlib.contextmanager
-def _set_fault_hook(hook: Callable[[str], None]) -> Iterator[None]:
+def set_fault_hook(hook: Callable[[str], None]) -> Iterator[None]:
+    """Call `hook` with the name of each fault-injection point that a run passes."""
     before, faults.hook = faults.hook, hook
     try:
         yield
