@@ -97,7 +97,8 @@ def evaluation_batches(run: Run, split: Split, *, per_rank: bool = False) -> Ite
 
 def prepare_inputs(run: Run, samples: TensorTree) -> Any:
     """Return what the model takes, on the run's device, from the stored inputs of a batch."""
-    return run.forward_pass.to_device(run.data.inputs.preprocess(map_inputs(samples, run.device.move)))
+    inputs = run.forward_pass.to_device(run.data.inputs.preprocess(map_inputs(samples, run.device.move)))
+    return run.forward_pass.convert(inputs)
 
 
 def augment(run: Run, batch: Batch) -> Batch:
@@ -114,7 +115,7 @@ def _evaluation_batch(run: Run, split: Split, indices: Tensor, inputs: Any) -> B
 def _make_batch(run: Run, split: Split, indices: Tensor, inputs: Any, rng: SampleRNG, weights: Tensor | None) -> Batch:
     return Batch(
         inputs=inputs,
-        targets=run.forward_pass.to_device(split.targets.index_select(0, indices)),
+        targets=run.forward_pass.prepare_targets(split.targets.index_select(0, indices)),
         indices=indices,
         weights=None if weights is None else run.device.move(weights.index_select(0, indices)),
         rng=rng,

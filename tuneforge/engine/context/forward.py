@@ -15,6 +15,8 @@ from tuneforge.engine.model.dataflow import FreezeFunctions
 from tuneforge.engine.model.device import Device
 from tuneforge.engine.model.model import call_module, extract_logits
 
+_HALF_PRECISION = (torch.bfloat16, torch.float16)
+
 
 @attrs.frozen(eq=False)
 class Features:
@@ -60,6 +62,8 @@ class ForwardPass:
         channels_last: True where 4-D tensors are converted to `torch.channels_last`.
         feature_cache: The features of the phase, where its frozen backbone is cached.
         compiled_module: What the phase trains, compiled; None where it is not.
+        input_dtypes: The dtypes that inputs are converted to, by name ("" for a single one).
+        double_targets: True for a model of float64 weights, whose losses take float64 targets.
         function_mode: The mode in which the phase calls its model, if functions have to be frozen.
     """
 
@@ -69,6 +73,8 @@ class ForwardPass:
     channels_last: bool = False
     feature_cache: FeatureCacheProtocol | None = None
     compiled_module: Any = None
+    input_dtypes: Mapping[str, torch.dtype] = attrs.field(factory=dict)
+    double_targets: bool = False
     function_mode: FreezeFunctions | None = None
 
     def __call__(self, module: nn.Module, inputs: Any, *, evaluating: bool) -> Any:
@@ -84,7 +90,7 @@ class ForwardPass:
             contextlib.nullcontext() if evaluating else self.function_mode or contextlib.nullcontext(),
         ):
             output = extract_logits(self._call_network(module, inputs, evaluating))
-        return output.float() if isinstance(output, Tensor) and output.dtype == torch.bfloat16 else output
+        return output.float() if isinstance(output, Tensor) and output.dtype in _HALF_PRECISION else output
 
     def _call_network(self, module: nn.Module, inputs: Any, evaluating: bool) -> Any:
         cached = isinstance(inputs, Features)
@@ -94,7 +100,7 @@ class ForwardPass:
             network = self.feature_cache.eval_tail if evaluating else self.feature_cache.train_tail
         if self.compiled_module is not None and not evaluating and _num_samples(inputs) == self.full_batch_size:
             network = self.compiled_module  # another batch size would be compiled again
-        return network(*map(self._move, inputs.values)) if cached else call_module(network, inputs)
+        return network(*map(self._move, inputs.values)) if cached else call_module(network, self.convert(inputs))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which forward passes compute."""
@@ -105,6 +111,19 @@ class ForwardPass:
     def to_device(self, inputs: Any) -> Any:
         """Return inputs or targets on the device, 4-D tensors in the model's memory format."""
         return map_inputs(inputs, self._move) if isinstance(inputs, (Tensor, Mapping)) else inputs
+
+    def convert(self, inputs: Any) -> Any:
+        """Return inputs in the dtypes that the model takes."""
+        if not self.input_dtypes:
+            return inputs
+        if isinstance(inputs, Tensor):
+            return inputs.to(self.input_dtypes[""])
+        return {name: tensor.to(self.input_dtypes.get(name, tensor.dtype)) for name, tensor in inputs.items()}
+
+    def prepare_targets(self, targets: Tensor) -> Tensor:
+        """Return targets as the loss takes them, on the device."""
+        moved: Tensor = self.to_device(targets)
+        return moved.double() if self.double_targets and moved.is_floating_point() else moved
 
     def set_memory_format(self, module: nn.Module, *, channels_last: bool) -> None:
         """Convert the module, and from now on its inputs, to channels-last or to contiguous tensors."""

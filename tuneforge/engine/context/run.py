@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from torch import Tensor
 from tuneforge.engine.context import batches
 from tuneforge.engine.context.distributed import ProcessGroup
 from tuneforge.engine.context.forward import ForwardPass
+from tuneforge.engine.context.input_dtypes import candidate_dtypes, describe_conversion
 from tuneforge.engine.context.state import EngineState, TrainerState
 from tuneforge.engine.data.dataset import Batch, Data, Split, TensorTree
 from tuneforge.engine.data.hidden_split import hide_test_splits
 from tuneforge.engine.data.sampler import EpochSampler, derive_seed
+from tuneforge.engine.data.tensor_tree import named_tensors
 from tuneforge.engine.model import fsdp
 from tuneforge.engine.model.device import Device
 from tuneforge.engine.model.model import Model, accepts_inputs, check_output
@@ -85,7 +88,7 @@ class Run(TrainerState):
     def example(self) -> Any:
         """What the model takes for two training samples, on the run's device; builders read shapes from it."""
         if self._example is None:
-            self._example = self.to_device(self.data.example())
+            self._example = self.forward_pass.convert(self.to_device(self.data.example()))
         return self._example
 
     @property
@@ -170,6 +173,7 @@ class Run(TrainerState):
         else:
             model.module.to(self.device.torch)
         self._model = model
+        self._match_input_dtypes(model)
         if self._prefers_channels_last(model):
             self._set_memory_format(channels_last=True)
             if self.config.memory_format == "auto" and not accepts_inputs(model, self.example):
@@ -181,6 +185,25 @@ class Run(TrainerState):
             if not self.sharded:
                 raise
             raise fsdp.incompatible_error(error) from error
+
+    def _match_input_dtypes(self, model: Model) -> None:
+        """Convert the inputs from now on if the model takes them only in other dtypes than the data has."""
+        self.forward_pass.input_dtypes, self._example = {}, None
+        self.forward_pass.double_targets = any(each.dtype == torch.float64 for each in model.module.parameters())
+        example = self.example
+        candidates = candidate_dtypes(model.module, example)
+        first = next(candidates, None)
+        if first is None or accepts_inputs(model, example):
+            return
+        for dtypes in itertools.chain([first], candidates):
+            self.forward_pass.input_dtypes = dtypes
+            if accepts_inputs(model, self.forward_pass.convert(example)):
+                self.log(f"note: {describe_conversion(dtypes, example)}")
+                break
+        else:  # the error will name another reason than the dtype of floats
+            floats = {name for name, each in named_tensors(example).items() if each.is_floating_point()}
+            self.forward_pass.input_dtypes = {name: dtype for name, dtype in first.items() if name in floats}
+        self._example = None
 
     def _prefers_channels_last(self, model: Model) -> bool:
         if self.config.memory_format != "auto" or self.sharded:

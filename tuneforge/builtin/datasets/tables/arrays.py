@@ -44,12 +44,12 @@ from tuneforge import (
 )
 from tuneforge.builtin.checks import FRACTION_OR_ZERO, POSITIVE_NUMBERS
 from tuneforge.builtin.datasets.row_splits import group_rows_by_class, split_rows
+from tuneforge.builtin.datasets.tables.raw_tensors import require_one_input, to_tensor
 from tuneforge.builtin.datasets.tables.sample_arrays import (
     ArraySamples,
     describe_tensors,
     read_samples,
     targets_argument_name,
-    to_tensor,
 )
 from tuneforge.builtin.datasets.tables.target_arrays import (
     TargetKind,
@@ -127,6 +127,7 @@ class TensorInputs(Inputs):
 
     def _decode_tensor(self, name: str, value: Any) -> Tensor:
         where = f"input '{name}'" if name else ""
+        require_one_input(value, where=where)
         tensor = to_tensor(value, where=where)
         if name in self.dtypes:
             tensor = _cast_tensor(tensor, getattr(torch, self.dtypes[name]), where)

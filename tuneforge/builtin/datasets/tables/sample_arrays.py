@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from tuneforge import DataError, Source, Split, TensorTree, map_inputs
+from tuneforge.builtin.datasets.tables.raw_tensors import require_one_input, to_tensor
 from tuneforge.builtin.datasets.tables.target_arrays import to_target_array
 
 _LARGE_DATASET = 10_000  # samples from which reading all targets is slow enough for a note
@@ -196,6 +197,7 @@ class DatasetSource:
         where = f"{self.where}[{row}]"
         if isinstance(value, Mapping):
             return {name: to_tensor(each, where=where) for name, each in value.items()}
+        require_one_input(value, where=where)
         return to_tensor(value, where=where)
 
     def _read_pair(self, row: int) -> tuple[Any, Any]:
@@ -204,7 +206,7 @@ class DatasetSource:
             raise DataError(
                 f"the dataset returns {type(item).__name__}",
                 where=f"{self.where}[{row}]",
-                fix="return pairs (input, target)",
+                fix="return pairs (input, target); several inputs are a mapping by the names of forward's arguments",
             )
         return item[0], item[1]
 
@@ -222,31 +224,3 @@ class DatasetSource:
 def _equal_inputs(first: TensorTree, second: TensorTree) -> bool:
     one, other = ({"": each} if isinstance(each, Tensor) else each for each in (first, second))
     return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-
-
-def to_tensor(value: Any, *, where: str) -> Tensor:
-    """Return a CPU tensor: floats become float32, integers int64; uint8 and booleans keep their dtype.
-
-    Raises:
-        DataError: The value is not an array of finite numbers.
-    """
-    if type(value).__module__.partition(".")[0] == "PIL":
-        raise DataError("a PIL image", where=where, fix="convert it to a tensor (torchvision.transforms.v2)")
-    try:
-        tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(_to_numeric(np.asarray(value)))
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{type(value).__name__} is not an array of numbers", where=where, why=str(error)) from None
-    if tensor.is_floating_point():
-        tensor = tensor.float()
-        if not tensor.isfinite().all():
-            row = int((~tensor.isfinite()).nonzero()[0, 0]) if tensor.ndim else 0
-            raise DataError("an input is NaN or Inf", where=f"{where}[{row}]", fix="replace or remove such values")
-    return tensor if tensor.dtype in (torch.float32, torch.uint8, torch.bool) else tensor.long()
-
-
-def _to_numeric(array: NDArray[Any]) -> NDArray[Any]:
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"its dtype is {array.dtype}; use --data table-csv for text columns")
-    kept = array.dtype == np.uint8 or array.dtype.kind == "b"
-    dtype = array.dtype if kept else np.float32 if array.dtype.kind == "f" else np.int64
-    return np.require(array, dtype=dtype, requirements=("C", "W"))  # torch warns about read-only arrays

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuneforge import DataError
+from tuneforge.builtin.datasets.tables.raw_tensors import require_dense
 from tuneforge.builtin.targets import RegressionTargets
 from tuneforge.errors import suggest_name
 
@@ -24,8 +25,9 @@ def to_target_array(targets: Any, *, where: str) -> NDArray[Any]:
     """Return targets as an array (n,) or (n, k) of numbers, booleans or text; (n, 1) becomes (n,).
 
     Raises:
-        DataError: They have mixed types, or are missing or non-finite.
+        DataError: They have mixed types, or are missing, non-finite or sparse.
     """
+    require_dense(targets, where=where)
     try:
         array = targets.detach().cpu().numpy() if isinstance(targets, Tensor) else np.asarray(targets)
     except (ValueError, TypeError) as error:

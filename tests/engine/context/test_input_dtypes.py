@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import tuneforge as tf
+from tuneforge.sklearn import data_from_arrays
+
+SGD = tf.use("sgd", momentum=0.0)
+# Squares of small gradients are zero in float16, so AdamW cannot train such weights.
+PHASE = [tf.Phase("all", epochs=2, lr=0.1, schedule="constant", optimizer=SGD)]
+LABELS = np.arange(60) % 3
+FEATURES = np.random.default_rng(0).normal(size=(60, 8)) + 3 * np.eye(8)[LABELS]
+
+
+def net(dtype: torch.dtype = torch.float32) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
+
+
+class WithIds(nn.Module):
+    """A table of embeddings by index, and counts that a linear layer takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(9, 4), nn.Linear(8, 4), nn.Linear(8, 3)
+
+    def forward(self, ids, counts):
+        return self.head(torch.cat([self.table(ids), self.body(counts)], 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_inputs_reach_the_module_in_its_dtype(tune, dtype, as_tensor):
+    x = torch.tensor(FEATURES).to(dtype) if as_tensor else FEATURES
+    seen = set()
+    module = net(dtype)
+    module.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype) if module.training else None)
+    result = tune(PHASE, data=(x, LABELS), model=module)
+    assert {parameter.dtype for parameter in module.parameters()} == seen == {dtype}
+    losses = [entry["train"]["loss"] for entry in result.strategy_steps[0][1].history]
+    assert losses[-1] < losses[0]
+    predictor = tf.load(result.run_dir, model=net(dtype))
+    expected = module(torch.tensor(FEATURES[:4]).float().to(dtype)).float()
+    assert torch.equal(torch.stack(list(predictor.predict_outputs(FEATURES[:4]))), expected)
+
+
+def test_regression_trains_a_float64_module(tune):
+    module = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    result = tune([tf.Phase("all", epochs=8, lr=0.05)], data=(FEATURES, FEATURES[:, 0]), model=module)
+    assert result.report["splits"]["val"]["r2"] > 0.5
+    assert module[0].weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, np.int8, bool])
+def test_integer_features_are_floats_where_the_module_takes_floats(tune, dtype):
+    integers = (FEATURES > 1.5).astype(dtype)
+    lines = []
+    one, other = net(), net()
+    tune(PHASE, data=(integers, LABELS), model=one, log=lines.append)
+    tune(PHASE, data=(integers.astype("float32"), LABELS), model=other)
+    assert torch.equal(one[0].weight, other[0].weight)
+    assert any("to float32" in line for line in lines) is (dtype is not np.uint8)  # uint8 always becomes float32
+
+
+def test_only_the_integers_that_are_no_indices_become_floats(tune):
+    data = data_from_arrays({"ids": LABELS * 2, "counts": (FEATURES * 9).astype("int64")}, LABELS)
+    seen = set()
+
+    def observe(module, args, kwargs):
+        if module.training:
+            seen.update((name, each.dtype) for name, each in kwargs.items())
+
+    module = WithIds()
+    module.register_forward_pre_hook(observe, with_kwargs=True)
+    tune(PHASE, data=data, model=module)
+    assert seen == {("ids", torch.int64), ("counts", torch.float32)}
+
+
+def test_module_that_converts_its_inputs_itself_gets_them_unchanged(tune):
+    class Converts(nn.Sequential):
+        def forward(self, inputs):
+            assert inputs.dtype == torch.float32
+            return super().forward(inputs.double())
+
+    tune(PHASE, data=(FEATURES, LABELS), model=Converts(nn.Linear(8, 3)).double())
+
+
+def test_data_that_no_dtype_makes_fit_is_refused_with_the_original_reason(tune):
+    with pytest.raises(tf.PluginError, match="shapes cannot be multiplied"):
+        tune(PHASE, data=(FEATURES[:, :5], LABELS), model=net(torch.float64))
