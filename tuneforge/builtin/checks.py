@@ -8,3 +8,4 @@ FRACTION_OR_ZERO = Check(
 )
 POSITIVE_NUMBERS = Check("numbers greater than 0", lambda values: all(value > 0 for value in values))
 POSITIVE_STDS = Check("numbers greater than 0", lambda values: bool(values) and min(values) > 0)
+DELIMITER = Check("one character", lambda text: len(text) == 1, {"minLength": 1, "maxLength": 1})

@@ -23,6 +23,7 @@ def _evaluate(run_dir: Path, **values: Any) -> None:
         data=config.data if values["data"] or ctx.meta["tuneforge.chosen"] else None,
         metrics=config.metrics,
         device_name=values["device"],
+        log=lambda text: click.echo(text, err=True),
     )
     if values["as_json"]:
         click.echo(json.dumps(nonfinite_to_none(metrics)))

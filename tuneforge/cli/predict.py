@@ -7,9 +7,12 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from tuneforge.engine.data.dataset import Inputs
 
 
 @click.command()
@@ -28,20 +31,22 @@ def predict(run_dir: Path, things: tuple[str, ...], as_csv: bool, as_json: bool,
 
     predictor = load(run_dir, device_name=device)
     writer = None
-    failed = 0
-    num_inputs = 0
-    for name, raw in _read_inputs(things, rows=predictor.inputs.tabular):
+    num_inputs = num_failed = 0
+    for name, raw in _read_inputs(things, predictor.inputs):
         num_inputs += 1
         try:
+            if isinstance(raw, DataError):
+                raise raw
             prediction = next(predictor.predict([raw]))
         except DataError as error:
-            failed += 1
+            num_failed += 1
             click.echo(f"error: {name}: " + "\n".join(error.format_lines()), err=True)
             continue
         if as_json:
             click.echo(json.dumps({"input": name, **prediction}))
         elif as_csv:
-            row = {"input": name, **_flatten(prediction)}
+            unseen = {"unseen": _format_unseen(prediction)} if predictor.inputs.tabular else {}
+            row = {"input": name, **_flatten({**prediction, **unseen})}
             if writer is None:
                 writer = csv.DictWriter(sys.stdout, fieldnames=list(row), lineterminator="\n")
                 writer.writeheader()
@@ -50,39 +55,49 @@ def predict(run_dir: Path, things: tuple[str, ...], as_csv: bool, as_json: bool,
             click.echo(f"{name}: {_format_prediction(prediction)}")
     if not num_inputs:
         raise DataError(
-            "there is nothing to predict",
-            where=" ".join(things),
-            why="neither a file nor a row was found",
-            fix="check the path",
+            "there is nothing to predict", where=" ".join(things), why="no file was found", fix="check the path"
         )
-    return DataError.exit_code if failed else 0
+    return DataError.exit_code if num_failed else 0
 
 
-def _read_inputs(arguments: tuple[str, ...], *, rows: bool) -> Iterator[tuple[str, Any]]:
-    """Yield each input with its name: files, files of directories in sorted order, rows of a CSV file or of JSON."""
+def _read_inputs(arguments: tuple[str, ...], inputs: Inputs) -> Iterator[tuple[str, Any]]:
+    """Yield each input with its name, a `DataError` in place of one that cannot be read.
+
+    Inputs are files, files of directories in sorted order, rows of a table, or a row in JSON.
+    """
     from tuneforge.errors import DataError
+    from tuneforge.plugin.table_file import parse_json
 
     for thing in arguments:
         path = Path(thing)
-        if thing.lstrip().startswith("{"):
-            yield thing, json.loads(thing)
-        elif path.is_dir():
-            yield from ((str(each), each) for each in sorted(path.rglob("*")) if each.is_file())
-        elif rows and path.suffix == ".csv" and path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                yield from ((f"{path}:{number}", row) for number, row in enumerate(csv.DictReader(file), start=2))
-        elif path.is_file():
-            yield thing, path
-        else:
-            raise DataError(f"there is no file or directory '{thing}'", where="FILE|DIR", fix="check the path")
+        try:
+            if thing.lstrip()[:1] in ("{", "["):
+                yield thing, parse_json(thing, "")
+            elif path.is_dir():
+                for each in sorted(path.rglob("*")):
+                    if each.is_file():
+                        yield from inputs.read_file(each)
+            elif path.exists():
+                yield from inputs.read_file(path)
+            else:
+                raise DataError(f"there is no file or directory '{thing}'", where="FILE|DIR", fix="check the path")
+        except DataError as error:
+            yield thing, error
 
 
 def _format_prediction(prediction: dict[str, Any]) -> str:
+    unseen = _format_unseen(prediction)
+    suffix = f" [not in the training data: {unseen}]" if unseen else ""
     if prediction.get("probability") is not None:
-        return f"{prediction['class']} ({100 * prediction['probability']:.1f} %)"
+        return f"{prediction['class']} ({100 * prediction['probability']:.1f} %){suffix}"
     if "value" in prediction:
-        return f"{prediction['value']} {prediction.get('unit') or ''}".strip()
-    return ", ".join(f"{key} {value}" for key, value in prediction.items() if not isinstance(value, dict))
+        return f"{prediction['value']} {prediction.get('unit') or ''}".strip() + suffix
+    return ", ".join(f"{key} {value}" for key, value in prediction.items() if not isinstance(value, dict)) + suffix
+
+
+def _format_unseen(prediction: dict[str, Any]) -> str:
+    """Return the values of a row that the training data does not have."""
+    return ", ".join(f"{column} '{value}'" for column, value in prediction.get("unseen", {}).items())
 
 
 def _flatten(prediction: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from tuneforge.engine.data.dataset import Inputs, Targets, TensorTree, map_inputs
+from tuneforge.engine.data.dataset import Inputs, Targets, TensorTree, iterate_raw_inputs, map_inputs
 from tuneforge.engine.loop.phase_components import create_component
 from tuneforge.engine.session.predictor import load
 from tuneforge.engine.storage import run_dir as names
@@ -99,9 +99,9 @@ class InferenceModel:
         Raises:
             DataError: An input cannot be decoded.
         """
-        for raw in raws:
+        for raw in iterate_raw_inputs(raws):
             stored = map_inputs(self.inputs.decode(raw), lambda tensor: tensor[None])
-            yield self.targets.describe(self._forward(stored)[0])
+            yield {**self.targets.describe(self._forward(stored)[0]), **self.inputs.describe_input(raw)}
 
     def verify(self) -> int:
         """Predict the recorded test inputs again and compare with the reference, as one batch and singly.

@@ -50,8 +50,10 @@ from tuneforge.plugin.steps import StrategyStep as StrategyStep
 from tuneforge.plugin.steps import StrategySteps as StrategySteps
 from tuneforge.plugin.steps import WeightAverage as WeightAverage
 from tuneforge.plugin.steps import use as use
+from tuneforge.plugin.table_file import DELIMITERS as DELIMITERS
 from tuneforge.plugin.table_file import TableFile as TableFile
 from tuneforge.plugin.table_file import TableRow as TableRow
+from tuneforge.plugin.table_file import is_json_name as is_json_name
 from tuneforge.plugin.table_file import parse_json as parse_json
 from tuneforge.plugin.table_file import read_json_rows as read_json_rows
 from tuneforge.sandbox import LimitError as LimitError

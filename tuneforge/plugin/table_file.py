@@ -49,14 +49,15 @@ class TableRow(NamedTuple):
 class TableFile:
     """A text file with a header and a row of cells per line, read one row at a time.
 
-    The encoding is that of the byte-order mark, else UTF-8, else Windows-1252, the extension of Latin-1 that
-    spreadsheets write. Blank lines are skipped.
+    The encoding is that of the byte-order mark, else UTF-8, else by default Windows-1252, the extension of Latin-1
+    that spreadsheets write. Blank lines are skipped.
 
     Args:
         source: The file, or its content.
         name: Name of the file in messages; by default its path.
-        delimiter: Separator of the cells; None detects a comma, semicolon, tab or vertical bar.
-        encoding: Encoding as Python names it; None detects it.
+        delimiter: Separator of the cells; None detects it.
+        candidates: Delimiters to detect.
+        encoding: Encoding of a file that is neither marked nor UTF-8, as Python names it; None is Windows-1252.
         columns: Columns that the file should have, which helps to detect the delimiter.
         keep_bytes: Whether bytes that cannot be decoded are escaped, as in names of files, rather than an error.
         where: Option that names the file, for messages.
@@ -71,6 +72,7 @@ class TableFile:
         *,
         name: str = "",
         delimiter: str | None = None,
+        candidates: str = DELIMITERS,
         encoding: str | None = None,
         columns: Collection[str] = (),
         keep_bytes: bool = False,
@@ -87,7 +89,7 @@ class TableFile:
                 self._num_skipped, own = self._skip_separator_line(file)
                 sample = list(itertools.islice(file, _NUM_SNIFFED))
             csv.field_size_limit(_MAX_CELL)  # of the whole process; there is no other way
-            self.delimiter = delimiter or own or _detect_delimiter(sample, columns)
+            self.delimiter = delimiter or own or _detect_delimiter(sample, candidates, columns)
             header: list[str] = next((row for row in self._parse(iter(sample)) if row), [])
         except (OSError, csv.Error, UnicodeError, LookupError) as error:
             raise self._unreadable_error(error) from None
@@ -176,12 +178,13 @@ class TableFile:
 
     def _detect_encoding(self, encoding: str | None) -> tuple[str, tuple[str, ...]]:
         """Return the encoding, and a note if it is not evident."""
+        codecs.lookup(encoding or "cp1252")
         with self._open_binary() as file:
             head = file.read(1024)
             file.seek(0)
             mark = next((found for mark, found in _MARKS.items() if head.startswith(mark)), None)
-            if encoding or mark:
-                return encoding or mark or "", ()
+            if mark:
+                return mark, ()
             if b"\0" in head or head.startswith(_WORKBOOKS):
                 if not head.startswith(_WORKBOOKS) and head[:2].count(b"\0") == 1:
                     return ("utf-16-be" if head[0] == 0 else "utf-16-le"), ()
@@ -198,9 +201,10 @@ class TableFile:
                         is_utf8 = bool(line.decode())
                     except UnicodeDecodeError:
                         wrong = wrong or number
-        if not wrong or is_utf8:
+        if not wrong or (is_utf8 and encoding is None):
             return "utf-8", ()
-        return "cp1252", (f"'{self.name}' is read as Windows-1252, because line {wrong} is not UTF-8",)
+        note = f"'{self.name}' is read as Windows-1252, because line {wrong} is not UTF-8"
+        return encoding or "cp1252", () if encoding else (note,)
 
     def _skip_separator_line(self, file: TextIO) -> tuple[int, str | None]:
         """Skip a first line `sep=;`, and return the number of skipped lines and the delimiter that it names."""
@@ -213,6 +217,11 @@ class TableFile:
         where = self._where if line is None else f"{self.name}, line {line}"
         why = getattr(error, "strerror", None) or str(error)
         return DataError(f"cannot read '{self.name}'", where=where, why=why, fix="give a CSV file in UTF-8")
+
+
+def is_json_name(name: str) -> bool:
+    """Return True if a file is JSON or JSON lines by its name."""
+    return name.lower().endswith((".json", ".jsonl", ".ndjson"))
 
 
 def read_json_rows(source: Path | bytes, *, name: str = "") -> Iterator[TableRow]:
@@ -272,7 +281,7 @@ def _check_json_row(line: int, row: Any, where: str) -> TableRow:
     return TableRow(line, {}, error)
 
 
-def _detect_delimiter(lines: list[str], columns: Collection[str]) -> str:
+def _detect_delimiter(lines: list[str], candidates: str, columns: Collection[str]) -> str:
     """Return the delimiter with the most expected columns, then with the most rows as long as the header."""
 
     def score(delimiter: str) -> tuple[int, float, int]:
@@ -283,4 +292,4 @@ def _detect_delimiter(lines: list[str], columns: Collection[str]) -> str:
         known = len({cell.strip() for cell in rows[0]} & set(columns))
         return known, sum(len(row) == len(rows[0]) for row in rows) / len(rows), len(rows[0])
 
-    return max(DELIMITERS, key=score)
+    return max(candidates, key=score)

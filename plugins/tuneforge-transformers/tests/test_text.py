@@ -167,7 +167,10 @@ def test_run_directory_alone_predicts_and_evaluates(tmp_path, tune, table, adapt
     assert [set(each["probabilities"]) for each in predictions] == [{"kitchen", "sea", "sky"}] * 2
     assert tf.evaluate(moved)["test"] == result.report["splits"]["test"]
     other = write_csv(tmp_path / "other.csv", make_texts(3, seed=9))
-    assert set(tf.evaluate(moved, data=tf.use("text", path=str(other)))) == {"val", "test"}
+    metrics = tf.evaluate(moved, data=tf.use("text", path=str(other)))
+    assert {name: sum(each["support"] for each in split["per_class"].values()) for name, split in metrics.items()} == {
+        "test": 9
+    }
 
 
 def test_command_line_predicts_for_rows_files_and_json(tmp_path, tune, folder, table):

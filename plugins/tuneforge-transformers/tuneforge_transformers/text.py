@@ -9,7 +9,7 @@ import base64
 import functools
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tuneforge import DataError, Inputs, TensorTree, component, gt, map_inputs, option
 from tuneforge.errors import suggest_name
+from tuneforge.plugin import TableFile, is_json_name, read_json_rows
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -66,6 +67,24 @@ class TextInputs(Inputs):
             DataError: `raw` contains no text, is not UTF-8, or is too long.
         """
         return {name: tensor[0] for name, tensor in self.encode([self.extract_text(raw)]).items()}
+
+    def read_file(self, source: Path | bytes, *, name: str = "") -> Iterator[tuple[str, Any]]:
+        """Yield the rows of a CSV file or a file of JSON lines; any other file is one text.
+
+        Raises:
+            DataError: The file cannot be read.
+        """
+        name = name or str(source)
+        if not name.lower().endswith((".csv", ".tsv", ".jsonl", ".ndjson")):
+            yield name, source
+            return
+        rows = (
+            read_json_rows(source, name=name)
+            if is_json_name(name)
+            else TableFile(source, name=name, columns=(self.column,)).rows()
+        )
+        for row in rows:
+            yield f"{name}:{row.line}", row.error or row.cells
 
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Tokenize texts: `input_ids` int32 (b, t) and `attention_mask` uint8 (b, t)."""

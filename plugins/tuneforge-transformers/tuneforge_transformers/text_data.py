@@ -20,7 +20,7 @@ from tuneforge.plugin import Check
 from tuneforge.sklearn import data_from_arrays
 from tuneforge_transformers import pretrained as source
 from tuneforge_transformers.text import PackedTokenizer, TextInputs, unpack_tokenizer
-from tuneforge_transformers.text_files import SPLITS, TextSplit, read_texts
+from tuneforge_transformers.text_files import TextSplit, read_texts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -89,13 +89,16 @@ class TextData:
             x_val=stored.get("val"), y_val=labels.get("val"), x_test=stored.get("test"), y_test=labels.get("test"),
         )  # fmt: skip
         data = arrays.data_prepare(run)
-        train, val, test = (
-            _with_text_ids(split, parts.get(name, parts["train"]))
-            for name, split in data.splits().items()
-            if name in SPLITS
-        )
+        splits = {
+            id(split): _with_text_ids(split, parts.get(name, parts["train"])) for name, split in data.splits().items()
+        }
         return attrs.evolve(
-            data, train=train, val=val, test=test, inputs=inputs, notes=(_describe_lengths(inputs, texts),)
+            data,
+            train=splits[id(data.train)],
+            val=splits[id(data.val)],
+            test=splits[id(data.test)],
+            inputs=inputs,
+            notes=(_describe_lengths(inputs, texts),),
         )
 
     def _build_inputs(self, run: Run, texts: list[str]) -> TextInputs:

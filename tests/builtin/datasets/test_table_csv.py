@@ -4,6 +4,8 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -38,8 +40,14 @@ def houses(count=40, **changes):
     return rows
 
 
-def prepared(path, target="price", *, known=None, seed=0, **options):
-    run = SimpleNamespace(config=SimpleNamespace(seed=seed), data_seed=seed, restoring=known is not None, data=known)
+def prepared(path, target="price", *, known=None, seed=0, single_split=False, **options):
+    run = SimpleNamespace(
+        config=SimpleNamespace(seed=seed),
+        data_seed=seed,
+        restoring=known is not None,
+        data=known,
+        single_split=single_split,
+    )
     return TableCsv(path=path, target=target, **options).data_prepare(run)
 
 
@@ -153,6 +161,165 @@ class TestTableCsv:
         assert "read as 3 classes" in prepared(table, "city").notes[-1]
 
 
+DIALECTS = {
+    "plain": (",", ".", "utf-8", "\n"),
+    "semicolon-and-decimal-comma": (";", ",", "utf-8-sig", "\r\n"),
+    "tab-and-decimal-comma": ("\t", ",", "utf-16", "\r\n"),
+    "old": (";", ",", "cp1252", "\n"),
+    "old-mac": (";", ",", "latin-1", "\r"),
+    "quoted-decimal-comma": (",", ",", "utf-8", "\n"),
+}
+
+
+class TestDialects:
+    @pytest.mark.parametrize("dialect", DIALECTS)
+    def test_every_dialect_gives_the_same_data(self, tmp_path, dialect):
+        delimiter, decimal, encoding, end = DIALECTS[dialect]
+        rows = houses(city=lambda index: ("Köln", "Lyon,\nRhône", "Oslo")[index % 3])
+        expected = prepared(written(tmp_path / "plain.csv", rows))
+        changed = [{name: cell.replace(".", decimal) for name, cell in row.items()} for row in rows]
+        path = written(tmp_path / "t.csv", changed, delimiter=delimiter)
+        path.write_bytes(path.read_bytes().decode().replace("\r\n", end).encode(encoding))
+        data = prepared(path)
+        for split in ("train", "val", "test"):
+            assert torch.equal(stored(data.splits()[split]), stored(expected.splits()[split]))
+            assert torch.equal(data.splits()[split].targets, expected.splits()[split].targets)
+        names = expected.inputs.categories[2]
+        assert data.inputs.categories[2] == names
+
+    def test_the_marks_of_columns_may_differ(self, tmp_path):
+        rows = houses(other=lambda index: f"{index},{index % 10}5")
+        data = prepared(written(tmp_path / "t.csv", rows, delimiter=";"))
+        assert data.inputs.column_types[-1] == "number"
+        assert data.inputs.means[-1] == pytest.approx(20, abs=4)
+        assert torch.equal(
+            data.inputs.decode({**rows[0], "other": 3.25}), data.inputs.decode({**rows[0], "other": "3.25"})
+        )
+
+    def test_the_encoding_is_an_option_for_other_than_western_files(self, tmp_path):
+        path = written(tmp_path / "t.csv", houses(city=lambda index: ("Минск", "Орёл")[index % 2]))
+        path.write_bytes(path.read_text(encoding="utf-8").encode("cp1251"))
+        data = prepared(path, encoding="cp1251")
+        assert data.inputs.categories[2] == ("Минск", "Орёл")
+        assert next(row for _, row in data.inputs.read_file(path))["city"] == "Минск"
+        assert any("Windows-1252" in note for note in prepared(path).notes)
+
+
+class TestUnusualCells:
+    """What is unusual in a column is noted with column, count and first line."""
+
+    def changed(self, tmp_path, column, cells, **options):
+        rows = houses(100, other=lambda index: str(index % 7))
+        for row, cell in cells.items():
+            rows[row] = rows[row] | {column: cell}
+        return prepared(written(tmp_path / "t.csv", rows), **options)
+
+    @pytest.mark.parametrize("word", ["unknown", "13.2O", "1e39", "9" * 400, "inf", "1_0"])
+    @pytest.mark.parametrize("column", ["area", "other"])
+    def test_a_few_words_among_numbers_count_as_missing(self, tmp_path, column, word):
+        data = self.changed(tmp_path, column, {17: word, 40: word})
+        index = data.inputs.columns.index(column)
+        assert data.inputs.column_types[index].startswith("number")
+        shown = word if len(word) < 40 else word[:40] + "..."
+        assert any(
+            f"column '{column}': 2 of 100 cells are not numbers" in note and f"first in line 19: '{shown}'" in note
+            for note in data.notes
+        )
+
+    def test_they_also_count_as_missing_when_the_data_are_prepared_again(self, tmp_path):
+        data = self.changed(tmp_path, "area", {17: "unknown"})
+        again = prepared(tmp_path / "t.csv", known=data)
+        assert torch.equal(stored(again.train), stored(data.train))
+
+    def test_many_words_among_numbers_make_a_text_column_which_is_said(self, tmp_path):
+        data = self.changed(tmp_path, "other", dict.fromkeys(range(5, 45), "low"))
+        assert data.inputs.column_types[data.inputs.columns.index("other")] == "text"
+        assert any("'other' is read as text: 40 cell(s)" in note and "line 7: 'low'" in note for note in data.notes)
+
+    def test_too_many_words_in_another_file_are_refused(self, tmp_path, table):
+        tuned = prepared(table)
+        rows = houses(20, area=lambda index: "large" if index > 8 else "50")
+        with pytest.raises(DataError, match=r"'area': 11 of 20 cells are not numbers.*line 11: 'large'"):
+            prepared(written(tmp_path / "other.csv", rows), known=tuned)
+
+    def test_codes_with_leading_zeros_are_text(self, tmp_path):
+        data = self.changed(tmp_path, "other", {3: "007"})
+        assert data.inputs.column_types[data.inputs.columns.index("other")] == "text"
+        assert any("'other' is read as text: 1 cell(s) have leading zeros" in note for note in data.notes)
+        data = self.changed(tmp_path, "area", {3: "007"})
+        assert any("'area' is skipped" in note and "leading zeros" in note for note in data.notes)
+
+    @pytest.mark.parametrize("value", ["-99999", "1e30"])
+    def test_values_far_outside_the_rest_are_named(self, tmp_path, value):
+        data = self.changed(tmp_path, "area", dict.fromkeys(range(10, 14), value))
+        (note,) = [note for note in data.notes if "far outside" in note]
+        assert note.startswith("column 'area': 4 value(s)")
+        assert f"line 12: {float(value):.6g};" in note
+
+    def test_a_value_may_be_declared_missing(self, tmp_path):
+        cells = dict.fromkeys(range(10, 30), "-99999")
+        data = self.changed(tmp_path, "area", cells, missing_values=("-99999",))
+        plain = self.changed(tmp_path, "area", dict.fromkeys(cells, ""))
+        assert torch.equal(stored(data.train), stored(plain.train))
+        assert not any("far outside" in note for note in data.notes)
+        row = houses()[0] | {"other": 1}
+        assert torch.equal(data.inputs.decode(row | {"area": -99999.0}), data.inputs.decode(row | {"area": None}))
+
+    @pytest.mark.parametrize("make", [lambda index: str(int(index % 10 == 0)), lambda index: str(index * index)])
+    def test_rare_and_skewed_values_are_not_outliers(self, tmp_path, make):
+        assert not any(
+            "far outside" in note for note in prepared(written(tmp_path / "t.csv", houses(100, n=make))).notes
+        )
+
+    def test_a_text_that_only_other_splits_have_is_named(self, tmp_path, table):
+        tuned = prepared(table)
+        other = prepared(
+            written(tmp_path / "o.csv", houses(9, city=lambda index: "Rome" if index > 5 else "")), known=tuned
+        )
+        assert any("column 'city': 3 cell(s) hold a text" in note and "line 8: 'Rome'" in note for note in other.notes)
+
+    def test_rows_without_a_target_are_skipped_on_request(self, tmp_path):
+        cells = {4: "", 9: "NA", 11: " "}
+        with pytest.raises(DataError, match=r"3 row\(s\) have no 'price'.*line 6.*--data.missing-target skip"):
+            self.changed(tmp_path, "price", cells)
+        data = self.changed(tmp_path, "price", cells, missing_target="skip")
+        assert sum(map(len, data.splits().values())) == 97
+        assert "t.csv:6" not in {*data.train.ids, *data.val.ids, *data.test.ids}
+        assert any("3 row(s) without 'price' are skipped, the first in line 6" in note for note in data.notes)
+        with pytest.raises(DataError, match="no row has a 'price'"):
+            self.changed(tmp_path, "price", dict.fromkeys(range(100), ""), missing_target="skip")
+
+    def test_a_word_in_a_numeric_target_is_a_mistake_and_named(self, tmp_path):
+        with pytest.raises(DataError, match=r"not a number everywhere.*1 of 100 cells are not.*line 7: 'sold'"):
+            self.changed(tmp_path, "price", {5: "sold"})
+
+
+class TestTruthValues:
+    @pytest.mark.parametrize(
+        ("yes", "no"), [("true", "false"), ("True", "False"), ("WAHR", "FALSCH"), ("yes", "no"), ("Y", "N")]
+    )
+    def test_any_spelling_of_a_truth_value_is_that_value(self, tmp_path, yes, no):
+        data = prepared(written(tmp_path / "t.csv", houses(flag=lambda index: yes if index % 2 else no)))
+        row = houses()[0]
+        for known, spellings in ((yes, ("true", True, "TRUE", 1)), (no, ("False", False, "no", 0))):
+            expected = data.inputs.decode(row | {"flag": known})
+            assert expected[-2:].sum() == 1
+            for each in spellings:
+                assert torch.equal(data.inputs.decode(row | {"flag": each}), expected)
+                assert data.inputs.describe_input(row | {"flag": each}) == {}
+
+    def test_spellings_that_differ_only_in_case_are_one_value(self, tmp_path):
+        spellings = ("true", "TRUE", "False", "false")
+        data = prepared(written(tmp_path / "t.csv", houses(flag=lambda index: spellings[index % 4])))
+        assert data.inputs.categories[-1] == ("false", "true")
+
+    def test_words_of_several_pairs_stay_apart(self, tmp_path):
+        words = ("t", "y", "n", "Norway")
+        data = prepared(written(tmp_path / "t.csv", houses(flag=lambda index: words[index % 4])))
+        assert data.inputs.categories[-1] == ("Norway", "n", "t", "y")
+        assert data.inputs.describe_input(houses()[0] | {"flag": True}) == {"unseen": {"flag": "True"}}
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -180,7 +347,7 @@ class TestRefusals:
             prepared(Path("no/such.csv"))
 
     def test_a_file_that_is_no_text_is_named(self, tmp_path):
-        (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00\x01")
+        (tmp_path / "t.csv").write_bytes(b"\x89PNG\r\n\x00\x00")
         with pytest.raises(DataError, match="UTF-8"):
             prepared(tmp_path / "t.csv")
 
@@ -223,6 +390,28 @@ class TestTableRow:
     def test_decode_rejects_what_is_not_a_number(self, table, change, message):
         with pytest.raises(DataError, match=message):
             prepared(table).inputs.decode(houses()[0] | change)
+
+    @pytest.mark.parametrize("value", [1e39, "1e308", 10**400, 1e30, "9" * 400])
+    def test_decode_rejects_numbers_that_the_model_cannot_compute_with(self, table, value):
+        with pytest.raises(DataError, match="(is too large for the model|is not a number); at column 'area'.*float32"):
+            prepared(table).inputs.decode(houses()[0] | {"area": value})
+
+    def test_a_whole_float_is_the_category_of_its_integer(self, tmp_path):
+        inputs = prepared(
+            written(tmp_path / "t.csv", houses(lot=lambda index: ("12", "1_2", "x", "y")[index % 4]))
+        ).inputs
+        row = houses()[0]
+        assert torch.equal(inputs.decode(row | {"lot": 12.0}), inputs.decode(row | {"lot": "12"}))
+        assert inputs.describe_input(row | {"lot": "12.0"}) == {"unseen": {"lot": "12.0"}}
+
+    def test_rows_of_numpy_and_pandas_are_rows(self, table):
+        inputs, row = prepared(table).inputs, {"area": 50.5, "age": 4, "city": "Lyon", "kind": "flat"}
+        for given in (pd.Series(row), row | {"area": np.float32(50.5), "age": np.int64(4)}):
+            assert torch.equal(inputs.decode(given), inputs.decode(row))
+        gaps = row | {"age": None, "city": None}
+        for age, city in ((float("nan"), pd.NA), (pd.NA, np.nan), (pd.NaT, pd.NaT)):
+            assert torch.equal(inputs.decode(row | {"age": age, "city": city}), inputs.decode(gaps))
+            assert inputs.describe_input(row | {"age": age, "city": city}) == {}
 
     def test_a_missing_column_offers_the_nearest(self, table):
         with pytest.raises(DataError, match=r"'area' is missing.*did you mean 'Area'"):

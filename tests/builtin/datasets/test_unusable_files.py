@@ -47,7 +47,12 @@ def cut(path):
 def run_of(folder):
     folder.mkdir(exist_ok=True)
     return SimpleNamespace(
-        config=SimpleNamespace(seed=0), data_seed=0, restoring=False, run_dir=folder, process_group=ProcessGroup()
+        config=SimpleNamespace(seed=0),
+        data_seed=0,
+        restoring=False,
+        single_split=False,
+        run_dir=folder,
+        process_group=ProcessGroup(),
     )
 
 

@@ -41,6 +41,8 @@ class Run(TrainerState):
         hooks: The components that take part.
         process_group: The processes that work on this run.
         restoring: True where the weights follow from a run directory: build the model's shapes and load nothing.
+        single_split: True where other data is evaluated: a source that would draw splits returns all samples as one
+            split, three times the same object.
         optimization: The optimizer of the run, whose parameter groups hooks may read.
         forward_pass: How the model is called.
         engine_state: What only the engine needs.
@@ -53,6 +55,7 @@ class Run(TrainerState):
     hooks: Hooks
     process_group: ProcessGroup = ProcessGroup()
     restoring: bool = False
+    single_split: bool = False
     optimization: Optimization = attrs.field(factory=Optimization)
     forward_pass: ForwardPass = attrs.field(
         default=attrs.Factory(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -232,6 +232,25 @@ class Inputs(ABC):
             DataError: It is damaged, too large, or not of this kind.
         """
 
+    def describe_input(self, raw: Any) -> dict[str, Any]:
+        """Return what a prediction says about its raw input, such as values unlike the training data; often nothing."""
+        del raw
+        return {}
+
+    def read_file(self, source: Path | bytes, *, name: str = "") -> Iterator[tuple[str, Any]]:
+        """Yield each raw input of a file with its name, a `DataError` in place of one that cannot be read.
+
+        By default a file is one raw input.
+
+        Args:
+            source: The file, or its content.
+            name: Its name, whose extension may tell its format; by default its path.
+
+        Raises:
+            DataError: The file cannot be read at all.
+        """
+        yield name or str(source), source
+
     @abstractmethod
     def preprocess(self, samples: TensorTree) -> Any:
         """Return what the model takes, from the stored inputs of a batch, on their device; it must be deterministic."""
@@ -244,6 +263,15 @@ class Inputs(ABC):
     def render_text(self, sample: TensorTree) -> str:
         """Return one line of text that shows a stored sample."""
         return ", ".join(f"{name} {tensor.tolist()}".strip() for name, tensor in named_tensors(sample).items())[:200]
+
+
+def iterate_raw_inputs(raw_inputs: Iterable[Any]) -> Iterator[Any]:
+    """Yield raw inputs one by one: the rows of a DataFrame of pandas or polars, the elements of any other iterable."""
+    if hasattr(raw_inputs, "to_dicts"):
+        return iter(raw_inputs.to_dicts())
+    if hasattr(raw_inputs, "to_dict") and hasattr(raw_inputs, "columns"):
+        return iter(raw_inputs.to_dict("records"))
+    return iter(raw_inputs)
 
 
 class Targets(ABC):

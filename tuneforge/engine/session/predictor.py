@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.data.dataset import Data, Inputs, Split, Targets, map_inputs, stack_inputs
+from tuneforge.engine.data.dataset import Data, Inputs, Split, Targets, iterate_raw_inputs, map_inputs, stack_inputs
 from tuneforge.engine.loop.evaluation import evaluate as evaluate_split
 from tuneforge.engine.loop.phase_components import create_component
 from tuneforge.engine.model import device
@@ -55,39 +55,46 @@ class Predictor:
         Raises:
             DataError: An input cannot be decoded.
         """
-        remaining = iter(raw_inputs)
+        remaining = iterate_raw_inputs(raw_inputs)
         while chunk := list(islice(remaining, batch_size)):
             samples = stack_inputs([self.inputs.decode(raw) for raw in chunk])
             with torch.inference_mode():
                 inputs = self.inputs.preprocess(map_inputs(samples, self.run.device.move))
                 yield from extract_logits(self.run.forward(self.run.to_device(inputs))).float().cpu()
 
-    def with_data(self, data: Any = None, *, metrics: Iterable[Any] = ()) -> Run:
+    def with_data(self, data: Any = None, *, metrics: Iterable[Any] = (), single_split: bool = False) -> Run:
         """Prepare data and metrics, and return the run, whose splits can then be evaluated.
 
         Args:
             data: A data source as `Engine` accepts it; None prepares the run's own data.
             metrics: Metrics by name, or instances; by default those of the run.
+            single_split: Whether a source that would draw splits returns all samples as one split.
 
         Raises:
-            DataError: The data has other classes than the model, or is preprocessed in another way.
+            DataError: The data has classes that the model lacks, or is preprocessed in another way.
         """
         run = self.run
+        run.single_split = single_split
         source, _ = resolve_component("data_prepare", run.config.data if data is None else data, where="--data")
         for metric in tuple(metrics) or run.config.metrics or self.targets.metrics:
             run.hooks.add(resolve_component("evaluate", metric, where="--metrics")[0])
         run.hooks.add(source)
         run.hooks.get_provider("data_prepare")
         prepared = run.hooks.call.data_prepare(run=run)
-        _check_labels(prepared.targets.labels, self.targets.labels)
+        prepared = _align_labels(prepared, self.targets.labels)
         _check_inputs(prepared.inputs, self.inputs)
         run.set_data(attrs.evolve(prepared, inputs=self.inputs, targets=self.targets))
         return run
 
     def predict(self, raw_inputs: Iterable[Any]) -> Iterator[dict[str, Any]]:
-        """Yield the prediction for each raw input as plain data, such as the class and the probabilities."""
-        for output in self.predict_outputs(raw_inputs):
-            yield self.targets.describe(output)
+        """Yield the prediction for each raw input as plain data, such as the class and the probabilities.
+
+        Args:
+            raw_inputs: Files, bytes, arrays or rows; the rows of a DataFrame.
+        """
+        inputs, again = tee(iterate_raw_inputs(raw_inputs))
+        for raw, output in zip(again, self.predict_outputs(inputs), strict=True):
+            yield {**self.targets.describe(output), **self.inputs.describe_input(raw)}
 
 
 def load(path: str | Path, *, model: Any = None, device_name: str = "auto") -> Predictor:
@@ -149,9 +156,17 @@ def predict(path: str | Path, raw_inputs: Iterable[Any], *, model: Any = None) -
 
 
 def evaluate(
-    path: str | Path, *, data: Any = None, model: Any = None, metrics: Iterable[Any] = (), device_name: str = "auto"
+    path: str | Path,
+    *,
+    data: Any = None,
+    model: Any = None,
+    metrics: Iterable[Any] = (),
+    device_name: str = "auto",
+    log: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a finished run again, on its own data or on other data.
+
+    All samples of other data are scored: as the split `test`, or in the splits that they were given in.
 
     Args:
         path: The run directory.
@@ -159,16 +174,44 @@ def evaluate(
         model: The module, if the run was given one as a Python object.
         metrics: Metrics by name, or instances; by default those of the run.
         device_name: The device to compute on.
+        log: Called with each note on other data.
 
     Returns:
-        The metrics of every split except the training split, by the name of the split.
+        The metrics by the name of the split; of the run's own data without the training split.
 
     Raises:
-        DataError: The data has other classes than the model, or is preprocessed in another way.
+        DataError: The data has classes that the model lacks, or is preprocessed in another way.
     """
-    run = load(path, model=model, device_name=device_name).with_data(data, metrics=metrics)
-    splits = {name: split for name, split in run.data.splits().items() if name != "train"}
+    predictor = load(path, model=model, device_name=device_name)
+    is_own = data is None or _is_own_data(predictor, data)
+    run = predictor.with_data(data, metrics=metrics, single_split=not is_own)
+    if is_own:
+        splits = {name: split for name, split in run.data.splits().items() if name != "train"}
+    else:
+        names = {id(split): name for name, split in run.data.splits().items()}
+        splits = {name: run.data.splits()[name] for name in names.values()}
+        if log is not None:
+            for note in run.data.notes:
+                log(f"note: {note}")
     return {name: evaluate_split(run, split, name) for name, split in splits.items()}
+
+
+def _is_own_data(predictor: Predictor, data: Any) -> bool:
+    """Return True if data is what the run was trained with: the same source, or Python objects of the same content."""
+    if isinstance(data, (str, ComponentSpec)):
+        own = predictor.run.config.data
+        specs = [
+            resolve_component("data_prepare", each, where="--data")[1]
+            for each in (data, own)
+            if not is_object(own.name)
+        ]
+        return len(specs) == 2 and specs[0] == specs[1]
+    try:
+        found = attrs.evolve(predictor, run=attrs.evolve(predictor.run, hooks=Hooks())).with_data(data).data
+    except DataError:
+        return False
+    recorded = read_json(predictor.run_dir / MODEL)["fingerprints"]
+    return all(getattr(found, split).fingerprint() == recorded[split] for split in recorded)
 
 
 def _build_hooks(config: RunConfig, model: Any, records: list[Mapping[str, Any]]) -> Hooks:
@@ -209,14 +252,31 @@ def placeholder_data(record: Mapping[str, Any], inputs: Inputs, targets: Targets
     return Data(train=split, val=split, test=split, inputs=inputs, targets=targets)
 
 
-def _check_labels(labels: tuple[str, ...], model_labels: tuple[str, ...]) -> None:
-    if labels != model_labels:
-        extra, missing = sorted(set(labels) - set(model_labels)), sorted(set(model_labels) - set(labels))
+def _align_labels(data: Data, labels: tuple[str, ...]) -> Data:
+    """Return the data with class indices of the model, whose labels may be more and in another order.
+
+    Raises:
+        DataError: The data has labels that the model lacks, or its targets are not class indices.
+    """
+    own = data.targets.labels
+    if own == labels:
+        return data
+    extra, missing = sorted(set(own) - set(labels)), sorted(set(labels) - set(own))
+    if extra or not own or data.train.targets.dtype != torch.int64 or data.train.targets.ndim != 1:
         raise DataError(
             "the data's classes are not the model's",
-            why=f"only in the data: {extra or 'none'}; only in the model: {missing or 'none'}; order matters too",
+            why=f"only in the data: {extra or 'none'}; only in the model: {missing or 'none'}",
             fix="evaluate on data with the classes that the model was tuned for",
         )
+    index = torch.tensor([labels.index(name) for name in own])
+    splits = {id(split): Split(split.source, index[split.targets], ids=split.ids) for split in data.splits().values()}
+    return attrs.evolve(
+        data,
+        train=splits[id(data.train)],
+        val=splits[id(data.val)],
+        test=splits[id(data.test)],
+        extra_test_splits={name: splits[id(split)] for name, split in data.extra_test_splits.items()},
+    )
 
 
 def _check_inputs(inputs: Inputs, model_inputs: Inputs) -> None:

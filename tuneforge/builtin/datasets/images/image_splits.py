@@ -95,6 +95,7 @@ def make_data(
     parts: ImageSplits,
     *,
     seed: int,
+    single_split: bool = False,
     notes: Sequence[str] = (),
     restored_inputs: Any = None,
     files_checked: bool = False,
@@ -106,6 +107,7 @@ def make_data(
         options: Options of the data source: fractions, limits and normalization.
         parts: Images by split; a missing `val` or `test` is split from `train`.
         seed: Seed of the run.
+        single_split: Whether images without splits are one split, whatever their classes.
         notes: Sentences about the data.
         restored_inputs: Inputs of a restored run, whose normalization overrides the options.
         files_checked: True if all files have been checked.
@@ -114,8 +116,9 @@ def make_data(
     Raises:
         DataError: There are too few classes or images of a class, a class is missing in train, or a file is broken.
     """
-    parts = limit_per_class(align_classes(parts), options.limit, seed=seed)
-    parts = add_missing_splits(parts, {"val": options.val, "test": options.test}, seed=seed)
+    parts = limit_per_class(align_classes(parts, 1 if single_split else 2), options.limit, seed=seed)
+    if not single_split:
+        parts = add_missing_splits(parts, {"val": options.val, "test": options.test}, seed=seed)
     inputs = options.build_inputs()
     held, memory_notes = _check_memory(parts, inputs, options.memory_mb)
     if not held and not files_checked:
@@ -135,23 +138,23 @@ def make_data(
     }
     return Data(
         train=splits["train"],
-        val=splits["val"],
-        test=splits["test"],
+        val=splits.get("val", splits["train"]),
+        test=splits.get("test", splits["train"]),
         inputs=inputs.with_normalization(mean, std),
         targets=ClassTargets(names=parts.class_names),
         notes=(*notes, *_make_missing_notes(parts), *memory_notes),
     )
 
 
-def align_classes(parts: ImageSplits) -> ImageSplits:
+def align_classes(parts: ImageSplits, min_classes: int = 2) -> ImageSplits:
     """Restrict the classes to those of train, matched by name in all splits.
 
     Raises:
-        DataError: There are fewer than two, or another split has a class that train lacks.
+        DataError: There are fewer than `min_classes`, or another split has a class that train lacks.
     """
     present = {split: np.unique(part.class_indices) for split, part in parts.by_split.items()}
     known = [parts.class_names[code] for code in present["train"]]
-    if len(known) < 2:
+    if len(known) < min_classes:
         raise DataError(
             f"there is only one class, '{known[0]}'" if known else "there are no images",
             where="--data",

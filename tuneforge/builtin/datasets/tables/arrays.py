@@ -192,7 +192,7 @@ class ArrayData:
         parts = {split: read_samples(x, y, split) for split, (x, y) in given.items()}
         shares = {split: 0.0 if split in parts else share for split, share in (("val", self.val), ("test", self.test))}
         known = run.data if run.restoring else None
-        return _DataBuilder(self, parts, known).build(shares, run.data_seed)
+        return _DataBuilder(self, parts, known).build(shares, run.data_seed, single_split=run.single_split)
 
 
 def data_from_arrays(
@@ -247,8 +247,10 @@ class _DataBuilder:
         self.options, self.samples_by_split, self.restored = options, parts, restored
         self.target_kind: TargetKind = infer_target_kind(parts["train"].targets, where="y")
 
-    def build(self, shares: dict[str, float], seed: int) -> Data:
-        """Return the data; splits with a fraction are drawn from train."""
+    def build(self, shares: dict[str, float], seed: int, *, single_split: bool) -> Data:
+        """Return the data; splits with a fraction are drawn from train, or are train if there is to be one split."""
+        if single_split:
+            shares = dict.fromkeys(shares, 0.0)
         train = self.samples_by_split["train"]
         targets, pools = self._build_targets(num_splits=1 + sum(share > 0 for share in shares.values()))
         rows = split_rows(pools, val=shares["val"], test=shares["test"], seed=seed, where="y")
@@ -257,12 +259,16 @@ class _DataBuilder:
                 train.targets[rows[0].numpy()], names=targets.names, units=targets.units, where="y"
             )
         drawn = dict(zip(("train", "val", "test"), rows, strict=True))
-        splits = {split: self._build_split(split, chosen, targets) for split, chosen in drawn.items()}
+        splits = {
+            split: self._build_split(split, chosen, targets)
+            for split, chosen in drawn.items()
+            if not single_split or len(chosen) or split in self.samples_by_split
+        }
         notes = [note for part in self.samples_by_split.values() for note in part.notes]
         return Data(
             train=splits["train"],
-            val=splits["val"],
-            test=splits["test"],
+            val=splits["val"] if "val" in splits else splits["train"],
+            test=splits["test"] if "test" in splits else splits["train"],
             inputs=self._build_inputs(rows[0]),
             targets=targets,
             notes=(*notes, self._describe_targets(targets)),

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuneforge import Data, DataError, OptionError, Split, Targets, component, hookimpl, option
-from tuneforge.builtin.checks import FRACTION
+from tuneforge.builtin.checks import DELIMITER, FRACTION
 from tuneforge.builtin.datasets.row_splits import group_rows_by_class, split_rows
-from tuneforge.builtin.datasets.tables.csv_table import Table, read_table
-from tuneforge.builtin.datasets.tables.table_inputs import MISSING_VALUES, TableInputs, infer_inputs, parse_number
+from tuneforge.builtin.datasets.tables.cell_values import is_missing, parse_number
+from tuneforge.builtin.datasets.tables.table_columns import ColumnReader, Table
+from tuneforge.builtin.datasets.tables.table_inputs import TableInputs
 from tuneforge.builtin.datasets.tables.target_arrays import (
     encode_classes,
     fit_number_targets,
@@ -26,13 +27,13 @@ from tuneforge.builtin.datasets.tables.target_arrays import (
 )
 from tuneforge.builtin.targets import ClassTargets, RegressionTargets
 from tuneforge.errors import suggest_name
-from tuneforge.plugin import Check
+from tuneforge.plugin import TableFile
 
 if TYPE_CHECKING:
     from tuneforge import Run
 
-_ONE_CHARACTER = Check("one character", lambda text: len(text) == 1, {"minLength": 1, "maxLength": 1})
 _MAX_CLASSES = 20  # of a column of whole numbers that `auto` takes for classes
+_MAX_STRAY_SHARE = 0.1  # of the cells of a numeric target that are taken for mistakes
 
 
 @component(api=1)
@@ -47,7 +48,18 @@ class TableCsv:
     unit: str = option(default="", help="Unit of a numeric target.")
     val: float = option(default=0.15, help="Fraction of the rows for validation.", check=FRACTION)
     test: float = option(default=0.15, help="Fraction of the rows for the test split.", check=FRACTION)
-    delimiter: str = option(default=",", help="Separator of cells.", check=_ONE_CHARACTER)
+    delimiter: str | None = option(
+        default=None, help="Separator of cells; default: the comma, semicolon, tab or | of the header.", check=DELIMITER
+    )
+    encoding: str | None = option(
+        default=None, help="Encoding of a file that is neither UTF-8 nor marked; default: Windows-1252."
+    )
+    missing_target: Literal["raise", "skip"] = option(
+        default="raise", help="What to do about rows without a target: raise an error, or skip them."
+    )
+    missing_values: tuple[str, ...] = option(
+        default=(), help="Further cells that stand for a missing value, such as -99999."
+    )
 
     def __attrs_post_init__(self) -> None:
         if self.val + self.test >= 1:
@@ -62,57 +74,90 @@ class TableCsv:
         Raises:
             DataError: The file cannot be read, or its data cannot be used.
         """
-        table = read_table(self.path, self.delimiter)
+        table, notes = self._read_table()
         known, where = run.data if run.restoring else None, f"{self.path}, column '{self.target}'"
-        target = self._read_target(table, self.task if known is None else _get_restored_task(known.targets, self.task))
-        targets, pools = self._build_targets(target, known, where)
-        rows = split_rows(pools, val=self.val, test=self.test, seed=run.data_seed, where=where)
+        restored = known.inputs if known is not None and isinstance(known.inputs, TableInputs) else None
+        missing_values = self.missing_values or (restored.missing_values if restored else ())
+        reader = ColumnReader(table, missing_values=missing_values, decimal=restored.decimal if restored else "")
+        target = self._read_target(reader, self.task if known is None else _get_restored_task(known.targets, self.task))
+        targets, pools = self._build_targets(target, known, where, num_splits=1 if run.single_split else 3)
+        whole = torch.arange(len(target))
+        rows = (
+            [whole]
+            if run.single_split
+            else split_rows(pools, val=self.val, test=self.test, seed=run.data_seed, where=where)
+        )
         if isinstance(targets, RegressionTargets) and known is None:
             targets = fit_number_targets(target[rows[0].numpy()], names=(self.target,), units=(self.unit,), where=where)
-        columns = {name: cells for name, cells in table.columns.items() if name != self.target}
-        inputs, notes = infer_inputs(columns, rows[0].tolist(), where=str(self.path))
-        if known is not None and isinstance(known.inputs, TableInputs):
-            inputs, notes = known.inputs, []
-        features, stored = inputs.to_features(columns), _encode_targets(target, targets, where)
-        ids = [f"{self.path.name}:{line}" for line in table.lines]
-        train, val, test = (
-            Split(features[part], stored[part], ids=[ids[row] for row in part.tolist()]) for part in rows
+        inputs = restored or reader.infer_inputs(
+            [name for name in table.columns if name != self.target],
+            rows[0].tolist(),
+            delimiter=self.delimiter,
+            encoding=self.encoding,
         )
-        notes = [*notes, self._describe_target(targets)]
+        features, stored = reader.to_features(inputs), _encode_targets(target, targets, where)
+        ids = [f"{self.path.name}:{line}" for line in table.lines]
+        parts = [Split(features[part], stored[part], ids=[ids[row] for row in part.tolist()]) for part in rows]
+        train, val, test = parts * 3 if run.single_split else parts
+        notes = [*notes, *reader.notes, self._describe_target(targets)]
         return Data(train=train, val=val, test=test, inputs=inputs, targets=targets, notes=tuple(notes))
 
-    def _read_target(self, table: Table, task: str) -> NDArray[Any]:
+    def _read_table(self) -> tuple[Table, list[str]]:
+        """Return the rows that have a target, and notes."""
+        file = TableFile(
+            self.path, delimiter=self.delimiter, encoding=self.encoding, columns=(self.target,), where="--data.path"
+        )
+        rows = []
+        for row in file.rows():
+            if row.error is not None:
+                raise row.error
+            rows.append(row)
+        columns = {name: [row.cells[name] for row in rows] for name in file.header}
+        table = Table(str(self.path), columns, [row.line for row in rows], file.delimiter)
+        if self.target not in columns:
+            raise DataError(
+                f"there is no column '{self.target}'", where=str(self.path), fix=suggest_name(self.target, columns)
+            )
+        gone = [row for row, cell in enumerate(columns[self.target]) if is_missing(cell, self.missing_values)]
+        if not gone:
+            return table, list(file.notes)
+        first = table.describe_cells(self.target, gone)
+        if self.missing_target == "raise":
+            raise DataError(
+                f"{len(gone)} row(s) have no '{self.target}'",
+                where=f"{self.path}, line {table.lines[gone[0]]}",
+                why=f"a row without a target cannot be used; {first}",
+                fix="fill these cells in, or skip these rows: --data.missing-target skip",
+            )
+        skipped = set(gone)
+        rest = table.select([row for row in range(len(rows)) if row not in skipped])
+        if not rest.lines:
+            raise DataError(f"no row has a '{self.target}'", where=str(self.path), fix="fill the column in")
+        return rest, [*file.notes, f"{len(gone)} row(s) without '{self.target}' are skipped, {first}"]
+
+    def _read_target(self, reader: ColumnReader, task: str) -> NDArray[Any]:
         """Return the target column (n,): text or integers for classes, float64 for regression."""
-        if self.target not in table.columns:
-            raise DataError(
-                f"there is no column '{self.target}'",
-                where=str(self.path),
-                fix=suggest_name(self.target, table.columns),
-            )
+        table = reader.table
         cells = [cell.strip() for cell in table.columns[self.target]]
-        missing = [line for line, cell in zip(table.lines, cells, strict=True) if cell.lower() in MISSING_VALUES]
-        if missing:
-            raise DataError(
-                f"{len(missing)} row(s) have no '{self.target}'",
-                where=f"{self.path}, line {missing[0]}",
-                why="a row without a target cannot be used",
-                fix="fill these cells in, or remove the rows",
-            )
-        numbers = [parse_number(cell) for cell in cells]
-        wrong = [line for line, number in zip(table.lines, numbers, strict=True) if number is None]
-        if task == "regression" and wrong:
-            raise DataError(
-                f"'{self.target}' is not a number everywhere",
-                where=f"{self.path}, line {wrong[0]}",
-                fix="correct the cell, or use --data.task classification",
-            )
+        numbers = [parse_number(cell, reader.decimals[self.target]) for cell in cells]
+        wrong = [row for row, number in enumerate(numbers) if number is None]
         whole = all(cell == f"{number:.0f}" for cell, number in zip(cells, numbers, strict=True) if number is not None)
         few = whole and len(set(cells)) <= _MAX_CLASSES
+        is_mistake = task == "auto" and not few and 0 < len(wrong) <= _MAX_STRAY_SHARE * len(cells)
+        if wrong and (task == "regression" or is_mistake):
+            raise DataError(
+                f"'{self.target}' is not a number everywhere",
+                where=f"{table.name}, line {table.lines[wrong[0]]}",
+                why=f"{len(wrong)} of {len(cells)} cells are not, {table.describe_cells(self.target, wrong)}",
+                fix="correct the cell, or use --data.task classification",
+            )
         if task == "regression" or (task == "auto" and not wrong and not few):
             return np.array(numbers, dtype=np.float64)
         return np.array(cells) if wrong or not whole else np.array([int(cell) for cell in cells])
 
-    def _build_targets(self, target: NDArray[Any], known: Data | None, where: str) -> tuple[Targets, list[Tensor]]:
+    def _build_targets(
+        self, target: NDArray[Any], known: Data | None, where: str, *, num_splits: int
+    ) -> tuple[Targets, list[Tensor]]:
         """Return the targets, and the groups of rows to split: those of each class, or all rows."""
         restored = None if known is None else known.targets
         if target.dtype.kind == "f":
@@ -124,7 +169,9 @@ class TableCsv:
             return targets, [torch.arange(len(target))]
         classes = restored if isinstance(restored, ClassTargets) else ClassTargets(names=infer_class_names(target))
         codes = encode_classes(target, classes.names, by_name=True, where=where)
-        return classes, group_rows_by_class(codes, classes, num_splits=3, allow_empty=known is not None, where=where)
+        return classes, group_rows_by_class(
+            codes, classes, num_splits=num_splits, allow_empty=known is not None, where=where
+        )
 
     def _describe_target(self, targets: Targets) -> str:
         if isinstance(targets, ClassTargets):
