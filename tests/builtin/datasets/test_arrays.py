@@ -251,11 +251,11 @@ class TestDatasets:
         assert data.train.in_memory
         assert torch.equal(stored(data.train), stored(prepared(X, Y).train))
 
-    def test_a_loader_gives_its_dataset_with_a_note(self):
+    def test_a_loader_gives_its_dataset(self):
         loader = DataLoader(TensorDataset(torch.from_numpy(X), torch.from_numpy(Y)), batch_size=7, shuffle=True)
         data = prepared(loader)
         assert data.train.fingerprint() == prepared(X, Y).train.fingerprint()
-        assert "not used" in data.notes[0]
+        assert data.train_sampler is None
 
     def test_reading_many_targets_is_noted(self, monkeypatch):
         monkeypatch.setattr("tuneforge.builtin.datasets.tables.sample_arrays._LARGE_DATASET", 30)

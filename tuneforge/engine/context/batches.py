@@ -14,7 +14,7 @@ from tuneforge.engine.context.forward import FeatureCacheProtocol, Features
 from tuneforge.engine.data.dataset import Batch, Split, TensorTree, map_inputs
 from tuneforge.engine.data.loader import batch_sizes, iter_batches, iter_sampled, iter_sequential
 from tuneforge.engine.data.sample_seeds import epoch_key
-from tuneforge.engine.data.sampler import EpochSampler, SampleRNG
+from tuneforge.engine.data.sampler import EpochSampler, ListedSampler, SampleRNG
 from tuneforge.engine.data.workers import Workers
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def get_workers(run: Run) -> Workers:
 
 
 def training_batches(
-    run: Run, sampler: EpochSampler, weights: Tensor | None, *, start: int = 0, per_rank: bool = True
+    run: Run, sampler: EpochSampler | ListedSampler, weights: Tensor | None, *, start: int = 0, per_rank: bool = True
 ) -> Iterator[Batch]:
     """Yield the augmented batches of one epoch of the training split, on the device.
 
@@ -45,7 +45,8 @@ def training_batches(
         per_rank: True to yield only this rank's share of each batch.
     """
     split, rng_seed, epoch = run.data.train, run.config.seed, run.epoch
-    span = {"span": run.process_group.local_range} if per_rank else {}
+    per_rank = per_rank and run.process_group.world_size > 1
+    span = {"span": run.process_group.local_range} if per_rank and not split.batch_dependent else {}
     indices = iter_sampled(sampler, run.config.batch_size, start=start, **span)
     feature_cache = run.forward_pass.feature_cache
     if feature_cache is not None:
@@ -54,7 +55,8 @@ def training_batches(
 
     def collate(chosen: Tensor, stored: TensorTree) -> Batch:
         rng = SampleRNG(rng_seed, epoch, chosen)
-        return augment(run, _make_batch(run, split, chosen, prepare_inputs(run, stored), rng, weights))
+        batch = augment(run, _make_batch(run, split, chosen, prepare_inputs(run, stored), rng, weights))
+        return _local_part(run, batch) if per_rank and split.batch_dependent else batch
 
     yield from iter_batches(split, indices, collate, workers=get_workers(run), key=epoch_key(rng_seed, epoch))
 
@@ -81,7 +83,8 @@ def evaluation_batches(run: Run, split: Split, *, per_rank: bool = False) -> Ite
         per_rank: True to yield only this rank's share of each batch.
     """
     indices = iter_sequential(len(split), run.engine_state.eval_batch_size)
-    if per_rank:
+    per_rank = per_rank and run.process_group.world_size > 1
+    if per_rank and not split.batch_dependent:
         indices = map(run.process_group.local_indices, indices)
     feature_cache = run.forward_pass.feature_cache
     if feature_cache is not None and feature_cache.get_features(split, torch.tensor([0])) is not None:
@@ -90,7 +93,8 @@ def evaluation_batches(run: Run, split: Split, *, per_rank: bool = False) -> Ite
         return
 
     def collate(chosen: Tensor, stored: TensorTree) -> Batch:
-        return _evaluation_batch(run, split, chosen, prepare_inputs(run, stored))
+        batch = _evaluation_batch(run, split, chosen, prepare_inputs(run, stored))
+        return _local_part(run, batch) if per_rank and split.batch_dependent else batch
 
     yield from iter_batches(split, indices, collate, workers=get_workers(run))
 
@@ -140,12 +144,19 @@ def split_batch(batch: Batch, sizes: Sequence[int]) -> Iterator[Batch]:
         return
     start = 0
     for size in sizes:
-        part = slice(start, start + size)
-        weights = None if batch.weights is None else batch.weights[part]
-        indices = batch.indices[part]
-        inputs = _slice_inputs(batch.inputs, part)
-        yield Batch(inputs, batch.targets[part], indices, weights, attrs.evolve(batch.rng, indices=indices))
+        yield _slice_batch(batch, slice(start, start + size))
         start += size
+
+
+def _local_part(run: Run, batch: Batch) -> Batch:
+    """Return this rank's share of a batch that each rank makes as a whole, because its samples depend on each other."""
+    return _slice_batch(batch, slice(*run.process_group.local_range(len(batch.indices))))
+
+
+def _slice_batch(batch: Batch, part: slice) -> Batch:
+    weights = None if batch.weights is None else batch.weights[part]
+    indices, inputs = batch.indices[part], _slice_inputs(batch.inputs, part)
+    return Batch(inputs, batch.targets[part], indices, weights, attrs.evolve(batch.rng, indices=indices))
 
 
 def _slice_inputs(inputs: Any, part: slice) -> Any:

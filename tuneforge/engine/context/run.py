@@ -19,7 +19,7 @@ from tuneforge.engine.context.input_dtypes import candidate_dtypes, describe_con
 from tuneforge.engine.context.state import EngineState, TrainerState
 from tuneforge.engine.data.dataset import Batch, Data, Split, TensorTree
 from tuneforge.engine.data.hidden_split import hide_test_splits
-from tuneforge.engine.data.sampler import EpochSampler, derive_seed
+from tuneforge.engine.data.sampler import EpochSampler, ListedSampler, derive_seed
 from tuneforge.engine.data.tensor_tree import named_tensors
 from tuneforge.engine.model import fsdp
 from tuneforge.engine.model.device import Device
@@ -139,7 +139,7 @@ class Run(TrainerState):
         return batches.prepare_inputs(self, samples)
 
     def training_batches(
-        self, sampler: EpochSampler, weights: Tensor | None, *, start: int = 0, per_rank: bool = True
+        self, sampler: EpochSampler | ListedSampler, weights: Tensor | None, *, start: int = 0, per_rank: bool = True
     ) -> Iterator[Batch]:
         """Yield the batches of one epoch; see `tuneforge.engine.context.batches.training_batches`."""
         return batches.training_batches(self, sampler, weights, start=start, per_rank=per_rank)

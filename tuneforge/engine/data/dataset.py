@@ -17,7 +17,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from tuneforge.engine.data.sample_seeds import FIXED_DRAW, SeededFetcher, fetch_seeded
+from tuneforge.engine.data.sample_seeds import FIXED_DRAW, SeededFetcher, fetch_seeded, is_batch_dependent
 from tuneforge.engine.data.sampler import SampleRNG
 from tuneforge.engine.data.tensor_tree import TensorTree as TensorTree
 from tuneforge.engine.data.tensor_tree import concatenate_inputs as concatenate_inputs
@@ -45,6 +45,27 @@ class Source(Protocol):
 
     def fetch(self, indices: Tensor) -> TensorTree:
         """Return the stored form of the samples at `indices`, int64 (b,), on the CPU."""
+
+
+class TrainSampler(Protocol):
+    """The order of training samples that data brings along, such as that of a sampler of torch: `Data.train_sampler`.
+
+    Its attribute `seed`, 0 if it has none, is added to the seed of the run.
+    """
+
+    @property
+    def num_draws(self) -> int:
+        """The number of draws of each epoch."""
+
+    @property
+    def each_once(self) -> bool:
+        """True if an epoch has each training sample once."""
+
+    def draw(self, epoch: int) -> Tensor:
+        """Return the training rows of an epoch in order, int64 (num_draws,).
+
+        The generators of Python, numpy and torch, and those that it holds, are seeded for the epoch before.
+        """
 
 
 @attrs.frozen(eq=False)
@@ -94,6 +115,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @property
+    def batch_dependent(self) -> bool:
+        """True if a stored sample may depend on the others that are fetched with it, such as one that is padded."""
+        return is_batch_dependent(self.source)
 
     @property
     def in_memory(self) -> bool:
@@ -347,6 +373,7 @@ class Data:
         notes: Sentences about the data that the run logs and stores.
         sample_groups: Named groups of training samples, the rows of each, int64 (m,): what
             `Phase(mixture_weights=...)` draws from.
+        train_sampler: The order of the training samples; None for a new permutation in each epoch.
 
     Raises:
         DataError: A sample group is empty, or names rows that the training split does not have.
@@ -360,6 +387,7 @@ class Data:
     extra_test_splits: Mapping[str, Split] = attrs.field(factory=dict)
     notes: tuple[str, ...] = ()
     sample_groups: Mapping[str, Tensor] = attrs.field(factory=dict)
+    train_sampler: TrainSampler | None = None
 
     def __attrs_post_init__(self) -> None:
         for name, rows in self.sample_groups.items():

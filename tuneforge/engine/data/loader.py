@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tuneforge.engine.data.dataset import Batch, Split, TensorTree
 from tuneforge.engine.data.sample_seeds import FIXED_DRAW
-from tuneforge.engine.data.sampler import EpochSampler
+from tuneforge.engine.data.sampler import EpochSampler, ListedSampler
 from tuneforge.engine.data.workers import Workers
 
 _POSITIONS_PER_BLOCK = 2**14  # positions computed at once; more cost memory and save no time
@@ -104,7 +104,7 @@ def iter_sequential(size: int, batch_size: int) -> Iterator[Tensor]:
 
 
 def iter_sampled(
-    sampler: EpochSampler,
+    sampler: EpochSampler | ListedSampler,
     batch_size: int,
     *,
     start: int = 0,

@@ -73,6 +73,21 @@ def is_random(source: Any) -> bool:
     return is_random(underlying) if underlying is not None else not hasattr(source, "fingerprint")
 
 
+def is_batch_dependent(source: Any) -> bool:
+    """Return True if a source says that a sample may depend on the others that are fetched with it."""
+    underlying = getattr(source, "underlying", None)
+    return is_batch_dependent(underlying) if underlying is not None else getattr(source, "batch_dependent", False)
+
+
+def draw_epoch(sampler: Any, seed: int, epoch: int) -> Tensor:
+    """Return the training rows that a `TrainSampler` draws for an epoch, int64 (num_draws,)."""
+    generators = Generators(sampler)
+    with generators.preserve():
+        generators.seed(derive_seed(seed, "sampler", getattr(sampler, "seed", 0), epoch))
+        rows: Tensor = sampler.draw(epoch)
+    return rows
+
+
 def fetch_seeded(source: Any, indices: Tensor, seed_sample: Callable[[int], None]) -> TensorTree:
     """Return the stored inputs of a source; `seed_sample` is called with the position of each sample that is read."""
     if hasattr(source, "fetch_seeded"):

@@ -150,6 +150,30 @@ class EpochSampler:
 
 
 @attrs.frozen(eq=False)
+class ListedSampler:
+    """The order of the samples in one epoch, as a list.
+
+    Args:
+        rows: Rows in order, int64 (size,).
+    """
+
+    rows: Tensor
+
+    @property
+    def size(self) -> int:
+        """Draws in the epoch."""
+        return len(self.rows)
+
+    def indices(self, start: int, stop: int) -> Tensor:
+        """Return the rows at positions `start` to `stop` of this epoch, int64 (stop - start,)."""
+        return self.rows[start:stop]
+
+    def indices_at(self, positions: NDArray[np.int64]) -> Tensor:
+        """Return the rows at these positions of this epoch, int64 (m,)."""
+        return self.rows[torch.from_numpy(positions)]
+
+
+@attrs.frozen(eq=False)
 class SampleRNG:
     """Random numbers for the samples of a batch, each sample's from a counter of its own.
 

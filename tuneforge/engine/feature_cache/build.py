@@ -102,6 +102,8 @@ def _check_supported(run: Run, epochs: int, num_augmented_copies: int) -> None:
         raise NotCacheableError("--cache is off")
     if run.sharded:
         raise NotCacheableError("--shard leaves each rank only a shard of the model")
+    if run.data.train.batch_dependent or run.data.val.batch_dependent:
+        raise NotCacheableError("collate_fn makes the batches, so a sample may depend on the others of its batch")
     augmentations = run.engine_state.augmentations
     for spec, augmentation in zip(run.config.augment, augmentations, strict=True):
         if not getattr(augmentation, "per_sample", False):

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tuneforge.engine.context.batches import micro_batches
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Batch
-from tuneforge.engine.data.sampler import EpochSampler
 from tuneforge.engine.loop.backward import compute_loss
 from tuneforge.engine.loop.oom import CatchOutOfMemory, halve
 from tuneforge.engine.loop.phase_components import PhaseComponents
+from tuneforge.engine.loop.sample_weights import epoch_sampler
 from tuneforge.engine.model.extra_state import get_extra_states, set_extra_states
 from tuneforge.engine.model.freezing import freeze, select
 from tuneforge.engine.model.modes import set_modes
@@ -185,8 +185,7 @@ def _micro_batches(run: Run, batch: Batch) -> Iterator[tuple[Batch, float]]:
 
 
 def _first_batches(run: Run, count: int) -> Iterator[Batch]:
-    sampler = EpochSampler(len(run.data.train), run.config.seed, run.epoch)
-    return islice(run.training_batches(sampler, None, per_rank=False), count)
+    return islice(run.training_batches(epoch_sampler(run), None, per_rank=False), count)
 
 
 def _group_name(run: Run, parameter: str) -> str:

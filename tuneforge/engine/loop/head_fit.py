@@ -20,8 +20,15 @@ def fit_head(run: Run, step: HeadFit) -> StrategyStepResult:
     """Execute a `HeadFit` step: compute the features once, solve the head to convergence and load it.
 
     Raises:
-        DataError: The targets have no solver for a head, or the head is not a linear layer.
+        DataError: The targets have no solver for a head, the head is not a linear layer, or the sampler of the data
+            does not draw each sample once.
     """
+    sampler = run.data.train_sampler
+    if sampler is not None and not sampler.each_once:
+        raise DataError(
+            f"'{step.name}' solves the head on each training sample once, and the sampler of the data draws otherwise",
+            fix="use a strategy without HeadFit, or data without a sampler",
+        )
     trainable = select(run.model, ["head"])
     freeze(run.model, trainable)
     modes = [(module, False) for module in run.model.module.modules()]

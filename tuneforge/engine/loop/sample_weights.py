@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.data.sampler import EpochSampler
+from tuneforge.engine.data.dataset import TrainSampler
+from tuneforge.engine.data.sample_seeds import draw_epoch
+from tuneforge.engine.data.sampler import EpochSampler, ListedSampler
 from tuneforge.errors import DataError, UsageError
 from tuneforge.plugin.steps import Phase
 
@@ -20,7 +22,7 @@ class SamplingWeights:
     """How often each sample is drawn in an epoch, and the weight of its loss.
 
     Args:
-        size: Draws of one epoch; the number of training samples.
+        size: Draws of one epoch; the number of training samples unless the data has a sampler of its own.
         num_draws: Draws from each group, summing to `size`; empty if every sample is drawn once.
         groups: The indices of the samples of each group.
         loss_weights: The weight of each sample's loss (n,), with mean 1; None if all weights are 1.
@@ -37,8 +39,12 @@ class SamplingWeights:
 
         Raises:
             DataError: The targets have no classes, or the data lacks a sample group.
-            UsageError: A class is unknown, or nothing is left to draw from.
+            UsageError: A class is unknown, nothing is left to draw from, or the data has a sampler of its own.
         """
+        own = run.data.train_sampler
+        if own is not None:
+            _check_own_sampler(run, own, phase)
+            return cls(own.num_draws, (), (), _sample_loss_weights(run, phase, len(run.data.train)))
         size = len(run.data.train)
         num_draws: tuple[int, ...] = ()
         groups: dict[str, Tensor] = {}
@@ -51,9 +57,41 @@ class SamplingWeights:
             num_draws = _allocate_draws(shares, size)
         return cls(size, num_draws, tuple(groups.values()), _sample_loss_weights(run, phase, size))
 
-    def make_sampler(self, run: Run) -> EpochSampler:
+    def make_sampler(self, run: Run) -> EpochSampler | ListedSampler:
         """Return the sampler of the epoch that begins."""
+        if not self.groups:
+            return epoch_sampler(run)
         return EpochSampler(self.size, run.config.seed, run.epoch, self.num_draws, self.groups)
+
+
+def epoch_sampler(run: Run) -> EpochSampler | ListedSampler:
+    """Return the sampler of the epoch that begins where no phase asks for one: the data's, or a permutation."""
+    own = run.data.train_sampler
+    if own is not None:
+        return ListedSampler(draw_epoch(own, run.config.seed, run.epoch))
+    return EpochSampler(len(run.data.train), run.config.seed, run.epoch)
+
+
+def num_draws(run: Run) -> int:
+    """Return the number of samples that an epoch trains on."""
+    own = run.data.train_sampler
+    return len(run.data.train) if own is None else own.num_draws
+
+
+def _check_own_sampler(run: Run, sampler: TrainSampler, phase: Phase) -> None:
+    """Check that the sampler of the data can be repeated, and that the phase asks for no other."""
+    if phase.sampling is not None or phase.mixture_weights:
+        raise UsageError(
+            f"phase '{phase.name}' samples the data, and so does the sampler of the data",
+            why="only one of them can decide how often a sample is drawn",
+            fix="give data without a sampler, or remove sampling and mixture_weights from the phase",
+        )
+    if not torch.equal(*(draw_epoch(sampler, run.config.seed, run.epoch) for _ in range(2))):
+        raise DataError(
+            "the sampler of the data gives another order if it draws an epoch again",
+            why="it keeps a state between passes, or draws from a generator that no seed reaches",
+            fix="draw from random, numpy.random, torch or a generator that it holds, or define set_epoch(epoch)",
+        )
 
 
 def _class_groups(run: Run, phase: Phase) -> dict[str, Tensor]:

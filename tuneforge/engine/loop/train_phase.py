@@ -19,7 +19,7 @@ from tuneforge.engine.loop.metric_set import resolve_monitor, scalar_metrics
 from tuneforge.engine.loop.nonfinite import check_finite_weights
 from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.phase_progress import MetricTracker, PhaseProgress
-from tuneforge.engine.loop.sample_weights import SamplingWeights
+from tuneforge.engine.loop.sample_weights import SamplingWeights, num_draws
 from tuneforge.engine.model.dataflow import find_function_mode
 from tuneforge.engine.model.extra_state import set_extra_states
 from tuneforge.engine.model.freeze_check import FreezeCheck
@@ -181,7 +181,7 @@ def _num_epochs(run: Run, phase: Phase) -> int:
 
 
 def _steps_per_epoch(run: Run) -> int:
-    return math.ceil(len(batch_sizes(len(run.data.train), run.config.batch_size)) / run.config.grad_accum_steps)
+    return math.ceil(len(batch_sizes(num_draws(run), run.config.batch_size)) / run.config.grad_accum_steps)
 
 
 def _train_epoch(run: Run, sampling: SamplingWeights, progress: PhaseProgress, schedule: Any) -> float:

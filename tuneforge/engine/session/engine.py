@@ -132,6 +132,8 @@ class Engine:
         for key, name in (("schedule", schedule), ("optimizer", optimizer)):
             if name is not None:
                 table[key] = as_spec(name)
+        for _, member in self._members:
+            _add_settings(table, member)
         table["augment"] = [as_spec(value) for value in as_list(augment)]
         check_no_duplicates([member for hook, member in self._members if hook == "callback"])
         self.config: RunConfig = resolve_config(table, where="Engine")
@@ -385,6 +387,25 @@ class _DefaultOptimizerStep:
             freeze_check.observe(run.model, run.optimization.param_groups())
         run.optimization.step()
         return True
+
+
+def _add_settings(table: dict[str, Any], member: RegisteredComponent) -> None:
+    """Add the settings of the run that a component brings, such as the batch size of a DataLoader.
+
+    `run_settings` must not contradict those of the user; `run_defaults` may.
+
+    Raises:
+        UsageError: They do.
+    """
+    for key, value in getattr(member.component, "run_settings", {}).items():
+        if table.setdefault(key, value) != value:
+            raise UsageError(
+                f"{key} is {table[key]} for the run, and {value} for {member.label}",
+                why="only one of them can be used",
+                fix=f"give {key} once, or twice the same",
+            )
+    for key, value in getattr(member.component, "run_defaults", {}).items():
+        table.setdefault(key, value)
 
 
 def _prepare_data(run: Run) -> None:

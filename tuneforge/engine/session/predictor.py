@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice, tee
+from itertools import groupby, islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.data.dataset import Data, Inputs, Split, Targets, iterate_raw_inputs, map_inputs, stack_inputs
+from tuneforge.engine.data.dataset import (
+    Data,
+    Inputs,
+    Split,
+    Targets,
+    iterate_raw_inputs,
+    map_inputs,
+    named_tensors,
+    stack_inputs,
+)
 from tuneforge.engine.loop.evaluation import evaluate as evaluate_split
 from tuneforge.engine.loop.phase_components import create_component
 from tuneforge.engine.model import device
@@ -57,10 +66,12 @@ class Predictor:
         """
         remaining = iterate_raw_inputs(raw_inputs)
         while chunk := list(islice(remaining, batch_size)):
-            samples = stack_inputs([self.inputs.decode(raw) for raw in chunk])
-            with torch.inference_mode():
-                inputs = self.inputs.preprocess(map_inputs(samples, self.run.device.move))
-                yield from extract_logits(self.run.forward(self.run.to_device(inputs))).float().cpu()
+            decoded = [self.inputs.decode(raw) for raw in chunk]
+            for _, samples in groupby(decoded, lambda sample: [each.shape for each in named_tensors(sample).values()]):
+                stacked = stack_inputs(list(samples))  # samples of several shapes come where collate_fn pads them
+                with torch.inference_mode():
+                    inputs = self.inputs.preprocess(map_inputs(stacked, self.run.device.move))
+                    yield from extract_logits(self.run.forward(self.run.to_device(inputs))).float().cpu()
 
     def with_data(self, data: Any = None, *, metrics: Iterable[Any] = (), single_split: bool = False) -> Run:
         """Prepare data and metrics, and return the run, whose splits can then be evaluated.

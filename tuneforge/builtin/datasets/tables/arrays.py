@@ -32,7 +32,6 @@ from tuneforge import (
     DataError,
     Inputs,
     OptionError,
-    Source,
     Split,
     Targets,
     TensorTree,
@@ -44,6 +43,7 @@ from tuneforge import (
 )
 from tuneforge.builtin.checks import FRACTION_OR_ZERO, POSITIVE_NUMBERS
 from tuneforge.builtin.datasets.row_splits import group_rows_by_class, split_rows
+from tuneforge.builtin.datasets.tables.loader_parts import LoaderOrder, LoaderParts
 from tuneforge.builtin.datasets.tables.raw_tensors import require_one_input, to_tensor
 from tuneforge.builtin.datasets.tables.sample_arrays import (
     ArraySamples,
@@ -76,7 +76,7 @@ class TensorInputs(Inputs):
     """
 
     shapes: dict[str, tuple[int, ...]] = option(
-        default={}, help="Shape of each tensor of a sample by name; '' for a single one."
+        default={}, help="Shape of each tensor of a sample by name; '' for a single one; -1 for any size."
     )
     dtypes: dict[str, str] = option(default={}, help="Dtypes by name, such as float32 or int64.")
     means: tuple[float, ...] = option(default=(), help="Mean per feature or channel of a single tensor.")
@@ -131,7 +131,7 @@ class TensorInputs(Inputs):
         tensor = to_tensor(value, where=where)
         if name in self.dtypes:
             tensor = _cast_tensor(tensor, getattr(torch, self.dtypes[name]), where)
-        if name in self.shapes and tuple(tensor.shape) != self.shapes[name]:
+        if name in self.shapes and not shapes_agree(tuple(tensor.shape), self.shapes[name]):
             raise DataError(
                 f"a sample of shape {tuple(tensor.shape)}", where=where, fix=f"give shape {self.shapes[name]}"
             )
@@ -213,7 +213,8 @@ def data_from_arrays(
 
     Args:
         x: Inputs of all samples (n, ...): an array, a tensor or a mapping of them; or a torch Dataset of pairs
-            (input, target), or a DataLoader, of which only the dataset is used.
+            (input, target), or a DataLoader, whose sampler, batch size, `drop_last` and `collate_fn` are used. A
+            sampler of a subset decides which samples are used at all.
         y: Targets (n,) or (n, k); None with a Dataset.
         val: Fraction of the samples for validation, stratified by class, unless `x_val` is given.
         test: Fraction of the samples for the test split, unless `x_test` is given.
@@ -231,6 +232,10 @@ def data_from_arrays(
     # The arrays are not options, which need a text for files and flags, so they are set on the frozen instance.
     present = {split: (x, y) for split, (x, y) in given.items() if not (x is None and y is None)}
     object.__setattr__(arrays, "_given", present)
+    if isinstance(x, DataLoader):
+        parts = LoaderParts.read(x, "x")
+        object.__setattr__(arrays, "run_settings", {"batch_size": parts.batch_size})
+        object.__setattr__(arrays, "run_defaults", {"num_workers": parts.num_workers})
     return arrays
 
 
@@ -258,6 +263,9 @@ class _DataBuilder:
             targets = fit_number_targets(
                 train.targets[rows[0].numpy()], names=targets.names, units=targets.units, where="y"
             )
+        order = None
+        if train.loader is not None:
+            order = LoaderOrder.from_parts(train.loader, train.dataset_rows(rows[0]), len(train.targets))
         drawn = dict(zip(("train", "val", "test"), rows, strict=True))
         splits = {
             split: self._build_split(split, chosen, targets)
@@ -272,6 +280,7 @@ class _DataBuilder:
             inputs=self._build_inputs(rows[0]),
             targets=targets,
             notes=(*notes, self._describe_targets(targets)),
+            train_sampler=order,
         )
 
     def _build_targets(self, *, num_splits: int) -> tuple[Targets, list[Tensor]]:
@@ -336,11 +345,9 @@ class _DataBuilder:
     def _build_split(self, split: str, rows: Tensor, targets: Targets) -> Split:
         if split in self.samples_by_split and split != "train":
             return Split(self.samples_by_split[split].inputs, self._encode_targets(split, targets))
-        inputs, stored = self.samples_by_split["train"].inputs, self._encode_targets("train", targets)
-        if isinstance(inputs, Source):
-            return Split(inputs, stored).subset(rows)
-        taken = map_inputs(inputs, lambda tensor: tensor.index_select(0, rows))
-        return Split(taken, stored[rows], ids=[str(row) for row in rows.tolist()])
+        samples, stored = self.samples_by_split["train"], self._encode_targets("train", targets)
+        ids = [str(row) for row in samples.dataset_rows(torch.arange(len(stored))).tolist()]
+        return Split(samples.inputs, stored, ids=ids).subset(rows)
 
     def _build_inputs(self, rows: Tensor) -> TensorInputs:
         """Return the inputs, from one sample of each split.
@@ -351,7 +358,8 @@ class _DataBuilder:
         train = describe_tensors(self.samples_by_split["train"].inputs)
         for split, part in self.samples_by_split.items():
             shapes, dtypes = describe_tensors(part.inputs)
-            if (shapes, dtypes) != train:
+            same = part.collated or all(shapes_agree(shapes.get(name, ()), shape) for name, shape in train[0].items())
+            if dtypes != train[1] or not same:
                 raise DataError(
                     f"samples of shape {_format_shapes(shapes)}",
                     where=f"x_{split}",
@@ -406,6 +414,11 @@ def _load_json_or_npy(raw: bytes | Path) -> Any:
     except (OSError, ValueError) as error:
         where = str(raw) if isinstance(raw, Path) else ""
         raise DataError("neither JSON nor an .npy file of numbers", where=where, why=str(error)) from None
+
+
+def shapes_agree(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Return True if a shape is the expected one, in which -1 stands for any size."""
+    return len(shape) == len(expected) and all(size in (given, -1) for given, size in zip(shape, expected, strict=True))
 
 
 def _format_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -5,22 +5,22 @@ Shapes: n samples, b in a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from tuneforge import DataError, Source, Split, TensorTree, map_inputs
-from tuneforge.builtin.datasets.tables.raw_tensors import require_one_input, to_tensor
+from tuneforge import DataError, Source, TensorTree, map_inputs
+from tuneforge.builtin.datasets.tables.dataset_source import DatasetSource
+from tuneforge.builtin.datasets.tables.loader_parts import LoaderParts
+from tuneforge.builtin.datasets.tables.raw_tensors import to_tensor
 from tuneforge.builtin.datasets.tables.target_arrays import to_target_array
 
+_NUM_COMPARED = 64  # samples whose shapes are compared
 _LARGE_DATASET = 10_000  # samples from which reading all targets is slow enough for a note
-_READ_BLOCK = 64  # samples that are read at once for their targets
-_NUM_CHECKED = 16  # samples that are read again, to find out whether they are random
 
 
 class ArraySamples(NamedTuple):
@@ -29,6 +29,16 @@ class ArraySamples(NamedTuple):
     inputs: TensorTree | Source
     targets: NDArray[Any]
     notes: tuple[str, ...] = ()
+    loader: LoaderParts | None = None
+
+    @property
+    def collated(self) -> bool:
+        """True if a function of the user makes the batches, so that a sample may depend on others of its batch."""
+        return self.loader is not None and self.loader.collate is not None
+
+    def dataset_rows(self, rows: Tensor) -> Tensor:
+        """Return the rows of the dataset of `rows` of these samples, int64."""
+        return rows if self.loader is None or self.loader.rows is None else self.loader.rows[rows]
 
 
 def read_samples(x: Any, y: Any, split: str) -> ArraySamples:
@@ -39,12 +49,14 @@ def read_samples(x: Any, y: Any, split: str) -> ArraySamples:
     """
     where = "x" if split == "train" else f"x_{split}"
     notes: list[str] = []
+    loader = None
     if isinstance(x, DataLoader):
-        notes.append(f"{where}: the sampler and batch size of the DataLoader are not used")
-        x = x.dataset
+        loader = LoaderParts.read(x, where, evaluates=split != "train")
+        notes += loader.notes
+        x = loader.dataset
     inputs: TensorTree | Source
     if isinstance(x, Dataset) and y is None:
-        inputs, raw_targets = _read_dataset(x, where)
+        inputs, raw_targets = _read_dataset(x, where, loader)
         if isinstance(inputs, DatasetSource) and len(inputs) >= _LARGE_DATASET:
             notes.append(f"{where}: all {len(inputs):,} samples were read once for their targets")
         if isinstance(inputs, DatasetSource) and inputs.draws:
@@ -64,7 +76,7 @@ def read_samples(x: Any, y: Any, split: str) -> ArraySamples:
         raise DataError(
             f"{count} samples and {len(array)} targets", where=where, fix="give one target per sample, and at least one"
         )
-    return ArraySamples(inputs, array, tuple(notes))
+    return ArraySamples(inputs, array, tuple(notes), loader)
 
 
 def targets_argument_name(split: str) -> str:
@@ -78,12 +90,24 @@ def describe_tensors(inputs: TensorTree | Source) -> tuple[dict[str, tuple[int, 
     sample = inputs.fetch(first) if isinstance(inputs, Source) else map_inputs(inputs, lambda tensor: tensor[:1])
     tensors = dict(sample) if isinstance(sample, Mapping) else {"": sample}
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
+    if isinstance(inputs, DatasetSource) and inputs.batch_dependent:
+        shapes = {name: _common_shape(inputs, name) for name in tensors}
     return shapes, {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
 
 
-def _read_dataset(dataset: Any, where: str) -> tuple[TensorTree | Source, Any]:
-    if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
-        return _to_tensors(dataset.tensors[0], where), dataset.tensors[1]
+def _common_shape(source: DatasetSource, name: str) -> tuple[int, ...]:
+    """Return the shape of samples that a function of the user makes; -1 for a size that differs between samples."""
+    count = len(source)
+    fetched = [source.fetch(torch.tensor([row])) for row in range(0, count, max(1, count // _NUM_COMPARED))]
+    shapes = [(each[name] if isinstance(each, Mapping) else each).shape[1:] for each in fetched]
+    return tuple(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
+
+
+def _read_dataset(dataset: Any, where: str, loader: LoaderParts | None) -> tuple[TensorTree | Source, Any]:
+    rows, collate = (None, None) if loader is None else (loader.rows, loader.collate)
+    if type(dataset) is TensorDataset and len(dataset.tensors) == 2 and collate is None:
+        inputs, targets = dataset.tensors if rows is None else dataset[rows]
+        return _to_tensors(inputs, where), targets
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise DataError(
             f"{type(dataset).__name__} has no access by index",
@@ -91,7 +115,7 @@ def _read_dataset(dataset: Any, where: str) -> tuple[TensorTree | Source, Any]:
             why="the run chooses the order, so that it can be resumed",
             fix="give a Dataset with __len__ and __getitem__",
         )
-    source = DatasetSource(dataset, where)
+    source = DatasetSource(dataset if rows is None else Subset(dataset, rows.tolist()), where, collate)
     return source, source.read_targets()
 
 
@@ -115,112 +139,3 @@ def _require_rows(tensor: Tensor, where: str) -> Tensor:
 
 def _count_samples(inputs: TensorTree | Source) -> int:
     return len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
-
-
-class DatasetSource:
-    """A torch Dataset as a source, whose samples are read on demand.
-
-    Args:
-        dataset: Dataset of pairs (input, target).
-        where: Name of the argument, for messages.
-    """
-
-    def __init__(self, dataset: Dataset[Any], where: str) -> None:
-        self.dataset: Any = dataset
-        self.where = where
-        self.draws = False
-        self._targets: list[Any] = []
-        self._last_targets: list[Any] = []
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def fetch(self, indices: Tensor) -> TensorTree:
-        """Return the stacked inputs (b, ...) of `indices`, int64 (b,), with whatever the generators draw now."""
-        return self.fetch_seeded(indices, lambda position: None)
-
-    def fetch_seeded(self, indices: Tensor, seed_sample: Callable[[int], None]) -> TensorTree:
-        """Return the stacked inputs (b, ...) of `indices`, each read after its seed was set.
-
-        Raises:
-            DataError: Samples do not fit together, or a target is not the one that was read first.
-        """
-        rows, samples, targets = indices.tolist(), [], []
-        for position, row in enumerate(rows):
-            seed_sample(position)
-            value, target = self._read_pair(row)
-            samples.append(self._to_input(value, row))
-            targets.append(target.tolist() if isinstance(target, (Tensor, np.ndarray)) else target)
-        self._last_targets = targets
-        if self._targets:
-            self._check_targets(rows, targets)
-        if isinstance(samples[0], Tensor):
-            return self._stack(samples, rows)
-        return {name: self._stack([sample[name] for sample in samples], rows) for name in samples[0]}
-
-    def read_targets(self) -> list[Any]:
-        """Return the targets of all samples, which reads each sample once, and a few of them three times.
-
-        Raises:
-            DataError: A sample cannot be used, or is random in a way that no seed repeats.
-        """
-        count = len(self)
-        split, found = Split(self, torch.zeros(count)), []
-        for start in range(0, count, _READ_BLOCK):
-            split.fetch(torch.arange(start, min(start + _READ_BLOCK, count)))
-            found += self._last_targets
-        self._targets = found
-        rows = torch.arange(0, count, max(1, count // _NUM_CHECKED))
-        first, again, other = split.fetch(rows), split.fetch(rows), split.fetch(rows, key=1)
-        if not _equal_inputs(first, again):
-            raise DataError(
-                "the dataset draws random numbers that no seed repeats",
-                where=self.where,
-                why="the same samples were read twice with equal seeds of random, numpy.random and torch, and differ",
-                fix="draw from these three, or from a generator that is an attribute of the dataset; not from "
-                "numpy.random.default_rng() in __getitem__, from random.SystemRandom or from a clock",
-            )
-        self.draws = not _equal_inputs(first, other)
-        return found
-
-    def _check_targets(self, rows: list[int], targets: list[Any]) -> None:
-        for row, target in zip(rows, targets, strict=True):
-            if repr(target) != repr(self._targets[row]):
-                raise DataError(
-                    f"the dataset returns the target {target!r:.60} and returned {self._targets[row]!r:.60} before",
-                    where=f"{self.where}[{row}]",
-                    why="a target is read once, so a random one cannot be trained on",
-                    fix="return the same target for a sample each time; mix samples and targets with --augment",
-                )
-
-    def _to_input(self, value: Any, row: int) -> Any:
-        where = f"{self.where}[{row}]"
-        if isinstance(value, Mapping):
-            return {name: to_tensor(each, where=where) for name, each in value.items()}
-        require_one_input(value, where=where)
-        return to_tensor(value, where=where)
-
-    def _read_pair(self, row: int) -> tuple[Any, Any]:
-        item = self.dataset[row]
-        if not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise DataError(
-                f"the dataset returns {type(item).__name__}",
-                where=f"{self.where}[{row}]",
-                fix="return pairs (input, target); several inputs are a mapping by the names of forward's arguments",
-            )
-        return item[0], item[1]
-
-    def _stack(self, samples: list[Tensor], rows: list[int]) -> Tensor:
-        for row, sample in zip(rows, samples, strict=True):
-            if sample.shape != samples[0].shape:
-                raise DataError(
-                    f"samples of shapes {tuple(samples[0].shape)} and {tuple(sample.shape)}",
-                    where=f"{self.where}[{row}]",
-                    fix="pad or resize them to one shape in the dataset",
-                )
-        return torch.stack(samples)
-
-
-def _equal_inputs(first: TensorTree, second: TensorTree) -> bool:
-    one, other = ({"": each} if isinstance(each, Tensor) else each for each in (first, second))
-    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
