@@ -41,11 +41,9 @@ def predict(table_run, tmp_path, monkeypatch, capsys):
     def call(*things, form="--json"):
         code = main(["predict", str(table_run), form, *map(str, things)])
         out, err = capsys.readouterr()
-        return (
-            code,
-            {each["input"]: each for each in map(json.loads, out.splitlines())} if form == "--json" else out,
-            err,
-        )
+        if form == "--json":
+            out = {each["input"]: each for each in map(json.loads, out.splitlines())}
+        return code, out, err
 
     return call
 
@@ -119,8 +117,8 @@ def test_a_value_that_training_did_not_have_is_marked(table_run, predict):
         first, second = predictions
         assert "unseen" not in first
         assert second["unseen"] == {"city": "Zug"}
-    _, (prediction,), _ = (each.values() if isinstance(each, dict) else each for each in predict(json.dumps(unseen)))
-    assert prediction["unseen"] == {"city": "Zug"}
+    _, predictions, _ = predict(json.dumps(unseen))
+    assert [each["unseen"] for each in predictions.values()] == [{"city": "Zug"}]
     _, text, _ = predict(json.dumps(known), json.dumps(unseen), form="--csv")
     assert [row["unseen"] for row in csv.DictReader(io.StringIO(text))] == ["", "city 'Zug'"]
 

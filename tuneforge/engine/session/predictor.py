@@ -211,18 +211,18 @@ def _is_own_data(predictor: Predictor, data: Any) -> bool:
     """Return True if data is what the run was trained with: the same source, or Python objects of the same content."""
     if isinstance(data, (str, ComponentSpec)):
         own = predictor.run.config.data
-        specs = [
-            resolve_component("data_prepare", each, where="--data")[1]
-            for each in (data, own)
-            if not is_object(own.name)
-        ]
-        return len(specs) == 2 and specs[0] == specs[1]
+        return not is_object(own.name) and _resolve_data_spec(data) == _resolve_data_spec(own)
     try:
         found = attrs.evolve(predictor, run=attrs.evolve(predictor.run, hooks=Hooks())).with_data(data).data
     except DataError:
         return False
     recorded = read_json(predictor.run_dir / MODEL)["fingerprints"]
     return all(getattr(found, split).fingerprint() == recorded[split] for split in recorded)
+
+
+def _resolve_data_spec(data: Any) -> ComponentSpec:
+    """Return the specification of a data source with all of its options."""
+    return resolve_component("data_prepare", data, where="--data")[1]
 
 
 def _build_hooks(config: RunConfig, model: Any, records: list[Mapping[str, Any]]) -> Hooks:

@@ -133,7 +133,7 @@ class ColumnReader:
         """Return the features, float32 (n, f); cells that the inputs cannot use count as missing, and are noted.
 
         Raises:
-            DataError: A column is missing, or more than a tenth of a numeric column are no numbers.
+            DataError: A column is missing, or more than a tenth of a numeric column are not numbers.
         """
         inputs.require_columns(self.table.columns, where=self.table.name)
         cells: dict[str, Sequence[Any]] = {}

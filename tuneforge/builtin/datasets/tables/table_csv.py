@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tuneforge import Run
 
 _MAX_CLASSES = 20  # of a column of whole numbers that `auto` takes for classes
-_MAX_STRAY_SHARE = 0.1  # of the cells of a numeric target that are taken for mistakes
+_MAX_STRAY_SHARE = 0.1  # of the cells of a numeric target that are taken for typing errors
 
 
 @component(api=1)
@@ -143,8 +143,8 @@ class TableCsv:
         wrong = [row for row, number in enumerate(numbers) if number is None]
         whole = all(cell == f"{number:.0f}" for cell, number in zip(cells, numbers, strict=True) if number is not None)
         few = whole and len(set(cells)) <= _MAX_CLASSES
-        is_mistake = task == "auto" and not few and 0 < len(wrong) <= _MAX_STRAY_SHARE * len(cells)
-        if wrong and (task == "regression" or is_mistake):
+        is_typing_error = task == "auto" and not few and 0 < len(wrong) <= _MAX_STRAY_SHARE * len(cells)
+        if wrong and (task == "regression" or is_typing_error):
             raise DataError(
                 f"'{self.target}' is not a number everywhere",
                 where=f"{table.name}, line {table.lines[wrong[0]]}",

@@ -127,7 +127,7 @@ class TableInputs(Inputs):
         """Return the features, float32 (n, f), of cells (n,) by column; each row is independent of the others.
 
         Raises:
-            DataError: A cell of a numeric column is no number that float32 can hold.
+            DataError: A cell of a numeric column is not a number that the model can compute with.
         """
         blocks = [self._encode_column(index, columns[name]) for index, name in enumerate(self.columns)]
         return torch.from_numpy(np.concatenate(blocks, 1).astype(np.float32))
