@@ -123,7 +123,8 @@ def _save(soup: _Soup, summary: Mapping[str, Any], soup_dir: Path, *, labels: Se
     soup_dir.mkdir(parents=True, exist_ok=True)
     for name in _COPIED_FILES:
         names.atomic_write(soup_dir / name, (best.run_dir / name).read_bytes())
-    save_tensors(soup.state, soup_dir / names.WEIGHTS, metadata={"labels": labels})
+    _, metadata = load_tensors(best.run_dir / names.WEIGHTS)  # which holds the extra state of modules
+    save_tensors(soup.state, soup_dir / names.WEIGHTS, metadata={**metadata, "labels": labels})
     before = names.read_json(best.run_dir / names.REPORT)
     kept = {key: before[key] for key in ("monitor", "primary_metrics", "num_samples")}
     report = {"strategy": SOUP, **kept, "splits": {"val": soup.metrics}, "soup": summary}

@@ -27,6 +27,7 @@ from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
 from tuneforge.builtin.datasets.row_splits import split_train_val
 from tuneforge.builtin.datasets.tables.arrays import TensorInputs
 from tuneforge.builtin.targets import compute_mean_and_scale
+from tuneforge.engine.model.extra_state import get_extra_states, set_extra_states
 from tuneforge.engine.storage.safetensors_io import get_state_dict, load_state_dict
 from tuneforge.sklearn.model_state import SavableEstimator
 
@@ -256,6 +257,7 @@ class InitialWeights:
         # Tensors are not options, which need a text for files and flags, so they are set on the frozen instance.
         state = {name: tensor.clone() for name, tensor in get_state_dict(model.module).items()}
         object.__setattr__(made, "_state", state)
+        object.__setattr__(made, "_extra_states", copy.deepcopy(get_extra_states(model.module)))
         return made
 
     @tf.hookimpl(wrapper=True)
@@ -266,6 +268,7 @@ class InitialWeights:
             return model
         state: dict[str, Tensor] = getattr(self, "_state")  # noqa: B009 - no field of the component
         load_state_dict(model.module, state, where="the fitted weights")
+        set_extra_states(model.module, getattr(self, "_extra_states"))  # noqa: B009 - as above
         return attrs.evolve(model, pretrained_labels=model.labels, pretrained=True)
 
 

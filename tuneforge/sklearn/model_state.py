@@ -15,9 +15,9 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 import tuneforge as tf
+from tuneforge.engine.model.weights_file import write_weights
 from tuneforge.engine.storage import run_dir as folder
 from tuneforge.engine.storage.safetensors_io import get_state_dict
-from tuneforge.exporting import save_tensors
 from tuneforge.plugin.serialization import from_json, to_json
 
 ESTIMATOR_FILE = "estimator.json"
@@ -117,7 +117,7 @@ class SavableEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is 
 
     def _write_weights(self, path: Path) -> None:
         model = self.predictor_.model
-        save_tensors(get_state_dict(model.module), path / folder.WEIGHTS, metadata={"labels": model.labels})
+        write_weights(path / folder.WEIGHTS, get_state_dict(model.module), model.module, labels=model.labels)
 
     def _to_record(self) -> dict[str, Any]:
         """Return the content of `estimator.json`."""

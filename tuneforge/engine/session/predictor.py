@@ -27,9 +27,9 @@ from tuneforge.engine.loop.evaluation import evaluate as evaluate_split
 from tuneforge.engine.loop.phase_components import create_component
 from tuneforge.engine.model import device
 from tuneforge.engine.model.model import Model, extract_logits
+from tuneforge.engine.model.weights_file import load_weights
 from tuneforge.engine.session.components import is_object, resolve_component
 from tuneforge.engine.storage.run_files import MODEL, RUN, STATUS, WEIGHTS, read_json
-from tuneforge.engine.storage.safetensors_io import load_state_dict, load_tensors
 from tuneforge.errors import DataError, FolderError
 from tuneforge.plugin.config import RunConfig, resolve_config
 from tuneforge.plugin.declaration import get_option_values
@@ -137,8 +137,7 @@ def load(path: str | Path, *, model: Any = None, device_name: str = "auto") -> P
     built = run.hooks.call.model_adapt(run=run, model=None)
     # After the weights are loaded, the model is pretrained on all of its labels.
     run.set_model(attrs.evolve(built, pretrained_labels=built.labels, pretrained=True))
-    tensors, _ = load_tensors(path / WEIGHTS)
-    load_state_dict(run.model.module, tensors, where=str(path / WEIGHTS))
+    load_weights(path / WEIGHTS, run.model.module)
     run.model.module.eval()
     return Predictor(path, run, inputs, targets)
 

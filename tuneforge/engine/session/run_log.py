@@ -19,11 +19,12 @@ from tuneforge.engine.loop.evaluation import evaluate
 from tuneforge.engine.loop.metric_set import HardestSamples
 from tuneforge.engine.loop.train_phase import planned_epochs
 from tuneforge.engine.model import fsdp
+from tuneforge.engine.model.weights_file import write_weights
 from tuneforge.engine.session import messages
 from tuneforge.engine.session.components import describe_member
 from tuneforge.engine.storage.run_dir import RunDir
 from tuneforge.engine.storage.run_files import HARDEST_SAMPLES, METRICS, REPORT, TIMINGS, WEIGHTS
-from tuneforge.engine.storage.safetensors_io import get_state_dict, save_tensors
+from tuneforge.engine.storage.safetensors_io import get_state_dict
 from tuneforge.plugin import registry
 from tuneforge.plugin.config import config_to_dict, parse_budget
 from tuneforge.plugin.declaration import get_option_values
@@ -135,7 +136,7 @@ def write_results(run: Run, run_dir: RunDir, stop_reason: str, check_weights: Ca
     check_weights("the final evaluation")
     weights = fsdp.gather_state(get_state_dict(run.model.module), keep=run_dir.writable)
     if run_dir.writable:
-        save_tensors(weights, run_dir.path / WEIGHTS, metadata={"labels": run.model.labels})
+        write_weights(run_dir.path / WEIGHTS, weights, run.model.module, labels=run.model.labels)
     report: dict[str, Any] = {
         "strategy": run.hooks.get_provider("finetune_strategy").name,
         "stop_reason": stop_reason,

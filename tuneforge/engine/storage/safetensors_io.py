@@ -102,7 +102,7 @@ def get_state_dict(module: torch.nn.Module) -> dict[str, Tensor]:
     seen: dict[int, str] = {}
     state = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        if name.rpartition(".")[2] != "_extra_state" and id(tensor) not in seen:
             seen[id(tensor)] = name
             state[name] = tensor.detach()
     return state
