@@ -67,7 +67,7 @@ def _load_head(head: nn.Module, weight: Tensor, bias: Tensor, features: Tensor) 
             head.bias.copy_(shard_like(head.bias, bias))
         loaded = full_tensor(head.weight.detach()).reshape(weight.shape).to(weight)
         # A parametrized weight (such as weight norm) is computed anew and ignores the copy.
-        if torch.allclose(loaded, weight, rtol=1e-3, atol=1e-6):
+        if torch.allclose(loaded, weight, rtol=max(1e-3, torch.finfo(head.weight.dtype).eps), atol=1e-6):
             return
     raise DataError(
         f"the head, a {type(head).__name__} on {tuple(features.shape)} features, cannot be solved",

@@ -13,6 +13,7 @@ from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.loader import batch_sizes
 from tuneforge.engine.feature_cache.build import try_build_feature_cache
 from tuneforge.engine.loop.backward import BackwardPass
+from tuneforge.engine.loop.batch_of_one import check_batch_of_one
 from tuneforge.engine.loop.compile import compile_forward
 from tuneforge.engine.loop.evaluation import evaluate
 from tuneforge.engine.loop.metric_set import resolve_monitor, scalar_metrics
@@ -49,6 +50,7 @@ def train_phase(
     trainable = select(run.model, phase.train)
     freeze(run.model, trainable)
     modes = compute_modes(run.model, run.example, batchnorm_stats=phase.batchnorm_stats)
+    check_batch_of_one(run, phase, trainable)
     optimizer, is_same_optimizer = components.build_optimizer(phase)
     schedule = components.build_schedule(phase)
     run.optimization.set_param_groups(run.model, phase, trainable, optimizer, same=is_same_optimizer)
@@ -114,6 +116,8 @@ def _finish_phase(
     freeze_check, forward_pass = run.engine_state.freeze_check, run.forward_pass
     assert freeze_check is not None
     never_updated = freeze_check.finish(run.model)
+    if rounding := freeze_check.describe_rounding(run.model):
+        run.log(f"  warning: {rounding}")
     num_augmented_copies = forward_pass.feature_cache.num_augmented_copies if forward_pass.feature_cache else 0
     if phase.restore_best and tracker.best_epoch != len(tracker.history):
         restore_state(run.model.module, tracker.best_state)

@@ -14,6 +14,8 @@ from tuneforge.engine.model.modes import Modes
 from tuneforge.engine.model.module_state import bitwise_equal, full_state
 from tuneforge.errors import HaltError
 
+_MAX_UNCHANGED = 0.1  # share of unchanged weights from which a phase says so: some always have no gradient
+
 
 @attrs.define(eq=False)
 class FreezeCheck:
@@ -74,8 +76,10 @@ class FreezeCheck:
                 rounding_error = (
                     torch.finfo(parameter.dtype).eps * parameter.detach().abs() + torch.finfo(parameter.dtype).tiny
                 )
-                gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-                due = full_tensor((lrs[id(parameter)] * gradient.abs() > rounding_error).any())
+                gradient = (parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad).abs()
+                if _is_coarse(parameter):  # an adaptive optimizer scales a large gradient down, to about 1
+                    gradient = gradient.clamp(max=1)
+                due = full_tensor((lrs[id(parameter)] * gradient > rounding_error).any())
                 self.unmoved[name] = due if seen is None else seen | due
 
     def update(self, model: Model) -> None:
@@ -84,6 +88,20 @@ class FreezeCheck:
         self.unmoved = {
             name: seen for name, seen in self.unmoved.items() if bitwise_equal(named[name].detach(), self.before[name])
         }
+
+    def describe_rounding(self, model: Model) -> str:
+        """Return a sentence if updates of bfloat16 or float16 weights were lost to rounding, else ""."""
+        named = {name: each for name, each in model.parameters().items() if each.requires_grad and _is_coarse(each)}
+        unchanged = sum(int((full_tensor(each.detach() == self.before[name])).sum()) for name, each in named.items())
+        total = sum(each.numel() for each in named.values())
+        if unchanged <= _MAX_UNCHANGED * total:
+            return ""
+        dtypes = sorted({str(each.dtype).removeprefix("torch.") for each in named.values()})
+        return (
+            f"{unchanged / total:.0%} of the trained weights in {' and '.join(dtypes)} are what they were: an update "
+            "smaller than the spacing of the dtype is rounded away; raise the learning rate, or train float32 weights "
+            "(module.float()), perhaps with --precision bf16"
+        )
 
     def finish(self, model: Model) -> tuple[str, ...]:
         """Check every tensor after the phase.
@@ -113,6 +131,11 @@ class FreezeCheck:
         return tuple(
             name for name in model.parameters() if name in self.unmoved
         )  # a resumed run has `unmoved` in another order
+
+
+def _is_coarse(parameter: Tensor) -> bool:
+    """Return True for bfloat16 and float16, in which steps of usual size are lost to rounding."""
+    return torch.finfo(parameter.dtype).bits < 32
 
 
 def _frozen_buffers(module: nn.Module, modes: Modes) -> list[str]:

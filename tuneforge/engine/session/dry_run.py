@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from tuneforge.engine.context.run import Run
+from tuneforge.engine.loop.batch_of_one import check_batch_of_one
 from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.sample_weights import SamplingWeights
 from tuneforge.engine.model.freezing import select
@@ -72,12 +73,14 @@ def validate_step(run: Run, step: StrategyStep) -> None:
         SelectorError: The step names parameters that do not exist.
         UnknownNameError: The step names a schedule or an optimizer that is not installed.
         OptionError: An option of one of them is wrong.
+        UsageError: A batch of one sample cannot train a norm layer.
         DataError: The step samples or weights classes or sample groups that the data does not have.
     """
     if isinstance(step, (Phase, Diagnosis)):
         trainable = select(run.model, step.train)
     if isinstance(step, Phase):
         SamplingWeights.from_phase(run, step)
+        check_batch_of_one(run, step, trainable)
         components = PhaseComponents(run.config)
         components.build_schedule(step)
         parameter_groups(run.model, step, trainable, weight_decay=components.peek_optimizer(step).weight_decay)
