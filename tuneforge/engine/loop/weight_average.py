@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -24,14 +24,9 @@ def average_weights(run: Run, step: WeightAverage, snapshots: Mapping[str, Snaps
     """Execute a `WeightAverage` step: evaluate each candidate on the validation split and keep the best.
 
     Raises:
-        UsageError: A snapshot does not exist, or no component computes the monitored metric.
+        UsageError: No component computes the monitored metric.
         HaltError: The metric is NaN or Inf for every candidate.
     """
-    for name in step.snapshots:
-        if name not in snapshots:
-            raise UsageError(
-                f"there is no snapshot '{name}'", where=f"step '{step.name}'", fix=f"known: {', '.join(snapshots)}"
-            )
     chosen = [snapshots[name] for name in step.snapshots]
     candidates = (
         {weight: interpolate(chosen[0], chosen[1], weight) for weight in step.weights}
@@ -59,17 +54,15 @@ def average_weights(run: Run, step: WeightAverage, snapshots: Mapping[str, Snaps
     )
 
 
-def take_snapshot(run: Run, before: Snapshot | None) -> Snapshot:
+def take_snapshot(run: Run, before: Snapshot) -> Snapshot:
     """Return a copy of the model's state; tensors equal to those of `before` are shared, which saves memory."""
-    state = full_state(run.model.module)
-    if before is None:
-        return {name: tensor.clone() for name, tensor in state.items()}
     return {
-        name: before[name] if bitwise_equal(before[name], tensor) else tensor.clone() for name, tensor in state.items()
+        name: before[name] if name in before and bitwise_equal(before[name], tensor) else tensor.clone()
+        for name, tensor in full_state(run.model.module).items()
     }
 
 
-def check_unchanged(run: Run, snapshots: Mapping[str, Snapshot], where: str) -> None:
+def check_unchanged(run: Run, last: Snapshot, changed: Collection[str], where: str) -> None:
     """Check that the weights are those of the last snapshot.
 
     Parameters that were replaced under another name (merged adapters) and converted ones are left out, and so are
@@ -78,21 +71,19 @@ def check_unchanged(run: Run, snapshots: Mapping[str, Snapshot], where: str) -> 
     Raises:
         HaltError: A tensor differs.
     """
-    all_snapshots = list(snapshots.values())
-    before, last = all_snapshots[max(-2, -len(all_snapshots))], all_snapshots[-1]
     parameters = run.model.parameters()
-    changed = [
+    differing = [
         name
         for name, tensor in full_state(run.model.module).items()
         if name in last
         and (tensor.dtype, tensor.shape) == (last[name].dtype, last[name].shape)
-        and (name in parameters or bitwise_equal(before[name], last[name]))
+        and (name in parameters or name not in changed)
         and not bitwise_equal(tensor.to(last[name].device), last[name])
     ]
-    if changed:
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    if differing:
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise HaltError(
-            f"{len(changed)} tensor(s) changed after the last step of the strategy: {', '.join(changed[:5])}{more}",
+            f"{len(differing)} tensor(s) changed after the last step of the strategy: {', '.join(differing[:5])}{more}",
             where=where,
             why="frozen and trained weights must stay as the last step left them",
             fix="look for a callback that writes to them in evaluation_started, evaluation_ended or run_ended; change "

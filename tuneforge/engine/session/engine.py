@@ -276,7 +276,8 @@ class Engine:
 
         if not resume_state.completed_steps:
             run.log("note: the strategy yielded no step, so nothing was trained")
-        check_weights = functools.partial(check_unchanged, run, resume_state.snapshots)
+        last_weights = resume_state.last_snapshot, resume_state.changed_tensors
+        check_weights = functools.partial(check_unchanged, run, *last_weights)
         report = write_results(run, run_dir, stop_reason, check_weights)
         run_dir.write_status("done", elapsed_s=self._budget.elapsed_s())
         if run_dir.writable:

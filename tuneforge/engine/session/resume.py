@@ -25,11 +25,12 @@ from tuneforge.engine.storage import checkpoint, fault_injection
 from tuneforge.engine.storage.checkpoint import Checkpoints
 from tuneforge.engine.storage.run_dir import RunDir
 from tuneforge.engine.storage.run_files import METRICS, RUN, STATUS, STRATEGY_STEPS, TIMINGS, read_json, read_jsonl
+from tuneforge.engine.storage.snapshot_files import SNAPSHOTS_DIR, SnapshotFiles
 from tuneforge.errors import FolderError, StoppedError
 from tuneforge.plugin.names import format_count, is_object
 from tuneforge.plugin.results import AnyStrategyStepResult, TaskInfo
 from tuneforge.plugin.serialization import from_json, to_json
-from tuneforge.plugin.steps import StrategyStep
+from tuneforge.plugin.steps import StrategyStep, WeightAverage
 
 TASK, STRATEGY = "task.json", "strategy.json"
 _APPENDED_FILES = (STRATEGY_STEPS, METRICS, TIMINGS)
@@ -47,7 +48,10 @@ class ResumeState:
         stop_request: Returns the error to raise once a stop was requested, else None.
         components: Knows the current optimizer.
         task: What the strategy was given; a resumed run gives it the same.
-        snapshots: The weights at the start and after each strategy step, for `WeightAverage`.
+        snapshots: The weights at the start and after strategy steps that a later `WeightAverage` can ask for.
+        last_snapshot: The weights at the start, or after the last strategy step.
+        changed_tensors: Names of the tensors that the last strategy step changed.
+        snapshot_files: Where the snapshots are on disk.
         completed_steps: The completed strategy steps with their results.
         phase_state: In a resumed run, the state of the phase in which the checkpoint was saved, until it continues.
         requested_steps: The strategy steps that were asked for so far, or all of them where the strategy is a list.
@@ -62,32 +66,50 @@ class ResumeState:
     components: PhaseComponents
     task: TaskInfo | None = None
     snapshots: dict[str, Snapshot] = attrs.field(factory=dict)
+    last_snapshot: Snapshot = attrs.field(factory=dict)
+    changed_tensors: frozenset[str] = frozenset()
+    snapshot_files: SnapshotFiles = attrs.field(
+        default=attrs.Factory(lambda self: SnapshotFiles(self.run_dir.path / SNAPSHOTS_DIR), takes_self=True)
+    )
     completed_steps: list[tuple[StrategyStep, AnyStrategyStepResult]] = attrs.field(factory=list)
     phase_state: dict[str, Any] | None = None
     requested_steps: tuple[StrategyStep, ...] = ()
     is_plan: bool = False
     num_restored: int = 0
 
+    @property
+    def snapshot_names(self) -> tuple[str, ...]:
+        """The names that snapshots have so far, whether they are kept or not."""
+        return ("start", *(step.name for step, _ in self.completed_steps))
+
     def begin(self, task: TaskInfo) -> None:
         """Prepare for the first strategy step of a new run."""
         self.task = task
-        self.snapshots = {"start": take_snapshot(self.run, None)}
-        self._find_nonfinite_at_start()
+        self.last_snapshot = take_snapshot(self.run, {})
+        self.snapshots = {"start": self.last_snapshot}
+        self.run.engine_state.nonfinite_at_start = frozenset(find_nonfinite_tensors(self.last_snapshot))
         self.run_dir.write_text(TASK, to_json(task))
-
-    def _find_nonfinite_at_start(self) -> None:
-        nonfinite = find_nonfinite_tensors(self.snapshots["start"])
-        self.run.engine_state.nonfinite_at_start = frozenset(nonfinite)
 
     def add_step_result(self, step: StrategyStep, result: AnyStrategyStepResult) -> None:
         """Record a completed strategy step."""
-        self.snapshots[step.name] = take_snapshot(self.run, list(self.snapshots.values())[-1])
+        before, self.last_snapshot = self.last_snapshot, take_snapshot(self.run, self.last_snapshot)
+        changed = (name for name, tensor in self.last_snapshot.items() if tensor is not before.get(name))
+        self.changed_tensors = frozenset(changed)
+        self.snapshots[step.name] = self.last_snapshot
         self.completed_steps.append((step, result))
+        self._drop_snapshots()
         fault_injection.point("phase-trained")
         self.run_dir.append(STRATEGY_STEPS, f'{{"step": {to_json(step)}, "result": {to_json(result)}}}')
         fault_injection.point("phase-logged")
         self.save(None)
         fault_injection.point("phase-saved")
+
+    def _drop_snapshots(self) -> None:
+        """Drop the snapshots for which no later step of a plan asks; a generator may ask for any."""
+        if self.is_plan:
+            later = self.requested_steps[len(self.completed_steps) :]
+            needed = {name for step in later if isinstance(step, WeightAverage) for name in step.snapshots}
+            self.snapshots = {name: each for name, each in self.snapshots.items() if name in needed}
 
     def _record_steps(self, steps: tuple[StrategyStep, ...], *, is_plan: bool) -> None:
         self.requested_steps, self.is_plan = steps, is_plan
@@ -107,10 +129,12 @@ class ResumeState:
             process_group.is_main and self.checkpoints.is_due(step, other_counters=other_counters),
         )
         if stopped or due:
-            state = self._state(progress)
+            state, new_snapshots = self._state(progress), self.snapshot_files.add(self.snapshots)
             if self.run.sharded:
-                state = fsdp.gather_state(state, keep=process_group.is_main)
+                state, new_snapshots = fsdp.gather_state((state, new_snapshots), keep=process_group.is_main)
             if process_group.is_main:
+                self.snapshot_files.write(new_snapshots)
+                state["snapshot_files"] = self.snapshot_files.state()
                 best = progress is not None and progress.is_best
                 self.checkpoints.save(step, state, other_counters=other_counters, best=best)
         if stopped:
@@ -137,6 +161,7 @@ class ResumeState:
             check_plan(self.requested_steps, plan)
         elif not self.requested_steps:
             self._record_steps(plan, is_plan=True)
+        self._drop_snapshots()
 
     def check_next_step(self, number: int, step: StrategyStep | None) -> None:
         """Check the first step that a resumed run executes against that of the stopped run; record every other one.
@@ -182,8 +207,15 @@ class ResumeState:
         engine_state.micro_batch_size, engine_state.eval_batch_size = state["micro_batch"], state["eval_batch"]
         engine_state.budget.previous_s = max(engine_state.budget.previous_s, state["elapsed_s"])
         torch.set_rng_state(state["random"].cpu())
-        self.snapshots, self.phase_state = state["snapshots"], state["phase"]
-        self._find_nonfinite_at_start()
+        self.snapshots, self.snapshot_files, self.phase_state = (
+            state[key] for key in ("snapshots", "snapshot_files", "phase")
+        )
+        engine_state.nonfinite_at_start = frozenset(state["nonfinite_at_start"])
+        if self.phase_state is None:
+            self.last_snapshot = take_snapshot(run, next(reversed(self.snapshots.values()), {}))
+            self.changed_tensors = frozenset(state["changed_tensors"])
+        else:
+            self.last_snapshot = next(reversed(self.snapshots.values()), {})
         self.task = from_json((self.run_dir.path / TASK).read_text(encoding="utf-8"))
         for line in read_jsonl(self.run_dir.path / STRATEGY_STEPS):
             pair = [from_json(json.dumps(line[key])) for key in ("step", "result")]
@@ -215,7 +247,8 @@ class ResumeState:
             "epoch": run.epoch,
             "elapsed_s": engine_state.budget.elapsed_s(),
             "random": torch.get_rng_state(),
-            "snapshots": self.snapshots,
+            "changed_tensors": sorted(self.changed_tensors),
+            "nonfinite_at_start": sorted(engine_state.nonfinite_at_start),
             "phase": None if progress is None else progress.state(run),
             "offsets": self.run_dir.offsets(_APPENDED_FILES),
         }

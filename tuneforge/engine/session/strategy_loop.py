@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from tuneforge.engine.context.run import Run
@@ -12,12 +12,12 @@ from tuneforge.engine.loop.diagnosis import diagnose
 from tuneforge.engine.loop.head_fit import fit_head
 from tuneforge.engine.loop.nonfinite import check_finite_weights
 from tuneforge.engine.loop.train_phase import train_phase
-from tuneforge.engine.loop.weight_average import Snapshot, average_weights
+from tuneforge.engine.loop.weight_average import average_weights
 from tuneforge.engine.model.module_state import full_state
 from tuneforge.engine.session import messages
 from tuneforge.engine.session.dry_run import validate_step
 from tuneforge.engine.session.resume import ResumeState
-from tuneforge.errors import PluginError, TuneforgeError
+from tuneforge.errors import PluginError, TuneforgeError, UsageError
 from tuneforge.plugin.hooks import RegisteredComponent, iterate_strategy
 from tuneforge.plugin.results import AnyStrategyStepResult
 from tuneforge.plugin.steps import Diagnosis, HeadFit, Phase, StrategyStep, WeightAverage
@@ -41,6 +41,7 @@ def run_strategy(run: Run, resume_state: ResumeState) -> str:
     planned = steps_or_generator if isinstance(steps_or_generator, (list, tuple)) else ()
     for number, step in enumerate(planned, start=1):
         validate_step(run, check_step_type(step, member))
+        _check_names(step, ("start", *(each.name for each in planned[: number - 1])), member)
         run.log(f"plan: {messages.format_step(step, f'{number}/{len(planned)}')}")
     if planned:
         resume_state.check_plan(tuple(planned))
@@ -67,7 +68,7 @@ def run_strategy(run: Run, resume_state: ResumeState) -> str:
             result = resume_state.replay_step(number - 1, step)
             continue
         resume_state.check_next_step(number - 1, step)
-        _check_step_name(step, resume_state.snapshots, member)
+        _check_names(step, resume_state.snapshot_names, member)
         run.log(messages.format_step(step, f"{number}/{len(planned)}" if planned else ""))
         if step.why:
             run.log(f"  reason: {step.why}")
@@ -121,10 +122,16 @@ def check_step_type(step: Any, member: RegisteredComponent) -> StrategyStep:
     return step  # type: ignore[no-any-return]  # just checked
 
 
-def _check_step_name(step: StrategyStep, snapshots: Mapping[str, Snapshot], member: RegisteredComponent) -> None:
-    if step.name in snapshots:
+def _check_names(step: StrategyStep, earlier: tuple[str, ...], member: RegisteredComponent) -> None:
+    """Check that the name of a step is new, and that the snapshots that it asks for are among the earlier ones."""
+    if step.name in earlier:
         raise PluginError(
             f"{member.label} names two steps '{step.name}'",
             why="reports and WeightAverage refer to a step by its name; 'start' is taken",
             fix="give each step its own name",
         )
+    for name in step.snapshots if isinstance(step, WeightAverage) else ():
+        if name not in earlier:
+            raise UsageError(
+                f"there is no snapshot '{name}'", where=f"step '{step.name}'", fix=f"known: {', '.join(earlier)}"
+            )

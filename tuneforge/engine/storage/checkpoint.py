@@ -24,6 +24,7 @@ from torch import Tensor
 from tuneforge.engine.storage import fault_injection as faults
 from tuneforge.engine.storage.atomic import atomic_write, fsync_path, is_disk_full, size_and_sha256, write_error
 from tuneforge.engine.storage.safetensors_io import load_tensors, save_tensors
+from tuneforge.engine.storage.snapshot_files import SNAPSHOTS_DIR, SnapshotFiles
 from tuneforge.errors import FolderError, PluginError, TuneforgeError
 from tuneforge.plugin.serialization import from_json, to_json, to_plain_data
 
@@ -152,7 +153,8 @@ def load_latest(run_dir: Path, device: torch.device) -> tuple[Path | None, dict[
         device: Where the tensors are loaded to.
 
     Returns:
-        The checkpoint's directory (None if there is none), its state, and why newer checkpoints were skipped.
+        The checkpoint's directory (None if there is none), its state with the snapshots that it needs, and why newer
+        checkpoints were skipped.
     """
     skipped: list[str] = []
     for path in reversed(_list_checkpoints(run_dir / CHECKPOINTS_DIR)):
@@ -160,7 +162,11 @@ def load_latest(run_dir: Path, device: torch.device) -> tuple[Path | None, dict[
             continue
         try:
             verify(path)
-            return path, _read_state(path, device), skipped
+            state = _read_state(path, device)
+            if "snapshot_files" in state:
+                files = state["snapshot_files"] = SnapshotFiles(run_dir / SNAPSHOTS_DIR, **state["snapshot_files"])
+                state["snapshots"] = files.load(device)
+            return path, state, skipped
         except TuneforgeError as error:
             skipped.append(f"{error.what}: {error.why}")
     return None, {}, skipped
@@ -198,13 +204,15 @@ def verify(path: Path) -> CheckpointInfo:
 
 
 def delete_unpinned(run_dir: Path) -> None:
-    """Delete the checkpoints of a finished run, except those that are pinned."""
+    """Delete the checkpoints of a finished run, except those that are pinned, and the snapshots that no one needs."""
     directory = run_dir / CHECKPOINTS_DIR
     for path in _list_checkpoints(directory):
         if not _is_pinned(path):
             shutil.rmtree(path, ignore_errors=True)
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
+    if not directory.is_dir():
+        shutil.rmtree(run_dir / SNAPSHOTS_DIR, ignore_errors=True)
 
 
 def pack(value: Any, tensors: dict[str, Tensor], names: dict[int, str], where: str = "state") -> Any:
