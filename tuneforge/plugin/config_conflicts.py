@@ -77,20 +77,20 @@ def find_changes(run_config: Mapping[str, Any], new_config: Mapping[str, Any]) -
             yield from _compare_values(f"--{key}", option, run_config.get(key, option.default), value)
             continue
         before, now = list_component_entries(run_config.get(key)), list_component_entries(value)
-        if [_target(key, each["name"]) for each in before] != [_target(key, each["name"]) for each in now]:
+        pairs = list(zip(before, now, strict=False))
+        if len(before) != len(now) or not all(_same_class(key, one["name"], other["name"]) for one, other in pairs):
             had, wanted = (", ".join(each["name"] for each in entries) or "none" for entries in (before, now))
             yield ConfigConflict(f"--{key}", had, wanted)
             continue
-        for old, new in zip(before, now, strict=True):
+        for old, new in pairs:
             yield from _compare_component(key, old, new)
-            dropped = {name: value for name, value in old.items() if name == "name" or name not in new}
-            for each in _compare_component(key, new, dropped):
+            dropped = {name: value for name, value in old.items() if name not in new}
+            for each in _compare_component(key, new, {"name": new["name"], **dropped}):
                 yield ConfigConflict(each.key, each.new_value, each.run_value)
 
 
 def _compare_repeatable(key: str, present: list[dict[str, Any]], new: dict[str, Any]) -> Iterator[ConfigConflict]:
-    target = _target(key, new["name"])
-    had = next((each for each in present if _target(key, each["name"]) == target), None)
+    had = next((each for each in present if _same_class(key, each["name"], new["name"])), None)
     if had is not None:
         yield from _compare_component(key, had, new)
     else:
@@ -99,7 +99,7 @@ def _compare_repeatable(key: str, present: list[dict[str, Any]], new: dict[str, 
 
 
 def _compare_component(key: str, current: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[ConfigConflict]:
-    if not current or _target(key, current["name"]) != _target(key, new["name"]):
+    if not current or not _same_class(key, current["name"], new["name"]):
         yield ConfigConflict(f"--{key}", current.get("name", "none"), new["name"])
         return
     if is_object(new["name"]):  # its options are not recorded
@@ -123,6 +123,13 @@ def _compare_values(flag: str, option: Option, current: Any, new: Any) -> Iterat
         yield ConfigConflict(flag, format_value(parsed_current), format_value(parsed_new))
 
 
-def _target(key: str, name: str) -> str:
-    """Return the class that a name stands for, so that an alias equals the name."""
-    return name if is_object(name) else registry.find_component(GROUP_BY_KEY[key], name, where=f"--{key}").target
+def _same_class(key: str, one: str, other: str) -> bool:
+    """Return True if two names stand for one class: an alias equals the name, and a script equals its module."""
+    if one == other or is_object(one) or is_object(other):
+        return one == other
+    if "__main__" in (one.partition(":")[0], other.partition(":")[0]):
+        return one.partition(":")[2] == other.partition(":")[2]
+    one_target, other_target = (
+        registry.find_component(GROUP_BY_KEY[key], name, where=f"--{key}").target for name in (one, other)
+    )
+    return one_target == other_target

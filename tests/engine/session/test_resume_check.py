@@ -17,6 +17,7 @@ from tuneforge.builtin.targets import ClassTargets
 from tuneforge.engine.data.fingerprint import describe_split
 from tuneforge.engine.session.resume_check import check_data, check_plan, check_step
 from tuneforge.engine.session.run_log import describe_data
+from tuneforge.plugin.config_conflicts import find_changes
 from tuneforge.sklearn import data_from_arrays
 
 PHASE = {"train": "all", "epochs": 2, "lr": 1e-2}
@@ -313,6 +314,16 @@ def test_other_components_and_settings_are_refused_with_both_values(half, change
     with pytest.raises(tf.UsageError, match=words) as caught:
         tf.Engine.resume(half, **{"data": data, "model": tiny_net()} | changed)
     assert str(caught.value).count("the run has") == 1
+
+
+def test_class_of_a_script_equals_that_of_its_module():
+    before = {"callback": [{"name": "__main__:GaussianJitter"}, {"name": "ema", "decay": 0.9}]}
+    same = {"callback": [{"name": "tiny:GaussianJitter"}, {"name": "ema", "decay": 0.9}]}
+    other = {"callback": [{"name": "tiny:DoubleHeadInput"}, {"name": "ema", "decay": 0.9}]}
+    assert list(find_changes(before, same)) == []
+    assert [str(each) for each in find_changes(before, other)] == [
+        "--callback: the run has __main__:GaussianJitter, ema, given tiny:DoubleHeadInput, ema"
+    ]
 
 
 def test_settings_that_decide_nothing_may_differ_and_are_logged(half, tmp_path):

@@ -113,10 +113,13 @@ class Run(TrainerState):
         return self.engine_state.component_states.setdefault(self._state_key(component), {})
 
     def _state_key(self, component: object) -> str:
-        """Return the same key for the same component in a resumed run: its position among all and its name."""
+        """Return the same key for the same component in a resumed run: its position among all and its name.
+
+        A class of a script is in `__main__` or in the module of that name, so the module is left out.
+        """
         for position, member in enumerate(self.hooks.components):
             if member.component is component:
-                return f"{position}:{member.name}"
+                return f"{position}:{member.name.rpartition(':')[2]}"
         for position, augmentation in enumerate(self.engine_state.augmentations):
             if augmentation is component:
                 return f"augment:{position}"
