@@ -41,6 +41,17 @@ def check_module(module: nn.Module, head: str = "") -> None:
             _check_tensor(tensor, f"{path}.{name}".lstrip("."), child)
 
 
+def check_trainable(module: nn.Module) -> None:
+    """Raise `PluginError` if a parameter or buffer was created in inference mode, where nothing can be trained."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_inference():
+            raise PluginError(
+                "a tensor of the model was created under torch.inference_mode() and cannot be trained",
+                where=f"'{name}' of {type(module).__name__}",
+                fix="build the module outside of inference_mode, or give copy.deepcopy(module), made outside of it",
+            )
+
+
 def _wrapper_error(wrapper: str, path: str) -> PluginError:
     kind = wrapper.rpartition(".")[2]
     return PluginError(
@@ -68,12 +79,6 @@ def _check_tensor(tensor: Tensor, name: str, owner: nn.Module) -> None:
             f"'{name}' of the lazy layer {type(owner).__name__} is not initialized",
             why="its shape follows from the first input",
             fix="call the module once with a batch of inputs before it is given",
-        )
-    if tensor.is_inference():
-        raise PluginError(
-            "a tensor of the model was created under torch.inference_mode() and cannot be trained",
-            where=where,
-            fix="build the module outside of inference_mode, or give copy.deepcopy(module), made outside of it",
         )
     if tensor.is_meta:
         raise PluginError(

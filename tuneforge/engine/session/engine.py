@@ -19,6 +19,7 @@ from tuneforge.engine.loop.weight_average import check_unchanged
 from tuneforge.engine.model import device, fsdp
 from tuneforge.engine.model.model import Model
 from tuneforge.engine.model.modes import ModuleFlags, get_modes, set_modes
+from tuneforge.engine.model.module_check import check_trainable
 from tuneforge.engine.model.weights_file import check_extra_states
 from tuneforge.engine.session import messages
 from tuneforge.engine.session.components import (
@@ -333,6 +334,7 @@ class Engine:
         self._add_default_components(run)
         run.reseed()  # so that randomly initialized weights depend on the seed alone
         model = _mark_user_frozen(run.hooks.call.model_adapt(run=run, model=None))
+        check_trainable(model.module)
         check_extra_states(model.module)
         self._module_flags = ModuleFlags.capture(model.module)
         run.set_model(model if pretrained is None else attrs.evolve(model, pretrained=pretrained))

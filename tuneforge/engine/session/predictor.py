@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle  # noqa: TID251 - only to try whether a module can be pickled; nothing is unpickled
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby, islice, tee
@@ -30,7 +31,7 @@ from tuneforge.engine.model.model import Model, extract_logits
 from tuneforge.engine.model.weights_file import load_weights
 from tuneforge.engine.session.components import is_object, resolve_component
 from tuneforge.engine.storage.run_files import MODEL, RUN, STATUS, WEIGHTS, read_json
-from tuneforge.errors import DataError, FolderError
+from tuneforge.errors import DataError, FolderError, UsageError
 from tuneforge.plugin.config import RunConfig, resolve_config
 from tuneforge.plugin.declaration import get_option_values
 from tuneforge.plugin.hooks import Hooks, find_hook_implementations
@@ -71,7 +72,8 @@ class Predictor:
                 stacked = stack_inputs(list(samples))  # samples of several shapes come where collate_fn pads them
                 with torch.inference_mode():
                     inputs = self.inputs.preprocess(map_inputs(stacked, self.run.device.move))
-                    yield from extract_logits(self.run.forward(self.run.to_device(inputs))).float().cpu()
+                    outputs = extract_logits(self.run.forward(self.run.to_device(inputs))).float().cpu()
+                yield from outputs  # not in inference mode, in which the caller's code would run
 
     def with_data(self, data: Any = None, *, metrics: Iterable[Any] = (), single_split: bool = False) -> Run:
         """Prepare data and metrics, and return the run, whose splits can then be evaluated.
@@ -107,6 +109,24 @@ class Predictor:
         for raw, output in zip(again, self.predict_outputs(inputs), strict=True):
             yield {**self.targets.describe(output), **self.inputs.describe_input(raw)}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the module and its preprocessing, so that another process can predict; data and metrics stay behind.
+
+        Raises:
+            UsageError: The module cannot be pickled.
+        """
+        try:
+            pickle.dumps(self.model)
+        except Exception as error:
+            raise UsageError(
+                f"a predictor of {type(self.model.module).__name__} cannot be sent to another process",
+                why=f"{type(error).__name__}: {error}",
+                fix=f"send the path, and load it there: tuneforge.load({str(self.run_dir)!r}, model=...)",
+            ) from error
+        sample = named_tensors(self.run.data.train.fetch(torch.tensor([0])))
+        specs = {name: (list(tensor.shape[1:]), str(tensor.dtype)) for name, tensor in sample.items()}
+        return _unpickle, (self.run_dir, self.run.config, self.model, self.inputs, self.targets, specs)
+
 
 def load(path: str | Path, *, model: Any = None, device_name: str = "auto") -> Predictor:
     """Load a finished run.
@@ -139,6 +159,16 @@ def load(path: str | Path, *, model: Any = None, device_name: str = "auto") -> P
     run.set_model(attrs.evolve(built, pretrained_labels=built.labels, pretrained=True))
     load_weights(path / WEIGHTS, run.model.module)
     run.model.module.eval()
+    return Predictor(path, run, inputs, targets)
+
+
+def _unpickle(
+    path: Path, config: RunConfig, model: Model, inputs: Inputs, targets: Targets, input_specs: Mapping[str, Any]
+) -> Predictor:
+    hooks, where = Hooks(), device.resolve_device(config.device)
+    run = Run(config=config, run_dir=None, device=where, hooks=hooks, restoring=True)
+    run.set_data(placeholder_data({"input_specs": input_specs}, inputs, targets))
+    run.set_model(model)
     return Predictor(path, run, inputs, targets)
 
 
