@@ -35,7 +35,7 @@ class Stub:
     class config:  # noqa: N801
         seed, num_workers = 0, 0
 
-    data_seed, restoring = 0, False
+    data_seed, restoring, single_split = 0, False, False
 
 
 class Recorder(nn.Module):

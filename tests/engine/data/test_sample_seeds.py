@@ -69,7 +69,7 @@ def run_stub():
         seed, num_workers = 0, 0
 
     class Stub:
-        config, data_seed, restoring = Config, 0, False
+        config, data_seed, restoring, single_split = Config, 0, False, False
 
     return Stub
 
