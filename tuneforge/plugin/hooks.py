@@ -102,6 +102,10 @@ class Hooks:
         """
         return _require_single_provider(hook, self._get_providers(hook)).owner
 
+    def get_owners(self, hook: str) -> list[RegisteredComponent]:
+        """Return the components that implement `hook` or wrap it."""
+        return [each.owner for each in self._implementations if each.hook == hook]
+
     def _get_providers(self, hook: str) -> list[HookImplementation]:
         return [each for each in self._implementations if each.hook == hook and not each.wrapper]
 

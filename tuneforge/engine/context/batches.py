@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -48,14 +49,14 @@ def training_batches(
     per_rank = per_rank and run.process_group.world_size > 1
     span = {"span": run.process_group.local_range} if per_rank and not split.batch_dependent else {}
     indices = iter_sampled(sampler, run.config.batch_size, start=start, **span)
-    feature_cache = run.forward_pass.feature_cache
+    feature_cache = current_feature_cache(run)
     if feature_cache is not None:
         yield from _cached_batches(run, feature_cache, indices, weights)
         return
 
     def collate(chosen: Tensor, stored: TensorTree) -> Batch:
         rng = SampleRNG(rng_seed, epoch, chosen)
-        batch = augment(run, _make_batch(run, split, chosen, prepare_inputs(run, stored), rng, weights))
+        batch = augment(run, make_batch(run, split, chosen, prepare_inputs(run, stored), rng, weights))
         return _local_part(run, batch) if per_rank and split.batch_dependent else batch
 
     yield from iter_batches(split, indices, collate, workers=get_workers(run), key=epoch_key(rng_seed, epoch))
@@ -65,13 +66,39 @@ def _cached_batches(
     run: Run, feature_cache: FeatureCacheProtocol, indices: Iterator[Tensor], weights: Tensor | None
 ) -> Iterator[Batch]:
     """Yield batches of cached features, gathered for several steps at once, which costs less than one gather a step."""
-    split = run.data.train
+    split, seed, epoch = run.data.train, run.config.seed, run.epoch
     num_batches = max(1, _GATHER_BLOCK_BYTES // (run.config.batch_size * feature_cache.bytes_per_sample))
     while block := list(itertools.islice(indices, num_batches)):
         chosen = torch.cat(block)
-        features = feature_cache.get_features(split, chosen, epoch=run.epoch)
-        rng = SampleRNG(run.config.seed, run.epoch, chosen)
-        yield from split_batch(_make_batch(run, split, chosen, features, rng, weights), [len(each) for each in block])
+        values = feature_cache.get_features(split, chosen, epoch=epoch)
+        assert values is not None
+        features = Features(values, chosen, functools.partial(load_training_inputs, run, epoch=epoch))
+        batch = make_batch(run, split, chosen, features, SampleRNG(seed, epoch, chosen), weights)
+        yield from split_batch(batch, [len(each) for each in block])
+
+
+def load_training_inputs(run: Run, indices: Tensor, *, epoch: int) -> Any:
+    """Return what the model takes for samples of the training split, augmented as in an epoch."""
+    split, seed = run.data.train, run.config.seed
+    inputs = prepare_inputs(run, split.fetch(indices, epoch_key(seed, epoch)))
+    return augment(run, make_batch(run, split, indices, inputs, SampleRNG(seed, epoch, indices), None)).inputs
+
+
+def current_feature_cache(run: Run) -> FeatureCacheProtocol | None:
+    """Return the feature cache; it is dropped if the model has changed in a way that its traced parts do not follow."""
+    feature_cache = run.forward_pass.feature_cache
+    if feature_cache is not None and (change := feature_cache.find_change(evaluating=run.eval_split is not None)):
+        run.log(f"  feature cache: off from optimizer step {run.step + 1} on, because {change}")
+        run.forward_pass.feature_cache = run.forward_pass.compiled_module = None
+    return run.forward_pass.feature_cache
+
+
+def current_inputs(run: Run, features: Features) -> Any:
+    """Return cached features, or the inputs of their samples where the feature cache was dropped."""
+    feature_cache = run.forward_pass.feature_cache
+    if feature_cache is not None and feature_cache.checks_each_pass:
+        feature_cache = current_feature_cache(run)
+    return features if feature_cache is not None else features.load_inputs(features.indices)
 
 
 def evaluation_batches(run: Run, split: Split, *, per_rank: bool = False) -> Iterator[Batch]:
@@ -86,10 +113,13 @@ def evaluation_batches(run: Run, split: Split, *, per_rank: bool = False) -> Ite
     per_rank = per_rank and run.process_group.world_size > 1
     if per_rank and not split.batch_dependent:
         indices = map(run.process_group.local_indices, indices)
-    feature_cache = run.forward_pass.feature_cache
+    feature_cache = current_feature_cache(run)
     if feature_cache is not None and feature_cache.get_features(split, torch.tensor([0])) is not None:
         for chosen in indices:
-            yield _evaluation_batch(run, split, chosen, feature_cache.get_features(split, chosen))
+            values = feature_cache.get_features(split, chosen)
+            assert values is not None
+            features = Features(values, chosen, lambda rows: prepare_inputs(run, split.fetch(rows)))
+            yield _evaluation_batch(run, split, chosen, features)
         return
 
     def collate(chosen: Tensor, stored: TensorTree) -> Batch:
@@ -113,10 +143,11 @@ def augment(run: Run, batch: Batch) -> Batch:
 
 
 def _evaluation_batch(run: Run, split: Split, indices: Tensor, inputs: Any) -> Batch:
-    return _make_batch(run, split, indices, inputs, SampleRNG(run.config.seed, 0, indices), None)
+    return make_batch(run, split, indices, inputs, SampleRNG(run.config.seed, 0, indices), None)
 
 
-def _make_batch(run: Run, split: Split, indices: Tensor, inputs: Any, rng: SampleRNG, weights: Tensor | None) -> Batch:
+def make_batch(run: Run, split: Split, indices: Tensor, inputs: Any, rng: SampleRNG, weights: Tensor | None) -> Batch:
+    """Return a batch of prepared inputs or features, with the targets and the loss weights of its samples."""
     return Batch(
         inputs=inputs,
         targets=run.forward_pass.prepare_targets(split.targets.index_select(0, indices)),
@@ -161,5 +192,5 @@ def _slice_batch(batch: Batch, part: slice) -> Batch:
 
 def _slice_inputs(inputs: Any, part: slice) -> Any:
     if isinstance(inputs, Features):
-        return Features(tuple(each[part] for each in inputs.values))
+        return inputs.slice(part)
     return map_inputs(inputs, lambda tensor: tensor[part])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import attrs
@@ -20,9 +20,21 @@ _HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 @attrs.frozen(eq=False)
 class Features:
-    """Cached features that replace the inputs of a batch: the frozen backbone's values at the cut, each (b, ...)."""
+    """Cached features that replace the inputs of a batch.
+
+    Args:
+        values: The frozen backbone's values at the cut, each (b, ...).
+        indices: Rows of the split, int64 (b,).
+        load_inputs: Returns what the model takes for some of these rows.
+    """
 
     values: tuple[Tensor, ...]
+    indices: Tensor
+    load_inputs: Callable[[Tensor], Any]
+
+    def slice(self, part: slice) -> Features:
+        """Return the features of some samples of the batch, as views."""
+        return Features(tuple(each[part] for each in self.values), self.indices[part], self.load_inputs)
 
 
 class FeatureCacheProtocol(Protocol):
@@ -44,11 +56,18 @@ class FeatureCacheProtocol(Protocol):
     def eval_tail(self) -> nn.Module:
         """The same in eval mode."""
 
-    def get_features(self, split: Split, indices: Tensor, *, epoch: int = 0) -> Features | None:
+    @property
+    def checks_each_pass(self) -> bool:
+        """True where components of the user run between optimizer steps, and may change the model."""
+
+    def get_features(self, split: Split, indices: Tensor, *, epoch: int = 0) -> tuple[Tensor, ...] | None:
         """Return the features of the samples at `indices`, or None where the split is not cached.
 
         `epoch` selects the augmented copy.
         """
+
+    def find_change(self, *, evaluating: bool) -> str:
+        """Return what has changed in the model since it was traced, beside its weights; "" if nothing has."""
 
 
 @attrs.define(eq=False)

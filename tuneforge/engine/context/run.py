@@ -14,13 +14,13 @@ from torch import Tensor
 
 from tuneforge.engine.context import batches
 from tuneforge.engine.context.distributed import ProcessGroup
-from tuneforge.engine.context.forward import ForwardPass
+from tuneforge.engine.context.forward import Features, ForwardPass
 from tuneforge.engine.context.input_dtypes import candidate_dtypes, describe_conversion
 from tuneforge.engine.context.state import EngineState, TrainerState
 from tuneforge.engine.data.dataset import Batch, Data, Split, TensorTree
 from tuneforge.engine.data.hidden_split import hide_test_splits
 from tuneforge.engine.data.sampler import EpochSampler, ListedSampler, derive_seed
-from tuneforge.engine.data.tensor_tree import named_tensors
+from tuneforge.engine.data.tensor_tree import clone_inputs, named_tensors
 from tuneforge.engine.model import fsdp
 from tuneforge.engine.model.device import Device
 from tuneforge.engine.model.model import Model, accepts_inputs, check_output
@@ -92,7 +92,7 @@ class Run(TrainerState):
         """What the model takes for two training samples, on the run's device; builders read shapes from it."""
         if self._example is None:
             self._example = self.forward_pass.convert(self.to_device(self.data.example()))
-        return self._example
+        return clone_inputs(self._example)  # a model may overwrite its inputs
 
     @property
     def data_seed(self) -> int:
@@ -127,6 +127,8 @@ class Run(TrainerState):
 
     def forward(self, inputs: Any) -> Any:
         """Return the model's logits (b, k) for the inputs of a batch."""
+        if isinstance(inputs, Features):
+            inputs = batches.current_inputs(self, inputs)
         return self.forward_pass(self.model.module, inputs, evaluating=self.eval_split is not None)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ def map_inputs(inputs: TensorTree, fn: Callable[[Tensor], Tensor]) -> TensorTree
     if isinstance(inputs, Tensor):
         return fn(inputs)
     return {name: fn(tensor) for name, tensor in inputs.items()}
+
+
+def clone_inputs(inputs: Any) -> Any:
+    """Return a copy of prepared inputs, which a model may overwrite; inputs of other types are returned as they are."""
+    return map_inputs(inputs, torch.clone) if isinstance(inputs, (Tensor, Mapping)) else inputs
 
 
 def named_tensors(inputs: TensorTree) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tuneforge.engine.context.batches import augment, get_workers
+from tuneforge.engine.context.batches import augment, get_workers, make_batch
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.data.dataset import Batch, Split, TensorTree, named_tensors
+from tuneforge.engine.data.dataset import Split, TensorTree, named_tensors
 from tuneforge.engine.data.loader import fetch_batches
 from tuneforge.engine.data.sample_seeds import FIXED_DRAW, epoch_key
 from tuneforge.engine.data.sampler import SampleRNG, derive_seed
@@ -41,21 +41,50 @@ class FeatureExtractor:
 
     def __init__(self, run: Run, cache: FeatureCache, save_if_due: Callable[[], None], *, use_disk: bool) -> None:
         self._run, self._cache, self._save_if_due = run, cache, save_if_due
-        self._batch_size = _choose_batch_size(run.example)
+        self.batch_size = _choose_batch_size(run.example)
+        self._checked: dict[tuple[int, int | None, int], Values] = {}
         self._use_mmap = num_megabytes(run, cache) > run.config.cache_mb
         self._disk: DiskCache | None = None
         if run.config.cache == "auto" and use_disk and num_megabytes(run, cache) <= run.config.cache_disk_mb:
             self._disk = DiskCache(run.config.cache_dir or default_cache_dir(), run.config.cache_disk_mb)
-        self._model_key = _hash_model(run, cache.split_model.backbone, self._batch_size)
+        self._model_key = _hash_model(run, cache.split_model.backbone, self.batch_size)
         self._later_phases: list[_LaterPhase] = []
+        self._names = cache.split_model.cut.crossing
+        self._backbone: nn.Module = cache.split_model.backbone
 
     def add_later_phases(self, caches: list[FeatureCache]) -> None:
         """Extract the features of these caches in the same pass."""
         if not self._use_mmap:
             self._later_phases = [
-                _LaterPhase(each.split_model, _hash_model(self._run, each.split_model.backbone, self._batch_size))
+                _LaterPhase(each.split_model, _hash_model(self._run, each.split_model.backbone, self.batch_size))
                 for each in caches
             ]
+            crossing = [name for each in caches for name in each.split_model.cut.crossing]
+            self._names = tuple(dict.fromkeys([*self._names, *crossing]))
+            split_model = self._cache.split_model
+            self._backbone = split_model.trace.extract_backbone(self._names, split_model.cut.live)
+
+    def rows(self, split: Split, start: int) -> Tensor:
+        """Return the rows of one batch, whose position and size follow from the split alone."""
+        return torch.arange(start, min(start + self.batch_size, len(split)))
+
+    def prepare(self, split: Split, indices: Tensor, samples: TensorTree, copy_index: int | None) -> Any:
+        """Return what the model takes for stored samples, augmented for one copy of a training split."""
+        inputs = self._run.prepare_inputs(samples)
+        if copy_index is None or not self._cache.num_augmented_copies:
+            return inputs
+        rng = SampleRNG(self._run.config.seed, copy_index, indices)
+        return augment(self._run, make_batch(self._run, split, indices, inputs, rng, None)).inputs
+
+    def compute(self, inputs: Any) -> Values:
+        """Return the features of prepared inputs: the values at the cut, then those that later phases need."""
+        with torch.no_grad(), self._run.autocast():
+            values: Values = call_module(self._backbone, self._run.forward_pass.convert(inputs))
+        return values
+
+    def reuse(self, split: Split, start: int, values: Values) -> None:
+        """Take these values as the features of a batch of the first copy of a split, instead of computing them."""
+        self._checked[id(split), 0, start] = values
 
     def load_or_extract(self, name: str, split: Split, copy_index: int | None) -> Values:
         """Return the features of all samples of a split, from memory or disk if they are there.
@@ -100,9 +129,7 @@ class FeatureExtractor:
         try:
             disk.put(
                 key,
-                [in_memory]
-                if in_memory is not None
-                else self._extract_batches(self._cache.split_model.backbone, split, copy_index),
+                [in_memory] if in_memory is not None else self._extract_batches(split, copy_index),
                 metadata,
             )
         except OSError as error:
@@ -126,40 +153,42 @@ class FeatureExtractor:
 
     def _extract_in_memory(self, split: Split, copy_index: int | None) -> Values:
         """Return the features in memory; those of later phases are stored on the way."""
-        cut = self._cache.split_model.cut
-        names = list(dict.fromkeys([*cut, *(name for each in self._later_phases for name in each.split_model.cut)]))
         features: dict[str, Tensor] = {}
         start = 0
-        for block in self._extract_batches(self._cache.split_model.trace.extract_backbone(names), split, copy_index):
-            for name, value in zip(names, block, strict=True):
+        for block in self._extract_batches(split, copy_index):
+            for name, value in zip(self._names, block, strict=True):
                 if name not in features:
                     shape = (len(split), *value.shape[1:])
                     features[name] = torch.empty(shape, dtype=value.dtype, device=value.device)
+                check_shape(value, features[name][start : start + len(block[0])].shape)
                 features[name][start : start + len(value)] = value
             start += len(block[0])
         for each in self._later_phases:
             key = self._key(split, copy_index, each.model_key)
             if key is not None:
-                self._run.engine_state.later_features[key] = tuple(features[name] for name in each.split_model.cut)
-        return tuple(features[name] for name in cut)
+                crossing = each.split_model.cut.crossing
+                self._run.engine_state.later_features[key] = tuple(features[name] for name in crossing)
+        return tuple(features[name] for name in self._cache.split_model.cut.crossing)
 
-    def _extract_batches(self, backbone: nn.Module, split: Split, copy_index: int | None) -> Iterator[Values]:
-        ranks, starts = self._run.process_group, range(0, len(split), self._batch_size)
-        indices = (self._rows(split, start) for start in starts[ranks.rank :: ranks.world_size])
+    def _extract_batches(self, split: Split, copy_index: int | None) -> Iterator[Values]:
+        ranks, starts = self._run.process_group, range(0, len(split), self.batch_size)
+        reused = {start: self._checked.get((id(split), copy_index, start)) for start in starts}
+        local_starts = starts[ranks.rank :: ranks.world_size]
+        indices = (self.rows(split, start) for start in local_starts if reused[start] is None or ranks.world_size > 1)
         key = FIXED_DRAW if copy_index is None else epoch_key(self._run.config.seed, copy_index)
         local = fetch_batches(split, indices, workers=get_workers(self._run), key=key)
         for first in range(0, len(starts), ranks.world_size):
             self._save_if_due()
-            group = [self._rows(split, start) for start in starts[first : first + ranks.world_size]]
+            group = [self.rows(split, start) for start in starts[first : first + ranks.world_size]]
             if ranks.world_size == 1:
-                yield self._compute_features(backbone, split, *next(local), copy_index)
+                values = reused[starts[first]]
+                yield self._compute_features(split, *next(local), copy_index) if values is None else values
             else:
-                yield from self._extract_distributed(backbone, split, group, local, copy_index)
+                yield from self._extract_distributed(split, group, local, copy_index)
             self._cache.num_computed_batches += len(group)
 
     def _extract_distributed(
         self,
-        backbone: nn.Module,
         split: Split,
         group: list[Tensor],
         local: Iterator[tuple[Tensor, TensorTree]],
@@ -173,44 +202,40 @@ class FeatureExtractor:
             len(indices) if rank < len(group) else 0
             for rank, indices in enumerate([*group, *group[:1] * ranks.world_size])
         ]
-        values = self._compute_features(backbone, split, indices, stored, copy_index)
+        values = self._compute_features(split, indices, stored, copy_index)
         gathered = [ranks.all_gather(value, sizes[: ranks.world_size]) for value in values]
         yield from zip(*(torch.split(value, [len(indices) for indices in group]) for value in gathered), strict=True)
 
-    def _rows(self, split: Split, start: int) -> Tensor:
-        """Return the rows of one batch, whose position and size follow from the split alone."""
-        return torch.arange(start, min(start + self._batch_size, len(split)))
-
-    def _compute_features(
-        self, backbone: nn.Module, split: Split, indices: Tensor, samples: TensorTree, copy_index: int | None
-    ) -> Values:
-        run = self._run
-        with torch.no_grad(), run.autocast():
-            inputs = run.prepare_inputs(samples)
-            if copy_index is not None and self._cache.num_augmented_copies:
-                rng = SampleRNG(run.config.seed, copy_index, indices)
-                batch = Batch(inputs, run.to_device(split.targets[indices]), indices, None, rng)
-                inputs = augment(run, batch).inputs
-            values: Values = call_module(backbone, inputs)
-        return values
+    def _compute_features(self, split: Split, indices: Tensor, samples: TensorTree, copy_index: int | None) -> Values:
+        return self.compute(self.prepare(split, indices, samples, copy_index))
 
     def _verify_features(self, values: Values, split: Split, copy_index: int | None, key: str) -> None:
-        """Compute one batch again and compare it: a key cannot cover what it does not know of, such as changed code.
+        """Compare features with batches that are computed now: a key does not cover changed code, for example.
 
         Raises:
             HaltError: The bits differ.
         """
-        batch = derive_seed(self._run.config.seed, key) % math.ceil(len(split) / self._batch_size)
-        indices = self._rows(split, batch * self._batch_size)
-        again = self._compute_features(
-            self._cache.split_model.backbone, split, indices, split.fetch(indices), copy_index
-        )
-        cached = [each[indices[0] : indices[-1] + 1] for each in values]
-        if not all(bitwise_equal(one.cpu(), other.cpu()) for one, other in zip(cached, again, strict=True)):
+        batches = {
+            start: each
+            for (owner, copy, start), each in self._checked.items()
+            if (owner, copy) == (id(split), copy_index)
+        }
+        if not batches:
+            batch = derive_seed(self._run.config.seed, key) % math.ceil(len(split) / self.batch_size)
+            indices = self.rows(split, batch * self.batch_size)
+            draw = FIXED_DRAW if copy_index is None else epoch_key(self._run.config.seed, copy_index)
+            samples = split.fetch(indices, draw)
+            batches = {int(indices[0]): self._compute_features(split, indices, samples, copy_index)}
+        pairs = [
+            (each[start : start + len(again)], again)
+            for start, computed in batches.items()
+            for each, again in zip(values, computed, strict=False)
+        ]
+        if not all(bitwise_equal(one.cpu(), other.cpu()) for one, other in pairs):
             raise HaltError(
                 "cached features are not what the model computes now",
                 where="memory" if self._disk is None else str(self._disk.entry_dir(key)),
-                why="one batch was computed again, and its bits differ: something has changed that the key of the "
+                why="a batch was computed again, and its bits differ: something has changed that the key of the "
                 "cache does not hold, such as the code of the model or of the preprocessing",
                 fix="delete them with: tuneforge cache clear; or run with --cache off",
             )
@@ -226,6 +251,18 @@ class FeatureExtractor:
         if copy_index is not None and self._cache.num_augmented_copies:
             parts["view"] = [run.config.seed, copy_index, [[spec.name, spec.options] for spec in run.config.augment]]
         return _hash(parts)
+
+
+def check_shape(value: Tensor, expected: torch.Size) -> None:
+    """Check the shape of features of one batch.
+
+    Raises:
+        NotCacheableError: It is another one.
+    """
+    if value.shape != expected:
+        raise NotCacheableError(
+            f"the shape of its features differs between batches ({tuple(value.shape)}, not {tuple(expected)})"
+        )
 
 
 def _hash_model(run: Run, backbone: Any, size: int) -> str:

@@ -8,20 +8,20 @@ live nodes take from the others.
 from __future__ import annotations
 
 import operator
-import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from tuneforge.engine.data.tensor_tree import clone_inputs
+from tuneforge.engine.feature_cache.value_propagation import ValuePropagation
+from tuneforge.engine.model.inspection import StateCopy, rng_states, same_rng_states
 from tuneforge.engine.model.modes import Modes, set_modes
 
 _RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "multinomial", "normal", "poisson"}
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 
 
 class NotCacheableError(Exception):
@@ -30,6 +30,19 @@ class NotCacheableError(Exception):
 
 class UntraceableError(NotCacheableError):
     """One way of tracing failed; another one may succeed."""
+
+
+@attrs.frozen
+class Cut:
+    """Where a traced model is cut.
+
+    Args:
+        crossing: Names of the nodes whose values cross from the backbone to the tail.
+        live: Names of the nodes that the tail runs.
+    """
+
+    crossing: tuple[str, ...]
+    live: frozenset[str]
 
 
 @attrs.frozen(eq=False)
@@ -41,63 +54,85 @@ class SplitModel:
         train_tail: Computes the output from these values, in the modes of the phase.
         eval_tail: The same in eval mode.
         trace: The whole model in the modes of the phase.
-        cut: Names of the nodes whose values cross from the backbone to the tail.
+        cut: Where it is cut.
     """
 
     backbone: fx.GraphModule
     train_tail: fx.GraphModule
     eval_tail: fx.GraphModule
     trace: Trace
-    cut: list[str]
+    cut: Cut
 
-    def find_cut_if_trainable(self, trainable: Iterable[nn.Parameter], example: Any) -> list[str]:
+    @property
+    def bytes_per_sample(self) -> int:
+        """Size of the features of one sample."""
+        return sum(self.trace.values.num_bytes[name] for name in self.cut.crossing)
+
+    @property
+    def backbone_macs(self) -> float:
+        """Multiply-accumulates of the backbone for one sample."""
+        return sum(self.trace.values.macs.get(node.name, 0.0) for node in self.backbone.graph.nodes)
+
+    def find_cut_if_trainable(self, trainable: Iterable[nn.Parameter]) -> Cut:
         """Return the cut that the model would have if these parameters trained too.
 
         Raises:
-            NotCacheableError: Nothing would lie before it.
+            NotCacheableError: Nothing would lie before it, or the present backbone overwrites one of its values.
         """
         unfrozen = [parameter for parameter in trainable if not parameter.requires_grad]
         for parameter in unfrozen:
             parameter.requires_grad_(True)
         try:
-            return _find_cut(self.trace, example)
+            cut = _find_cut(self.trace)
         finally:
             for parameter in unfrozen:
                 parameter.requires_grad_(False)
+        if any(set(self.trace.values.writers.get(name, ())) & (cut.live - self.cut.live) for name in cut.crossing):
+            raise NotCacheableError("a layer that is frozen now overwrites a value at the cut")
+        return cut
 
 
 @attrs.frozen(eq=False)
 class Trace:
-    """A traced module: the graph, and the module that its names refer to."""
+    """A traced module.
+
+    Args:
+        graph: Its operations.
+        root: The module that names in the graph refer to.
+        values: What each node computes for an example.
+    """
 
     graph: fx.Graph
-    root: nn.Module
+    root: fx.GraphModule
+    values: ValuePropagation
 
-    def extract_backbone(self, cut: Iterable[str]) -> fx.GraphModule:
-        """Return the part that computes the values at a cut."""
+    def extract_backbone(self, crossing: Iterable[str], live: frozenset[str]) -> fx.GraphModule:
+        """Return the part that computes the values of some nodes; `live` are those that the tail runs."""
         by_name = {node.name: node for node in self.graph.nodes}
-        crossing = [by_name[name] for name in cut]
-        needed = _find_ancestors(crossing, stop=set())
+        outputs = [by_name[name] for name in crossing]
+        needed = self._find_ancestors(outputs, stop=set(), excluded=live)
         subgraph = fx.Graph()
         seen: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
             if node.op == "placeholder" or node in needed:
                 seen[node] = subgraph.node_copy(node, seen.__getitem__)
-        subgraph.output(tuple(seen[node] for node in crossing))
+        subgraph.output(tuple(seen[node] for node in outputs))
         return fx.GraphModule(self.root, subgraph)
 
-    def extract_tail(self, cut: Iterable[str]) -> fx.GraphModule:
+    def extract_tail(self, cut: Cut) -> fx.GraphModule:
         """Return the part that computes the output from the values at a cut.
 
         Raises:
             NotCacheableError: It would need the inputs as well, or this trace has no such nodes.
         """
         by_name = {node.name: node for node in self.graph.nodes}
-        if not set(cut) <= set(by_name):
+        if not set(cut.crossing) <= set(by_name):
             raise NotCacheableError("the model runs other operations in eval mode")
-        crossing = [by_name[name] for name in cut]
+        crossing = [by_name[name] for name in cut.crossing]
         (output,) = (node for node in self.graph.nodes if node.op == "output")
-        needed = _find_ancestors([output], stop={*crossing, *filter(_is_batch_size, self.graph.nodes)})
+        stop = {*crossing, *filter(_is_batch_size, self.graph.nodes)}
+        frozen = frozenset(set(by_name) - cut.live)
+        needed = self._find_ancestors([output], stop=stop, excluded=frozen)
         subgraph = fx.Graph()
         copied = {node: subgraph.placeholder(f"value_{index}") for index, node in enumerate(crossing)}
         for node in self.graph.nodes:
@@ -111,9 +146,31 @@ class Trace:
         subgraph.output(fx.map_arg(output.args[0], copied.__getitem__))
         return fx.GraphModule(self.root, subgraph)
 
+    def _find_ancestors(self, targets: list[fx.Node], *, stop: set[fx.Node], excluded: frozenset[str]) -> set[fx.Node]:
+        """Return all nodes that the targets are computed from, without looking beyond `stop`.
+
+        A node that overwrites the value of another belongs to it, even if nobody uses its own value.
+        """
+        by_name = {node.name: node for node in self.graph.nodes}
+        found: set[fx.Node] = set()
+        waiting = list(targets)
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                waiting += [] if node in stop else node.all_input_nodes
+                writers = set(self.values.writers.get(node.name, ())) - excluded
+                waiting += [by_name[name] for name in sorted(writers) if name in by_name]
+        return found
+
 
 def split_model(
-    module: nn.Module, example: Any, modes: Modes, *, tracer: Callable[[nn.Module, Any], Any]
+    module: nn.Module,
+    example: Any,
+    modes: Modes,
+    *,
+    tracer: Callable[[nn.Module, Any], fx.GraphModule],
+    before: StateCopy,
 ) -> SplitModel:
     """Split a model in the modes of a phase, and once more in eval mode at the same cut.
 
@@ -122,26 +179,33 @@ def split_model(
         example: Prepared inputs of two samples.
         modes: The modes of the phase.
         tracer: `trace_with_fx` or `trace_with_export`.
+        before: Restores what tracing changes in the module.
 
     Raises:
         NotCacheableError: There is nothing to cache.
         UntraceableError: The model cannot be traced this way.
     """
     set_modes(modes)
-    trace = _trace(module, example, tracer)
-    cut = _find_cut(trace, example)
-    backbone, train_tail = trace.extract_backbone(cut), trace.extract_tail(cut)
+    root = _trace(module, example, tracer)
+    before.restore()
+    set_modes(modes)
+    trace = Trace(root.graph, root, ValuePropagation(root, clone_inputs(example)))
+    cut = _find_cut(trace)
+    backbone, train_tail = trace.extract_backbone(cut.crossing, cut.live), trace.extract_tail(cut)
+    before.restore()
     module.eval()
-    return SplitModel(backbone, train_tail, _trace(module, example, tracer).extract_tail(cut), trace, cut)
+    root = _trace(module, example, tracer)
+    before.restore()
+    return SplitModel(backbone, train_tail, Trace(root.graph, root, trace.values).extract_tail(cut), trace, cut)
 
 
-def trace_with_fx(module: nn.Module, example: Any) -> Trace:
+def trace_with_fx(module: nn.Module, example: Any) -> fx.GraphModule:
     """Trace the module's Python code with symbolic inputs."""
     del example
-    return Trace(fx.Tracer().trace(module), module)
+    return fx.GraphModule(module, fx.Tracer().trace(module))
 
 
-def trace_with_export(module: nn.Module, example: Any) -> Trace:
+def trace_with_export(module: nn.Module, example: Any) -> fx.GraphModule:
     """Trace the operations on an example, for any batch size; the graph uses the module's own parameters."""
     free = {0: torch.export.Dim.AUTO}
     given = dict(example) if isinstance(example, Mapping) else {}
@@ -151,64 +215,75 @@ def trace_with_export(module: nn.Module, example: Any) -> Trace:
         warnings.simplefilter("ignore")
         root = torch.export.export(module, inputs, given, dynamic_shapes=shapes, strict=False).module()
     assert isinstance(root, fx.GraphModule)
-    return Trace(root.graph, root)
+    return root
 
 
-def _trace(module: nn.Module, example: Any, tracer: Callable[[nn.Module, Any], Trace]) -> Trace:
-    before = _rng_states()
+def _trace(module: nn.Module, example: Any, tracer: Callable[[nn.Module, Any], fx.GraphModule]) -> fx.GraphModule:
+    before = rng_states()
     try:
-        trace = tracer(module, example)
+        root = tracer(module, clone_inputs(example))
     except Exception as error:  # noqa: BLE001 - with symbolic inputs the model's code may raise anything
         raise UntraceableError(f"the model cannot be traced ({type(error).__name__})") from None
-    if _rng_states() != before:  # a number drawn while tracing would become a constant
+    if not same_rng_states(rng_states(), before):  # a number drawn while tracing would become a constant
         raise NotCacheableError("the model draws random numbers, which a trace would turn into constants")
-    return trace
+    return root
 
 
-def _rng_states() -> tuple[Any, ...]:
-    state: Any = np.random.get_state(legacy=True)
-    return random.getstate(), state[1].tobytes(), state[2], torch.get_rng_state().numpy().tobytes()
-
-
-def _find_cut(trace: Trace, example: Any) -> list[str]:
-    """Return the names of the nodes whose values cross from the backbone to the live nodes."""
-    graph, live = trace.graph, _find_live_nodes(trace)
+def _find_cut(trace: Trace) -> Cut:
+    """Return the nodes whose values cross from the backbone to the live nodes."""
+    graph = trace.graph
     input_dependents = _find_input_dependents(graph)
-    values = _ValuePropagation(trace.root, graph).propagate(example)
+    forced: set[fx.Node] = set()
     while True:
-        cut = [node for node in graph.nodes if _crosses_cut(node, live, input_dependents)]
-        unbatched = [node for node in cut if not _has_batch_axis(values.get(node.name))]
-        if not unbatched:
+        live = _find_live_nodes(trace, forced)
+        crossing = [node for node in graph.nodes if _crosses_cut(node, live, input_dependents)]
+        unbatched = {node for node in crossing if node.name not in trace.values.num_bytes}
+        # Such as a shape: the tail computes it again. So it does with views of what it overwrites.
+        more = unbatched | _find_overwritten_views(trace, live)
+        if more <= live:
             break
-        live |= set(unbatched)  # such as a shape: the tail computes it again
-    names = [node.name for node in cut]
-    if not names or all(node.op == "placeholder" for node in cut):
+        forced |= more
+    if not crossing or all(node.op == "placeholder" for node in crossing):
         raise NotCacheableError("no frozen layer lies before the first one that trains")
-    return names
+    return Cut(tuple(node.name for node in crossing), frozenset(node.name for node in live))
 
 
 def _crosses_cut(node: fx.Node, live: set[fx.Node], input_dependents: set[fx.Node]) -> bool:
     return node not in live and node in input_dependents and any(user in live for user in node.users)
 
 
-def _has_batch_axis(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == 2
-
-
-def _find_live_nodes(trace: Trace) -> set[fx.Node]:
+def _find_live_nodes(trace: Trace, forced: set[fx.Node]) -> set[fx.Node]:
     """Return the nodes that training changes, and all that depend on them. The output is always live."""
     live: set[fx.Node] = set()
+    by_name = {node.name: node for node in trace.graph.nodes}
     order = {node: index for index, node in enumerate(trace.graph.nodes)}
+    written: dict[fx.Node, list[fx.Node]] = {}
+    for name, writers in trace.values.writers.items():
+        for writer in writers:
+            written.setdefault(by_name[writer], []).append(by_name[name])
     for node in trace.graph.nodes:
+        readers = {user for each in written.get(node, ()) for user in each.users if user is not node}
         if (
             node.op == "output"
+            or node in live | forced
+            or node.name in trace.values.random
             or _is_trainable_or_random(node, trace.root)
             or any(each in live for each in node.all_input_nodes)
+            or any(each in live and order[each] < order[node] for each in readers)  # it took the value before
         ):
             live.add(node)
-            for written in _find_overwritten(node, trace.root):  # its later readers see the new value
-                live |= {user for user in written.users if order[user] > order[node]}
+            live |= {each for each in readers if order[each] > order[node]}  # they see the new value
     return live
+
+
+def _find_overwritten_views(trace: Trace, live: set[fx.Node]) -> set[fx.Node]:
+    """Return the nodes whose values share memory with an earlier node that a live node overwrites."""
+    found = set()
+    for node in trace.graph.nodes:
+        base = trace.values.bases.get(node.name, node.name)
+        if base != node.name and any(writer.name in trace.values.writers.get(base, ()) for writer in live):
+            found.add(node)
+    return found
 
 
 def _is_trainable_or_random(node: fx.Node, module: nn.Module) -> bool:
@@ -217,7 +292,7 @@ def _is_trainable_or_random(node: fx.Node, module: nn.Module) -> bool:
         return isinstance(found, nn.Parameter) and found.requires_grad
     if node.op == "call_module":
         child = module.get_submodule(str(node.target))
-        return child.training or any(parameter.requires_grad for parameter in child.parameters())
+        return any(each.training for each in child.modules()) or any(each.requires_grad for each in child.parameters())
     if node.op not in ("call_function", "call_method"):
         return False
     name = _name_of(node).strip("_")
@@ -238,17 +313,6 @@ def _name_of(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
 
 
-def _find_overwritten(node: fx.Node, module: nn.Module) -> list[fx.Node]:
-    """Return the nodes whose values this node overwrites in place."""
-    target = _name_of(node)
-    inplace = node.kwargs.get("inplace") is True
-    if node.op == "call_module":
-        inplace = bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method" or node.op == "call_function":
-        inplace = inplace or (target.endswith("_") and not target.endswith("__")) or node.target in _IN_PLACE
-    return node.all_input_nodes[:1] if inplace else []
-
-
 def _find_input_dependents(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes that depend on the input."""
     found: set[fx.Node] = set()
@@ -263,34 +327,3 @@ def _is_batch_size(node: fx.Node) -> bool:
         return False
     source, axis = node.args[:2]
     return isinstance(source, fx.Node) and source.op == "placeholder" and bool(axis == 0)
-
-
-def _find_ancestors(targets: list[fx.Node], *, stop: set[fx.Node]) -> set[fx.Node]:
-    """Return all nodes that the targets are computed from, without looking beyond `stop`."""
-    found: set[fx.Node] = set()
-    waiting = list(targets)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += [] if node in stop else node.all_input_nodes
-    return found
-
-
-class _ValuePropagation(fx.Interpreter):
-    """Computes the value of every node for an example."""
-
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(module, garbage_collect_values=False, graph=graph)
-
-    def propagate(self, example: Any) -> dict[str, Any]:
-        """Return the values by node name; gradients are off, and modules keep their modes."""
-        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
-        given = (
-            {node: example[node.target] for node in inputs if node.target in example}
-            if isinstance(example, dict)
-            else {}
-        )
-        with torch.no_grad():
-            self.run(*([] if given else [example]), initial_env=given or None)
-        return {node.name: value for node, value in self.env.items()}

@@ -9,8 +9,9 @@ from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.loader import batch_sizes
 from tuneforge.engine.data.tensor_tree import map_inputs
 from tuneforge.engine.model.freezing import compute_modes, freeze
+from tuneforge.engine.model.inspection import preserve_state
 from tuneforge.engine.model.model import NORMS, call_module
-from tuneforge.engine.model.modes import Modes, preserve_modes_and_buffers, set_modes
+from tuneforge.engine.model.modes import Modes, set_modes
 from tuneforge.errors import UsageError
 from tuneforge.plugin.steps import Phase
 
@@ -62,7 +63,7 @@ def _failed_norm(run: Run, modes: Modes) -> tuple[str, str] | None:
 
     handles = [norm.register_forward_pre_hook(enter) for norm in names]
     try:
-        with preserve_modes_and_buffers(module), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with preserve_state(module), torch.no_grad():
             set_modes(modes)
             call_module(module, map_inputs(run.example, lambda tensor: tensor[:1]))
     except ValueError as error:  # what torch.nn.functional.batch_norm and instance_norm raise

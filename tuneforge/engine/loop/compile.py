@@ -17,8 +17,9 @@ from torch import Tensor
 
 from tuneforge.engine.context.forward import Features
 from tuneforge.engine.context.run import Run
+from tuneforge.engine.model.inspection import preserve_state
 from tuneforge.engine.model.model import call_module, extract_logits
-from tuneforge.engine.model.modes import Modes, preserve_modes_and_buffers, set_modes
+from tuneforge.engine.model.modes import Modes, set_modes
 from tuneforge.errors import UsageError
 
 _NUM_TIMINGS = 5
@@ -38,7 +39,7 @@ def compile_forward(run: Run, modes: Modes) -> Callable[..., Any]:
     feature_cache = run.forward_pass.feature_cache
     eager = run.model.module if feature_cache is None else feature_cache.train_tail
     inputs = _full_batch(run)
-    with preserve_modes_and_buffers(run.model.module):
+    with preserve_state(run.model.module):
         set_modes(modes)
         expected, eager_s = _time_pass(run, eager, inputs)
         is_random = not torch.equal(expected, _time_pass(run, eager, inputs, trials=1, seed=1)[0])
@@ -75,8 +76,10 @@ def _log_speedup(run: Run, compile_s: float, saved_s: float) -> None:
 def _full_batch(run: Run) -> Any:
     indices = torch.arange(run.config.batch_size) % len(run.data.train)
     feature_cache = run.forward_pass.feature_cache
-    features = None if feature_cache is None else feature_cache.get_features(run.data.train, indices)
-    return features if features is not None else run.prepare_inputs(run.data.train.fetch(indices))
+    values = None if feature_cache is None else feature_cache.get_features(run.data.train, indices)
+    if values is None:
+        return run.prepare_inputs(run.data.train.fetch(indices))
+    return Features(values, indices, lambda rows: run.prepare_inputs(run.data.train.fetch(rows)))
 
 
 def _time_pass(

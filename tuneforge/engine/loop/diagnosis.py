@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator
 from itertools import islice
@@ -19,9 +18,8 @@ from tuneforge.engine.loop.backward import compute_loss
 from tuneforge.engine.loop.oom import CatchOutOfMemory, halve
 from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.sample_weights import epoch_sampler
-from tuneforge.engine.model.extra_state import get_extra_states, set_extra_states
 from tuneforge.engine.model.freezing import freeze, select
-from tuneforge.engine.model.modes import set_modes
+from tuneforge.engine.model.inspection import preserve_state
 from tuneforge.engine.model.module_state import full_state, restore_state
 from tuneforge.engine.model.optimizer import Optimization
 from tuneforge.plugin.results import Diagnostics
@@ -32,8 +30,8 @@ CANDIDATE_LRS = tuple(10 ** (exponent / 4) for exponent in range(-24, 1))
 
 
 def diagnose(run: Run, step: Diagnosis, components: PhaseComponents) -> Diagnostics:
-    """Execute a `Diagnosis` step; weights, buffers, modes and random generators are restored afterwards."""
-    with _preserve_state(run):
+    """Execute a `Diagnosis` step; the model and random generators are left as they were."""
+    with _inspect(run):
         run.phase = Phase(step.name, train=step.train, steps=1)  # losses and callbacks may read the phase
         if step.measure == "gradients":
             values = _gradient_norms(run, step)
@@ -198,23 +196,13 @@ def _last_module(run: Run, prefixes: tuple[str, ...]) -> str:
 
 
 @contextlib.contextmanager
-def _preserve_state(run: Run) -> Iterator[None]:
-    """Restore weights, buffers, `requires_grad`, modes and random generators bit-exactly."""
-    module = run.model.module
-    state = {name: tensor.clone() for name, tensor in full_state(module).items()}
-    extra_states = copy.deepcopy(get_extra_states(module))
-    requires_grad = {name: parameter.requires_grad for name, parameter in run.model.parameters().items()}
-    modes = [(child, child.training) for child in module.modules()]
+def _inspect(run: Run) -> Iterator[None]:
+    """Put the model into eval mode, and leave it and the run as they were."""
     # A diagnosis runs in eval mode, where a micro-batch may be smaller than BatchNorm allows in training.
     micro_batch_size = run.engine_state.micro_batch_size
-    is_cuda = run.device.torch.type == "cuda"
-    with torch.random.fork_rng(device_type="cuda") if is_cuda else torch.random.fork_rng(devices=[]):
-        module.eval()
+    with preserve_state(run.model.module):
+        run.model.module.eval()
         try:
             yield
         finally:
             run.phase, run.engine_state.micro_batch_size = None, micro_batch_size
-            restore_state(module, state)
-            set_extra_states(module, extra_states)
-            set_modes(modes)
-            freeze(run.model, [name for name, requires in requires_grad.items() if requires])

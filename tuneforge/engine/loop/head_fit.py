@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tuneforge.engine.context.run import Run
-from tuneforge.engine.feature_cache.build import try_build_feature_cache
+from tuneforge.engine.feature_cache.build import CachePlan, try_build_feature_cache
 from tuneforge.engine.loop.evaluation import compute_head_features, evaluate
 from tuneforge.engine.model.freeze_check import FreezeCheck
 from tuneforge.engine.model.freezing import freeze, select
@@ -33,11 +33,14 @@ def fit_head(run: Run, step: HeadFit) -> StrategyStepResult:
     freeze(run.model, trainable)
     modes = [(module, False) for module in run.model.module.modules()]
     freeze_check = FreezeCheck.begin(run.model, trainable, modes)
-    feature_cache = try_build_feature_cache(run, modes, epochs=1)
+    feature_cache = try_build_feature_cache(run, modes, CachePlan(epochs=1))
     # The tail may be an exported graph of operations, without a head module whose inputs could be captured.
-    if feature_cache is not None and run.model.head in dict(feature_cache.eval_tail.named_modules()):
+    if feature_cache is not None and any(each is run.model.head_module() for each in feature_cache.eval_tail.modules()):
         run.forward_pass.feature_cache = feature_cache
-    features, targets = compute_head_features(run, run.data.train)
+        traced_state, feature_cache.traced_state = feature_cache.traced_state, None
+    features, targets = compute_head_features(run, run.data.train)  # adds a hook to the head
+    if feature_cache is not None and run.forward_pass.feature_cache is feature_cache:
+        feature_cache.traced_state = traced_state
     weight, bias = run.data.targets.fit_head(features, targets, l2=step.l2)
     _load_head(run.model.head_module(), weight, bias, features)
     run.optimization.reset_state()

@@ -11,8 +11,8 @@ from typing import Any
 
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.loader import batch_sizes
-from tuneforge.engine.feature_cache.build import try_build_feature_cache
-from tuneforge.engine.loop.backward import BackwardPass
+from tuneforge.engine.feature_cache.build import CachePlan, try_build_feature_cache
+from tuneforge.engine.loop.backward import BackwardPass, compute_loss
 from tuneforge.engine.loop.batch_of_one import check_batch_of_one
 from tuneforge.engine.loop.compile import compile_forward
 from tuneforge.engine.loop.evaluation import evaluate
@@ -77,10 +77,13 @@ def train_phase(
         run.forward_pass.function_mode = find_function_mode(
             run.model.module, run.example, modes, norms=phase.batchnorm_stats == "frozen"
         )
-        save_if_due = functools.partial(state.save, progress)
-        run.forward_pass.feature_cache = try_build_feature_cache(
-            run, modes, epochs=_num_epochs(run, phase), save_if_due=save_if_due
+        plan = CachePlan(
+            _num_epochs(run, phase),
+            functools.partial(compute_loss, run),
+            sampling.loss_weights,
+            functools.partial(state.save, progress),
         )
+        run.forward_pass.feature_cache = try_build_feature_cache(run, modes, plan)
     if run.config.compile and not tracker.stop_reason:
         if run.process_group.world_size == 1 and state.micro_batch_size is None:
             run.forward_pass.compiled_module = compile_forward(run, modes)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from tuneforge.engine.model.modes import Modes, preserve_modes_and_buffers, set_modes
+from tuneforge.engine.model.inspection import preserve_state
+from tuneforge.engine.model.modes import Modes, set_modes
 
 _NORM_FUNCTIONS = {functional.batch_norm: "training", functional.instance_norm: "use_input_stats"}
 _TRAINING_ARGUMENTS: dict[Any, str] = _NORM_FUNCTIONS | dict.fromkeys(
@@ -87,7 +88,7 @@ def find_function_mode(module: nn.Module, example: Any, modes: Modes, *, norms: 
         norms: As for `FreezeFunctions`.
     """
     mode = FreezeFunctions(norms=norms)
-    with preserve_modes_and_buffers(module), torch.random.fork_rng(devices=[]), torch.enable_grad(), mode:
+    with preserve_state(module), torch.enable_grad(), mode:
         set_modes(modes)
         with contextlib.suppress(Exception):  # a module that needs more than inputs in training fails here
             _call(module, example)
@@ -97,13 +98,11 @@ def find_function_mode(module: nn.Module, example: Any, modes: Modes, *, norms: 
 def find_trainable_inputs(module: nn.Module, example: Any) -> dict[nn.Module, bool]:
     """Return for each module without parameters that ran whether a trainable parameter lies before it.
 
-    The module runs in eval mode, then in training mode if that left some modules out. Modes, buffers and the random
-    generator of the CPU are restored.
+    The module runs in eval mode, then in training mode if that left some modules out. It is left as it was.
     """
     observer = _Observer()
     with (
-        preserve_modes_and_buffers(module),
-        torch.random.fork_rng(devices=[]),
+        preserve_state(module),
         torch.enable_grad(),
         observer.on(module),
     ):

@@ -57,7 +57,7 @@ def compute_modes(model: Model, example: Any, *, batchnorm_stats: str) -> Modes:
 
     Args:
         model: The model, after `freeze`.
-        example: Prepared inputs, with which the dataflow is observed; module state and random generators are restored.
+        example: Prepared inputs, with which the dataflow is observed; the model is left as it was.
         batchnorm_stats: The phase's setting, `"frozen"` or `"updating"`.
     """
     modules = list(model.module.modules())

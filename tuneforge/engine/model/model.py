@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tuneforge.engine.model.modes import eval_mode
+from tuneforge.engine.model.inspection import preserve_state
 from tuneforge.engine.model.module_check import check_module
 from tuneforge.errors import PluginError
 from tuneforge.plugin.results import LayerGroupInfo
@@ -169,7 +169,7 @@ def extract_logits(output: Any) -> Any:
 
 
 def accepts_inputs(model: Model, example: Any) -> bool:
-    """Return True if a forward pass with these inputs raises nothing; modes are restored."""
+    """Return True if a forward pass with these inputs raises nothing; the model is left as it was."""
     try:
         _try_forward(model, example)
     except Exception:  # noqa: BLE001 - a module may raise anything; `check_output` reports it
@@ -219,7 +219,8 @@ def _try_forward(model: Model, example: Any) -> tuple[Any, list[Tensor]]:
     heads: list[Tensor] = []
     handle = model.head_module().register_forward_hook(lambda module, args, output: heads.append(output))
     try:
-        with eval_mode(model.module), torch.no_grad():
+        with preserve_state(model.module), torch.no_grad():
+            model.module.eval()
             output = extract_logits(call_module(model.module, example))
     finally:
         handle.remove()

@@ -1,14 +1,9 @@
-"""Training mode and eval mode of modules: how they are set, and how they are restored after a forward pass."""
+"""Training mode and eval mode of modules."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import attrs
 from torch import nn
-
-from tuneforge.engine.model.module_state import restore_state
 
 Modes = list[tuple[nn.Module, bool]]
 """Each module with True for training mode, a parent before its children."""
@@ -31,29 +26,6 @@ def set_modes(modes: Modes) -> None:
                 module.training = training
             else:
                 module.train(training)
-
-
-@contextlib.contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode, and restore the mode of each of its modules afterwards."""
-    before = get_modes(module)
-    try:
-        module.eval()
-        yield
-    finally:
-        set_modes(before)
-
-
-@contextlib.contextmanager
-def preserve_modes_and_buffers(module: nn.Module) -> Iterator[None]:
-    """Restore modes and buffers afterwards: in training mode a forward pass changes BatchNorm's running statistics."""
-    before = get_modes(module)
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    try:
-        yield
-    finally:
-        set_modes(before)
-        restore_state(module, buffers)
 
 
 @attrs.frozen(eq=False)
