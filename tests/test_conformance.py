@@ -192,16 +192,31 @@ def drop_equal_tensors(original):
     return groups
 
 
+def drop_misshapen(model, states):
+    """Return the states whose tensors have the shape of their parameter: torch's fused kernels do not check it."""
+    shapes = {name: {each.shape, torch.Size()} for name, each in model.parameters().items()}
+    return {
+        name: each
+        for name, each in states.items()
+        if {value.shape for value in each["state"].values() if isinstance(value, torch.Tensor)} <= shapes[name]
+    }
+
+
 def match_state_by_position(original_state, original_set_param_groups):
     """Return faulty methods of `Optimization` that match optimizer state by the position of the parameter."""
 
     def state(self, model):
         positions = {name: position for position, name in enumerate(model.parameters())}
-        return {f"{positions[name]}": value for name, value in original_state(self, model).items() if name in positions}
+        whole = original_state(self, model)
+        by_position = {f"{positions[name]}": value for name, value in whole.get("parameters", {}).items()}
+        return {**whole, "parameters": by_position} if whole else {}
 
     def set_param_groups(self, model, phase, trainable, component, *, same):
         names = list(model.parameters())
-        self.pending_state = {names[int(position)]: value for position, value in self.pending_state.items()}
+        if self.pending_state:
+            by_position = self.pending_state["parameters"]
+            by_name = {names[int(position)]: value for position, value in by_position.items()}
+            self.pending_state = {**self.pending_state, "parameters": drop_misshapen(model, by_name)}
         original_set_param_groups(self, model, phase, trainable, component, same=same)
 
     return state, set_param_groups

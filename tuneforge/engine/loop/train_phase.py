@@ -198,6 +198,7 @@ def _train_epoch(run: Run, sampling: SamplingWeights, progress: PhaseProgress, s
     backward_pass, freeze_check = progress.backward_pass, state.freeze_check
     assert freeze_check is not None
     run.model.module.train()  # calls a train() that the module overrides; set_modes then sets the modes of the phase
+    run.optimization.set_training(True)
     if progress.next_batch == 0:
         backward_pass.nonfinite.begin_epoch(run)
     sizes = batch_sizes(sampler.size, run.config.batch_size)
@@ -227,6 +228,7 @@ def _train_epoch(run: Run, sampling: SamplingWeights, progress: PhaseProgress, s
         fault_injection.point("step-saved")
         if is_exhausted or run.steps_done == run.total_steps:
             break
+    run.optimization.set_training(False)
     backward_pass.sync_buffers(run)
     return progress.next_epoch(run, complete=progress.next_batch == len(sizes))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -15,6 +17,8 @@ from tuneforge.errors import SelectorError
 from tuneforge.plugin.steps import Phase
 
 PEAK_LR = "peak_lr"
+_GROUP_KEYS = ("params", "lr", PEAK_LR, "weight_decay")
+"""What the engine sets in a parameter group; the rest belongs to the optimizer."""
 
 
 @attrs.define(eq=False)
@@ -22,17 +26,21 @@ class Optimization:
     """The optimizer over the phases of a run.
 
     The optimizer state of a parameter lives as long as the parameter trains in every phase; freezing it drops the
-    state. A phase with another optimizer, or with other options of it, starts without state.
+    state. A phase with another optimizer, or with other options of it, starts without state. What an optimizer keeps in
+    its parameter groups and attributes, such as a count of steps, lives and is saved with the state.
 
     Args:
         component: The component that creates the optimizer.
         optimizer: The torch optimizer; None before the first phase.
-        pending_state: State of a checkpoint by parameter name, loaded at the next `set_param_groups`.
+        training: True while an optimizer with modes (`train` and `eval`, as schedule-free ones have) is to train.
+        pending_state: What `state` returned when a checkpoint was saved, loaded at the next `set_param_groups`.
     """
 
     component: Any = None
     optimizer: torch.optim.Optimizer | None = None
-    pending_state: dict[str, dict[str, Any]] = attrs.field(factory=dict)
+    training: bool = False
+    pending_state: dict[str, Any] = attrs.field(factory=dict)
+    _initial_attributes: dict[str, Any] = attrs.field(factory=dict)
 
     def set_param_groups(self, model: Model, phase: Phase, trainable: list[str], component: Any, *, same: bool) -> None:
         """Partition the trained parameters into groups, and drop the state of those that no longer train.
@@ -44,28 +52,36 @@ class Optimization:
             component: The optimizer component to use.
             same: True if the phase before used an equal component; the state of its parameters is then kept.
         """
+        state = (self.pending_state if self.optimizer is None else self._live_state(model)) if same else {}
         groups = parameter_groups(model, phase, trainable, weight_decay=component.weight_decay)
+        groups = _split_by_group_state(groups, self._group_states(model, state))
         if self.optimizer is None or not same:
-            self.component, self.optimizer = component, make_optimizer(component, groups)
+            self._make(component, groups)
+            if state:
+                self.set_training(state["training"])  # without state this sets the mode and changes no weight
+                self.load_state(model, state)
         else:
             kept = {id(parameter) for group in groups for parameter in group["params"]}
-            for parameter in [each for each in self.optimizer.state if id(each) not in kept]:
-                del self.optimizer.state[parameter]
+            keys = [each for each in self.optimizer.state if isinstance(each, Tensor) and id(each) not in kept]
+            for key in keys:
+                del self.optimizer.state[key]
             self.optimizer.param_groups.clear()
             for group in groups:
                 self.optimizer.add_param_group(group)
-        if same:
-            named = model.parameters()
-            for name in (name for name in trainable if name in self.pending_state):
-                self.optimizer.state[named[name]] = {
-                    key: _match_layout(named[name], value) for key, value in self.pending_state[name].items()
-                }
+            self._load_group_states(self._group_states(model, state))
         self.pending_state = {}
 
     def set_lr_factor(self, factor: float) -> None:
         """Set every group's learning rate to `factor` times its peak."""
         for group in self._require_optimizer().param_groups:
             group["lr"] = group[PEAK_LR] * factor
+
+    def set_training(self, training: bool) -> None:
+        """Switch an optimizer with modes: in eval mode its parameters are those to evaluate and to save."""
+        switch = getattr(self.optimizer, "train" if training else "eval", None)
+        if training is not self.training and callable(switch):
+            switch()
+        self.training = training
 
     def step(self) -> None:
         """Apply the gradients and drop them."""
@@ -76,29 +92,56 @@ class Optimization:
                 parameter.grad = None
 
     def reset_state(self) -> None:
-        """Drop the state of every parameter, because weights were replaced."""
+        """Start the optimizer anew, because weights were replaced."""
         self.pending_state = {}
         if self.optimizer is not None:
-            self.optimizer.state.clear()
+            own = [{key: group[key] for key in _GROUP_KEYS if key in group} for group in self.optimizer.param_groups]
+            self._make(self.component, own)
 
-    def state(self, model: Model) -> dict[str, dict[str, Any]]:
-        """Return the optimizer's state by parameter name; assign it to `pending_state` to resume."""
-        if self.optimizer is None:
-            return self.pending_state
+    def state(self, model: Model) -> dict[str, Any]:
+        """Return the optimizer's state as plain data and tensors; assign it to `pending_state` to resume.
+
+        Returns:
+            `parameters`: the state of each parameter by name, and that of its group; `shared`: state under other keys;
+            `attributes`: plain attributes that have changed; `training`: the mode. Empty before the first phase.
+        """
+        return self.pending_state if self.optimizer is None else self._live_state(model)
+
+    def _live_state(self, model: Model) -> dict[str, Any]:
+        optimizer = self._require_optimizer()
+        groups = {id(each): group for group in optimizer.param_groups for each in group["params"]}
         return {
-            name: dict(self.optimizer.state[parameter])
-            for name, parameter in model.parameters().items()
-            if parameter in self.optimizer.state
+            "parameters": {
+                name: {
+                    "state": dict(optimizer.state.get(parameter, {})),
+                    "group": _group_state(groups.get(id(parameter), {}), optimizer.defaults),
+                }
+                for name, parameter in model.parameters().items()
+                if parameter in optimizer.state or id(parameter) in groups
+            },
+            "shared": {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)},
+            "attributes": {
+                name: value
+                for name, value in _plain_attributes(optimizer).items()
+                if name not in self._initial_attributes or not _equal(value, self._initial_attributes[name])
+            },
+            "training": self.training,
         }
 
-    def load_state(self, model: Model, state: dict[str, dict[str, Any]]) -> None:
+    def load_state(self, model: Model, state: Mapping[str, Any]) -> None:
         """Replace the optimizer's state by what `state` returned, for the parameters that train now."""
         optimizer = self._require_optimizer()
         optimizer.state.clear()
+        trained = {id(each) for group in optimizer.param_groups for each in group["params"]}
         for name, parameter in model.parameters().items():
-            for key, value in state.get(name, {}).items():
-                kept = value.clone() if isinstance(value, Tensor) else value
-                optimizer.state[parameter][key] = _match_layout(parameter, kept)
+            saved = state.get("parameters", {}).get(name, {}).get("state", {}) if id(parameter) in trained else {}
+            for key, value in saved.items():
+                optimizer.state[parameter][key] = _match_layout(parameter, _clone(value))
+        for key, value in state.get("shared", {}).items():
+            optimizer.state[key] = value
+        for key, value in (self._initial_attributes | state.get("attributes", {})).items():
+            setattr(optimizer, key, _clone(value))
+        self._load_group_states(self._group_states(model, state))
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups with their present learning rates."""
@@ -108,9 +151,72 @@ class Optimization:
         """Return the present learning rates of the groups, highest first."""
         return sorted({group["lr"] for group in self._require_optimizer().param_groups}, reverse=True)
 
+    def _make(self, component: Any, groups: list[dict[str, Any]]) -> None:
+        self.component, self.optimizer = component, make_optimizer(component, groups)
+        self.training = False
+        self._initial_attributes = {name: _clone(each) for name, each in _plain_attributes(self.optimizer).items()}
+
+    def _group_states(self, model: Model, state: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+        """Return the state of the group of each parameter, by the parameter's id."""
+        named = model.parameters()
+        return {id(named[name]): each["group"] for name, each in state.get("parameters", {}).items()}
+
+    def _load_group_states(self, states: Mapping[int, dict[str, Any]]) -> None:
+        optimizer = self._require_optimizer()
+        for group in optimizer.param_groups:
+            saved = states.get(id(group["params"][0]), {})
+            for key in [key for key in group if key not in _GROUP_KEYS and key not in saved]:
+                if key in optimizer.defaults:
+                    group[key] = optimizer.defaults[key]
+                else:
+                    del group[key]
+            group.update({key: _clone(value) for key, value in saved.items()})
+
     def _require_optimizer(self) -> torch.optim.Optimizer:
         assert self.optimizer is not None, "set_param_groups() comes before a step"
         return self.optimizer
+
+
+def _group_state(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an optimizer has changed in a parameter group, such as a count of its steps."""
+    return {
+        key: value
+        for key, value in group.items()
+        if key not in _GROUP_KEYS and (key not in defaults or not _equal(value, defaults[key]))
+    }
+
+
+def _split_by_group_state(groups: list[dict[str, Any]], states: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Split the groups so that all parameters of a group continue from the same group state."""
+    parts: list[dict[str, Any]] = []
+    for group in groups:
+        members: dict[str, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            state = states.get(id(parameter), {})
+            key = repr({name: id(each) if isinstance(each, Tensor) else each for name, each in state.items()})
+            members.setdefault(key, []).append(parameter)
+        parts += [{**group, "params": parameters} for parameters in members.values()]
+    return parts
+
+
+def _plain_attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the attributes that are numbers, text or tensors, or lists of numbers and text."""
+    return {
+        name: value
+        for name, value in vars(optimizer).items()
+        if isinstance(value, (Tensor, bool, int, float, str, type(None)))
+        or (isinstance(value, list) and all(isinstance(each, (bool, int, float, str)) for each in value))
+    }
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy.copy(value)
 
 
 def _match_layout(parameter: nn.Parameter, value: Any) -> Any:
