@@ -317,3 +317,17 @@ def test_oom_in_diagnosis_and_head_fit_continues_with_smaller_batches(tune):
     for name, tensor in fitted_whole.items():
         torch.testing.assert_close(fitted[name], tensor, rtol=1e-3, atol=1e-4)
     assert "out of memory during a diagnosis: micro-batch size reduced to 8" in log
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", tf.use("sgd", momentum=0.0), tf.use("torch", kind="adagrad")])
+def test_embedding_with_sparse_gradients_trains_as_one_with_dense_ones(tune, optimizer):
+    rows = torch.arange(36).reshape(12, 3) % 5
+    data = (rows, torch.arange(12) % 3)
+    tuned = []
+    for sparse in (True, False):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = torch.nn.Sequential(torch.nn.EmbeddingBag(5, 4, sparse=sparse), torch.nn.Linear(4, 3))
+        tune([tf.Phase("all", epochs=2)], model=net, data=data, optimizer=optimizer, micro_batch=4)
+        tuned.append(net)
+    assert torch.equal(tuned[0][0].weight, tuned[1][0].weight)

@@ -34,6 +34,8 @@ class BackwardPass:
             an accelerator it runs only if `--on-nan` asks for more than to halt.
         updating_modules: Modules with buffers that a forward pass may change, such as BatchNorm statistics.
         nonfinite: What happens if a loss or a gradient is non-finite.
+        sparse_parameters: Those of trained embeddings with sparse gradients, which few optimizers take: their gradients
+            are made dense.
     """
 
     modes: list[tuple[nn.Module, bool]]
@@ -41,6 +43,7 @@ class BackwardPass:
     checks_finite: bool
     updating_modules: list[nn.Module]
     nonfinite: NonFinitePolicy
+    sparse_parameters: list[Tensor] = attrs.field(factory=list)
 
     @classmethod
     def from_run(cls, run: Run, modes: list[tuple[nn.Module, bool]], state: dict[str, Any] | None) -> BackwardPass:
@@ -56,7 +59,10 @@ class BackwardPass:
         updating_modules = [
             module for module, training in modes if training and next(module.buffers(False), None) is not None
         ]
-        return cls(modes, trainable, checks_finite, updating_modules, NonFinitePolicy(**(state or {})))
+        nonfinite = NonFinitePolicy(**(state or {}))
+        embeddings = [each for each, _ in modes if isinstance(each, (nn.Embedding, nn.EmbeddingBag)) and each.sparse]
+        sparse = [each.weight for each in embeddings if each.weight.requires_grad]
+        return cls(modes, trainable, checks_finite, updating_modules, nonfinite, sparse)
 
     @property
     def batchnorm_statistics(self) -> list[Tensor]:
@@ -136,6 +142,9 @@ class BackwardPass:
                     return losses
                 torch.autograd.backward(loss if count == total else loss * (count / total))
                 losses.append((loss.detach(), count))
+        for parameter in self.sparse_parameters:
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.to_dense()
         return losses
 
     def _restore_buffers(self, run: Run, buffers: list[dict[str, Tensor]]) -> None:

@@ -225,7 +225,8 @@ def make_optimizer(component: Any, groups: list[dict[str, Any]]) -> torch.optim.
         UsageError: A model is sharded, and the optimizer is not known to treat each element by itself.
     """
     if not any(is_sharded(each) for group in groups for each in group["params"]):
-        made: torch.optim.Optimizer = component.make(groups, fused=True)
+        fused = all(group.get("fused", True) for group in groups)
+        made: torch.optim.Optimizer = component.make(groups, fused=fused)
         return made
     plain: torch.optim.Optimizer = component.make(groups, fused=False)
     if type(plain) not in _ELEMENTWISE_OPTIMIZERS:

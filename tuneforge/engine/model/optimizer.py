@@ -236,7 +236,8 @@ def parameter_groups(model: Model, phase: Phase, trainable: list[str], *, weight
         weight_decay: The optimizer's default; `phase.weight_decay` overrides it.
 
     Returns:
-        Groups of equal learning rate and equal weight decay; norms and biases are not decayed.
+        Groups of equal learning rate and equal weight decay; norms and biases are not decayed. A model with complex
+        parameters is not trained by fused kernels, which take none.
 
     Raises:
         SelectorError: A selector of `phase.lr_scales` matches no parameter that trains.
@@ -249,8 +250,10 @@ def parameter_groups(model: Model, phase: Phase, trainable: list[str], *, weight
     for name in trainable:
         lr = phase.lr * phase.layer_decay ** model.depth_of(name) * scales.get(name, 1.0)
         partition.setdefault((lr, 0.0 if name in undecayed else decay), []).append(named[name])
+    # Decided for the whole model, because a later phase adds parameters to the optimizer of an earlier one.
+    kernels = {"fused": False} if any(each.is_complex() for each in named.values()) else {}
     return [
-        {"params": parameters, "lr": lr, PEAK_LR: lr, "weight_decay": group_decay}
+        {"params": parameters, "lr": lr, PEAK_LR: lr, "weight_decay": group_decay, **kernels}
         for (lr, group_decay), parameters in partition.items()
     ]
 
