@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuneforge.engine.data.dataset import Source, Split, Subset, named_tensors
+from tuneforge.engine.data.dataset import Split, named_tensors
+from tuneforge.engine.data.sample_seeds import is_random
 
-_FIRST_ROWS = 16
+_FIRST_ROWS = 4
+_BLOCK_ROWS = 32
 _READING_TIME_S = 0.5
 """Time after which no further rows are read of a source that has no fingerprint."""
 
@@ -20,13 +22,16 @@ def describe_split(split: Split) -> dict[str, Any]:
     """Return the number of samples of a split, and SHA-256 hashes of its inputs, targets and ids, as plain data.
 
     The inputs of a source without a fingerprint have one hash per chunk of rows, for as many chunks as can be read in
-    half a second: two descriptions agree where the hashes that both have are equal. They are None if the source cannot
-    tell, or if rows differ when they are read again.
+    half a second: two descriptions agree where the hashes that both have are equal. A source that has an attribute
+    `content_hash`, because it has read all samples, is not read again. The hash is None if the source cannot tell, or
+    if rows differ when they are read again.
     """
     ids = "\0".join(map(split.id_of, range(len(split)))).encode(errors="surrogateescape")
+    underlying = getattr(split.source, "underlying", split.source)
+    known = split.inputs_fingerprint() if not is_random(split.source) else getattr(underlying, "content_hash", None)
     return {
         "samples": len(split),
-        "inputs": _hash_chunks(split) if _lacks_fingerprint(split.source) else split.inputs_fingerprint(),
+        "inputs": _hash_chunks(split) if is_random(split.source) and known is None else known,
         "targets": hash_tensors({"": split.targets}),
         "ids": hashlib.sha256(ids).hexdigest(),
     }
@@ -42,11 +47,14 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
 
 
 def _hash_chunks(split: Split) -> list[str] | None:
-    """Return a hash per chunk of rows in a fixed order, each chunk as large as all before; None for random samples."""
+    """Return a hash per chunk of rows in a fixed order, each chunk as large as all before; None for random samples.
+
+    The last chunk is left out if it is not complete.
+    """
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
     hashes: list[str] = []
-    start, stop, began = 0, _FIRST_ROWS, time.monotonic()
-    while start < len(order) and time.monotonic() - began < _READING_TIME_S:
+    start, stop, began = 0, min(_FIRST_ROWS, len(order)), time.monotonic()
+    while stop <= len(order) and time.monotonic() - began < _READING_TIME_S:
         hashes.append(_hash_rows(split, order[start:stop]))
         if not start and hashes != [_hash_rows(split, order[:stop])]:
             return None
@@ -56,12 +64,6 @@ def _hash_chunks(split: Split) -> list[str] | None:
 
 def _hash_rows(split: Split, rows: Tensor) -> str:
     digest = hashlib.sha256()
-    for few in torch.split(rows, _FIRST_ROWS):
+    for few in torch.split(rows, _BLOCK_ROWS):
         digest.update(hash_tensors(named_tensors(split.fetch(few))).encode())
     return digest.hexdigest()
-
-
-def _lacks_fingerprint(source: Source) -> bool:
-    while isinstance(source, Subset):
-        source = source.source
-    return not hasattr(source, "fingerprint")

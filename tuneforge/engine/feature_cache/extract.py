@@ -24,6 +24,7 @@ from tuneforge.engine.feature_cache.disk import DiskCache, default_cache_dir
 from tuneforge.engine.feature_cache.graph_split import NotCacheableError, SplitModel
 from tuneforge.engine.model.model import call_module
 from tuneforge.engine.model.module_state import bitwise_equal
+from tuneforge.engine.model.numerics import describe_numerics
 from tuneforge.errors import HaltError, TryAgainError
 from tuneforge.plugin.declaration import get_option_values
 
@@ -282,23 +283,9 @@ def _hash_model(run: Run, backbone: Any, size: int) -> str:
         "batch": size,
         "precision": run.config.precision,
         "channels-last": run.forward_pass.channels_last,
-        "device": [str(run.device.torch), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
-        "torch": torch.__version__,
-        "kernels": _describe_kernels(run),
+        "numerics": describe_numerics(run.device.torch),
     }
     return _hash(parts)
-
-
-def _describe_kernels(run: Run) -> list[Any]:
-    """Return what the choice of kernels depends on, beside the type of the device."""
-    on_cuda = run.device.torch.type == "cuda"
-    return [
-        torch.backends.mkldnn.enabled,
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-        torch.cuda.get_device_name(run.device.torch) if on_cuda else "",
-        torch.version.cuda,
-    ]
 
 
 def _describe_modules(backbone: Any) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from tuneforge.engine.loop.weight_average import Snapshot, take_snapshot
 from tuneforge.engine.model import fsdp
 from tuneforge.engine.model.extra_state import get_extra_states, set_extra_states
 from tuneforge.engine.model.module_state import full_state, restore_state
+from tuneforge.engine.model.numerics import describe_change, describe_numerics
 from tuneforge.engine.session.resume_check import check_plan, check_step
-from tuneforge.engine.session.run_log import DETERMINISM_KEYS, describe_environment
 from tuneforge.engine.storage import checkpoint, fault_injection
 from tuneforge.engine.storage.checkpoint import Checkpoints
 from tuneforge.engine.storage.run_dir import RunDir
@@ -265,8 +265,8 @@ def find_checkpoint(run: Run, path: Path) -> tuple[str, dict[str, Any] | None]:
         run.log(f"warning: {why}")
     if newest is None:
         run.log("no complete checkpoint found: starting from the beginning")
-    before, now = read_json(path / RUN)["environment"], describe_environment(run)
-    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in DETERMINISM_KEYS if before.get(key) != now[key]]
+    before, now = read_json(path / RUN)["environment"], describe_numerics(run.device.torch)
+    changed = [describe_change(name, before.get(name), each) for name, each in now.items() if before.get(name) != each]
     if changed:
         run.log(f"warning: results may differ in the last bits, because the environment changed: {', '.join(changed)}")
     return ("", None) if newest is None else (newest.name, state)

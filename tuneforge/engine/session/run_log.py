@@ -19,6 +19,7 @@ from tuneforge.engine.loop.evaluation import evaluate
 from tuneforge.engine.loop.metric_set import HardestSamples
 from tuneforge.engine.loop.train_phase import planned_epochs
 from tuneforge.engine.model import fsdp
+from tuneforge.engine.model.numerics import describe_numerics
 from tuneforge.engine.model.weights_file import write_weights
 from tuneforge.engine.session import messages
 from tuneforge.engine.session.components import describe_member
@@ -35,7 +36,6 @@ from tuneforge.plugin.serialization import to_json
 
 NUM_HARDEST_SAMPLES = 24
 _MAX_PROBABILITIES = 100  # classes whose probability is recorded for a hardest sample
-DETERMINISM_KEYS = ("torch", "threads", "machine", "cpu", "device")
 
 
 class RunLogger:
@@ -60,19 +60,11 @@ def describe_run(run: Run, members: list[tuple[str, RegisteredComponent]]) -> di
         "tuneforge": tuneforge.__version__,
         "config": config_to_dict(run.config),
         "components": [describe_member(member, hook) for hook, member in members],
-        "environment": {**describe_environment(run), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]},
-    }
-
-
-def describe_environment(run: Run) -> dict[str, Any]:
-    """Return what the result of a run depends on besides its configuration."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "device": str(run.device.torch),
+        "environment": {
+            "python": platform.python_version(),
+            **describe_numerics(run.device.torch),
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        },
     }
 
 

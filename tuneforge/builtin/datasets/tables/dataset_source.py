@@ -5,6 +5,7 @@ Shapes: n samples, b in a batch.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ class DatasetSource:
         self.where, self.collate = where, collate
         self.batch_dependent = collate is not None
         self.draws = False
+        self.content_hash = ""
         self._targets: list[Any] = []
         self._last_targets: list[Any] = []
 
@@ -62,16 +64,19 @@ class DatasetSource:
         return inputs
 
     def read_targets(self) -> list[Any]:
-        """Return the targets of all samples, which reads each sample once, and a few of them three times.
+        """Return the targets of all samples, which reads and hashes each sample once, and a few of them three times.
 
         Raises:
             DataError: A sample cannot be used, or is random in a way that no seed repeats.
         """
         count = len(self)
-        split, found = Split(self, torch.zeros(count)), []
+        split, found, digest = Split(self, torch.zeros(count)), [], hashlib.sha256()
         for start in range(0, count, _READ_BLOCK):
-            split.fetch(torch.arange(start, min(start + _READ_BLOCK, count)))
+            inputs = split.fetch(torch.arange(start, min(start + _READ_BLOCK, count)))
+            for tensor in [inputs] if isinstance(inputs, Tensor) else inputs.values():
+                digest.update(tensor.contiguous().numpy().data)
             found += self._last_targets
+        self.content_hash = digest.hexdigest()
         self._targets = found
         rows = torch.arange(0, count, max(1, count // _NUM_CHECKED))
         for row in rows if self.batch_dependent else ():
