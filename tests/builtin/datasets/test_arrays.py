@@ -21,7 +21,12 @@ Y = np.arange(30) % 3
 
 def prepared(*args, seed=0, known=None, **options):
     run = SimpleNamespace(
-        config=SimpleNamespace(seed=seed), data_seed=seed, restoring=known is not None, single_split=False, data=known
+        config=SimpleNamespace(seed=seed),
+        data_seed=seed,
+        restoring=known is not None,
+        single_split=False,
+        data=known,
+        float_dtype=torch.float32,
     )
     return data_from_arrays(*args, **options).data_prepare(run)
 
@@ -358,13 +363,25 @@ class TestComponent:
         assert dict(use.options)["val"] == 0.2
 
     def test_without_its_arrays_it_asks_for_them(self):
-        run = SimpleNamespace(config=SimpleNamespace(seed=0), data_seed=0, restoring=False, single_split=False)
+        run = SimpleNamespace(
+            config=SimpleNamespace(seed=0),
+            data_seed=0,
+            restoring=False,
+            single_split=False,
+            float_dtype=torch.float32,
+        )
         with pytest.raises(DataError, match="pass them again"):
             ArrayData().data_prepare(run)
 
     def test_a_pair_a_dataset_and_a_loader_are_taken_alone(self):
         dataset = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
-        run = SimpleNamespace(config=SimpleNamespace(seed=0), data_seed=0, restoring=False, single_split=False)
+        run = SimpleNamespace(
+            config=SimpleNamespace(seed=0),
+            data_seed=0,
+            restoring=False,
+            single_split=False,
+            float_dtype=torch.float32,
+        )
         found = [
             ArrayData.from_object(each).data_prepare(run).train.fingerprint()
             for each in ((X, Y), dataset, DataLoader(dataset))

@@ -19,6 +19,17 @@ def net(dtype: torch.dtype = torch.float32) -> nn.Module:
         return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
 
 
+def pairs_of(pairs):
+    class Pairs(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(pairs)
+
+        def __getitem__(self, index):
+            return pairs[index]
+
+    return Pairs()
+
+
 class WithIds(nn.Module):
     """A table of embeddings by index, and counts that a linear layer takes."""
 
@@ -42,8 +53,25 @@ def test_inputs_reach_the_module_in_its_dtype(tune, dtype, as_tensor):
     losses = [entry["train"]["loss"] for entry in result.strategy_steps[0][1].history]
     assert losses[-1] < losses[0]
     predictor = tf.load(result.run_dir, model=net(dtype))
-    expected = module(torch.tensor(FEATURES[:4]).float().to(dtype)).float()
+    expected = module(torch.tensor(FEATURES[:4]).to(dtype)).detach().float()
     assert torch.equal(torch.stack(list(predictor.predict_outputs(FEATURES[:4]))), expected)
+
+
+@pytest.mark.parametrize(("as_dataset", "standardize"), [(False, False), (False, True), (True, False)])
+def test_float64_module_gets_float64_features_in_full_precision(tune, as_dataset, standardize):
+    features = FEATURES + 1e9  # float32 would round the differences away
+    pairs = list(zip(torch.tensor(features), LABELS.tolist(), strict=True))
+    data = data_from_arrays(*([pairs_of(pairs)] if as_dataset else [features, LABELS]), standardize=standardize)
+    seen = []
+    module = net(torch.float64)
+    module.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()) if module.training else None)
+    result = tune([tf.Phase("all", epochs=1, lr=1e-12)], data=data, model=module)
+    first = torch.cat(seen)[:, 0]
+    assert len(first.unique()) == len(first)
+    assert first.mean().abs() < 2 if standardize else set(first.tolist()) <= set(features[:, 0].tolist())
+    predictor = tf.load(result.run_dir, model=net(torch.float64))
+    assert torch.equal(predictor.inputs.decode(features[0].tolist()), torch.tensor(features[0]))
+    assert predictor.with_data(data).data.val.fetch(torch.tensor([0])).dtype == torch.float64
 
 
 def test_regression_trains_a_float64_module(tune):
@@ -82,9 +110,9 @@ def test_module_that_converts_its_inputs_itself_gets_them_unchanged(tune):
     class Converts(nn.Sequential):
         def forward(self, inputs):
             assert inputs.dtype == torch.float32
-            return super().forward(inputs.double())
+            return super().forward(inputs.bfloat16())
 
-    tune(PHASE, data=(FEATURES, LABELS), model=Converts(nn.Linear(8, 3)).double())
+    tune(PHASE, data=(FEATURES, LABELS), model=Converts(nn.Linear(8, 3)).bfloat16())
 
 
 def test_data_that_no_dtype_makes_fit_is_refused_with_the_original_reason(tune):

@@ -100,6 +100,16 @@ class Run(TrainerState):
         return self.config.seed if self.config.data_seed is None else self.config.data_seed
 
     @property
+    def float_dtype(self) -> torch.dtype:
+        """The dtype in which data in memory is stored: float64 for a module that was given in it, else float32."""
+        if self._model is not None:
+            dtypes = {each.dtype for each in self._model.module.parameters()}
+        else:
+            components = (member.component for member in self.hooks.components)
+            dtypes = {dtype for each in components for dtype in getattr(each, "weight_dtypes", ())}
+        return torch.float64 if torch.float64 in dtypes else torch.float32
+
+    @property
     def sharded(self) -> bool:
         """True where FSDP leaves each rank a shard of the model."""
         return self.config.shard and self.process_group.world_size > 1
@@ -197,7 +207,7 @@ class Run(TrainerState):
     def _match_input_dtypes(self, model: Model) -> None:
         """Convert the inputs from now on if the model takes them only in other dtypes than the data has."""
         self.forward_pass.input_dtypes, self._example = {}, None
-        self.forward_pass.double_targets = any(each.dtype == torch.float64 for each in model.module.parameters())
+        self.forward_pass.double_targets = self.float_dtype == torch.float64
         example = self.example
         candidates = candidate_dtypes(model.module, example)
         first = next(candidates, None)

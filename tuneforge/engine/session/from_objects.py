@@ -34,6 +34,7 @@ class ModelFromObject:
 
     def __init__(self, model: nn.Module | Model) -> None:
         self._model = model if isinstance(model, Model) else Model.from_module(model)
+        self.weight_dtypes = {each.dtype for each in self._model.module.parameters()}
 
     @hookimpl
     def model_adapt(self) -> Model:

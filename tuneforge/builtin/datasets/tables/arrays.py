@@ -111,7 +111,8 @@ class TensorInputs(Inputs):
         if not self.means:
             return tensor
         along = (-1, *[1] * (tensor.ndim - 2))
-        means, scales = (torch.tensor(each, device=tensor.device).view(along) for each in (self.means, self.scales))
+        dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
+        means, scales = (tensor.new_tensor(each, dtype=dtype).view(along) for each in (self.means, self.scales))
         return (tensor - means) / scales
 
     def _check_names(self, raw: Mapping[str, Any]) -> None:
@@ -128,9 +129,10 @@ class TensorInputs(Inputs):
     def _decode_tensor(self, name: str, value: Any) -> Tensor:
         where = f"input '{name}'" if name else ""
         require_one_input(value, where=where)
-        tensor = to_tensor(value, where=where)
+        dtype = getattr(torch, self.dtypes[name]) if name in self.dtypes else torch.float32
+        tensor = to_tensor(value, where=where, float_dtype=dtype if dtype == torch.float64 else torch.float32)
         if name in self.dtypes:
-            tensor = _cast_tensor(tensor, getattr(torch, self.dtypes[name]), where)
+            tensor = _cast_tensor(tensor, dtype, where)
         if name in self.shapes and not shapes_agree(tuple(tensor.shape), self.shapes[name]):
             raise DataError(
                 f"a sample of shape {tuple(tensor.shape)}", where=where, fix=f"give shape {self.shapes[name]}"
@@ -189,7 +191,7 @@ class ArrayData:
                 why="a run directory does not hold them",
                 fix="pass them again: data_from_arrays(x, y)",
             )
-        parts = {split: read_samples(x, y, split) for split, (x, y) in given.items()}
+        parts = {split: read_samples(x, y, split, run.float_dtype) for split, (x, y) in given.items()}
         shares = {split: 0.0 if split in parts else share for split, share in (("val", self.val), ("test", self.test))}
         known = run.data if run.restoring else None
         return _DataBuilder(self, parts, known).build(shares, run.data_seed, single_split=run.single_split)
@@ -377,7 +379,11 @@ class _DataBuilder:
         inputs = self.samples_by_split["train"].inputs
         if not self.options.standardize:
             return (), ()
-        if not isinstance(inputs, Tensor) or inputs.ndim < 2 or inputs.dtype not in (torch.float32, torch.uint8):
+        if (
+            not isinstance(inputs, Tensor)
+            or inputs.ndim < 2
+            or inputs.dtype not in (torch.float32, torch.float64, torch.uint8)
+        ):
             raise DataError(
                 "only one tensor of numbers per sample can be standardized",
                 where="standardize",

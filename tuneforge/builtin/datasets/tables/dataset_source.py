@@ -28,10 +28,18 @@ class DatasetSource:
         dataset: Dataset of pairs (input, target).
         where: Name of the argument, for messages.
         collate: Function of the user that makes a batch (inputs, targets) of a list of items; None stacks them.
+        float_dtype: The dtype that floats get.
     """
 
-    def __init__(self, dataset: Dataset[Any], where: str, collate: Callable[[list[Any]], Any] | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        where: str,
+        collate: Callable[[list[Any]], Any] | None = None,
+        float_dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.dataset: Any = dataset
+        self.float_dtype = float_dtype
         self.where, self.collate = where, collate
         self.batch_dependent = collate is not None
         self.draws = False
@@ -134,9 +142,9 @@ class DatasetSource:
 
     def _to_input(self, value: Any, where: str) -> Any:
         if isinstance(value, Mapping):
-            return {name: to_tensor(each, where=where) for name, each in value.items()}
+            return {name: to_tensor(each, where=where, float_dtype=self.float_dtype) for name, each in value.items()}
         require_one_input(value, where=where)
-        return to_tensor(value, where=where)
+        return to_tensor(value, where=where, float_dtype=self.float_dtype)
 
     def _stack(self, samples: list[Tensor], rows: list[int]) -> Tensor:
         for row, sample in zip(rows, samples, strict=True):

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tuneforge import DataError
 
-_KEPT_DTYPES = (torch.float32, torch.complex64, torch.uint8, torch.bool)
+_KEPT_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.uint8, torch.bool)
 
 
-def to_tensor(value: Any, *, where: str) -> Tensor:
-    """Return a CPU tensor: floats become float32, complex numbers complex64, integers int64.
+def to_tensor(value: Any, *, where: str, float_dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a CPU tensor: floats get `float_dtype`, complex numbers complex64, integers int64.
 
     uint8 and booleans keep their dtype.
 
@@ -26,11 +26,12 @@ def to_tensor(value: Any, *, where: str) -> Tensor:
     if type(value).__module__.partition(".")[0] == "PIL":
         raise DataError("a PIL image", where=where, fix="convert it to a tensor (torchvision.transforms.v2)")
     try:
-        tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(_to_numeric(np.asarray(value)))
+        is_tensor = isinstance(value, Tensor)
+        tensor = value.detach().cpu() if is_tensor else _from_array(np.asarray(value), float_dtype)
     except (TypeError, ValueError) as error:
         raise DataError(f"{type(value).__name__} is not an array of numbers", where=where, why=str(error)) from None
     if tensor.is_floating_point() or tensor.is_complex():
-        tensor = tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)
+        tensor = tensor.to(torch.complex64 if tensor.is_complex() else float_dtype)
         if not tensor.isfinite().all():
             row = int((~tensor.isfinite()).nonzero()[0, 0]) if tensor.ndim else 0
             raise DataError("an input is NaN or Inf", where=f"{where}[{row}]", fix="replace or remove such values")
@@ -64,11 +65,12 @@ def require_one_input(value: Any, *, where: str) -> None:
         )
 
 
-def _to_numeric(array: NDArray[Any]) -> NDArray[Any]:
+def _from_array(array: NDArray[Any], float_dtype: torch.dtype) -> Tensor:
     if array.dtype.kind not in "biufc":
         raise TypeError(f"its dtype is {array.dtype}; use --data table-csv for text columns")
     if array.dtype.kind == "u" and array.size and int(array.max()) > np.iinfo(np.int64).max:
         raise ValueError(f"the integer {array.max()} does not fit into int64")
     kept = array.dtype == np.uint8 or array.dtype.kind == "b"
-    dtype = array.dtype if kept else {"f": np.float32, "c": np.complex64}.get(array.dtype.kind, np.int64)
-    return np.require(array, dtype=dtype, requirements=("C", "W"))  # torch warns about read-only arrays
+    floats = np.float64 if float_dtype == torch.float64 else np.float32
+    dtype = array.dtype if kept else {"f": floats, "c": np.complex64}.get(array.dtype.kind, np.int64)
+    return torch.from_numpy(np.require(array, dtype=dtype, requirements=("C", "W")))  # torch warns about read-only ones

@@ -41,8 +41,8 @@ class ArraySamples(NamedTuple):
         return rows if self.loader is None or self.loader.rows is None else self.loader.rows[rows]
 
 
-def read_samples(x: Any, y: Any, split: str) -> ArraySamples:
-    """Return the samples of a split, with as many targets as inputs.
+def read_samples(x: Any, y: Any, split: str, float_dtype: torch.dtype = torch.float32) -> ArraySamples:
+    """Return the samples of a split, with as many targets as inputs; floats get `float_dtype`.
 
     Raises:
         DataError: Inputs or targets are missing, empty, of different lengths, or not arrays.
@@ -56,7 +56,7 @@ def read_samples(x: Any, y: Any, split: str) -> ArraySamples:
         x = loader.dataset
     inputs: TensorTree | Source
     if isinstance(x, Dataset) and y is None:
-        inputs, raw_targets = _read_dataset(x, where, loader)
+        inputs, raw_targets = _read_dataset(x, where, loader, float_dtype)
         if isinstance(inputs, DatasetSource) and len(inputs) >= _LARGE_DATASET:
             notes.append(f"{where}: all {len(inputs):,} samples were read once for their targets")
         if isinstance(inputs, DatasetSource) and inputs.draws:
@@ -69,7 +69,7 @@ def read_samples(x: Any, y: Any, split: str) -> ArraySamples:
             fix="give arrays x and y, or a Dataset alone",
         )
     else:
-        inputs, raw_targets = _to_tensors(x, where), y
+        inputs, raw_targets = _to_tensors(x, where, float_dtype), y
     array = to_target_array(raw_targets, where=targets_argument_name(split))
     count = _count_samples(inputs)
     if count != len(array) or not count:
@@ -103,11 +103,13 @@ def _common_shape(source: DatasetSource, name: str) -> tuple[int, ...]:
     return tuple(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
 
 
-def _read_dataset(dataset: Any, where: str, loader: LoaderParts | None) -> tuple[TensorTree | Source, Any]:
+def _read_dataset(
+    dataset: Any, where: str, loader: LoaderParts | None, float_dtype: torch.dtype
+) -> tuple[TensorTree | Source, Any]:
     rows, collate = (None, None) if loader is None else (loader.rows, loader.collate)
     if type(dataset) is TensorDataset and len(dataset.tensors) == 2 and collate is None:
         inputs, targets = dataset.tensors if rows is None else dataset[rows]
-        return _to_tensors(inputs, where), targets
+        return _to_tensors(inputs, where, float_dtype), targets
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise DataError(
             f"{type(dataset).__name__} has no access by index",
@@ -115,15 +117,17 @@ def _read_dataset(dataset: Any, where: str, loader: LoaderParts | None) -> tuple
             why="the run chooses the order, so that it can be resumed",
             fix="give a Dataset with __len__ and __getitem__",
         )
-    source = DatasetSource(dataset if rows is None else Subset(dataset, rows.tolist()), where, collate)
+    indexed = dataset if rows is None else Subset(dataset, rows.tolist())
+    source = DatasetSource(indexed, where, collate, float_dtype)
     return source, source.read_targets()
 
 
-def _to_tensors(x: Any, where: str) -> TensorTree:
+def _to_tensors(x: Any, where: str, float_dtype: torch.dtype) -> TensorTree:
     if not isinstance(x, Mapping):
-        return _require_rows(to_tensor(x, where=where), where)
+        return _require_rows(to_tensor(x, where=where, float_dtype=float_dtype), where)
     tensors = {
-        str(name): _require_rows(to_tensor(value, where=f"{where}['{name}']"), where) for name, value in x.items()
+        str(name): _require_rows(to_tensor(value, where=f"{where}['{name}']", float_dtype=float_dtype), where)
+        for name, value in x.items()
     }
     lengths = {name: len(tensor) for name, tensor in tensors.items()}
     if len(set(lengths.values())) != 1:
