@@ -107,6 +107,21 @@ def test_finished_run_is_not_resumed(tmp_path):
         engine(path, resume=True)
 
 
+def test_finished_run_goes_on_for_more_epochs_from_its_weights(tmp_path):
+    first = tf.Engine(
+        data=data(), model=network(), strategy=[tf.Phase("all", epochs=1)], page=False, out=tmp_path / "a"
+    )
+    report = first.run().report
+    with pytest.raises(tf.UsageError, match=r"warm start.*--warm-start\.run.*Engine\(model=load\(") as caught:
+        tf.Engine.resume(tmp_path / "a", data=data(), model=network(), strategy=[tf.Phase("all", epochs=4)])
+    assert "more epochs" in caught.value.fix
+    model = tf.load(tmp_path / "a", model=network()).model
+    steps = [tf.WeightAverage("as loaded", snapshots=["start"]), tf.Phase("more", epochs=1)]
+    result = tf.Engine(data=data(), model=model, strategy=steps, page=False, out=tmp_path / "b").run()
+    assert result.strategy_steps[0][1].val == report["splits"]["val"], "it starts where the other ended"
+    assert result.strategy_steps[1][1].epochs == 1
+
+
 def test_running_run_cannot_be_resumed(tmp_path, unbroken):
     path = tmp_path / "r"
     run_and_kill(engine(path).run, len(unbroken[1]) // 2)

@@ -182,7 +182,7 @@ class Engine:
         recorded = read_json(path / RUN, "config")["config"]
         config = resolve_config(recorded, where=str(path / RUN))
         if read_json(path / STATUS, "state")["state"] == "done":
-            raise UsageError(f"the run in '{path}' is done", fix=f"see it: tuneforge report {path}")
+            raise messages.finished_error(path)
         engine = cls(**{**engine_arguments(config), "out": path, **objects}, log=log)
         engine._changed_settings = check_config(path, recorded, engine.config, objects)
         engine._set_observers(observers)

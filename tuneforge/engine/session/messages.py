@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tuneforge.engine.loop.metric_set import scalar_metrics
 from tuneforge.engine.model.model import Model
 from tuneforge.engine.session.components import is_object
 from tuneforge.engine.storage.checkpoint import Checkpoints
+from tuneforge.errors import UsageError
 from tuneforge.plugin.names import format_count, to_kebab_case
 from tuneforge.plugin.results import AnyStrategyStepResult, Diagnostics, StrategyStepResult
 from tuneforge.plugin.steps import Diagnosis, HeadFit, Phase, StrategyStep, WeightAverage
@@ -144,6 +146,17 @@ def format_checkpoints(checkpoints: Checkpoints) -> Iterable[str]:
     if checkpoints.num_saved:
         cost_ms = 1000 * checkpoints.spent_s / checkpoints.num_saved
         yield f"checkpoints: {checkpoints.num_saved} saved, {cost_ms:.0f} ms each"
+
+
+def finished_error(run_dir: Path) -> UsageError:
+    """Return the error for a finished run that is resumed; it names the way to train for more epochs."""
+    path = shlex.quote(str(run_dir))
+    return UsageError(
+        f"the run in '{run_dir}' is done",
+        why="its schedules, its best weights and its report belong to the epochs that it was given",
+        fix=f"see it: tuneforge report {path}; for more epochs start another run from its weights (a warm start), with "
+        f"tuneforge run --callback warm-start --warm-start.run {path}, or Engine(model=load({str(run_dir)!r}).model)",
+    )
 
 
 def format_metrics(splits: Mapping[str, Mapping[str, Any]], primary_metrics: Iterable[str]) -> Iterable[str]:
