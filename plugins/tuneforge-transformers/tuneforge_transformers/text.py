@@ -136,7 +136,7 @@ class TextInputs(Inputs):
             raise DataError("this is not a text", where=where, why=str(error), fix="give UTF-8") from None
         try:
             row = json.loads(text) if text.lstrip().startswith("{") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             return text
         return row if isinstance(row, dict) and self.column in row else text
 

@@ -53,6 +53,19 @@ class Pairs(Dataset):
         return self.make(index)
 
 
+class TestScales:
+    @pytest.mark.parametrize("scales", [(1, 10_000), (0.001, 1), (5_000, 5_000)])
+    def test_unlike_or_large_scales_are_noted_unless_they_are_standardized(self, scales):
+        x = np.random.default_rng(0).normal(size=(30, 2)) * scales
+        (note,) = [note for note in prepared(x, Y).notes if "scales" in note]
+        assert "standardize=True" in note
+        assert not any("scales" in note for note in prepared(x, Y, standardize=True).notes)
+
+    @pytest.mark.parametrize("x", [X, X.astype(np.int64) * 10_000, (X * 4000).reshape(30, 1, 2), X * [1, 0]])
+    def test_like_scales_and_other_inputs_than_tables_are_not_noted(self, x):
+        assert not any("scales" in note for note in prepared(x, Y).notes)
+
+
 class TestKinds:
     @pytest.mark.parametrize(
         ("y", "names"),

@@ -46,6 +46,63 @@ def test_rows_are_sent_as_json_alone_and_as_a_list(serving, table_run):
     assert len({many["id"], *(each["id"] for each in many["predictions"])}) == 3
 
 
+RECORDS = [{"size": "1.5", "weight": "-0.5", "color": "red"}, {"size": "-2", "weight": "0.5", "color": "red"}]
+
+
+def csv_text(delimiter, end):
+    return end.join(delimiter.join(cells) for cells in (ROW, *(row.values() for row in RECORDS)))
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body"),
+    [
+        ("text/csv", csv_text(",", "\n").encode()),
+        ("text/csv; charset=utf-8", csv_text(";", "\r\n").encode("utf-8-sig")),
+        ("text/tab-separated-values", csv_text("\t", "\r").encode("utf-16")),
+        ("application/x-www-form-urlencoded", csv_text(",", "\n").encode()),
+        ("application/jsonl", "\n".join(map(json.dumps, RECORDS)).encode()),
+        ("application/json", json.dumps(RECORDS).encode()),
+    ],
+)
+def test_a_table_is_predicted_row_by_row(serving, table_run, content_type, body):
+    expected = list(tf.predict(table_run, RECORDS))
+    with serving(table_run) as server:
+        answer = server.request("POST", "/predict", body, Content_Type=content_type)
+    assert answer.status == 200
+    assert [each["class"] for each in answer.json["predictions"]] == [each["class"] for each in expected]
+
+
+def test_a_table_that_cannot_be_read_is_refused_by_its_line(serving, table_run):
+    with serving(table_run) as server:
+        for body, message in (
+            (b"size,weight,color\n1,2,red\n1,2\n", "line 3"),
+            (b"size,weight,color\n", "no rows"),
+            (b"size,weight\n1,2\n", "column 'color' is missing"),
+            (b"size,weight,color\n1,heavy,red\n", "the body.csv:2, column 'weight'"),
+        ):
+            answer = server.request("POST", "/predict", body, Content_Type="text/csv")
+            assert answer.status == 422
+            assert message in answer.json["error"]
+
+
+def test_an_unseen_value_is_marked(serving, table_run):
+    with serving(table_run) as server:
+        assert "unseen" not in server.request("POST", "/predict", ROW).json
+        many = server.request("POST", "/predict", {"inputs": [ROW, {**ROW, "color": "mauve"}]}).json["predictions"]
+    assert [each.get("unseen") for each in many] == [None, {"color": "mauve"}]
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "application/x-www-form-urlencoded"])
+@pytest.mark.parametrize("body", [b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 100_000 + b"1" + b"}" * 100_000])
+def test_deeply_nested_json_is_refused_as_such(serving, table_run, caplog, content_type, body):
+    with serving(table_run) as server:
+        answer = server.request("POST", "/predict", body, Content_Type=content_type)
+        assert 400 <= answer.status < 500
+        assert "nested too deeply" in answer.json["error"]
+        assert server.request("POST", "/predict", ROW).status == 200
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 def test_image_may_be_base64_encoded(serving, digits_run, digit):
     with serving(digits_run) as server:
         answer = server.request("POST", "/predict", {"inputs": [base64.b64encode(digit).decode()]}).json

@@ -31,6 +31,14 @@ from tuneforge_serve.server.request_logger import allows_logging, build_logged_r
 from tuneforge_serve.server.tensor_codec import parse_json, require_finite
 
 _MAX_EXAMPLE_NUMBERS = 64  # in the example of the page
+_TABLES = {
+    "text/csv": ".csv",
+    "text/tab-separated-values": ".tsv",
+    "application/jsonl": ".jsonl",
+    "application/x-ndjson": ".ndjson",
+}
+"""Extension of the files that these content types stand for."""
+
 _CONTENT_SECURITY_POLICY = (
     "default-src 'none'; img-src blob: data:; connect-src 'self'; style-src 'nonce-{0}'; script-src 'nonce-{0}'"
 )
@@ -93,7 +101,7 @@ class PredictRoutes:
         return JSONResponse(self._openapi_document(request))
 
     async def predict(self, request: Request) -> Response:
-        """Predict one raw input, whose bytes are the body, or several (`{"inputs": [...]}` as JSON)."""
+        """Predict one raw input, whose bytes are the body, or several: `{"inputs": [...]}` as JSON, or a table."""
         service, model, start = self._service, self._requested_model(request), time.perf_counter()
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind.startswith("multipart/"):
@@ -107,7 +115,11 @@ class PredictRoutes:
             ids = make_ids(request_id, len(raw_inputs), is_list=is_list)
             outputs = result.outputs
             predictions = await service.run_by_size(
-                lambda: [model.targets.describe(row) for row in outputs], outputs.numel()
+                lambda: [
+                    {**model.targets.describe(row), **model.inputs.describe_input(raw.value)}
+                    for row, raw in zip(outputs, raw_inputs, strict=True)
+                ],
+                outputs.numel(),
             )
             if service.request_logger.sink is not None and allows_logging(request):
                 sent = [(raw.body, raw.content_type) for raw in raw_inputs]
@@ -171,20 +183,42 @@ def _parse_request(
     """Return the raw inputs, whether they were a list, and their stored form (b, ...)."""
     if not body:
         raise RequestError(400, "the body is empty")
-    raw_inputs, is_list = _parse_inputs(body, kind)
+    raw_inputs, is_list = _parse_inputs(body, kind, model)
     stored = _collate([_decode(raw, model) for raw in raw_inputs])
     return (raw_inputs, is_list, stored), stored
 
 
-def _parse_inputs(body: bytes, kind: str) -> tuple[list[RawInput], bool]:
+def _parse_inputs(body: bytes, kind: str, model: ServedModel) -> tuple[list[RawInput], bool]:
+    if model.inputs.tabular and kind != "application/json":
+        raw_inputs = _read_table(body, _TABLES.get(kind, ""), model)
+        is_one = raw_inputs[0].value is body or (len(raw_inputs) == 1 and body.lstrip()[:1] == b"{")
+        return raw_inputs, kind in _TABLES or not is_one
     if kind != "application/json":
         return [RawInput(body, "application/octet-stream" if kind in ("", TENSORS) else kind, body)], False
     value = parse_json(body, "the body")
+    if isinstance(value, list) and model.inputs.tabular:
+        value = {"inputs": value}
     if not (isinstance(value, Mapping) and set(value) == {"inputs"}):
         return [_parse_input(value, "the body")], False
     if not isinstance(value["inputs"], list) or not value["inputs"]:
         raise RequestError(400, "inputs: a list of inputs is required")
     return [_parse_input(each, f"inputs[{index}]") for index, each in enumerate(value["inputs"])], True
+
+
+def _read_table(body: bytes, extension: str, model: ServedModel) -> list[RawInput]:
+    """Return the rows of a CSV file or of JSON, in any dialect that `tuneforge run` reads."""
+    raw_inputs = []
+    try:
+        for field, row in model.inputs.read_file(body, name=f"the body{extension}"):
+            if isinstance(row, DataError):
+                raise row
+            if row is body:
+                raw_inputs.append(RawInput(body, "application/octet-stream", body))
+            else:
+                raw_inputs.append(RawInput(json.dumps(row).encode(), "application/json", row, field))
+    except DataError as error:
+        raise RequestError(422, format_error(error)) from None
+    return raw_inputs
 
 
 def _parse_input(value: Any, field: str) -> RawInput:

@@ -48,6 +48,7 @@ from tuneforge.builtin.datasets.tables.raw_tensors import require_one_input, to_
 from tuneforge.builtin.datasets.tables.sample_arrays import (
     ArraySamples,
     describe_tensors,
+    find_unlike_scales,
     read_samples,
     targets_argument_name,
 )
@@ -275,13 +276,15 @@ class _DataBuilder:
             if not single_split or len(chosen) or split in self.samples_by_split
         }
         notes = [note for part in self.samples_by_split.values() for note in part.notes]
+        is_new = self.restored is None and not self.options.standardize
+        scale_notes = find_unlike_scales(train.inputs, rows[0]) if is_new else []
         return Data(
             train=splits["train"],
             val=splits["val"] if "val" in splits else splits["train"],
             test=splits["test"] if "test" in splits else splits["train"],
             inputs=self._build_inputs(rows[0]),
             targets=targets,
-            notes=(*notes, self._describe_targets(targets)),
+            notes=(*notes, *scale_notes, self._describe_targets(targets)),
             train_sampler=order,
         )
 
@@ -417,7 +420,7 @@ def _load_json_or_npy(raw: bytes | Path) -> Any:
         if content.startswith(b"\x93NUMPY"):
             return np.load(io.BytesIO(content), allow_pickle=False)  # noqa: TID251 - no unpickling
         return json.loads(content)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         where = str(raw) if isinstance(raw, Path) else ""
         raise DataError("neither JSON nor an .npy file of numbers", where=where, why=str(error)) from None
 

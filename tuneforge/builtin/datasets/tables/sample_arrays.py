@@ -20,6 +20,7 @@ from tuneforge.builtin.datasets.tables.raw_tensors import to_tensor
 from tuneforge.builtin.datasets.tables.target_arrays import to_target_array
 
 _NUM_COMPARED = 64  # samples whose shapes are compared
+_MAX_SCALE, _MAX_SCALE_RATIO = 1000.0, 100  # of the largest absolute values of features
 _LARGE_DATASET = 10_000  # samples from which reading all targets is slow enough for a note
 
 
@@ -101,6 +102,24 @@ def _common_shape(source: DatasetSource, name: str) -> tuple[int, ...]:
     fetched = [source.fetch(torch.tensor([row])) for row in range(0, count, max(1, count // _NUM_COMPARED))]
     shapes = [(each[name] if isinstance(each, Mapping) else each).shape[1:] for each in fetched]
     return tuple(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
+
+
+def find_unlike_scales(inputs: TensorTree | Source, rows: Tensor) -> list[str]:
+    """Return a note if the features of rows (n, f) of floats are of unlike scales, or far above 1."""
+    if not isinstance(inputs, Tensor) or inputs.ndim != 2 or not inputs.is_floating_point():
+        return []
+    largest = inputs[rows].abs().amax(0)
+    features = largest.nonzero().flatten()
+    if not len(features):
+        return []
+    high, low = (int(features[each]) for each in (largest[features].argmax(), largest[features].argmin()))
+    if largest[high] <= min(_MAX_SCALE, _MAX_SCALE_RATIO * float(largest[low])):
+        return []
+    return [
+        f"x has features of unlike or large scales, which train badly: feature {high} is up to {largest[high]:.3g}, "
+        f"feature {low} up to {largest[low]:.3g}; "
+        "tuneforge.sklearn.data_from_arrays(x, y, standardize=True) standardizes them"
+    ]
 
 
 def _read_dataset(

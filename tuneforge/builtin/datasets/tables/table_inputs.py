@@ -213,7 +213,7 @@ def _cell_error(cell: Any, name: str, what: str) -> DataError:
     return DataError(
         f"{shown if len(shown) <= 40 else shown[:40] + '...'} {what}",
         where=f"column '{name}'",
-        fix="give a finite number that float32 can hold, or leave it empty",
+        fix="give a number that is not Inf in float32, or leave the cell empty",
     )
 
 
