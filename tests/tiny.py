@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import attrs
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 import tuneforge as tf
 from tuneforge.builtin.datasets.tables.arrays import TensorInputs
 from tuneforge.builtin.targets import ClassTargets
+from tuneforge.engine.context.distributed import ProcessGroup
 
 
 class TinyNet(nn.Module):
@@ -63,6 +66,14 @@ class DoubleHeadInput:
         model = yield
         head = nn.Sequential(Double(), model.head_module())
         return model.with_head(head, head=f"{model.head}.1")
+
+
+class StubRun:
+    """What a data source reads of a run, for `data_prepare(StubRun)` without an engine."""
+
+    config = types.SimpleNamespace(seed=0, num_workers=0)
+    data_seed, restoring, single_split, run_dir = 0, False, False, None
+    float_dtype, process_group = torch.float32, ProcessGroup()
 
 
 @tf.component(api=1)

@@ -74,7 +74,7 @@ def export(
         raise UsageError("each export format is named once", where="--format", fix="name one or more formats")
     formats = {each: load_format(each) for each in to}
     predictor = load(run, model=model, device_name="cpu")
-    prepared = prepare_run_data(predictor, data)
+    prepared = _with_test(prepare_run_data(predictor, data))
     with atomic_directory(bundle_dir) as directory:
         parities = {
             each: _write_and_verify(each, form, run, model, prepared, directory, log) for each, form in formats.items()
@@ -84,6 +84,11 @@ def export(
         if image_dir is not None:
             write_images(prepared.test, predictor.targets, Path(image_dir))
     return bundle_dir
+
+
+def _with_test(data: Data) -> Data:
+    """Return the data with the training split in place of an empty test split, for the comparison of outputs."""
+    return data if len(data.test) else attrs.evolve(data, test=data.train)
 
 
 def describe_parity(parity: ParityResult) -> str:

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from tiny import StubRun
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -31,13 +32,6 @@ WEIGHTS = torch.where(LABELS == 1, 9.0, 1.0)
 PHASE = tf.Phase("all", train="all", epochs=2)
 
 
-class Stub:
-    class config:  # noqa: N801
-        seed, num_workers = 0, 0
-
-    data_seed, restoring, single_split = 0, False, False
-
-
 class Recorder(nn.Module):
     """Writes down the rows of each batch that it is trained on; a row's number is each of its features."""
 
@@ -56,7 +50,7 @@ class Recorder(nn.Module):
 
 
 def prepared(loader, **options):
-    return data_from_arrays(loader, **options).data_prepare(Stub)
+    return data_from_arrays(loader, **options).data_prepare(StubRun)
 
 
 def trained(tune, loader, strategy=PHASE, *, batch_size=10, **settings):
@@ -137,7 +131,7 @@ def test_rows_of_weight_zero_are_in_no_split():
 def test_the_indices_of_samplers_decide_the_splits(tune, sampler):
     rest = DataLoader(ROWS, batch_size=5, sampler=SubsetRandomSampler(range(60, SIZE)))
     source = data_from_arrays(DataLoader(ROWS, batch_size=10, sampler=sampler), x_val=rest, x_test=rest)
-    data = source.data_prepare(Stub)
+    data = source.data_prepare(StubRun)
     assert [len(split) for split in data.splits().values()] == [60, 40, 40]
     assert data.val.fetch(torch.arange(40))[:, 0].tolist() == list(range(60, SIZE))
     model = Recorder()

@@ -356,7 +356,7 @@ class TestRefusals:
         with pytest.raises(DataError, match="line 7"):
             prepared(path, "answer", task="regression")
 
-    @pytest.mark.parametrize("options", [{"val": 0.5, "test": 0.5}, {"val": 0.0}, {"delimiter": ""}, {"task": "ranks"}])
+    @pytest.mark.parametrize("options", [{"val": 0.5, "test": 0.5}, {"val": -1}, {"delimiter": ""}, {"task": "ranks"}])
     def test_options_out_of_range_are_refused(self, options):
         with pytest.raises(OptionError):
             TableCsv(path=Path("t.csv"), target="price", **options)

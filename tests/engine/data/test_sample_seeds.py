@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_net
+from tiny import StubRun, tiny_net
 from torch.utils.data import Dataset, TensorDataset
 from torch.utils.data import Subset as TorchSubset
 
@@ -65,13 +65,7 @@ def split(request, run_stub):
 
 @pytest.fixture
 def run_stub():
-    class Config:
-        seed, num_workers = 0, 0
-
-    class Stub:
-        config, data_seed, restoring, single_split = Config, 0, False, False
-
-    return Stub
+    return StubRun
 
 
 def test_a_draw_depends_on_key_and_sample_alone(split):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tuneforge import DataError, SampleRNG
@@ -12,7 +15,13 @@ from tuneforge.builtin.targets import ClassTargets
 
 
 def group_rows_by_class(
-    codes: Tensor, targets: ClassTargets, *, num_splits: int, allow_empty: bool = False, where: str
+    codes: Tensor,
+    targets: ClassTargets,
+    *,
+    num_splits: int,
+    allow_empty: bool = False,
+    allow_few: bool = False,
+    where: str,
 ) -> list[Tensor]:
     """Return the rows of each class, after checks that every split can have each class.
 
@@ -21,6 +30,7 @@ def group_rows_by_class(
         targets: Targets with the names of the classes.
         num_splits: Number of splits.
         allow_empty: Whether a class may have no sample, as in the data of a restored run.
+        allow_few: Whether a class may have fewer samples than there are splits.
         where: Name of the targets, for messages.
 
     Raises:
@@ -34,7 +44,7 @@ def group_rows_by_class(
             fix="add samples of another class",
         )
     pools = {name: rows for name, rows in targets.group_by_class(codes).items() if len(rows) or not allow_empty}
-    few = {name: len(rows) for name, rows in pools.items() if len(rows) < num_splits}
+    few = {name: len(rows) for name, rows in pools.items() if len(rows) < (1 if allow_few else num_splits)}
     if few:
         name, count = next(iter(few.items()))
         others = f", and {len(few) - 1} more have too few too" if len(few) > 1 else ""
@@ -42,13 +52,14 @@ def group_rows_by_class(
             f"class '{name}' has {count} sample(s){others}",
             where=where,
             why=f"each of {num_splits} split(s) needs at least one",
-            fix="add samples, merge or remove the class, or give floats if these are numbers",
+            fix="add samples, train on all of such classes (--data.rare-classes train), or leave them out "
+            "(--data.rare-classes drop); or give floats if these are numbers",
         )
     return list(pools.values())
 
 
 def split_rows(
-    groups: Sequence[Tensor], *, val: float, test: float, seed: int, where: str
+    groups: Sequence[Tensor], *, val: float, test: float, seed: int, where: str, keep_few: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split rows into train, val and test, each group in the same proportion and with at least one row in each split.
 
@@ -60,6 +71,7 @@ def split_rows(
         test: Fraction of the test split; 0 leaves it empty.
         seed: Seed of the run.
         where: Name of the data, for messages.
+        keep_few: Whether a group with fewer rows than there are splits goes to train, rather than being an error.
 
     Returns:
         Rows of each split, int64, ascending.
@@ -70,11 +82,27 @@ def split_rows(
     parts: list[tuple[Tensor, ...]] = []
     for rows in groups:
         if len(rows) < 1 + (val > 0) + (test > 0):
+            if keep_few:
+                parts.append((rows, rows[:0], rows[:0]))
+                continue
             raise DataError(f"{len(rows)} sample(s) cannot fill every split", where=where, fix="add samples")
         drawn = rows[SampleRNG(seed, 0, rows).uniform("split").argsort(stable=True)]
         parts.append(torch.split(drawn, _compute_split_sizes(len(rows), val, test)))
     train, held, tested = (torch.cat(part).sort().values for part in zip(*parts, strict=True))
     return train, held, tested
+
+
+def find_rare(labels: NDArray[Any], num_splits: int) -> tuple[NDArray[np.bool_], str]:
+    """Return which samples are of classes with fewer samples than there are splits (n,), and their names.
+
+    Args:
+        labels: Class of each sample (n,).
+        num_splits: Number of splits.
+    """
+    values, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    few = counts < num_splits
+    names = ", ".join(f"'{value}' ({count})" for value, count in zip(values[few], counts[few], strict=True))
+    return few[inverse.reshape(-1)], names
 
 
 def split_train_val(groups: Sequence[Tensor], *, val: float, seed: int, where: str) -> tuple[Tensor, Tensor]:

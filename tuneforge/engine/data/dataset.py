@@ -96,7 +96,7 @@ class Split:
         ids: A stable name for each sample, such as a path; row numbers by default.
 
     Raises:
-        DataError: The numbers of inputs, targets and ids differ, or there are none.
+        DataError: The numbers of inputs, targets and ids differ.
     """
 
     def __init__(self, inputs: TensorTree | Source, targets: Tensor, *, ids: Sequence[str] | None = None) -> None:
@@ -105,8 +105,6 @@ class Split:
         self._fetcher = SeededFetcher(self.source)
         self.ids = ids
         self._inputs_digest: str | None = None
-        if not len(targets):
-            raise DataError("a split is empty", fix="give each of train, val and test at least one sample")
         counts = {len(self.source), len(targets), *([len(ids)] if ids is not None else [])}
         if len(counts) != 1:
             raise DataError(
@@ -365,8 +363,8 @@ class Data:
 
     Args:
         train: The training split.
-        val: The validation split, by which epochs and strategies are chosen.
-        test: The test split, evaluated once at the end.
+        val: The validation split, by which epochs and strategies are chosen; it may be empty.
+        test: The test split, evaluated once at the end; it may be empty.
         inputs: How raw inputs become tensors.
         targets: How outputs and labels are read.
         extra_test_splits: Further test splits, each with its own row in the report.
@@ -376,7 +374,7 @@ class Data:
         train_sampler: The order of the training samples; None for a new permutation in each epoch.
 
     Raises:
-        DataError: A sample group is empty, or names rows that the training split does not have.
+        DataError: The training split is empty, or a sample group is empty or names rows that it does not have.
     """
 
     train: Split
@@ -390,6 +388,8 @@ class Data:
     train_sampler: TrainSampler | None = None
 
     def __attrs_post_init__(self) -> None:
+        if not len(self.train):
+            raise DataError("the training split is empty", fix="give it at least one sample")
         for name, rows in self.sample_groups.items():
             if not name or not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1:
                 raise DataError(

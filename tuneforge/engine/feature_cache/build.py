@@ -99,7 +99,7 @@ def build_feature_cache(run: Run, modes: Modes, plan: CachePlan) -> FeatureCache
     with preserve_state(module) as before:
         cache, extractor = _split_on_all_ranks(run, modes, plan, before, num_augmented_copies)
         cache.traced_state = TracedState.copy(module, modes, cache.split_model.backbone)
-        val = extractor.load_or_extract("val", run.data.val, None)
+        val = extractor.load_or_extract("val", run.data.val, None) if len(run.data.val) else ()
         for copy_index in range(max(1, num_augmented_copies)):  # validation is not augmented, whatever the epoch
             cache.features[id(run.data.train), copy_index] = extractor.load_or_extract(
                 "train", run.data.train, copy_index

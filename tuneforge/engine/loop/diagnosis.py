@@ -18,6 +18,7 @@ from tuneforge.engine.loop.backward import compute_loss
 from tuneforge.engine.loop.oom import CatchOutOfMemory, halve
 from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.sample_weights import epoch_sampler
+from tuneforge.engine.loop.validation import check_validation
 from tuneforge.engine.model.freezing import freeze, select
 from tuneforge.engine.model.inspection import preserve_state
 from tuneforge.engine.model.module_state import full_state, restore_state
@@ -94,6 +95,7 @@ def _feature_drift(run: Run, step: Diagnosis) -> dict[Any, float]:
     modules = {
         group.name: run.model.module.get_submodule(_last_module(run, group.prefixes)) for group in run.model.groups
     }
+    check_validation(run, step)
     train = _moments(run, modules, _first_batches(run, step.batches))
     val = _moments(run, modules, islice(run.evaluation_batches(run.data.val), step.batches))
     drift = {}

@@ -28,7 +28,7 @@ def evaluate(
     hardest: HardestSamples | None = None,
     on_metrics: Callable[[dict[str, Any]], None] = lambda metrics: None,
 ) -> dict[str, Any]:
-    """Return all metrics of a split, computed in one pass.
+    """Return all metrics of a split, computed in one pass; none if it is empty.
 
     Args:
         run: A run with data and model.
@@ -37,6 +37,9 @@ def evaluate(
         hardest: Collects the samples with the largest loss, if given.
         on_metrics: Called with the metrics while the evaluated weights (perhaps averaged ones) are still in the model.
     """
+    if not len(split):
+        on_metrics({})
+        return {}
     run.eval_split = name
     run.hooks.call.evaluation_started(run=run)
     metrics = _repeat_on_oom(run, lambda: _evaluate_once(run, split, hardest), f"evaluating '{name}'")

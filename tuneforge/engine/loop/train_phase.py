@@ -21,6 +21,7 @@ from tuneforge.engine.loop.nonfinite import check_finite_weights
 from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.phase_progress import MetricTracker, PhaseProgress
 from tuneforge.engine.loop.sample_weights import SamplingWeights, num_draws
+from tuneforge.engine.loop.validation import check_validation
 from tuneforge.engine.model.dataflow import find_function_mode
 from tuneforge.engine.model.extra_state import set_extra_states
 from tuneforge.engine.model.freeze_check import FreezeCheck
@@ -46,6 +47,7 @@ def train_phase(
         SelectorError: The phase names parameters that do not exist.
         HaltError: A loss is non-finite, or the freeze check failed.
     """
+    check_validation(run, phase)
     state = run.engine_state
     trainable = select(run.model, phase.train)
     freeze(run.model, trainable)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.loop.evaluation import evaluate
 from tuneforge.engine.loop.metric_set import resolve_monitor, scalar_metrics
+from tuneforge.engine.loop.validation import check_validation
 from tuneforge.engine.model.module_state import bitwise_equal, full_state, restore_state
 from tuneforge.errors import HaltError, UsageError
 from tuneforge.plugin.results import StrategyStepResult
@@ -33,16 +34,17 @@ def average_weights(run: Run, step: WeightAverage, snapshots: Mapping[str, Snaps
         if len(chosen) == 2
         else {1 / len(chosen): average_snapshots(chosen)}  # the average of one snapshot is the snapshot
     )
+    check_validation(run, step)
     monitor, sign = resolve_monitor(run.data.targets, step.monitor, step.monitor_mode)
     metrics = {}
     for weight, state in candidates.items():
         restore_state(run.model.module, state)
         metrics[weight] = evaluate(run, run.data.val, "val")
-        if monitor not in scalar_metrics(metrics[weight]):
+        if len(run.data.val) and monitor not in scalar_metrics(metrics[weight]):
             raise UsageError(f"no component computes the metric '{monitor}'", where=f"step '{step.name}'")
-    if not any(math.isfinite(each[monitor]) for each in metrics.values()):
+    if len(run.data.val) and not any(math.isfinite(each[monitor]) for each in metrics.values()):
         raise HaltError(f"the metric '{monitor}' is NaN or Inf for every candidate", where=f"step '{step.name}'")
-    best = max(candidates, key=lambda weight: _nan_as_worst(sign * metrics[weight][monitor]))
+    best = max(candidates, key=lambda weight: _nan_as_worst(sign * metrics[weight].get(monitor, math.nan)))
     restore_state(run.model.module, candidates[best])
     run.optimization.reset_state()
     return StrategyStepResult(

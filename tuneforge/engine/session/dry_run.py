@@ -13,6 +13,7 @@ from tuneforge.engine.context.run import Run
 from tuneforge.engine.loop.batch_of_one import check_batch_of_one
 from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.sample_weights import SamplingWeights
+from tuneforge.engine.loop.validation import check_validation
 from tuneforge.engine.model.freezing import select
 from tuneforge.engine.model.optimizer import parameter_groups
 from tuneforge.engine.session import messages
@@ -74,8 +75,10 @@ def validate_step(run: Run, step: StrategyStep) -> None:
         UnknownNameError: The step names a schedule or an optimizer that is not installed.
         OptionError: An option of one of them is wrong.
         UsageError: A batch of one sample cannot train a norm layer.
-        DataError: The step samples or weights classes or sample groups that the data does not have.
+        DataError: The step samples or weights classes or sample groups that the data does not have, or it decides by
+            a validation split that is empty.
     """
+    check_validation(run, step)
     if isinstance(step, (Phase, Diagnosis)):
         trainable = select(run.model, step.train)
     if isinstance(step, Phase):

@@ -15,6 +15,7 @@ from tuneforge.engine.context.budget import Budget
 from tuneforge.engine.context.distributed import ProcessGroup, open_run_dir
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.loop.phase_components import PhaseComponents, create_component
+from tuneforge.engine.loop.sample_weights import num_draws
 from tuneforge.engine.loop.weight_average import check_unchanged
 from tuneforge.engine.model import device, fsdp
 from tuneforge.engine.model.model import Model
@@ -242,6 +243,7 @@ class Engine:
         run.hooks.call.run_started(run=run)
         _prepare_data(run)
         messages.log_lines(run, messages.format_data(self.config.data.name, run.data))
+        messages.log_lines(run, messages.format_batches(num_draws(run), self.config.batch_size))
         resume_state = ResumeState(
             run,
             run_dir,

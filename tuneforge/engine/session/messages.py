@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,26 @@ def format_data(name: str, data: Data) -> Iterable[str]:
         extra = (f"{name}, {format_count(len(split), 'sample')}" for name, split in data.extra_test_splits.items())
         yield f"extra test splits: {'; '.join(extra)}"
     yield from (f"note: {note}" for note in data.notes)
+    yield from _describe_similar(labels)
+
+
+def format_batches(num_draws: int, batch_size: int) -> Iterable[str]:
+    """Yield a note if one batch holds the whole training split."""
+    if num_draws <= batch_size and batch_size > 1:
+        yield (
+            f"note: an epoch is one step, because a batch of {batch_size} holds all {num_draws} training samples; "
+            "lower --batch-size for more steps"
+        )
+
+
+def _describe_similar(labels: Iterable[str]) -> Iterable[str]:
+    """Yield a note for classes whose names differ only in case, white space or Unicode form."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        groups.setdefault(" ".join(unicodedata.normalize("NFKC", label).casefold().split()), []).append(label)
+    similar = [" and ".join(f"'{name}'" for name in names) for names in groups.values() if len(names) > 1]
+    if similar:
+        yield f"warning: classes that differ only in case or spelling are kept apart: {join_names(similar)}"
 
 
 def format_model(name: str, model: Model) -> Iterable[str]:
@@ -164,6 +185,9 @@ def format_metrics(splits: Mapping[str, Mapping[str, Any]], primary_metrics: Ite
     names = list(primary_metrics)
     width = max(len(name) for name in splits)
     for split, metrics in splits.items():
+        if not metrics:
+            yield f"{split:<{width}}  empty, so it has no metrics"
+            continue
         numbers = scalar_metrics(metrics)
         shown = [name for name in names if name in numbers] or list(numbers)[:4]
         yield f"{split:<{width}}  " + "  ".join(f"{name} {numbers[name]:.4f}" for name in shown)

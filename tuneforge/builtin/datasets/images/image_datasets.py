@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tuneforge import between, component, ge, gt, hookimpl, option
-from tuneforge.builtin.checks import FRACTION, POSITIVE_STDS
+from tuneforge.builtin.checks import FRACTION, POSITIVE_STDS, RARE_CLASSES_HELP
 from tuneforge.builtin.datasets.images.replacements import (
     REPLACEMENTS_FILE,
     ReplacementCount,
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
 
 _GRAYSCALE_DATASETS = ("MNIST", "EMNIST", "FashionMNIST", "KMNIST", "QMNIST", "USPS", "SEMEION")
-_FRACTION = Check(
-    "greater than 0 and at most 0.8", lambda share: 0 < share <= 0.8, {"exclusiveMinimum": 0, "maximum": 0.8}
-)
+_FRACTION = Check("at least 0 and at most 0.8", lambda share: 0 <= share <= 0.8, {"minimum": 0, "maximum": 0.8})
 
 
 @component(api=1)
@@ -50,11 +48,16 @@ class ImageOptions:
         default=None, help="Std instead of that, one number or one per channel.", check=POSITIVE_STDS
     )
     val: float = option(
-        default=0.15, help="Fraction of each class for validation, if the data has no such split.", check=_FRACTION
+        default=0.15,
+        help="Fraction of each class for validation, if the data has no such split; or 0.",
+        check=_FRACTION,
     )
     test: float = option(
-        default=0.15, help="Fraction of each class for the test split, if the data has none.", check=_FRACTION
+        default=0.15,
+        help="Fraction of each class for the test split, if the data has none; or 0.",
+        check=_FRACTION,
     )
+    rare_classes: Literal["raise", "train", "drop"] = option(default="raise", help=RARE_CLASSES_HELP)
     jpeg_margin: int = option(
         default=2,
         help="A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is at least this many times the model's input "

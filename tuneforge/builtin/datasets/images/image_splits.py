@@ -116,9 +116,15 @@ def make_data(
     Raises:
         DataError: There are too few classes or images of a class, a class is missing in train, or a file is broken.
     """
+    rare_notes: list[str] = []
+    if options.rare_classes != "raise" and not single_split:
+        shares = {"val": options.val, "test": options.test}
+        num_splits = 1 + sum(share > 0 for split, share in shares.items() if split not in parts.by_split)
+        parts, rare_notes = _find_rare(parts, num_splits, drop=options.rare_classes == "drop")
     parts = limit_per_class(align_classes(parts, 1 if single_split else 2), options.limit, seed=seed)
     if not single_split:
-        parts = add_missing_splits(parts, {"val": options.val, "test": options.test}, seed=seed)
+        shares = {"val": options.val, "test": options.test}
+        parts = add_missing_splits(parts, shares, seed=seed, keep_few=options.rare_classes == "train")
     inputs = options.build_inputs()
     held, memory_notes = _check_memory(parts, inputs, options.memory_mb)
     if not held and not files_checked:
@@ -142,7 +148,7 @@ def make_data(
         test=splits.get("test", splits["train"]),
         inputs=inputs.with_normalization(mean, std),
         targets=ClassTargets(names=parts.class_names),
-        notes=(*notes, *_make_missing_notes(parts), *memory_notes),
+        notes=(*notes, *rare_notes, *_make_missing_notes(parts), *memory_notes),
     )
 
 
@@ -195,8 +201,27 @@ def limit_per_class(parts: ImageSplits, limit: int | None, *, seed: int) -> Imag
     return parts.with_splits({split: part.select(rows(part)) for split, part in parts.by_split.items()})
 
 
-def add_missing_splits(parts: ImageSplits, shares: Mapping[str, float], *, seed: int) -> ImageSplits:
-    """Return all three splits; a missing one is split from train, stratified by class.
+def _find_rare(parts: ImageSplits, num_splits: int, *, drop: bool) -> tuple[ImageSplits, list[str]]:
+    """Return the images, without those of classes with fewer than `num_splits` in train if `drop`, and a note."""
+    counts = np.bincount(parts.by_split["train"].class_indices, minlength=len(parts.class_names))
+    few = (counts < num_splits) & (counts > 0)
+    if not few.any():
+        return parts, []
+    names = abbreviate_names([f"{parts.class_names[code]} ({counts[code]})" for code in np.flatnonzero(few)])
+    done = "left out" if drop else "in training alone"
+    notes = [f"classes with fewer than {num_splits} images are {done}: {names}"]
+    if not drop:
+        return parts, notes
+    rest = {name: part.select(np.flatnonzero(~few[part.class_indices])) for name, part in parts.by_split.items()}
+    return parts.with_splits(rest), notes
+
+
+def add_missing_splits(
+    parts: ImageSplits, shares: Mapping[str, float], *, seed: int, keep_few: bool = False
+) -> ImageSplits:
+    """Return all three splits; a missing one is split from train, stratified by class, and empty if its share is 0.
+
+    With `keep_few`, a class with too few images for every split goes to train.
 
     Raises:
         UsageError: The fractions leave nothing for train.
@@ -207,13 +232,17 @@ def add_missing_splits(parts: ImageSplits, shares: Mapping[str, float], *, seed:
     if sum(missing.values()) >= 1:
         asked = " and ".join(f"{split} {share:g}" for split, share in missing.items())
         raise UsageError(f"{asked} leave nothing for training", why="their sum must be less than 1", fix="lower one")
-    rows = split_stratified(train.class_indices, parts.class_names, missing, seed=seed) if missing else {}
+    empty = {split: np.zeros(0, dtype=np.int64) for split, share in missing.items() if not share}
+    drawn = {split: share for split, share in missing.items() if share}
+    rows = empty
+    if drawn:
+        rows = empty | split_stratified(train.class_indices, parts.class_names, drawn, seed=seed, keep_few=keep_few)
     taken = {split: train.select(chosen) for split, chosen in rows.items()}
     return parts.with_splits({split: taken.get(split) or parts.by_split[split] for split in SPLITS})
 
 
 def split_stratified(
-    codes: IndexArray, names: Sequence[str], shares: Mapping[str, float], *, seed: int
+    codes: IndexArray, names: Sequence[str], shares: Mapping[str, float], *, seed: int, keep_few: bool = False
 ) -> dict[str, IndexArray]:
     """Return the rows of `train` and of each split in `shares`, ascending, stratified by class.
 
@@ -224,6 +253,7 @@ def split_stratified(
         names: Names of the classes.
         shares: Fraction of each split.
         seed: Seed of the run.
+        keep_few: Whether a class with too few images for every split goes to train, rather than being an error.
 
     Raises:
         DataError: A class has too few images for every split.
@@ -233,11 +263,12 @@ def split_stratified(
     out: dict[str, list[IndexArray]] = {split: [] for split in ("train", *shares)}
     for code, name in enumerate(names):
         rest = np.flatnonzero(codes == code)
-        for split, count in _count_split_samples(len(rest), shares, name=name).items():
+        taken_shares = {} if keep_few and len(rest) <= len(shares) else shares
+        for split, count in _count_split_samples(len(rest), taken_shares, name=name).items():
             rest, taken = train_test_split(rest, test_size=count, random_state=_derive_random_state(seed, split, name))
             out[split].append(taken)
         out["train"].append(rest)
-    return {split: np.sort(np.concatenate(rows)) for split, rows in out.items()}
+    return {split: np.sort(np.concatenate([*rows, np.zeros(0, np.int64)])) for split, rows in out.items()}
 
 
 def compute_normalization(options: ImageOptions, inputs: ImageInputs, source: Any) -> MeanAndStd:
@@ -305,7 +336,8 @@ def _count_split_samples(count: int, shares: Mapping[str, float], *, name: str) 
             f"class '{name}' has {count} image{'s' if count > 1 else ''}, too few to split",
             where="--data",
             why=f"it needs at least {len(shares) + 1}: one for train and one for each of {', '.join(shares)}",
-            fix="add images, remove the class, or provide folders train, val and test",
+            fix="add images, train on all of such classes (--data.rare-classes train), or leave them out "
+            "(--data.rare-classes drop), or provide folders train, val and test",
         )
     counts = {split: max(1, round(share * count)) for split, share in shares.items()}
     while sum(counts.values()) >= count:
@@ -358,4 +390,8 @@ def _make_missing_notes(parts: ImageSplits) -> list[str]:
         split: [parts.class_names[code] for code in np.setdiff1d(np.arange(len(parts.class_names)), part.class_indices)]
         for split, part in parts.by_split.items()
     }
-    return [f"{split} has no images of {abbreviate_names(lacking)}" for split, lacking in absent.items() if lacking]
+    return [
+        f"{split} has no images of {abbreviate_names(lacking)}"
+        for split, lacking in absent.items()
+        if lacking and len(parts.by_split[split].class_indices)
+    ]

@@ -19,7 +19,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -41,8 +41,8 @@ from tuneforge import (
     map_inputs,
     option,
 )
-from tuneforge.builtin.checks import FRACTION_OR_ZERO, POSITIVE_NUMBERS
-from tuneforge.builtin.datasets.row_splits import group_rows_by_class, split_rows
+from tuneforge.builtin.checks import FRACTION_OR_ZERO, POSITIVE_NUMBERS, RARE_CLASSES_HELP
+from tuneforge.builtin.datasets.row_splits import find_rare, group_rows_by_class, split_rows
 from tuneforge.builtin.datasets.tables.loader_parts import LoaderOrder, LoaderParts
 from tuneforge.builtin.datasets.tables.raw_tensors import require_one_input, to_tensor
 from tuneforge.builtin.datasets.tables.sample_arrays import (
@@ -151,6 +151,7 @@ class ArrayData:
     test: float = option(
         default=0.2, help="Fraction of the samples for the test split, if none are given.", check=FRACTION_OR_ZERO
     )
+    rare_classes: Literal["raise", "train", "drop"] = option(default="raise", help=RARE_CLASSES_HELP)
     names: tuple[str, ...] = option(default=(), help="Names of the classes by index, of the labels or of the numbers.")
     units: tuple[str, ...] = option(default=("",), help="Units of the numbers, or one for all.")
     standardize: bool = option(default=False, help="Standardize each feature with mean and std of the training split.")
@@ -211,6 +212,7 @@ def data_from_arrays(
     names: Sequence[str] = (),
     units: Sequence[str] = ("",),
     standardize: bool = False,
+    rare_classes: Literal["raise", "train", "drop"] = "raise",
 ) -> ArrayData:
     """Return a data source from arrays, tensors, a Dataset or a DataLoader.
 
@@ -229,8 +231,17 @@ def data_from_arrays(
         units: Units of the numbers.
         standardize: Standardize each feature (or channel: the first axis of a sample) with mean and standard deviation
             of the training split, which are stored with the model. Only for one tensor of floats per sample.
+        rare_classes: What to do about a class with too few samples for every split: raise an error, train on all of
+            them, or drop it.
     """
-    arrays = ArrayData(val=val, test=test, names=tuple(names), units=tuple(units), standardize=standardize)
+    arrays = ArrayData(
+        val=val,
+        test=test,
+        rare_classes=rare_classes,
+        names=tuple(names),
+        units=tuple(units),
+        standardize=standardize,
+    )
     given = {"train": (x, y), "val": (x_val, y_val), "test": (x_test, y_test)}
     # The arrays are not options, which need a text for files and flags, so they are set on the frozen instance.
     present = {split: (x, y) for split, (x, y) in given.items() if not (x is None and y is None)}
@@ -254,14 +265,26 @@ class _DataBuilder:
     def __init__(self, options: ArrayData, parts: dict[str, ArraySamples], restored: Data | None) -> None:
         self.options, self.samples_by_split, self.restored = options, parts, restored
         self.target_kind: TargetKind = infer_target_kind(parts["train"].targets, where="y")
+        self._dropped = np.zeros(len(parts["train"].targets), dtype=bool)
+        self._rare_notes: list[str] = []
 
     def build(self, shares: dict[str, float], seed: int, *, single_split: bool) -> Data:
         """Return the data; splits with a fraction are drawn from train, or are train if there is to be one split."""
         if single_split:
             shares = dict.fromkeys(shares, 0.0)
         train = self.samples_by_split["train"]
-        targets, pools = self._build_targets(num_splits=1 + sum(share > 0 for share in shares.values()))
-        rows = split_rows(pools, val=shares["val"], test=shares["test"], seed=seed, where="y")
+        num_splits = 1 + sum(share > 0 for share in shares.values())
+        if self.target_kind == "classes" and self.options.rare_classes != "raise":
+            self._find_rare(num_splits)
+        targets, pools = self._build_targets(num_splits=num_splits)
+        rows = split_rows(
+            pools,
+            val=shares["val"],
+            test=shares["test"],
+            seed=seed,
+            where="y",
+            keep_few=self.target_kind == "classes" and self.options.rare_classes == "train",
+        )
         if isinstance(targets, RegressionTargets) and self.restored is None:
             targets = fit_number_targets(
                 train.targets[rows[0].numpy()], names=targets.names, units=targets.units, where="y"
@@ -284,9 +307,18 @@ class _DataBuilder:
             test=splits["test"] if "test" in splits else splits["train"],
             inputs=self._build_inputs(rows[0]),
             targets=targets,
-            notes=(*notes, *scale_notes, self._describe_targets(targets)),
+            notes=(*notes, *self._rare_notes, *scale_notes, self._describe_targets(targets)),
             train_sampler=order,
         )
+
+    def _find_rare(self, num_splits: int) -> None:
+        rare, names = find_rare(self.samples_by_split["train"].targets, num_splits)
+        if not names:
+            return
+        drop = self.options.rare_classes == "drop"
+        self._dropped = rare if drop else self._dropped
+        done = "left out" if drop else "in training alone, and not evaluated"
+        self._rare_notes = [f"classes with fewer than {num_splits} samples are {done}: {names}"]
 
     def _build_targets(self, *, num_splits: int) -> tuple[Targets, list[Tensor]]:
         """Return the targets, and the groups of rows to split: those of each class, or all rows."""
@@ -294,15 +326,21 @@ class _DataBuilder:
         known = None if self.restored is None else self.restored.targets
         everything = [torch.arange(len(raw))]
         if self.target_kind == "classes":
-            classes = known if isinstance(known, ClassTargets) else ClassTargets(names=names or infer_class_names(raw))
+            classes = (
+                known
+                if isinstance(known, ClassTargets)
+                else ClassTargets(names=names or infer_class_names(raw[~self._dropped]))
+            )
+            kept = torch.from_numpy(np.flatnonzero(~self._dropped))
             pools = group_rows_by_class(
-                self._encode_targets("train", classes),
+                self._encode_targets("train", classes)[kept],
                 classes,
                 num_splits=num_splits,
                 allow_empty=known is not None,
+                allow_few=self.options.rare_classes == "train",
                 where="y",
             )
-            return classes, pools
+            return classes, [kept[rows] for rows in pools]
         columns = raw.reshape(len(raw), -1).shape[1]
         if names and len(names) != columns:
             raise DataError(
@@ -332,7 +370,10 @@ class _DataBuilder:
             )
         if isinstance(targets, ClassTargets):
             by_name = not self.options.names or raw.dtype.kind == "U"
-            return encode_classes(raw, targets.names, by_name=by_name, where=where)
+            kept = ~self._dropped if split == "train" else np.ones(len(raw), dtype=bool)
+            codes = torch.full((len(raw),), -1)
+            codes[torch.from_numpy(kept)] = encode_classes(raw[kept], targets.names, by_name=by_name, where=where)
+            return codes
         return (
             standardize(raw, targets)
             if isinstance(targets, RegressionTargets)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuneforge import Data, DataError, OptionError, Split, Targets, component, hookimpl, option
-from tuneforge.builtin.checks import DELIMITER, FRACTION
-from tuneforge.builtin.datasets.row_splits import group_rows_by_class, split_rows
+from tuneforge.builtin.checks import DELIMITER, FRACTION_OR_ZERO, RARE_CLASSES_HELP
+from tuneforge.builtin.datasets.row_splits import find_rare, group_rows_by_class, split_rows
 from tuneforge.builtin.datasets.tables.cell_values import is_missing, parse_number
 from tuneforge.builtin.datasets.tables.table_columns import ColumnReader, Table
 from tuneforge.builtin.datasets.tables.table_inputs import TableInputs
@@ -46,16 +46,21 @@ class TableCsv:
         default="auto", help="Task; auto is regression if the target has numbers other than up to 20 distinct integers."
     )
     unit: str = option(default="", help="Unit of a numeric target.")
-    val: float = option(default=0.15, help="Fraction of the rows for validation.", check=FRACTION)
-    test: float = option(default=0.15, help="Fraction of the rows for the test split.", check=FRACTION)
+    val: float = option(default=0.15, help="Fraction of the rows for validation; 0 for none.", check=FRACTION_OR_ZERO)
+    test: float = option(
+        default=0.15, help="Fraction of the rows for the test split; 0 for none.", check=FRACTION_OR_ZERO
+    )
+    rare_classes: Literal["raise", "train", "drop"] = option(default="raise", help=RARE_CLASSES_HELP)
     delimiter: str | None = option(
         default=None, help="Separator of cells; default: the comma, semicolon, tab or | of the header.", check=DELIMITER
     )
     encoding: str | None = option(
         default=None, help="Encoding of a file that is neither UTF-8 nor marked; default: Windows-1252."
     )
-    missing_target: Literal["raise", "skip"] = option(
-        default="raise", help="What to do about rows without a target: raise an error, or skip them."
+    missing_target: Literal["raise", "skip", "keep"] = option(
+        default="raise",
+        help="What to do about rows whose target is missing: raise an error, skip them, or keep cells such as NA as a "
+        "class of that name.",
     )
     missing_values: tuple[str, ...] = option(
         default=(), help="Further cells that stand for a missing value, such as -99999."
@@ -75,17 +80,35 @@ class TableCsv:
             DataError: The file cannot be read, or its data cannot be used.
         """
         table, notes = self._read_table()
+        num_splits = 1 if run.single_split else 1 + (self.val > 0) + (self.test > 0)
         known, where = run.data if run.restoring else None, f"{self.path}, column '{self.target}'"
         restored = known.inputs if known is not None and isinstance(known.inputs, TableInputs) else None
         missing_values = self.missing_values or (restored.missing_values if restored else ())
+        task = self.task if known is None else _get_restored_task(known.targets, self.task)
         reader = ColumnReader(table, missing_values=missing_values, decimal=restored.decimal if restored else "")
-        target = self._read_target(reader, self.task if known is None else _get_restored_task(known.targets, self.task))
-        targets, pools = self._build_targets(target, known, where, num_splits=1 if run.single_split else 3)
+        target = self._read_target(reader, task)
+        if target.dtype.kind != "f" and self.rare_classes != "raise":
+            rare, names = find_rare(target, num_splits)
+            done = "left out" if self.rare_classes == "drop" else "in training alone, and not evaluated"
+            notes += [f"classes with fewer than {num_splits} samples are {done}: {names}"] * bool(names)
+            if self.rare_classes == "drop" and names:
+                table, target = table.select(np.flatnonzero(~rare).tolist()), target[~rare]
+                reader = ColumnReader(
+                    table, missing_values=missing_values, decimal=restored.decimal if restored else ""
+                )
+        targets, pools = self._build_targets(target, known, where, num_splits=num_splits)
         whole = torch.arange(len(target))
         rows = (
             [whole]
             if run.single_split
-            else split_rows(pools, val=self.val, test=self.test, seed=run.data_seed, where=where)
+            else split_rows(
+                pools,
+                val=self.val,
+                test=self.test,
+                seed=run.data_seed,
+                where=where,
+                keep_few=target.dtype.kind != "f" and self.rare_classes == "train",
+            )
         )
         if isinstance(targets, RegressionTargets) and known is None:
             targets = fit_number_targets(target[rows[0].numpy()], names=(self.target,), units=(self.unit,), where=where)
@@ -118,22 +141,32 @@ class TableCsv:
             raise DataError(
                 f"there is no column '{self.target}'", where=str(self.path), fix=suggest_name(self.target, columns)
             )
-        gone = [row for row, cell in enumerate(columns[self.target]) if is_missing(cell, self.missing_values)]
+        gone = [row for row, cell in enumerate(columns[self.target]) if self._lacks_target(cell)]
         if not gone:
             return table, list(file.notes)
         first = table.describe_cells(self.target, gone)
-        if self.missing_target == "raise":
+        if self.missing_target != "skip":
             raise DataError(
                 f"{len(gone)} row(s) have no '{self.target}'",
                 where=f"{self.path}, line {table.lines[gone[0]]}",
                 why=f"a row without a target cannot be used; {first}",
-                fix="fill these cells in, or skip these rows: --data.missing-target skip",
+                fix="fill these cells in, or skip these rows: --data.missing-target skip"
+                + (
+                    "; if such cells are a class, keep it: --data.missing-target keep"
+                    if any(columns[self.target][row].strip() for row in gone)
+                    else ""
+                ),
             )
         skipped = set(gone)
         rest = table.select([row for row in range(len(rows)) if row not in skipped])
         if not rest.lines:
             raise DataError(f"no row has a '{self.target}'", where=str(self.path), fix="fill the column in")
         return rest, [*file.notes, f"{len(gone)} row(s) without '{self.target}' are skipped, {first}"]
+
+    def _lacks_target(self, cell: str) -> bool:
+        if self.missing_target == "keep":
+            return not cell.strip() or cell.strip() in self.missing_values
+        return is_missing(cell, self.missing_values)
 
     def _read_target(self, reader: ColumnReader, task: str) -> NDArray[Any]:
         """Return the target column (n,): text or integers for classes, float64 for regression."""
@@ -170,7 +203,12 @@ class TableCsv:
         classes = restored if isinstance(restored, ClassTargets) else ClassTargets(names=infer_class_names(target))
         codes = encode_classes(target, classes.names, by_name=True, where=where)
         return classes, group_rows_by_class(
-            codes, classes, num_splits=num_splits, allow_empty=known is not None, where=where
+            codes,
+            classes,
+            num_splits=num_splits,
+            allow_empty=known is not None,
+            allow_few=self.rare_classes == "train",
+            where=where,
         )
 
     def _describe_target(self, targets: Targets) -> str:
