@@ -36,7 +36,7 @@ def is_missing(cell: Any, further: Collection[str] = ()) -> bool:
     """
     if is_nothing(cell):
         return True
-    text = str(cell).strip()
+    text = to_text(cell)
     return text.lower() in MISSING_VALUES or _is_listed(text, further)
 
 
@@ -51,7 +51,10 @@ def is_nothing(cell: Any) -> bool:
 
 def to_text(cell: Any, missing_values: Collection[str] = ()) -> str:
     """Return a cell as text without blanks around it; an empty text if it is missing."""
-    text = "" if is_nothing(cell) else str(cell).strip()
+    try:
+        text = "" if is_nothing(cell) else str(cell).strip()
+    except ValueError:  # an integer of more digits than Python writes
+        text = "a number of thousands of digits"
     return "" if _is_listed(text, missing_values) else text
 
 
@@ -68,9 +71,11 @@ def parse_number(cell: Any, decimal: str = "") -> float | None:
     if isinstance(cell, str):
         text = cell.strip()
         grouped = {",": _COMMA_NUMBER, ".": _POINT_NUMBER}.get(decimal)
-        if grouped and grouped.fullmatch(text) and not _CODE.fullmatch(text):
+        is_plain = _NUMBER.fullmatch(text) is not None
+        if grouped and not (is_plain and decimal == ".") and grouped.fullmatch(text) and not _CODE.fullmatch(text):
             text = re.sub(_SEPARATORS[decimal], "", text).replace(",", ".")
-        if not _NUMBER.fullmatch(text):
+            is_plain = _NUMBER.fullmatch(text) is not None
+        if not is_plain:
             return None
         number = float(text)
     elif isinstance(cell, (bool, np.bool_)) or not hasattr(cell, "__float__"):
@@ -90,7 +95,7 @@ def is_code(cell: Any) -> bool:
 
 def parse_truth_value(cell: Any) -> bool | None:
     """Return the truth value that a cell spells, or None."""
-    return _TRUTH_VALUES.get(str(cell).strip().lower())
+    return _TRUTH_VALUES.get(to_text(cell).lower())
 
 
 def detect_decimal(cells: Iterable[Any], delimiter: str) -> str:

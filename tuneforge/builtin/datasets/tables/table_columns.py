@@ -79,17 +79,22 @@ class ColumnReader:
         self.table, self.missing_values = table, tuple(missing_values)
         self.decimals = detect_decimals(table.columns, table.delimiter, decimal)
         self.notes: list[str] = []
+        self._numbers: dict[str, tuple[Numbers, list[int]]] = {}
 
     def read_numbers(self, name: str) -> tuple[Numbers, list[int]]:
         """Return the numbers of a column (n,), NaN for none, and the rows of other cells that are not missing."""
-        numbers, strays = [], []
+        if name in self._numbers:
+            return self._numbers[name]
+        numbers, strays, decimal = [], [], self.decimals[name]
         for row, cell in enumerate(self.table.columns[name]):
-            missing = is_missing(cell, self.missing_values)
-            number = None if missing else parse_number(cell, self.decimals[name])
-            numbers.append(np.nan if number is None else number)
-            if number is None and not missing:
+            number = parse_number(cell, decimal)
+            if (number is None or self.missing_values) and is_missing(cell, self.missing_values):
+                number = np.nan
+            elif number is None:
                 strays.append(row)
-        return np.array(numbers), strays
+            numbers.append(np.nan if number is None else number)
+        self._numbers[name] = np.array(numbers), strays
+        return self._numbers[name]
 
     def infer_inputs(self, columns: Sequence[str], train: Sequence[int], **options: Any) -> TableInputs:
         """Return the inputs: the type of a column follows from all cells, its statistics from the training rows.

@@ -170,9 +170,9 @@ class TableInputs(Inputs):
 
     def _parse_cell(self, cell: Any, name: str) -> float:
         """Return the number in a cell, NaN if it is missing."""
-        if is_missing(cell, self.missing_values):
-            return np.nan
         number = parse_number(cell)
+        if (number is None or self.missing_values) and is_missing(cell, self.missing_values):
+            return np.nan
         if number is None:
             raise _cell_error(cell, name, "is not a number")
         return number
@@ -209,7 +209,7 @@ def detect_decimals(columns: Mapping[str, Sequence[Any]], delimiter: str, defaul
 
 
 def _cell_error(cell: Any, name: str, what: str) -> DataError:
-    shown = repr(cell)
+    shown = to_text(cell) if isinstance(cell, int) and not isinstance(cell, bool) else repr(cell)
     return DataError(
         f"{shown if len(shown) <= 40 else shown[:40] + '...'} {what}",
         where=f"column '{name}'",
