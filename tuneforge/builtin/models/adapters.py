@@ -43,9 +43,12 @@ class Head:
             return attrs.evolve(model, labels=labels, pretrained_labels=known)
         kept = [name for name in labels if self.keep and name in model.labels]
         rows = {labels.index(name): model.labels.index(name) for name in kept}
-        module = resize_head(head, size, rows, seed=run.config.seed)
+        module, ties = resize_head(head, size, rows, seed=run.config.seed), model.head_ties()
         changed = model.with_head(module, labels=labels, pretrained_labels=tuple(kept))
-        return changed.with_change(_describe_resize(num_head_outputs(head), size, kept, labels))
+        sentence = _describe_resize(num_head_outputs(head), size, kept, labels)
+        if ties:
+            sentence += f"; no longer tied to {', '.join(sorted(set(ties.values())))}, which keeps its weight"
+        return changed.with_change(sentence)
 
 
 @component(api=1)

@@ -25,6 +25,7 @@ from tuneforge.engine.model import fsdp
 from tuneforge.engine.model.device import Device
 from tuneforge.engine.model.model import Model, accepts_inputs, check_output
 from tuneforge.engine.model.optimizer import Optimization
+from tuneforge.engine.model.output_layer import infer_head, wrong_head_error
 from tuneforge.errors import PluginError
 from tuneforge.plugin.config import RunConfig
 from tuneforge.plugin.hooks import Hooks
@@ -68,6 +69,7 @@ class Run(TrainerState):
     _log_sink: Callable[[str], None] = lambda text: None
     _data: Data | None = None
     _model: Model | None = None
+    _prepared_example: Any = None
     _example: Any = None
 
     @property
@@ -90,8 +92,10 @@ class Run(TrainerState):
     @property
     def example(self) -> Any:
         """What the model takes for two training samples, on the run's device; builders read shapes from it."""
+        if self._prepared_example is None:
+            self._prepared_example = self.data.example()
         if self._example is None:
-            self._example = self.forward_pass.convert(self.to_device(self.data.example()))
+            self._example = self.forward_pass.convert(self.to_device(self._prepared_example))
         return clone_inputs(self._example)  # a model may overwrite its inputs
 
     @property
@@ -177,7 +181,7 @@ class Run(TrainerState):
     def set_data(self, data: Data) -> None:
         """Set the data; only the engine does."""
         self.close()
-        self._data = data
+        self._data, self._prepared_example, self._example = data, None, None
 
     def set_model(self, model: Model) -> None:
         """Set the model, and move it to the run's device and memory format; only the engine does.
@@ -198,6 +202,8 @@ class Run(TrainerState):
                 self._set_memory_format(channels_last=False)
                 self.log("note: the model needs contiguous tensors, so channels-last is off")
         try:
+            if model.head_inferred and not self.sharded and infer_head(model, self.example).head != model.head:
+                raise wrong_head_error(model)
             check_output(model, self.example)
         except PluginError as error:
             if not self.sharded:

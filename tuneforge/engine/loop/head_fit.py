@@ -29,6 +29,12 @@ def fit_head(run: Run, step: HeadFit) -> StrategyStepResult:
             f"'{step.name}' solves the head on each training sample once, and the sampler of the data draws otherwise",
             fix="use a strategy without HeadFit, or data without a sampler",
         )
+    if ties := run.model.head_ties():
+        raise DataError(
+            f"'{step.name}' cannot solve the head '{run.model.head}', which is tied to {', '.join(ties.values())}",
+            why="the features that it is solved on would change with it",
+            fix="use a strategy without HeadFit",
+        )
     trainable = select(run.model, ["head"])
     freeze(run.model, trainable)
     modes = [(module, False) for module in run.model.module.modules()]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from tuneforge.engine.model.fsdp import full_tensor
+from tuneforge.engine.model.fsdp import full_tensor, is_sharded
 from tuneforge.engine.model.model import Model
 from tuneforge.engine.model.modes import Modes
 from tuneforge.engine.model.module_state import bitwise_equal, full_state
-from tuneforge.errors import HaltError
+from tuneforge.errors import HaltError, PluginError
 
 _MAX_UNCHANGED = 0.1  # share of unchanged weights from which a phase says so: some always have no gradient
 
@@ -51,10 +53,14 @@ class FreezeCheck:
             model: The model, after `freeze`.
             trainable: Names of the parameters that train.
             modes: The modes of the phase; a norm layer in eval mode must not change its running statistics.
+
+        Raises:
+            PluginError: A frozen tensor shares its memory with a trained one.
         """
         frozen_buffers = _frozen_buffers(model.module, modes)
         frozen = [name for name in model.parameters() if name not in set(trainable)]
         tensors = full_state(model.module)
+        _check_no_shared_memory(tensors, [*frozen, *frozen_buffers], trainable)
         before = {name: tensors[name].clone() for name in (*frozen, *frozen_buffers, *trainable)}
         return cls(before=before, frozen=[*frozen, *frozen_buffers], unmoved=dict.fromkeys(trainable))
 
@@ -136,6 +142,34 @@ class FreezeCheck:
 def _is_coarse(parameter: Tensor) -> bool:
     """Return True for bfloat16 and float16, in which steps of usual size are lost to rounding."""
     return torch.finfo(parameter.dtype).bits < 32
+
+
+def _check_no_shared_memory(tensors: Mapping[str, Tensor], frozen: list[str], trainable: list[str]) -> None:
+    """Check that no frozen tensor lies in the memory of a trained one, as two parameters with one `data` do.
+
+    Raises:
+        PluginError: One does.
+    """
+    owners = {each: name for name in trainable for each in _memory_ranges(tensors[name])}
+    starts = sorted(owners)
+    for name in frozen:
+        for start, end in _memory_ranges(tensors[name]):
+            at = bisect.bisect_left(starts, (end, 0))
+            if at and starts[at - 1][1] > start:
+                raise PluginError(
+                    f"'{name}' is frozen and shares its memory with '{owners[starts[at - 1]]}', which trains",
+                    why="an update of one changes the other",
+                    fix=f"train both, or give '{name}' a copy: tensor.data = tensor.data.clone()",
+                )
+
+
+def _memory_ranges(tensor: Tensor) -> list[tuple[int, int]]:
+    """Return the bytes that a tensor covers, as one range (start, end); none where it does not cover all between."""
+    if tensor.layout is not torch.strided or is_sharded(tensor) or not tensor.numel():
+        return []
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return [(start, start + extent * tensor.element_size())] if extent == tensor.numel() else []
 
 
 def _frozen_buffers(module: nn.Module, modes: Modes) -> list[str]:

@@ -18,6 +18,9 @@ from tuneforge.errors import SelectorError, suggest_name
 def select(model: Model, selectors: Iterable[str]) -> list[str]:
     """Return the names of the parameters that any of the selectors matches, in the model's order.
 
+    A tied parameter is matched under each of its names, so `"head"` matches a weight that the head shares with another
+    layer.
+
     Args:
         model: Whose parameters.
         selectors: `"head"`, `"all"`, `"norms"`, `"biases"`, the name of a layer group, `"groups[i]"` or a slice of
@@ -26,10 +29,10 @@ def select(model: Model, selectors: Iterable[str]) -> list[str]:
     Raises:
         SelectorError: A selector matches nothing; the message lists similar names.
     """
-    listed = list(selectors)
+    listed, aliases = list(selectors), model.aliases()
     chosen: set[str] = set(model.parameters()) if listed and listed[0].startswith("!") else set()
     for selector in listed:
-        names = _match_selector(model, selector.removeprefix("!"))
+        names = [aliases[name] for name in _match_selector(model, selector.removeprefix("!"), list(aliases))]
         if not names:
             raise _no_match_error(model, selector)
         chosen = chosen - set(names) if selector.startswith("!") else chosen | set(names)
@@ -82,8 +85,7 @@ def _find_held_in_eval(module: nn.Module) -> set[nn.Module]:
         set_modes(before)
 
 
-def _match_selector(model: Model, selector: str) -> list[str]:
-    names = list(model.parameters())
+def _match_selector(model: Model, selector: str, names: list[str]) -> list[str]:
     groups = _match_groups(model, selector)
     if groups is not None:
         return [name for name in names if any(group.contains(name) for group in groups)]

@@ -62,6 +62,7 @@ class Model:
         changes: What each adapter changed, one sentence each; logged and stored.
         user_frozen: Parameters that the user froze; they never train, whatever a selector matches.
         pretrained: False if all weights are randomly initialized, so that freezing would preserve nothing.
+        head_inferred: True if nobody named the head, so that the run looks for it with the data.
 
     Raises:
         PluginError: A parameter lies in no group, or in two; two groups have one name; there is no module at `head`;
@@ -76,6 +77,7 @@ class Model:
     changes: tuple[str, ...] = attrs.field(default=(), converter=_names)
     user_frozen: tuple[str, ...] = attrs.field(default=(), converter=_names)
     pretrained: bool = True
+    head_inferred: bool = False
 
     def __attrs_post_init__(self) -> None:
         check_module(self.module, self.head)
@@ -103,16 +105,18 @@ class Model:
 
         Args:
             module: The network.
-            head: Path of the answering layer; by default the last linear layer in order of registration.
+            head: Path of the layer that computes the output. By default a run finds it by dataflow, once it has data;
+                until then it is the last linear layer.
             labels: Names of the outputs; their rows of the head are taken as trained.
 
         Raises:
             PluginError: It has no linear layer, and `head` was not given; or it cannot be fine-tuned.
         """
         check_module(module)
-        head = head or _find_last_linear(module)
+        path = head or _find_last_linear(module)
         names = tuple(labels)
-        return cls(module, groups=infer_layer_groups(module, head), head=head, labels=names, pretrained_labels=names)
+        model = cls(module, groups=infer_layer_groups(module, path), head=path, labels=names, pretrained_labels=names)
+        return attrs.evolve(model, head_inferred=head is None)
 
     def head_module(self) -> nn.Module:
         """Return the module that computes the output."""
@@ -134,6 +138,21 @@ class Model:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return every parameter by name; a tied one is listed once, under its first name."""
         return dict(self.module.named_parameters())
+
+    def aliases(self) -> dict[str, str]:
+        """Return every name of every parameter with its first name; a tied parameter has several names."""
+        first = {id(each): name for name, each in self.module.named_parameters()}
+        return {name: first[id(each)] for name, each in self.module.named_parameters(remove_duplicate=False)}
+
+    def head_ties(self) -> dict[str, str]:
+        """Return the names of head parameters that are tied to one outside the head, each with the other's name."""
+        aliases = self.aliases()
+        outside = {first: name for name, first in aliases.items() if not name.startswith(f"{self.head}.")}
+        return {
+            name: outside[first]
+            for name, first in aliases.items()
+            if name.startswith(f"{self.head}.") and first in outside
+        }
 
     def group_infos(self) -> tuple[LayerGroupInfo, ...]:
         """Return the layer groups as strategies see them."""

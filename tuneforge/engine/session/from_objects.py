@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Data
 from tuneforge.engine.model.model import Model
+from tuneforge.engine.model.output_layer import infer_head
 from tuneforge.errors import UsageError
 from tuneforge.plugin import registry
 from tuneforge.plugin.hookspecs import hookimpl
@@ -37,9 +39,9 @@ class ModelFromObject:
         self.weight_dtypes = {each.dtype for each in self._model.module.parameters()}
 
     @hookimpl
-    def model_adapt(self) -> Model:
-        """Return the model."""
-        return self._model
+    def model_adapt(self, run: Run) -> Model:
+        """Return the model, with the layer that computes its output as the head if nobody named it."""
+        return infer_head(self._model, run.example) if self._model.head_inferred else self._model
 
 
 class StrategyFromSteps:

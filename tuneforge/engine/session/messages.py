@@ -91,6 +91,8 @@ def format_model(name: str, model: Model) -> Iterable[str]:
     yield f"model: {shown_name}, {total:,} parameters, {num_groups}, head '{model.head}'"
     groups = ", ".join(f"{info.name} {info.num_parameters:,}" for info in infos)
     yield f"parameters by layer group: {truncate_text(groups)}"
+    for tied, other in model.head_ties().items():
+        yield f"tied: '{tied}' of the head is shared with '{other}', so both train or none"
     yield from (f"adapted: {change}" for change in model.changes)
 
 
