@@ -202,7 +202,7 @@ def _draw_phase(draw: random.Random, number: int, num_blocks: int, regression: b
     return Phase(
         f"phase-{number}",
         train=draw.choice(_SELECTORS),
-        lr=0.01 if optimizer.name == "adamw" else 0.1,
+        lr=0.01 if optimizer.name == "adamw" else 0.03 if optimizer.options["momentum"] else 0.1,
         schedule=draw.choice((use("constant"), use("cosine"), use("one-cycle"))),
         optimizer=optimizer,
         **length,

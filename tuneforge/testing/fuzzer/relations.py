@@ -170,7 +170,8 @@ def _explain_error(results: RunResults, *, weights_may_differ: bool) -> Outcome:
     assert error is not None
     if not error.is_refusal:
         return Outcome("different", f"the run ends with {error.reason}")
-    if results.weights_changed and not weights_may_differ and "NaN or Inf" not in error.reason:
+    late = error.is_halt or (results.weights_changed and not weights_may_differ)
+    if late and "NaN or Inf" not in error.reason:
         return Outcome("different", f"the run ends after weights have changed, with {error.reason}")
     return Outcome("refused", error.reason)
 
