@@ -302,7 +302,7 @@ BLOCKS: Mapping[str, BlockKind] = {
     "script": BlockKind(
         lambda block, x: block.activation(block.linear(x)), {"activation": lambda: torch.jit.script(ScaledTanh())}
     ),
-    "attention": BlockKind(_attend, {"attention": lambda: nn.MultiheadAttention(4, 2, batch_first=True)}),
+    "attention": BlockKind(_attend, {"attention": lambda: nn.MultiheadAttention(4, 2, bias=False, batch_first=True)}),
 }
 """Every kind of block by name."""
 

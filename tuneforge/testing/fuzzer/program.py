@@ -80,15 +80,22 @@ class FuzzProgram:
         return (
             all(BLOCKS[kind].per_sample for kind in self.blocks)
             and self.inputs != "images"  # its stem has BatchNorm
+            and not self.in_bfloat16
             and not self.source.endswith("random")
         )
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """True if a part of the network computes in bfloat16, whose rounding depends on the batch."""
+        return "autocast" in self.blocks or self.settings.get("precision") == "bf16"
 
     def kinds(self) -> list[str]:
         """Return everything that was drawn, in words, to count what was compared."""
         strategy = self.strategy
         steps = [strategy.name] if isinstance(strategy, ComponentSpec) else [type(each).__name__ for each in strategy]
         parts = (*self.blocks, *self.traits, self.inputs, self.source, *steps, f"loss {self.loss}", *self.callbacks)
-        return sorted({*parts, *(f"{name} {value}" for name, value in self.settings.items() if name != "batch_size")})
+        settings = (f"{name} {getattr(value, 'name', value)}" for name, value in self.settings.items())
+        return sorted({*parts, *settings} - {f"batch_size {self.settings.get('batch_size')}"})
 
     def build_network(self) -> FuzzNetwork:
         """Return a new network with the weights at the beginning."""
@@ -142,6 +149,7 @@ def draw_program(seed: int) -> FuzzProgram:
     regression = loss in ("default", "side-loss") and draw.random() < 0.15
     batch_size = draw.choice((4, 6, 8))
     num_batches = draw.randint(2, 4)
+    adaptive = draw.random() < 0.2
     return FuzzProgram(
         seed,
         blocks=blocks,
@@ -150,17 +158,17 @@ def draw_program(seed: int) -> FuzzProgram:
         source=draw.choices(SOURCES, (5, 2, 2, 1, 1, 1))[0],
         num_train=num_batches * batch_size + draw.choice((0, 1, 2, 3)),
         num_val=draw.choice((5, 8, 9)),
-        strategy=_draw_strategy(draw, len(blocks), regression),
+        strategy=_draw_strategy(draw, adaptive, regression),
         loss=loss,
         regression=regression,
         callbacks=tuple(each for each in CALLBACKS if draw.random() < 0.12),
-        settings={"batch_size": batch_size, **_draw_settings(draw)},
+        settings={"batch_size": batch_size, **_draw_settings(draw, adaptive)},
         micro_batch=draw.choice((1, 2, 3)),
         position=draw.random(),
     )
 
 
-def _draw_settings(draw: random.Random) -> dict[str, Any]:
+def _draw_settings(draw: random.Random, adaptive: bool) -> dict[str, Any]:
     settings: dict[str, Any] = {"cache": draw.choice(("memory", "memory", "auto"))}
     if draw.random() < 0.2:
         settings["grad_accum_steps"] = 2
@@ -168,17 +176,17 @@ def _draw_settings(draw: random.Random) -> dict[str, Any]:
         settings["precision"] = "bf16"
     if draw.random() < 0.4:
         settings["checkpoint_steps"] = draw.choice((1, 2, 3))
-    if draw.random() < 0.2:
+    if adaptive:
         settings["optimizer"] = draw.choice((use("adamw"), use("torch", kind="Adagrad"), use("torch", kind="RMSprop")))
     return settings
 
 
-def _draw_strategy(draw: random.Random, num_blocks: int, regression: bool) -> ComponentSpec | tuple[StrategyStep, ...]:
+def _draw_strategy(draw: random.Random, adaptive: bool, regression: bool) -> ComponentSpec | tuple[StrategyStep, ...]:
     if draw.random() < 0.3:
         name, options = draw.choice([each for each in _STRATEGIES if not regression or each[0] not in ("lp-ft",)])
         return use(name, **options)
     steps: list[StrategyStep] = [
-        _draw_phase(draw, number, num_blocks, regression) for number in range(draw.randint(1, 2))
+        _draw_phase(draw, number, adaptive, regression) for number in range(draw.randint(1, 2))
     ]
     if draw.random() < 0.1:
         steps.insert(0, HeadFit("solve"))
@@ -187,7 +195,7 @@ def _draw_strategy(draw: random.Random, num_blocks: int, regression: bool) -> Co
     return tuple(steps)
 
 
-def _draw_phase(draw: random.Random, number: int, num_blocks: int, regression: bool) -> Phase:
+def _draw_phase(draw: random.Random, number: int, adaptive: bool, regression: bool) -> Phase:
     length: dict[str, Any] = {"epochs": draw.randint(1, 3)} if draw.random() < 0.7 else {"steps": draw.randint(2, 7)}
     options: dict[str, Any] = {}
     if draw.random() < 0.2:
@@ -202,7 +210,7 @@ def _draw_phase(draw: random.Random, number: int, num_blocks: int, regression: b
     return Phase(
         f"phase-{number}",
         train=draw.choice(_SELECTORS),
-        lr=0.01 if optimizer.name == "adamw" else 0.03 if optimizer.options["momentum"] else 0.1,
+        lr=0.003 if adaptive or optimizer.name == "adamw" else 0.03 if optimizer.options["momentum"] else 0.1,
         schedule=draw.choice((use("constant"), use("cosine"), use("one-cycle"))),
         optimizer=optimizer,
         **length,
