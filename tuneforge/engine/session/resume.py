@@ -20,6 +20,7 @@ from tuneforge.engine.model import fsdp
 from tuneforge.engine.model.extra_state import get_extra_states, set_extra_states
 from tuneforge.engine.model.module_state import full_state, restore_state
 from tuneforge.engine.model.numerics import describe_change, describe_numerics
+from tuneforge.engine.model.plain_attributes import AttributeState
 from tuneforge.engine.session.resume_check import check_plan, check_step
 from tuneforge.engine.storage import checkpoint, fault_injection
 from tuneforge.engine.storage.checkpoint import Checkpoints
@@ -56,6 +57,7 @@ class ResumeState:
         phase_state: In a resumed run, the state of the phase in which the checkpoint was saved, until it continues.
         requested_steps: The strategy steps that were asked for so far, or all of them where the strategy is a list.
         is_plan: True where the strategy is a list, so that `requested_steps` is complete.
+        attributes: The plain attributes of the model, from the beginning of this process's part of the run.
         num_restored: How many strategy steps a resumed run has not executed itself.
     """
 
@@ -76,6 +78,7 @@ class ResumeState:
     requested_steps: tuple[StrategyStep, ...] = ()
     is_plan: bool = False
     num_restored: int = 0
+    attributes: AttributeState = attrs.field(init=False)
 
     @property
     def snapshot_names(self) -> tuple[str, ...]:
@@ -84,7 +87,7 @@ class ResumeState:
 
     def begin(self, task: TaskInfo) -> None:
         """Prepare for the first strategy step of a new run."""
-        self.task = task
+        self.task, self.attributes = task, AttributeState(self.run.model.module)
         self.last_snapshot = take_snapshot(self.run, {})
         self.snapshots = {"start": self.last_snapshot}
         self.run.engine_state.nonfinite_at_start = frozenset(find_nonfinite_tensors(self.last_snapshot))
@@ -193,6 +196,8 @@ class ResumeState:
     def restore(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint, and truncate the files that grow to their size at that time."""
         run = self.run
+        self.attributes = AttributeState(run.model.module)
+        self.attributes.restore(state["attributes"])
         self.run_dir.truncate(state["offsets"])
         run.process_group.barrier()  # the other ranks read the files, which rank 0 truncates
         if run.sharded:
@@ -236,6 +241,7 @@ class ResumeState:
         run, engine_state = self.run, self.run.engine_state
         return {
             "model": full_state(run.model.module),
+            "attributes": self.attributes.state(),
             "extra_states": get_extra_states(run.model.module),
             "optimizer": run.optimization.state(run.model),
             "optimizer_part": self.components.current_optimizer,
