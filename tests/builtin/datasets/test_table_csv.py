@@ -391,7 +391,9 @@ class TestTableRow:
         with pytest.raises(DataError, match=message):
             prepared(table).inputs.decode(houses()[0] | change)
 
-    @pytest.mark.parametrize("value", [1e39, "1e308", 10**400, 10**5000, 1e30, "9" * 400])
+    @pytest.mark.parametrize(
+        "value", [1e39, "1e308", 10**400, pytest.param(10**5000, id="5001 digits"), 1e30, "9" * 400]
+    )
     def test_decode_rejects_numbers_that_the_model_cannot_compute_with(self, table, value):
         with pytest.raises(DataError, match="(is too large for the model|is not a number); at column 'area'.*float32"):
             prepared(table).inputs.decode(houses()[0] | {"area": value})
