@@ -196,6 +196,17 @@ def test_a_model_without_a_graph_for_any_batch_size_is_refused_and_nothing_is_wr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+@pytest.mark.parametrize(("dtype", "can_run"), [(torch.float64, True), (torch.bfloat16, False)])
+def test_weights_of_a_dtype_that_onnxruntime_cannot_run_are_refused(tmp_path, dtype, can_run):
+    module = nn.Sequential(nn.Linear(8, 3)).to(dtype)
+    finished(tmp_path / "run", model=module)
+    if can_run:
+        export(tmp_path / "run", to=["onnx"], out=tmp_path / "b", data=data(), model=module)
+    else:
+        with pytest.raises(tf.PluginError, match="onnxruntime cannot run its graph"):
+            export(tmp_path / "run", to=["onnx"], out=tmp_path / "b", data=data(), model=module)
+
+
 CROOKED = """
 import torch
 import tuneforge as tf

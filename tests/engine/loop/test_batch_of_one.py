@@ -23,6 +23,15 @@ def test_norm_that_needs_two_samples_is_named_before_anything_trains(tune, setti
     assert torch.equal(net.head.weight, before)
 
 
+def test_dry_run_leaves_the_module_as_it_was():
+    net = tiny_net()
+    net.second.eval()
+    engine = tf.Engine(data=tiny_data(), model=net, strategy=[HEAD], batch_size=1, page=False)
+    engine.dry_run()
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert [module.training for module in (net, net.first, net.second)] == [True, True, False]
+
+
 def test_one_training_sample_is_refused_too(tune):
     with pytest.raises(tf.UsageError, match="norm layer 'first.1'; at 1 training sample"):
         tune([ALL], data=attrs.evolve(tiny_data(), train=blobs(1, seed=1)))

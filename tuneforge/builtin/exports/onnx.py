@@ -37,7 +37,7 @@ class OnnxFormat(ExportFormat):
 
         Raises:
             MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
-            PluginError: The network has no graph for any batch size.
+            PluginError: The network has no graph for any batch size, or onnxruntime cannot run it: bfloat16 weights.
         """
         for package in ("onnx", "onnxscript", "onnxruntime"):
             _import_package(package)
@@ -51,6 +51,10 @@ class OnnxFormat(ExportFormat):
         if fixed:
             raise _export_error(name, f"its graph takes only a batch of {fixed[0]}")
         program.save(directory / ONNX_FILE)
+        try:
+            self.load(directory, device_name="cpu")
+        except Exception as error:
+            raise _export_error(name, f"onnxruntime cannot run its graph: {error}") from error
 
     def load(self, directory: Path, *, device_name: str) -> Forward:
         """Open the graph in onnxruntime on the CPU."""

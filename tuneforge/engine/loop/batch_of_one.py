@@ -17,7 +17,7 @@ from tuneforge.plugin.steps import Phase
 
 
 def check_batch_of_one(run: Run, phase: Phase, trainable: list[str]) -> None:
-    """Check that a phase can train the model on a single sample, if the run has passes of one; freezes the model.
+    """Check that a phase can train the model on a single sample, if the run has passes of one.
 
     Args:
         run: A run with data and model.
@@ -30,9 +30,11 @@ def check_batch_of_one(run: Run, phase: Phase, trainable: list[str]) -> None:
     setting = _setting_of_one(run)
     if not setting:
         return
-    freeze(run.model, trainable)
-    modes = compute_modes(run.model, run.example, batchnorm_stats=phase.batchnorm_stats)
-    if failed := _failed_norm(run, modes):
+    with preserve_state(run.model.module):
+        freeze(run.model, trainable)
+        modes = compute_modes(run.model, run.example, batchnorm_stats=phase.batchnorm_stats)
+        failed = _failed_norm(run, modes)
+    if failed:
         path, error = failed
         raise UsageError(
             f"a batch of one sample cannot train the norm layer '{path}'",
@@ -66,8 +68,10 @@ def _failed_norm(run: Run, modes: Modes) -> tuple[str, str] | None:
         with preserve_state(module), torch.no_grad():
             set_modes(modes)
             call_module(module, map_inputs(run.example, lambda tensor: tensor[:1]))
-    except ValueError as error:  # what torch.nn.functional.batch_norm and instance_norm raise
-        return entered[-1], str(error).partition("\n")[0]
+    except ValueError as error:
+        if str(error).startswith("Expected more than 1 "):  # from functional.batch_norm and instance_norm
+            return entered[-1] or "of a function", str(error).partition("\n")[0]
+        return None
     except Exception:  # noqa: BLE001 - in training the model may need more than inputs; training itself will tell
         return None
     finally:
