@@ -33,7 +33,12 @@ from tuneforge.plugin.steps import Phase
 
 
 def train_phase(
-    run: Run, phase: Phase, components: PhaseComponents, phase_state: dict[str, Any] | None = None
+    run: Run,
+    phase: Phase,
+    components: PhaseComponents,
+    phase_state: dict[str, Any] | None = None,
+    *,
+    max_epochs: int | None = None,
 ) -> StrategyStepResult:
     """Execute a `Phase` step, from its beginning or from a checkpoint.
 
@@ -42,6 +47,7 @@ def train_phase(
         phase: The phase to train.
         components: Builds the optimizer and the schedule.
         phase_state: The state that `PhaseProgress.state` returned, if the phase is resumed.
+        max_epochs: Epochs after which the phase ends, whatever it asks for; learning rates are as without it.
 
     Raises:
         SelectorError: The phase names parameters that do not exist.
@@ -64,6 +70,7 @@ def train_phase(
             "  note: freezing preserves random weights, because the model is not pretrained; consider --strategy full"
         )
     tracker = MetricTracker(phase, *resolve_monitor(run.data.targets, phase.monitor, phase.monitor_mode))
+    tracker.max_epochs = max_epochs
     run.phase, run.steps_done, run.progress = phase, 0, 0.0
     run.total_steps = phase.steps or _steps_per_epoch(run) * (phase.epochs or 0)
     if phase_state is None:
