@@ -185,6 +185,7 @@ class PhaseProgress:
             "nonfinite": self.backward_pass.nonfinite.state(),
             "metrics": self.tracker.state(),
             "freeze_check": freeze_check.state(),
+            "cached": run.engine_state.is_cached,
         }
 
     @classmethod
@@ -193,7 +194,7 @@ class PhaseProgress:
     ) -> PhaseProgress:
         """Return the progress that `state` described, and set the run's counters of the phase."""
         tracker.load_state(state["metrics"])
-        run.steps_done = state["steps_done"]
+        run.steps_done, run.engine_state.is_cached = state["steps_done"], state["cached"]
         run.progress = run.steps_done / run.total_steps
         if not run.process_group.is_main:  # the saved sum is that of all ranks, so only rank 0 continues with it
             return cls(tracker, backward_pass, torch.zeros_like(state["loss"]), 0, state["batch"])

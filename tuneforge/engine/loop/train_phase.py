@@ -26,6 +26,7 @@ from tuneforge.engine.model.dataflow import find_function_mode
 from tuneforge.engine.model.extra_state import set_extra_states
 from tuneforge.engine.model.freeze_check import FreezeCheck
 from tuneforge.engine.model.freezing import compute_modes, freeze, select
+from tuneforge.engine.model.modes import Modes
 from tuneforge.engine.model.module_state import full_state, restore_state
 from tuneforge.engine.storage import fault_injection
 from tuneforge.plugin.results import StrategyStepResult
@@ -74,7 +75,7 @@ def train_phase(
     run.phase, run.steps_done, run.progress = phase, 0, 0.0
     run.total_steps = phase.steps or _steps_per_epoch(run) * (phase.epochs or 0)
     if phase_state is None:
-        state.freeze_check = FreezeCheck.begin(run.model, trainable, modes)
+        state.freeze_check, state.is_cached = FreezeCheck.begin(run.model, trainable, modes), None
         progress = PhaseProgress(tracker, backward_pass, run.device.loss_accumulator())
         run.hooks.call.phase_started(run=run)
     else:
@@ -86,13 +87,7 @@ def train_phase(
         run.forward_pass.function_mode = find_function_mode(
             run.model.module, run.example, modes, norms=phase.batchnorm_stats == "frozen"
         )
-        plan = CachePlan(
-            _num_epochs(run, phase),
-            functools.partial(compute_loss, run),
-            sampling.loss_weights,
-            functools.partial(state.save, progress),
-        )
-        run.forward_pass.feature_cache = try_build_feature_cache(run, modes, plan)
+        _build_feature_cache(run, phase, modes, sampling, progress)
     if run.config.compile and not tracker.stop_reason:
         if run.process_group.world_size == 1 and state.micro_batch_size is None:
             run.forward_pass.compiled_module = compile_forward(run, modes)
@@ -113,6 +108,24 @@ def train_phase(
         fault_injection.point("epoch")
 
     return _finish_phase(run, phase, trainable, tracker, backward_pass)
+
+
+def _build_feature_cache(
+    run: Run, phase: Phase, modes: Modes, sampling: SamplingWeights, progress: PhaseProgress
+) -> None:
+    """Build the feature cache of a phase; a resumed phase continues without one if it was training without."""
+    state = run.engine_state
+    if state.is_cached is False:
+        run.log("  feature cache: off, as before the interruption")
+        return
+    plan = CachePlan(
+        _num_epochs(run, phase),
+        functools.partial(compute_loss, run),
+        sampling.loss_weights,
+        functools.partial(state.save, progress),
+    )
+    run.forward_pass.feature_cache = try_build_feature_cache(run, modes, plan)
+    state.is_cached = run.forward_pass.feature_cache is not None
 
 
 def _finish_phase(
