@@ -12,11 +12,13 @@ from typing import Any
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.loader import batch_sizes
 from tuneforge.engine.feature_cache.build import CachePlan, try_build_feature_cache
-from tuneforge.engine.loop.backward import BackwardPass, compute_loss
+from tuneforge.engine.loop.backward import BackwardPass
 from tuneforge.engine.loop.batch_of_one import check_batch_of_one
 from tuneforge.engine.loop.compile import compile_forward
 from tuneforge.engine.loop.evaluation import evaluate
+from tuneforge.engine.loop.loss import compute_loss
 from tuneforge.engine.loop.metric_set import resolve_monitor, scalar_metrics
+from tuneforge.engine.loop.micro_batch_check import check_micro_batches
 from tuneforge.engine.loop.nonfinite import check_finite_weights
 from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.phase_progress import MetricTracker, PhaseProgress
@@ -83,6 +85,9 @@ def train_phase(
         progress = PhaseProgress.from_state(phase_state, tracker, backward_pass, run)
         _log_resume_point(run, sampling, progress, schedule)
     freeze_check = state.freeze_check
+    backward_pass.loss_weights = sampling.loss_weights
+    if state.micro_batch_size is not None and state.micro_batch_size < run.config.batch_size:
+        check_micro_batches(run, modes, sampling.loss_weights, f"--micro-batch {state.micro_batch_size}")
     if has_frozen:
         run.forward_pass.function_mode = find_function_mode(
             run.model.module, run.example, modes, norms=phase.batchnorm_stats == "frozen"
