@@ -144,8 +144,9 @@ def test_the_summary_of_an_image_does_not_depend_on_its_batch():
     assert torch.allclose(whole[:, 0], pictures.float().mean((1, 2, 3)))
 
 
-def test_a_model_given_as_an_object_cannot_be_exported_as_safetensors(tmp_path):
+def test_a_model_given_as_an_object_is_exported_as_safetensors_with_its_graph(tmp_path):
     run = finished(tmp_path / "run", model=tiny_net())
-    with pytest.raises(tf.TuneforgeError, match="model"):
-        export(run, to=["safetensors"], out=tmp_path / "b", data=data(), model=tiny_net())
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    bundle = export(run, to=["safetensors"], out=tmp_path / "b", data=data())
+    assert {"graph.json", "graph.safetensors"} <= {path.name for path in bundle.iterdir()}
+    inputs = data().test.fetch(torch.arange(5))
+    assert torch.equal(load_bundle(bundle).outputs(inputs), load_inference_model(run).outputs(inputs))

@@ -100,6 +100,8 @@ def find_component(group: str, reference: str, *, where: str = "") -> ComponentE
 def load_component(entry: ComponentEntry) -> type:
     """Import the class of an entry and check that it is a component of this API version.
 
+    For a model, `module:Name` may also name a function that builds a module, or the class of one.
+
     Raises:
         PluginLoadError: The import failed, or the object is not a component of this API version.
     """
@@ -117,6 +119,11 @@ def load_component(entry: ComponentEntry) -> type:
             why=f"{type(error).__name__}: {error}",
             fix=_suggest_import_fix(entry),
         ) from error
+    if entry.group == "model_adapt" and not entry.distribution:
+        from tuneforge.plugin.module_factory import component_of_factory, is_module_factory
+
+        if is_module_factory(found):
+            return component_of_factory(found)
     return _require_component_class(found, entry)
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 COPIED_FILES = ("run.json", "status.json", "model.json", "model.safetensors")
 """Files of a run directory from which a model is built."""
 
+GRAPH_FILES = ("graph.json", "graph.safetensors")
+"""Further ones, where the model was given as a Python object."""
+
 
 @component(api=1)
 class SafetensorsFormat(ExportFormat):
@@ -26,7 +29,8 @@ class SafetensorsFormat(ExportFormat):
 
     def write(self, predictor: Predictor, directory: Path) -> None:
         """Copy the files of the run directory."""
-        for name in COPIED_FILES:
+        kept = [name for name in GRAPH_FILES if (predictor.run_dir / name).exists()]
+        for name in (*COPIED_FILES, *kept):
             shutil.copyfile(predictor.run_dir / name, directory / name)
 
     def load(self, directory: Path, *, device_name: str) -> Forward:

@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tuneforge.engine.context import batches
 from tuneforge.engine.context.distributed import ProcessGroup
@@ -183,8 +183,26 @@ class Run(TrainerState):
         self.close()
         self._data, self._prepared_example, self._example = data, None, None
 
-    def set_model(self, model: Model) -> None:
+    def as_model(self, built: Any) -> Model:
+        """Return a model of what a function has built: a module, whose last linear layer is the head, or a `Model`.
+
+        Raises:
+            PluginError: It is neither.
+        """
+        if isinstance(built, Model):
+            return built
+        if isinstance(built, nn.Module):
+            return Model.from_module(built)
+        raise PluginError(
+            f"the function that builds the model returned {type(built).__name__}", fix="return a module or a Model"
+        )
+
+    def set_model(self, model: Model, *, check: bool = True) -> None:
         """Set the model, and move it to the run's device and memory format; only the engine does.
+
+        Args:
+            model: The model.
+            check: False for the graph of a model, which was checked before and does not call the head as a module.
 
         Raises:
             PluginError: It does not accept the data, or its head does not give its output.
@@ -202,9 +220,15 @@ class Run(TrainerState):
                 self._set_memory_format(channels_last=False)
                 self.log("note: the model needs contiguous tensors, so channels-last is off")
         try:
-            if model.head_inferred and not self.sharded and infer_head(model, self.example).head != model.head:
+            if (
+                check
+                and model.head_inferred
+                and not self.sharded
+                and infer_head(model, self.example).head != model.head
+            ):
                 raise wrong_head_error(model)
-            check_output(model, self.example)
+            if check:
+                check_output(model, self.example)
         except PluginError as error:
             if not self.sharded:
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +13,14 @@ from tuneforge.plugin import registry
 from tuneforge.plugin.config import REPEATABLE_COMPONENT_KEYS, SINGLE_COMPONENT_KEYS, RunConfig
 from tuneforge.plugin.declaration import build_component, get_option_values
 from tuneforge.plugin.hooks import RegisteredComponent, find_hook_methods
+from tuneforge.plugin.module_factory import is_module_factory
 from tuneforge.plugin.names import OBJECT_PREFIX, option_prefix
 from tuneforge.plugin.names import is_object as is_object
 from tuneforge.plugin.serialization import to_plain_data
 from tuneforge.plugin.steps import ComponentSpec
 
-_KEY_BY_HOOK = {hook: key for key, hook in SINGLE_COMPONENT_KEYS.items()} | {"evaluate": "metrics"}
+KEY_BY_HOOK = {hook: key for key, hook in SINGLE_COMPONENT_KEYS.items()} | {"evaluate": "metrics"}
+"""The configuration key of each hook that a component is chosen for."""
 
 
 def resolve_component(
@@ -27,7 +30,8 @@ def resolve_component(
 
     Args:
         hook: The hook that the component has to implement, or `"callback"` where any hook will do.
-        spec: A name, a `ComponentSpec`, a component instance, or an object that `wrap_object` accepts.
+        spec: A name, a `ComponentSpec`, a component instance, or an object that `wrap_object` accepts; for a model also
+            a function that builds a module.
         where: The flag that error messages name.
         repeatable: True where the flag may be repeated; messages then name options by the component's name.
 
@@ -37,6 +41,8 @@ def resolve_component(
         FolderError: The name stands for a Python object that was not given again.
         UsageError: The object cannot serve as such a component.
     """
+    if hook == "model_adapt" and is_module_factory(spec):
+        spec = _factory_reference(spec) or spec()
     if isinstance(spec, str):
         spec = ComponentSpec(spec)
     if not isinstance(spec, ComponentSpec):
@@ -56,6 +62,14 @@ def resolve_component(
     return member, ComponentSpec(member.name, options)
 
 
+def _factory_reference(factory: Any) -> str:
+    """Return `module:name` of a function or class that another process can import; else ""."""
+    module, path = factory.__module__, factory.__qualname__
+    if module == "__main__" or "<" in path:
+        return ""
+    return f"{module}:{path}" if getattr(sys.modules.get(module), path.partition(".")[0], None) is not None else ""
+
+
 def component_name(hook: str, component: Any) -> str:
     """Return the name that `run.json` records: the installed name, `module:Class`, or a marker such as `object:data`.
 
@@ -65,7 +79,7 @@ def component_name(hook: str, component: Any) -> str:
     cls = type(component)
     if hasattr(cls, "__tuneforge_api__") and "<locals>" not in cls.__qualname__:
         return registry.find_entry_of_class(hook, cls).name
-    return OBJECT_PREFIX + _KEY_BY_HOOK.get(hook, hook)
+    return OBJECT_PREFIX + KEY_BY_HOOK.get(hook, hook)
 
 
 def describe_member(member: RegisteredComponent, hook: str) -> dict[str, Any]:

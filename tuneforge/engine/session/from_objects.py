@@ -11,6 +11,7 @@ from torch import nn
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Data
 from tuneforge.engine.model.model import Model
+from tuneforge.engine.model.module_graph import GraphModule
 from tuneforge.engine.model.output_layer import infer_head
 from tuneforge.errors import UsageError
 from tuneforge.plugin import registry
@@ -74,6 +75,13 @@ def wrap_object(hook: str, value: Any, where: str) -> Any:
     if isinstance(value, Data):
         return DataFromObject(value)
     if isinstance(value, (nn.Module, Model)) and hook == "model_adapt":
+        if isinstance(getattr(value, "module", value), GraphModule):
+            raise UsageError(
+                "the graph of a model cannot be trained",
+                where=where,
+                why="a run directory that was given a module as a Python object keeps only how it predicts",
+                fix="give the module itself: Engine(model=load(path, model=module).model)",
+            )
         return ModelFromObject(value)
     if isinstance(value, (Phase, HeadFit, Diagnosis, WeightAverage)):
         value = [value]

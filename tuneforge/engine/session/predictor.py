@@ -30,11 +30,12 @@ from tuneforge.engine.model import device
 from tuneforge.engine.model.model import Model, extract_logits
 from tuneforge.engine.model.weights_file import load_weights
 from tuneforge.engine.session.components import is_object, resolve_component
+from tuneforge.engine.session.portability import missing_model_error, read_kept_model
 from tuneforge.engine.storage.run_files import MODEL, RUN, STATUS, WEIGHTS, read_json
 from tuneforge.errors import DataError, FolderError, UsageError
 from tuneforge.plugin.config import RunConfig, resolve_config
 from tuneforge.plugin.declaration import get_option_values
-from tuneforge.plugin.hooks import Hooks, find_hook_implementations
+from tuneforge.plugin.hooks import Hooks
 from tuneforge.plugin.steps import ComponentSpec
 
 
@@ -65,7 +66,7 @@ class Predictor:
         Raises:
             DataError: An input cannot be decoded.
         """
-        remaining = iterate_raw_inputs(raw_inputs, tabular=self.inputs.tabular)
+        remaining = iterate_raw_inputs(raw_inputs)
         while chunk := list(islice(remaining, batch_size)):
             decoded = [self.inputs.decode(raw) for raw in chunk]
             for _, samples in groupby(decoded, lambda sample: [each.shape for each in named_tensors(sample).values()]):
@@ -105,7 +106,7 @@ class Predictor:
         Args:
             raw_inputs: Files, bytes, arrays or rows; the rows of a DataFrame.
         """
-        inputs, again = tee(iterate_raw_inputs(raw_inputs, tabular=self.inputs.tabular))
+        inputs, again = tee(iterate_raw_inputs(raw_inputs))
         for raw, output in zip(again, self.predict_outputs(inputs), strict=True):
             yield {**self.targets.describe(output), **self.inputs.describe_input(raw)}
 
@@ -150,14 +151,16 @@ def load(path: str | Path, *, model: Any = None, device_name: str = "auto") -> P
         config=config,
         run_dir=None,
         device=device.resolve_device(device_name),
-        hooks=_build_hooks(config, model, run_record["components"]),
+        hooks=Hooks(),
         restoring=True,
     )
     run.set_data(placeholder_data(model_record, inputs, targets))
-    built = run.hooks.call.model_adapt(run=run, model=None)
+    kept = read_kept_model(path) if model is None else None
+    built = kept or _rebuild_model(path, run, model, run_record["components"])
     # After the weights are loaded, the model is pretrained on all of its labels.
-    run.set_model(attrs.evolve(built, pretrained_labels=built.labels, pretrained=True))
-    load_weights(path / WEIGHTS, run.model.module)
+    run.set_model(attrs.evolve(built, pretrained_labels=built.labels, pretrained=True), check=kept is None)
+    if kept is None:
+        load_weights(path / WEIGHTS, run.model.module)
     run.model.module.eval()
     return Predictor(path, run, inputs, targets)
 
@@ -254,28 +257,35 @@ def _resolve_data_spec(data: Any) -> ComponentSpec:
     return resolve_component("data_prepare", data, where="--data")[1]
 
 
-def _build_hooks(config: RunConfig, model: Any, records: list[Mapping[str, Any]]) -> Hooks:
-    """Return hooks with every component that changes the model: builder, adapters, and others with `model_adapt`.
+def _rebuild_model(path: Path, run: Run, model: Any, records: list[Mapping[str, Any]]) -> Model:
+    """Return the model of a run from its builder, its adapters and other components with `model_adapt`.
+
+    Components that only train are not loaded: this process need not have them.
 
     Args:
-        config: The configuration of the run.
+        path: The run directory.
+        run: A run with data; the components are added to its hooks.
         model: The module, if the run was given one as a Python object.
         records: The components as `run.json` records them.
+
+    Raises:
+        FolderError: The run was given the model as an object, which is neither kept nor given again.
     """
-    hooks = Hooks()
+    config = run.config
+    if model is None and is_object(config.model.name):
+        raise missing_model_error(path)
     builders = [config.model if model is None else model, *config.adapt]
     if not any(spec.name == "head" for spec in config.adapt):
         builders.append(ComponentSpec("head"))
     for spec in builders:
-        hooks.add(resolve_component("model_adapt", spec, where="--model")[0])
+        run.hooks.add(resolve_component("model_adapt", spec, where="--model")[0])
+    adapting = {each["name"] for each in records if "model_adapt" in each["implements"]}
     others = {"train_step": config.loss, "finetune_strategy": config.strategy}
-    objects_that_adapt = {each["name"] for each in records if "model_adapt" in each["implements"]}
     for hook, spec in [*others.items(), *(("callback", each) for each in config.callbacks)]:
-        if spec is not None and (not is_object(spec.name) or spec.name in objects_that_adapt):
-            member, _ = resolve_component(hook, spec, where=hook)
-            if any(each.hook == "model_adapt" for each in find_hook_implementations(member)):
-                hooks.add(member)
-    return hooks
+        if spec is not None and spec.name in adapting:
+            run.hooks.add(resolve_component(hook, spec, where=hook)[0])
+    built: Model = run.hooks.call.model_adapt(run=run, model=None)
+    return built
 
 
 def _build_contract(group: str, record: dict[str, Any]) -> Any:

@@ -15,6 +15,8 @@ MODEL, WEIGHTS, HARDEST_SAMPLES, TIMINGS, LOG, REPORT_HTML = (
     "model.json", "model.safetensors", "hardest_samples.json", "timings.jsonl", "log.txt", "report.html",
 )  # fmt: skip
 
+GRAPH, GRAPH_CONSTANTS = "graph.json", "graph.safetensors"
+
 
 def is_run_dir(path: Path) -> bool:
     """Return True for the directory of a run that has begun; one that died before it wrote its status has not."""

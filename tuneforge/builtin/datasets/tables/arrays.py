@@ -145,6 +145,8 @@ class TensorInputs(Inputs):
 class ArrayData:
     """Arrays or datasets in memory as a run's data, created by `data_from_arrays`."""
 
+    in_memory = True  # so a run directory cannot rebuild it
+
     val: float = option(
         default=0.2, help="Fraction of the samples for validation, if none are given.", check=FRACTION_OR_ZERO
     )
