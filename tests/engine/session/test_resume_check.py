@@ -9,13 +9,15 @@ import pytest
 import torch
 from simulated_kill import run_and_kill
 from tiny import blobs, tiny_data, tiny_net
+from torch import nn
 from torch.utils.data import Dataset
 
 import tuneforge as tf
 from tuneforge.builtin.datasets.tables.arrays import TensorInputs
 from tuneforge.builtin.targets import ClassTargets
 from tuneforge.engine.data.fingerprint import describe_split
-from tuneforge.engine.session.resume_check import check_data, check_plan, check_step
+from tuneforge.engine.model.module_state import full_state
+from tuneforge.engine.session.resume_check import check_data, check_model, check_plan, check_step
 from tuneforge.engine.session.run_log import describe_data
 from tuneforge.plugin.config_conflicts import find_changes
 from tuneforge.sklearn import data_from_arrays
@@ -277,6 +279,86 @@ def test_engine_refuses_other_data_before_it_trains(tmp_path, kind):
             resume(tmp_path / "r", data=other, strategy=[FIRST]).run()
     assert not (tmp_path / "r" / "metrics.jsonl").exists()
     resume(tmp_path / "r", data=make(values, labels), strategy=[FIRST]).run()
+
+
+def altered(change):
+    """Return the network of the run with a change."""
+    network = tiny_net()
+    change(network)
+    return network
+
+
+def narrow(network):
+    network.first[0], network.first[1] = nn.Linear(8, 12), nn.BatchNorm1d(12)
+    network.second[0] = nn.Linear(12, 16)
+
+
+MODELS = {
+    "width": (narrow, r"tensor.first.0.weight: '\(16, 8\) torch.float32' in the run, '\(12, 8\) torch.float32' now"),
+    "more": (lambda net: net.second.append(nn.Linear(16, 16)), r"second.4.weight: None in the run, '\(16, 16\)"),
+    "fewer": (lambda net: setattr(net.second, "0", nn.Identity()), "tensor.second.0.weight: .* in the run, None now"),
+    "dropout": (lambda net: setattr(net.first[3], "p", 0.1), r"Dropout\(p=0.5.*in the run\n.*Dropout\(p=0.1.*now"),
+    "activation": (lambda net: setattr(net.first, "2", nn.GELU()), r"ReLU\(\) in the run\n.*GELU\(.*now"),
+    "frozen": (
+        lambda net: net.first.requires_grad_(False),
+        r"frozen by the user\[0\]: None in the run, 'first.0.bias'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_model_is_refused_with_the_difference(tmp_path, name):
+    change, words = MODELS[name]
+    path = stopped(tmp_path / "r", [FIRST, SECOND], 2, checkpoint_s=0.0)
+    with pytest.raises(tf.TuneforgeError, match=words):
+        resume(path, model=altered(change)).run()
+
+
+def test_model_with_many_differences_is_refused_in_few_lines(tmp_path):
+    path = stopped(tmp_path / "r", [FIRST], 2, checkpoint_s=0.0)
+    with pytest.raises(tf.UsageError, match="and 12 more") as caught:
+        resume(path, model=nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 3)), strategy=[FIRST]).run()
+    assert str(caught.value).count("tensor.") == 8
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("task.json", lambda path: path.unlink()),
+        ("task.json", lambda path: path.write_text('{"$kind": "TaskInfo", "a": 1}')),
+        ("strategy.json", lambda path: path.write_text("[]")),
+        ("strategy.json", lambda path: path.write_bytes(b"\xff")),
+        ("steps.jsonl", lambda path: path.unlink()),
+        ("steps.jsonl", lambda path: path.write_text("{" * path.stat().st_size)),
+        ("metrics.jsonl", lambda path: path.write_text("")),
+        ("model.json", lambda path: path.write_text("{}")),
+        ("run.json", lambda path: path.write_text("{}")),
+        ("run.json", lambda path: path.write_text("{")),
+        ("status.json", lambda path: path.unlink()),
+    ],
+)
+def test_damaged_file_of_a_run_is_named(tmp_path, file, damage):
+    path = stopped(tmp_path / "r", [FIRST, SECOND], 14, checkpoint_s=0.0)
+    damage(path / file)
+    with pytest.raises(tf.FolderError, match=file):
+        resume(path).run()
+
+
+def test_other_dtype_of_a_tensor_is_refused():
+    model = tf.Model.from_module(tiny_net(), head="head")
+    record = {"modules": None, "frozen_by_user": []}
+    tensors = full_state(tiny_net())
+    check_model(model, record, tensors)
+    with pytest.raises(
+        tf.UsageError, match=r"tensor.head.bias: '\(3,\) torch.float16' in the run, .*torch.float32' now"
+    ):
+        check_model(model, record, {**tensors, "head.bias": tensors["head.bias"].half()})
+
+
+@pytest.mark.parametrize("name", ["batchsize", "steps", "extensions"])
+def test_unknown_keyword_is_refused(half, name):
+    with pytest.raises(tf.UnknownNameError, match=name):
+        tf.Engine.resume(half, model=tiny_net(), data=(np.zeros((9, 2)), np.arange(9) % 3), **{name: 1})
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,22 @@ from tuneforge.engine.model.extra_state import get_extra_states, set_extra_state
 from tuneforge.engine.model.module_state import full_state, restore_state
 from tuneforge.engine.model.numerics import describe_change, describe_numerics
 from tuneforge.engine.model.plain_attributes import AttributeState
-from tuneforge.engine.session.resume_check import check_plan, check_step
+from tuneforge.engine.session.resume_check import check_model, check_plan, check_step
 from tuneforge.engine.storage import checkpoint, fault_injection
 from tuneforge.engine.storage.checkpoint import Checkpoints
 from tuneforge.engine.storage.run_dir import RunDir
-from tuneforge.engine.storage.run_files import METRICS, RUN, STATUS, STRATEGY_STEPS, TIMINGS, read_json, read_jsonl
+from tuneforge.engine.storage.run_files import (
+    METRICS,
+    MODEL,
+    RUN,
+    STATUS,
+    STRATEGY_STEPS,
+    TIMINGS,
+    read_json,
+    read_jsonl,
+)
 from tuneforge.engine.storage.snapshot_files import SNAPSHOTS_DIR, SnapshotFiles
-from tuneforge.errors import FolderError, StoppedError
+from tuneforge.errors import FolderError, StoppedError, UsageError
 from tuneforge.plugin.names import format_count, is_object
 from tuneforge.plugin.results import AnyStrategyStepResult, TaskInfo
 from tuneforge.plugin.serialization import from_json, to_json
@@ -151,8 +160,41 @@ class ResumeState:
     def read_requested_steps(self) -> None:
         """Read the steps that the strategy of the stopped run had asked for, completed or not."""
         if (self.run_dir.path / STRATEGY).exists():
-            record = from_json((self.run_dir.path / STRATEGY).read_text(encoding="utf-8"))
-            self.requested_steps, self.is_plan = record["steps"], record["is_plan"]
+            self.requested_steps, self.is_plan = self._read(STRATEGY, "steps", "is_plan")
+
+    def _read(self, name: str, *keys: str) -> Any:
+        """Return the plain data of a file, or the values of these keys.
+
+        Raises:
+            FolderError: The file is missing or damaged.
+        """
+        try:
+            content = from_json((self.run_dir.path / name).read_text(encoding="utf-8"))
+            return tuple(content[key] for key in keys) if keys else content
+        except (OSError, ValueError, LookupError, TypeError, UsageError) as error:
+            raise FolderError(
+                f"cannot read '{name}'",
+                where=str(self.run_dir.path),
+                why=f"{type(error).__name__}: {error}",
+                fix="restore the file, or start another run",
+            ) from None
+
+    def _check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Check that files that a run appends to are as long as they were at the checkpoint.
+
+        Raises:
+            FolderError: One is missing or shorter.
+        """
+        for name, size in sizes.items():
+            path = self.run_dir.path / name
+            present = path.stat().st_size if path.exists() else 0
+            if present < size:
+                raise FolderError(
+                    f"'{name}' is damaged",
+                    where=str(self.run_dir.path),
+                    why=f"it has {present} bytes, and had {size} when the checkpoint was saved",
+                    fix="restore the file, or start another run",
+                )
 
     def check_plan(self, plan: tuple[StrategyStep, ...]) -> None:
         """Check a strategy that returns a list against that of the stopped run; record that of a new run.
@@ -196,6 +238,8 @@ class ResumeState:
     def restore(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint, and truncate the files that grow to their size at that time."""
         run = self.run
+        check_model(run.model, read_json(self.run_dir.path / MODEL, "modules", "frozen_by_user"), state["model"])
+        self._check_sizes(state["offsets"])
         self.attributes = AttributeState(run.model.module)
         self.attributes.restore(state["attributes"])
         self.run_dir.truncate(state["offsets"])
@@ -221,9 +265,9 @@ class ResumeState:
             self.changed_tensors = frozenset(state["changed_tensors"])
         else:
             self.last_snapshot = next(reversed(self.snapshots.values()), {})
-        self.task = from_json((self.run_dir.path / TASK).read_text(encoding="utf-8"))
+        self.task = self._read(TASK)
         for line in read_jsonl(self.run_dir.path / STRATEGY_STEPS):
-            pair = [from_json(json.dumps(line[key])) for key in ("step", "result")]
+            pair = [from_json(json.dumps(line.get(key))) for key in ("step", "result")]
             self.completed_steps.append((pair[0], pair[1]))
         self.num_restored = len(self.completed_steps)
         self.checkpoints.last_counters = (run.step, run.epoch, self.num_restored)
@@ -271,7 +315,7 @@ def find_checkpoint(run: Run, path: Path) -> tuple[str, dict[str, Any] | None]:
         run.log(f"warning: {why}")
     if newest is None:
         run.log("no complete checkpoint found: starting from the beginning")
-    before, now = read_json(path / RUN)["environment"], describe_numerics(run.device.torch)
+    before, now = read_json(path / RUN, "environment")["environment"], describe_numerics(run.device.torch)
     changed = [describe_change(name, before.get(name), each) for name, each in now.items() if before.get(name) != each]
     if changed:
         run.log(f"warning: results may differ in the last bits, because the environment changed: {', '.join(changed)}")

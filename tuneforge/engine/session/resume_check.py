@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from torch import Tensor
 
 from tuneforge.engine.data.dataset import Data
-from tuneforge.engine.session.run_log import describe_data
+from tuneforge.engine.model.fsdp import is_sharded
+from tuneforge.engine.model.model import Model
+from tuneforge.engine.model.module_state import full_state
+from tuneforge.engine.session.run_log import describe_data, describe_modules
 from tuneforge.engine.storage.atomic import nonfinite_to_none
 from tuneforge.errors import DataError, UsageError
 from tuneforge.plugin.config import RunConfig, config_to_dict
@@ -25,6 +30,9 @@ SETTINGS_THAT_MAY_DIFFER = (
 """Settings that a resumed run may change: none of them decides the result, except that another device may give other
 last bits, which the log says.
 """
+
+
+_MAX_LINES = 8
 
 
 def check_config(path: Path, recorded: Mapping[str, Any], config: RunConfig, names: Iterable[str]) -> list[str]:
@@ -75,6 +83,34 @@ def check_data(data: Data, record: Mapping[str, Any]) -> None:
             where="model.json",
             why="the run would go on with other samples, and some that were trained on might be test samples now",
             fix="give the same data in the same order, or start another run",
+        )
+
+
+def check_model(model: Model, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Check that the model is built like that of the run.
+
+    Args:
+        model: The model of the resumed run, before anything is restored.
+        record: The content of `model.json`.
+        tensors: The parameters and buffers in the checkpoint.
+
+    Raises:
+        UsageError: Modules, tensors or the parameters that the user froze differ.
+    """
+    own = {name: f"{tuple(each.shape)} {each.dtype}" for name, each in full_state(model.module).items()}
+    saved = {name: f"{tuple(each.shape)} {each.dtype}" for name, each in tensors.items()}
+    differences = list(_compare("tensor", saved, own))
+    if not differences and record["modules"] is not None and not any(map(is_sharded, model.module.parameters())):
+        differences += _compare_lines(record["modules"], describe_modules(model.module))
+    differences += _compare("frozen by the user", record["frozen_by_user"], sorted(model.user_frozen))
+    if differences:
+        more = f"  and {len(differences) - _MAX_LINES} more" if len(differences) > _MAX_LINES else ""
+        shown = [f"  {each}" for each in differences[:_MAX_LINES]]
+        raise UsageError(
+            "\n".join(["the model is not that of the stopped run", *shown, *([more] if more else [])]),
+            where="--model",
+            why="its weights, and what they compute, would not be those of the checkpoint",
+            fix="build the same model, or start another run",
         )
 
 
@@ -140,6 +176,11 @@ def _format_options(step: StrategyStep | None, other: StrategyStep | None, names
     if type(step) is not type(other):
         return f"{type(step).__name__} '{step.name}'"
     return ", ".join(f"{name}={getattr(step, name)!r}" for name in names)
+
+
+def _compare_lines(before: list[str], now: list[str]) -> list[str]:
+    changed = difflib.ndiff(before, now)
+    return [f"{each[2:].strip()} {'in the run' if each[0] == '-' else 'now'}" for each in changed if each[0] in "-+"]
 
 
 def _compare_splits(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

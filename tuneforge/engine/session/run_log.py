@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import platform
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import tuneforge
 from tuneforge.engine.context.run import Run
@@ -95,6 +97,8 @@ def describe_model(run: Run) -> dict[str, Any]:
         "groups": [{"name": info.name, "parameters": info.num_parameters} for info in run.model.group_infos()],
         "changes": list(run.model.changes),
         "pretrained": run.model.pretrained,
+        "frozen_by_user": sorted(run.model.user_frozen),
+        "modules": None if run.sharded else describe_modules(run.model.module),
         **describe_data(run.data),
         "input_specs": {
             name: [list(tensor.shape[1:]), str(tensor.dtype)] for name, tensor in named_tensors(example).items()
@@ -102,6 +106,11 @@ def describe_model(run: Run) -> dict[str, Any]:
         "fingerprints": {name: split.fingerprint() for name, split in run.data.splits().items()},
         "notes": list(run.data.notes),
     }
+
+
+def describe_modules(module: nn.Module) -> list[str]:
+    """Return the modules and their options as PyTorch prints them, one per line, without addresses in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(module)).splitlines()
 
 
 def describe_data(data: Data) -> dict[str, Any]:

@@ -44,10 +44,20 @@ def read_json(path: Path, *keys: str) -> Any:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file with one JSON object per line; nothing where the file does not exist."""
+    """Yield the objects of a file with one JSON object per line; nothing where the file does not exist.
+
+    Raises:
+        FolderError: A line is damaged.
+    """
     if path.exists():
-        with path.open(encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file if line.strip())
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    if line.strip():
+                        yield json.loads(line)
+                except ValueError as error:
+                    where, fix = f"{path.name}, line {number}", "restore the file, or run again"
+                    raise FolderError(f"cannot read '{path.name}'", where=where, why=str(error), fix=fix) from None
 
 
 def _missing_file_error(file: Path) -> TuneforgeError:
