@@ -72,6 +72,7 @@ def test_an_unusable_row_is_named_and_the_others_are_read():
     assert found[2].startswith("1 cells under a header of 2; at the table, line 2")
     assert found[3].startswith("3 cells under a header of 2")
     assert "line 7" in found[7]
+    assert "correct the quotes" in found[7]
     assert [row.cells["a"] for row in TableFile(text).rows() if not row.error] == ["3", "5"]
 
 

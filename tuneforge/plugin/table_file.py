@@ -216,7 +216,8 @@ class TableFile:
     def _unreadable_error(self, error: Exception, line: int | None = None) -> DataError:
         where = self._where if line is None else f"{self.name}, line {line}"
         why = getattr(error, "strerror", None) or str(error)
-        return DataError(f"cannot read '{self.name}'", where=where, why=why, fix="give a CSV file in UTF-8")
+        fix = "correct the quotes of the row" if isinstance(error, csv.Error) else "give a CSV file in UTF-8"
+        return DataError(f"cannot read '{self.name}'", where=where, why=why, fix=fix)
 
 
 def is_json_name(name: str) -> bool:
