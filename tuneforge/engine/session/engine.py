@@ -14,6 +14,7 @@ import attrs
 from tuneforge.engine.context.budget import Budget
 from tuneforge.engine.context.distributed import ProcessGroup, open_run_dir
 from tuneforge.engine.context.run import Run
+from tuneforge.engine.data.copied_rows import describe_copies
 from tuneforge.engine.loop.phase_components import PhaseComponents, create_component
 from tuneforge.engine.loop.sample_weights import num_draws
 from tuneforge.engine.loop.weight_average import check_unchanged
@@ -421,7 +422,9 @@ def _add_settings(table: dict[str, Any], member: RegisteredComponent) -> None:
 
 def _prepare_data(run: Run) -> None:
     run.hooks.get_provider("data_prepare")  # raises if there is none, or more than one
-    run.set_data(run.hooks.call.data_prepare(run=run))
+    data = run.hooks.call.data_prepare(run=run)
+    copies = describe_copies(data)
+    run.set_data(attrs.evolve(data, notes=(*data.notes, *copies)) if copies else data)
 
 
 def _mark_user_frozen(model: Model) -> Model:

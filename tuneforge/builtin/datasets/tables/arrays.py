@@ -42,6 +42,7 @@ from tuneforge import (
     option,
 )
 from tuneforge.builtin.checks import FRACTION_OR_ZERO, POSITIVE_NUMBERS, RARE_CLASSES_HELP
+from tuneforge.builtin.datasets.group_splits import split_groups
 from tuneforge.builtin.datasets.row_splits import find_rare, group_rows_by_class, split_rows
 from tuneforge.builtin.datasets.tables.loader_parts import LoaderOrder, LoaderParts
 from tuneforge.builtin.datasets.tables.raw_tensors import require_one_input, to_tensor
@@ -198,7 +199,9 @@ class ArrayData:
         parts = {split: read_samples(x, y, split, run.float_dtype) for split, (x, y) in given.items()}
         shares = {split: 0.0 if split in parts else share for split, share in (("val", self.val), ("test", self.test))}
         known = run.data if run.restoring else None
-        return _DataBuilder(self, parts, known).build(shares, run.data_seed, single_split=run.single_split)
+        return _DataBuilder(self, parts, known, getattr(self, "_groups", None)).build(
+            shares, run.data_seed, single_split=run.single_split
+        )
 
 
 def data_from_arrays(
@@ -215,6 +218,7 @@ def data_from_arrays(
     units: Sequence[str] = ("",),
     standardize: bool = False,
     rare_classes: Literal["raise", "train", "drop"] = "raise",
+    groups: Any = None,
 ) -> ArrayData:
     """Return a data source from arrays, tensors, a Dataset or a DataLoader.
 
@@ -235,6 +239,7 @@ def data_from_arrays(
             of the training split, which are stored with the model. Only for one tensor of floats per sample.
         rare_classes: What to do about a class with too few samples for every split: raise an error, train on all of
             them, or drop it.
+        groups: Group of each sample (n,), such as a patient; all samples of a group are in the same split.
     """
     arrays = ArrayData(
         val=val,
@@ -248,6 +253,7 @@ def data_from_arrays(
     # The arrays are not options, which need a text for files and flags, so they are set on the frozen instance.
     present = {split: (x, y) for split, (x, y) in given.items() if not (x is None and y is None)}
     object.__setattr__(arrays, "_given", present)
+    object.__setattr__(arrays, "_groups", groups)
     if isinstance(x, DataLoader):
         parts = LoaderParts.read(x, "x")
         object.__setattr__(arrays, "run_settings", {"batch_size": parts.batch_size})
@@ -262,11 +268,19 @@ class _DataBuilder:
         options: Options of the data source.
         parts: Samples by split; a missing `val` or `test` is drawn from `train`.
         restored: Data of a restored run, or None.
+        groups: Group of each sample that is split, or None.
     """
 
-    def __init__(self, options: ArrayData, parts: dict[str, ArraySamples], restored: Data | None) -> None:
+    def __init__(
+        self, options: ArrayData, parts: dict[str, ArraySamples], restored: Data | None, groups: Any = None
+    ) -> None:
         self.options, self.samples_by_split, self.restored = options, parts, restored
         self.target_kind: TargetKind = infer_target_kind(parts["train"].targets, where="y")
+        self.groups = None if groups is None else np.asarray(groups).astype(str)
+        if self.groups is not None and self.groups.shape != (len(parts["train"].targets),):
+            raise DataError(
+                f"groups of shape {self.groups.shape}", where="groups", fix="give one group per sample of x, (n,)"
+            )
         self._dropped = np.zeros(len(parts["train"].targets), dtype=bool)
         self._rare_notes: list[str] = []
 
@@ -278,15 +292,8 @@ class _DataBuilder:
         num_splits = 1 + sum(share > 0 for share in shares.values())
         if self.target_kind == "classes" and self.options.rare_classes != "raise":
             self._find_rare(num_splits)
-        targets, pools = self._build_targets(num_splits=num_splits)
-        rows = split_rows(
-            pools,
-            val=shares["val"],
-            test=shares["test"],
-            seed=seed,
-            where="y",
-            keep_few=self.target_kind == "classes" and self.options.rare_classes == "train",
-        )
+        targets, pools = self._build_targets(num_splits=1 if self.groups is not None else num_splits)
+        rows = self._split(pools, shares, seed)
         if isinstance(targets, RegressionTargets) and self.restored is None:
             targets = fit_number_targets(
                 train.targets[rows[0].numpy()], names=targets.names, units=targets.units, where="y"
@@ -312,6 +319,18 @@ class _DataBuilder:
             notes=(*notes, *self._rare_notes, *scale_notes, self._describe_targets(targets)),
             train_sampler=order,
         )
+
+    def _split(self, pools: list[Tensor], shares: dict[str, float], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rows of train, val and test: by group, or stratified by class."""
+        keep_few = self.target_kind == "classes" and self.options.rare_classes == "train"
+        if self.groups is None:
+            return split_rows(pools, val=shares["val"], test=shares["test"], seed=seed, where="y", keep_few=keep_few)
+        kept = torch.cat(pools).sort().values
+        rows = split_groups(
+            self.groups[kept.numpy()].tolist(), val=shares["val"], test=shares["test"], seed=seed, where="groups"
+        )
+        train, val, test = (kept[part] for part in rows)
+        return train, val, test
 
     def _find_rare(self, num_splits: int) -> None:
         rare, names = find_rare(self.samples_by_split["train"].targets, num_splits)

@@ -5,6 +5,7 @@ Shapes: n rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tuneforge import Data, DataError, OptionError, Split, Targets, component, hookimpl, option
 from tuneforge.builtin.checks import DELIMITER, FRACTION_OR_ZERO, RARE_CLASSES_HELP
+from tuneforge.builtin.datasets.group_splits import split_by_time, split_groups
 from tuneforge.builtin.datasets.row_splits import find_rare, group_rows_by_class, split_rows
 from tuneforge.builtin.datasets.tables.cell_values import is_missing, parse_number
 from tuneforge.builtin.datasets.tables.table_columns import ColumnReader, Table
@@ -51,6 +53,12 @@ class TableCsv:
         default=0.15, help="Fraction of the rows for the test split; 0 for none.", check=FRACTION_OR_ZERO
     )
     rare_classes: Literal["raise", "train", "drop"] = option(default="raise", help=RARE_CLASSES_HELP)
+    group: str | None = option(
+        default=None, help="Column whose equal values stay in one split, such as a patient; it is no input."
+    )
+    time: str | None = option(
+        default=None, help="Column by which rows are split: the earliest for training, the latest for test; no input."
+    )
     delimiter: str | None = option(
         default=None, help="Separator of cells; default: the comma, semicolon, tab or | of the header.", check=DELIMITER
     )
@@ -69,6 +77,8 @@ class TableCsv:
     def __attrs_post_init__(self) -> None:
         if self.val + self.test >= 1:
             raise OptionError(f"val {self.val} and test {self.test} leave nothing for training", fix="lower them")
+        if self.group is not None and self.time is not None:
+            raise OptionError("rows cannot be split by group and by time", fix="give one of the two columns")
 
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
@@ -81,6 +91,7 @@ class TableCsv:
         """
         table, notes = self._read_table()
         num_splits = 1 if run.single_split else 1 + (self.val > 0) + (self.test > 0)
+        num_splits = 1 if self.group or self.time else num_splits  # these splits are not stratified by class
         known, where = run.data if run.restoring else None, f"{self.path}, column '{self.target}'"
         restored = known.inputs if known is not None and isinstance(known.inputs, TableInputs) else None
         missing_values = self.missing_values or (restored.missing_values if restored else ())
@@ -98,22 +109,11 @@ class TableCsv:
                 )
         targets, pools = self._build_targets(target, known, where, num_splits=num_splits)
         whole = torch.arange(len(target))
-        rows = (
-            [whole]
-            if run.single_split
-            else split_rows(
-                pools,
-                val=self.val,
-                test=self.test,
-                seed=run.data_seed,
-                where=where,
-                keep_few=target.dtype.kind != "f" and self.rare_classes == "train",
-            )
-        )
+        rows = [whole] if run.single_split else self._split(table, pools, run.data_seed, where)
         if isinstance(targets, RegressionTargets) and known is None:
             targets = fit_number_targets(target[rows[0].numpy()], names=(self.target,), units=(self.unit,), where=where)
         inputs = restored or reader.infer_inputs(
-            [name for name in table.columns if name != self.target],
+            [name for name in table.columns if name not in (self.target, self.group, self.time)],
             rows[0].tolist(),
             delimiter=self.delimiter,
             encoding=self.encoding,
@@ -124,6 +124,20 @@ class TableCsv:
         train, val, test = parts * 3 if run.single_split else parts
         notes = [*notes, *reader.notes, self._describe_target(targets)]
         return Data(train=train, val=val, test=test, inputs=inputs, targets=targets, notes=tuple(notes))
+
+    def _split(self, table: Table, pools: list[Tensor], seed: int, where: str) -> Sequence[Tensor]:
+        """Return the rows of train, val and test: by group, by time, or stratified by class."""
+        for column in (self.group, self.time):
+            if column is not None and column not in table.columns:
+                fix = suggest_name(column, table.columns)
+                raise DataError(f"there is no column '{column}'", where=str(self.path), fix=fix)
+        place = f"{self.path}, column '{self.group or self.time}'"
+        if self.group is not None:
+            return split_groups(table.columns[self.group], val=self.val, test=self.test, seed=seed, where=place)
+        if self.time is not None:
+            return split_by_time(table.columns[self.time], val=self.val, test=self.test, where=place)
+        keep_few = self.rare_classes == "train"
+        return split_rows(pools, val=self.val, test=self.test, seed=seed, where=where, keep_few=keep_few)
 
     def _read_table(self) -> tuple[Table, list[str]]:
         """Return the rows that have a target, and notes."""
