@@ -89,6 +89,34 @@ def test_a_change_that_a_checkpoint_cannot_hold_refuses_the_resume(value, change
         AttributeState(build(value=value)).restore(saved(state))
 
 
+class Counts(nn.Module):
+    """Counts its passes in several attributes, some of which code reads."""
+
+    seen = used = looked_up = by_callback = 0
+
+    def forward(self, inputs):
+        self.seen += 1
+        self.used += 1
+        self.looked_up += 1
+        self.by_callback += 2
+        return inputs * self.used + getattr(self, "looked_up")  # noqa: B009 - what the test is about
+
+
+class Reader:
+    def epoch_ended(self, run):
+        return run.model.module.by_callback
+
+
+@pytest.mark.parametrize("others", [[], [Reader()]])
+def test_a_count_that_nothing_reads_is_that_of_the_process(others):
+    module, fresh = Counts(), Counts()
+    state, other = AttributeState(module, others), AttributeState(fresh, others)
+    module(torch.zeros(1))
+    other.restore(saved(state))
+    assert (fresh.seen, fresh.used, fresh.looked_up) == (0, 1, 1)
+    assert fresh.by_callback == (2 if others else 0)
+
+
 def test_a_resumed_run_continues_with_counters_and_an_annealed_temperature():
     program = FuzzProgram(
         seed=3, blocks=("counter", "tensor-attribute"), traits=("temperature",),

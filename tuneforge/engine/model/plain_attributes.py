@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dis
+import functools
+import types
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,15 +24,18 @@ class AttributeState:
 
     Args:
         module: The module, as it is when the run begins.
+        others: Further objects whose methods may read its attributes, such as callbacks.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, others: Iterable[object] = ()) -> None:
         self._module, self._before = module, StateCopy({"": module}, values=False)
+        self._classes = {type(each) for each in (*module.modules(), *others)}
 
     def state(self) -> dict[str, Any]:
         """Return the attributes that have changed by path, and the paths of those that a checkpoint cannot hold.
 
-        Results of a forward pass that an attribute refers to with their graph are left out.
+        Left out are results of a forward pass that an attribute refers to with their graph, and numbers that the model
+        and the other objects count up and never read: they decide nothing, and count what this process did.
         """
         values: dict[str, Any] = {}
         unsaved: list[str] = []
@@ -38,6 +44,8 @@ class AttributeState:
             if leaf in self._before.registered or leaf.startswith("requires_grad of ") or path in values:
                 continue
             value = _get_attribute(self._module, path)
+            if type(value) in (int, float) and self._is_only_counted(path.rpartition(".")[2]):
+                continue
             if _is_storable(value):
                 values[path] = _detach(value)
             elif isinstance(new, _STATE_TYPES) or (isinstance(new, Tensor) and not _has_graph(value)):
@@ -61,6 +69,30 @@ class AttributeState:
             before = _get_attribute(self._module, path)
             is_moved = isinstance(value, Tensor) and isinstance(before, Tensor)
             setattr(_get_attribute(self._module, owner), name, value.to(before.device) if is_moved else value)
+
+    def _is_only_counted(self, name: str) -> bool:
+        uses = [_attribute_uses(cls) for cls in self._classes]  # type: ignore[arg-type]  # mypy: a class has no hash
+        return any(name in counted for counted, _ in uses) and not any(name in read for _, read in uses)
+
+
+@functools.cache
+def _attribute_uses(cls: type) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the attributes that methods of a class change by `+=` and the like, and those that they read otherwise."""
+    counted: set[str] = set()
+    read: set[str] = set()
+    users = [each for each in cls.__mro__ if each.__module__.partition(".")[0] not in ("torch", "builtins")]
+    values = [getattr(each, "__func__", getattr(each, "fget", each)) for user in users for each in vars(user).values()]
+    codes = [each.__code__ for each in values if hasattr(each, "__code__")]
+    while codes:
+        code = codes.pop()
+        codes += [each for each in code.co_consts if isinstance(each, types.CodeType)]
+        read.update(each for each in code.co_consts if isinstance(each, str))  # perhaps for getattr
+        before = ""
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                (counted if before == "COPY" else read).add(instruction.argval)
+            before = instruction.opname
+    return frozenset(counted), frozenset(read)
 
 
 def _get_attribute(module: nn.Module, path: str) -> Any:

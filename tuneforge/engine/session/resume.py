@@ -96,11 +96,14 @@ class ResumeState:
 
     def begin(self, task: TaskInfo) -> None:
         """Prepare for the first strategy step of a new run."""
-        self.task, self.attributes = task, AttributeState(self.run.model.module)
+        self.task, self.attributes = task, self._watch_attributes()
         self.last_snapshot = take_snapshot(self.run, {})
         self.snapshots = {"start": self.last_snapshot}
         self.run.engine_state.nonfinite_at_start = frozenset(find_nonfinite_tensors(self.last_snapshot))
         self.run_dir.write_text(TASK, to_json(task))
+
+    def _watch_attributes(self) -> AttributeState:
+        return AttributeState(self.run.model.module, [member.component for member in self.run.hooks.components])
 
     def add_step_result(self, step: StrategyStep, result: AnyStrategyStepResult) -> None:
         """Record a completed strategy step."""
@@ -240,7 +243,7 @@ class ResumeState:
         run = self.run
         check_model(run.model, read_json(self.run_dir.path / MODEL, "modules", "frozen_by_user"), state["model"])
         self._check_sizes(state["offsets"])
-        self.attributes = AttributeState(run.model.module)
+        self.attributes = self._watch_attributes()
         self.attributes.restore(state["attributes"])
         self.run_dir.truncate(state["offsets"])
         run.process_group.barrier()  # the other ranks read the files, which rank 0 truncates
