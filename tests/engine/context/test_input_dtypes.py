@@ -47,7 +47,7 @@ def test_inputs_reach_the_module_in_its_dtype(tune, dtype, as_tensor):
     x = torch.tensor(FEATURES).to(dtype) if as_tensor else FEATURES
     seen = set()
     module = net(dtype)
-    module.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype) if module.training else None)
+    module.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype) if len(args[0]) > 2 else None)
     result = tune(PHASE, data=(x, LABELS), model=module)
     assert {parameter.dtype for parameter in module.parameters()} == seen == {dtype}
     losses = [entry["train"]["loss"] for entry in result.strategy_steps[0][1].history]
@@ -64,7 +64,9 @@ def test_float64_module_gets_float64_features_in_full_precision(tune, as_dataset
     data = data_from_arrays(*([pairs_of(pairs)] if as_dataset else [features, LABELS]), standardize=standardize)
     seen = []
     module = net(torch.float64)
-    module.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()) if module.training else None)
+    module.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].clone()) if len(args[0]) > 2 and module.training else None
+    )
     result = tune([tf.Phase("all", epochs=1, lr=1e-12)], data=data, model=module)
     first = torch.cat(seen)[:, 0]
     assert len(first.unique()) == len(first)
@@ -97,13 +99,28 @@ def test_only_the_integers_that_are_no_indices_become_floats(tune):
     seen = set()
 
     def observe(module, args, kwargs):
-        if module.training:
-            seen.update((name, each.dtype) for name, each in kwargs.items())
+        seen.update((name, each.dtype) for name, each in kwargs.items() if len(each) > 2)  # not the inspections
 
     module = WithIds()
     module.register_forward_pre_hook(observe, with_kwargs=True)
     tune(PHASE, data=data, model=module)
     assert seen == {("ids", torch.int64), ("counts", torch.float32)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_head_of_a_module_of_another_dtype_is_found_by_its_dataflow(tune, dtype):
+    class LateBody(nn.Module):
+        """A network whose head is registered before its body."""
+
+        def __init__(self):
+            super().__init__()
+            self.output, self.body = nn.Linear(4, 3), nn.Linear(8, 4)
+
+        def forward(self, inputs):
+            return self.output(torch.relu(self.body(inputs)))
+
+    integers = (FEATURES > 1.5).astype("int64")
+    assert tune(PHASE, data=(integers, LABELS), model=LateBody().to(dtype)).model.head == "output"
 
 
 def test_module_that_converts_its_inputs_itself_gets_them_unchanged(tune):

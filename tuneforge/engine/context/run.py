@@ -213,7 +213,7 @@ class Run(TrainerState):
         else:
             model.module.to(self.device.torch)
         self._model = model
-        self._match_input_dtypes(model)
+        self.match_inputs(model)
         if self._prefers_channels_last(model):
             self._set_memory_format(channels_last=True)
             if self.config.memory_format == "auto" and not accepts_inputs(model, self.example):
@@ -234,8 +234,9 @@ class Run(TrainerState):
                 raise
             raise fsdp.incompatible_error(error) from error
 
-    def _match_input_dtypes(self, model: Model) -> None:
+    def match_inputs(self, model: Model) -> None:
         """Convert the inputs from now on if the model takes them only in other dtypes than the data has."""
+        before = self.forward_pass.input_dtypes
         self.forward_pass.input_dtypes, self._example = {}, None
         self.forward_pass.double_targets = self.float_dtype == torch.float64
         example = self.example
@@ -246,7 +247,8 @@ class Run(TrainerState):
         for dtypes in itertools.chain([first], candidates):
             self.forward_pass.input_dtypes = dtypes
             if accepts_inputs(model, self.forward_pass.convert(example)):
-                self.log(f"note: {describe_conversion(dtypes, example)}")
+                if dtypes != before:
+                    self.log(f"note: {describe_conversion(dtypes, example)}")
                 break
         else:  # the error will name another reason than the dtype of floats
             floats = {name for name, each in named_tensors(example).items() if each.is_floating_point()}

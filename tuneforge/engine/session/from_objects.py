@@ -42,7 +42,12 @@ class ModelFromObject:
     @hookimpl
     def model_adapt(self, run: Run) -> Model:
         """Return the model, with the layer that computes its output as the head if nobody named it."""
-        return infer_head(self._model, run.example) if self._model.head_inferred else self._model
+        if not self._model.head_inferred:
+            return self._model
+        if not run.sharded:
+            self._model.module.to(run.device.torch)
+            run.match_inputs(self._model)
+        return infer_head(self._model, run.example)
 
 
 class StrategyFromSteps:
