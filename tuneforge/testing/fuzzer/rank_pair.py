@@ -124,7 +124,8 @@ def _run_rank(
 
 def _pack(results: RunResults) -> RunResults:
     """Return results that go to another process by value."""
-    arrays: Any = {name: each.numpy() for name, each in results.tensors.items()}
+    exact = {name: each.float() if each.dtype == torch.bfloat16 else each for name, each in results.tensors.items()}
+    arrays: Any = {name: each.numpy() for name, each in exact.items()}
     return attrs.evolve(results, tensors=arrays)
 
 
