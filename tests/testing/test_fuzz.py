@@ -82,6 +82,16 @@ def test_a_stopped_fuzzer_continues_with_the_seeds_that_are_missing(tmp_path, mo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("block", ["batch-norm", "buffer-in-place", "tensor-attribute"])
+def test_two_ranks_continue_in_the_middle_of_an_epoch_with_the_statistics_of_each(block):
+    phase = Phase("a", epochs=2, lr=0.05)
+    settings = {"batch_size": 8, "checkpoint_steps": 1}
+    program = FuzzProgram(seed=2, blocks=(block,), num_train=40, strategy=(phase,), settings=settings, position=0.3)
+    outcome = check_program(program, ["two-ranks"])["two-ranks"]
+    assert (outcome.verdict, outcome.bitwise) == ("equal", True), outcome.reason
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_every_planted_defect_is_found_within_300_seeds(mutant):
     assert find_mutant(mutant, range(300)) is not None

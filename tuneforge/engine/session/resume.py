@@ -21,6 +21,7 @@ from tuneforge.engine.model.extra_state import get_extra_states, set_extra_state
 from tuneforge.engine.model.module_state import full_state, restore_state
 from tuneforge.engine.model.numerics import describe_change, describe_numerics
 from tuneforge.engine.model.plain_attributes import AttributeState
+from tuneforge.engine.session.rank_states import get_own_state, get_rank_states, restore_rank_buffers
 from tuneforge.engine.session.resume_check import check_model, check_plan, check_step
 from tuneforge.engine.storage import checkpoint, fault_injection
 from tuneforge.engine.storage.checkpoint import Checkpoints
@@ -244,12 +245,13 @@ class ResumeState:
         check_model(run.model, read_json(self.run_dir.path / MODEL, "modules", "frozen_by_user"), state["model"])
         self._check_sizes(state["offsets"])
         self.attributes = self._watch_attributes()
-        self.attributes.restore(state["attributes"])
+        self.attributes.restore(get_own_state(run, state["ranks"])["attributes"])
         self.run_dir.truncate(state["offsets"])
         run.process_group.barrier()  # the other ranks read the files, which rank 0 truncates
         if run.sharded:
             state = fsdp.scatter_state(state, run.model.parameters(), run.device.torch)
         restore_state(run.model.module, state["model"])
+        restore_rank_buffers(run, state["ranks"])
         set_extra_states(run.model.module, state["extra_states"])
         run.optimization.pending_state = state["optimizer"]
         self.components.current_optimizer = state["optimizer_part"]
@@ -288,7 +290,7 @@ class ResumeState:
         run, engine_state = self.run, self.run.engine_state
         return {
             "model": full_state(run.model.module),
-            "attributes": self.attributes.state(),
+            "ranks": get_rank_states(run, self.attributes.state(), progress),
             "extra_states": get_extra_states(run.model.module),
             "optimizer": run.optimization.state(run.model),
             "optimizer_part": self.components.current_optimizer,

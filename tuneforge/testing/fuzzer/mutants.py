@@ -62,14 +62,16 @@ def _change_check(change: Callable[[FreezeCheck], Any]) -> Mutant:
 
 
 def _drop_buffers(state: dict[str, Any]) -> None:
-    """Drop what is no parameter: buffers of the blocks and of norms."""
+    """Set what is no parameter, buffers of the blocks and of norms, to zero."""
     names = ("running_mean", "running_var", "num_batches_tracked", "mean", "variance", "center", "passes")
-    for name in [name for name in state["model"] if name.rpartition(".")[2] in names]:
-        del state["model"][name]
+    for name, tensor in state["model"].items():
+        if name.rpartition(".")[2] in names:
+            state["model"][name] = torch.zeros_like(tensor)
 
 
 def _drop_last_tensor(state: dict[str, Any]) -> None:
-    del state["model"][list(state["model"])[-1]]
+    name = list(state["model"])[-1]
+    state["model"][name] = torch.zeros_like(state["model"][name])
 
 
 def _compute_in_training_mode(compute: Any) -> Any:
