@@ -99,7 +99,7 @@ class InferenceModel:
         Raises:
             DataError: An input cannot be decoded.
         """
-        for raw in iterate_raw_inputs(raws):
+        for raw in iterate_raw_inputs(raws, tabular=self.inputs.tabular):
             stored = map_inputs(self.inputs.decode(raw), lambda tensor: tensor[None])
             yield {**self.targets.describe(self._forward(stored)[0]), **self.inputs.describe_input(raw)}
 

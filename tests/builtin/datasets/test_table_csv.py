@@ -256,6 +256,10 @@ class TestUnusualCells:
         assert note.startswith("column 'area': 4 value(s)")
         assert f"line 12: {float(value):.6g};" in note
 
+    def test_a_frequent_value_far_outside_the_rest_is_named(self, tmp_path):
+        data = self.changed(tmp_path, "area", dict.fromkeys(range(0, 100, 2), "99999"))
+        assert any("column 'area': 50 value(s)" in note and "line 2: 99999;" in note for note in data.notes)
+
     def test_a_value_may_be_declared_missing(self, tmp_path):
         cells = dict.fromkeys(range(10, 30), "-99999")
         data = self.changed(tmp_path, "area", cells, missing_values=("-99999",))

@@ -289,13 +289,18 @@ class Inputs(ABC):
         return ", ".join(f"{name} {tensor.tolist()}".strip() for name, tensor in named_tensors(sample).items())[:200]
 
 
-def iterate_raw_inputs(raw_inputs: Iterable[Any]) -> Iterator[Any]:
-    """Yield raw inputs one by one: the rows of a DataFrame of pandas or polars, the elements of any other iterable."""
-    if hasattr(raw_inputs, "to_dicts"):
-        return iter(raw_inputs.to_dicts())
-    if hasattr(raw_inputs, "to_dict") and hasattr(raw_inputs, "columns"):
-        return iter(raw_inputs.to_dict("records"))
-    return iter(raw_inputs)
+def iterate_raw_inputs(raw_inputs: Iterable[Any], *, tabular: bool) -> Iterator[Any]:
+    """Yield raw inputs one by one: the rows of a DataFrame of pandas or polars, the elements of any other iterable.
+
+    Args:
+        raw_inputs: The raw inputs.
+        tabular: Whether a row of a DataFrame is a mapping from column name to cell; else it is an array.
+    """
+    if not (hasattr(raw_inputs, "columns") and hasattr(raw_inputs, "to_numpy")):
+        return iter(raw_inputs)
+    if not tabular:
+        return iter(raw_inputs.to_numpy())
+    return iter(raw_inputs.to_dicts() if hasattr(raw_inputs, "to_dicts") else raw_inputs.to_dict("records"))  # type: ignore[attr-defined]  # of pandas
 
 
 class Targets(ABC):

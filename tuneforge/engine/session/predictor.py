@@ -66,7 +66,7 @@ class Predictor:
         Raises:
             DataError: An input cannot be decoded.
         """
-        remaining = iterate_raw_inputs(raw_inputs)
+        remaining = iterate_raw_inputs(raw_inputs, tabular=self.inputs.tabular)
         while chunk := list(islice(remaining, batch_size)):
             decoded = [self.inputs.decode(raw) for raw in chunk]
             for _, samples in groupby(decoded, lambda sample: [each.shape for each in named_tensors(sample).values()]):
@@ -106,7 +106,7 @@ class Predictor:
         Args:
             raw_inputs: Files, bytes, arrays or rows; the rows of a DataFrame.
         """
-        inputs, again = tee(iterate_raw_inputs(raw_inputs))
+        inputs, again = tee(iterate_raw_inputs(raw_inputs, tabular=self.inputs.tabular))
         for raw, output in zip(again, self.predict_outputs(inputs), strict=True):
             yield {**self.targets.describe(output), **self.inputs.describe_input(raw)}
 

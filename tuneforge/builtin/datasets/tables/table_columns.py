@@ -223,18 +223,30 @@ class ColumnReader:
     def _note_outliers(self, name: str, numbers: Numbers, train: Sequence[int]) -> None:
         """Note values so far outside the rest that standardization makes the rest equal, such as -99999."""
         trained = numbers[list(train)]
-        present = trained[~np.isnan(trained)]
-        low, quarter, median, three_quarters, high = np.quantile(present, (0.05, 0.25, 0.5, 0.75, 0.95))
-        spread = (three_quarters - quarter) / 1.349  # the standard deviation of a normal distribution
-        if not spread:
-            spread = present[(present >= low) & (present <= high)].std()
-        if not 0 < spread * _OUTLIER_RATIO < present.std():
+        limits = _find_limits(trained[~np.isnan(trained)])
+        if limits is None:
             return
-        distances = np.where(np.isnan(numbers), 0.0, np.abs(numbers - median))
-        rows = np.flatnonzero(distances > max(distances.max() / 2, 5 * spread)).tolist()
+        rows = np.flatnonzero((numbers < limits[0]) | (numbers > limits[1])).tolist()
         value = f"{numbers[rows[0]]:.6g}"
         self.notes.append(
             f"column '{name}': {len(rows)} value(s) are so far outside the rest that standardization makes the rest "
             f"nearly equal, the first in line {self.table.lines[rows[0]]}: {value}; if it stands for a missing value, "
             f"give --data.missing-values={value}"
         )
+
+
+def _find_limits(values: Numbers) -> tuple[float, float] | None:
+    """Return limits outside of which values flatten a column when it is standardized, or None if there are none."""
+    low, quarter, median, three_quarters, high = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
+    spread = (three_quarters - quarter) / 1.349  # the standard deviation of a normal distribution
+    if not spread:
+        spread = values[(values >= low) & (values <= high)].std()
+    if 0 < spread * _OUTLIER_RATIO < values.std():
+        distance = max(np.abs(values - median).max() / 2, _OUTLIER_RATIO * spread)
+        return median - distance, median + distance
+    for value in (values.min(), values.max()):  # one value that is too frequent for quartiles to tell
+        rest = values[values != value]
+        if len(rest) and 0 < rest.std() * 4 * _OUTLIER_RATIO < np.abs(rest.mean() - value):
+            middle = (value + (rest.min() if value < rest.min() else rest.max())) / 2
+            return (middle, np.inf) if value < rest.min() else (-np.inf, middle)
+    return None
