@@ -134,6 +134,11 @@ class Settings:
         help="Number of checkpoints to keep, besides the best one and those in which you create a file named 'pinned'.",
         check=ge(1),
     )
+    refit: bool = option(
+        default=False,
+        help="Train again from the initial weights on training and validation samples, by the choices that were made; "
+        "metrics are from before.",
+    )
     page: bool = option(default=True, help="Write report.html at the end of the run.")
     out: Path | None = option(default=None, help="Run directory; by default a new one under runs/.")
 

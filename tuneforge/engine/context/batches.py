@@ -90,6 +90,7 @@ def current_feature_cache(run: Run) -> FeatureCacheProtocol | None:
     if feature_cache is not None and (change := feature_cache.find_change(evaluating=run.eval_split is not None)):
         run.log(f"  feature cache: off from optimizer step {run.step + 1} on, because {change}")
         run.forward_pass.feature_cache = run.forward_pass.compiled_module = None
+        run.engine_state.is_cached = False
     return run.forward_pass.feature_cache
 
 

@@ -54,8 +54,10 @@ class EngineState:
         save: Called with the phase's progress after each step; saves a checkpoint when one is due.
         component_states: State of each component, by its position and name; saved with checkpoints.
         nonfinite_at_start: Names of the tensors that were NaN or Inf when the run began.
+        is_refit: True while the steps are repeated on training and validation samples.
         strategy_decides: True while code of the strategy runs, from which the test splits are hidden.
         freeze_check: Verifies which tensors the current phase changes; None between phases.
+        is_cached: Whether the phase trains on cached features; None until that is decided.
         next_phases: The phases that are known to follow the current strategy step.
         later_features: Features for later phases, by cache key, extracted during the pass of an earlier phase.
         workers: Processes that decode samples; None until the first batch needs them.
@@ -68,8 +70,10 @@ class EngineState:
     save: Callable[[Any], None] = lambda progress: None
     component_states: dict[str, dict[str, Any]] = attrs.field(factory=dict)
     nonfinite_at_start: frozenset[str] = frozenset()
+    is_refit: bool = False
     strategy_decides: bool = False
     freeze_check: FreezeCheck | None = None
+    is_cached: bool | None = None
     next_phases: tuple[Phase, ...] = ()
     later_features: dict[str, tuple[Tensor, ...]] = attrs.field(factory=dict)
     workers: Workers | None = None

@@ -69,6 +69,8 @@ class SeededFetcher:
 
 def is_random(source: Any) -> bool:
     """Return True if a source may return another sample at each fetch: it has no fingerprint."""
+    if hasattr(source, "draws_random"):
+        return bool(source.draws_random)
     underlying = getattr(source, "underlying", None)
     return is_random(underlying) if underlying is not None else not hasattr(source, "fingerprint")
 

@@ -7,9 +7,11 @@ live nodes take from the others.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -211,11 +213,23 @@ def trace_with_export(module: nn.Module, example: Any) -> fx.GraphModule:
     given = dict(example) if isinstance(example, Mapping) else {}
     inputs = () if given else (example,)
     shapes: Any = dict.fromkeys(given, free) if given else (free,)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _silence():
         root = torch.export.export(module, inputs, given, dynamic_shapes=shapes, strict=False).module()
     assert isinstance(root, fx.GraphModule)
     return root
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Ignore what `torch.export` prints about a model that it cannot trace."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _trace(module: nn.Module, example: Any, tracer: Callable[[nn.Module, Any], fx.GraphModule]) -> fx.GraphModule:

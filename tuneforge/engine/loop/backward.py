@@ -16,11 +16,12 @@ from tuneforge.engine.context.distributed import ProcessGroup
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Batch
 from tuneforge.engine.data.loader import batch_sizes
+from tuneforge.engine.loop.loss import compute_loss
+from tuneforge.engine.loop.micro_batch_check import check_micro_batches
 from tuneforge.engine.loop.nonfinite import NonFiniteError, NonFinitePolicy, find_nonfinite_gradient
 from tuneforge.engine.loop.oom import CatchOutOfMemory, halve
-from tuneforge.engine.model.fsdp import check_loss
 from tuneforge.engine.model.modes import set_modes
-from tuneforge.errors import HaltError, PluginError
+from tuneforge.errors import HaltError
 
 
 @attrs.define(eq=False)
@@ -36,6 +37,7 @@ class BackwardPass:
         nonfinite: What happens if a loss or a gradient is non-finite.
         sparse_parameters: Those of trained embeddings with sparse gradients, which few optimizers take: their gradients
             are made dense.
+        loss_weights: Factor of each training sample's loss (n,), or None.
     """
 
     modes: list[tuple[nn.Module, bool]]
@@ -44,6 +46,7 @@ class BackwardPass:
     updating_modules: list[nn.Module]
     nonfinite: NonFinitePolicy
     sparse_parameters: list[Tensor] = attrs.field(factory=list)
+    loss_weights: Tensor | None = None
 
     @classmethod
     def from_run(cls, run: Run, modes: list[tuple[nn.Module, bool]], state: dict[str, Any] | None) -> BackwardPass:
@@ -168,33 +171,15 @@ class BackwardPass:
                 why=why,
                 fix="use a smaller model or smaller inputs, or --precision bf16",
             )
+        if state.micro_batch_size is None:
+            where = f"optimizer step {run.step + 1}, which ran out of memory ({why})"
+            check_micro_batches(run, self.modes, self.loss_weights, where)
         size = state.micro_batch_size = halve(run, size, minimum=minimum)
         run.log(f"  out of memory at optimizer step {run.step + 1}: micro-batch size reduced to {size}")
         if self.batchnorm_statistics:
             run.log(
                 "  note: BatchNorm now normalizes with micro-batches, so results differ from those of whole batches"
             )
-
-
-def compute_loss(run: Run, batch: Batch) -> tuple[Tensor, Any]:
-    """Return the scalar loss and the outputs that `train_step` and its wrappers compute for a batch.
-
-    Raises:
-        PluginError: They return something else.
-    """
-    result = run.hooks.call.train_step(run=run, batch=batch)
-    if (
-        isinstance(result, (tuple, list))
-        and len(result) == 2
-        and isinstance(result[0], Tensor)
-        and result[0].numel() == 1
-    ):
-        return check_loss(result[0] if result[0].ndim == 0 else result[0].reshape(())), result[1]
-    raise PluginError(
-        f"{run.hooks.get_provider('train_step').label} returned {type(result).__name__} from train_step",
-        why="it must return a scalar loss and the outputs: return loss, outputs",
-        fix="look at the loss and at the components that wrap train_step",
-    )
 
 
 def _local_micro_batches(run: Run, batch: Batch, size: int) -> list[tuple[Batch, int]]:

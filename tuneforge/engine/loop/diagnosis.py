@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tuneforge.engine.context.batches import micro_batches
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Batch
-from tuneforge.engine.loop.backward import compute_loss
+from tuneforge.engine.loop.loss import compute_loss
 from tuneforge.engine.loop.oom import CatchOutOfMemory, halve
 from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.sample_weights import epoch_sampler

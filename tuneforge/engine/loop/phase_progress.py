@@ -48,6 +48,7 @@ class MetricTracker:
         best_extra_states: The extra state of modules after the best epoch, in the same case.
         metrics: All metrics of the latest epoch.
         history: One entry per epoch: training loss and validation metrics.
+        max_epochs: Epochs after which the phase ends; None for as many as it asks for.
     """
 
     phase: Phase
@@ -61,6 +62,7 @@ class MetricTracker:
     best_extra_states: dict[str, Any] = attrs.field(factory=dict)
     metrics: Mapping[str, Any] = attrs.field(factory=dict)
     history: list[dict[str, Any]] = attrs.field(factory=list)
+    max_epochs: int | None = None
 
     def state(self) -> dict[str, Any]:
         """Return the state as tensors and plain data."""
@@ -114,6 +116,8 @@ class MetricTracker:
             )
 
     def _find_stop_reason(self, *, is_complete: bool) -> str:
+        if len(self.history) == self.max_epochs:
+            return f"{format_count(self.max_epochs, 'epoch')} completed, as many as before the refit"
         since = len(self.history) - self.best_epoch
         if self.phase.patience is not None and since >= self.phase.patience:
             return (
@@ -181,6 +185,7 @@ class PhaseProgress:
             "nonfinite": self.backward_pass.nonfinite.state(),
             "metrics": self.tracker.state(),
             "freeze_check": freeze_check.state(),
+            "cached": run.engine_state.is_cached,
         }
 
     @classmethod
@@ -189,7 +194,7 @@ class PhaseProgress:
     ) -> PhaseProgress:
         """Return the progress that `state` described, and set the run's counters of the phase."""
         tracker.load_state(state["metrics"])
-        run.steps_done = state["steps_done"]
+        run.steps_done, run.engine_state.is_cached = state["steps_done"], state["cached"]
         run.progress = run.steps_done / run.total_steps
         if not run.process_group.is_main:  # the saved sum is that of all ranks, so only rank 0 continues with it
             return cls(tracker, backward_pass, torch.zeros_like(state["loss"]), 0, state["batch"])

@@ -12,11 +12,13 @@ from typing import Any
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.loader import batch_sizes
 from tuneforge.engine.feature_cache.build import CachePlan, try_build_feature_cache
-from tuneforge.engine.loop.backward import BackwardPass, compute_loss
+from tuneforge.engine.loop.backward import BackwardPass
 from tuneforge.engine.loop.batch_of_one import check_batch_of_one
 from tuneforge.engine.loop.compile import compile_forward
 from tuneforge.engine.loop.evaluation import evaluate
+from tuneforge.engine.loop.loss import compute_loss
 from tuneforge.engine.loop.metric_set import resolve_monitor, scalar_metrics
+from tuneforge.engine.loop.micro_batch_check import check_micro_batches
 from tuneforge.engine.loop.nonfinite import check_finite_weights
 from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.loop.phase_progress import MetricTracker, PhaseProgress
@@ -26,6 +28,7 @@ from tuneforge.engine.model.dataflow import find_function_mode
 from tuneforge.engine.model.extra_state import set_extra_states
 from tuneforge.engine.model.freeze_check import FreezeCheck
 from tuneforge.engine.model.freezing import compute_modes, freeze, select
+from tuneforge.engine.model.modes import Modes
 from tuneforge.engine.model.module_state import full_state, restore_state
 from tuneforge.engine.storage import fault_injection
 from tuneforge.plugin.results import StrategyStepResult
@@ -33,7 +36,12 @@ from tuneforge.plugin.steps import Phase
 
 
 def train_phase(
-    run: Run, phase: Phase, components: PhaseComponents, phase_state: dict[str, Any] | None = None
+    run: Run,
+    phase: Phase,
+    components: PhaseComponents,
+    phase_state: dict[str, Any] | None = None,
+    *,
+    max_epochs: int | None = None,
 ) -> StrategyStepResult:
     """Execute a `Phase` step, from its beginning or from a checkpoint.
 
@@ -42,6 +50,7 @@ def train_phase(
         phase: The phase to train.
         components: Builds the optimizer and the schedule.
         phase_state: The state that `PhaseProgress.state` returned, if the phase is resumed.
+        max_epochs: Epochs after which the phase ends, whatever it asks for; learning rates are as without it.
 
     Raises:
         SelectorError: The phase names parameters that do not exist.
@@ -64,10 +73,11 @@ def train_phase(
             "  note: freezing preserves random weights, because the model is not pretrained; consider --strategy full"
         )
     tracker = MetricTracker(phase, *resolve_monitor(run.data.targets, phase.monitor, phase.monitor_mode))
+    tracker.max_epochs = max_epochs
     run.phase, run.steps_done, run.progress = phase, 0, 0.0
     run.total_steps = phase.steps or _steps_per_epoch(run) * (phase.epochs or 0)
     if phase_state is None:
-        state.freeze_check = FreezeCheck.begin(run.model, trainable, modes)
+        state.freeze_check, state.is_cached = FreezeCheck.begin(run.model, trainable, modes), None
         progress = PhaseProgress(tracker, backward_pass, run.device.loss_accumulator())
         run.hooks.call.phase_started(run=run)
     else:
@@ -75,17 +85,14 @@ def train_phase(
         progress = PhaseProgress.from_state(phase_state, tracker, backward_pass, run)
         _log_resume_point(run, sampling, progress, schedule)
     freeze_check = state.freeze_check
+    backward_pass.loss_weights = sampling.loss_weights
+    if state.micro_batch_size is not None and state.micro_batch_size < run.config.batch_size:
+        check_micro_batches(run, modes, sampling.loss_weights, f"--micro-batch {state.micro_batch_size}")
     if has_frozen:
         run.forward_pass.function_mode = find_function_mode(
             run.model.module, run.example, modes, norms=phase.batchnorm_stats == "frozen"
         )
-        plan = CachePlan(
-            _num_epochs(run, phase),
-            functools.partial(compute_loss, run),
-            sampling.loss_weights,
-            functools.partial(state.save, progress),
-        )
-        run.forward_pass.feature_cache = try_build_feature_cache(run, modes, plan)
+        _build_feature_cache(run, phase, modes, sampling, progress)
     if run.config.compile and not tracker.stop_reason:
         if run.process_group.world_size == 1 and state.micro_batch_size is None:
             run.forward_pass.compiled_module = compile_forward(run, modes)
@@ -106,6 +113,24 @@ def train_phase(
         fault_injection.point("epoch")
 
     return _finish_phase(run, phase, trainable, tracker, backward_pass)
+
+
+def _build_feature_cache(
+    run: Run, phase: Phase, modes: Modes, sampling: SamplingWeights, progress: PhaseProgress
+) -> None:
+    """Build the feature cache of a phase; a resumed phase continues without one if it was training without."""
+    state = run.engine_state
+    if state.is_cached is False:
+        run.log("  feature cache: off, as before the interruption")
+        return
+    plan = CachePlan(
+        _num_epochs(run, phase),
+        functools.partial(compute_loss, run),
+        sampling.loss_weights,
+        functools.partial(state.save, progress),
+    )
+    run.forward_pass.feature_cache = try_build_feature_cache(run, modes, plan)
+    state.is_cached = run.forward_pass.feature_cache is not None
 
 
 def _finish_phase(

@@ -17,7 +17,7 @@ from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.copied_rows import describe_copies
 from tuneforge.engine.loop.phase_components import PhaseComponents, create_component
 from tuneforge.engine.loop.sample_weights import num_draws
-from tuneforge.engine.loop.weight_average import check_unchanged
+from tuneforge.engine.loop.weight_average import check_unchanged, take_snapshot
 from tuneforge.engine.model import device, fsdp
 from tuneforge.engine.model.model import Model
 from tuneforge.engine.model.modes import ModuleFlags, get_modes, set_modes
@@ -35,6 +35,7 @@ from tuneforge.engine.session.components import (
 from tuneforge.engine.session.dry_run import DryRun, collect_known_steps
 from tuneforge.engine.session.exclusive import exclusive_process_state
 from tuneforge.engine.session.portability import Portability
+from tuneforge.engine.session.refit import check_refit, refit
 from tuneforge.engine.session.resume import ResumeState, find_checkpoint
 from tuneforge.engine.session.resume_check import check_config, check_data
 from tuneforge.engine.session.run_log import (
@@ -246,6 +247,8 @@ class Engine:
         _prepare_data(run)
         messages.log_lines(run, messages.format_data(self.config.data.name, run.data))
         messages.log_lines(run, messages.format_batches(num_draws(run), self.config.batch_size))
+        if self.config.refit:
+            check_refit(run)
         resume_state = ResumeState(
             run,
             run_dir,
@@ -283,9 +286,12 @@ class Engine:
 
         if not resume_state.completed_steps:
             run.log("note: the strategy yielded no step, so nothing was trained")
-        last_weights = resume_state.last_snapshot, resume_state.changed_tensors
-        check_weights = functools.partial(check_unchanged, run, *last_weights)
-        report = write_results(run, run_dir, stop_reason, check_weights)
+
+        def check_weights(where: str) -> None:
+            check_unchanged(run, resume_state.last_snapshot, resume_state.changed_tensors, where)
+
+        refit_steps = functools.partial(_refit, run, resume_state) if self.config.refit else None
+        report = write_results(run, run_dir, stop_reason, check_weights, refit_steps)
         portability.write(run_dir)
         run_dir.write_status("done", elapsed_s=self._budget.elapsed_s())
         if run_dir.writable:
@@ -418,6 +424,22 @@ def _add_settings(table: dict[str, Any], member: RegisteredComponent) -> None:
             )
     for key, value in getattr(member.component, "run_defaults", {}).items():
         table.setdefault(key, value)
+
+
+def _refit(run: Run, resume_state: ResumeState) -> dict[str, Any]:
+    """Refit the model; a request to stop ends it, and a resumed run starts it again."""
+    state = run.engine_state
+
+    def stop_if_requested(_: Any) -> None:
+        stop_error = resume_state.stop_request()
+        if run.process_group.all_reduce_any(stop_error is not None)[0]:
+            raise stop_error or StoppedError("stopped on another rank", exit_code=143)
+
+    state.is_refit, state.save = True, stop_if_requested
+    record = refit(run, resume_state.completed_steps, resume_state.snapshots["start"], resume_state.components)
+    state.is_refit = False
+    resume_state.last_snapshot = take_snapshot(run, resume_state.last_snapshot)
+    return record
 
 
 def _prepare_data(run: Run) -> None:

@@ -50,6 +50,9 @@ class RunLogger:
     def epoch_ended(self, run: Run) -> None:
         """Log the metrics of the epoch and append them to the run directory."""
         entry = dict(run.history[-1])
+        if run.engine_state.is_refit:
+            run.log(f"  epoch {entry['epoch']}  {entry['seconds']:.1f} s  train loss {entry['train']['loss']:.4f}")
+            return
         run.log(messages.format_epoch(entry, planned_epochs(run), run.data.targets.primary_metrics))
         seconds = entry.pop("seconds")
         self._run_dir.append(METRICS, to_json(entry))
@@ -123,10 +126,17 @@ def describe_data(data: Data) -> dict[str, Any]:
     }
 
 
-def write_results(run: Run, run_dir: RunDir, stop_reason: str, check_weights: Callable[[str], None]) -> dict[str, Any]:
+def write_results(
+    run: Run,
+    run_dir: RunDir,
+    stop_reason: str,
+    check_weights: Callable[[str], None],
+    refit: Callable[[], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Evaluate every split but the training split; write the weights, `report.json` and the hardest samples.
 
     `check_weights` is called after the evaluations with a phrase that says so, and raises if a weight has changed.
+    `refit` is called after that; it replaces the weights, and returns what the report says about it.
     """
     hardest = HardestSamples(NUM_HARDEST_SAMPLES)
     splits = {
@@ -135,6 +145,7 @@ def write_results(run: Run, run_dir: RunDir, stop_reason: str, check_weights: Ca
     }
     splits |= {name: evaluate(run, split, name) for name, split in run.data.extra_test_splits.items()}
     check_weights("the final evaluation")
+    refit_record = {"refit": refit()} if refit is not None else {}
     weights = fsdp.gather_state(get_state_dict(run.model.module), keep=run_dir.writable)
     if run_dir.writable:
         write_weights(run_dir.path / WEIGHTS, weights, run.model.module, labels=run.model.labels)
@@ -145,11 +156,14 @@ def write_results(run: Run, run_dir: RunDir, stop_reason: str, check_weights: Ca
         "primary_metrics": list(run.data.targets.primary_metrics),
         "num_samples": {name: len(split) for name, split in run.data.splits().items()},
         "splits": splits,
+        **refit_record,
     }
     if (exhausted_at := run.engine_state.budget.exhausted_at) is not None:
         report["stopped_by_budget"] = exhausted_at[0]
     run_dir.write(REPORT, report)
     run_dir.write(HARDEST_SAMPLES, describe_hardest_samples(run, run.data.test, hardest))
+    if refit is not None:
+        run.log("note: these metrics are from before the refit, whose weights have seen the validation samples")
     messages.log_lines(run, messages.format_metrics(splits, run.data.targets.primary_metrics))
     return report
 
