@@ -14,6 +14,7 @@ from tuneforge_transformers.networks import build_text_network, find_head_path, 
 from tuneforge_transformers.pretrained import read_config_text
 
 import tuneforge as tf
+from tuneforge.engine.feature_cache import build as feature_cache_build
 from tuneforge.testing import small_options
 
 
@@ -51,7 +52,9 @@ def test_image_model_has_the_same_groups(tune, folder):
 
 
 @pytest.mark.parametrize("kind", [*TEXT_MODELS, "vit"])
-def test_frozen_backbone_has_a_feature_cache(tune, folder, kind):
+def test_frozen_backbone_has_a_feature_cache(tune, folder, kind, monkeypatch):
+    free = dict.fromkeys(feature_cache_build.MACS_PER_TRACED_MODULE, 0.0)  # models this small are not worth a trace
+    monkeypatch.setattr(feature_cache_build, "MACS_PER_TRACED_MODULE", free)
     lines: list[str] = []
     given = {"data": make_images(48)} if kind == "vit" else {}
     tune(folder(kind), cache="memory", strategy=tf.use("head-only", epochs=2), lines=lines, **given)
