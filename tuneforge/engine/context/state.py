@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tuneforge.engine.context.budget import Budget
 from tuneforge.engine.data.workers import Workers
+from tuneforge.engine.model.forward_writes import ForwardWrites
 from tuneforge.engine.model.freeze_check import FreezeCheck
 from tuneforge.plugin.config import RunConfig
 from tuneforge.plugin.steps import Phase
@@ -53,6 +54,7 @@ class EngineState:
         budget: What the run may spend.
         save: Called with the phase's progress after each step; saves a checkpoint when one is due.
         component_states: State of each component, by its position and name; saved with checkpoints.
+        forward_writes: The tensors that the model's forward pass writes to.
         nonfinite_at_start: Names of the tensors that were NaN or Inf when the run began.
         is_refit: True while the steps are repeated on training and validation samples.
         strategy_decides: True while code of the strategy runs, from which the test splits are hidden.
@@ -69,6 +71,7 @@ class EngineState:
     budget: Budget = attrs.field(factory=Budget)
     save: Callable[[Any], None] = lambda progress: None
     component_states: dict[str, dict[str, Any]] = attrs.field(factory=dict)
+    forward_writes: ForwardWrites = ForwardWrites()
     nonfinite_at_start: frozenset[str] = frozenset()
     is_refit: bool = False
     strategy_decides: bool = False

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.feature_cache.build import CachePlan, try_build_feature_cache
 from tuneforge.engine.loop.evaluation import compute_head_features, evaluate
-from tuneforge.engine.model.freeze_check import FreezeCheck
+from tuneforge.engine.loop.freeze_start import begin_freeze_check
 from tuneforge.engine.model.freezing import freeze, select
 from tuneforge.engine.model.fsdp import full_tensor, shard_like
 from tuneforge.errors import DataError
@@ -38,7 +38,7 @@ def fit_head(run: Run, step: HeadFit) -> StrategyStepResult:
     trainable = select(run.model, ["head"])
     freeze(run.model, trainable)
     modes = [(module, False) for module in run.model.module.modules()]
-    freeze_check = FreezeCheck.begin(run.model, trainable, modes)
+    freeze_check = begin_freeze_check(run, trainable, modes)
     feature_cache = try_build_feature_cache(run, modes, CachePlan(epochs=1))
     # The tail may be an exported graph of operations, without a head module whose inputs could be captured.
     if feature_cache is not None and any(each is run.model.head_module() for each in feature_cache.eval_tail.modules()):

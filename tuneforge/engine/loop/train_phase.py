@@ -16,6 +16,7 @@ from tuneforge.engine.loop.backward import BackwardPass
 from tuneforge.engine.loop.batch_of_one import check_batch_of_one
 from tuneforge.engine.loop.compile import compile_forward
 from tuneforge.engine.loop.evaluation import evaluate
+from tuneforge.engine.loop.freeze_start import begin_freeze_check
 from tuneforge.engine.loop.loss import compute_loss
 from tuneforge.engine.loop.metric_set import resolve_monitor, scalar_metrics
 from tuneforge.engine.loop.micro_batch_check import check_micro_batches
@@ -77,7 +78,7 @@ def train_phase(
     run.phase, run.steps_done, run.progress = phase, 0, 0.0
     run.total_steps = phase.steps or _steps_per_epoch(run) * (phase.epochs or 0)
     if phase_state is None:
-        state.freeze_check, state.is_cached = FreezeCheck.begin(run.model, trainable, modes), None
+        state.freeze_check, state.is_cached = begin_freeze_check(run, trainable, modes), None
         progress = PhaseProgress(tracker, backward_pass, run.device.loss_accumulator())
         run.hooks.call.phase_started(run=run)
     else:

@@ -68,7 +68,7 @@ def check_unchanged(run: Run, last: Snapshot, changed: Collection[str], where: s
     """Check that the weights are those of the last snapshot.
 
     Parameters that were replaced under another name (merged adapters) and converted ones are left out, and so are
-    buffers that the last strategy step changed, because the model may update them in each forward pass.
+    tensors that the model's forward pass writes to and buffers that the last strategy step changed.
 
     Raises:
         HaltError: A tensor differs.
@@ -78,6 +78,7 @@ def check_unchanged(run: Run, last: Snapshot, changed: Collection[str], where: s
         name
         for name, tensor in full_state(run.model.module).items()
         if name in last
+        and name not in run.engine_state.forward_writes.names
         and (tensor.dtype, tensor.shape) == (last[name].dtype, last[name].shape)
         and (name in parameters or name not in changed)
         and not bitwise_equal(tensor.to(last[name].device), last[name])

@@ -19,6 +19,7 @@ from tuneforge.engine.loop.phase_components import PhaseComponents, create_compo
 from tuneforge.engine.loop.sample_weights import num_draws
 from tuneforge.engine.loop.weight_average import check_unchanged, take_snapshot
 from tuneforge.engine.model import device, fsdp
+from tuneforge.engine.model.forward_writes import ForwardWrites
 from tuneforge.engine.model.model import Model
 from tuneforge.engine.model.modes import ModuleFlags, get_modes, set_modes
 from tuneforge.engine.model.module_check import check_trainable
@@ -266,6 +267,8 @@ class Engine:
         # A model that is built for a checkpoint loads no weights, so only model.json knows whether it was pretrained.
         self._prepare_model(run, pretrained=None if state is None else read_json(run_dir.path / MODEL)["pretrained"])
         run.restoring = False
+        if not run.sharded:
+            run.engine_state.forward_writes = ForwardWrites.find(run.model.module, run.example)
         messages.log_lines(run, messages.format_model(self.config.model.name, run.model))
         portability = Portability.of_run(run, self._members)
         messages.log_lines(run, portability.format_notes())
