@@ -63,4 +63,18 @@ def import_(
         click.echo(f"  {name} shares its storage with {kept}, which is written once")
     if converted.skipped_names:
         click.echo(f"  skipped, because they are not tensors: {', '.join(converted.skipped_names[:10])}")
-    click.echo(f"next: tuneforge run --model torchvision --model.weights {shlex.quote(str(converted.path))} ...")
+    click.echo(f"next: {_suggest_use(converted.path)}")
+
+
+def _suggest_use(path: Path) -> str:
+    """Return what to do with a file of weights, from the names of its tensors."""
+    from tuneforge.builtin.models.torchvision_models import find_arch
+    from tuneforge.engine.storage.safetensors_io import load_tensors
+
+    arch = find_arch(load_tensors(path)[0])
+    if arch is None:
+        return (
+            "load it into a network of your own, for example in a function that --model module:function names; "
+            "only the file of a network of torchvision fits --model torchvision"
+        )
+    return f"tuneforge run --model torchvision --model.arch {arch} --model.weights {shlex.quote(str(path))} ..."

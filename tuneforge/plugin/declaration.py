@@ -166,7 +166,9 @@ def build_component(cls: type, values: Mapping[str, Any], *, where: str) -> Any:
         parsed[found.name] = parse_option(found, value, where=_option_path(where, found.key))
     for missing in (each for each in known.values() if each.required and each.name not in parsed):
         spot = _option_path(where, missing.key)
-        raise OptionError(f"{spot} is required", why=missing.help, fix=f"give {spot} VALUE")
+        raise OptionError(
+            f"{spot} is required", why=missing.help, fix=f"give {spot}" + ("" if spot.endswith(")") else " VALUE")
+        )
     return cls(**parsed)
 
 
@@ -245,6 +247,9 @@ def describe_type(annotation: Any) -> str:
 
 
 def _option_path(where: str, key: str) -> str:
+    """Return how a user gives an option: `--data.path`, or `use("image-folder", path=...)` in Python."""
+    if where.startswith("use("):
+        return f"{where[:-1]}, {key.replace('-', '_')}=...)"
     return where + key if where.endswith("-") else f"{where}.{key}"
 
 

@@ -65,6 +65,19 @@ def summarize(members, *pairs):
     return [(issue.path, issue.kind, issue.related, issue.score) for issue in find_duplicate_issues(members, pairs)]
 
 
+def test_issue_of_an_excluded_file_names_one_that_stays():
+    members = make_members("/photo", "/crop", "/crop-jpeg", "/crop-of-crop")
+    pairs = [(0, 1, 0.96), (0, 2, 0.95), (1, 2, 0.99), (2, 3, 0.97)]
+    issues = list(find_duplicate_issues(without_splits(members), [DuplicatePair(*pair) for pair in pairs]))
+    assert [issue.action for issue in issues] == ["exclude"] * 3
+    assert [issue.related for issue in issues] == [("/photo",), ("/photo",), ("/crop-jpeg", "/photo")]
+    assert issues[2].why == "it nearly equals '/crop-jpeg', which is connected by near-duplicates to '/photo'"
+
+
+def without_splits(members):
+    return {index: DataFile(file.id, "", file.label) for index, file in members.items()}
+
+
 def test_issue_of_each_chain_member_names_the_most_similar_file_and_its_score():
     members = make_members("train/a", "train/b", "train/c")
     assert summarize(members, DuplicatePair(0, 1, 0.96), DuplicatePair(1, 2, 0.99)) == [

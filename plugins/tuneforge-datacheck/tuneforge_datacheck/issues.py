@@ -71,8 +71,9 @@ def make_file_issue(
 def find_duplicate_issues(members: Mapping[int, DataFile], pairs: Sequence[DuplicatePair]) -> Iterator[Issue]:
     """Yield the issues of one group of files that show the same image.
 
-    Files in the test split are kept, then those in the validation split. Pairs join in chains whose ends can be less
-    similar, so each issue names the most similar file: one in a split that is kept, if the file pairs with any.
+    Files in the test split are kept, then those in the validation split. Each issue names the most similar file of
+    those that stay. Pairs join in chains whose ends can be less similar; a file that pairs with none of these names
+    its neighbor in the chain too.
 
     Args:
         members: Two or more files by index.
@@ -83,24 +84,32 @@ def find_duplicate_issues(members: Mapping[int, DataFile], pairs: Sequence[Dupli
         yield from _find_conflicting_labels(ordered, members, pairs)
         return
     first = members[ordered[0]]
+    staying = {ordered[0]}
     for index in ordered[1:]:
         file = members[index]
-        kept = {each for each, other in members.items() if SPLIT_PRIORITY[other.split] < SPLIT_PRIORITY[file.split]}
-        nearest, pair = _most_similar(index, pairs, kept)
+        kept = {each for each in staying if SPLIT_PRIORITY[members[each].split] < SPLIT_PRIORITY[file.split]}
+        nearest, pair = _most_similar(index, pairs, kept or (() if file.split else staying))
+        if pair.exact and not kept:
+            nearest, pair = _most_similar(index, [each for each in pairs if each.exact], staying)
         other = members[nearest]
-        relation = f"it is an exact duplicate of '{other.id}'" if pair.exact else f"it nearly equals '{other.id}'"
-        score = None if pair.exact else pair.correlation
-        if nearest in kept:
-            why = f"{relation}, which is in {other.split}"
-            yield make_file_issue(file, "leak", why, "exclude", related=(other.id,), score=score)
-        elif kept:
-            why = f"{relation}, which is connected by near-duplicates to '{first.id}' in {first.split}"
-            yield make_file_issue(file, "leak", why, "exclude", related=(other.id, first.id), score=score)
+        why = f"it is an exact duplicate of '{other.id}'" if pair.exact else f"it nearly equals '{other.id}'"
+        related: tuple[str, ...] = (other.id,)
+        action: Action = "exclude"
+        if kept:
+            kind: Kind = "leak"
         elif pair.exact:
-            yield make_file_issue(file, "exact duplicate", relation, "exclude", related=(other.id,))
+            kind = "exact duplicate"
         else:
-            action: Action = "exclude" if not file.split else "none"  # a later split could separate the two
-            yield make_file_issue(file, "near-duplicate", relation, action, related=(other.id,), score=score)
+            kind = "near-duplicate"
+            action = "exclude" if not file.split else "none"  # a later split could separate the two
+        if action == "none":
+            staying.add(index)
+        elif nearest not in (kept or staying):
+            where = f" in {first.split}" if kept else ""
+            why, related = f"{why}, which is connected by near-duplicates to '{first.id}'{where}", (other.id, first.id)
+        elif kept:
+            why = f"{why}, which is in {other.split}"
+        yield make_file_issue(file, kind, why, action, related=related, score=None if pair.exact else pair.correlation)
 
 
 def _find_conflicting_labels(

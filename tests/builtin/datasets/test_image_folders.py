@@ -126,3 +126,17 @@ def test_the_limit_is_on_the_size_at_which_a_jpeg_is_decoded(monkeypatch: pytest
     with pytest.raises(DataError, match="too large"):
         ImageInputs(ops=("resize 16x16",), max_pixels=20_000, jpeg_margin=0).decode(files["JPEG"])
     assert ImageInputs(ops=("resize 16x16",), max_pixels=240_000).decode(files["PNG"]).shape == (3, 16, 16)
+
+
+def test_a_directory_stands_for_its_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+    expected = [tmp_path / name for name in ("a.png", "b/1.png", "b/2.png")]
+    write(*reversed(expected))
+    for folder in (tmp_path, str(tmp_path)):
+        assert list(ImageInputs().expand_directories([folder, b"content"])) == [*expected, b"content"]
+
+
+def test_no_note_speaks_of_entries_that_are_not_there(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        pets(tmp_path / part)
+    (tmp_path / "train" / "cat" / ".hidden").write_bytes(b"")
+    assert find_images_in_folder(tmp_path, where="--data.path").notes == ("skipped because hidden: 1 entry",)

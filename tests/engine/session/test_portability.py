@@ -150,7 +150,7 @@ def test_arguments_of_a_function_that_builds_a_model_are_options(tmp_path, capsy
     first, same, other = (module.first[0].weight for module in modules)
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
-    with pytest.raises(tf.TuneforgeError, match="has no option 'sed'"):
+    with pytest.raises(tf.TuneforgeError, match=r"has no option 'sed'; at use\(\"tiny:tiny_net\", sed=...\)"):
         tf.Engine(data=tiny_data(), model=tf.use("tiny:tiny_net", sed=1), strategy=[])
     assert main(["run", "--model", "tiny:tiny_net", "--help"]) == 0
     assert "--model.seed INTEGER" in capsys.readouterr().out

@@ -79,6 +79,7 @@ poolings; `name=path,path` merges several into one; `head=` adds paths to the gr
 """
 
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".pth.tar")
+_MIN_TENSORS = 16  # those of the smallest network, alexnet
 _AUXILIARY_PREFIXES = ("aux1.", "aux2.", "AuxLogits.")
 _OLD_DENSENET_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
 
@@ -135,6 +136,25 @@ class TorchvisionModel:
             )
         tensors, metadata = load_tensors(path)
         return tensors, tuple(metadata.get("labels", ()))
+
+
+def find_arch(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the network of torchvision whose tensors these are by name and shape, except for the head; else None."""
+    if len(tensors) < _MIN_TENSORS:
+        return None
+    shapes = {_rename_densenet_key(name): tensor.shape for name, tensor in tensors.items()}
+    for arch in models.list_models(module=models):
+        try:
+            with torch.device("meta"):
+                arguments = {"init_weights": False} if arch in ("googlenet", "inception_v3") else {}
+                module = models.get_model(arch, **arguments)
+        except NotImplementedError:  # regnet computes its sizes with tensors
+            continue
+        ignored = (f"{find_head_path(module)}.", *_AUXILIARY_PREFIXES)
+        known = {name: tensor.shape for name, tensor in module.state_dict().items() if not name.startswith(ignored)}
+        if all(shapes.get(name) == shape for name, shape in known.items() if not name.endswith("num_batches_tracked")):
+            return str(arch)
+    return None
 
 
 def find_head_path(module: nn.Module) -> str:

@@ -248,6 +248,9 @@ class Inputs(ABC):
     tabular = False
     """True if a raw input is a row of named values, so that a CSV file is a list of them."""
 
+    takes_paths = False
+    """True if text is the path of a file, so that the path of a directory stands for the files below it."""
+
     @abstractmethod
     def decode(self, raw: Any) -> TensorTree:
         """Return the stored form of one raw input, without a batch axis: bytes, a path, or a row of JSON values.
@@ -274,6 +277,23 @@ class Inputs(ABC):
             DataError: The file cannot be read at all.
         """
         yield name or str(source), source
+
+    def expand_directories(self, raw_inputs: Iterable[Any]) -> Iterator[Any]:
+        """Yield raw inputs with those of the files below in place of each directory, in the order of their names.
+
+        Raises:
+            DataError: A file cannot be read.
+        """
+        for raw in raw_inputs:
+            is_path = isinstance(raw, Path) or (self.takes_paths and isinstance(raw, str))
+            if not (is_path and Path(raw).is_dir()):
+                yield raw
+                continue
+            for path in sorted(each for each in Path(raw).rglob("*") if each.is_file()):
+                for _, found in self.read_file(path):
+                    if isinstance(found, DataError):
+                        raise found
+                    yield found
 
     @abstractmethod
     def preprocess(self, samples: TensorTree) -> Any:

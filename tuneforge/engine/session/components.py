@@ -54,6 +54,8 @@ def resolve_component(
         _check_not_object(spec.name)
         entry = registry.find_component(hook, spec.name, where=where)
         where_options = f"--{option_prefix(spec.name)}" if repeatable else where
+        if not where.startswith("--"):
+            where_options = f'use("{spec.name}")'
         component = build_component(registry.load_component(entry), spec.options, where=where_options)
         member = RegisteredComponent(component, entry.name, registry.describe_component(entry))
     _check_implements(member, hook, where)

@@ -105,6 +105,8 @@ class Engine:
         OptionError: An option or a setting is wrong.
     """
 
+    _argument = "Engine({}=...)"  # how errors name the argument of a component
+
     def __init__(
         self,
         *,
@@ -155,7 +157,7 @@ class Engine:
         cls, config: RunConfig, *, log: Callable[[str], None] | None = None, observers: Sequence[Any] = ()
     ) -> Engine:
         """Return the engine of a configuration; `observers` are callbacks that `run.json` does not record."""
-        engine = cls(**engine_arguments(config), log=log)
+        engine = _EngineOfFlags(**engine_arguments(config), log=log)
         engine._set_observers(observers)
         return engine
 
@@ -389,12 +391,19 @@ class Engine:
     def _add_component(self, key: str, value: Any) -> ComponentSpec:
         hook = GROUP_BY_KEY[key]
         repeatable = key in REPEATABLE_COMPONENT_KEYS
-        member, spec = resolve_component(hook, value, where=f"--{key}", repeatable=repeatable)
+        where = self._argument.format("callbacks" if key == "callback" and "--" not in self._argument else key)
+        member, spec = resolve_component(hook, value, where=where, repeatable=repeatable)
         self._members.append((hook, member))
         return spec
 
     def _set_observers(self, observers: Sequence[Any]) -> None:
         self._observers = [resolve_component("callback", each, where="observers")[0] for each in observers]
+
+
+class _EngineOfFlags(Engine):
+    """An engine whose components were chosen by flags or in a file, in whose words its errors speak."""
+
+    _argument = "--{}"
 
 
 class _DefaultOptimizerStep:

@@ -66,7 +66,7 @@ class Predictor:
         Raises:
             DataError: An input cannot be decoded.
         """
-        remaining = iterate_raw_inputs(raw_inputs, tabular=self.inputs.tabular)
+        remaining = self.inputs.expand_directories(iterate_raw_inputs(raw_inputs, tabular=self.inputs.tabular))
         while chunk := list(islice(remaining, batch_size)):
             decoded = [self.inputs.decode(raw) for raw in chunk]
             for _, samples in groupby(decoded, lambda sample: [each.shape for each in named_tensors(sample).values()]):
@@ -104,9 +104,10 @@ class Predictor:
         """Yield the prediction for each raw input as plain data, such as the class and the probabilities.
 
         Args:
-            raw_inputs: Files, bytes, arrays or rows; the rows of a DataFrame.
+            raw_inputs: Files, directories of files, bytes, arrays or rows; the rows of a DataFrame.
         """
-        inputs, again = tee(iterate_raw_inputs(raw_inputs, tabular=self.inputs.tabular))
+        given = iterate_raw_inputs(raw_inputs, tabular=self.inputs.tabular)
+        inputs, again = tee(self.inputs.expand_directories(given))
         for raw, output in zip(again, self.predict_outputs(inputs), strict=True):
             yield {**self.targets.describe(output), **self.inputs.describe_input(raw)}
 

@@ -64,6 +64,7 @@ def test_export_writes_a_bundle_with_its_model_card(run, workspace):
         ),
         (["export", "runs/good", "--format", "safetensors", "--images", "p"], 65, "the inputs are not images"),
         (["promote", "runs/good", "--name", "../x"], 2, "cannot be the name of a model"),
+        (["promote", "runs/good", "--name", ""], 2, "cannot be the name of a model"),
         (["promote", "runs/nothing"], 2, "there is no directory 'runs/nothing'"),
         (["promote", "runs/good", "--min-recall", "much"], 2, "--min-recall"),
         (["models", "list", "--registry", "nowhere"], 73, "there is no model registry 'nowhere'"),

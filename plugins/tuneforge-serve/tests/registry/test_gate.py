@@ -14,7 +14,7 @@ from bundles import answering, one_hot, rows_as_inputs
 from scipy import stats
 from tuneforge_serve import GateRules, run_gate
 from tuneforge_serve.registry.gate import PairedSplit
-from tuneforge_serve.registry.significance import accuracy_loss_bound, superiority_test
+from tuneforge_serve.registry.significance import accuracy_loss_bound, min_samples, superiority_test
 
 import tuneforge as tf
 from tuneforge.builtin.targets import ClassTargets, MultilabelTargets, RegressionTargets
@@ -88,6 +88,20 @@ def test_class_below_the_minimum_recall_is_refused_however_good_the_others():
     assert not decision.promoted
     assert "recall of class 'b' is 0.4500" in decision.reason
     assert run_gate(wrong_at(*others[:100]), wrong_at(*ones[:55]), OLD, rules=GateRules(min_recall=0.4)).promoted
+
+
+@pytest.mark.parametrize("margin", [0.005, 0.02, 0.1])
+def test_samples_that_an_equal_model_needs_are_the_fewest_that_suffice(margin):
+    needed = min_samples(margin)
+    bounds = [accuracy_loss_bound(*[torch.ones(count, dtype=torch.bool)] * 2)[1] for count in (needed - 1, needed)]
+    assert bounds[1] <= margin < bounds[0]
+
+
+def test_refusal_of_an_equal_model_on_few_samples_says_how_many_are_needed():
+    few = rows_as_inputs(LABELS).subset(torch.arange(60))
+    decision = run_gate(wrong_at(), wrong_at(), few, rules=GateRules(accept_equal=True))
+    assert not decision.promoted
+    assert f"needs at least {min_samples(0.02)} samples; --non-inferiority-margin sets the margin" in decision.reason
 
 
 def test_new_test_set_decides_and_old_test_set_needs_non_inferiority():

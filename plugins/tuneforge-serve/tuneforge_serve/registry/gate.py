@@ -16,7 +16,12 @@ from torch import Tensor
 from tuneforge import Split, Targets, TensorTree
 from tuneforge.exporting import InferenceModel, compute_predictions
 from tuneforge.plugin import get_option_values
-from tuneforge_serve.registry.significance import accuracy_loss_bound, error_increase_bound, superiority_test
+from tuneforge_serve.registry.significance import (
+    accuracy_loss_bound,
+    error_increase_bound,
+    min_samples,
+    superiority_test,
+)
 from tuneforge_serve.text_table import format_table
 
 _BATCH = 64
@@ -345,7 +350,20 @@ def _check_non_inferiority(losses: _PairedLosses, rules: GateRules) -> GateCheck
     reason = f"it may be inferior on the {losses.name} test set: it loses {estimate}, and {margin}"
     rule = f"loses at most {100 * rules.non_inferiority_margin:g} {unit}: {estimate}"
     passed = bound <= rules.non_inferiority_margin
+    reason += _suggest_samples(losses, rules.non_inferiority_margin)
     return GateCheck(f"non-inferior, {losses.name} test set", *metrics, rule, passed, reason)
+
+
+def _suggest_samples(losses: _PairedLosses, margin: float) -> str:
+    """Return how many test samples a challenger that loses nothing needs; "" if there are as many."""
+    count = len(losses.challenger)
+    needed = min_samples(margin) if losses.is_classification and margin > 0 else 0
+    if count >= needed:
+        return ""
+    return (
+        f"; with {count:,} test samples even an equal model is refused: this margin needs at least {needed:,} samples; "
+        "--non-inferiority-margin sets the margin"
+    )
 
 
 def _check_min_recall(losses: _PairedLosses, rules: GateRules) -> list[GateCheck]:

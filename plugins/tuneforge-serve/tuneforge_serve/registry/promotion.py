@@ -89,7 +89,7 @@ def promote(
     """
     gate_inputs = _GateInputs(old_test_set, old_targets, new_test_set, new_targets, rules)
     gate_inputs.require_files()
-    model_registry = ModelRegistry(registry, name or _default_name(Path(run)))
+    model_registry = ModelRegistry(registry, _default_name(Path(run)) if name is None else name)
     with model_registry.lock():
         return _PromotionJob(model_registry, Path(run), formats, data, model, reference_splits, log).decide(gate_inputs)
 

@@ -5,8 +5,10 @@ Shapes: n samples.
 
 from __future__ import annotations
 
+import bisect
 import math
 
+import torch
 from torch import Tensor
 
 from tuneforge.comparison import paired_t_test
@@ -37,6 +39,19 @@ def accuracy_loss_bound(champion: Tensor, challenger: Tensor) -> tuple[float, fl
     down, up = (lost + 1) / (count + 2), (won + 1) / (count + 2)
     spread = math.sqrt((down + up - (down - up) ** 2) / (count + 2))
     return (lost - won) / count, down - up + float(stats.norm.ppf(_CONFIDENCE_LEVEL)) * spread
+
+
+def min_samples(margin: float) -> int:
+    """Return the fewest samples on which two models that always agree differ by at most `margin` in accuracy."""
+
+    def is_enough(count: int) -> bool:
+        agreed = torch.ones(count, dtype=torch.bool)
+        return accuracy_loss_bound(agreed, agreed)[1] <= margin
+
+    most = 1
+    while not is_enough(most):
+        most *= 2
+    return bisect.bisect_left(range(most + 1), True, lo=1, key=is_enough)
 
 
 def error_increase_bound(champion: Tensor, challenger: Tensor) -> tuple[float, float]:

@@ -355,7 +355,9 @@ def _find_images_below(
 
 
 def _make_skip_notes(skipped: Counter[str]) -> list[str]:
-    return [f"skipped because {reason}: {_pluralize(count, 'entry')}" for reason, count in sorted(skipped.items())]
+    return [
+        f"skipped because {reason}: {_pluralize(count, 'entry')}" for reason, count in sorted(skipped.items()) if count
+    ]
 
 
 def _pluralize(count: int, noun: str) -> str:

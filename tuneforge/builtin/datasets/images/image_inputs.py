@@ -48,6 +48,8 @@ _MIN_PREVIEW_SIZE = 96  # pixels; smaller images are enlarged for display
 class ImageInputs(Inputs):
     """Images, stored as uint8 after fixed operations and normalized before the model."""
 
+    takes_paths = True
+
     ops: tuple[str, ...] = option(
         default=(), help=f"Operations on a decoded image, in order: {OPS_HELP}.", check=OPS_CHECK
     )
