@@ -158,6 +158,10 @@ def frozen_norms_use_batch_statistics(model, example, *, batchnorm_stats):
     return [(module, isinstance(module, torch.nn.BatchNorm1d)) for module in model.module.modules()]
 
 
+def find_no_function_mode(module, example, modes, *, norms):
+    """A faulty `find_function_mode`: functional dropout and norms of frozen parts are not observed."""
+
+
 def step_all_parameters(self):
     """A faulty `Optimization.step`: parameters without a gradient get a zero gradient, so weight decay changes them."""
     for group in self.optimizer.param_groups:
@@ -249,10 +253,12 @@ def inject_forgotten_optimizer_state(monkeypatch):
 
 def inject_training_mode(monkeypatch):
     monkeypatch.setattr(train_phase, "compute_modes", all_in_training_mode)
+    monkeypatch.setattr(train_phase, "find_function_mode", find_no_function_mode)
 
 
 def inject_batch_statistics(monkeypatch):
     monkeypatch.setattr(train_phase, "compute_modes", frozen_norms_use_batch_statistics)
+    monkeypatch.setattr(train_phase, "find_function_mode", find_no_function_mode)
 
 
 def inject_weight_decay_of_frozen(monkeypatch):
@@ -287,7 +293,7 @@ def inject_stale_graph(monkeypatch):
 
 
 def inject_unrestored_diagnosis(monkeypatch):
-    monkeypatch.setattr(diagnosis, "restore_state", lambda module, state: None)
+    monkeypatch.setattr(diagnosis, "preserve_state", contextlib.nullcontext)
 
 
 def inject_ignored_selectors(monkeypatch):
@@ -306,7 +312,7 @@ def inject_empty_reason(monkeypatch):
 
 FAULTY_ENGINES = [
     (inject_forgotten_optimizer_state, known_issues.check_resume_at_phase_boundaries, "model.safetensors"),
-    (inject_training_mode, known_issues.check_frozen_batchnorm_statistics, "running_mean is frozen and has changed"),
+    (inject_training_mode, known_issues.check_frozen_batchnorm_statistics, "normalizes with batch statistics"),
     (
         inject_training_mode,
         known_issues.check_frozen_batchnorm_with_feature_cache,

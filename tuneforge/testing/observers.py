@@ -50,7 +50,9 @@ class InvariantChecker:
         """Copy every tensor, and record which may not change."""
         tensors = get_named_tensors(run.model.module)
         self._before = {name: each.detach().clone() for name, each in tensors.items()}
-        self._trainable = {name for name, each in run.model.parameters().items() if each.requires_grad}
+        parameters = run.model.parameters()
+        self._trainable = {name for name, each in parameters.items() if each.requires_grad}
+        self._trains_all = len(self._trainable) == len(parameters)
         self._frozen = {name for name in self._before if self._must_not_change(name, run)}
         self._with_gradient: set[str] = set()
         self._without_optimizer: set[str] = set()
@@ -111,7 +113,12 @@ class InvariantChecker:
         return self._is_frozen(path, norm)
 
     def _is_frozen(self, path: str, norm: nn.Module) -> bool:
-        """Return True for a norm with a frozen parameter, or with no parameters and nothing trainable before it."""
+        """Return True for a norm with a frozen parameter, or with no parameters and nothing trainable before it.
+
+        Where all parameters train, nothing is frozen, and every norm behaves as after `module.train()`.
+        """
+        if self._trains_all:
+            return False
         own = list(norm.parameters(recurse=False))
         if own:
             return not all(each.requires_grad for each in own)

@@ -42,8 +42,18 @@ def check_module(module: nn.Module, head: str = "") -> None:
 
 
 def check_trainable(module: nn.Module) -> None:
-    """Raise `PluginError` if a parameter or buffer was created in inference mode, where nothing can be trained."""
+    """Check that each parameter and buffer has values that can be trained.
+
+    Raises:
+        PluginError: One was created in inference mode, or is on the meta device, where models are only described.
+    """
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_meta:
+            raise PluginError(
+                "a tensor of the model is on the meta device, so it has no values",
+                where=f"'{name}' of {type(module).__name__}",
+                fix="load the weights before the module is given",
+            )
         if tensor.is_inference():
             raise PluginError(
                 "a tensor of the model was created under torch.inference_mode() and cannot be trained",
@@ -79,12 +89,6 @@ def _check_tensor(tensor: Tensor, name: str, owner: nn.Module) -> None:
             f"'{name}' of the lazy layer {type(owner).__name__} is not initialized",
             why="its shape follows from the first input",
             fix="call the module once with a batch of inputs before it is given",
-        )
-    if tensor.is_meta:
-        raise PluginError(
-            "a tensor of the model is on the meta device, so it has no values",
-            where=where,
-            fix="load the weights before the module is given",
         )
     if not is_storable(tensor):
         raise PluginError(
