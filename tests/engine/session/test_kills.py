@@ -23,6 +23,7 @@ from torch import nn
 
 import tuneforge as tf
 from tuneforge.engine.context import run as run_module
+from tuneforge.engine.feature_cache import build as feature_cache_build
 from tuneforge.engine.loop import train_phase
 from tuneforge.engine.loop.phase_components import PhaseComponents
 from tuneforge.engine.session import resume
@@ -89,6 +90,15 @@ def engine(path, *, resume=False, num_workers=0):
 def done(path):
     status = path / "status.json"
     return status.exists() and json.loads(status.read_text())["state"] == "done"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tracing_is_free():
+    """Cache features although tracing this small network takes longer than it saves."""
+    with pytest.MonkeyPatch.context() as patch:
+        free = dict.fromkeys(feature_cache_build.MACS_PER_TRACED_MODULE, 0.0)
+        patch.setattr(feature_cache_build, "MACS_PER_TRACED_MODULE", free)
+        yield
 
 
 @pytest.fixture(scope="module")
