@@ -33,6 +33,7 @@ from tuneforge.engine.model.graph_codec import (
     list_references,
     name_function,
 )
+from tuneforge.engine.model.inspection import preserve_state
 from tuneforge.engine.model.model import call_module, extract_logits
 from tuneforge.engine.model.module_state import restore_state
 from tuneforge.engine.storage.safetensors_io import is_storable
@@ -74,7 +75,7 @@ class ModuleGraph:
             NotPortableError: It cannot be traced, or the graph does not compute what the module computes.
         """
         batches = [example, map_inputs(example, lambda tensor: torch.cat([tensor[:1], tensor]))]
-        with _preserve(module), torch.no_grad():
+        with preserve_state(module), _preserve(module), torch.no_grad():
             module.eval()
             reason = ""
             for tracer in (_trace_with_fx, _trace_with_export):
@@ -93,7 +94,7 @@ class ModuleGraph:
         Raises:
             NotPortableError: Their logits differ.
         """
-        with _preserve(module), torch.no_grad():
+        with preserve_state(module), _preserve(module), torch.no_grad():
             module.eval()
             rebuilt = self.build(module.state_dict())
             for batch in batches:
