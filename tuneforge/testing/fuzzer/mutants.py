@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tuneforge.engine.feature_cache.cache import FeatureCache
-from tuneforge.engine.feature_cache.extract import FeatureExtractor
+from tuneforge.engine.feature_cache.verification import SplitVerification
 from tuneforge.engine.model.freeze_check import FreezeCheck
 from tuneforge.engine.session.resume import ResumeState
 
@@ -74,13 +73,21 @@ def _drop_last_tensor(state: dict[str, Any]) -> None:
     state["model"][name] = torch.zeros_like(state["model"][name])
 
 
-def _compute_in_training_mode(compute: Any) -> Any:
-    @functools.wraps(compute)
-    def compute_changed(self: FeatureExtractor, *args: Any, **kwargs: Any) -> Any:
-        self._run.model.module.train()
-        return compute(self, *args, **kwargs)
+def _pass(verify: Any) -> Any:
+    """Return a check that finds nothing."""
+    return lambda *args, **kwargs: None
 
-    return compute_changed
+
+def _hide_results(prefix: str) -> Callable[[Any], Any]:
+    """Return a defect of the comparison of steps: results whose names begin with `prefix` are not compared."""
+
+    def build(outcome: Any) -> Any:
+        def outcome_without(self: SplitVerification, results: Mapping[str, Any]) -> Any:
+            return outcome(self, {name: each for name, each in results.items() if not name.startswith(prefix)})
+
+        return outcome_without
+
+    return build
 
 
 def _shift_rows(get: Any) -> Any:
@@ -96,6 +103,8 @@ def _skip_statistics(check: FreezeCheck) -> None:
 
 MUTANTS: Mapping[str, Mutant] = {
     "cache serves the next row": lambda: _replace(FeatureCache, "get_features", _shift_rows),
+    "verification compares nothing": lambda: _replace(SplitVerification, "verify", _pass),
+    "verification ignores gradients": lambda: _replace(SplitVerification, "_outcome", _hide_results("gradient of ")),
     "restore forgets the optimizer's state": _change_restored_state(lambda state: state.update(optimizer={})),
     "restore forgets the step counter": _change_restored_state(lambda state: state.update(step=0)),
     "restore forgets the epoch": _change_restored_state(lambda state: state.update(epoch=0)),
@@ -105,9 +114,6 @@ MUTANTS: Mapping[str, Mutant] = {
     "restore forgets buffers": _change_restored_state(_drop_buffers),
     "restore forgets a parameter": _change_restored_state(_drop_last_tensor),
     "restore forgets the components' state": _change_restored_state(lambda state: state.update(components={})),
-    "restore forgets the weights at the start": _change_restored_state(
-        lambda state: state["snapshots"].update(start=list(state["snapshots"].values())[-1])
-    ),
     "restore forgets the position in the epoch": _change_phase(batch=0),
     "restore forgets the steps of the phase": _change_phase(steps_done=0),
     "restore forgets the loss so far": _change_phase(count=1),

@@ -201,7 +201,11 @@ class ProgramRuns:
         log: list[str],
         at_point: Callable[[str], None] = lambda point: None,
     ) -> RunResults:
-        before = {name: each.detach().clone() for name, each in module.named_parameters()}
+        before = {
+            name: each.detach().clone()
+            for name, each in module.named_parameters()
+            if not ("max-norm" in module.traits and name == "stem.lookup.weight")  # each forward pass may rescale it
+        }
         points: list[str] = []
         result: Result | None = None
         error: RunError | None = None
