@@ -331,3 +331,19 @@ def test_embedding_with_sparse_gradients_trains_as_one_with_dense_ones(tune, opt
         tune([tf.Phase("all", epochs=2)], model=net, data=data, optimizer=optimizer, micro_batch=4)
         tuned.append(net)
     assert torch.equal(tuned[0][0].weight, tuned[1][0].weight)
+
+
+class DetachedBody(nn.Module):
+    """No gradient passes the body's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        return self.head(self.body(inputs).detach())
+
+
+def test_phase_whose_parameters_do_not_reach_the_loss_is_refused_by_name(tune):
+    with pytest.raises(tf.UsageError, match=r"loss does not depend on any parameter.*phase 'body'.*trains body"):
+        tune([tf.Phase("body", train="body.*", epochs=1)], model=DetachedBody())

@@ -21,7 +21,7 @@ from tuneforge.engine.loop.micro_batch_check import check_micro_batches
 from tuneforge.engine.loop.nonfinite import NonFiniteError, NonFinitePolicy, find_nonfinite_gradient
 from tuneforge.engine.loop.oom import CatchOutOfMemory, halve
 from tuneforge.engine.model.modes import set_modes
-from tuneforge.errors import HaltError
+from tuneforge.errors import HaltError, UsageError
 
 
 @attrs.define(eq=False)
@@ -143,6 +143,8 @@ class BackwardPass:
                     raise NonFiniteError(f"the training loss is {value}", [micro_batch], outputs)
                 if any_nonfinite:  # the backward pass of a sharded model is a collective, so no rank may enter it alone
                     return losses
+                if not loss.requires_grad:
+                    raise _unreached_loss_error(run)
                 torch.autograd.backward(loss if count == total else loss * (count / total))
                 losses.append((loss.detach(), count))
         for parameter in self.sparse_parameters:
@@ -180,6 +182,16 @@ class BackwardPass:
             run.log(
                 "  note: BatchNorm now normalizes with micro-batches, so results differ from those of whole batches"
             )
+
+
+def _unreached_loss_error(run: Run) -> UsageError:
+    assert run.phase is not None
+    return UsageError(
+        "the loss does not depend on any parameter that the phase trains",
+        where=f"phase '{run.phase.name}', which trains {' and '.join(run.phase.train)}",
+        why="a detach(), torch.no_grad() or an operation without gradient lies between them and the loss",
+        fix="train other layers, or remove it from the model or the loss",
+    )
 
 
 def _local_micro_batches(run: Run, batch: Batch, size: int) -> list[tuple[Batch, int]]:
