@@ -41,12 +41,8 @@ def check_module(module: nn.Module, head: str = "") -> None:
             _check_tensor(tensor, f"{path}.{name}".lstrip("."), child)
 
 
-def check_trainable(module: nn.Module) -> None:
-    """Check that each parameter and buffer has values that can be trained.
-
-    Raises:
-        PluginError: One was created in inference mode, or is on the meta device, where models are only described.
-    """
+def check_has_values(module: nn.Module) -> None:
+    """Raise `PluginError` if a parameter or buffer is on the meta device, where models are only described."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_meta:
             raise PluginError(
@@ -54,6 +50,12 @@ def check_trainable(module: nn.Module) -> None:
                 where=f"'{name}' of {type(module).__name__}",
                 fix="load the weights before the module is given",
             )
+
+
+def check_trainable(module: nn.Module) -> None:
+    """Raise `PluginError` if a parameter or buffer has no values, or was created in inference mode."""
+    check_has_values(module)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_inference():
             raise PluginError(
                 "a tensor of the model was created under torch.inference_mode() and cannot be trained",

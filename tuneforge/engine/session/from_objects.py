@@ -11,6 +11,7 @@ from torch import nn
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Data
 from tuneforge.engine.model.model import Model
+from tuneforge.engine.model.module_check import check_has_values
 from tuneforge.engine.model.module_graph import GraphModule
 from tuneforge.engine.model.output_layer import infer_head
 from tuneforge.errors import UsageError
@@ -42,6 +43,7 @@ class ModelFromObject:
     @hookimpl
     def model_adapt(self, run: Run) -> Model:
         """Return the model, with the layer that computes its output as the head if nobody named it."""
+        check_has_values(self._model.module)
         if not self._model.head_inferred:
             return self._model
         if not run.sharded:

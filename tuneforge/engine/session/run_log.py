@@ -112,8 +112,18 @@ def describe_model(run: Run) -> dict[str, Any]:
 
 
 def describe_modules(module: nn.Module) -> list[str]:
-    """Return the modules and their options as PyTorch prints them, one per line, without addresses in memory."""
-    return re.sub(r" at 0x[0-9a-f]+", "", str(module)).splitlines()
+    """Return a line for each module: its path, class and options as PyTorch prints them, without addresses in memory.
+
+    Lines are sorted by path, because the order in which modules were registered changes nothing that they compute.
+    """
+    lines = [f"{path or 'the model'}: {_describe_layer(each)}" for path, each in module.named_modules()]
+    return sorted(re.sub(r" at 0x[0-9a-f]+", "", line) for line in lines)
+
+
+def _describe_layer(module: nn.Module) -> str:
+    if type(module).__repr__ is nn.Module.__repr__:
+        return f"{type(module).__name__}({module.extra_repr()})"
+    return repr(module)
 
 
 def describe_data(data: Data) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import re
 import socket
 import struct
 import threading
@@ -127,7 +128,9 @@ def test_200_bad_requests_get_a_4xx_and_good_ones_succeed(serving, table_run, tm
                 assert found == status, (what, answer)
                 if b"application/json" in answer:  # otherwise it is no HTTP request, which uvicorn refuses by itself
                     error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
-                    assert "/etc" not in error.replace("../../etc", ""), what
+                    own_text = error.replace("../../etc", "").replace("known: /etc/passwd", "")
+                    assert "/etc" not in own_text, what
+                    assert "root:" not in error, what
                     assert "Traceback" not in error
                     assert str(table_run) not in error
                 seen += 1
@@ -157,7 +160,7 @@ def test_decompression_bombs_and_broken_images_are_refused(serving, digits_run):
                     "POST", "/predict", body if isinstance(body, bytes) else body.encode(), Content_Type=kind
                 )
                 assert answer.status == 422, content[:20]
-                assert "cannot decode" in answer.json["error"]
+                assert re.search("cannot decode|too large", answer.json["error"])
         assert memory_mb() - before < 64
 
 
