@@ -1,5 +1,7 @@
 """The differential fuzzer: it finds planted defects, reduces what it finds, and can be continued."""
 
+import os
+
 import attrs
 import pytest
 
@@ -92,6 +94,9 @@ def test_two_ranks_continue_in_the_middle_of_an_epoch_with_the_statistics_of_eac
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("TUNEFORGE_SLOW_CHECKS"), reason="takes minutes; CONTRIBUTING.md has the command"
+)
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_every_planted_defect_is_found_within_300_seeds(mutant):
     assert find_mutant(mutant, range(300)) is not None

@@ -88,7 +88,11 @@ class FuzzNetwork(nn.Module):
         self.body = nn.Sequential(*(FuzzBlock(BLOCKS[kind]) for kind in blocks))
         self.head = nn.Linear(WIDTH, num_outputs)
         self.traits = tuple(traits)
-        if "tied-blocks" in traits and not any(hasattr(each.linear, "parametrizations") for each in self.body):
+        if (
+            "tied-blocks" in traits
+            and blocks
+            and not any(hasattr(each.linear, "parametrizations") for each in self.body)
+        ):
             blocks_in_order: list[Any] = list(self.body)
             blocks_in_order[-1].linear.weight = blocks_in_order[0].linear.weight
         if "frozen-by-user" in traits and blocks:
