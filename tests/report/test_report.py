@@ -72,11 +72,18 @@ def incorrect_predictions(labels, number, *, pictures=True):
 
 
 def write_run(
-    folder, *, labels, splits, hardest_samples, phases=(("head", 3), ("all", 5)), headline=None, monitor="f1_macro"
+    folder,
+    *,
+    labels,
+    splits,
+    hardest_samples,
+    phases=(("head", 3), ("all", 5)),
+    primary_metrics=None,
+    monitor="f1_macro",
 ):
-    """The folder of a finished run: `splits` has the figures of each split by its name."""
+    """The folder of a finished run: `splits` has the metrics of each split by its name."""
     folder.mkdir(parents=True)
-    headline = headline or ["accuracy", "precision_macro", "recall_macro", "f1_macro"]
+    primary_metrics = primary_metrics or ["accuracy", "precision_macro", "recall_macro", "f1_macro"]
     metrics, timings, steps = [], [], []
     for name, number in phases:
         history = []
@@ -103,7 +110,7 @@ def write_run(
     report = {
         "strategy": "freeze-then-unfreeze",
         "monitor": monitor,
-        "primary_metrics": headline,
+        "primary_metrics": primary_metrics,
         "num_samples": samples,
     }
     write_json(folder / "report.json", {**report, "splits": splits})
@@ -164,8 +171,8 @@ def regression_run(folder):
         }
         for row in range(5)
     ]
-    figures = {"headline": ["mae", "rmse", "r2"], "monitor": "mae"}
-    return write_run(folder, labels=(), splits=splits, hardest_samples=answers, **figures)
+    settings = {"primary_metrics": ["mae", "rmse", "r2"], "monitor": "mae"}
+    return write_run(folder, labels=(), splits=splits, hardest_samples=answers, **settings)
 
 
 DIGITS = (*"0123456789", "other")
@@ -273,12 +280,12 @@ def test_table_of_results_has_a_row_for_every_split(digits, html):
 
 
 def test_hardest_class_is_named_with_its_most_frequent_confusion(digits, html):
-    figures = json.loads((digits / "report.json").read_text())["splits"]["test"]
-    worst = figures["hardest_class"]
-    row = figures["confusion"][DIGITS.index(worst)]
+    metrics = json.loads((digits / "report.json").read_text())["splits"]["test"]
+    hardest = metrics["hardest_class"]
+    row = metrics["confusion"][DIGITS.index(hardest)]
     text = Elements(html).text
-    assert f"Hardest class of the test split: {worst} with a recall of {figures['recall_min']:.4f}" in text
-    assert f"({row[DIGITS.index(worst)]} of 30 samples), most often predicted as" in text
+    assert f"Hardest class of the test split: {hardest} with a recall of {metrics['recall_min']:.4f}" in text
+    assert f"({row[DIGITS.index(hardest)]} of 30 samples), most often predicted as" in text
 
 
 def test_classes_stand_in_the_order_of_their_recall(digits, html):

@@ -17,18 +17,16 @@ A command that is stopped continues with the seeds that its results do not hold 
 from __future__ import annotations
 
 import collections
-import contextlib
 import json
-import logging
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import attrs
 import click
 
+from tuneforge.engine.model.inspection import silence_tracing
 from tuneforge.testing.fuzzer.mutants import MUTANTS
 from tuneforge.testing.fuzzer.program import FuzzProgram, draw_program
 from tuneforge.testing.fuzzer.reduction import reduce_program
@@ -71,7 +69,7 @@ class SeedResult:
 
 def check_program(program: FuzzProgram, relations: Sequence[str] = ONE_PROCESS) -> dict[str, Outcome]:
     """Run a program as each relation asks, and return what the relations found."""
-    with tempfile.TemporaryDirectory(prefix="tuneforge-fuzz-") as directory, _silence():
+    with tempfile.TemporaryDirectory(prefix="tuneforge-fuzz-") as directory, silence_tracing():
         shared = Relations(ProgramRuns(program, Path(directory)))
         return {name: RELATIONS[name](shared) for name in relations}
 
@@ -150,19 +148,6 @@ def _is_broken(relation: str, before: Outcome) -> Callable[[FuzzProgram], bool]:
         return outcome.verdict == "different" and same
 
     return is_broken
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Drop warnings of torch about what random networks do, such as hooks that fire for no input with a gradient."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _parse_range(text: str) -> range:

@@ -11,23 +11,7 @@ import attrs
 
 from tuneforge import DataError
 from tuneforge.errors import escape_name, suggest_name
-from tuneforge.plugin import TableFile, TableRow
-
-EXTENSIONS = frozenset(
-    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
-     ".avif", ".heic", ".heif")
-)  # fmt: skip
-"""Extensions of the files that `--data image-folder` lists."""
-
-SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"))
-"""Folders that `--data image-folder` takes for hidden."""
-
-SPLIT_NAMES = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
-"""Names of split folders and values of a split column, as `--data image-folder` and `image-csv` read them."""
+from tuneforge.plugin import IMAGE_EXTENSIONS, SPLIT_NAMES, SYSTEM_FOLDERS, TableFile, TableRow
 
 
 @attrs.frozen
@@ -207,7 +191,7 @@ def _list_directory(root: Path) -> Iterator[DataFile]:
 
 
 def _unused_reason(name: str, label: str) -> str:
-    if os.path.splitext(name)[1].lower() not in EXTENSIONS:
+    if os.path.splitext(name)[1].lower() not in IMAGE_EXTENSIONS:
         return "it has no image file extension"
     return "" if label else "it is not in a class folder"
 
@@ -267,7 +251,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
     try:
-        return entry.is_file() and os.path.splitext(entry.name)[1].lower() in EXTENSIONS
+        return entry.is_file() and os.path.splitext(entry.name)[1].lower() in IMAGE_EXTENSIONS
     except OSError:  # a loop of links
         return False
 

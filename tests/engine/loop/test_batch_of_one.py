@@ -48,10 +48,12 @@ def test_phase_of_a_generator_is_refused_when_it_begins(tune):
 
 @pytest.mark.parametrize("settings", [{"batch_size": 1}, {"micro_batch": 1}])
 def test_norms_that_take_one_sample_train(tune, settings):
-    tune([HEAD], **settings)  # the norms are frozen
+    frozen_norms = tune([HEAD], **settings)
     net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.Linear(8, 3))
-    tune([ALL], model=net, data=attrs.evolve(tiny_data(), train=blobs(6, seed=1)), **settings)
+    other_norms = tune([ALL], model=net, data=attrs.evolve(tiny_data(), train=blobs(6, seed=1)), **settings)
+    assert [result.strategy_steps[0][1].epochs for result in (frozen_norms, other_norms)] == [1, 1]
 
 
 def test_last_batch_of_one_joins_the_batch_before(tune):
-    tune([ALL], data=attrs.evolve(tiny_data(), train=blobs(17, seed=1)))
+    result = tune([ALL], data=attrs.evolve(tiny_data(), train=blobs(17, seed=1)))
+    assert result.strategy_steps[0][1].steps == 1

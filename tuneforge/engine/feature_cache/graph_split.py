@@ -7,11 +7,8 @@ live nodes take from the others.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import operator
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -20,7 +17,7 @@ from torch import fx, nn
 
 from tuneforge.engine.data.tensor_tree import clone_inputs
 from tuneforge.engine.feature_cache.value_propagation import ValuePropagation
-from tuneforge.engine.model.inspection import StateCopy, rng_states, same_rng_states
+from tuneforge.engine.model.inspection import StateCopy, rng_states, same_rng_states, silence_tracing
 from tuneforge.engine.model.modes import Modes, set_modes
 
 _RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "multinomial", "normal", "poisson"}
@@ -213,23 +210,10 @@ def trace_with_export(module: nn.Module, example: Any) -> fx.GraphModule:
     given = dict(example) if isinstance(example, Mapping) else {}
     inputs = () if given else (example,)
     shapes: Any = dict.fromkeys(given, free) if given else (free,)
-    with _silence():
+    with silence_tracing():
         root = torch.export.export(module, inputs, given, dynamic_shapes=shapes, strict=False).module()
     assert isinstance(root, fx.GraphModule)
     return root
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Ignore what `torch.export` prints about a model that it cannot trace."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _trace(module: nn.Module, example: Any, tracer: Callable[[nn.Module, Any], fx.GraphModule]) -> fx.GraphModule:

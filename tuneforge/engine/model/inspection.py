@@ -7,9 +7,12 @@ the state of random generators. `StateCopy` copies it, names what has changed si
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import operator
 import random
 import types
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -222,6 +225,19 @@ def preserve_state(module: nn.Module, others: Mapping[str, Any] = types.MappingP
     finally:
         before.restore()
         restore_rng_states(generators)
+
+
+@contextlib.contextmanager
+def silence_tracing() -> Iterator[None]:
+    """Drop logs, warnings and standard error: `torch.export` prints a whole graph where it fails."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def rng_states() -> tuple[Any, ...]:

@@ -7,19 +7,11 @@ is pickled, and a graph can call nothing but functions of tensors.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import io
-import logging
 import operator
-import random
-import warnings
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -33,9 +25,8 @@ from tuneforge.engine.model.graph_codec import (
     list_references,
     name_function,
 )
-from tuneforge.engine.model.inspection import preserve_state
+from tuneforge.engine.model.inspection import preserve_state, silence_tracing
 from tuneforge.engine.model.model import call_module, extract_logits
-from tuneforge.engine.model.module_state import restore_state
 from tuneforge.engine.storage.safetensors_io import is_storable
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -75,7 +66,7 @@ class ModuleGraph:
             NotPortableError: It cannot be traced, or the graph does not compute what the module computes.
         """
         batches = [example, map_inputs(example, lambda tensor: torch.cat([tensor[:1], tensor]))]
-        with preserve_state(module), _preserve(module), torch.no_grad():
+        with preserve_state(module), silence_tracing(), torch.no_grad():
             module.eval()
             reason = ""
             for tracer in (_trace_with_fx, _trace_with_export):
@@ -94,7 +85,7 @@ class ModuleGraph:
         Raises:
             NotPortableError: Their logits differ.
         """
-        with preserve_state(module), _preserve(module), torch.no_grad():
+        with preserve_state(module), silence_tracing(), torch.no_grad():
             module.eval()
             rebuilt = self.build(module.state_dict())
             for batch in batches:
@@ -231,9 +222,7 @@ def _trace_with_export(module: nn.Module, example: Any) -> tuple[fx.Graph, nn.Mo
     root = (_Logits(module) if single else _LogitsOfNamed(module, tuple(named))).eval()
     free = {0: torch.export.Dim.AUTO}
     shapes: Any = (free,) if single else (tuple(free for _ in named),)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        traced = torch.export.export(root, tuple(named.values()), dynamic_shapes=shapes, strict=False).module()
+    traced = torch.export.export(root, tuple(named.values()), dynamic_shapes=shapes, strict=False).module()
     assert isinstance(traced, fx.GraphModule)
     return traced.graph, traced
 
@@ -305,35 +294,6 @@ def _add_tensor(root: nn.Module, path: str, tensor: Tensor, *, persistent: bool)
         owner.register_parameter(name, tensor)
     else:
         owner.register_buffer(name, tensor, persistent=persistent)
-
-
-@contextlib.contextmanager
-def _preserve(module: nn.Module) -> Iterator[None]:
-    """Restore modes, buffers, plain attributes and random numbers after forward passes and traces."""
-    attributes = [(child, _copy_containers(vars(child))) for child in module.modules()]
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    states = random.getstate(), np.random.get_state()
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # `torch.export` logs and prints a whole graph where it fails
-    try:
-        with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        for child, held in attributes:
-            vars(child).clear()
-            vars(child).update(held)
-        restore_state(module, buffers)
-
-
-def _copy_containers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return attributes with a copy of each list and each dict, which a forward pass may change in place."""
-    return {
-        name: copy.copy(value) if type(value) in (list, dict, set, OrderedDict) else value
-        for name, value in values.items()
-    }
 
 
 def _first_line(error: Exception) -> str:

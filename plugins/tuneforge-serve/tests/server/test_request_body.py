@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import re
 import socket
 import struct
 import threading
@@ -128,8 +127,8 @@ def test_200_bad_requests_get_a_4xx_and_good_ones_succeed(serving, table_run, tm
                 assert found == status, (what, answer)
                 if b"application/json" in answer:  # otherwise it is no HTTP request, which uvicorn refuses by itself
                     error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
-                    own_text = error.replace("../../etc", "").replace("known: /etc/passwd", "")
-                    assert "/etc" not in own_text, what
+                    sent = "known: /etc/passwd" if what == "a path as text" else "../../etc"  # columns of the body
+                    assert "/etc" not in error.replace("../../etc", "").replace(sent, ""), what
                     assert "root:" not in error, what
                     assert "Traceback" not in error
                     assert str(table_run) not in error
@@ -160,7 +159,8 @@ def test_decompression_bombs_and_broken_images_are_refused(serving, digits_run):
                     "POST", "/predict", body if isinstance(body, bytes) else body.encode(), Content_Type=kind
                 )
                 assert answer.status == 422, content[:20]
-                assert re.search("cannot decode|too large", answer.json["error"])
+                why = "too large" if content in cases[:2] else "cannot decode"
+                assert why in answer.json["error"], content[:20]
         assert memory_mb() - before < 64
 
 

@@ -15,23 +15,7 @@ import attrs
 from tuneforge import DataError
 from tuneforge.builtin.datasets.images.sample_names import EscapedNames, LazyPaths, PackedStrings
 from tuneforge.errors import escape_name, suggest_name
-from tuneforge.plugin import TableFile
-
-EXTENSIONS = frozenset(
-    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
-     ".avif", ".heic", ".heif")
-)  # fmt: skip
-"""Extensions of images. The check of files says which formats are not supported, rather than leaving such files out."""
-
-SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"))
-"""Folders that systems and archives leave behind; they count as hidden."""
-
-SPLITS = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
-"""Splits by the name of a folder or the value of a column."""
+from tuneforge.plugin import IMAGE_EXTENSIONS, SPLIT_NAMES, SYSTEM_FOLDERS, TableFile
 
 _FOLDER, _IMAGE = "folder", "image"
 _HIDDEN, _NOT_AN_IMAGE, _BROKEN, _ALREADY_SEEN, _LINKED = (
@@ -182,7 +166,7 @@ def find_split_folders(root: Path, skipped: Counter[str], notes: list[str], *, w
 
 
 def _parse_split_name(name: str) -> str | None:
-    return SPLITS.get(name.lower())
+    return SPLIT_NAMES.get(name.lower())
 
 
 def _holds_only_folders(root: Path, folder: Path) -> bool:
@@ -229,7 +213,7 @@ def _list_class_folders(
             where=escape_name(folder / empty[0]),
             why=f"{_LINKED}: {skipped[_LINKED] - num_links}"
             if only_links
-            else f"no file in it ends in {', '.join(sorted(EXTENSIONS))}",
+            else f"no file in it ends in {', '.join(sorted(IMAGE_EXTENSIONS))}",
             fix=_suggest_inner_folder(root, below, [name for name, count in counts.items() if count])
             or "add images to the folder or remove it",
         )
@@ -266,7 +250,7 @@ def _no_classes_error(folder: Path, loose: int, classes: Iterable[str], *, where
     if loose:
         why = f"{_pluralize(loose, 'image')} directly in it, so their class is unknown"
     elif classes:
-        why = f"its folders hold no file that ends in {', '.join(sorted(EXTENSIONS))}"
+        why = f"its folders hold no file that ends in {', '.join(sorted(IMAGE_EXTENSIONS))}"
     else:
         why = "the folder is empty"
     return DataError(
@@ -321,7 +305,7 @@ def _classify_entry(entry: os.DirEntry[str]) -> str:
             return _BROKEN
     except OSError:  # a loop of links
         return _BROKEN
-    return _IMAGE if os.path.splitext(entry.name)[1].lower() in EXTENSIONS else _NOT_AN_IMAGE
+    return _IMAGE if os.path.splitext(entry.name)[1].lower() in IMAGE_EXTENSIONS else _NOT_AN_IMAGE
 
 
 def _find_images_below(
