@@ -275,7 +275,7 @@ def test_another_strategy_or_seed_reuses_features_from_disk(tune):
             looks["after"] = count["samples"]
 
         _, messages = run_and_log(tune, before, model=network, **given)
-        assert messages[0].endswith("no new features are computed")
+        assert messages[0].endswith("features computed earlier are reused")
         assert looks["after"] - looks["before"] <= VERIFICATION_SAMPLES + 2 * 64  # one batch of each split is verified
 
 
@@ -283,7 +283,7 @@ def test_features_from_disk_give_bit_identical_weights(tune):
     one, _ = run_and_log(tune, [HEAD])
     two, messages = run_and_log(tune, [HEAD])
     three, memory = run_and_log(tune, [HEAD], cache="memory")
-    assert messages[0].endswith("no new features are computed")
+    assert messages[0].endswith("features computed earlier are reused")
     assert memory[0].endswith("the frozen backbone runs once per sample")
     for name, tensor in weights(one).items():
         assert torch.equal(tensor, weights(two)[name])
@@ -430,7 +430,7 @@ def test_augmented_copies_are_reused_and_exact_if_there_is_one_per_epoch(tune):
     assert "random augmentation cost no more than 6 cached augmented copies" in messages[0]
     assert exact.strategy_steps[0][1].num_augmented_copies == 0
     again, messages = run_and_log(tune, [six], cache_copies=3, **ways)
-    assert messages[0].endswith("no new features are computed")
+    assert messages[0].endswith("features computed earlier are reused")
     first = attrs.evolve(HEAD, epochs=4, schedule="constant")
     short, _ = run_and_log(tune, [first], cache_copies=3, **ways)
     assert torch.equal(weights(banked)["head.weight"], weights(again)["head.weight"])
@@ -495,7 +495,7 @@ def test_one_pass_extracts_features_for_every_phase_of_a_plan(tune, monkeypatch,
     planned, messages = run_and_log(tune, GRADUAL, model=network, optimizer="sgd", cache=cache)
     assert [line.rpartition("; ")[2] for line in messages] == [
         "the frozen backbone runs once per sample",
-        "no new features are computed",
+        "features computed earlier are reused",
     ]
     monkeypatch.setenv("TUNEFORGE_CACHE", os.environ["TUNEFORGE_CACHE"] + "/other")
     asked, messages = run_and_log(tune, one_by_one, optimizer="sgd", cache=cache)
@@ -511,7 +511,7 @@ def test_head_fit_uses_features_of_the_phase_before(tune):
     _, messages = run_and_log(tune, [HEAD, tf.HeadFit("fit", l2=0.1)])
     assert [line.rpartition("; ")[2] for line in messages] == [
         "the frozen backbone runs once per sample",
-        "no new features are computed",
+        "features computed earlier are reused",
     ]
 
 

@@ -72,7 +72,7 @@ def try_build_feature_cache(run: Run, modes: Modes, plan: CachePlan) -> FeatureC
         return None
     size = f"{num_megabytes(run, cache):.1f} MB"
     if not cache.num_computed_batches:
-        work = "no new features are computed"
+        work = "features computed earlier are reused"
     elif cache.num_augmented_copies:
         work = f"the frozen backbone runs once per augmented copy, {cache.num_augmented_copies} copies per sample"
     else:
