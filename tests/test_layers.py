@@ -71,8 +71,8 @@ def test_imports_point_one_way(layer):
     assert not upward
 
 
-PUBLIC = ("tuneforge.errors", "tuneforge.plugin", "tuneforge.exporting", "tuneforge.comparison", "tuneforge.testing",
-          "tuneforge.sklearn")  # fmt: skip
+PUBLIC = ("tuneforge.errors", "tuneforge.plugin", "tuneforge.exporting", "tuneforge.convert", "tuneforge.comparison",
+          "tuneforge.testing", "tuneforge.sklearn")  # fmt: skip
 """Modules whose `__all__` is public, beside that of `tuneforge` itself."""
 
 
