@@ -1,0 +1,147 @@
+"""The benchmark of accuracy: its splits, its statistics and its bookkeeping. No weights, no data."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+FOLDER = Path(__file__).parent.parent / "benchmarks" / "quality"
+sys.path.append(str(FOLDER))
+
+import intervals  # noqa: E402
+import records  # noqa: E402
+from splits import Cell, split_rows  # noqa: E402
+
+LABELS = np.repeat(np.arange(4), 60)
+
+
+def record(cell, split, method, accuracy):
+    return records.Record(cell, split, method, accuracy, accuracy, seconds=1.0)
+
+
+def table(*found):
+    return {each.key: each for each in found}
+
+
+@pytest.mark.parametrize(("labels", "val"), [(5, 1), (20, 4), (40, 8)])
+def test_each_class_of_a_balanced_cell_has_its_labels_and_a_fifth_of_them_for_validation(labels, val):
+    rows = split_rows(Cell("a-task", labels), 0, LABELS, test_per_class=10)
+    assert np.bincount(LABELS[rows.labeled]).tolist() == [labels] * 4
+    assert np.bincount(LABELS[rows.val]).tolist() == [val] * 4
+    assert np.bincount(LABELS[rows.test]).tolist() == [10] * 4
+
+
+@pytest.mark.parametrize("labels", [20, 40])
+def test_the_counts_of_an_imbalanced_cell_fall_to_a_twentieth_in_equal_ratios(labels):
+    assert Cell("a", labels, imbalanced=True).counts(4) == [round(labels * 20 ** (-i / 3)) for i in range(4)]
+    rows = split_rows(Cell("a", labels, imbalanced=True), 0, LABELS, test_per_class=10)
+    counts = np.bincount(LABELS[rows.labeled])
+    assert counts.max() == 20 * counts.min() == labels
+    assert len(set(LABELS[rows.train])) == 4
+
+
+def test_no_sample_is_in_two_parts_of_a_split():
+    for split in range(5):
+        rows = split_rows(Cell("a", 20), split, LABELS, test_per_class=10)
+        together = np.concatenate([rows.train, rows.val, rows.test])
+        assert len(set(together)) == len(together) == 4 * 30
+
+
+def test_cells_of_a_task_share_their_test_samples_and_small_ones_are_parts_of_large_ones():
+    small, large = (split_rows(Cell("a", labels), 3, LABELS, test_per_class=10) for labels in (5, 20))
+    assert small.test.tolist() == large.test.tolist()
+    assert set(small.labeled) < set(large.labeled)
+
+
+def test_splits_and_tasks_differ_and_repeat_exactly():
+    first, again, second = (split_rows(Cell("a", 5), split, LABELS, test_per_class=10) for split in (0, 0, 1))
+    other = split_rows(Cell("b", 5), 0, LABELS, test_per_class=10)
+    assert first.labeled.tolist() == again.labeled.tolist()
+    assert first.labeled.tolist() != second.labeled.tolist()
+    assert first.labeled.tolist() != other.labeled.tolist()
+
+
+def test_a_group_of_samples_is_either_tested_or_labeled():
+    groups = [f"font {row % 12}" for row in range(len(LABELS))]
+    rows = split_rows(Cell("a", 20), 0, LABELS, test_per_class=10, groups=groups)
+    assert not {groups[row] for row in rows.test} & {groups[row] for row in rows.labeled}
+
+
+def test_a_class_with_too_few_samples_is_refused():
+    with pytest.raises(ValueError, match="class 0 has 50 samples besides the test, fewer than 51"):
+        split_rows(Cell("a", 51), 0, LABELS, test_per_class=10)
+
+
+def test_cells_of_one_split_are_averaged_and_only_pairs_count():
+    found = table(
+        record("a/5", 0, "ours", 0.8), record("a/5", 0, "peer", 0.7),
+        record("a/20", 0, "ours", 0.9), record("a/20", 0, "peer", 0.6),
+        record("a/5", 1, "ours", 0.5), record("a/5", 1, "peer", None),
+        record("b/5", 0, "ours", 0.5), record("b/5", 0, "peer", 0.6),
+        record("c/5", 0, "ours", 0.5),
+    )  # fmt: skip
+    differences = intervals.differences(found, "ours", "peer", ["a/5", "a/20", "b/5", "c/5"])
+    assert {task: pytest.approx(values) for task, values in differences.items()} == {"a": [20.0], "b": [-10.0]}
+    assert set(intervals.differences(found, "ours", "peer", ["b/5"])) == {"b"}
+
+
+def test_the_interval_of_a_task_is_students():
+    values = [1.0, 2.0, 4.0, 5.0]
+    found = intervals.of_task(values)
+    low, high = stats.t.interval(0.95, 3, loc=3.0, scale=stats.sem(values))
+    assert (found.mean, found.low, found.high, found.pairs) == (3.0, pytest.approx(low), pytest.approx(high), 4)
+
+
+def test_one_pair_has_no_interval():
+    assert str(intervals.of_task([2.0])) == "+2.0 (one pair)"
+    assert str(intervals.pooled({"a": [1.0, 2.0], "b": [3.0]})) == "+2.2 (one pair)"
+
+
+def test_tasks_have_equal_weight_and_the_pooled_interval_is_welchs():
+    one, other = [1.0, 2.0, 3.0], [4.0, 4.5, 6.0, 9.5]
+    found = intervals.pooled({"a": one, "b": other})
+    # the mean of two means is half of the difference between one and the other with its sign changed
+    expected = stats.ttest_ind(one, [-value for value in other], equal_var=False).confidence_interval(0.95)
+    assert found.mean == pytest.approx((2.0 + 6.0) / 2)
+    assert (found.low, found.high) == (pytest.approx(expected.low / 2), pytest.approx(expected.high / 2))
+
+
+def test_the_interval_over_tasks_is_students_over_their_means():
+    tasks = {"a": [1.0, 3.0], "b": [4.0], "c": [6.0]}
+    assert intervals.over_tasks(tasks) == intervals.of_task([2.0, 4.0, 6.0])
+
+
+def test_equal_results_give_an_interval_of_zero():
+    assert intervals.pooled({"a": [0.0, 0.0], "b": [0.0, 0.0]}) == intervals.Interval(0.0, 0.0, 0.0, 4)
+
+
+def test_a_stopped_run_goes_on_with_what_has_no_result(tmp_path):
+    path = tmp_path / "results.jsonl"
+    wanted = [("a/5", split, method) for split in range(2) for method in ("ours", "peer")]
+    assert records.read(path) == {}
+    for key in wanted[:2]:
+        records.append(path, record(*key, 0.5))
+    assert list(records.pending(wanted, records.read(path))) == wanted[2:]
+
+
+def test_half_a_line_of_a_killed_run_is_ignored_and_replaced(tmp_path):
+    path = tmp_path / "results.jsonl"
+    records.append(path, record("a/5", 0, "ours", 0.5))
+    whole = path.read_bytes()
+    records.append(path, record("a/5", 1, "ours", 0.6))
+    path.write_bytes(path.read_bytes()[:-9])
+    assert set(records.read(path)) == {("a/5", 0, "ours")}
+    records.append(path, record("a/5", 2, "ours", 0.7))
+    assert path.read_bytes().startswith(whole)
+    assert set(records.read(path)) == {("a/5", 0, "ours"), ("a/5", 2, "ours")}
+
+
+def test_a_failure_is_a_record_and_the_later_of_two_results_counts(tmp_path):
+    path = tmp_path / "results.jsonl"
+    failure = records.Record("a/5", 0, "peer", None, None, 0.1, "1.0", "ValueError: no")
+    records.append(path, failure)
+    assert records.read(path) == {failure.key: failure}
+    records.append(path, record("a/5", 0, "peer", 0.5))
+    assert records.read(path)[failure.key].accuracy == 0.5
