@@ -68,7 +68,7 @@ def option(*, default: Any = attrs.NOTHING, help: str, check: Check | None = Non
 
 
 @typing.dataclass_transform(field_specifiers=(option,), frozen_default=True, kw_only_default=True, eq_default=False)
-def component(*, api: int) -> Callable[[C], C]:
+def component(*, api: int, observer: bool = False) -> Callable[[C], C]:
     """Turn a class into a component: its annotated `option(...)` fields become read-only keyword arguments.
 
     Instances compare by identity, because pluggy stores plugins in sets. State that a component needs during a run
@@ -76,6 +76,9 @@ def component(*, api: int) -> Callable[[C], C]:
 
     Args:
         api: The version of the plugin API that the class was written for; at present `1`.
+        observer: True for a component that only observes, such as one that sends metrics to a server: an error in one
+            of its hooks is logged once, with its cause, and the run goes on. It may implement no hook that returns
+            something, and wrap none.
 
     Raises:
         OptionError: A field is not declared with `option`, or has a reserved name.
@@ -91,6 +94,7 @@ def component(*, api: int) -> Callable[[C], C]:
                     fix=f"write: {field.name}: TYPE = option(default=DEFAULT, help='...')",
                 )
         made.__tuneforge_api__ = api  # type: ignore[attr-defined]  # read by the registry at load
+        made.__tuneforge_observer__ = observer  # type: ignore[attr-defined]  # read when its hooks are registered
         return made
 
     return decorate

@@ -16,7 +16,7 @@ import attrs
 import pluggy
 
 from tuneforge.errors import PluginError, PluginLoadError, TuneforgeError, suggest_name
-from tuneforge.plugin.hookspecs import CHAINED_HOOKS, PROVIDER_HOOKS, HookSpecs
+from tuneforge.plugin.hookspecs import CHAINED_HOOKS, EXIT_HOOKS, PROVIDER_HOOKS, HookSpecs
 from tuneforge.plugin.merged_metrics import MergedMetrics
 
 _MAX_YIELDS_OF_CLOSED = 100
@@ -53,9 +53,15 @@ class HookImplementation:
 
 
 class Hooks:
-    """The hooks of one run; `call.train_step(run=run, batch=batch)` calls one."""
+    """The hooks of one run; `call.train_step(run=run, batch=batch)` calls one.
 
-    def __init__(self) -> None:
+    Args:
+        log: Called with a message for the user where an observer fails.
+    """
+
+    def __init__(self, log: Callable[[str], None] = lambda text: None) -> None:
+        self._log = log
+        self._failed_observers: set[tuple[str, str]] = set()
         self.components: list[RegisteredComponent] = []
         self._implementations: list[HookImplementation] = []
         self._manager = pluggy.PluginManager("tuneforge")
@@ -70,7 +76,7 @@ class Hooks:
         Raises:
             PluginLoadError: One of its implementations does not fit its hook; then none of them takes part.
         """
-        found = find_hook_implementations(member)
+        found = [self._tolerate_errors(each) for each in find_hook_implementations(member)]
         self.components.append(member)
         self._implementations += found
         for each in found:
@@ -108,6 +114,35 @@ class Hooks:
 
     def _get_providers(self, hook: str) -> list[HookImplementation]:
         return [each for each in self._implementations if each.hook == hook and not each.wrapper]
+
+    def _tolerate_errors(self, found: HookImplementation) -> HookImplementation:
+        """Return the implementation of a hook; if it only observes, its errors are logged, each once.
+
+        Raises:
+            PluginLoadError: An observer implements or wraps a hook that returns something.
+        """
+        is_observer = getattr(type(found.owner.component), "__tuneforge_observer__", False)
+        if not is_observer and found.hook not in EXIT_HOOKS:
+            return found
+        if found.wrapper or found.hook in (*PROVIDER_HOOKS, *CHAINED_HOOKS):
+            raise PluginLoadError(
+                f"{found.owner.label} is declared as an observer, and {'wraps' if found.wrapper else 'implements'} "
+                f"'{found.hook}'",
+                why="an observer returns nothing to the run",
+                fix="remove observer=True, or the hook",
+            )
+
+        @functools.wraps(found.function)
+        def tolerant(*args: Any) -> None:
+            try:
+                found.function(*args)
+            except Exception as error:  # noqa: BLE001 - training goes on, whatever fails in a component that observes
+                if (found.owner.label, found.hook) not in self._failed_observers:
+                    self._failed_observers.add((found.owner.label, found.hook))
+                    why = getattr(error, "why", "") or str(error)
+                    self._log(f"warning: {found.owner.label} failed in {found.hook}: {why}; the run goes on without it")
+
+        return attrs.evolve(found, function=tolerant)
 
     def _chain_model_adapt(self, run: Any, model: Any) -> Any:
         for link in self._get_providers("model_adapt"):

@@ -6,7 +6,7 @@ Each docstring says how results are combined; `tuneforge.plugin.hooks` enforces 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tuneforge.engine.data.dataset import Batch, Data
     from tuneforge.engine.loop.metric_set import Metrics
     from tuneforge.engine.model.model import Model
-    from tuneforge.plugin.results import TaskInfo
+    from tuneforge.plugin.results import AnyStrategyStepResult, TaskInfo
     from tuneforge.plugin.steps import StrategyStep
 
 hookspec = pluggy.HookspecMarker("tuneforge")
@@ -29,6 +29,9 @@ PROVIDER_HOOKS = ("data_prepare", "train_step", "finetune_strategy", "optimizer_
 
 CHAINED_HOOKS = ("model_adapt", "evaluate")
 """Hooks that all components implement in turn, in the order in which the user named them."""
+
+EXIT_HOOKS = ("run_stopped", "run_failed")
+"""Hooks that are called while an error leaves the run; an error in one of them is logged."""
 
 COMPONENT_GROUPS = ("data_prepare", "model_adapt", "train_step", "evaluate", "finetune_strategy", "callback")
 """Entry-point groups (after `tuneforge.`) of components that implement hooks."""
@@ -42,7 +45,11 @@ class HookSpecs:
 
     @hookspec
     def run_started(self, run: Run) -> None:
-        """Observe the start: configuration, run directory and components exist; data and model do not yet."""
+        """Observe the start: configuration, run directory and components exist; data and model do not yet.
+
+        In a resumed run `run.resumed` is true, and `run.state(self)`, `run.history`, `run.step` and `run.epoch` are
+        those of the checkpoint.
+        """
 
     @hookspec(firstresult=True)
     def data_prepare(self, run: Run) -> Data:  # type: ignore[empty-body]  # a contract has no body
@@ -64,8 +71,19 @@ class HookSpecs:
         """
 
     @hookspec
+    def strategy_step_started(self, run: Run, step: StrategyStep) -> None:
+        """Observe that a step of the strategy begins, of whatever kind."""
+
+    @hookspec
     def phase_started(self, run: Run) -> None:
         """Observe that `run.phase` is about to train; freezing, modes and optimizer are set."""
+
+    @hookspec
+    def phase_resumed(self, run: Run) -> None:
+        """Observe that a resumed run goes on with `run.phase`, which had started before.
+
+        It is called in place of `phase_started`, so that what a component sets up there is set up once.
+        """
 
     @hookspec(firstresult=True)
     def train_step(self, run: Run, batch: Batch) -> tuple[Tensor, Any]:  # type: ignore[empty-body]
@@ -94,8 +112,8 @@ class HookSpecs:
         """Observe that a split is about to be evaluated; averaged weights are swapped in here."""
 
     @hookspec
-    def evaluation_ended(self, run: Run) -> None:
-        """Observe that the split has been evaluated."""
+    def evaluation_ended(self, run: Run, metrics: Mapping[str, Any]) -> None:
+        """Observe that the split `run.eval_split` has been evaluated, with its metrics by name."""
 
     @hookspec
     def epoch_ended(self, run: Run) -> None:
@@ -106,5 +124,20 @@ class HookSpecs:
         """Observe that the phase has ended and passed the freeze check; best weights are not restored yet."""
 
     @hookspec
-    def run_ended(self, run: Run) -> None:
-        """Observe that model and report are written."""
+    def strategy_step_ended(self, run: Run, step: StrategyStep, result: AnyStrategyStepResult) -> None:
+        """Observe that a step of the strategy is completed, and its result, which the strategy gets next."""
+
+    @hookspec
+    def run_ended(self, run: Run, report: Mapping[str, Any]) -> None:
+        """Observe that model and report are written; `report` is the content of `report.json`."""
+
+    @hookspec
+    def run_stopped(self, run: Run, error: BaseException) -> None:
+        """Observe that the run was stopped (a signal, Ctrl-C, `Engine.stop`) and can be resumed.
+
+        No other hook is called afterwards, and `error` leaves `Engine.run`, whatever happens here.
+        """
+
+    @hookspec
+    def run_failed(self, run: Run, error: BaseException) -> None:
+        """Observe that the run failed. As in `run_stopped`, `error` leaves `Engine.run`, whatever happens here."""

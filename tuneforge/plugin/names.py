@@ -23,6 +23,11 @@ def is_object(name: str) -> bool:
     return name.startswith(OBJECT_PREFIX)
 
 
+def format_end(reason: str) -> str:
+    """Return why something ended early: a callback asked for it, with its reason."""
+    return f"asked for by a callback: {reason}"
+
+
 def format_count(number: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun: `1 epoch`, `2,048 samples`; `plural` is for nouns that do not just add an s."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

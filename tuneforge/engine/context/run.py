@@ -41,6 +41,7 @@ class Run(TrainerState):
         device: Where the model computes.
         hooks: The components that take part.
         process_group: The processes that work on this run.
+        resumed: True where the run continues from a checkpoint.
         restoring: True where the weights follow from a run directory: build the model's shapes and load nothing.
         single_split: True where other data is evaluated: a source that would draw splits returns all samples as one
             split, three times the same object.
@@ -55,6 +56,7 @@ class Run(TrainerState):
     device: Device
     hooks: Hooks
     process_group: ProcessGroup = ProcessGroup()
+    resumed: bool = False
     restoring: bool = False
     single_split: bool = False
     optimization: Optimization = attrs.field(factory=Optimization)
@@ -122,6 +124,58 @@ class Run(TrainerState):
         """Log a message for the user, on the terminal and in the run's log."""
         self._log_sink(text)
 
+    def end_epoch(self, reason: str) -> None:
+        """End the epoch after the current optimizer step; validation follows, then the next epoch.
+
+        Like `end_phase` and `end_run`, it takes effect on all ranks, is part of a checkpoint, and does nothing in a
+        refit, which repeats what was trained before.
+
+        Args:
+            reason: Why, for the log and the report.
+
+        Raises:
+            PluginError: No phase is training.
+        """
+        self._request_end("epoch", reason)
+
+    def end_phase(self, reason: str) -> None:
+        """End the phase after the current optimizer step and a validation; the strategy goes on with its result.
+
+        Args:
+            reason: Why, for the log and the report.
+
+        Raises:
+            PluginError: No phase is training.
+        """
+        self._request_end("phase", reason)
+
+    def end_run(self, reason: str) -> None:
+        """End the phase as `end_phase` does, and take no further step of the strategy; the report follows.
+
+        Args:
+            reason: Why, for the log and the report.
+        """
+        self._request_end("run", reason)
+
+    def _request_end(self, part: str, reason: str) -> None:
+        if self.phase is None and part != "run":
+            raise PluginError(
+                f"run.end_{part} was called while no phase is training",
+                why=f"there is no {part} to end",
+                fix="call it from phase_started, train_step, optimizer_step, evaluation_ended or epoch_ended",
+            )
+        if not self.engine_state.is_refit:
+            self.engine_state.end_requests.setdefault(part, reason)
+
+    def agree_on_ends(self) -> dict[str, str]:
+        """Return what components of any rank asked to end early, with the reasons; only the engine calls it."""
+        requests = self.engine_state.end_requests
+        if self.process_group.all_reduce_any(bool(requests))[0]:
+            for each in self.process_group.all_gather_object(dict(requests)):
+                for part, reason in each.items():
+                    requests.setdefault(part, reason)
+        return requests
+
     def state(self, component: object) -> dict[str, Any]:
         """Return the dictionary of a component's state: tensors and plain data, saved with checkpoints."""
         return self.engine_state.component_states.setdefault(self._state_key(component), {})
@@ -167,14 +221,17 @@ class Run(TrainerState):
         """Yield every sample of a split once; see `tuneforge.engine.context.batches.evaluation_batches`."""
         return batches.evaluation_batches(self, split, per_rank=per_rank)
 
-    def reseed(self, batch: int = 0) -> None:
+    def reseed(self, batch: int = 0, *, step: int | None = None) -> None:
         """Seed torch's generators from the run's seed, the optimizer step and the batch of it.
 
         Random operations inside the model thus do not depend on what was drawn before, so that a resumed run draws
         the same. Each rank draws its own numbers.
         """
         rank = [self.process_group.rank] if self.process_group.rank else []
-        seed = derive_seed(self.config.seed, "step", self.step, batch, *rank) & 0x7FFFFFFFFFFFFFFF
+        seed = (
+            derive_seed(self.config.seed, "step", self.step if step is None else step, batch, *rank)
+            & 0x7FFFFFFFFFFFFFFF
+        )
         torch.default_generator.manual_seed(seed)
         self.device.reseed(seed)
 

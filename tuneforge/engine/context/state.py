@@ -63,6 +63,7 @@ class EngineState:
         next_phases: The phases that are known to follow the current strategy step.
         later_features: Features for later phases, by cache key, extracted during the pass of an earlier phase.
         workers: Processes that decode samples; None until the first batch needs them.
+        end_requests: What a component asked to end early, `epoch`, `phase` or `run`, with its reason.
     """
 
     micro_batch_size: int | None
@@ -80,6 +81,7 @@ class EngineState:
     next_phases: tuple[Phase, ...] = ()
     later_features: dict[str, tuple[Tensor, ...]] = attrs.field(factory=dict)
     workers: Workers | None = None
+    end_requests: dict[str, str] = attrs.field(factory=dict)
 
     @classmethod
     def from_config(cls, config: RunConfig) -> EngineState:

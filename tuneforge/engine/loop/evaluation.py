@@ -44,7 +44,7 @@ def evaluate(
     run.hooks.call.evaluation_started(run=run)
     metrics = _repeat_on_oom(run, lambda: _evaluate_once(run, split, hardest), f"evaluating '{name}'")
     on_metrics(metrics)
-    run.hooks.call.evaluation_ended(run=run)
+    run.hooks.call.evaluation_ended(run=run, metrics=metrics)
     run.eval_split = None
     return metrics
 

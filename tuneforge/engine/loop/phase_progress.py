@@ -182,6 +182,7 @@ class PhaseProgress:
             "count": count,
             "batch": self.next_batch,
             "steps_done": run.steps_done,
+            "total_steps": run.total_steps,
             "nonfinite": self.backward_pass.nonfinite.state(),
             "metrics": self.tracker.state(),
             "freeze_check": freeze_check.state(),
@@ -195,6 +196,7 @@ class PhaseProgress:
         """Return the progress that `state` described, and set the run's counters of the phase."""
         tracker.load_state(state["metrics"])
         run.steps_done, run.engine_state.is_cached = state["steps_done"], state["cached"]
+        run.total_steps = state["total_steps"]
         run.progress = run.steps_done / run.total_steps
         if not run.process_group.is_main:  # the saved sum is that of all ranks, so only rank 0 continues with it
             return cls(tracker, backward_pass, torch.zeros_like(state["loss"]), 0, state["batch"])

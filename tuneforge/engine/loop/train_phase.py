@@ -32,6 +32,7 @@ from tuneforge.engine.model.freezing import compute_modes, freeze, select
 from tuneforge.engine.model.modes import Modes
 from tuneforge.engine.model.module_state import full_state, restore_state
 from tuneforge.engine.storage import fault_injection
+from tuneforge.plugin.names import format_end
 from tuneforge.plugin.results import StrategyStepResult
 from tuneforge.plugin.steps import Phase
 
@@ -79,12 +80,14 @@ def train_phase(
     run.total_steps = phase.steps or _steps_per_epoch(run) * (phase.epochs or 0)
     if phase_state is None:
         state.freeze_check, state.is_cached = begin_freeze_check(run, trainable, modes), None
+        _drop_end_requests(run)
         progress = PhaseProgress(tracker, backward_pass, run.device.loss_accumulator())
         run.hooks.call.phase_started(run=run)
     else:
         state.freeze_check = FreezeCheck.from_state(phase_state["freeze_check"])
         progress = PhaseProgress.from_state(phase_state, tracker, backward_pass, run)
         _log_resume_point(run, sampling, progress, schedule)
+        run.hooks.call.phase_resumed(run=run)
     freeze_check = state.freeze_check
     backward_pass.loss_weights = sampling.loss_weights
     if state.micro_batch_size is not None and state.micro_batch_size < run.config.batch_size:
@@ -109,7 +112,7 @@ def train_phase(
         on_metrics = functools.partial(tracker.update, run, loss, trainable)
         metrics = evaluate(run, run.data.val, "val", on_metrics=on_metrics)
         _record_epoch(run, tracker, loss, metrics, seconds=time.perf_counter() - began)
-        tracker.stop_reason = tracker.stop_reason or state.budget.check_exhausted(run)
+        tracker.stop_reason = tracker.stop_reason or state.budget.check_exhausted(run) or _find_end_request(run)
         state.save(progress)
         fault_injection.point("epoch")
 
@@ -200,7 +203,24 @@ def _set_lr(run: Run, progress: PhaseProgress, schedule: Any, step: int) -> None
 
 def _is_epoch_over(run: Run) -> bool:
     """Return True if no further step may be taken, even if samples of the epoch remain."""
-    return run.steps_done >= run.total_steps or bool(run.engine_state.budget.exhausted_reason(run))
+    state = run.engine_state
+    return run.steps_done >= run.total_steps or bool(state.budget.exhausted_reason(run) or state.end_requests)
+
+
+def _drop_end_requests(run: Run) -> None:
+    """Forget what a component asked to end early, once it has ended; the end of the run is not forgotten."""
+    for part in ("epoch", "phase"):
+        run.engine_state.end_requests.pop(part, None)
+
+
+def _find_end_request(run: Run) -> str:
+    """Return why a component asked to end the phase or the run; "" if none did."""
+    requests = dict(run.agree_on_ends())
+    _drop_end_requests(run)
+    if "epoch" in requests:
+        run.log(f"  the epoch ended early, {format_end(requests['epoch'])}")
+    reason = requests.get("phase") or requests.get("run")
+    return format_end(reason) if reason else ""
 
 
 def planned_epochs(run: Run) -> int:
@@ -254,15 +274,20 @@ def _train_epoch(run: Run, sampling: SamplingWeights, progress: PhaseProgress, s
         is_exhausted = state.budget.check_exhausted(run)
         state.save(progress)
         fault_injection.point("step-saved")
-        if is_exhausted or run.steps_done == run.total_steps:
+        if is_exhausted or state.end_requests or run.steps_done == run.total_steps:
             break
     run.optimization.set_training(False)
     backward_pass.sync_buffers(run)
-    return progress.next_epoch(run, complete=progress.next_batch == len(sizes))
+    num_left = len(sizes) - progress.next_batch
+    if "epoch" in state.end_requests and run.phase is not None and run.phase.steps is None:
+        # The phase has as many epochs as it asks for, so the steps that this one leaves out are not taken later.
+        run.total_steps -= math.ceil(num_left / run.config.grad_accum_steps)
+    return progress.next_epoch(run, complete=not num_left)
 
 
 def _record_epoch(run: Run, tracker: MetricTracker, loss: float, metrics: Mapping[str, Any], *, seconds: float) -> None:
     assert run.phase is not None
+    requests = run.engine_state.end_requests
     run.history.append(
         {
             "step": run.step,
@@ -274,6 +299,7 @@ def _record_epoch(run: Run, tracker: MetricTracker, loss: float, metrics: Mappin
             "monitor": tracker.monitor,
             "best": tracker.best_epoch == len(tracker.history),
             "seconds": seconds,
+            **({"ended_early": requests["epoch"]} if "epoch" in requests else {}),
         }
     )
     run.hooks.call.epoch_ended(run=run)

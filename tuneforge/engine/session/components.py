@@ -76,12 +76,20 @@ def component_name(hook: str, component: Any) -> str:
     """Return the name that `run.json` records: the installed name, `module:Class`, or a marker such as `object:data`.
 
     The marker stands for a component that names and options cannot rebuild: an instance of a class that does not
-    declare its options, or of a class that is local to a function.
+    declare its options, or of a class that its module does not have, such as one that is local to a function.
     """
     cls = type(component)
-    if hasattr(cls, "__tuneforge_api__") and "<locals>" not in cls.__qualname__:
+    if hasattr(cls, "__tuneforge_api__") and _is_reachable(cls):
         return registry.find_entry_of_class(hook, cls).name
     return OBJECT_PREFIX + KEY_BY_HOOK.get(hook, hook)
+
+
+def _is_reachable(cls: type) -> bool:
+    """Return True if the class is what its module has under its name; a class of a function or of `exec` is not."""
+    found: Any = sys.modules.get(cls.__module__)
+    for part in cls.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is cls
 
 
 def describe_member(member: RegisteredComponent, hook: str) -> dict[str, Any]:

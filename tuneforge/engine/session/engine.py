@@ -37,7 +37,7 @@ from tuneforge.engine.session.dry_run import DryRun, collect_known_steps
 from tuneforge.engine.session.exclusive import exclusive_process_state
 from tuneforge.engine.session.portability import Portability
 from tuneforge.engine.session.refit import check_refit, refit
-from tuneforge.engine.session.resume import ResumeState, find_checkpoint
+from tuneforge.engine.session.resume import ResumeState, find_checkpoint, restore_counters
 from tuneforge.engine.session.resume_check import check_config, check_data
 from tuneforge.engine.session.run_log import (
     RunLogger,
@@ -227,6 +227,7 @@ class Engine:
         """Open the run directory, execute the run, and give the model back whatever happens."""
         process_group = ProcessGroup.from_env()
         with open_run_dir(process_group, self.config.out, resume=self._resume_dir is not None) as run_dir:
+            run = None
             try:
                 run = self._create_run(run_dir, process_group)
                 try:
@@ -242,10 +243,18 @@ class Engine:
                 run_dir.write_status(
                     state, reason=str(error) or type(error).__name__, elapsed_s=self._budget.elapsed_s()
                 )
+                if run is not None:
+                    exit_hook = run.hooks.call.run_stopped if is_stop else run.hooks.call.run_failed
+                    exit_hook(run=run, error=error)
                 raise
 
     def _execute(self, run: Run, run_dir: RunDir) -> Result:
         """Execute the run from its first hook to its last."""
+        checkpoint_name, state = "", None
+        if self._resume_dir is not None:
+            checkpoint_name, state = find_checkpoint(run, run_dir.path)
+        if state is not None:
+            restore_counters(run, state)
         run.hooks.call.run_started(run=run)
         _prepare_data(run)
         messages.log_lines(run, messages.format_data(self.config.data.name, run.data))
@@ -259,12 +268,10 @@ class Engine:
             stop_request=lambda: self._stop_error,
             components=PhaseComponents(self.config),
         )
-        checkpoint_name, state = "", None
         if self._resume_dir is not None:
             if (run_dir.path / MODEL).exists():
                 check_data(run.data, read_json(run_dir.path / MODEL, "splits"))
             resume_state.read_requested_steps()
-            checkpoint_name, state = find_checkpoint(run, run_dir.path)
         run.restoring = state is not None
         # A model that is built for a checkpoint loads no weights, so only model.json knows whether it was pretrained.
         self._prepare_model(run, pretrained=None if state is None else read_json(run_dir.path / MODEL)["pretrained"])
@@ -302,20 +309,21 @@ class Engine:
         if run_dir.writable:
             checkpoint.delete_unpinned(run_dir.path)
         messages.log_lines(run, messages.format_checkpoints(resume_state.checkpoints))
-        run.hooks.call.run_ended(run=run)
+        run.hooks.call.run_ended(run=run, report=report)
         check_weights("run_ended; the run directory is complete, the model in memory is not the saved one")
         run.process_group.barrier()  # a rank that exits early would break collectives of the others
         return Result(run_dir.path, report, run.model, tuple(resume_state.completed_steps))
 
     def _create_run(self, run_dir: RunDir, process_group: ProcessGroup) -> Run:
         """Return the run with its components and its budget, and write `run.json`."""
+        log_sink = self._create_log_sink(run_dir)
         run = Run(
             config=self.config,
             run_dir=run_dir.path if process_group.is_main else None,
             process_group=process_group,
             device=device.resolve_device(self.config.device),
-            hooks=self._create_hooks(self._observers),
-            log_sink=self._create_log_sink(run_dir),
+            hooks=self._create_hooks(self._observers, log=log_sink),
+            log_sink=log_sink,
         )
         run.engine_state.augmentations = tuple(create_component("augment", spec) for spec in self.config.augment)
         run.hooks.add(RegisteredComponent(RunLogger(run_dir), "engine", "the engine's run logger"))
@@ -327,8 +335,10 @@ class Engine:
         messages.log_lines(run, self._changed_settings)
         return run
 
-    def _create_hooks(self, observers: Iterable[RegisteredComponent] = ()) -> Hooks:
-        hooks = Hooks()
+    def _create_hooks(
+        self, observers: Iterable[RegisteredComponent] = (), log: Callable[[str], None] = lambda text: None
+    ) -> Hooks:
+        hooks = Hooks(log)
         for member in (*(member for _, member in self._members), *observers):
             hooks.add(member)
         hooks.add(RegisteredComponent(_DefaultOptimizerStep(), "engine", "the engine's optimizer step"))
@@ -350,7 +360,7 @@ class Engine:
             pretrained: Whether the weights are pretrained; None takes it from the model builder.
         """
         self._add_default_components(run)
-        run.reseed()  # so that randomly initialized weights depend on the seed alone
+        run.reseed(step=0)  # so that randomly initialized weights depend on the seed alone
         model = _mark_user_frozen(run.hooks.call.model_adapt(run=run, model=None))
         check_trainable(model.module)
         check_extra_states(model.module)

@@ -141,10 +141,13 @@ class ResumeState:
         process_group = self.run.process_group
         stop_error = self.stop_request()
         step, other_counters = self.run.step, (self.run.epoch, len(self.completed_steps))
-        stopped, due = process_group.all_reduce_any(
+        stopped, due, ends = process_group.all_reduce_any(
             stop_error is not None,
             process_group.is_main and self.checkpoints.is_due(step, other_counters=other_counters),
+            bool(self.run.engine_state.end_requests),
         )
+        if ends:
+            self.run.agree_on_ends()
         if stopped or due:
             state, new_snapshots = self._state(progress), self.snapshot_files.add(self.snapshots)
             if self.run.sharded:
@@ -241,7 +244,10 @@ class ResumeState:
         return result
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint, and truncate the files that grow to their size at that time."""
+        """Restore the state of a checkpoint, and truncate the files that grow to their size at that time.
+
+        What `restore_counters` restores is there already.
+        """
         run = self.run
         check_model(run.model, read_json(self.run_dir.path / MODEL, "modules", "frozen_by_user"), state["model"])
         self._check_sizes(state["offsets"])
@@ -251,14 +257,15 @@ class ResumeState:
         run.process_group.barrier()  # the other ranks read the files, which rank 0 truncates
         if run.sharded:
             state = fsdp.scatter_state(state, run.model.parameters(), run.device.torch)
+            for key, shards in state["components"].items():
+                run.engine_state.component_states[key].update(shards)
         restore_state(run.model.module, state["model"])
         restore_rank_buffers(run, state["ranks"])
         set_extra_states(run.model.module, state["extra_states"])
         run.optimization.pending_state = state["optimizer"]
         self.components.current_optimizer = state["optimizer_part"]
-        run.step, run.epoch, run.history = state["step"], state["epoch"], state["history"]
         engine_state = run.engine_state
-        engine_state.component_states = state["components"]
+        engine_state.end_requests = state["end_requests"]
         engine_state.micro_batch_size, engine_state.eval_batch_size = state["micro_batch"], state["eval_batch"]
         engine_state.budget.previous_s = max(engine_state.budget.previous_s, state["elapsed_s"])
         torch.set_rng_state(state["random"].cpu())
@@ -296,6 +303,7 @@ class ResumeState:
             "optimizer": run.optimization.state(run.model),
             "optimizer_part": self.components.current_optimizer,
             "components": engine_state.component_states,
+            "end_requests": engine_state.end_requests,
             "history": run.history,
             "step": run.step,
             "micro_batch": engine_state.micro_batch_size,
@@ -326,6 +334,13 @@ def find_checkpoint(run: Run, path: Path) -> tuple[str, dict[str, Any] | None]:
     if changed:
         run.log(f"warning: results may differ in the last bits, because the environment changed: {', '.join(changed)}")
     return ("", None) if newest is None else (newest.name, state)
+
+
+def restore_counters(run: Run, state: Mapping[str, Any]) -> None:
+    """Restore what hooks read before there is a model: the counters, the history and the state of components."""
+    run.resumed = True
+    run.step, run.epoch, run.history = state["step"], state["epoch"], state["history"]
+    run.engine_state.component_states = state["components"]
 
 
 def find_resumable(runs: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from tuneforge.engine.session.dry_run import validate_step
 from tuneforge.engine.session.resume import ResumeState
 from tuneforge.errors import PluginError, TuneforgeError, UsageError
 from tuneforge.plugin.hooks import RegisteredComponent, iterate_strategy
+from tuneforge.plugin.names import format_end
 from tuneforge.plugin.results import AnyStrategyStepResult
 from tuneforge.plugin.steps import Diagnosis, HeadFit, Phase, StrategyStep, WeightAverage
 
@@ -55,6 +56,10 @@ def run_strategy(run: Run, resume_state: ResumeState) -> str:
             run.log(f"stopping: {exhausted}")
             _close(run, steps, member)
             return "the budget was spent"
+        if is_next and (reason := run.agree_on_ends().get("run")):
+            run.log(f"stopping: {format_end(reason)}")
+            _close(run, steps, member)
+            return format_end(reason)
         try:
             with _hidden_test_splits(run):
                 step = check_step_type(steps.send(result), member)
@@ -74,11 +79,13 @@ def run_strategy(run: Run, resume_state: ResumeState) -> str:
             run.log(f"  reason: {step.why}")
         later_phases = itertools.takewhile(lambda each: isinstance(each, Phase), planned[number:])
         run.engine_state.next_phases = tuple(later_phases)
+        run.hooks.call.strategy_step_started(run=run, step=step)
         result = _execute_step(run, step, resume_state)
         check_finite_weights(run, f"the end of step '{step.name}'")
         run.process_group.broadcast(list(full_state(run.model.module).values()))
         messages.log_lines(run, messages.format_step_result(result))
         resume_state.add_step_result(step, result)
+        run.hooks.call.strategy_step_ended(run=run, step=step, result=result)
 
 
 @contextlib.contextmanager
