@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
+from tuneforge_timm.networks import build_network, find_pretrained_config
 
 import tuneforge as tf
 
@@ -50,3 +52,20 @@ def test_an_encoder_is_refused_and_the_classifier_is_named(tune):
 def test_an_unknown_architecture_is_refused_with_the_nearest_name(tune):
     with pytest.raises(tf.UnknownNameError, match=r"has no model 'resnet10_t'.*resnet10t"):
         tune("resnet10_t", 32)
+
+
+@pytest.mark.parametrize("arch", ["tf_efficientnet_lite0", "tf_efficientnetv2_b0", "tf_mobilenetv3_small_075"])
+@pytest.mark.parametrize("size", [(64, 64), (33, 48)])
+@torch.no_grad()
+def test_same_padding_is_traced_and_equals_that_of_timm(arch, size):
+    ours = build_network(find_pretrained_config(arch), num_outputs=3, image_size=size, seed=0).module.eval()
+    theirs = timm.create_model(arch, num_classes=3).eval()
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, *size)
+    assert torch.equal(ours(images), theirs(images))
+    assert torch.equal(torch.fx.symbolic_trace(ours)(images), theirs(images))
+
+
+def test_grayscale_images_need_an_adapter_only(tune):
+    model = tune("tf_efficientnet_lite0", 32, adapt=[tf.use("input-channels", channels=3)], strategy=[]).model
+    assert type(model.module.conv_stem).__name__.endswith("Conv2dSame")

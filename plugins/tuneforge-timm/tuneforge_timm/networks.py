@@ -16,6 +16,7 @@ from tuneforge import LayerGroup, UnknownNameError, UsageError
 from tuneforge.errors import suggest_name
 from tuneforge_timm.layer_groups import find_layer_groups
 from tuneforge_timm.merged_head import MergedHead
+from tuneforge_timm.same_padding import make_same_padding_traceable
 
 ImageSize = tuple[int, int]
 
@@ -156,11 +157,13 @@ def _create(
         arguments["img_size"] = image_size
     try:
         with torch.device("meta" if meta else "cpu"):
-            return timm.create_model(config.architecture, pretrained_cfg=config.tag or None, **arguments)
+            module = timm.create_model(config.architecture, pretrained_cfg=config.tag or None, **arguments)
     except Exception as error:  # noqa: BLE001 - networks and their weight filters raise what they like
         if weights_where and _is_about_weights(error):
             raise _mismatch_error(config, error, weights_where) from None
         raise _image_size_error(config, image_size, error) from None
+    make_same_padding_traceable(module)
+    return module
 
 
 def _find_heads(module: nn.Module, config: PretrainedCfg) -> Sequence[str]:

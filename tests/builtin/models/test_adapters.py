@@ -151,6 +151,24 @@ def test_more_channels_keep_the_old_ones_apart() -> None:
     torch.testing.assert_close(widened[:, 3], weight.mean(1) * 0.75)
 
 
+class PaddedConv(nn.Conv2d):
+    """A convolution that does more than its options say."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.pad(images, (1, 1, 1, 1)))
+
+
+def test_a_subclass_of_convolution_keeps_its_behavior() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(PaddedConv(3, 6, 3, stride=2), nn.Flatten(), nn.Linear(6 * 16, 2))
+    model = Model(module, groups=[LayerGroup("conv", ("0",)), LayerGroup("head", ("2",))], head="2")
+    gray = torch.rand(2, 1, 8, 8)
+    before = module(gray.expand(2, 3, 8, 8))
+    adapted = InputChannels(channels=1).model_adapt(run_of(), model)
+    torch.testing.assert_close(adapted.module(gray), before, atol=1e-6, rtol=1e-5)
+    assert adapted.module[0].in_channels == 1
+
+
 def test_a_fitting_input_is_left_alone() -> None:
     model = conv_model(3)
     assert InputChannels(channels=3).model_adapt(run_of(), model) is model

@@ -5,6 +5,7 @@ Shapes: k outputs, f features, c channels, h and w pixels of a kernel.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -141,19 +142,10 @@ def _change_weight_channels(weight_kchw: Tensor, channels: int) -> Tensor:
 
 
 def _replace_conv_weight(conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:
-    made = nn.Conv2d(
-        weight.shape[1],
-        conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]  # a tuple of two, which torch's stubs do not say
-        conv.stride,  # type: ignore[arg-type]
-        conv.padding,  # type: ignore[arg-type]
-        conv.dilation,  # type: ignore[arg-type]
-        bias=conv.bias is not None,
-        padding_mode=conv.padding_mode,
-        device="meta",
-    )
-    made.weight = nn.Parameter(weight)
-    made.bias = conv.bias
+    """Return the same layer with another weight; a subclass keeps what it does besides, such as padding."""
+    made = copy.deepcopy(conv)
+    made.in_channels = weight.shape[1]
+    made.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
     return made
 
 
