@@ -42,7 +42,12 @@ def minimized(loss, *shapes):
 
 
 def scaled(features):
-    return (features - features.mean(0)) / features.std(0, correction=0)
+    deviation = features.std(0, correction=0)
+    return (features - features.mean(0)) / deviation.clamp_min(0.01 * deviation.max())
+
+
+def linear(features, weight, bias):
+    return features @ weight.T + bias
 
 
 class TestClasses:
@@ -148,6 +153,32 @@ class TestHeadOfClasses:
         assert weight.isfinite().all()
         assert bias.isfinite().all()
 
+    @pytest.mark.parametrize("l2", [1e-3, None])
+    @pytest.mark.parametrize("deviation", [1e-7, 1e-8, 1e-12])
+    def test_a_feature_that_is_nearly_constant_in_training_does_not_decide(self, deviation, l2):
+        features, labels = blobs(samples=60, features=4, classes=3)
+        features = (features - features.mean(0)) / features.std(0)
+        expected = F.softmax(linear(features, *ABC.fit_head(features, labels, l2=l2)), 1)
+        features = torch.cat([features, deviation * torch.randn(60, 6, generator=torch.Generator().manual_seed(1))], 1)
+        weight, bias = ABC.fit_head(features, labels, l2=l2)
+        features[:, 4:] = 1.0  # active elsewhere, as a ReLU that was off in training
+        assert weight.abs().max() < 100
+        assert torch.allclose(F.softmax(linear(features, weight, bias), 1), expected, atol=0.2)
+
+    @pytest.mark.parametrize(("samples", "classes"), [(6, 3), (7, 3), (40, 2), (700, 3)])
+    def test_the_penalty_is_chosen_on_held_out_samples(self, samples, classes):
+        features, labels = blobs(samples=samples, features=30, classes=classes, spread=4)
+        others, truth = blobs(samples=500, features=30, classes=classes, spread=4)
+        loss = {
+            l2: F.cross_entropy(linear(others, *ABC.fit_head(features, labels, l2=l2))[:, :classes], truth).item()
+            for l2 in (None, 1e-4, 1.0)
+        }
+        assert loss[None] <= 1.1 * min(loss.values())
+
+    def test_classes_of_one_sample_are_solved(self):
+        features = torch.eye(3)
+        assert linear(features, *ABC.fit_head(features, torch.arange(3), l2=None)).argmax(1).tolist() == [0, 1, 2]
+
     def test_one_class_alone_cannot_be_solved(self):
         with pytest.raises(DataError, match="at least two classes"):
             ABC.fit_head(torch.randn(5, 2), torch.zeros(5, dtype=torch.int64), l2=1e-3)
@@ -249,6 +280,14 @@ class TestNumbers:
 
         best, free = minimized(loss, (2, 4), (2,))
         assert torch.allclose(features.double() @ weight.T + bias, scaled(features.double()) @ best.T + free, atol=1e-5)
+
+    def test_the_penalty_is_chosen_by_the_leave_one_out_error(self):
+        generator = torch.Generator().manual_seed(2)
+        features = torch.randn(30, 20, generator=generator)
+        noise = torch.randn(30, generator=generator)
+        shrunk, exact = (PRICE.fit_head(features, each, l2=None)[0] for each in (noise, features[:, 0]))
+        assert shrunk.norm() < 0.7 * PRICE.fit_head(features, noise, l2=1e-4)[0].norm()
+        assert exact[0, 0] == pytest.approx(1, abs=0.01)
 
     def test_the_head_of_one_number_takes_a_flat_target(self):
         features = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))

@@ -17,10 +17,19 @@ from torch.nn import functional as F
 
 from tuneforge import DataError, OptionError, Targets, component, option
 from tuneforge.builtin.checks import POSITIVE_NUMBERS
+from tuneforge.builtin.head_solver import (
+    Doubles,
+    ScaledFeatures,
+    cross_validate_logistic,
+    fit_binary,
+    fit_logistic,
+    fit_ridge,
+    leave_one_out_ridge,
+    log_sum_exp,
+    scale_and_choose,
+)
 from tuneforge.errors import suggest_name
 from tuneforge.plugin import Check
-
-Doubles = NDArray[np.float64]
 
 _UNIQUE = Check("names that differ", lambda names: len(set(names)) == len(names), {"uniqueItems": True})
 _MAX_LOSS = torch.finfo(torch.float32).max  # per-sample loss of a NaN output; finite, because JSON has no infinity
@@ -90,16 +99,16 @@ class ClassTargets(Targets):
         counts = targets.bincount(minlength=len(self.names)).tolist()
         return dict(zip(self.names, torch.split(targets.argsort(stable=True), counts), strict=True))
 
-    def fit_head(self, features: Tensor, targets: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
+    def fit_head(self, features: Tensor, targets: Tensor, *, l2: float | None) -> tuple[Tensor, Tensor]:
         """Fit a logistic regression: minimize the mean cross-entropy + l2 / 2 * |W|^2; the bias has no penalty.
 
-        The features are standardized, and the scaling is folded into the result. A class without samples gets weight 0
+        `ScaledFeatures` scales the features, and that is folded into the result. A class without samples gets weight 0
         and a bias that gives it a probability of at most about 1/n on every sample.
 
         Args:
             features: (n, f).
             targets: int64 (n,).
-            l2: L2 penalty, relative to the mean loss.
+            l2: L2 penalty, relative to the mean loss; None is chosen by cross-validation.
 
         Returns:
             Weight (k, f) and bias (k,), with the dtype and device of `features`.
@@ -107,7 +116,6 @@ class ClassTargets(Targets):
         Raises:
             DataError: Fewer than two classes occur.
         """
-        scaled, mean, scale = _standardize(features)
         present, codes = np.unique(targets.cpu().numpy(), return_inverse=True)
         if len(present) < 2:
             raise DataError(
@@ -115,16 +123,15 @@ class ClassTargets(Targets):
                 why="all samples have the same label",
                 fix="give training samples of at least two classes",
             )
-        # For two classes scikit-learn fits one row, the difference of the two. Half of it for each class gives the same
-        # predictions and half the penalty, hence twice the C.
-        rows, offsets = _fit_logistic(scaled, codes, strength=l2 / 2 if len(present) == 2 else l2)
-        if len(present) == 2:
-            rows, offsets = np.concatenate([-rows, rows]) / 2, np.concatenate([-offsets, offsets]) / 2
-        logits = scaled @ rows.T + offsets
-        weight = np.zeros((self.num_outputs, scaled.shape[1]))
-        bias = np.full(self.num_outputs, _log_sum_exp(logits).min() - math.log(len(scaled)))
+        scaled = ScaledFeatures.from_tensor(features)
+        if l2 is None:
+            scaled, l2 = scale_and_choose(features, codes, cross_validate_logistic)
+        rows, offsets = fit_logistic(scaled.values, codes, l2=l2)
+        logits = scaled.values @ rows.T + offsets
+        weight = np.zeros((self.num_outputs, scaled.values.shape[1]))
+        bias = np.full(self.num_outputs, log_sum_exp(logits).min() - math.log(len(logits)))
         weight[present], bias[present] = rows, offsets
-        return _fold_scaling(weight, bias, mean, scale, like=features)
+        return scaled.unscale((weight, bias), like=features)
 
 
 @component(api=1)
@@ -183,31 +190,31 @@ class MultilabelTargets(Targets):
         right = ((outputs >= 0) == (targets >= 0.5)).all(1)
         return _replace_nonfinite(torch.where(right & losses.isfinite(), 0.0, losses))
 
-    def fit_head(self, features: Tensor, targets: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
+    def fit_head(self, features: Tensor, targets: Tensor, *, l2: float | None) -> tuple[Tensor, Tensor]:
         """Fit a logistic regression per label: minimize the cross-entropy + l2 / 2 * |w|^2; biases have no penalty.
 
-        The features are standardized, and the scaling is folded into the result. A label that all samples have, or
+        `ScaledFeatures` scales the features, and that is folded into the result. A label that all samples have, or
         none, gets weight 0 and the bias of its smoothed frequency, (count + 1/2) / (n + 1).
 
         Args:
             features: (n, f).
             targets: 0 or 1, float (n, k).
-            l2: L2 penalty, relative to the mean loss.
+            l2: L2 penalty, relative to the mean loss; None is 1e-3.
 
         Returns:
             Weight (k, f) and bias (k,), with the dtype and device of `features`.
         """
-        scaled, mean, scale = _standardize(features)
+        scaled = ScaledFeatures.from_tensor(features)
         held = targets.cpu().numpy() >= 0.5
-        weight, bias = np.zeros((self.num_outputs, scaled.shape[1])), np.zeros(self.num_outputs)
+        weight, bias = np.zeros((self.num_outputs, scaled.values.shape[1])), np.zeros(self.num_outputs)
         for index in range(self.num_outputs):
             count = int(held[:, index].sum())
             if 0 < count < len(held):
-                rows, offsets = _fit_logistic(scaled, held[:, index].astype(np.int64), strength=l2)
+                rows, offsets = fit_binary(scaled.values, held[:, index], l2=l2 or 1e-3)
                 weight[index], bias[index] = rows[0], offsets[0]
             else:
                 bias[index] = math.log((count + 0.5) / (len(held) - count + 0.5))
-        return _fold_scaling(weight, bias, mean, scale, like=features)
+        return scaled.unscale((weight, bias), like=features)
 
 
 @component(api=1)
@@ -290,26 +297,24 @@ class RegressionTargets(Targets):
         outputs, targets = to_columns(outputs, targets)
         return _replace_nonfinite((outputs - targets).abs().mean(1))
 
-    def fit_head(self, features: Tensor, targets: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
+    def fit_head(self, features: Tensor, targets: Tensor, *, l2: float | None) -> tuple[Tensor, Tensor]:
         """Fit a ridge regression: minimize the mean squared error + l2 / 2 * |w|^2; biases have no penalty.
 
-        The features are standardized, and the scaling is folded into the result. Solved in closed form:
+        `ScaledFeatures` scales the features, and that is folded into the result. Solved in closed form:
         (X'X / n + l2 / 2) w = X'y / n.
 
         Args:
             features: (n, f).
             targets: Standardized, float (n,) or (n, k).
-            l2: L2 penalty, relative to the mean loss.
+            l2: L2 penalty, relative to the mean loss; None is chosen by the leave-one-out error.
 
         Returns:
             Weight (k, f) and bias (k,), with the dtype and device of `features`.
         """
-        scaled, mean, scale = _standardize(features)
-        targets_nk = targets.cpu().double().numpy().reshape(len(targets), -1)
-        bias = targets_nk.mean(0)
-        gram = scaled.T @ scaled / len(scaled) + l2 / 2 * np.eye(scaled.shape[1])
-        weight = np.linalg.solve(gram, scaled.T @ (targets_nk - bias) / len(scaled)).T
-        return _fold_scaling(weight, bias, mean, scale, like=features)
+        scaled, numbers = ScaledFeatures.from_tensor(features), targets.cpu().double().numpy().reshape(len(targets), -1)
+        if l2 is None:
+            scaled, l2 = scale_and_choose(features, numbers, leave_one_out_ridge)
+        return scaled.unscale(fit_ridge(scaled.values, numbers, l2=l2), like=features)
 
     def _get_means_and_scales(self) -> tuple[Sequence[float], Sequence[float]]:
         return _repeat_to_size(self.means, self.num_outputs), _repeat_to_size(self.scales, self.num_outputs)
@@ -377,34 +382,3 @@ def _softmax(output: Tensor) -> Tensor:
 
 def _replace_nonfinite(losses: Tensor) -> Tensor:
     return losses.nan_to_num(nan=_MAX_LOSS, posinf=_MAX_LOSS)
-
-
-def _standardize(features: Tensor) -> tuple[Doubles, Doubles, Doubles]:
-    """Return features (n, f) with mean 0 and standard deviation 1, and the means and standard deviations."""
-    values = features.detach().cpu().double().numpy()
-    mean, scale = compute_mean_and_scale(values)
-    return (values - mean) / scale, mean, scale
-
-
-def _fold_scaling(
-    weight: Doubles, bias: Doubles, mean: Doubles, scale: Doubles, *, like: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return weight (k, f) and bias (k,) of the same function of unscaled features."""
-    weight = weight / scale
-    bias = bias - weight @ mean
-    return torch.from_numpy(weight).to(like), torch.from_numpy(bias).to(like)
-
-
-def _fit_logistic(features: Doubles, codes: NDArray[np.int64], *, strength: float) -> tuple[Doubles, Doubles]:
-    """Return the coefficients and intercepts that minimize the mean cross-entropy + strength / 2 * |coefficients|^2."""
-    from sklearn.linear_model import LogisticRegression
-
-    inverse = 1 / (strength * len(features))
-    model = LogisticRegression(C=inverse, solver="lbfgs", tol=1e-6, max_iter=10_000).fit(features, codes)
-    return model.coef_, model.intercept_
-
-
-def _log_sum_exp(logits: Doubles) -> Doubles:
-    peak = logits.max(1)
-    total: Doubles = peak + np.log(np.exp(logits - peak[:, None]).sum(1))
-    return total

@@ -144,17 +144,18 @@ class HeadFit:
 
     Args:
         name: Unique within the run.
-        l2: Strength of the L2 penalty on the weights of the head, relative to the mean loss.
+        l2: Strength of the L2 penalty on the weights of the head, relative to the mean loss; None is chosen by
+            cross-validation on the training samples.
         why: The reason for this step, which is printed and stored.
     """
 
     name: str
-    l2: float = attrs.field(default=1e-3, kw_only=True)
+    l2: float | None = attrs.field(default=None, kw_only=True)
     why: str = attrs.field(default="", kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         _require_number(self, "l2", low=0.0)
-        _require(self, self.l2 > 0, "l2 must be greater than 0")
+        _require(self, self.l2 is None or self.l2 > 0, "l2 must be greater than 0")
 
 
 @register_serializable

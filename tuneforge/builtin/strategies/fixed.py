@@ -39,7 +39,11 @@ def _patience() -> Any:
 
 
 def _l2() -> Any:
-    return option(default=1e-3, help="L2 penalty of the solved head, relative to the mean loss.", check=gt(0))
+    return option(
+        default=None,
+        help="L2 penalty of the solved head, relative to the mean loss; default: by cross-validation.",
+        check=gt(0),
+    )
 
 
 def _cosine_phase(
@@ -210,7 +214,7 @@ class LPFT:
     tenth of that of `full`. The head must be one linear layer.
     """
 
-    l2: float = _l2()
+    l2: float | None = _l2()
     epochs: int = option(default=8, help="Epochs with every layer trained.", check=ge(1))
     lr: float = option(default=1e-4, help="Peak learning rate of the phase over all layers.", check=gt(0))
     patience: int | None = _patience()
@@ -246,7 +250,7 @@ class WiSEFT:
     solve_head: bool | None = option(
         default=None, help="Solve the head first; default: if it has randomly initialized rows."
     )
-    l2: float = _l2()
+    l2: float | None = _l2()
     restore_best: bool = option(default=True, help="Average with the weights of the best epoch rather than the last.")
 
     @hookimpl

@@ -372,8 +372,13 @@ class Targets(ABC):
         del targets
         return {}
 
-    def fit_head(self, features: Tensor, targets: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
+    def fit_head(self, features: Tensor, targets: Tensor, *, l2: float | None) -> tuple[Tensor, Tensor]:
         """Return the best linear head on features (n, f): weight (k, f) and bias (k,).
+
+        Args:
+            features: (n, f).
+            targets: (n, ...).
+            l2: L2 penalty, relative to the mean loss; None: a good one is chosen.
 
         Raises:
             DataError: These targets have no solver.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from tuneforge.engine.context.run import Run
@@ -47,7 +48,9 @@ def fit_head(run: Run, step: HeadFit) -> StrategyStepResult:
     features, targets = compute_head_features(run, run.data.train)  # adds a hook to the head
     if feature_cache is not None and run.forward_pass.feature_cache is feature_cache:
         feature_cache.traced_state = traced_state
-    weight, bias = run.data.targets.fit_head(features, targets, l2=step.l2)
+    # BLAS would start a thread for each core, whatever the number of threads of PyTorch.
+    with threadpool_limits(torch.get_num_threads(), user_api="blas"):
+        weight, bias = run.data.targets.fit_head(features, targets, l2=step.l2)
     _load_head(run.model.head_module(), weight, bias, features)
     run.optimization.reset_state()
     val, run.forward_pass.feature_cache = evaluate(run, run.data.val, "val"), None
