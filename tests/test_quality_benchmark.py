@@ -1,18 +1,24 @@
 """The benchmark of accuracy: its splits, its statistics and its bookkeeping. No weights, no data."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
+import attrs
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from scipy import stats
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "quality"
 sys.path.append(str(FOLDER))
 
+import costs  # noqa: E402
 import intervals  # noqa: E402
 import records  # noqa: E402
+import tables  # noqa: E402
 from splits import Cell, split_rows  # noqa: E402
+from tasks import CELLS, TASKS, cells  # noqa: E402
 
 LABELS = np.repeat(np.arange(4), 60)
 
@@ -23,6 +29,27 @@ def record(cell, split, method, accuracy):
 
 def table(*found):
     return {each.key: each for each in found}
+
+
+def everywhere(half, method, *accuracies):
+    return [record(str(cell), split, method, value) for cell in cells(half) for split, value in enumerate(accuracies)]
+
+
+@pytest.fixture(scope="module")
+def program():
+    spec = importlib.util.spec_from_file_location("quality_program", FOLDER / "__main__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_ten_tasks_have_twenty_cells_and_no_source_is_in_both_halves():
+    assert len(TASKS) == 10
+    assert len(set(CELLS)) == 20
+    assert {cell.labels for cell in CELLS} == {5, 20, 100}
+    assert len(cells("choosing")) == len(cells("reporting")) == 10
+    halves = [{TASKS[cell.task].read for cell in cells(half)} for half in ("choosing", "reporting")]
+    assert not halves[0] & halves[1]
 
 
 @pytest.mark.parametrize(("labels", "val"), [(5, 1), (20, 4), (40, 8)])
@@ -145,3 +172,67 @@ def test_a_failure_is_a_record_and_the_later_of_two_results_counts(tmp_path):
     assert records.read(path) == {failure.key: failure}
     records.append(path, record("a/5", 0, "peer", 0.5))
     assert records.read(path)[failure.key].accuracy == 0.5
+
+
+def test_the_peer_that_is_best_on_the_choosing_half_is_compared_on_the_reporting_half():
+    found = table(
+        *everywhere("choosing", "fastai", 0.7, 0.7), *everywhere("choosing", "skorch", 0.6, 0.6),
+        *everywhere("reporting", "fastai", 0.5, 0.5), *everywhere("reporting", "skorch", 0.9, 0.9),
+        *everywhere("reporting", "tuneforge", 0.52, 0.52),
+    )  # fmt: skip
+    assert tables.best_peer(found, "choosing") == "fastai"
+    assert "`fastai`" in tables.verdict(found)
+    assert "+2.0 (+2.0 to +2.0) points more, and is significantly worse on no task" in tables.verdict(found)
+
+
+def test_a_peer_without_a_result_in_some_cell_is_not_the_best_peer():
+    partial = [each for each in everywhere("choosing", "fastai", 0.9) if each.cell != "digits-cnn/5"]
+    found = table(*partial, *everywhere("choosing", "skorch", 0.6))
+    assert tables.best_peer(found, "choosing") == "skorch"
+
+
+def test_the_verdict_names_the_tasks_that_are_significantly_worse():
+    ours = [
+        record(each.cell, each.split, "tuneforge", each.accuracy - (0.1 if each.cell.startswith("emoji") else 0))
+        for each in everywhere("reporting", "skorch", 0.6, 0.7)
+    ]
+    found = table(*ours, *everywhere("reporting", "skorch", 0.6, 0.7), *everywhere("choosing", "skorch", 0.6))
+    assert tables.verdict(found).endswith("significantly worse on emoji-lite1.")
+
+
+def test_failures_and_splits_that_did_not_run_are_listed():
+    failure = records.Record("digits-cnn/5", 0, "skorch", None, None, 0.1, "1.0", "ValueError: no")
+    text = tables.missing(table(failure), "choosing")
+    assert "digits-cnn/5, split 0, skorch failed: ValueError: no" in text
+    assert "digits-cnn/5: 1" in text
+    assert "fashion-cnn/20: 0" in text
+
+
+def test_the_table_of_stored_results_is_printed(program, tmp_path):
+    for each in [*everywhere("choosing", "skorch", 0.6), *everywhere("choosing", "tuneforge", 0.7)]:
+        records.append(tmp_path / "results.jsonl", each)
+    printed = CliRunner().invoke(program.main, ["--table", "--out", str(tmp_path / "results.jsonl")])
+    assert "| digits-cnn/5 | 70.0 | 60.0 |" in printed.output
+    assert "| skorch | +10.0 (one pair) |" in printed.output
+
+
+def test_a_run_beyond_its_hours_is_refused_before_it_starts(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(costs, "estimate", lambda *_: 11 * 3600.0)
+    printed = CliRunner().invoke(program.main, ["--out", str(tmp_path / "results.jsonl")])
+    assert printed.exit_code == 1
+    assert "about 11.00 CPU hours" in printed.output
+    assert "more than --hours 10" in printed.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_split_of_every_cell_comes_before_the_second(program):
+    keys = program.keys("choosing", ("skorch", "fastai"), ("digits-cnn", "fashion-cnn/20"), 2)
+    assert [key[1] for key in keys] == [0] * 6 + [1] * 6
+    assert {key[0] for key in keys} == {"digits-cnn/5", "digits-cnn/100i", "fashion-cnn/20"}
+
+
+def test_costs_come_from_the_other_splits_of_a_cell():
+    done = table(
+        *(attrs.evolve(record("digits-cnn/5", split, "skorch", 0.5), seconds=s) for split, s in enumerate((2, 3, 9)))
+    )
+    assert costs.estimate([("digits-cnn/5", 3, "skorch"), ("digits-cnn/5", 4, "skorch")], done) == 6.0

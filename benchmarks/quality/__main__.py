@@ -94,7 +94,7 @@ def main(
     done = records.read(out)
     wanted = list(records.pending(keys(half, tuple(methods.split(",")), chosen, num_splits), done))
     expected = costs.estimate(wanted, done)
-    click.echo(f"{len(wanted)} runs without a result, about {expected / 3600:.1f} CPU hours")
+    click.echo(f"{len(wanted)} runs without a result, about {expected / 3600:.2f} CPU hours")
     if expected > 3600 * hours:
         raise click.ClickException(f"that is more than --hours {hours:g}; choose fewer --methods, --splits, or --only")
     if estimate:

@@ -95,7 +95,7 @@ def _backbone(kind: str) -> tuple[nn.Module, int]:
     shipped = torch.load(weights, weights_only=True)  # noqa: TID251 - the package ships this format
     model.load_state_dict(dict(zip(model.state_dict(), shipped.values(), strict=True)))  # other names, same order
     model.reset_classifier(0)
-    return model, 1280
+    return model.to(memory_format=torch.channels_last), 1280  # half the time of a step on a CPU
 
 
 def inputs(kind: str, values: Any, tokens: int) -> Tensor:
