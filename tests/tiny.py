@@ -73,6 +73,7 @@ class StubRun:
 
     config = types.SimpleNamespace(seed=0, num_workers=0)
     data_seed, restoring, single_split, run_dir = 0, False, False, None
+    expected_inputs = None
     float_dtype, process_group = torch.float32, ProcessGroup()
 
 

@@ -30,6 +30,9 @@ from tuneforge.plugin.image_decoding import open_image as open_image
 from tuneforge.plugin.image_folders import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
 from tuneforge.plugin.image_folders import SPLIT_NAMES as SPLIT_NAMES
 from tuneforge.plugin.image_folders import SYSTEM_FOLDERS as SYSTEM_FOLDERS
+from tuneforge.plugin.image_preprocessing import INTERPOLATIONS as INTERPOLATIONS
+from tuneforge.plugin.image_preprocessing import ImagePreprocessing as ImagePreprocessing
+from tuneforge.plugin.image_preprocessing import Interpolation as Interpolation
 from tuneforge.plugin.image_scan import ImageScan as ImageScan
 from tuneforge.plugin.image_scan import scan_images as scan_images
 from tuneforge.plugin.parameter_types import FiniteFloatRange as FiniteFloatRange

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tuneforge.engine.data.dataset import Batch, Data
     from tuneforge.engine.loop.metric_set import Metrics
     from tuneforge.engine.model.model import Model
+    from tuneforge.plugin.image_preprocessing import ImagePreprocessing
     from tuneforge.plugin.results import AnyStrategyStepResult, TaskInfo
     from tuneforge.plugin.steps import StrategyStep
 
@@ -49,6 +50,15 @@ class HookSpecs:
 
         In a resumed run `run.resumed` is true, and `run.state(self)`, `run.history`, `run.step` and `run.epoch` are
         those of the checkpoint.
+        """
+
+    @hookspec(firstresult=True)
+    def model_inputs(self, run: Run) -> ImagePreprocessing | None:
+        """Return how the weights of the model expect their inputs; at most one component implements it.
+
+        It is called before `data_prepare`, so that wrong names of models and weights are errors before data is read.
+        Its result is `run.expected_inputs`, which sources of data follow where the user gives no value. If
+        `run.restoring` is true, the run is resumed, and the weights may be gone.
         """
 
     @hookspec(firstresult=True)

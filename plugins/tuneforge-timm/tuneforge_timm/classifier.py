@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
     from tuneforge import Model, Run
+    from tuneforge.plugin import ImagePreprocessing
     from tuneforge_timm.networks import ImageSize, Network
     from tuneforge_timm.weight_files import LocalWeights
 
@@ -67,6 +68,23 @@ class Timm:
 
         local = find_local_weights(find_pretrained_config(arch))
         return None if local is None else local.source
+
+    @hookimpl
+    def model_inputs(self, run: Run) -> ImagePreprocessing | None:
+        """Return the evaluation transform of the weights; None for random weights.
+
+        Raises:
+            UnknownNameError: timm has no such architecture, or the architecture no such weights.
+            UsageError: It has no pretrained weights, or the package is of another architecture.
+            UnsafeFileError: The weights are pickled.
+            TryAgainError: The weights are not on this machine and cannot be downloaded.
+        """
+        from tuneforge_timm.networks import check_classifier
+        from tuneforge_timm.preprocessing import describe_preprocessing
+
+        config, _ = self._resolve(restoring=run.restoring)
+        check_classifier(config)
+        return None if self.weights == "none" else describe_preprocessing(config)
 
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:

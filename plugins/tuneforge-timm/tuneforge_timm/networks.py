@@ -166,6 +166,16 @@ def _create(
     return module
 
 
+def check_classifier(config: PretrainedCfg) -> None:
+    """Build the network on the meta device, and check that it classifies.
+
+    Raises:
+        UsageError: It has no classifier.
+    """
+    with torch.device("meta"):
+        _find_heads(timm.create_model(config.architecture, num_classes=1), config)
+
+
 def _find_heads(module: nn.Module, config: PretrainedCfg) -> Sequence[str]:
     """Return the paths of the output layers, from timm's configuration.
 

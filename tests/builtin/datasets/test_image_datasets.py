@@ -28,6 +28,7 @@ def run_of(seed: int = 0, **fields: Any) -> Any:
         config=SimpleNamespace(seed=seed),
         data_seed=seed,
         restoring=False,
+        expected_inputs=None,
         single_split=False,
         run_dir=None,
         process_group=ProcessGroup(),

@@ -50,6 +50,7 @@ def run_of(folder):
         config=SimpleNamespace(seed=0),
         data_seed=0,
         restoring=False,
+        expected_inputs=None,
         single_split=False,
         run_dir=folder,
         process_group=ProcessGroup(),

@@ -29,6 +29,7 @@ from tuneforge.engine.model.output_layer import infer_head, wrong_head_error
 from tuneforge.errors import PluginError
 from tuneforge.plugin.config import RunConfig
 from tuneforge.plugin.hooks import Hooks
+from tuneforge.plugin.image_preprocessing import ImagePreprocessing
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -45,6 +46,7 @@ class Run(TrainerState):
         restoring: True where the weights follow from a run directory: build the model's shapes and load nothing.
         single_split: True where other data is evaluated: a source that would draw splits returns all samples as one
             split, three times the same object.
+        expected_inputs: How the weights of the model expect their inputs; None if no component says.
         optimization: The optimizer of the run, whose parameter groups hooks may read.
         forward_pass: How the model is called.
         engine_state: What only the engine needs.
@@ -59,6 +61,7 @@ class Run(TrainerState):
     resumed: bool = False
     restoring: bool = False
     single_split: bool = False
+    expected_inputs: ImagePreprocessing | None = None
     optimization: Optimization = attrs.field(factory=Optimization)
     forward_pass: ForwardPass = attrs.field(
         default=attrs.Factory(

@@ -256,6 +256,9 @@ class Engine:
         if state is not None:
             restore_counters(run, state)
         run.hooks.call.run_started(run=run)
+        run.restoring = self._resume_dir is not None
+        _ask_expected_inputs(run)
+        run.restoring = False
         _prepare_data(run)
         messages.log_lines(run, messages.format_data(self.config.data.name, run.data))
         messages.log_lines(run, messages.format_batches(num_draws(run), self.config.batch_size))
@@ -390,6 +393,7 @@ class Engine:
         )
         with exclusive_process_state(run.device.torch.type):
             self._has_run = True  # a model object of the caller has been adapted
+            _ask_expected_inputs(run)
             _prepare_data(run)
             self._prepare_model(run)
         return run
@@ -462,6 +466,12 @@ def _refit(run: Run, resume_state: ResumeState) -> dict[str, Any]:
     state.is_refit = False
     resume_state.last_snapshot = take_snapshot(run, resume_state.last_snapshot)
     return record
+
+
+def _ask_expected_inputs(run: Run) -> None:
+    if run.hooks.has_provider("model_inputs"):
+        run.hooks.get_provider("model_inputs")  # raises if there is more than one
+        run.expected_inputs = run.hooks.call.model_inputs(run=run)
 
 
 def _prepare_data(run: Run) -> None:

@@ -32,16 +32,31 @@ _FRACTION = Check("at least 0 and at most 0.8", lambda share: 0 <= share <= 0.8,
 class ImageOptions:
     """Options of all image data sources: size, normalization, splits, limits."""
 
-    size: int = option(default=32, help="Height and width of the model's input, in pixels.", check=between(1, 4096))
-    fit: Literal["crop", "pad", "stretch"] = option(
-        default="crop",
-        help="How an image becomes square: center crop, padding with the color of its border, or stretching.",
+    size: int | None = option(
+        default=None,
+        help="Height and width of the model's input, in pixels. Default: that of the pretrained weights, else 32.",
+        check=between(1, 4096),
+    )
+    resize: int | None = option(
+        default=None,
+        help="Size of the shorter side before the center crop, in pixels. Default: that of the weights, else the size.",
+        check=between(1, 8192),
+    )
+    fit: Literal["auto", "crop", "pad", "stretch"] = option(
+        default="auto",
+        help="How an image becomes square: center crop, padding with the color of its border, or stretching. Auto: as "
+        "the weights expect it, else crop.",
+    )
+    interpolation: Literal["auto", "nearest", "bilinear", "bicubic"] = option(
+        default="auto", help="Interpolation of the resize. Auto: as the weights expect it, else bilinear."
     )
     grayscale: bool = option(default=False, help="Convert to grayscale.")
     invert: bool = option(default=False, help="Invert the pixels, as for dark ink on white paper.")
     channels: Literal[1, 3] = option(default=3, help="Channels of the model's input; a grayscale image is repeated.")
-    normalize: Literal["data", "imagenet", "none"] = option(
-        default="data", help="Mean and std for normalization: of the training images, ImageNet's, or none."
+    normalize: Literal["auto", "data", "imagenet", "none"] = option(
+        default="auto",
+        help="Mean and std for normalization: of the training images, ImageNet's, or none. Auto: those of the weights, "
+        "else of the training images.",
     )
     mean: tuple[float, ...] | None = option(default=None, help="Mean instead of that, one number or one per channel.")
     std: tuple[float, ...] | None = option(
@@ -97,17 +112,13 @@ class ImageOptions:
         return ReplacementCount(run)
 
     def _build_inputs(self, *, grayscale: bool) -> ImageInputs:
+        from tuneforge.builtin.datasets.images.expected_preprocessing import build_geometry_ops
         from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
         from tuneforge.plugin import MAX_IMAGE_PIXELS
 
-        shapes = {
-            "crop": (f"resize {self.size}", f"center-crop {self.size}"),
-            "pad": ("pad-to-square", f"resize {self.size}"),
-            "stretch": (f"resize {self.size}x{self.size}",),
-        }
         pixel_ops = (("grayscale",) if grayscale else ()) + (("invert",) if self.invert else ())
         return ImageInputs(
-            ops=(*pixel_ops, *shapes[self.fit]),
+            ops=(*pixel_ops, *build_geometry_ops(self)),
             channels=self.channels,
             jpeg_margin=self.jpeg_margin,
             max_pixels=MAX_IMAGE_PIXELS if self.max_megapixels is None else self.max_megapixels * 1_000_000,
@@ -193,17 +204,19 @@ class TorchvisionDataset(ImageOptions):
     @hookimpl
     def data_prepare(self, run: Run) -> Data:
         """Load the dataset, split validation from its training split, and resize the images."""
+        from tuneforge.builtin.datasets.images.expected_preprocessing import resolve_options
         from tuneforge.builtin.datasets.images.image_splits import make_data
         from tuneforge.builtin.datasets.images.torchvision_data import load_dataset, merge_other_classes
 
+        options, notes = resolve_options(self, run)
         parts = load_dataset(
-            self.dataset, self.root, images=self.build_inputs(), download=self.download, subset=self.subset
+            self.dataset, self.root, images=options.build_inputs(), download=self.download, subset=self.subset
         )
-        notes: tuple[str, ...] = ()
         if self.other_share is not None:
-            parts, notes = merge_other_classes(parts, fraction=self.other_share, seed=run.data_seed)
+            parts, merge_notes = merge_other_classes(parts, fraction=self.other_share, seed=run.data_seed)
+            notes = (*notes, *merge_notes)
         return make_data(
-            self,
+            options,
             parts,
             seed=run.data_seed,
             single_split=run.single_split,
@@ -217,10 +230,12 @@ def _build_data(options: ImageFileOptions, found: ImageIndex, run: Run) -> Data:
     """Return the data of the files that were found."""
     import numpy as np
 
+    from tuneforge.builtin.datasets.images.expected_preprocessing import resolve_options
     from tuneforge.builtin.datasets.images.file_check import check_files, mark_duplicates, read_duplicate_sets
     from tuneforge.builtin.datasets.images.image_sources import ImageFileSource
     from tuneforge.builtin.datasets.images.image_splits import ImageSplit, ImageSplits, make_data
 
+    options, preprocessing_notes = resolve_options(options, run)
     images = options.build_inputs()
     found, scanned = check_files(found, images, run, on_error=options.on_error, memory_mb=options.scan_mb)
     names = tuple(sorted({label for listing in found.by_split.values() for label in listing.classes}))
@@ -238,7 +253,7 @@ def _build_data(options: ImageFileOptions, found: ImageIndex, run: Run) -> Data:
         ImageSplits(names, parts),
         seed=run.data_seed,
         single_split=run.single_split,
-        notes=found.notes,
+        notes=(*found.notes, *preprocessing_notes),
         restored_inputs=_get_restored_inputs(run),
         files_checked=True,
         replacements_path=None if scanned.run_dir is None else scanned.run_dir / REPLACEMENTS_FILE,

@@ -296,9 +296,12 @@ def _get_preset_normalization(name: str, channels: int) -> MeanAndStd | None:
         return (0.0,), (1.0,)
     if name != "imagenet":
         return None
-    if channels == 3:
-        return _IMAGENET
-    mean, std = ((round(sum(each) / 3, 4),) for each in _IMAGENET)
+    return average_channels(_IMAGENET, channels)
+
+
+def average_channels(normalization: MeanAndStd, channels: int) -> MeanAndStd:
+    """Return mean and std for this number of channels; for one channel, the mean over those of three."""
+    mean, std = (each if channels == len(each) else (round(sum(each) / len(each), 4),) for each in normalization)
     return mean, std
 
 

@@ -10,18 +10,20 @@ import re
 from collections.abc import Sequence
 
 import attrs
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from tuneforge.plugin import Check
+from tuneforge.plugin import INTERPOLATIONS, Check, Interpolation
 
 _UNSIZED_OPS = ("grayscale", "invert", "crop-to-ink", "pad-to-square")
 _SIZED_OPS = ("resize", "center-crop")
 _MAX_CROPPED_SIZE = 16  # pixels a side
 OPS_HELP = (
     "'grayscale', 'invert', 'crop-to-ink', 'pad-to-square', 'resize N', 'resize HxW', 'center-crop N' or "
-    "'center-crop HxW'"
+    "'center-crop HxW'; 'nearest', 'bilinear' or 'bicubic' may follow a resize"
 )
 """All operations, for messages."""
 
@@ -35,11 +37,13 @@ class ImageOp:
             than 16 pixels a side become light ink on dark, cropped to the ink and padded to a square; `pad-to-square`:
             the shorter side is padded with the median of the border; `resize`: with antialiasing; `center-crop`:
             cropped, or padded with 0.
+        interpolation: Of a `resize`.
         size: Empty, or one number (the shorter side of `resize`, both sides of `center-crop`), or height and width.
     """
 
     name: str
     size: tuple[int, ...] = ()
+    interpolation: Interpolation = "bilinear"
 
     @classmethod
     def parse(cls, text: str) -> ImageOp:
@@ -51,8 +55,11 @@ class ImageOp:
         words = text.split()
         if len(words) == 1 and words[0] in _UNSIZED_OPS:
             return cls(words[0])
+        interpolation: Interpolation = "bilinear"
+        if len(words) == 3 and words[0] == "resize" and words[2] in INTERPOLATIONS:
+            interpolation = INTERPOLATIONS[INTERPOLATIONS.index(words.pop())]
         if len(words) == 2 and words[0] in _SIZED_OPS and re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4})?", words[1]):
-            return cls(words[0], tuple(int(side) for side in words[1].split("x")))
+            return cls(words[0], tuple(int(side) for side in words[1].split("x")), interpolation)
         raise ValueError(text)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
@@ -80,7 +87,7 @@ class ImageOp:
         if self.name == "center-crop":
             out = F.center_crop(images_nchw, [self.size[0], self.size[-1]])
         else:
-            out = F.resize(images_nchw, list(self.output_size(*images_nchw.shape[-2:])), antialias=True)
+            out = _resize(images_nchw, self.output_size(*images_nchw.shape[-2:]), self.interpolation)
         return out
 
 
@@ -137,6 +144,24 @@ def _size_after(ops: Sequence[ImageOp], height: int, width: int) -> tuple[int, i
     for op in ops:
         height, width = op.output_size(height, width)
     return height, width
+
+
+def _resize(images_nchw: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    """Resize with antialiasing, within 1 level of Pillow.
+
+    The bicubic of torchvision differs from that of Pillow, which the transforms of weights use, by up to 3 levels.
+    """
+    out: Tensor
+    if interpolation == "bilinear":
+        out = F.resize(images_nchw, list(size), antialias=True)
+        return out
+    height, width = size
+    method = Image.Resampling[interpolation.upper()]
+    resized = [
+        [np.array(Image.fromarray(channel.numpy()).resize((width, height), method)) for channel in image.unbind(0)]
+        for image in images_nchw.unbind(0)
+    ]
+    return torch.from_numpy(np.array(resized, dtype=np.uint8).reshape(*images_nchw.shape[:2], height, width))
 
 
 def _pad_to_square(images_nchw: Tensor) -> Tensor:
