@@ -200,6 +200,18 @@ def test_the_verdict_names_the_tasks_that_are_significantly_worse():
     assert tables.verdict(found).endswith("significantly worse on emoji-lite1.")
 
 
+def test_strategies_are_compared_with_the_best_of_each_cell_in_hindsight():
+    found = table(
+        record("digits-cnn/5", 0, "tuneforge", 0.5), record("digits-cnn/5", 0, "tuneforge:auto", 0.6),
+        record("digits-cnn/100i", 0, "tuneforge", 0.7), record("digits-cnn/100i", 0, "tuneforge:auto", 0.6),
+        record("fashion-cnn/20", 0, "tuneforge", 0.7), record("fashion-cnn/20", 0, "tuneforge:auto", 0.5),
+        record("packages-minilm/5", 0, "tuneforge", 0.9), record("fashion-cnn/20", 0, "fastai", 0.9),
+    )  # fmt: skip
+    below = {"tuneforge": pytest.approx((5 + 0) / 2), "tuneforge:auto": pytest.approx((5 + 20) / 2)}
+    assert tables.below_the_best(found, "choosing") == below
+    assert tables.below_the_best(table(record("digits-cnn/5", 0, "tuneforge", 0.5)), "choosing") == {}
+
+
 def test_failures_and_splits_that_did_not_run_are_listed():
     failure = records.Record("digits-cnn/5", 0, "skorch", None, None, 0.1, "1.0", "ValueError: no")
     text = tables.missing(table(failure), "choosing")

@@ -23,6 +23,8 @@ def render(found: Records, half: str) -> str:
         blocks.append(missing(found, part))
     if DEFAULT in methods_of(found):
         blocks.append(verdict(found))
+    if below_the_best(found, half):
+        blocks.append(strategy_table(found, half))
     return "\n\n".join(blocks)
 
 
@@ -97,6 +99,29 @@ def verdict(found: Records) -> str:
         f"{intervals.pooled(differences)} points more, and is significantly worse on "
         f"{', '.join(worse) if worse else 'no task'}."
     )
+
+
+def below_the_best(found: Records, half: str) -> dict[str, float]:
+    """Return how many points each strategy is below the best one in hindsight, by its name, pooled over tasks.
+
+    The best one is chosen in each cell by its test accuracy over the splits, so that even equal strategies seem to be
+    below it. Cells in which a strategy has no result are left out, for all.
+    """
+    names = [name for name in methods_of(found) if name.partition(":")[0] == DEFAULT]
+    means = {str(cell): [_mean(found, str(cell), name) for name in names] for cell in cells(half)}
+    whole = {cell: scores for cell, scores in means.items() if None not in scores}
+    if len(names) < 2 or not whole:
+        return {}
+    return {
+        name: 100 * _mean_by_task([(cell, max(scores) - scores[i]) for cell, scores in whole.items()])
+        for i, name in enumerate(names)
+    }
+
+
+def strategy_table(found: Records, half: str) -> str:
+    """Return how far the strategies are below the best one in hindsight."""
+    rows = [[name, f"{points:.1f}"] for name, points in below_the_best(found, half).items()]
+    return _markdown(["strategy", "points below the best in hindsight"], rows)
 
 
 def _mean(found: Records, cell: str, method: str) -> float | None:
