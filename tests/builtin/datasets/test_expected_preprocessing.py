@@ -109,7 +109,7 @@ def test_images_are_prepared_as_the_weights_expect_and_that_is_logged(tune, phot
     [
         ({"size": 12}, ("resize 14 bicubic", "center-crop 12"), "24x24 pixels instead of 12x12 (--data.size 24)"),
         ({"fit": "stretch"}, ("resize 27x27 bicubic", "center-crop 24"), "crop instead of stretch (--data.fit)"),
-        ({"interpolation": "bilinear"}, ("resize 27", "center-crop 24"), "bicubic instead of bilinear"),
+        ({"interpolation": "bilinear"}, ("resize 27 bilinear", "center-crop 24"), "bicubic instead of bilinear"),
         ({"resize": 24}, ("resize 24 bicubic", "center-crop 24"), "a shorter side of 27 before the crop instead of 24"),
         (
             {"normalize": "data"},

@@ -14,6 +14,7 @@ from torchvision import models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from tuneforge import (
+    FolderError,
     LayerGroup,
     Model,
     PluginError,
@@ -29,6 +30,7 @@ from tuneforge.builtin.models.heads import get_head_layer, resize_head
 from tuneforge.builtin.seeding import seeded_rng
 from tuneforge.errors import suggest_name
 from tuneforge.exporting import load_tensors
+from tuneforge.plugin import ImagePreprocessing
 
 if TYPE_CHECKING:
     from tuneforge import Run
@@ -79,6 +81,7 @@ poolings; `name=path,path` merges several into one; `head=` adds paths to the gr
 """
 
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".pth.tar")
+_PUBLISHED = ("download", "default")
 _MIN_TENSORS = 16  # those of the smallest network, alexnet
 _AUXILIARY_PREFIXES = ("aux1.", "aux2.", "AuxLogits.")
 _OLD_DENSENET_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
@@ -92,6 +95,22 @@ class TorchvisionModel:
     weights: str = option(
         default="none", help="`none`, a .safetensors file, or `download` for torchvision's ImageNet weights."
     )
+
+    @hookimpl
+    def model_inputs(self, run: Run) -> ImagePreprocessing | None:
+        """Return the evaluation transform of torchvision's weights of the architecture; None for random weights.
+
+        Raises:
+            UnknownNameError: torchvision has no such architecture.
+            UnsafeFileError: The weights are pickled.
+            FolderError: There is no such file of weights.
+        """
+        _require_known_arch(self.arch)
+        if self.weights == "none":
+            return None
+        if self.weights not in _PUBLISHED and not run.restoring:
+            self._require_file()
+        return _get_preprocessing(self.arch)
 
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:
@@ -124,8 +143,12 @@ class TorchvisionModel:
 
     def _read_weights(self) -> tuple[StateDict, tuple[str, ...]]:
         """Return the weights by name, and the names of their classes if known."""
-        if self.weights in ("download", "default"):
+        if self.weights in _PUBLISHED:
             return _download_weights(self.arch)
+        tensors, metadata = load_tensors(self._require_file())
+        return tensors, tuple(metadata.get("labels", ()))
+
+    def _require_file(self) -> Path:
         path = Path(self.weights)
         if path.name.lower().endswith(_PICKLE_SUFFIXES):
             raise UnsafeFileError(
@@ -134,8 +157,9 @@ class TorchvisionModel:
                 why="unpickling weights can run arbitrary code",
                 fix=f"convert it once: tuneforge import {path}",
             )
-        tensors, metadata = load_tensors(path)
-        return tensors, tuple(metadata.get("labels", ()))
+        if not path.is_file():
+            raise FolderError(f"there is no weights file '{path.name}'", where=str(path.parent), fix="check the path")
+        return path
 
 
 def find_arch(tensors: Mapping[str, Tensor]) -> str | None:
@@ -302,6 +326,19 @@ def _get_image_size(run: Run) -> tuple[int, int]:
         where="--model torchvision",
         why="an image is a tensor (channels, height, width)",
         fix="use another --model for this data",
+    )
+
+
+def _get_preprocessing(arch: str) -> ImagePreprocessing:
+    weights = models.get_model_weights(arch).DEFAULT
+    transforms = weights.transforms()
+    return ImagePreprocessing(
+        name=f"{arch} {weights.name}",
+        size=(transforms.crop_size[0], transforms.crop_size[0]),
+        resize=transforms.resize_size[0],
+        interpolation=transforms.interpolation.value,
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
     )
 
 

@@ -43,7 +43,7 @@ def build_geometry_ops(options: ImageOptions) -> tuple[str, ...]:
     """Return the operations that give an image its size."""
     size = options.size or _DEFAULT_SIZE
     resize = options.resize or size
-    words = "" if options.interpolation in ("auto", "bilinear") else f" {options.interpolation}"
+    words = "" if options.interpolation == "auto" else f" {options.interpolation}"
     crop = (f"center-crop {size}",)
     if options.fit == "pad":
         return ("pad-to-square", f"resize {resize}{words}", *(crop if resize != size else ()))
@@ -83,7 +83,7 @@ def _follow_inputs(options: AnyOptions, inputs: ImageInputs) -> AnyOptions:
         size=(crops or resizes)[-1].size[0],
         resize=resizes[-1].size[0],
         fit="pad" if any(op.name == "pad-to-square" for op in ops) else "stretch" if stretches else "crop",
-        interpolation=resizes[-1].interpolation,
+        interpolation=resizes[-1].interpolation or "auto",
     )
 
 

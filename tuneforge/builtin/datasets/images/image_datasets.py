@@ -48,7 +48,8 @@ class ImageOptions:
         "the weights expect it, else crop.",
     )
     interpolation: Literal["auto", "nearest", "bilinear", "bicubic"] = option(
-        default="auto", help="Interpolation of the resize. Auto: as the weights expect it, else bilinear."
+        default="auto",
+        help="Interpolation of the resize, by Pillow. Auto: as the weights expect it, else bilinear by torchvision.",
     )
     grayscale: bool = option(default=False, help="Convert to grayscale.")
     invert: bool = option(default=False, help="Invert the pixels, as for dark ink on white paper.")

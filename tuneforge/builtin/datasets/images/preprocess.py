@@ -37,13 +37,13 @@ class ImageOp:
             than 16 pixels a side become light ink on dark, cropped to the ink and padded to a square; `pad-to-square`:
             the shorter side is padded with the median of the border; `resize`: with antialiasing; `center-crop`:
             cropped, or padded with 0.
-        interpolation: Of a `resize`.
+        interpolation: Of a `resize` by Pillow; None: bilinear, by torchvision.
         size: Empty, or one number (the shorter side of `resize`, both sides of `center-crop`), or height and width.
     """
 
     name: str
     size: tuple[int, ...] = ()
-    interpolation: Interpolation = "bilinear"
+    interpolation: Interpolation | None = None
 
     @classmethod
     def parse(cls, text: str) -> ImageOp:
@@ -55,7 +55,7 @@ class ImageOp:
         words = text.split()
         if len(words) == 1 and words[0] in _UNSIZED_OPS:
             return cls(words[0])
-        interpolation: Interpolation = "bilinear"
+        interpolation: Interpolation | None = None
         if len(words) == 3 and words[0] == "resize" and words[2] in INTERPOLATIONS:
             interpolation = INTERPOLATIONS[INTERPOLATIONS.index(words.pop())]
         if len(words) == 2 and words[0] in _SIZED_OPS and re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4})?", words[1]):
@@ -146,13 +146,14 @@ def _size_after(ops: Sequence[ImageOp], height: int, width: int) -> tuple[int, i
     return height, width
 
 
-def _resize(images_nchw: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
-    """Resize with antialiasing, within 1 level of Pillow.
+def _resize(images_nchw: Tensor, size: tuple[int, int], interpolation: Interpolation | None) -> Tensor:
+    """Resize with antialiasing.
 
-    The bicubic of torchvision differs from that of Pillow, which the transforms of weights use, by up to 3 levels.
+    torchvision is two to six times as fast as Pillow, but differs by up to 3 levels from it, and the transforms of
+    pretrained weights use Pillow.
     """
     out: Tensor
-    if interpolation == "bilinear":
+    if interpolation is None:
         out = F.resize(images_nchw, list(size), antialias=True)
         return out
     height, width = size
