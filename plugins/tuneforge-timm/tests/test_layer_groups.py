@@ -34,6 +34,7 @@ def build_on_meta(arch: str) -> tf.Model:
     config = find_pretrained_config(arch)
     with torch.device("meta"):
         network = build_network(config, num_outputs=7, image_size=tuple(config.input_size[1:]), seed=0)
+    assert all(parameter.is_meta for parameter in network.module.parameters())
     return tf.Model(network.module, groups=network.groups, head=network.head)
 
 

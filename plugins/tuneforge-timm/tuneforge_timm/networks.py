@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import attrs
@@ -156,7 +156,7 @@ def _create(
     if config.fixed_input_size:
         arguments["img_size"] = image_size
     try:
-        with torch.device("meta" if meta else "cpu"):
+        with torch.device("meta") if meta else nullcontext():
             module = timm.create_model(config.architecture, pretrained_cfg=config.tag or None, **arguments)
     except Exception as error:  # noqa: BLE001 - networks and their weight filters raise what they like
         if weights_where and _is_about_weights(error):

@@ -152,6 +152,17 @@ def test_other_data_is_evaluated_with_the_inputs_of_the_run(tune, photos):
     assert set(probabilities) == {"a", "b"}
 
 
+def test_a_large_jpeg_is_decoded_as_the_transform_decodes_it(tune, tmp_path):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)).resize((700, 501))
+    image.save(tmp_path / "large.jpg", quality=95)
+    inputs = inputs_of(tune())
+    with Image.open(tmp_path / "large.jpg") as opened:
+        difference = inputs.preprocess(inputs.decode(tmp_path / "large.jpg")[None])[0] - transform(opened)
+    assert difference.abs().max() < 1e-5
+    assert inputs_of(tune(jpeg_margin=2)).jpeg_margin == 2
+
+
 def test_wrong_weights_are_an_error_before_data_is_read(tmp_path):
     engine = tf.Engine(
         data=tf.use("image-folder", path=str(tmp_path / "missing")), model=Pretrained(asked="missing"), page=False

@@ -62,6 +62,7 @@ def _follow_weights(options: AnyOptions, expected: ImagePreprocessing) -> AnyOpt
         resize=options.resize or expected.resize_for(size),
         fit=expected.fit if options.fit == "auto" else options.fit,
         interpolation=expected.interpolation if options.interpolation == "auto" else options.interpolation,
+        jpeg_margin=0 if options.jpeg_margin is None else options.jpeg_margin,
         mean=options.mean or (mean if follows else None),
         std=options.std or (std if follows else None),
     )
@@ -69,6 +70,8 @@ def _follow_weights(options: AnyOptions, expected: ImagePreprocessing) -> AnyOpt
 
 def _follow_inputs(options: AnyOptions, inputs: ImageInputs) -> AnyOptions:
     """Return the options with the geometry of stored inputs, where the user chose none of its parts."""
+    if options.jpeg_margin is None:
+        options = attrs.evolve(options, jpeg_margin=inputs.jpeg_margin)  # type: ignore[misc]
     chosen = (options.size, options.resize) != (None, None)
     if chosen or (options.fit, options.interpolation) != ("auto", "auto"):
         return options

@@ -74,10 +74,11 @@ class ImageOptions:
         check=_FRACTION,
     )
     rare_classes: Literal["raise", "train", "drop"] = option(default="raise", help=RARE_CLASSES_HELP)
-    jpeg_margin: int = option(
-        default=2,
+    jpeg_margin: int | None = option(
+        default=None,
         help="A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is at least this many times the model's input "
-        "size; 1 is fastest, 0 always decodes the full size.",
+        "size; 1 is fastest, 0 always decodes the full size. Default: 2; 0 for pretrained weights, like their own "
+        "transform.",
         check=between(0, 8),
     )
     max_megapixels: int | None = option(
@@ -121,7 +122,7 @@ class ImageOptions:
         return ImageInputs(
             ops=(*pixel_ops, *build_geometry_ops(self)),
             channels=self.channels,
-            jpeg_margin=self.jpeg_margin,
+            jpeg_margin=2 if self.jpeg_margin is None else self.jpeg_margin,
             max_pixels=MAX_IMAGE_PIXELS if self.max_megapixels is None else self.max_megapixels * 1_000_000,
         )
 
