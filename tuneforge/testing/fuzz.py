@@ -110,10 +110,11 @@ def read_results(path: Path) -> dict[int, SeedResult]:
     return {result.seed: result for result in map(SeedResult.from_json, complete.splitlines())}
 
 
-def find_mutant(name: str, seeds: Iterable[int], relations: Sequence[str] = ONE_PROCESS) -> int | None:
-    """Return the first seed at which a planted defect breaks a relation, or None; see `fuzzer.mutants.MUTANTS`."""
-    with MUTANTS[name]():
-        for result in fuzz(seeds, relations, reduce=False):
+def find_mutant(name: str, seeds: Iterable[int]) -> int | None:
+    """Return the first seed at which a planted defect breaks its relation, or None; see `fuzzer.mutants.MUTANTS`."""
+    mutant = MUTANTS[name]
+    with mutant.plant():
+        for result in fuzz(seeds, [mutant.relation], reduce=False):
             if any(outcome.verdict == "different" for outcome in result.outcomes.values()):
                 return result.seed
     return None

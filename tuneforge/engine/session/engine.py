@@ -219,7 +219,7 @@ class Engine:
                 fix="create another Engine with a new model",
             )
         device_type = device.resolve_device(self.config.device).torch.type
-        with save_on_signals(self.stop), exclusive_process_state(device_type):
+        with save_on_signals(self.stop), exclusive_process_state(device_type, seed=self.config.seed):
             self._has_run = True
             return self._run()
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from tuneforge.errors import UsageError
@@ -24,13 +26,14 @@ os.register_at_fork(after_in_child=_replace_lock)
 
 
 @contextlib.contextmanager
-def exclusive_process_state(device_type: str) -> Iterator[None]:
-    """Give a run torch's random generator, gradients and plain precision, whatever the caller left switched on.
+def exclusive_process_state(device_type: str, *, seed: int) -> Iterator[None]:
+    """Give a run the global random generators, gradients and plain precision, whatever the caller left switched on.
 
-    A run within a run, in the same thread, is allowed: the generator is restored after it.
+    A run within a run, in the same thread, is allowed: the generators are restored after it.
 
     Args:
         device_type: The type of the device whose autocast is switched off, such as `"cpu"`.
+        seed: Seed of the generators of Python and numpy, from which a model may draw; the run seeds torch's itself.
 
     Raises:
         UsageError: A run is under way in another thread of this process.
@@ -47,6 +50,7 @@ def exclusive_process_state(device_type: str) -> Iterator[None]:
     try:
         with (
             torch.random.fork_rng(devices=[]),
+            _seeded_generators(seed),
             torch.inference_mode(False),
             torch.enable_grad(),
             autocast or contextlib.nullcontext(),
@@ -54,3 +58,16 @@ def exclusive_process_state(device_type: str) -> Iterator[None]:
             yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def _seeded_generators(seed: int) -> Iterator[None]:
+    """Seed the generators of Python and numpy, and restore them afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

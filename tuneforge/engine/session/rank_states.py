@@ -1,13 +1,16 @@
 """What differs between the ranks of a run in the middle of an epoch, so that a checkpoint holds it for each of them.
 
-Statistics that forward updates are averaged over the ranks at the end of an epoch, and plain attributes never are.
+Statistics that forward updates are averaged over the ranks at the end of an epoch, and plain attributes never are. The
+engine does not seed the generators of Python and numpy, from which a model may draw in forward.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,18 +22,35 @@ from tuneforge.engine.storage.checkpoint import pack, unpack
 
 
 def get_rank_states(run: Run, attributes: dict[str, Any], progress: PhaseProgress | None) -> list[dict[str, Any]]:
-    """Return the buffers that the phase updates and the changed plain attributes of each rank, by rank."""
+    """Return the buffers that the phase updates, changed plain attributes and random states of each rank, by rank."""
     updating = [] if progress is None else progress.backward_pass.updating_modules
     own = {id(buffer) for module in updating for buffer in module.buffers(recurse=False)}
     is_alone = run.process_group.world_size == 1  # the checkpoint holds the buffers of rank 0 anyway
     buffers = {} if is_alone else {name: each for name, each in run.model.module.named_buffers() if id(each) in own}
-    return _all_gather_state(run.process_group, {"buffers": buffers, "attributes": attributes})
+    return _all_gather_state(
+        run.process_group, {"buffers": buffers, "attributes": attributes, "generators": _get_generators()}
+    )
 
 
 def restore_rank_buffers(run: Run, states: list[dict[str, Any]]) -> None:
     """Restore the buffers of this rank; with another number of ranks, those of rank 0 stay."""
     if len(states) == run.process_group.world_size:
         restore_state(run.model.module, states[run.process_group.rank]["buffers"])
+
+
+def restore_generators(state: dict[str, Any]) -> None:
+    """Restore the generators of Python and numpy from the state of a rank."""
+    version, numbers, *rest = state["generators"]["python"]
+    random.setstate((version, tuple(numbers.tolist()), *rest))
+    name, keys, *rest = state["generators"]["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+
+
+def _get_generators() -> dict[str, Any]:
+    version, numbers, *rest = random.getstate()
+    python = [version, torch.tensor(numbers), *rest]
+    name, keys, *rest = np.random.get_state()
+    return {"python": python, "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest]}
 
 
 def get_own_state(run: Run, states: list[dict[str, Any]]) -> dict[str, Any]:

@@ -21,7 +21,12 @@ from tuneforge.engine.model.extra_state import get_extra_states, set_extra_state
 from tuneforge.engine.model.module_state import full_state, restore_state
 from tuneforge.engine.model.numerics import describe_change, describe_numerics
 from tuneforge.engine.model.plain_attributes import AttributeState
-from tuneforge.engine.session.rank_states import get_own_state, get_rank_states, restore_rank_buffers
+from tuneforge.engine.session.rank_states import (
+    get_own_state,
+    get_rank_states,
+    restore_generators,
+    restore_rank_buffers,
+)
 from tuneforge.engine.session.resume_check import check_model, check_plan, check_step
 from tuneforge.engine.storage import checkpoint, fault_injection
 from tuneforge.engine.storage.checkpoint import Checkpoints
@@ -252,7 +257,8 @@ class ResumeState:
         check_model(run.model, read_json(self.run_dir.path / MODEL, "modules", "frozen_by_user"), state["model"])
         self._check_sizes(state["offsets"])
         self.attributes = self._watch_attributes()
-        self.attributes.restore(get_own_state(run, state["ranks"])["attributes"])
+        own_state = get_own_state(run, state["ranks"])
+        self.attributes.restore(own_state["attributes"])
         self.run_dir.truncate(state["offsets"])
         run.process_group.barrier()  # the other ranks read the files, which rank 0 truncates
         if run.sharded:
@@ -269,6 +275,7 @@ class ResumeState:
         engine_state.micro_batch_size, engine_state.eval_batch_size = state["micro_batch"], state["eval_batch"]
         engine_state.budget.previous_s = max(engine_state.budget.previous_s, state["elapsed_s"])
         torch.set_rng_state(state["random"].cpu())
+        restore_generators(own_state)
         self.snapshots, self.snapshot_files, self.phase_state = (
             state[key] for key in ("snapshots", "snapshot_files", "phase")
         )

@@ -13,6 +13,7 @@ from tuneforge.engine.loop.head_fit import fit_head
 from tuneforge.engine.loop.nonfinite import check_finite_weights
 from tuneforge.engine.loop.train_phase import train_phase
 from tuneforge.engine.loop.weight_average import average_weights
+from tuneforge.engine.model.modes import ModuleFlags
 from tuneforge.engine.model.module_state import full_state
 from tuneforge.engine.session import messages
 from tuneforge.engine.session.dry_run import validate_step
@@ -108,6 +109,18 @@ def _close(run: Run, steps: Generator[Any, Any, str], member: RegisteredComponen
 
 
 def _execute_step(run: Run, step: StrategyStep, resume_state: ResumeState) -> AnyStrategyStepResult:
+    """Execute a step; afterwards `requires_grad` is as it was before.
+
+    A matrix product rounds otherwise where a weight requires a gradient, even under `no_grad`, so an evaluation after a
+    phase must not depend on whether this process has trained it or has resumed after it.
+    """
+    flags = ModuleFlags.capture(run.model.module)
+    result = _dispatch_step(run, step, resume_state)
+    flags.restore(with_modes=False)
+    return result
+
+
+def _dispatch_step(run: Run, step: StrategyStep, resume_state: ResumeState) -> AnyStrategyStepResult:
     phase_state, resume_state.phase_state = resume_state.phase_state, None
     if isinstance(step, Phase):
         return train_phase(run, step, resume_state.components, phase_state)

@@ -5,10 +5,12 @@ Shapes: each block maps (b, WIDTH) to (b, WIDTH).
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -107,6 +109,18 @@ def _add_noise(block: Any, x: Any) -> Any:
 def _drop_layer(block: Any, x: Any) -> Any:
     if block.training and float(torch.rand(())) < 0.3:
         return x
+    return torch.tanh(block.linear(x))
+
+
+def _scale_at_random(block: Any, x: Any) -> Any:
+    x = torch.tanh(block.linear(x))
+    return x * (0.8 + 0.2 * random.random() + 0.2 * np.random.rand()) if block.training else x  # noqa: S311 - not for security
+
+
+def _decay_in_place(block: Any, x: Any) -> Any:
+    if block.training:
+        with torch.no_grad():
+            block.linear.bias.mul_(0.95)
     return torch.tanh(block.linear(x))
 
 
@@ -257,6 +271,8 @@ BLOCKS: Mapping[str, BlockKind] = {
     ),
     "noise": BlockKind(_add_noise, per_sample=False),
     "layer-drop": BlockKind(_drop_layer, per_sample=False),
+    "python-random": BlockKind(_scale_at_random, per_sample=False),
+    "parameter-in-place": BlockKind(_decay_in_place, per_sample=False),
     "buffer-in-place": BlockKind(_center_in_place, **_CENTER),
     "buffer-assigned": BlockKind(_center_by_assignment, **_CENTER),
     "tensor-attribute": BlockKind(_center_by_assignment, attributes={"center": torch.zeros(WIDTH)}, per_sample=False),

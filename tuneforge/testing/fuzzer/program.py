@@ -21,19 +21,27 @@ LOSSES = ("default", "label-smoothing", "class-weights", "batch-weights", "two-p
 CALLBACKS = ("grad-clip", "ema")
 
 _PER_SAMPLE_BLOCKS = tuple(name for name, kind in BLOCKS.items() if kind.per_sample)
-_STRATEGIES: Sequence[tuple[str, Mapping[str, Any]]] = (
-    ("full", {"epochs": 2}),
-    ("head-only", {"epochs": 3}),
-    ("freeze-then-unfreeze", {"head_epochs": 2, "epochs": 1}),
-    ("gradual-unfreeze", {"epochs": 1}),
-    ("layer-decay", {"epochs": 2}),
-    ("lp-ft", {"epochs": 1}),
-    ("wise-ft", {"epochs": 1, "weights": (0.0, 0.5, 1.0)}),
-    ("bias-only", {"epochs": 2}),
-    ("l2-sp", {"epochs": 1}),
+_RARE_BLOCKS = (
+    "batch-norm-without-statistics", "batch-mean", "counter-of-evaluations", "last-output", "branch-on-values",
+    "tensor-hook", "backward-pre-hook", "backward-hook", "forward-hook", "forward-pre-hook", "masked-write",
+    "in-place-input", "loop-over-shape", "autocast", "no-grad-gate", "set-grad-enabled-gate",
+)  # fmt: skip
+"""Kinds with which a frozen network is not cached, or only by `torch.export`: at most one per program."""
+
+_STRATEGIES: Sequence[tuple[str, Mapping[str, Any], int]] = (
+    ("full", {"epochs": 2}, 1),
+    ("head-only", {"epochs": 3}, 3),
+    ("freeze-then-unfreeze", {"head_epochs": 2, "epochs": 1}, 3),
+    ("gradual-unfreeze", {"epochs": 1}, 3),
+    ("layer-decay", {"epochs": 2}, 1),
+    ("lp-ft", {"epochs": 1}, 2),
+    ("wise-ft", {"epochs": 1, "weights": (0.0, 0.5, 1.0)}, 1),
+    ("bias-only", {"epochs": 2}, 1),
+    ("l2-sp", {"epochs": 1}, 1),
 )
-_SELECTORS: Sequence[tuple[str, ...]] = (
-    ("head",), ("groups[-2:]",), ("groups[-3:]",), ("all",), ("biases", "head"), ("body.0", "head"), ("body",),
+_SELECTORS: Sequence[tuple[tuple[str, ...], int]] = (
+    (("head",), 3), (("groups[-2:]",), 3), (("groups[-3:]",), 1), (("all",), 1), (("biases", "head"), 1),
+    (("body.0", "head"), 1), (("body",), 1), (("last block", "head"), 4),
 )  # fmt: skip
 
 
@@ -83,6 +91,11 @@ class FuzzProgram:
             and not self.in_bfloat16
             and not self.source.endswith("random")
         )
+
+    def in_float64(self) -> FuzzProgram:
+        """Return the program in float64, unless a part of it computes in bfloat16."""
+        traits = self.traits if self.in_bfloat16 else tuple(sorted({*self.traits, "float64"}))
+        return attrs.evolve(self, traits=traits)
 
     @property
     def in_bfloat16(self) -> bool:
@@ -138,14 +151,17 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+_TRAIT_SHARES = {"float64": 0.5, "max-norm": 0.4, "temperature": 0.15}
+
+
 def draw_program(seed: int) -> FuzzProgram:
     """Return the program of a seed, the same on every machine."""
     draw = random.Random(seed)  # noqa: S311 - not for security
     kinds = _PER_SAMPLE_BLOCKS if draw.random() < 0.5 else tuple(BLOCKS)
-    blocks = tuple(draw.choice(kinds) for _ in range(draw.randint(1, 4)))
+    blocks = _draw_blocks(draw, kinds)
     inputs = draw.choices(INPUTS, (5, 2, 2, 2))[0]
-    traits = {trait for trait in TRAITS if draw.random() < 0.1}
-    loss = draw.choices(LOSSES, (8, 2, 2, 1, 1, 2))[0]
+    traits = {trait for trait in TRAITS if draw.random() < _TRAIT_SHARES.get(trait, 0.08)}
+    loss = draw.choices(LOSSES, (11, 2, 2, 1, 1, 1))[0]
     regression = loss in ("default", "side-loss") and draw.random() < 0.15
     batch_size = draw.choice((4, 6, 8))
     num_batches = draw.randint(2, 4)
@@ -155,10 +171,10 @@ def draw_program(seed: int) -> FuzzProgram:
         blocks=blocks,
         traits=tuple(sorted(traits - (set() if inputs == "tokens" else {"max-norm"}))),
         inputs=inputs,
-        source=draw.choices(SOURCES, (5, 2, 2, 1, 1, 1))[0],
+        source=draw.choices(SOURCES, (8, 3, 3, 1, 1, 1))[0],
         num_train=num_batches * batch_size + draw.choice((0, 1, 2, 3)),
         num_val=draw.choice((5, 8, 9)),
-        strategy=_draw_strategy(draw, adaptive, regression),
+        strategy=_draw_strategy(draw, len(blocks), adaptive, regression),
         loss=loss,
         regression=regression,
         callbacks=tuple(each for each in CALLBACKS if draw.random() < 0.12),
@@ -166,6 +182,13 @@ def draw_program(seed: int) -> FuzzProgram:
         micro_batch=draw.choice((1, 2, 3)),
         position=draw.random(),
     )
+
+
+def _draw_blocks(draw: random.Random, kinds: Sequence[str]) -> tuple[str, ...]:
+    blocks = [draw.choice([each for each in kinds if each not in _RARE_BLOCKS]) for _ in range(draw.randint(1, 4))]
+    if draw.random() < 0.3:
+        blocks[draw.randrange(len(blocks))] = draw.choice([each for each in kinds if each in _RARE_BLOCKS])
+    return tuple(blocks)
 
 
 def _draw_settings(draw: random.Random, adaptive: bool) -> dict[str, Any]:
@@ -181,21 +204,26 @@ def _draw_settings(draw: random.Random, adaptive: bool) -> dict[str, Any]:
     return settings
 
 
-def _draw_strategy(draw: random.Random, adaptive: bool, regression: bool) -> ComponentSpec | tuple[StrategyStep, ...]:
-    if draw.random() < 0.3:
-        name, options = draw.choice([each for each in _STRATEGIES if not regression or each[0] not in ("lp-ft",)])
+def _draw_strategy(
+    draw: random.Random, num_blocks: int, adaptive: bool, regression: bool
+) -> ComponentSpec | tuple[StrategyStep, ...]:
+    if draw.random() < 0.25:
+        chosen = [each for each in _STRATEGIES if not regression or each[0] not in ("lp-ft",)]
+        name, options, _ = draw.choices(chosen, [weight for *_, weight in chosen])[0]
         return use(name, **options)
     steps: list[StrategyStep] = [
-        _draw_phase(draw, number, adaptive, regression) for number in range(draw.randint(1, 2))
+        _draw_phase(draw, number, num_blocks, adaptive, regression) for number in range(draw.randint(1, 2))
     ]
     if draw.random() < 0.1:
         steps.insert(0, HeadFit("solve"))
+    if draw.random() < 0.1 and isinstance(steps[0], Phase):  # the same cut with other weights before it
+        steps.append(attrs.evolve(steps[0], name="again"))
     if draw.random() < 0.1:
         steps.append(WeightAverage("average", snapshots=("start", steps[-1].name), weights=(0.0, 0.5, 1.0)))
     return tuple(steps)
 
 
-def _draw_phase(draw: random.Random, number: int, adaptive: bool, regression: bool) -> Phase:
+def _draw_phase(draw: random.Random, number: int, num_blocks: int, adaptive: bool, regression: bool) -> Phase:
     length: dict[str, Any] = {"epochs": draw.randint(1, 3)} if draw.random() < 0.7 else {"steps": draw.randint(2, 7)}
     options: dict[str, Any] = {}
     if draw.random() < 0.2:
@@ -207,10 +235,11 @@ def _draw_phase(draw: random.Random, number: int, adaptive: bool, regression: bo
     if draw.random() < 0.15 and not regression:
         options[draw.choice(("class_weights", "sampling"))] = "balanced"
     optimizer = draw.choices((use("sgd", momentum=0.9), use("sgd", momentum=0.0), use("adamw")), (4, 2, 1))[0]
+    selector = draw.choices([each for each, _ in _SELECTORS], [weight for _, weight in _SELECTORS])[0]
     return Phase(
         f"phase-{number}",
-        train=draw.choice(_SELECTORS),
-        lr=0.003 if adaptive or optimizer.name == "adamw" else 0.03 if optimizer.options["momentum"] else 0.1,
+        train=tuple(f"body.{num_blocks - 1}" if each == "last block" else each for each in selector),
+        lr=0.003 if adaptive or optimizer.name == "adamw" else 0.02 if optimizer.options["momentum"] else 0.05,
         schedule=draw.choice((use("constant"), use("cosine"), use("one-cycle"))),
         optimizer=optimizer,
         **length,

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tuneforge import Batch, Engine, Result, Run, hookimpl, use
 from tuneforge.engine.feature_cache import build
 from tuneforge.engine.feature_cache.graph_split import UntraceableError
+from tuneforge.engine.model import module_graph
 from tuneforge.errors import HaltError, TuneforgeError
 from tuneforge.testing.fuzzer.network import FuzzNetwork
 from tuneforge.testing.fuzzer.program import FuzzProgram
@@ -77,13 +78,25 @@ class RunResults:
         """Phases that trained on cached features."""
         return sum("feature cache: on" in line for line in self.log)
 
+    @property
+    def has_failed(self) -> bool:
+        """True if the run ended with an error that is no refusal."""
+        return self.error is not None and (self.error.is_halt or not self.error.is_refusal)
+
     def state(self) -> dict[str, Tensor]:
         """Return parameters and buffers by name."""
         return {name: each for name, each in self.tensors.items() if not name.startswith("attribute ")}
 
 
 class TemperatureSchedule:
-    """A callback that lowers a plain attribute of the network after each epoch."""
+    """A callback that changes a plain attribute of the network: at random before a phase, lower after each epoch."""
+
+    @hookimpl
+    def phase_started(self, run: Run) -> None:
+        """Draw the temperature of the first epoch."""
+        module: Any = run.model.module
+        if "temperature" in module.traits and run.process_group.world_size == 1:
+            module.temperature = 1 + 0.3 * float(torch.rand(()))
 
     @hookimpl
     def epoch_ended(self, run: Run) -> None:
@@ -164,6 +177,7 @@ class ProgramRuns:
             settings: Settings that differ from those of the program; None is the default.
         """
         module, log = self.program.build_network(), list[str]()
+        _seed_random_state(self.program.seed)
         own: dict[str, Any] = {
             "out": self.directory / name,
             "cache_dir": self.directory / "cache",
@@ -178,7 +192,7 @@ class ProgramRuns:
     def resume(self, name: str) -> RunResults:
         """Continue a run in a directory, with everything built anew and other global random states."""
         module, log = self.program.build_network(), list[str]()
-        _disturb_random_state()
+        _seed_random_state(12345)  # a new process has other states
         return self._execute(
             lambda: Engine.resume(self.directory / name, log=log.append, **self._objects(module)), module, log
         )
@@ -215,7 +229,7 @@ class ProgramRuns:
             at_point(point)
 
         try:
-            with set_fault_hook(pass_point), cache_that_always_pays(with_export=self.program.seed % 4 == 0):
+            with set_fault_hook(pass_point), cache_that_always_pays(with_export=self.program.seed % 8 == 0):
                 result = build_engine().run()
         except Exception as raised:  # noqa: BLE001 - whatever it is, it is compared
             error = RunError.from_exception(raised)
@@ -257,7 +271,8 @@ def cache_that_always_pays(*, with_export: bool = True) -> Iterator[None]:
     """Let every phase that can be cached be cached, although the computations of a tiny network cost next to nothing.
 
     Args:
-        with_export: False to try `torch.fx` alone, because `torch.export` takes ten times as long.
+        with_export: False to try `torch.fx` alone, also for the graph of a model that a run keeps, because
+            `torch.export` takes ten times as long.
     """
 
     def accept(*args: Any, **kwargs: Any) -> None: ...
@@ -265,17 +280,25 @@ def cache_that_always_pays(*, with_export: bool = True) -> Iterator[None]:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise UntraceableError("torch.export is not tried")
 
-    replaced: dict[str, Any] = {"_check_worthwhile": accept, "_check_tracing_pays": accept}
-    if not with_export:
-        replaced["trace_with_export"] = fail
-    before = {name: getattr(build, name) for name in replaced if hasattr(build, name)}
-    for name in before:
-        setattr(build, name, replaced[name])
+    with contextlib.ExitStack() as stack:
+        for name in ("_check_worthwhile", "_check_tracing_pays"):
+            stack.enter_context(replace_attribute(build, name, lambda before: accept))
+        stack.enter_context(replace_attribute(build, "MIN_MACS_PER_BYTE_ON_DISK", lambda before: 0.0))
+        if not with_export:
+            stack.enter_context(replace_attribute(build, "trace_with_export", lambda before: fail))
+            stack.enter_context(replace_attribute(module_graph, "_trace_with_export", lambda before: fail))
+        yield
+
+
+@contextlib.contextmanager
+def replace_attribute(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace an attribute of a module or a class by what `make` returns for it."""
+    before = vars(owner)[name]
+    setattr(owner, name, make(before))
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(build, name, value)
+        setattr(owner, name, before)
 
 
 def _read_module(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -302,8 +325,8 @@ def _read_history(run_dir: Path) -> tuple[Any, ...]:
     return (*map(json.loads, lines), report)
 
 
-def _disturb_random_state() -> None:
-    """Draw from the global generators, as a new process has others in another state."""
-    torch.manual_seed(12345)
-    np.random.seed(12345)
-    random.seed(12345)
+def _seed_random_state(seed: int) -> None:
+    """Seed the global generators, from which a network or a callback may draw."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ class Saboteur:
 
     Attributes:
         target: What was done, as the beginning of a sentence; "" as long as nothing was.
+        may_warn: True if a tensor is held whose gradients were too small to change it for sure: a warning will do.
     """
 
     def __init__(self, seed: int, position: float) -> None:
-        self.target = ""
+        self.target, self.may_warn = "", False
         self._random, self._position = random.Random(seed), position  # noqa: S311 - not for security
         self._held: tuple[Tensor, Tensor] | None = None
 
@@ -42,10 +43,16 @@ class Saboteur:
         ):
             self.target = "the weight of the head is set back after each step"
             self._held = weight, weight.detach().clone()
+            self.may_warn = True
 
     @hookimpl(wrapper=True)
     def optimizer_step(self, run: Run) -> Generator[None, Any, Any]:
         """Write after the step."""
+        if self._held is not None and self.may_warn:
+            lrs = {
+                id(each): group["lr"] for group in run.optimization.optimizer.param_groups for each in group["params"]
+            }
+            self.may_warn = not _must_change(self._held[0], lrs.get(id(self._held[0]), 0.0))
         result = yield
         with torch.no_grad():
             if self._held is not None:
@@ -68,3 +75,15 @@ class Saboteur:
             name = self._random.choice(sorted(tensors))
             self.target = f"'{name}' is frozen and was overwritten"
             tensors[name].add_(1)
+
+    def warned(self, log: Iterable[str]) -> Iterator[str]:
+        """Yield the warnings that name the head's weight among the parameters that have not changed."""
+        return (line for line in log if "one too small to change them" in line and "head.weight" in line)
+
+
+def _must_change(parameter: Tensor, lr: float) -> bool:
+    """Return True if the gradient must change a weight: a step of plain SGD exceeds its rounding error by far."""
+    if parameter.grad is None:
+        return False
+    update = lr * parameter.grad.detach().abs()
+    return bool((update > 4 * torch.finfo(parameter.dtype).eps * parameter.detach().abs()).any())
