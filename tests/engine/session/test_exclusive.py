@@ -1,6 +1,8 @@
 import contextlib
+import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_data, tiny_net
@@ -69,3 +71,18 @@ def test_run_in_a_second_thread_is_refused_and_leaves_the_first_undisturbed(tune
 
 def test_run_within_a_run_leaves_the_outer_one_undisturbed(tune, undisturbed):
     assert weights(tune(STRATEGY, callbacks=[During(lambda: tune(STRATEGY, seed=7))])) == undisturbed
+
+
+def test_run_seeds_the_generators_of_python_and_numpy_and_restores_them(tmp_path):
+    draws = []
+    for number, seed in enumerate((5, 5, 6)):
+        random.seed(number)
+        np.random.seed(number)
+        before = random.getstate(), np.random.get_state()[1].tolist()
+        callback = During(lambda: draws.append((random.random(), np.random.rand())))
+        tf.Engine(
+            data=tiny_data(), model=tiny_net(), strategy=STRATEGY, callbacks=[callback], batch_size=16, page=False,
+            seed=seed, out=tmp_path / str(number),
+        ).run()  # fmt: skip
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    assert draws[0] == draws[1] != draws[2]

@@ -63,6 +63,7 @@ class FeatureCache:
         num_augmented_copies: Cached augmented copies of each training sample; 0 if training is not augmented.
         features: The features of a split's samples, by the split's identity and the number of the copy.
         traced_state: What must not change while the features are used; None until they are.
+        earlier_change: What had changed before the interruption of a resumed phase, and was not noticed yet.
         checks_each_pass: True where components of the user run between optimizer steps, and may change the model.
         num_computed_batches: Batches of features that were computed; 0 if all were found.
         num_hits: Splits and copies whose features were found in memory or on disk.
@@ -73,6 +74,7 @@ class FeatureCache:
     num_augmented_copies: int = 0
     features: dict[tuple[int, int], Values] = attrs.field(factory=dict)
     traced_state: TracedState | None = None
+    earlier_change: str = ""
     checks_each_pass: bool = False
     num_computed_batches: int = 0
     num_hits: int = 0
@@ -97,7 +99,9 @@ class FeatureCache:
 
     def find_change(self, *, evaluating: bool) -> str:
         """Return what has changed in the model since it was traced, beside its weights; "" if nothing has."""
-        return self.traced_state.find_change(evaluating=evaluating) if self.traced_state is not None else ""
+        if self.traced_state is None or self.earlier_change:
+            return self.earlier_change
+        return self.traced_state.find_change(evaluating=evaluating)
 
 
 def num_megabytes(run: Run, cache: FeatureCache) -> float:

@@ -177,6 +177,7 @@ class PhaseProgress:
         freeze_check = run.engine_state.freeze_check
         assert freeze_check is not None
         loss, count = self._all_reduce(run)
+        feature_cache = run.forward_pass.feature_cache
         return {
             "loss": loss,
             "count": count,
@@ -187,6 +188,8 @@ class PhaseProgress:
             "metrics": self.tracker.state(),
             "freeze_check": freeze_check.state(),
             "cached": run.engine_state.is_cached,
+            # A resumed phase traces the model as it is by then; this one drops its cache at the next pass.
+            "cache_change": feature_cache.find_change(evaluating=False) if feature_cache is not None else "",
         }
 
     @classmethod

@@ -96,7 +96,9 @@ def train_phase(
         run.forward_pass.function_mode = find_function_mode(
             run.model.module, run.example, modes, norms=phase.batchnorm_stats == "frozen"
         )
-        _build_feature_cache(run, phase, modes, sampling, progress)
+        _build_feature_cache(
+            run, phase, modes, sampling, progress, "" if phase_state is None else phase_state["cache_change"]
+        )
     if run.config.compile and not tracker.stop_reason:
         if run.process_group.world_size == 1 and state.micro_batch_size is None:
             run.forward_pass.compiled_module = compile_forward(run, modes)
@@ -120,9 +122,12 @@ def train_phase(
 
 
 def _build_feature_cache(
-    run: Run, phase: Phase, modes: Modes, sampling: SamplingWeights, progress: PhaseProgress
+    run: Run, phase: Phase, modes: Modes, sampling: SamplingWeights, progress: PhaseProgress, earlier_change: str
 ) -> None:
-    """Build the feature cache of a phase; a resumed phase continues without one if it was training without."""
+    """Build the feature cache of a phase; a resumed phase continues without one if it was training without.
+
+    `earlier_change` is what had changed in the model before the interruption, and was to end the use of the cache.
+    """
     state = run.engine_state
     if state.is_cached is False:
         run.log("  feature cache: off, as before the interruption")
@@ -133,8 +138,10 @@ def _build_feature_cache(
         sampling.loss_weights,
         functools.partial(state.save, progress),
     )
-    run.forward_pass.feature_cache = try_build_feature_cache(run, modes, plan)
-    state.is_cached = run.forward_pass.feature_cache is not None
+    run.forward_pass.feature_cache = feature_cache = try_build_feature_cache(run, modes, plan)
+    state.is_cached = feature_cache is not None
+    if feature_cache is not None:
+        feature_cache.earlier_change = earlier_change
 
 
 def _finish_phase(

@@ -391,7 +391,7 @@ class Engine:
             device=device.resolve_device(self.config.device),
             hooks=self._create_hooks(),
         )
-        with exclusive_process_state(run.device.torch.type):
+        with exclusive_process_state(run.device.torch.type, seed=self.config.seed):
             self._has_run = True  # a model object of the caller has been adapted
             _ask_expected_inputs(run)
             _prepare_data(run)

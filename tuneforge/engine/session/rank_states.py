@@ -49,8 +49,8 @@ def restore_generators(state: dict[str, Any]) -> None:
 def _get_generators() -> dict[str, Any]:
     version, numbers, *rest = random.getstate()
     python = [version, torch.tensor(numbers), *rest]
-    name, keys, *rest = np.random.get_state()
-    return {"python": python, "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest]}
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {"python": python, "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest]}
 
 
 def get_own_state(run: Run, states: list[dict[str, Any]]) -> dict[str, Any]:

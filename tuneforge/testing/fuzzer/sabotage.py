@@ -48,10 +48,10 @@ class Saboteur:
     @hookimpl(wrapper=True)
     def optimizer_step(self, run: Run) -> Generator[None, Any, Any]:
         """Write after the step."""
-        if self._held is not None and self.may_warn:
-            lrs = {
-                id(each): group["lr"] for group in run.optimization.optimizer.param_groups for each in group["params"]
-            }
+        optimizer = run.optimization.optimizer
+        if self._held is not None and self.may_warn and optimizer is not None:
+            groups = optimizer.param_groups
+            lrs = {id(each): group["lr"] for group in groups for each in group["params"]}
             self.may_warn = not _must_change(self._held[0], lrs.get(id(self._held[0]), 0.0))
         result = yield
         with torch.no_grad():
