@@ -172,7 +172,7 @@ def main(clients: int, seconds: float, count: int, runs: int, arch: str, onnx: b
         folder = Path(temporary)
         images(folder / "data")
         data = tf.use("image-folder", path=folder / "data", size=SIDE)
-        model = tf.use("torchvision", arch=arch)
+        model = tf.use("torchvision", arch=arch, weights="none")
         run = (
             tf.Engine(data=data, model=model, strategy=[tf.HeadFit("head")], page=False, out=folder / "run")
             .run()

@@ -146,11 +146,20 @@ class Hooks:
 
     def _chain_model_adapt(self, run: Any, model: Any) -> Any:
         for link in self._get_providers("model_adapt"):
-            model = _call_with_accepted(link, run=run, model=model)
+            given = model
+            model = _call_with_accepted(link, run=run, model=given)
             if model is None:
                 raise PluginError(
                     f"{link.owner.label} returned no model from model_adapt", fix="end it with: return model"
                 )
+            if not hasattr(model, "with_head"):
+                if given is not None:
+                    raise PluginError(
+                        f"{link.owner.label} returned {type(model).__name__} from model_adapt",
+                        why="an adapter changes the model that it gets, whose layer groups and classes go on with it",
+                        fix="return model.with_head(...) or attrs.evolve(model, module=...)",
+                    )
+                model = run.as_model(model)
         return model
 
     def _merge_metrics(self, run: Any) -> Any:

@@ -142,3 +142,42 @@ def test_norm_after_the_head_has_its_own_group():
     assert {name for name in model.parameters() if any(group.contains(name) for group in model.groups)} == set(
         model.parameters()
     )
+
+
+class Transformer(nn.Module):
+    """A vision transformer with three blocks; its embeddings are parameters of its own or of its encoder."""
+
+    def __init__(self, *, nested=False):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 8, 4, 4)
+        holder = self.encoder = nn.Module() if nested else None
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
+        (holder if nested else self).pos_embed = nn.Parameter(torch.zeros(1, 5, 8))
+        layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3))
+        (holder if nested else self).blocks = layers
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, images):
+        holder = self.encoder or self
+        tokens = self.patch_embed(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1) + holder.pos_embed
+        for block in holder.blocks:
+            tokens = block(tokens)
+        return self.head(tokens[:, 0])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_embeddings_of_a_transformer_are_one_group_below_its_blocks(nested):
+    groups = tf.Model.from_module(Transformer(nested=nested)).group_infos()
+    inside = "encoder." if nested else ""
+    assert [group.name for group in groups] == ["patch_embed", *(f"{inside}blocks.{i}" for i in range(3)), "head"]
+    names = {"cls_token", f"{inside}pos_embed", "patch_embed.weight", "patch_embed.bias"}
+    assert set(groups[0].parameter_names) == names
+
+
+def test_parameters_without_a_layer_below_the_blocks_are_a_group():
+    net = nn.Module()
+    net.first, net.second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
+    net.blocks, net.head = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9)), nn.Linear(9, 2)
+    groups = tf.Model.from_module(net, head="head").groups
+    assert [group.prefixes for group in groups] == [("first", "second"), ("blocks.0",), ("blocks.1",), ("head",)]

@@ -677,3 +677,46 @@ def test_load_asks_again_for_a_callback_object_that_adapts_the_model(tune):
     result = tune([tf.Phase("a", epochs=1)], callbacks=[Adapter()])
     with pytest.raises(tf.FolderError, match="was given this component as a Python object"):
         tf.load(result.run_dir, model=tiny_net())
+
+
+@tf.component(api=1)
+class PlainModule:
+    """A model component that returns a module."""
+
+    @tf.hookimpl
+    def model_adapt(self):
+        return tiny_net()
+
+
+def test_a_model_component_may_return_a_module(tune):
+    result = tune([tf.Phase("all", epochs=1)], model=PlainModule())
+    assert result.model.head == "head"
+    plain = tune([tf.Phase("all", epochs=1)], model=tiny_net())
+    for one, other in zip(result.model.module.parameters(), plain.model.module.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("built", "message"),
+    [(None, "returned no model from model_adapt"), ("resnet18", "what builds the model returned str")],
+)
+def test_a_model_component_that_returns_something_else_is_named(tune, built, message):
+    class Wrong:
+        @tf.hookimpl
+        def model_adapt(self):
+            return built
+
+    with pytest.raises(tf.PluginError, match=message):
+        tune([], model=Wrong())
+
+
+def test_an_adapter_that_returns_a_module_is_refused(tune):
+    class Adapter:
+        @tf.hookimpl
+        def model_adapt(self, model):
+            return model.module
+
+    with pytest.raises(
+        tf.PluginError, match="returned TinyNet from model_adapt.*layer groups and classes go on with it"
+    ):
+        tune([], adapt=[Adapter()])

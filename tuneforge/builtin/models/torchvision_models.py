@@ -14,26 +14,23 @@ from torchvision import models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from tuneforge import (
-    FolderError,
     LayerGroup,
     Model,
     PluginError,
-    TryAgainError,
     UnknownNameError,
-    UnsafeFileError,
     UsageError,
     component,
     hookimpl,
     option,
 )
 from tuneforge.builtin.models.heads import get_head_layer, resize_head
+from tuneforge.builtin.models.torchvision_weights import PretrainedWeights, download_weights, find_weights, is_file
 from tuneforge.builtin.seeding import seeded_rng
 from tuneforge.errors import suggest_name
-from tuneforge.exporting import load_tensors
-from tuneforge.plugin import ImagePreprocessing
 
 if TYPE_CHECKING:
     from tuneforge import Run
+    from tuneforge.plugin import ImagePreprocessing
 
 StateDict = dict[str, Tensor]
 
@@ -80,8 +77,6 @@ LAYER_GROUPS_BY_CLASS: Mapping[str, tuple[str, ...]] = {
 poolings; `name=path,path` merges several into one; `head=` adds paths to the group of the head, such as a last norm.
 """
 
-_PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".pth.tar")
-_PUBLISHED = ("download", "default")
 _MIN_TENSORS = 16  # those of the smallest network, alexnet
 _AUXILIARY_PREFIXES = ("aux1.", "aux2.", "AuxLogits.")
 _OLD_DENSENET_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..+)$")
@@ -89,28 +84,49 @@ _OLD_DENSENET_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.
 
 @component(api=1)
 class TorchvisionModel:
-    """A classification model of torchvision, randomly initialized or with weights."""
+    """A classification model of torchvision, pretrained by default.
+
+    Weights by name are found in torch's folder of checkpoints, as a .safetensors file of `tuneforge import` or as
+    torch's own .pth file, which is read in a sandbox; otherwise they are downloaded.
+    """
 
     arch: str = option(default="resnet18", help="Name of the architecture in torchvision.models.")
     weights: str = option(
-        default="none", help="`none`, a .safetensors file, or `download` for torchvision's ImageNet weights."
+        default="DEFAULT",
+        help="`DEFAULT`, a name that torchvision gives to weights of the architecture, such as `IMAGENET1K_V2`, a "
+        ".safetensors file, or `none` for random weights.",
     )
 
-    @hookimpl
-    def model_inputs(self, run: Run) -> ImagePreprocessing | None:
-        """Return the evaluation transform of torchvision's weights of the architecture; None for random weights.
+    @staticmethod
+    def find_local_weights(arch: str) -> str | None:
+        """Return where pretrained weights are on this machine, as one phrase, or None if they would be downloaded.
 
         Raises:
             UnknownNameError: torchvision has no such architecture.
+        """
+        _require_known_arch(arch)
+        found = find_weights(arch, "DEFAULT")
+        return None if found is None else found.source
+
+    @hookimpl
+    def model_inputs(self, run: Run) -> ImagePreprocessing | None:
+        """Return the evaluation transform of the weights, or of the default ones for a file; None for random weights.
+
+        Raises:
+            UnknownNameError: torchvision has no such architecture, or no such weights of it.
+            UsageError: The file holds the weights of another network.
             UnsafeFileError: The weights are pickled.
-            FolderError: There is no such file of weights.
+            TryAgainError: The weights cannot be downloaded.
         """
         _require_known_arch(self.arch)
-        if self.weights == "none":
+        if self.weights == "none" or (run.restoring and is_file(self.weights) and not Path(self.weights).exists()):
             return None
-        if self.weights not in _PUBLISHED and not run.restoring:
-            self._require_file()
-        return _get_preprocessing(self.arch)
+        weights = self._get_weights(run)
+        if weights is None:
+            return None
+        if is_file(self.weights):
+            _check_fit(self.arch, weights.read()[0])
+        return weights.describe_preprocessing()
 
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:
@@ -131,35 +147,38 @@ class TorchvisionModel:
             )
         _require_known_arch(self.arch)
         side = _get_image_size(run)
-        state, labels = (None, ()) if run.restoring or self.weights == "none" else self._read_weights()
+        weights = None if run.restoring or self.weights == "none" else self._get_weights(run)
+        state, labels = (None, ()) if weights is None else weights.read()
         with seeded_rng(run.config.seed):
             module = _build_network(self.arch, run.data.targets.num_outputs, side, pretrained=self.weights != "none")
         if not run.restoring:
             _require_fitting_size(module, self.arch, side)
         head = find_head_path(module)
-        if state is not None:
+        if state is not None and weights is not None:
+            run.log(f"weights of {self.arch}: {weights.name}, from {weights.source}")
             return _load_weights(module, head, state, labels, run)
-        return Model(module, groups=find_layer_groups(module, head), head=head, labels=run.data.targets.labels)
-
-    def _read_weights(self) -> tuple[StateDict, tuple[str, ...]]:
-        """Return the weights by name, and the names of their classes if known."""
-        if self.weights in _PUBLISHED:
-            return _download_weights(self.arch)
-        tensors, metadata = load_tensors(self._require_file())
-        return tensors, tuple(metadata.get("labels", ()))
-
-    def _require_file(self) -> Path:
-        path = Path(self.weights)
-        if path.name.lower().endswith(_PICKLE_SUFFIXES):
-            raise UnsafeFileError(
-                f"'{path.name}' is a pickle file",
-                where="--model.weights",
-                why="unpickling weights can run arbitrary code",
-                fix=f"convert it once: tuneforge import {path}",
+        if not run.restoring:
+            run.log(
+                f"note: all weights of {self.arch} are randomly initialized; for pretrained weights use "
+                "--model.weights DEFAULT"
             )
-        if not path.is_file():
-            raise FolderError(f"there is no weights file '{path.name}'", where=str(path.parent), fix="check the path")
-        return path
+        return Model(
+            module,
+            groups=find_layer_groups(module, head),
+            head=head,
+            labels=run.data.targets.labels,
+            pretrained=self.weights != "none",
+        )
+
+    def _get_weights(self, run: Run) -> PretrainedWeights | None:
+        """Return the weights, downloaded if they must be; None in a restored run that does not have them."""
+        found = find_weights(self.arch, self.weights)
+        if found is not None:
+            return found
+        if not run.restoring:
+            run.log(f"downloading the weights of {self.arch}")
+            return download_weights(self.arch, self.weights)
+        return None
 
 
 def find_arch(tensors: Mapping[str, Tensor]) -> str | None:
@@ -247,7 +266,9 @@ def _build_network(arch: str, num_outputs: int, side: tuple[int, int], *, pretra
     return module
 
 
-def _load_weights(module: nn.Module, head: str, state: StateDict, labels: tuple[str, ...], run: Run) -> Model:
+def _load_weights(
+    module: nn.Module, head: str, state: Mapping[str, Tensor], labels: tuple[str, ...], run: Run
+) -> Model:
     """Return the model with weights; if they have no head, it is randomly initialized for the data.
 
     Raises:
@@ -265,14 +286,42 @@ def _load_weights(module: nn.Module, head: str, state: StateDict, labels: tuple[
         model = model.with_head(sized, labels=labels, pretrained_labels=labels)
     if isinstance(module, models.VisionTransformer) and "encoder.pos_embedding" in state:
         state = interpolate_embeddings(module.image_size, module.patch_size, state)
+    _require_same_tensors(module, head, state)
+    module.load_state_dict(state, strict=False)
+    return model
+
+
+def _check_fit(arch: str, tensors: Mapping[str, Tensor]) -> None:
+    """Compare weights with the architecture, before data is read; position embeddings of another size are resampled.
+
+    Raises:
+        UsageError: Names or shapes outside of the head differ.
+    """
+    side = _get_native_image_size(arch)
+    try:
+        with torch.device("meta"):
+            module = _build_network(arch, 1000, (side, side), pretrained=True)
+    except NotImplementedError:  # regnet computes its sizes with tensors; its weights are checked when they are loaded
+        return
+    head = find_head_path(module)
+    state = {
+        _rename_densenet_key(name): tensor
+        for name, tensor in tensors.items()
+        if not name.startswith((f"{head}.", *_AUXILIARY_PREFIXES))
+    }
+    if "encoder.pos_embedding" in state:
+        state["encoder.pos_embedding"] = module.get_parameter("encoder.pos_embedding")
+    _require_same_tensors(module, head, state)
+
+
+def _require_same_tensors(module: nn.Module, head: str, state: Mapping[str, Tensor]) -> None:
     own = module.state_dict()
+    known = f"{head}.weight" in state
     needed = {name for name in own if known or not name.startswith(f"{head}.")}
     missing = [name for name in sorted(needed - state.keys()) if not name.endswith("num_batches_tracked")]
     wrong = [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
     if missing or wrong or state.keys() - own.keys():
         raise _mismatch_error(type(module).__name__, missing, sorted(state.keys() - own.keys()), wrong)
-    module.load_state_dict(state, strict=False)
-    return model
 
 
 def _rename_densenet_key(name: str) -> str:
@@ -289,21 +338,6 @@ def _mismatch_error(kind: str, missing: list[str], foreign: list[str], wrong: li
         why="; ".join(f"{what}: {', '.join(names[:4])} ({len(names)})" for what, names in differences.items() if names),
         fix="use the --model.arch of the file",
     )
-
-
-def _download_weights(arch: str) -> tuple[StateDict, tuple[str, ...]]:
-    """Return torchvision's default weights of the architecture, and the names of their classes."""
-    weights = models.get_model_weights(arch).DEFAULT
-    try:
-        state: StateDict = models.get_model(arch, weights=weights, progress=False).state_dict()
-    except (OSError, RuntimeError) as error:
-        raise TryAgainError(
-            f"cannot download the weights of {arch}",
-            where="--model.weights download",
-            why=str(error),
-            fix="check the network, or give a .safetensors file",
-        ) from error
-    return state, tuple(weights.meta["categories"])
 
 
 def _require_known_arch(arch: str) -> None:
@@ -326,19 +360,6 @@ def _get_image_size(run: Run) -> tuple[int, int]:
         where="--model torchvision",
         why="an image is a tensor (channels, height, width)",
         fix="use another --model for this data",
-    )
-
-
-def _get_preprocessing(arch: str) -> ImagePreprocessing:
-    weights = models.get_model_weights(arch).DEFAULT
-    transforms = weights.transforms()
-    return ImagePreprocessing(
-        name=f"{arch} {weights.name}",
-        size=(transforms.crop_size[0], transforms.crop_size[0]),
-        resize=transforms.resize_size[0],
-        interpolation=transforms.interpolation.value,
-        mean=tuple(transforms.mean),
-        std=tuple(transforms.std),
     )
 
 

@@ -244,7 +244,9 @@ class Run(TrainerState):
         self._data, self._prepared_example, self._example = data, None, None
 
     def as_model(self, built: Any) -> Model:
-        """Return a model of what a function has built: a module, whose last linear layer is the head, or a `Model`.
+        """Return a model of what a model component or a function has built: a `Model`, or a module.
+
+        The head of a module is the linear layer that computes its output.
 
         Raises:
             PluginError: It is neither.
@@ -254,7 +256,8 @@ class Run(TrainerState):
         if isinstance(built, nn.Module):
             return Model.from_module(built)
         raise PluginError(
-            f"the function that builds the model returned {type(built).__name__}", fix="return a module or a Model"
+            f"what builds the model returned {type(built).__name__}",
+            fix="return a torch.nn.Module or a tuneforge.Model",
         )
 
     def set_model(self, model: Model, *, check: bool = True) -> None:

@@ -250,10 +250,12 @@ def infer_layer_groups(module: nn.Module, head: str) -> tuple[LayerGroup, ...]:
     """Return layer groups of any module, inferred from its structure.
 
     Each child is a group. A sequential container with more than half of all parameters is split into its members, and
-    so is whatever contains the head. A norm layer belongs to the group before it. Everything below `head` is the last
-    group.
+    so is what holds it and whatever contains the head. A norm layer belongs to the group before it. Parameters that
+    stand alone before the first member of a container, such as the class token and the position embedding of a vision
+    transformer, belong to the first layer. Everything below `head` is the last group.
     """
     found = [group for group in _expand_groups(module, "", head, _count_parameters(module)) if group.name != head]
+    found = _join_embeddings(module, found)
     below = [LayerGroup("pre-head" if group.name == "head" else group.name, group.prefixes) for group in found]
     return (*below, LayerGroup("head", (head,)))
 
@@ -269,10 +271,29 @@ def _expand_groups(module: nn.Module, path: str, head: str, total: int) -> list[
         if isinstance(child, NORMS) and groups and head not in (below, groups[-1].name):
             groups[-1] = LayerGroup(groups[-1].name, (*groups[-1].prefixes, below))
             continue
-        large = _count_parameters(child) > total / 2 and isinstance(child, (nn.Sequential, nn.ModuleList))
+        large = any(_is_large_container(each, total) for each in (child, *child.children()))
         inside = _expand_groups(child, below, head, total) if large or head.startswith(below + ".") else []
         groups += inside if len(inside) > 1 or head.startswith(below + ".") else [LayerGroup(below, (below,))]
     return groups
+
+
+def _is_large_container(module: nn.Module, total: int) -> bool:
+    return isinstance(module, (nn.Sequential, nn.ModuleList)) and _count_parameters(module) > total / 2
+
+
+def _join_embeddings(module: nn.Module, groups: list[LayerGroup]) -> list[LayerGroup]:
+    """Return the groups, with those of single parameters below the first block in the group of the first layer."""
+    containers = {name for name, child in module.named_modules() if isinstance(child, (nn.Sequential, nn.ModuleList))}
+    blocks = (i for i, group in enumerate(groups) if group.prefixes[0].rpartition(".")[0] in containers - {""})
+    stem = groups[: next(blocks, len(groups))]
+    parameters = dict(module.named_parameters())
+    single = [group for group in stem if group.name in parameters]
+    layers = [group for group in stem if group.name not in parameters]
+    if not single:
+        return groups
+    name, prefixes = (layers[0].name, layers[0].prefixes) if layers else (single[0].name, ())
+    joined = LayerGroup(name, (*(group.name for group in single), *prefixes))
+    return [joined, *layers[1:], *groups[len(stem) :]]
 
 
 def _count_parameters(module: nn.Module) -> int:

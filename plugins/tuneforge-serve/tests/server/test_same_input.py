@@ -32,7 +32,7 @@ def test_served_predictions_of_the_test_split_equal_the_offline_ones(serving, ph
     data = tf.use("image-folder", path=photos, size=32)
     result = tf.Engine(
         data=data,
-        model=tf.use("torchvision", arch="squeezenet1_1"),
+        model=tf.use("torchvision", arch="squeezenet1_1", weights="none"),
         strategy=[tf.HeadFit("head")],
         page=False,
         out=tmp_path / "run",
