@@ -21,7 +21,7 @@ from tuneforge.engine.loop import diagnosis, train_phase
 from tuneforge.engine.loop.phase_progress import MetricTracker
 from tuneforge.engine.model import freezing, optimizer
 from tuneforge.engine.model.freeze_check import FreezeCheck
-from tuneforge.engine.session import dry_run
+from tuneforge.engine.session import dry_run, engine
 from tuneforge.engine.session.resume import ResumeState
 from tuneforge.plugin import registry
 from tuneforge.testing import (
@@ -134,8 +134,6 @@ def forget(what):
     original = ResumeState.restore
 
     def restore(self, state):
-        if what == "epoch":
-            state["epoch"] = 0
         if what == "schedule" and state["phase"] is not None:
             state["phase"]["steps_done"] = 0
         if what == "optimizer":
@@ -240,7 +238,13 @@ def ignore_unmatched_selectors(original):
 
 
 def inject_forgotten_epoch(monkeypatch):
-    monkeypatch.setattr(ResumeState, "restore", forget("epoch"))
+    original = engine.restore_counters
+
+    def restore_without_epoch(run, state):
+        original(run, state)
+        run.epoch = 0
+
+    monkeypatch.setattr(engine, "restore_counters", restore_without_epoch)
 
 
 def inject_forgotten_schedule_position(monkeypatch):

@@ -29,6 +29,18 @@ IMAGE_KEYS = ("image", "pixel_values")
 
 
 @component(api=1)
+class NoAugmentation:
+    """Train without augmentation, also on data that has a default one."""
+
+    per_sample = True
+
+    def augment(self, run: Run, batch: Batch) -> Batch:
+        """Return the batch as it is."""
+        del run
+        return batch
+
+
+@component(api=1)
 class Flip:
     """Mirror images at random."""
 

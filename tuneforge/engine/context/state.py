@@ -13,7 +13,7 @@ from tuneforge.engine.data.workers import Workers
 from tuneforge.engine.model.forward_writes import ForwardWrites
 from tuneforge.engine.model.freeze_check import FreezeCheck
 from tuneforge.plugin.config import RunConfig
-from tuneforge.plugin.steps import Phase
+from tuneforge.plugin.steps import ComponentSpec, Phase
 
 DEFAULT_EVAL_BATCH_SIZE = 256
 
@@ -51,6 +51,7 @@ class EngineState:
         micro_batch_size: Samples of a training pass; None trains on whole batches. Running out of memory reduces it.
         eval_batch_size: Samples of an evaluation pass. Running out of memory reduces it.
         augmentations: Random transforms of training batches, in the order in which they are applied.
+        augment_specs: The name and the options of each of them.
         budget: What the run may spend.
         save: Called with the phase's progress after each step; saves a checkpoint when one is due.
         component_states: State of each component, by its position and name; saved with checkpoints.
@@ -69,6 +70,7 @@ class EngineState:
     micro_batch_size: int | None
     eval_batch_size: int
     augmentations: tuple[Any, ...] = ()
+    augment_specs: tuple[ComponentSpec, ...] = ()
     budget: Budget = attrs.field(factory=Budget)
     save: Callable[[Any], None] = lambda progress: None
     component_states: dict[str, dict[str, Any]] = attrs.field(factory=dict)

@@ -25,6 +25,7 @@ from tuneforge.engine.data.tensor_tree import map_inputs as map_inputs
 from tuneforge.engine.data.tensor_tree import named_tensors as named_tensors
 from tuneforge.engine.data.tensor_tree import stack_inputs as stack_inputs
 from tuneforge.errors import DataError
+from tuneforge.plugin.steps import ComponentSpec
 
 
 @runtime_checkable
@@ -402,6 +403,7 @@ class Data:
         sample_groups: Named groups of training samples, the rows of each, int64 (m,): what
             `Phase(mixture_weights=...)` draws from.
         train_sampler: The order of the training samples; None for a new permutation in each epoch.
+        augment: The augmentations that suit this data, by name or with options; used unless the user names others.
 
     Raises:
         DataError: The training split is empty, or a sample group is empty or names rows that it does not have.
@@ -416,6 +418,7 @@ class Data:
     notes: tuple[str, ...] = ()
     sample_groups: Mapping[str, Tensor] = attrs.field(factory=dict)
     train_sampler: TrainSampler | None = None
+    augment: tuple[str | ComponentSpec, ...] = ()
 
     def __attrs_post_init__(self) -> None:
         if not len(self.train):

@@ -118,7 +118,7 @@ def _check_supported(run: Run, epochs: int, num_augmented_copies: int) -> None:
     if run.data.train.batch_dependent or run.data.val.batch_dependent:
         raise NotCacheableError("collate_fn makes the batches, so a sample may depend on the others of its batch")
     augmentations = run.engine_state.augmentations
-    for spec, augmentation in zip(run.config.augment, augmentations, strict=True):
+    for spec, augmentation in zip(run.engine_state.augment_specs, augmentations, strict=True):
         if not getattr(augmentation, "per_sample", False):
             raise NotCacheableError(f"augmentation '{spec.name}' may combine several samples")
     if augmentations and epochs <= num_augmented_copies:

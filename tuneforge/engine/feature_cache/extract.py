@@ -250,7 +250,8 @@ class FeatureExtractor:
         parts: dict[str, Any] = {"model": model_key, "inputs": inputs}
         parts["preprocess"] = [type(run.data.inputs).__qualname__, get_option_values(run.data.inputs)]
         if copy_index is not None and self._cache.num_augmented_copies:
-            parts["view"] = [run.config.seed, copy_index, [[spec.name, spec.options] for spec in run.config.augment]]
+            augmentations = [[spec.name, spec.options] for spec in run.engine_state.augment_specs]
+            parts["view"] = [run.config.seed, copy_index, augmentations]
         return _hash(parts)
 
 

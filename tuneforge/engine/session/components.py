@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from tuneforge.engine.data.dataset import Data
 from tuneforge.engine.loop.phase_components import create_component
 from tuneforge.engine.session.from_objects import wrap_object
 from tuneforge.errors import FolderError, UsageError
@@ -138,6 +139,17 @@ def check_non_hook_components(config: RunConfig) -> None:
         create_component("optimizer", config.optimizer)
     for spec in config.augment:
         create_component("augment", spec)
+    if any(spec.name == "none" for spec in config.augment) and len(config.augment) > 1:
+        raise UsageError(
+            "--augment none is given together with other augmentations",
+            why="it trains without augmentation",
+            fix="leave out either",
+        )
+
+
+def resolve_augmentations(config: RunConfig, data: Data) -> tuple[ComponentSpec, ...]:
+    """Return the augmentations of the user, else those that suit the data; `none` stands for no augmentation."""
+    return tuple(spec for spec in config.augment or map(as_spec, data.augment) if spec.name != "none")
 
 
 def check_no_duplicates(callbacks: Sequence[RegisteredComponent]) -> None:

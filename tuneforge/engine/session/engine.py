@@ -31,6 +31,7 @@ from tuneforge.engine.session.components import (
     check_no_duplicates,
     check_non_hook_components,
     engine_arguments,
+    resolve_augmentations,
     resolve_component,
 )
 from tuneforge.engine.session.dry_run import DryRun, collect_known_steps
@@ -261,6 +262,7 @@ class Engine:
         run.restoring = False
         _prepare_data(run)
         messages.log_lines(run, messages.format_data(self.config.data.name, run.data))
+        messages.log_lines(run, messages.format_augmentations(run))
         messages.log_lines(run, messages.format_batches(num_draws(run), self.config.batch_size))
         if self.config.refit:
             check_refit(run)
@@ -328,7 +330,6 @@ class Engine:
             hooks=self._create_hooks(self._observers, log=log_sink),
             log_sink=log_sink,
         )
-        run.engine_state.augmentations = tuple(create_component("augment", spec) for spec in self.config.augment)
         run.hooks.add(RegisteredComponent(RunLogger(run_dir), "engine", "the engine's run logger"))
         self._budget = run.engine_state.budget = Budget.load(self.config.budget, run_dir.path)
         if self._resume_dir is None:
@@ -479,6 +480,8 @@ def _prepare_data(run: Run) -> None:
     data = run.hooks.call.data_prepare(run=run)
     copies = describe_copies(data)
     run.set_data(attrs.evolve(data, notes=(*data.notes, *copies)) if copies else data)
+    run.engine_state.augment_specs = specs = resolve_augmentations(run.config, data)
+    run.engine_state.augmentations = tuple(create_component("augment", spec) for spec in specs)
 
 
 def _mark_user_frozen(model: Model) -> Model:

@@ -58,6 +58,16 @@ def format_data(name: str, data: Data) -> Iterable[str]:
     yield from _describe_similar(labels)
 
 
+def format_augmentations(run: Run) -> Iterable[str]:
+    """Yield the augmentations that the data chose; those of the user are known to the user."""
+    specs = run.engine_state.augment_specs
+    if specs and not run.config.augment:
+        names = ", ".join(
+            " ".join([spec.name, *(f"{name}={value}" for name, value in spec.options.items())]) for spec in specs
+        )
+        yield f"augmentation: {names} (the default of this data; --augment none trains without)"
+
+
 def format_batches(num_draws: int, batch_size: int) -> Iterable[str]:
     """Yield a note if one batch holds the whole training split."""
     if num_draws <= batch_size and batch_size > 1:

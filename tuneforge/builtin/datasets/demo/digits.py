@@ -15,7 +15,7 @@ import torch
 from numpy.random import Generator, default_rng
 from torch import Tensor
 
-from tuneforge import Data, DataError, Split, between, component, ge, hookimpl, option
+from tuneforge import Data, DataError, Split, between, component, ge, hookimpl, option, use
 from tuneforge.builtin.datasets.demo import digit_images
 from tuneforge.builtin.datasets.demo.digit_images import CHARACTERS, DIGITS, InkCounts, Integers, Names
 from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
@@ -32,6 +32,9 @@ RENDERED_SHARE = 0.2
 
 STROKES_SHARE = 0.4
 """Fraction of characters composed of strokes of real digits among the others."""
+
+AUGMENT = (use("rotate", degrees=10), use("shift", share=0.06))
+"""Augmentation of `digits`: a writer's slant and place in the box; a flip would make other characters."""
 
 INPUTS = ImageInputs(ops=("grayscale", "crop-to-ink", "resize 8", "resize 32"), channels=3, mean=(MEAN,), std=(STD,))
 """Converts any image to the 8x8 blocks of optdigits, and these to the 32x32 input of the network."""
@@ -76,6 +79,7 @@ class Digits:
             extra["unseen font"] = _split([control["control"]], classes)
         targets = ClassTargets(names=classes)
         return Data(
+            augment=AUGMENT,
             train=train,
             val=val,
             test=test,
