@@ -80,7 +80,7 @@ lr_find = ComponentCommand(
         click.Option(
             ["--batches"],
             type=click.IntRange(min=1),
-            default=5,
+            default=3,
             show_default=True,
             help="Number of batches over which each loss is averaged.",
         ),

@@ -59,7 +59,7 @@ def _print_executed_steps(run_dir: Path, out: Path | None, *, as_json: bool) -> 
     from tuneforge.builtin.strategies.plan_file import format_plan, step_to_dict
     from tuneforge.engine.session import messages
     from tuneforge.engine.storage.atomic import atomic_write
-    from tuneforge.engine.storage.run_files import RUN, STRATEGY_STEPS, read_json, read_jsonl
+    from tuneforge.engine.storage.run_files import REPORT, RUN, STRATEGY_STEPS, read_json, read_jsonl
     from tuneforge.plugin.serialization import from_json
 
     steps: list[StrategyStep] = [from_json(json.dumps(line["step"])) for line in read_jsonl(run_dir / STRATEGY_STEPS)]
@@ -74,7 +74,9 @@ def _print_executed_steps(run_dir: Path, out: Path | None, *, as_json: bool) -> 
         again = (
             "With the other options of the run they give the same weights: --strategy plan-file --strategy.path FILE"
         )
-        text = format_plan(steps, heading=[about, *(notes or [again])], describe=messages.format_step)
+        heading = [about, *(notes or [again])]
+        refit = "refit" in read_json(run_dir / REPORT)
+        text = format_plan(steps, heading=heading, describe=messages.format_step, refit=refit)
     if out is None:
         click.echo(text, nl=False)
         return

@@ -166,7 +166,8 @@ def _print_dry_run(config: RunConfig, *, as_json: bool) -> None:
         entries = [step_to_dict(step) for step in found.strategy_steps]
         click.echo(json.dumps({"steps": entries, "is_adaptive": found.depends_on_results, "notes": heading}))
         return
-    click.echo(format_plan(found.strategy_steps, heading=heading, describe=messages.format_step), nl=False)
+    text = format_plan(found.strategy_steps, heading=heading, describe=messages.format_step, refit=found.refit)
+    click.echo(text, nl=False)
     if found.depends_on_results:
         click.echo("\n# the strategy chooses the further steps from the results of these")
 

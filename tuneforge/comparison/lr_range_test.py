@@ -62,7 +62,7 @@ class LRFindResult:
             raise UsageError(f"cannot write the plot '{path}'", where="--plot", why=str(error), fix=fix) from None
 
 
-def lr_find(engine: Engine, *, train: str | tuple[str, ...] | list[str] = "all", batches: int = 5) -> LRFindResult:
+def lr_find(engine: Engine, *, train: str | tuple[str, ...] | list[str] = "all", batches: int = 3) -> LRFindResult:
     """Suggest a learning rate for a phase that trains `train`, with the data and model of an engine.
 
     This is the range test of Smith 2015 (arXiv 1506.01186), except that each learning rate starts from the same

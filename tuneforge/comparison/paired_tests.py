@@ -90,6 +90,27 @@ def holm_correction(p_values: Sequence[float | None], *, num_comparisons: int) -
     return corrected
 
 
+def seeds_to_decide(test: PairedTest, *, num_comparisons: int, most: int = 1000) -> int | None:
+    """Return the number of seeds at which a t test would find a difference of this mean and standard deviation.
+
+    The least n with |mean| >= t(n - 1) * std / sqrt(n), at the significance level divided by the comparisons. With so
+    many seeds the test finds a true difference of this size every second time; the estimate is rough after few seeds.
+
+    Args:
+        test: A test of two pairs or more.
+        num_comparisons: The number of planned comparisons.
+        most: More seeds than these are None, as is a mean of 0.
+    """
+    from scipy import stats
+
+    if not test.std or not test.mean:
+        return None
+    level = 1 - ALPHA / 2 / num_comparisons
+    ratio = abs(test.mean) / test.std
+    enough = (n for n in range(2, most + 1) if ratio >= float(stats.t.ppf(level, n - 1)) / math.sqrt(n))
+    return next(enough, None)
+
+
 def ci_half_width(num_pairs: int) -> float:
     """Return half the width of the confidence interval in standard deviations of the differences (2 or more pairs)."""
     from scipy import stats

@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from tuneforge.comparison.paired_tests import ALPHA, ci_half_width
+from tuneforge.comparison.paired_tests import ALPHA, ci_half_width, seeds_to_decide
 from tuneforge.comparison.ranking import (
     BETTER,
     DROPPED,
@@ -112,6 +112,21 @@ def _describe_test(ranking: Ranking, name: str) -> str:
     )
 
 
+def _describe_seeds_needed(ranking: Ranking) -> Iterator[str]:
+    """Yield how many seeds would decide between the best candidate, or the one after it, and the baseline."""
+    others = [row.name for row in ranking.ranked if row.name != ranking.baseline]
+    for name in others[:1]:
+        difference, p = ranking.differences.get(name), ranking.corrected_p_values.get(name)
+        if difference is None or p is None or p < ALPHA:
+            continue
+        needed = seeds_to_decide(difference, num_comparisons=ranking.num_comparisons)
+        words = f"about {max(needed, difference.num_pairs + 1)} seeds" if needed else "more than 1,000 seeds"
+        yield (
+            f"note: a difference of {difference.mean:+.4f} between {name} and {ranking.baseline} would be significant "
+            f"with {words}, if it stays as it is"
+        )
+
+
 def _collect_notes(ranking: Ranking) -> Iterator[str]:
     ranked = ranking.ranked
     pairs = {each.num_pairs for each in ranking.differences.values()}
@@ -126,6 +141,7 @@ def _collect_notes(ranking: Ranking) -> Iterator[str]:
             f"the differences to each side (with 10 seeds: {ci_half_width(10):.1f}); it holds for other seeds on "
             "the same samples, not for other samples"
         )
+        yield from _describe_seeds_needed(ranking)
     early = [f"{row.name} after {row.mean_cost(kind):.3g}" for row in ranked if (kind := _unspent_budget_kind(row))]
     if early:
         yield (

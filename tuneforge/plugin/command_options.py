@@ -168,7 +168,7 @@ def format_value(value: Any) -> str:
 
 
 def _setting(option: Option) -> click.Option:
-    if option.type is bool:
+    if option.type in (bool, bool | None):
         return click.Option(
             [f"--{option.key}/--no-{option.key}", option.name],
             default=None,

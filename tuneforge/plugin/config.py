@@ -64,7 +64,11 @@ _BUDGET_CHECK = Check(
 class Settings:
     """The settings of a run besides its components."""
 
-    batch_size: int = option(default=32, help="Batch size of training.", check=ge(1))
+    batch_size: int | None = option(
+        default=None,
+        help="Batch size of training; by default 32, and down to 8 for fewer than 640 training samples.",
+        check=ge(1),
+    )
     eval_batch_size: int | None = option(default=None, help="Batch size of evaluation; 256 if not set.", check=ge(1))
     grad_accum_steps: int = option(default=1, help="Gradient accumulation: batches per optimizer step.", check=ge(1))
     micro_batch: int | None = option(
@@ -134,10 +138,10 @@ class Settings:
         help="Number of checkpoints to keep, besides the best one and those in which you create a file named 'pinned'.",
         check=ge(1),
     )
-    refit: bool = option(
-        default=False,
+    refit: bool | None = option(
+        default=None,
         help="Train again from the initial weights on training and validation samples, by the choices that were made; "
-        "metrics are from before.",
+        "val metrics are from before. By default freeze-then-unfreeze does, for at most 10,000 samples.",
     )
     page: bool = option(default=True, help="Write report.html at the end of the run.")
     out: Path | None = option(default=None, help="Run directory; by default a new one under runs/.")

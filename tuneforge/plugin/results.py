@@ -118,6 +118,8 @@ class TaskInfo:
         old_classes: Classes that the head of the pretrained model already has.
         budget: The budget of the whole run: `{"seconds": 60.0}`, `{"epochs": 20}` or `{"steps": 500}`; empty without
             limit.
+        pretrained: False where the model has no pretrained weights.
+        can_fit_head: True where `HeadFit` can solve the head.
         sample_groups: The number of samples of each sample group, for `Phase(mixture_weights=...)`.
     """
 
@@ -131,6 +133,8 @@ class TaskInfo:
     monitor: str
     monitor_mode: str
     old_classes: tuple[str, ...] = attrs.field(default=(), converter=to_name_tuple)
+    pretrained: bool = True
+    can_fit_head: bool = False
     budget: Mapping[str, float] = mapping_field()
     sample_groups: Mapping[str, int] = mapping_field()
 

@@ -72,7 +72,8 @@ class Phase:
         min_delta: The least change of `monitor` that counts as an improvement, absolute.
         restore_best: End with the weights of the best epoch instead of the last.
         batchnorm_stats: `"frozen"`: BatchNorm layers with a frozen parameter keep their running statistics;
-            `"updating"`: they keep updating them.
+            `"updating"`: they keep updating them; `"all-frozen"`: every BatchNorm layer keeps its running statistics
+            and normalizes with them, for batches that are small or unlike the pretraining.
         class_weights: Factors on the loss by class name, `"balanced"`, or None.
         sampling: Sampling weights by class name, `"balanced"`, or None for uniform sampling without replacement.
         mixture_weights: Fraction of an epoch that is drawn from each sample group (`Data.sample_groups`); the rest is
@@ -131,8 +132,8 @@ class Phase:
         )
         _require(
             self,
-            self.batchnorm_stats in ("frozen", "updating"),
-            f"batchnorm_stats must be 'frozen' or 'updating', not {self.batchnorm_stats!r}",
+            self.batchnorm_stats in ("frozen", "all-frozen", "updating"),
+            f"batchnorm_stats must be 'frozen', 'all-frozen' or 'updating', not {self.batchnorm_stats!r}",
         )
         _require_monitor_mode(self)
 

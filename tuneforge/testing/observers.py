@@ -133,7 +133,7 @@ class InvariantChecker:
             if isinstance(module, nn.Dropout):
                 self._handles.append(module.register_forward_hook(self._make_dropout_hook(name, path)))
             has_statistics = isinstance(module, nn.BatchNorm1d) and module.track_running_stats
-            if has_statistics and _get_phase(run).batchnorm_stats == "frozen" and self._is_frozen(path, module):
+            if has_statistics and _get_phase(run).batchnorm_stats != "updating" and self._is_frozen(path, module):
                 self._handles.append(module.register_forward_hook(self._make_batchnorm_hook(name, path)))
 
     def _make_dropout_hook(self, phase: str, path: str) -> Callable[..., None]:

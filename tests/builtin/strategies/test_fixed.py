@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tuneforge as tf
-from tuneforge.builtin.strategies.fixed import LPFT, BiasOnly, LayerDecay, NormOnly, WiSEFT
+from tuneforge.builtin.strategies.fixed import LPFT, BiasOnly, FreezeThenUnfreeze, LayerDecay, NormOnly, WiSEFT
 from tuneforge.builtin.strategies.penalties import L2SP
 from tuneforge.engine.feature_cache import build as feature_cache_build
 from tuneforge.engine.session import resume as memory
@@ -276,3 +276,59 @@ def test_l2_sp_killed_in_the_middle_goes_on_to_the_same_bytes(tune, tmp_path, mo
 def test_every_strategy_learns_the_small_world_by_its_name(tune, name):
     result = tune(tf.use(name))
     assert result.report["splits"]["test"]["accuracy"] > 0.6  # chance is a third
+
+
+def plan_of(strategy, **settings):
+    settings = {"data": tiny_data(), "model": knowing("p", "q", "r"), **settings}
+    return tf.Engine(strategy=strategy, **settings).dry_run()
+
+
+@pytest.mark.parametrize("lr", [1e-2, 30.0])
+def test_the_default_never_ends_below_its_solved_head_on_validation(tune, lr):
+    steps = tune(FreezeThenUnfreeze(epochs=3, lr=lr), model=knowing("p", "q", "r"), refit=False).strategy_steps
+    (_, head), (_, trained), (_, average) = steps
+    assert trained.val["f1_macro"] < head.val["f1_macro"] or lr < 1
+    assert average.val["f1_macro"] >= max(head.val["f1_macro"], trained.val["f1_macro"])
+
+
+@pytest.mark.parametrize(("batch_size", "epochs"), [(16, 34), (4, 9), (3, 8), (96, 200)])
+def test_the_default_trains_for_8_epochs_or_200_steps(batch_size, epochs):
+    assert plan_of("freeze-then-unfreeze", batch_size=batch_size).strategy_steps[1].epochs == epochs
+
+
+def test_the_default_trains_for_as_many_epochs_as_the_user_says(tune):
+    plan = plan_of(FreezeThenUnfreeze(epochs=2, head_epochs=1)).strategy_steps
+    assert [getattr(step, "epochs", None) for step in plan] == [1, 2, None]
+
+
+def test_the_default_keeps_a_head_that_knows_the_classes_and_is_better(tune):
+    trained = tune([tf.Phase("all", epochs=20, lr=1e-2)]).model.module
+    steps = dict(
+        zip(("head", "choice"), tune(FreezeThenUnfreeze(epochs=1), model=trained).strategy_steps, strict=False)
+    )
+    chosen = steps["choice"][1]
+    assert chosen.val["f1_macro"] >= steps["head"][1].val["f1_macro"]
+    assert steps["choice"][0].snapshots == ("start", "head")
+
+
+@pytest.mark.parametrize("module", [lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3, bias=False))])
+def test_the_default_trains_a_head_that_cannot_be_solved(tune, module):
+    plan = plan_of("freeze-then-unfreeze", model=module()).strategy_steps
+    assert [type(step).__name__ for step in plan] == ["Phase", "Phase", "WeightAverage"]
+    assert tune("freeze-then-unfreeze", model=module()).report["splits"]["val"]["accuracy"] > 0.5
+
+
+def test_batchnorm_keeps_its_statistics_under_the_default_on_few_samples(tune):
+    result = tune(FreezeThenUnfreeze(epochs=1))
+    assert moved(start(), result) == set(result.model.parameters())
+
+
+def test_the_default_is_refitted_and_the_report_says_so(tune):
+    lines = []
+    report = tune(FreezeThenUnfreeze(epochs=1), log=lines.append).report
+    assert report["refit"]["num_samples"] == 126
+    assert "before the refit" in report["refit"]["note"]
+    assert any("val metrics are from before the refit" in line for line in lines)
+    assert "refit" not in tune(FreezeThenUnfreeze(epochs=1), refit=False).report
+    assert "refit" not in tune(FreezeThenUnfreeze(epochs=1), budget="20epochs").report
+    assert "refit" not in tune([tf.Phase("all", epochs=1)]).report

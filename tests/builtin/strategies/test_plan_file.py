@@ -34,8 +34,8 @@ def name_of(step):
     return step.name
 
 
-def written(path, steps):
-    path.write_text(format_plan(steps, heading=["a plan"], describe=name_of), encoding="utf-8")
+def written(path, steps, **options):
+    path.write_text(format_plan(steps, heading=["a plan"], describe=name_of, **options), encoding="utf-8")
     return path
 
 
@@ -153,10 +153,12 @@ def test_the_plan_of_a_strategy_runs_as_the_strategy_does(tune, tmp_path, name):
 
     options = {} if name == "gradual-unfreeze" else {"patience": 1}
     strategy = tf.use(name, epochs=2, **({} if name == "wise-ft" else options))
-    plan = tf.Engine(strategy=strategy, data=tiny_data(), model=tiny_net(), out=tmp_path / "never").dry_run()
+    plan = tf.Engine(
+        strategy=strategy, data=tiny_data(), model=tiny_net(), batch_size=16, out=tmp_path / "never"
+    ).dry_run()
     assert not plan.depends_on_results
     assert not (tmp_path / "never").exists()
-    path = written(tmp_path / "plan.toml", plan.strategy_steps)
+    path = written(tmp_path / "plan.toml", plan.strategy_steps, refit=plan.refit)
     one, two = tune(strategy), tune(tf.use("plan-file", path=path))
     assert [step for step, _ in one.strategy_steps] == list(plan.strategy_steps)
     for name in SAME:

@@ -99,10 +99,9 @@ class Adaptive:
 
 
 def make_head_step(task: TaskInfo, *, epochs: int, lr: float) -> StrategyStep:
-    """Return a head fit where the head is one linear layer with a bias and there are classes, else a phase."""
+    """Return a head fit where the head can be solved, else a phase."""
     why = "a fitted head distorts the pretrained features less"
-    kinds = sorted(name.rpartition(".")[2] for name in task.head.parameter_names)
-    if task.classes and kinds == ["bias", "weight"]:
+    if task.can_fit_head:
         return HeadFit("head", why=why)
     return Phase(
         "head", train="head", epochs=epochs, lr=lr, schedule=use("cosine", warmup=0.1), restore_best=True, why=why

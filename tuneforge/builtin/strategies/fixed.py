@@ -5,8 +5,10 @@ They import no torch, so that `tuneforge run --strategy NAME --help` shows their
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from tuneforge import (
     HeadFit,
@@ -30,6 +32,10 @@ _FACTOR = Check(
 _SHARES = Check(
     "one or more numbers from 0 to 1", lambda values: bool(values) and all(0 <= value <= 1 for value in values)
 )
+
+_MIN_STEPS = 200
+_MANY_SAMPLES = 5000
+_MAX_SOLVER_WORK = 10**8  # training samples times parameters of the head: a minute on one core
 
 
 def _patience() -> Any:
@@ -103,46 +109,86 @@ class HeadOnly:
 
 @component(api=1)
 class FreezeThenUnfreeze:
-    """Train the head on a frozen backbone, then every layer at learning rates that decrease towards the input.
+    """Fit the head on a frozen backbone, then train every layer, and average the weights of both.
 
-    fastai's `fine_tune` (Howard and Gugger 2020): the head at `lr` under one-cycle, pct_start 0.99; then all layers,
-    from `lr / 2` at the head geometrically to `lr / 2 / lr_mult` at the first group, pct_start 0.3, div 5; decay 0.01.
+    The default. Its phases are those of fastai's `fine_tune` (Howard and Gugger 2020, 2002.04688), made for few labels:
+
+    1. The head alone. Where it is one linear layer it is solved to convergence, as in LP-FT (Kumar et al. 2022,
+       2202.10054), and a head that came with these classes stays if it is better on validation; other heads are
+       trained under one-cycle, pct_start 0.99.
+    2. All layers under one-cycle, pct_start 0.3, from `lr` at the head geometrically to `lr / lr_mult` at the first
+       group; 8 epochs, and more of few samples, until there are 200 optimizer steps. With fewer than 5,000 samples
+       BatchNorm keeps its running statistics, because those of small batches are noise.
+    3. The average of the weights of both with the best metric on validation (WiSE-FT, Wortsman et al. 2022,
+       2109.01903). Among equal ones half and half comes first; quarters are tried from 100 validation samples on.
+       The head alone is a candidate, so the result is never below it on validation.
+
+    A refit on training and validation samples follows (`--refit`).
     """
 
-    head_epochs: int = option(default=1, help="Epochs with the backbone frozen.", check=ge(1))
-    epochs: int = option(default=8, help="Epochs with every layer trained.", check=ge(1))
-    lr: float = option(default=2e-3, help="Peak learning rate of the head while the backbone is frozen.", check=gt(0))
-    lr_mult: float = option(
-        default=100.0, help="Learning rate of the head divided by that of the first layer group.", check=ge(1)
+    refits: ClassVar[bool] = True
+
+    head_epochs: int | None = option(
+        default=None,
+        help="Epochs with the backbone frozen; by default the head is solved where it can be, else as many as "
+        "200 optimizer steps take.",
+        check=ge(1),
     )
+    epochs: int | None = option(
+        default=None,
+        help="Epochs with every layer trained; by default 8, or as many as 200 optimizer steps take.",
+        check=ge(1),
+    )
+    lr: float | None = option(
+        default=None, help="Peak learning rate of the head; default: 1e-3, with attention layers 2e-4.", check=gt(0)
+    )
+    lr_mult: float = option(
+        default=10.0, help="Learning rate of the head divided by that of the first layer group.", check=ge(1)
+    )
+    average: bool = option(default=True, help="Average the weights of both phases; otherwise end on those of the last.")
     patience: int | None = _patience()
-    restore_best: bool = option(default=True, help="End each phase on the weights of its best epoch.")
+    restore_best: bool = option(default=False, help="End each phase on the weights of its best epoch.")
 
     @hookimpl
     def finetune_strategy(self, task: TaskInfo) -> Iterable[StrategyStep]:
-        """Return two phases: the head, then all layers."""
-        return [
-            Phase(
-                "head",
-                train="head",
-                epochs=self.head_epochs,
-                lr=self.lr,
-                schedule=use("one-cycle", pct_start=0.99),
-                weight_decay=0.01,
-                patience=self.patience,
-                restore_best=self.restore_best,
-            ),
+        """Return the head fit or a phase over the head, one phase over all layers, and their average."""
+        lr, is_small = self.lr or (2e-4 if has_attention(task) else 1e-3), task.num_train < _MANY_SAMPLES
+        steps = self._make_head_steps(task, lr)
+        steps += [
             Phase(
                 "all",
-                epochs=self.epochs,
-                lr=self.lr / 2,
+                epochs=self.epochs or least_epochs(task, 8),
+                lr=lr,
                 layer_decay=self.lr_mult ** (-1 / max(1, len(task.groups) - 1)),
                 schedule=use("one-cycle", pct_start=0.3, div=5.0),
                 weight_decay=0.01,
                 patience=self.patience,
                 restore_best=self.restore_best,
+                batchnorm_stats="all-frozen" if is_small and task.pretrained else "frozen",
             ),
         ]
+        if self.average and task.num_val:
+            weights = (0.5, 0.75, 1.0, 0.25, 0.0) if task.num_val >= 100 else (0.5, 1.0, 0.0)
+            steps.append(WeightAverage("average", snapshots=(steps[-2].name, "all"), weights=weights))
+        return steps
+
+    def _make_head_steps(self, task: TaskInfo, lr: float) -> list[StrategyStep]:
+        if self.head_epochs is None and is_head_solved(task):
+            # A module with as many outputs as classes may have a trained head or a randomly initialized one.
+            compare = task.num_val and not has_random_head_rows(task)
+            choice = WeightAverage("head-or-start", snapshots=("start", "head"), weights=(1.0, 0.0))
+            return [HeadFit("head"), *([choice] if compare else [])]
+        head = Phase(
+            "head",
+            train="head",
+            epochs=self.head_epochs or least_epochs(task, 1),
+            lr=lr,
+            schedule=use("one-cycle", pct_start=0.99),
+            weight_decay=0.01,
+            patience=self.patience,
+            restore_best=self.restore_best,
+        )
+        return [head]
 
 
 @component(api=1)
@@ -310,6 +356,22 @@ class BiasOnly:
         if not any(name.rpartition(".")[2] == "bias" for group in task.backbone for name in group.parameter_names):
             raise _no_biases_error(task)
         return [_cosine_phase(self, "biases", ("biases", "head"))]
+
+
+def is_head_solved(task: TaskInfo) -> bool:
+    """Return True where the head can be solved, and so few samples and features do not take long."""
+    return task.can_fit_head and task.num_train * task.head.num_parameters <= _MAX_SOLVER_WORK
+
+
+def least_epochs(task: TaskInfo, epochs: int) -> int:
+    """Return `epochs`, or for few samples the number that gives 200 optimizer steps."""
+    return max(epochs, math.ceil(_MIN_STEPS / task.steps_per_epoch()))
+
+
+def has_attention(task: TaskInfo) -> bool:
+    """Return True where the names of parameters are those of attention layers."""
+    names = (name for group in task.groups for name in group.parameter_names)
+    return any(re.search(r"attn|attention|in_proj_weight|q_proj", name) for name in names)
 
 
 def has_random_head_rows(task: TaskInfo) -> bool:

@@ -59,8 +59,9 @@ class PlanFile:
         patience = 2
         restore-best = true
 
-    Every field of a step may be given. `tuneforge run --dry-run` writes such a file for any strategy, and
-    `tuneforge report RUN --export-strategy` writes the steps of a finished run.
+    Every field of a step may be given. `refit = true`, before the steps, repeats them on training and
+    validation samples at the end, unless `--refit` says otherwise. `tuneforge run --dry-run` writes such a file for
+    any strategy, and `tuneforge report RUN --export-strategy` writes the steps of a finished run.
     """
 
     path: Path = option(help="The plan, a TOML file.")
@@ -73,6 +74,11 @@ class PlanFile:
             UsageError: The file cannot be read or is not a plan; the message names step and key.
         """
         return read_plan(self.path)
+
+    @property
+    def refits(self) -> bool:
+        """True where the file asks for a refit."""
+        return bool(_read_table(self.path).get("refit", False))
 
 
 def read_plan(path: Path) -> list[StrategyStep]:
@@ -92,7 +98,11 @@ def read_plan(path: Path) -> list[StrategyStep]:
 
 
 def format_plan(
-    steps: Iterable[StrategyStep], *, heading: Iterable[str] = (), describe: Callable[[StrategyStep], str]
+    steps: Iterable[StrategyStep],
+    *,
+    heading: Iterable[str] = (),
+    describe: Callable[[StrategyStep], str],
+    refit: bool = False,
 ) -> str:
     """Return the text of a plan file that `read_plan` turns into equal steps; default values are omitted.
 
@@ -100,10 +110,12 @@ def format_plan(
         steps: In order.
         heading: Lines of the comment at the top.
         describe: Returns a sentence about a step, for the comment above it.
+        refit: Whether the plan asks for a refit.
     """
     import tomli_w
 
     parts = ["".join(f"# {_strip_for_comment(line)}\n" for line in heading)]
+    parts += ["refit = true\n"] if refit else []
     for number, step in enumerate(steps, start=1):
         table = tomli_w.dumps({"step": step_to_dict(step)}).removeprefix("[step]")
         parts.append(f"# {number}. {_strip_for_comment(describe(step))}\n[[step]]{table}")
@@ -122,10 +134,10 @@ def step_to_dict(step: StrategyStep) -> dict[str, Any]:
     return entry
 
 
-def _read_entries(path: Path) -> list[dict[str, Any]]:
-    """Return the tables of the steps, before their keys are checked."""
+def _read_table(path: Path) -> dict[str, Any]:
+    """Return the content of a plan file."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
             f"cannot read the plan '{path}'", where="--strategy.path", why=error.strerror or str(error),
@@ -133,11 +145,21 @@ def _read_entries(path: Path) -> list[dict[str, Any]]:
         ) from None  # fmt: skip
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"'{path}' is not TOML", where="--strategy.path", why=str(error), fix="correct it") from None
+
+
+def _read_entries(path: Path) -> list[dict[str, Any]]:
+    """Return the tables of the steps, before their keys are checked."""
+    table = _read_table(path)
+    if not isinstance(table.get("refit", False), bool):
+        raise OptionError(
+            f"{table['refit']!r} is not a valid value for 'refit'", where=str(path), why="it must be true or false",
+            fix="change it, or leave the line out",
+        )  # fmt: skip
     for key in table:
-        if key != "step":
+        if key not in ("step", "refit"):
             raise UnknownNameError(
-                f"a plan has no key '{key}'", where=str(path), why="it holds [[step]] tables and nothing else",
-                fix=f"{suggest_name(key, ['step'])} settings of the run go into a --config file",
+                f"a plan has no key '{key}'", where=str(path), why="it holds [[step]] tables, and refit",
+                fix=f"{suggest_name(key, ['step', 'refit'])} settings of the run go into a --config file",
             )  # fmt: skip
     entries = table.get("step", [])
     if not entries or not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

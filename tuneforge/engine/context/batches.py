@@ -48,7 +48,7 @@ def training_batches(
     split, rng_seed, epoch = run.data.train, run.config.seed, run.epoch
     per_rank = per_rank and run.process_group.world_size > 1
     span = {"span": run.process_group.local_range} if per_rank and not split.batch_dependent else {}
-    indices = iter_sampled(sampler, run.config.batch_size, start=start, **span)
+    indices = iter_sampled(sampler, run.batch_size, start=start, **span)
     feature_cache = current_feature_cache(run)
     if feature_cache is not None:
         yield from _cached_batches(run, feature_cache, indices, weights)
@@ -67,7 +67,7 @@ def _cached_batches(
 ) -> Iterator[Batch]:
     """Yield batches of cached features, gathered for several steps at once, which costs less than one gather a step."""
     split, seed, epoch = run.data.train, run.config.seed, run.epoch
-    num_batches = max(1, _GATHER_BLOCK_BYTES // (run.config.batch_size * feature_cache.bytes_per_sample))
+    num_batches = max(1, _GATHER_BLOCK_BYTES // (run.batch_size * feature_cache.bytes_per_sample))
     while block := list(itertools.islice(indices, num_batches)):
         chosen = torch.cat(block)
         values = feature_cache.get_features(split, chosen, epoch=epoch)

@@ -19,6 +19,7 @@ from tuneforge.engine.context.input_dtypes import candidate_dtypes, describe_con
 from tuneforge.engine.context.state import EngineState, TrainerState
 from tuneforge.engine.data.dataset import Batch, Data, Split, TensorTree
 from tuneforge.engine.data.hidden_split import hide_test_splits
+from tuneforge.engine.data.loader import choose_batch_size
 from tuneforge.engine.data.sampler import EpochSampler, ListedSampler, derive_seed
 from tuneforge.engine.data.tensor_tree import clone_inputs, named_tensors
 from tuneforge.engine.model import fsdp
@@ -65,13 +66,14 @@ class Run(TrainerState):
     optimization: Optimization = attrs.field(factory=Optimization)
     forward_pass: ForwardPass = attrs.field(
         default=attrs.Factory(
-            lambda self: ForwardPass(self.device, self.config.precision, self.config.batch_size), takes_self=True
+            lambda self: ForwardPass(self.device, self.config.precision, self.config.batch_size or 0), takes_self=True
         )
     )
     engine_state: EngineState = attrs.field(
         default=attrs.Factory(lambda self: EngineState.from_config(self.config), takes_self=True)
     )
     _log_sink: Callable[[str], None] = lambda text: None
+    _batch_size: int = 0
     _data: Data | None = None
     _model: Model | None = None
     _prepared_example: Any = None
@@ -102,6 +104,11 @@ class Run(TrainerState):
         if self._example is None:
             self._example = self.forward_pass.convert(self.to_device(self._prepared_example))
         return clone_inputs(self._example)  # a model may overwrite its inputs
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per training batch: that of the configuration, or the one chosen for the data."""
+        return self._batch_size
 
     @property
     def data_seed(self) -> int:
@@ -242,6 +249,10 @@ class Run(TrainerState):
         """Set the data; only the engine does."""
         self.close()
         self._data, self._prepared_example, self._example = data, None, None
+        if not self._batch_size:  # a refit, on more samples, keeps it
+            chosen = choose_batch_size(len(data.train), self.process_group.world_size)
+            self._batch_size = self.config.batch_size or chosen
+            self.forward_pass.full_batch_size = self._batch_size
 
     def as_model(self, built: Any) -> Model:
         """Return a model of what a model component or a function has built: a `Model`, or a module.

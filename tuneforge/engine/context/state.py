@@ -57,6 +57,7 @@ class EngineState:
         component_states: State of each component, by its position and name; saved with checkpoints.
         forward_writes: The tensors that the model's forward pass writes to.
         nonfinite_at_start: Names of the tensors that were NaN or Inf when the run began.
+        refits: True where the run is refitted at its end.
         is_refit: True while the steps are repeated on training and validation samples.
         strategy_decides: True while code of the strategy runs, from which the test splits are hidden.
         freeze_check: Verifies which tensors the current phase changes; None between phases.
@@ -77,6 +78,7 @@ class EngineState:
     forward_writes: ForwardWrites = ForwardWrites()
     nonfinite_at_start: frozenset[str] = frozenset()
     is_refit: bool = False
+    refits: bool = False
     strategy_decides: bool = False
     freeze_check: FreezeCheck | None = None
     is_cached: bool | None = None
@@ -88,4 +90,4 @@ class EngineState:
     @classmethod
     def from_config(cls, config: RunConfig) -> EngineState:
         """Return the state of a run that has not begun."""
-        return cls(config.micro_batch, config.eval_batch_size or max(DEFAULT_EVAL_BATCH_SIZE, config.batch_size))
+        return cls(config.micro_batch, config.eval_batch_size or max(DEFAULT_EVAL_BATCH_SIZE, config.batch_size or 0))

@@ -125,3 +125,13 @@ def iter_sampled(
         bases = range(first * batch_size, sampler.size, batch_size)
         positions = [np.arange(base + low, base + high) for base, (low, high) in zip(bases, spans, strict=False)]
         yield from torch.split(sampler.indices_at(np.concatenate(positions)), [high - low for low, high in spans])
+
+
+def choose_batch_size(num_samples: int, num_ranks: int) -> int:
+    """Return the largest power of two that gives at least 20 steps per epoch, from 8 to 32; 32 on several ranks.
+
+    Few samples in large batches are few optimizer steps, or many epochs.
+    """
+    if num_ranks > 1:
+        return 32
+    return next((size for size in (32, 16) if num_samples >= 20 * size), 8)

@@ -47,10 +47,10 @@ def check_batch_of_one(run: Run, phase: Phase, trainable: list[str]) -> None:
 def _setting_of_one(run: Run) -> str:
     """Return the setting that leads to training passes of one sample, or ""."""
     count, world_size, micro_batch = len(run.data.train), run.process_group.world_size, run.config.micro_batch
-    sizes = batch_sizes(count, run.config.batch_size)
+    sizes = batch_sizes(count, run.batch_size)
     smallest = max(1, min(sizes[0], sizes[-1]) // world_size)
     if smallest == 1:
-        setting = f"--batch-size {run.config.batch_size}"
+        setting = f"--batch-size {run.batch_size}"
         return f"{setting}, {world_size} processes" if world_size > 1 else setting if count > 1 else "1 training sample"
     return "--micro-batch 1" if micro_batch == 1 else ""
 

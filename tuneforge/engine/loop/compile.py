@@ -74,7 +74,7 @@ def _log_speedup(run: Run, compile_s: float, saved_s: float) -> None:
 
 
 def _full_batch(run: Run) -> Any:
-    indices = torch.arange(run.config.batch_size) % len(run.data.train)
+    indices = torch.arange(run.batch_size) % len(run.data.train)
     feature_cache = run.forward_pass.feature_cache
     values = None if feature_cache is None else feature_cache.get_features(run.data.train, indices)
     if values is None:

@@ -138,25 +138,35 @@ def _losses_by_lr(run: Run, step: Diagnosis, components: PhaseComponents) -> dic
     names = select(run.model, step.train)
     freeze(run.model, names)
     start = {name: tensor.clone() for name, tensor in full_state(run.model.module).items()}
-    batches = list(_first_batches(run, step.batches))
-    losses: dict[Any, float] = {}
-    for lr in CANDIDATE_LRS:
-        total = 0.0
-        for batch in batches:
-            restore_state(run.model.module, start)
-            optimization = Optimization()
-            phase = Phase(step.name, train=step.train, steps=1, lr=lr)
-            optimization.set_param_groups(run.model, phase, names, components.peek_optimizer(phase), same=False)
-            run.model.module.zero_grad(set_to_none=True)
-            _backward(run, batch)
-            optimization.step()
-            with torch.no_grad():
-                total += sum(
-                    float(compute_loss(run, micro_batch)[0]) * share
-                    for micro_batch, share in _micro_batches(run, batch)
-                )
-        losses[lr] = total / len(batches)
-    return losses
+    losses: dict[Any, float] = dict.fromkeys(CANDIDATE_LRS, 0.0)
+    count = 0
+    for batch in _first_batches(run, step.batches):
+        count += 1
+        restore_state(run.model.module, start)
+        run.model.module.zero_grad(set_to_none=True)
+        _backward(run, batch)
+        named = run.model.parameters()
+        gradients = {name: each.grad.clone() for name in names if (each := named[name]).grad is not None}
+        for lr in CANDIDATE_LRS:
+            if math.isfinite(losses[lr]):
+                restore_state(run.model.module, start)
+                losses[lr] += _loss_after_step(run, step, components, batch, gradients, lr)
+    return {lr: loss / count for lr, loss in losses.items()}
+
+
+def _loss_after_step(
+    run: Run, step: Diagnosis, components: PhaseComponents, batch: Batch, gradients: dict[str, Tensor], lr: float
+) -> float:
+    """Return the loss of a batch after one optimizer step with these gradients; all learning rates share them."""
+    optimization, phase = Optimization(), Phase(step.name, train=step.train, steps=1, lr=lr)
+    names = select(run.model, step.train)
+    optimization.set_param_groups(run.model, phase, names, components.peek_optimizer(phase), same=False)
+    named = run.model.parameters()
+    for name, gradient in gradients.items():
+        named[name].grad = gradient.clone()
+    optimization.step()
+    with torch.no_grad():
+        return sum(float(compute_loss(run, each)[0]) * share for each, share in _micro_batches(run, batch))
 
 
 def _backward(run: Run, batch: Batch) -> None:

@@ -15,6 +15,10 @@ def begin_freeze_check(run: Run, trainable: list[str], modes: Modes) -> FreezeCh
     Raises:
         PluginError: The model's forward pass writes to a frozen tensor.
     """
+    if len(trainable) < len(run.model.parameters()) and not run.model.pretrained:
+        run.log(
+            "  note: freezing preserves random weights, because the model is not pretrained; consider --strategy full"
+        )
     writes = run.engine_state.forward_writes
     for name in writes.settle(run.model.module, trainable):
         run.log(f"  note: rows of '{name}' were scaled to max_norm {writes.rescaled[name][0]:g}, as lookups would")

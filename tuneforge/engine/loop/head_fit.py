@@ -7,11 +7,13 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from tuneforge.engine.context.run import Run
+from tuneforge.engine.data.dataset import Targets
 from tuneforge.engine.feature_cache.build import CachePlan, try_build_feature_cache
 from tuneforge.engine.loop.evaluation import compute_head_features, evaluate
 from tuneforge.engine.loop.freeze_start import begin_freeze_check
 from tuneforge.engine.model.freezing import freeze, select
 from tuneforge.engine.model.fsdp import full_tensor, shard_like
+from tuneforge.engine.model.inspection import preserve_state
 from tuneforge.errors import DataError
 from tuneforge.plugin.results import StrategyStepResult
 from tuneforge.plugin.steps import HeadFit
@@ -65,6 +67,35 @@ def fit_head(run: Run, step: HeadFit) -> StrategyStepResult:
         num_frozen=sum(sizes.values()) - num_trainable,
         never_updated=never_updated,
     )
+
+
+def can_fit_head(run: Run) -> bool:
+    """Return whether `fit_head` can solve the head: a linear layer on one vector per sample, and targets with a solver.
+
+    One forward pass of the example tells what the head is called with; the model is left as it was.
+    """
+    captured: list[Tensor] = []
+    data, head = run.data, run.model.head_module()
+    rows = data.targets.group_by_class(data.train.targets).values()
+    if (
+        not isinstance(head, (nn.Linear, nn.Conv2d))
+        or not {"weight", "bias"} <= dict(head.named_parameters(recurse=False)).keys()
+        or not {f"{run.model.head}.{name}" for name in ("weight", "bias")}.isdisjoint(run.model.user_frozen)
+        or run.model.head_ties()
+        or (data.train_sampler is not None and not data.train_sampler.each_once)
+        or type(data.targets).fit_head is Targets.fit_head
+        or (rows and sum(len(each) > 0 for each in rows) < 2)
+    ):
+        return False
+    handle = head.register_forward_pre_hook(lambda module, args: captured.extend(args[:1]))
+    try:
+        with preserve_state(run.model.module), torch.no_grad():
+            run.model.module.eval()
+            run.forward(run.example)
+    finally:
+        handle.remove()
+    size = head.weight.numel() // head.weight.shape[0]
+    return [each.flatten(1).shape[1] for each in captured] == [size] and len(captured[0]) == 2
 
 
 def _load_head(head: nn.Module, weight: Tensor, bias: Tensor, features: Tensor) -> None:

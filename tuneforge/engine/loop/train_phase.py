@@ -70,10 +70,6 @@ def train_phase(
     sampling = SamplingWeights.from_phase(run, phase)
     backward_pass = BackwardPass.from_run(run, modes, phase_state["nonfinite"] if phase_state is not None else None)
     has_frozen = len(trainable) < len(run.model.parameters())
-    if has_frozen and not run.model.pretrained:
-        run.log(
-            "  note: freezing preserves random weights, because the model is not pretrained; consider --strategy full"
-        )
     tracker = MetricTracker(phase, *resolve_monitor(run.data.targets, phase.monitor, phase.monitor_mode))
     tracker.max_epochs = max_epochs
     run.phase, run.steps_done, run.progress = phase, 0, 0.0
@@ -90,11 +86,11 @@ def train_phase(
         run.hooks.call.phase_resumed(run=run)
     freeze_check = state.freeze_check
     backward_pass.loss_weights = sampling.loss_weights
-    if state.micro_batch_size is not None and state.micro_batch_size < run.config.batch_size:
+    if state.micro_batch_size is not None and state.micro_batch_size < run.batch_size:
         check_micro_batches(run, modes, sampling.loss_weights, f"--micro-batch {state.micro_batch_size}")
     if has_frozen:
         run.forward_pass.function_mode = find_function_mode(
-            run.model.module, run.example, modes, norms=phase.batchnorm_stats == "frozen"
+            run.model.module, run.example, modes, norms=phase.batchnorm_stats != "updating"
         )
         _build_feature_cache(
             run, phase, modes, sampling, progress, "" if phase_state is None else phase_state["cache_change"]
@@ -187,7 +183,7 @@ def _finish_phase(
 def _log_resume_point(run: Run, sampling: SamplingWeights, progress: PhaseProgress, schedule: Any) -> None:
     """Log where a resumed phase continues; the learning rate is left as the last step had it."""
     sampler = sampling.make_sampler(run)
-    start = progress.next_batch * run.config.batch_size
+    start = progress.next_batch * run.batch_size
     if progress.tracker.stop_reason:
         run.log(f"  continuing at the end of the phase, after optimizer step {run.step}")
     elif _is_epoch_over(run) or start >= sampler.size:
@@ -243,7 +239,7 @@ def _num_epochs(run: Run, phase: Phase) -> int:
 
 
 def _steps_per_epoch(run: Run) -> int:
-    return math.ceil(len(batch_sizes(num_draws(run), run.config.batch_size)) / run.config.grad_accum_steps)
+    return math.ceil(len(batch_sizes(num_draws(run), run.batch_size)) / run.config.grad_accum_steps)
 
 
 def _train_epoch(run: Run, sampling: SamplingWeights, progress: PhaseProgress, schedule: Any) -> float:
@@ -256,7 +252,7 @@ def _train_epoch(run: Run, sampling: SamplingWeights, progress: PhaseProgress, s
     run.optimization.set_training(True)
     if progress.next_batch == 0:
         backward_pass.nonfinite.begin_epoch(run)
-    sizes = batch_sizes(sampler.size, run.config.batch_size)
+    sizes = batch_sizes(sampler.size, run.batch_size)
     remaining = iter(
         () if _is_epoch_over(run) else run.training_batches(sampler, sampling.loss_weights, start=progress.next_batch)
     )

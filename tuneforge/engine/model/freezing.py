@@ -61,10 +61,12 @@ def compute_modes(model: Model, example: Any, *, batchnorm_stats: str) -> Modes:
     Args:
         model: The model, after `freeze`.
         example: Prepared inputs, with which the dataflow is observed; the model is left as it was.
-        batchnorm_stats: The phase's setting, `"frozen"` or `"updating"`.
+        batchnorm_stats: The phase's setting, `"frozen"`, `"all-frozen"` or `"updating"`.
     """
     modules = list(model.module.modules())
     held_in_eval = _find_held_in_eval(model.module)
+    if batchnorm_stats == "all-frozen":
+        held_in_eval |= {each for each in modules if isinstance(each, nn.modules.batchnorm._NormBase)}
     if all(parameter.requires_grad for parameter in model.module.parameters()):
         return [(module, module not in held_in_eval) for module in modules]
     reached = find_trainable_inputs(model.module, example)

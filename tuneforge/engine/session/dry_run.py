@@ -17,6 +17,7 @@ from tuneforge.engine.loop.validation import check_validation
 from tuneforge.engine.model.freezing import select
 from tuneforge.engine.model.optimizer import parameter_groups
 from tuneforge.engine.session import messages
+from tuneforge.engine.session.refit import decide_refit
 from tuneforge.engine.session.run_log import build_task_info
 from tuneforge.plugin.hooks import RegisteredComponent, iterate_strategy
 from tuneforge.plugin.steps import Diagnosis, Phase, StrategyStep
@@ -29,10 +30,12 @@ class DryRun:
     Args:
         strategy_steps: The steps, in order.
         depends_on_results: True if the strategy decides on further steps from the result of the last one.
+        refit: True if the steps are repeated on training and validation samples at the end.
     """
 
     strategy_steps: tuple[StrategyStep, ...]
     depends_on_results: bool
+    refit: bool = False
 
 
 def collect_known_steps(
@@ -64,7 +67,7 @@ def collect_known_steps(
     steps.close()
     for step in known:
         validate_step(run, step)
-    return DryRun(known, depends_on_results=is_generator and bool(known))
+    return DryRun(known, depends_on_results=is_generator and bool(known), refit=decide_refit(run))
 
 
 def validate_step(run: Run, step: StrategyStep) -> None:

@@ -37,7 +37,7 @@ from tuneforge.engine.session.components import (
 from tuneforge.engine.session.dry_run import DryRun, collect_known_steps
 from tuneforge.engine.session.exclusive import exclusive_process_state
 from tuneforge.engine.session.portability import Portability
-from tuneforge.engine.session.refit import check_refit, refit
+from tuneforge.engine.session.refit import decide_refit, refit
 from tuneforge.engine.session.resume import ResumeState, find_checkpoint, restore_counters
 from tuneforge.engine.session.resume_check import check_config, check_data
 from tuneforge.engine.session.run_log import (
@@ -263,9 +263,8 @@ class Engine:
         _prepare_data(run)
         messages.log_lines(run, messages.format_data(self.config.data.name, run.data))
         messages.log_lines(run, messages.format_augmentations(run))
-        messages.log_lines(run, messages.format_batches(num_draws(run), self.config.batch_size))
-        if self.config.refit:
-            check_refit(run)
+        messages.log_lines(run, messages.format_batches(num_draws(run), run.batch_size))
+        run.engine_state.refits = decide_refit(run)
         resume_state = ResumeState(
             run,
             run_dir,
@@ -307,7 +306,7 @@ class Engine:
         def check_weights(where: str) -> None:
             check_unchanged(run, resume_state.last_snapshot, resume_state.changed_tensors, where)
 
-        refit_steps = functools.partial(_refit, run, resume_state) if self.config.refit else None
+        refit_steps = functools.partial(_refit, run, resume_state) if run.engine_state.refits else None
         report = write_results(run, run_dir, stop_reason, check_weights, refit_steps)
         portability.write(run_dir)
         run_dir.write_status("done", elapsed_s=self._budget.elapsed_s())

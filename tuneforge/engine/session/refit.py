@@ -22,12 +22,29 @@ from tuneforge.plugin.steps import Diagnosis, HeadFit, Phase, StrategyStep, Weig
 CompletedSteps = list[tuple[StrategyStep, AnyStrategyStepResult]]
 
 
-def check_refit(run: Run) -> None:
-    """Check that the run can be refitted.
+MAX_DEFAULT_SAMPLES = 10_000
+"""Training and validation samples up to which a strategy is refitted by default: more gain less, and take longer."""
+
+
+def decide_refit(run: Run) -> bool:
+    """Return whether the run is refitted: as `--refit` says, by default where its strategy has `refits = True`.
 
     Raises:
-        UsageError: There is no validation split, or its samples cannot be added to the training split.
+        UsageError: `--refit` is given, and there is no validation split, or its samples cannot be trained on.
     """
+    obstacle = _find_obstacle(run)
+    if run.config.refit is None:
+        strategy = run.hooks.get_provider("finetune_strategy").component
+        num_samples = len(run.data.train) + len(run.data.val)
+        return getattr(strategy, "refits", False) and not obstacle and num_samples <= MAX_DEFAULT_SAMPLES
+    if run.config.refit and obstacle:
+        fix = "leave it out, or change the data or the setting"
+        raise UsageError("--refit cannot be used", why=obstacle, fix=fix)
+    return run.config.refit
+
+
+def _find_obstacle(run: Run) -> str:
+    """Return why the run cannot be refitted, or an empty text."""
     data, why = run.data, ""
     if not len(data.val):
         why = "there is no validation split, so all samples are trained on already"
@@ -37,8 +54,7 @@ def check_refit(run: Run) -> None:
         why = "collate_fn makes the batches, and training and validation samples have one each"
     elif run.config.budget is not None:
         why = "--budget limits the training, and a refit takes as long again"
-    if why:
-        raise UsageError("--refit cannot be used", why=why, fix="leave it out, or change the data or the setting")
+    return why
 
 
 def refit(run: Run, steps: CompletedSteps, start: Snapshot, components: PhaseComponents) -> dict[str, Any]:
@@ -76,7 +92,8 @@ def refit(run: Run, steps: CompletedSteps, start: Snapshot, components: PhaseCom
     return {
         "num_samples": len(before.train) + len(before.val),
         "steps": records,
-        "note": "metrics and choices are from before the refit; the weights are from after it, and have seen val",
+        "note": "val metrics and choices are from before the refit, which has trained on val; weights and test "
+        "metrics are from after it",
     }
 
 

@@ -130,7 +130,7 @@ class ResumeState:
         if self.is_plan:
             later = self.requested_steps[len(self.completed_steps) :]
             needed = {name for step in later if isinstance(step, WeightAverage) for name in step.snapshots}
-            needed |= {"start"} if self.run.config.refit else set()
+            needed |= {"start"} if self.run.engine_state.refits else set()
             self.snapshots = {name: each for name, each in self.snapshots.items() if name in needed}
 
     def _record_steps(self, steps: tuple[StrategyStep, ...], *, is_plan: bool) -> None:

@@ -18,6 +18,7 @@ from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Data, Inputs, Split, Targets, named_tensors
 from tuneforge.engine.data.fingerprint import describe_split, hash_tensors
 from tuneforge.engine.loop.evaluation import evaluate
+from tuneforge.engine.loop.head_fit import can_fit_head
 from tuneforge.engine.loop.metric_set import HardestSamples
 from tuneforge.engine.loop.train_phase import planned_epochs
 from tuneforge.engine.model import fsdp
@@ -80,12 +81,14 @@ def build_task_info(run: Run) -> TaskInfo:
         classes=run.data.targets.labels,
         num_train=len(run.data.train),
         num_val=len(run.data.val),
-        batch_size=run.config.batch_size * run.config.grad_accum_steps,
+        batch_size=run.batch_size * run.config.grad_accum_steps,
         device=run.device.torch.type,
         seed=run.config.seed,
         monitor=run.data.targets.monitor,
         monitor_mode=run.data.targets.monitor_mode,
         old_classes=run.model.pretrained_labels,
+        pretrained=run.model.pretrained,
+        can_fit_head=can_fit_head(run),
         sample_groups={name: len(indices) for name, indices in run.data.sample_groups.items()},
         budget=dict([parse_budget(run.config.budget)]) if run.config.budget is not None else {},
     )
@@ -146,16 +149,17 @@ def write_results(
     """Evaluate every split but the training split; write the weights, `report.json` and the hardest samples.
 
     `check_weights` is called after the evaluations with a phrase that says so, and raises if a weight has changed.
-    `refit` is called after that; it replaces the weights, and returns what the report says about it.
+    `refit` is called after the evaluation of the validation split, on which it trains; it replaces the weights, and
+    returns what the report says about it.
     """
     hardest = HardestSamples(NUM_HARDEST_SAMPLES)
-    splits = {
-        "val": evaluate(run, run.data.val, "val"),
-        "test": evaluate(run, run.data.test, "test", hardest=hardest),
-    }
+    splits, refit_record = {"val": evaluate(run, run.data.val, "val")}, {}
+    if refit is not None:
+        check_weights("the final evaluation")
+        refit_record["refit"] = refit()
+    splits["test"] = evaluate(run, run.data.test, "test", hardest=hardest)
     splits |= {name: evaluate(run, split, name) for name, split in run.data.extra_test_splits.items()}
     check_weights("the final evaluation")
-    refit_record = {"refit": refit()} if refit is not None else {}
     weights = fsdp.gather_state(get_state_dict(run.model.module), keep=run_dir.writable)
     if run_dir.writable:
         write_weights(run_dir.path / WEIGHTS, weights, run.model.module, labels=run.model.labels)
@@ -173,7 +177,7 @@ def write_results(
     run_dir.write(REPORT, report)
     run_dir.write(HARDEST_SAMPLES, describe_hardest_samples(run, run.data.test, hardest))
     if refit is not None:
-        run.log("note: these metrics are from before the refit, whose weights have seen the validation samples")
+        run.log("note: val metrics are from before the refit, which has trained on val; test metrics are from after it")
     messages.log_lines(run, messages.format_metrics(splits, run.data.targets.primary_metrics))
     return report
 
