@@ -107,7 +107,7 @@ HEAD = '[[step]]\nkind = "phase"\nname = "a"\nepochs = 1\n'
         (HEAD + "schedule = 3\n", ["'schedule'", "a name, or a table with a name"]),
         (HEAD + "schedule = {pct-start = 0.2}\n", ["'schedule'", "a table with a name"]),
         (HEAD + "monitor = 3\n", ["'monitor'", "text"]),
-        (HEAD + 'batchnorm-stats = "froze"\n', ["batchnorm_stats must be 'frozen' or 'updating'"]),
+        (HEAD + 'batchnorm-stats = "froze"\n', ["batchnorm_stats must be 'frozen', 'all-frozen' or 'updating'"]),
         (HEAD + 'class-weights = "balance"\n', ["'class-weights'", "balanced"]),
         (HEAD + 'lr-scales = {head = "much"}\n', ["'lr-scales'", "a table of numbers"]),
         ('[[step]]\nkind = "diagnosis"\nname = "a"\nbatches = 2.5\n', ["'batches'", "whole number"]),

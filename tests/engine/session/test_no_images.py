@@ -49,7 +49,7 @@ def fine_tuned(tmp_path):
 
 def test_model_with_a_mapping_as_input_is_fine_tuned_and_evaluated(fine_tuned):
     result, _ = fine_tuned
-    (head, first), (_, second) = result.strategy_steps
+    (head, first), *_, (_, second), _ = result.strategy_steps
     assert head.train == ("head",)
     assert first.num_trainable == 18
     assert first.num_frozen == sum(p.numel() for p in Reader().parameters()) - 18
@@ -88,7 +88,7 @@ def test_regression_on_a_table_is_fine_tuned_from_the_command_line(tmp_path, cap
     ]
     assert main([*arguments, *strategy]) == 0
     out = capsys.readouterr().out
-    assert "phase 'head'" in out
+    assert "head fit 'head'" in out
     assert "r2 0.9" in out
     assert "mae" in (tmp_path / "r" / "report.html").read_text()
     assert main(["predict", str(tmp_path / "r"), '{"size": "50", "kind": "new"}']) == 0

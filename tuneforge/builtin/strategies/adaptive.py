@@ -6,6 +6,7 @@ It imports no torch, so that `tuneforge run --strategy adaptive --help` shows it
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from tuneforge import (
     HeadFit,
@@ -20,6 +21,7 @@ from tuneforge import (
     option,
     use,
 )
+from tuneforge.builtin.strategies.fixed import choose_batchnorm_stats, default_lr, least_epochs
 from tuneforge.plugin import StrategyStep, StrategySteps
 
 MIN_LOSS_DECREASE = 0.02
@@ -38,6 +40,9 @@ class Adaptive:
     - If it did not, the best weights are restored, and once all groups are unfrozen the learning rate is divided by 3.
     - If a class's recall is two standard errors below the mean recall, its samples get the loss weight
       mean / recall, at most 3, in the next round.
+    - At the end the weights are averaged with those of the head's round in equal parts, if that is no worse on
+      validation (WiSE-FT, Wortsman et al. 2022, 2109.01903), and refitted on training and validation samples
+      (`--refit`).
     - If the target is met, or two rounds in a row with all groups unfrozen did not improve, the run ends on the best
       weights.
 
@@ -45,11 +50,18 @@ class Adaptive:
     an error e over n samples; within that, the loss must have decreased by 2 %. Each step logs its reason.
     """
 
+    refits: ClassVar[bool] = True
+
     target: float | None = option(default=None, help="Value of the monitored metric that ends the run; default: none.")
-    epochs: int = option(default=10, help="Epochs per round.", check=ge(1))
-    rounds: int = option(default=9, help="Maximum number of rounds, that of the head included.", check=ge(1))
-    lr: float = option(
-        default=3e-3, help="Peak learning rate of the first round; later ones may lower it.", check=gt(0)
+    epochs: int | None = option(
+        default=None, help="Epochs per round; by default 6, or as many as 150 optimizer steps take.", check=ge(1)
+    )
+    rounds: int = option(default=3, help="Maximum number of rounds, that of the head included.", check=ge(1))
+    lr: float | None = option(
+        default=None,
+        help="Peak learning rate of the first round; later ones may lower it. Default: 1e-3, with attention layers "
+        "2e-4.",
+        check=gt(0),
     )
 
     @hookimpl
@@ -58,31 +70,40 @@ class Adaptive:
         why = "improvements count from the metrics of the starting weights"
         best = yield WeightAverage("start-metrics", snapshots=("start",), why=why)
         widths = sorted({1, math.ceil(len(task.groups) / 2), len(task.groups)})
-        lr, missed, number = self.lr, 0, 0
+        lr, missed, number = self.lr or default_lr(task), 0, 0
+        epochs, base = self.epochs or least_epochs(task, 6, steps=150), best
         while not (end := self._explain_stop(task, best, missed, number)):
             unfrozen = widths[min(number, len(widths) - 1)]
-            head = make_head_step(task, epochs=self.epochs, lr=lr)
-            report = yield self._make_round(task, number, unfrozen, lr, best) if number else head
+            head = make_head_step(task, epochs=epochs, lr=lr)
+            report = yield self._make_round(task, number, unfrozen, lr, best, epochs) if number else head
             if is_better(report, best, task):
                 best, missed = report, 0
             else:
                 why = f"'{report.step_name}' did not improve: {format_comparison(report, best, task)}"
                 yield WeightAverage(f"restore-{number}", snapshots=(best.step_name,), why=why)
                 lr, missed = (lr / 3, missed + 1) if unfrozen == len(task.groups) else (lr, 0)
+            base = best if number == 0 else base
             number += 1
-        yield WeightAverage("final", snapshots=(best.step_name,), why=end)
+        if best is base or not task.num_val:
+            yield WeightAverage("final", snapshots=(best.step_name,), why=end)
+        else:
+            yield WeightAverage("final", snapshots=(base.step_name, best.step_name), weights=(0.5, 1.0, 0.0), why=end)
 
-    def _make_round(self, task: TaskInfo, number: int, unfrozen: int, lr: float, best: StrategyStepResult) -> Phase:
+    def _make_round(
+        self, task: TaskInfo, number: int, unfrozen: int, lr: float, best: StrategyStepResult, epochs: int
+    ) -> Phase:
         weak = weigh_weak_classes(best)
         all_unfrozen = unfrozen == len(task.groups)
         weighed = f"; larger loss weight for low recall: {', '.join(weak)}" if weak else ""
         return Phase(
             f"round-{number}",
             train="all" if all_unfrozen else f"groups[-{unfrozen}:]",
-            epochs=self.epochs,
+            epochs=epochs,
             lr=lr,
+            layer_decay=10 ** (-1 / max(1, len(task.groups) - 1)),
             schedule=use("cosine", warmup=0.1),
             restore_best=True,
+            batchnorm_stats=choose_batchnorm_stats(task),
             class_weights=weak or None,
             why=f"{task.monitor} is {best.val[task.monitor]:.4f}; train "
             f"{'all' if all_unfrozen else f'the upper {unfrozen}'} layer groups at lr {lr:.2g}{weighed}",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from tuneforge import (
     Diagnosis,
@@ -23,7 +23,7 @@ from tuneforge import (
     use,
 )
 from tuneforge.builtin.strategies.adaptive import format_comparison, is_better, make_head_step
-from tuneforge.builtin.strategies.fixed import has_random_head_rows
+from tuneforge.builtin.strategies.fixed import choose_batchnorm_stats, has_random_head_rows, least_epochs
 from tuneforge.plugin import Diagnostics, StrategySteps
 
 
@@ -43,11 +43,18 @@ class Auto:
     The first `candidates` of these are fine-tuned, each from the same weights, and compared as in `adaptive`. The best
     is averaged with the starting weights in the proportion with the lowest validation loss (WiSE-FT, Wortsman et al.
     2022, 2109.01903). Last, all layers train from there at a tenth of the learning rate, and the result is kept if it
-    improves. Randomly initialized rows of the head are fitted first.
+    improves. Randomly initialized rows of the head are fitted first, and the steps are repeated on training and
+    validation samples at the end (`--refit`).
     """
 
-    candidates: int = option(default=4, help="Number of layer groups to try.", check=ge(1))
-    epochs: int = option(default=20, help="Epochs for each candidate.", check=ge(1))
+    refits: ClassVar[bool] = True
+
+    candidates: int = option(default=2, help="Number of layer groups to try.", check=ge(1))
+    epochs: int | None = option(
+        default=None,
+        help="Epochs for each candidate; by default 4, or as many as 100 optimizer steps take.",
+        check=ge(1),
+    )
     lr: float = option(default=1e-2, help="Peak learning rate for each candidate.", check=gt(0))
     then_all: bool = option(default=True, help="Train all layers from there, and keep the result if it improves.")
     batches: int = option(default=5, help="Training batches for each diagnosis.", check=ge(1))
@@ -55,14 +62,21 @@ class Auto:
     @hookimpl
     def finetune_strategy(self, task: TaskInfo) -> StrategySteps:
         """Yield the diagnoses, a phase for each candidate, and the average with the best."""
+        epochs = self.epochs or least_epochs(task, 4, steps=100)
         if has_random_head_rows(task):
-            start = yield make_head_step(task, epochs=self.epochs, lr=self.lr)
+            start = yield make_head_step(task, epochs=epochs, lr=self.lr)
         else:
             start = yield WeightAverage(
                 "start-metrics",
                 snapshots=("start",),
                 why="their confusion shows the kind of shift",
             )
+        options: dict[str, Any] = {
+            "epochs": epochs,
+            "schedule": use("cosine", warmup=0.1),
+            "restore_best": True,
+            "batchnorm_stats": choose_batchnorm_stats(task),
+        }
         gradients = yield Diagnosis("gradients", batches=self.batches, why="rank layer groups by gradient norm")
         drift = yield Diagnosis(
             "feature-drift", measure="features", batches=self.batches, why="compare features of training and validation"
@@ -73,20 +87,17 @@ class Auto:
                 again = "every candidate starts from the same weights"
                 yield WeightAverage(f"restore-before-{block}", snapshots=(start.step_name,), why=again)
             index = [group.name for group in task.groups].index(block)
-            report = yield self._make_phase(f"{block}-only", train=f"groups[{index}]", lr=self.lr, why=why)
+            phase = Phase(f"{block}-only", train=f"groups[{index}]", lr=self.lr, why=why, **options)
+            report = yield phase
             place = next((place for place, each in enumerate(ranked) if is_better(report, each, task)), len(ranked))
             ranked.insert(place, report)
         found = yield select_best(task, start, ranked)
         if self.then_all:
             why = "check whether other layers improve the result"
-            report = yield self._make_phase("all", train="all", lr=self.lr / 10, why=why)
+            report = yield Phase("all", lr=self.lr / 10, why=why, **options)
             if not is_better(report, found, task):
                 why = f"they do not: {format_comparison(report, found, task)}"
                 yield WeightAverage("final", snapshots=(found.step_name,), why=why)
-
-    def _make_phase(self, name: str, *, train: str, lr: float, why: str) -> Phase:
-        schedule = use("cosine", warmup=0.1)
-        return Phase(name, train=train, epochs=self.epochs, lr=lr, schedule=schedule, restore_best=True, why=why)
 
 
 def rank_blocks(

@@ -33,7 +33,6 @@ _SHARES = Check(
     "one or more numbers from 0 to 1", lambda values: bool(values) and all(0 <= value <= 1 for value in values)
 )
 
-_MIN_STEPS = 200
 _MANY_SAMPLES = 5000
 _MAX_SOLVER_WORK = 10**8  # training samples times parameters of the head: a minute on one core
 
@@ -152,7 +151,7 @@ class FreezeThenUnfreeze:
     @hookimpl
     def finetune_strategy(self, task: TaskInfo) -> Iterable[StrategyStep]:
         """Return the head fit or a phase over the head, one phase over all layers, and their average."""
-        lr, is_small = self.lr or (2e-4 if has_attention(task) else 1e-3), task.num_train < _MANY_SAMPLES
+        lr = self.lr or default_lr(task)
         steps = self._make_head_steps(task, lr)
         steps += [
             Phase(
@@ -164,7 +163,7 @@ class FreezeThenUnfreeze:
                 weight_decay=0.01,
                 patience=self.patience,
                 restore_best=self.restore_best,
-                batchnorm_stats="all-frozen" if is_small and task.pretrained else "frozen",
+                batchnorm_stats=choose_batchnorm_stats(task),
             ),
         ]
         if self.average and task.num_val:
@@ -363,15 +362,20 @@ def is_head_solved(task: TaskInfo) -> bool:
     return task.can_fit_head and task.num_train * task.head.num_parameters <= _MAX_SOLVER_WORK
 
 
-def least_epochs(task: TaskInfo, epochs: int) -> int:
-    """Return `epochs`, or for few samples the number that gives 200 optimizer steps."""
-    return max(epochs, math.ceil(_MIN_STEPS / task.steps_per_epoch()))
+def least_epochs(task: TaskInfo, epochs: int, *, steps: int = 200) -> int:
+    """Return `epochs`, or for few samples the number that gives so many optimizer steps."""
+    return max(epochs, math.ceil(steps / task.steps_per_epoch()))
 
 
-def has_attention(task: TaskInfo) -> bool:
-    """Return True where the names of parameters are those of attention layers."""
+def choose_batchnorm_stats(task: TaskInfo) -> str:
+    """Return `"all-frozen"` for a pretrained model and few samples: statistics of small batches are noise."""
+    return "all-frozen" if task.pretrained and task.num_train < _MANY_SAMPLES else "frozen"
+
+
+def default_lr(task: TaskInfo) -> float:
+    """Return 1e-3, or 2e-4 where the names of parameters are those of attention layers, which take lower ones."""
     names = (name for group in task.groups for name in group.parameter_names)
-    return any(re.search(r"attn|attention|in_proj_weight|q_proj", name) for name in names)
+    return 2e-4 if any(re.search(r"attn|attention|in_proj_weight|q_proj", name) for name in names) else 1e-3
 
 
 def has_random_head_rows(task: TaskInfo) -> bool:
