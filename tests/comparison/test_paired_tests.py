@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tuneforge.comparison.paired_tests import ALPHA, ci_half_width, holm_correction, mean_and_std, paired_t_test
+from tuneforge.comparison.paired_tests import (
+    ALPHA,
+    ci_half_width,
+    holm_correction,
+    mean_and_std,
+    paired_t_test,
+    seeds_to_decide,
+)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 30])
@@ -87,3 +94,13 @@ def test_the_correction_keeps_comparisons_of_equals_from_having_a_winner():
         uncorrected += min(p_values) < ALPHA
     assert corrected / 400 < 0.075
     assert uncorrected / 400 > 0.1
+
+
+def test_seeds_to_decide_are_the_fewest_at_which_this_difference_is_significant():
+    test = paired_t_test([1.0, 1.2, 0.9, 1.4], [0.9, 0.8, 1.0, 1.0])
+    needed = seeds_to_decide(test, num_comparisons=1)
+    limits = [ci_half_width(count) * test.std for count in (needed - 1, needed)]
+    assert limits[1] <= abs(test.mean) < limits[0]
+    assert seeds_to_decide(test, num_comparisons=3) > needed
+    assert seeds_to_decide(paired_t_test([1.0, 2.0], [2.0, 1.0]), num_comparisons=1) is None  # no difference
+    assert seeds_to_decide(paired_t_test([1.0, 2.001], [2.0, 1.0]), num_comparisons=1) is None  # more than 1,000
