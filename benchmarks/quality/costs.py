@@ -16,6 +16,9 @@ from torch.nn import functional as F
 UNKNOWN_EPOCHS = 30
 """Passes over the labels of a method of which nothing is known."""
 
+OWN_SAMPLES = 6400
+"""Samples that tuneforge's default run trains on at least: 200 steps of 16, and as many in the refit on all labels."""
+
 FIXED_S = 1.0
 """Seconds of a run besides training: building the network, testing."""
 
@@ -38,7 +41,8 @@ def estimate(keys: Iterable[Key], done: Mapping[Key, Record]) -> float:
         task = cells[cell].task
         if task not in step_s:
             step_s[task] = _seconds_of_a_sample(task)
-        total += FIXED_S + step_s[task] * num_labels(cells[cell]) * EPOCHS.get(method, UNKNOWN_EPOCHS)
+        samples = num_labels(cells[cell]) * EPOCHS.get(method, UNKNOWN_EPOCHS)
+        total += FIXED_S + step_s[task] * (max(samples, OWN_SAMPLES) if method.startswith("tuneforge") else samples)
     return total
 
 
