@@ -185,10 +185,14 @@ def test_the_peer_that_is_best_on_the_choosing_half_is_compared_on_the_reporting
     assert "+2.0 (+2.0 to +2.0) points more, and is significantly worse on no task" in tables.verdict(found)
 
 
-def test_a_peer_without_a_result_in_some_cell_is_not_the_best_peer():
-    partial = [each for each in everywhere("choosing", "fastai", 0.9) if each.cell != "digits-cnn/5"]
-    found = table(*partial, *everywhere("choosing", "skorch", 0.6))
-    assert tables.best_peer(found, "choosing") == "skorch"
+def test_peers_are_ranked_on_the_runs_that_all_of_them_have():
+    partial = [each for each in everywhere("choosing", "fastai", 0.55) if each.cell != "digits-cnn/5"]
+    better = [each for each in everywhere("choosing", "skorch", 0.5) if each.cell != "digits-cnn/5"]
+    found = table(*partial, *better, record("digits-cnn/5", 0, "skorch", 1.0))
+    assert tables.best_peer(found, "choosing") == "fastai"
+    few = [record("digits-cnn/5", 0, "lightning", 1.0)]
+    assert tables.best_peer(table(*found.values(), *few), "choosing") == "fastai"
+    assert tables.best_peer(table(*few), "choosing") is None
 
 
 def test_the_verdict_names_the_tasks_that_are_significantly_worse():
@@ -216,8 +220,7 @@ def test_failures_and_splits_that_did_not_run_are_listed():
     failure = records.Record("digits-cnn/5", 0, "skorch", None, None, 0.1, "1.0", "ValueError: no")
     text = tables.missing(table(failure), "choosing")
     assert "digits-cnn/5, split 0, skorch failed: ValueError: no" in text
-    assert "digits-cnn/5: 1" in text
-    assert "fashion-cnn/20: 0" in text
+    assert "- Runs: skorch 1 of 50." in text
 
 
 def test_the_table_of_stored_results_is_printed(program, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 from own_methods import DEFAULT
 from peer_methods import PEERS
 from records import Key, Record
-from tasks import cells
+from tasks import NUM_SPLITS, cells
 
 Records = Mapping[Key, Record]
 
@@ -61,35 +61,42 @@ def difference_table(found: Records, half: str) -> str:
 
 
 def missing(found: Records, half: str) -> str:
-    """Return which runs failed, and how many splits each cell of a method has where they are not all there."""
+    """Return which runs failed, and how many of a half's runs each method has where they are not all there."""
+    chosen = [str(cell) for cell in cells(half)]
     lines = [
         f"- {record.cell}, split {record.split}, {record.method} failed: {record.error}"
         for record in found.values()
-        if record.error and record.cell in map(str, cells(half))
+        if record.error and record.cell in chosen
     ]
-    for method in methods_of(found):
-        counts = [sum(key[0] == str(cell) and key[2] == method for key in found) for cell in cells(half)]
-        runs = ", ".join(f"{cell}: {count}" for cell, count in zip(cells(half), counts, strict=True) if count < 5)
-        if runs:
-            lines.append(f"- {method}, splits that ran of 5: {runs}")
-    return "\n".join(lines) or "All runs have a result."
+    whole = NUM_SPLITS * len(chosen)
+    counts = {name: sum(key[0] in chosen and key[2] == name for key in found) for name in methods_of(found)}
+    runs = ", ".join(f"{name} {count} of {whole}" for name, count in counts.items() if count < whole)
+    return "\n".join([*lines, f"- Runs: {runs}."] if runs else lines) or "All runs have a result."
 
 
 def best_peer(found: Records, half: str) -> str | None:
-    """Return the peer with the best mean over tasks of its mean accuracy, among those with results in every cell."""
-    means = {}
-    for peer in PEERS:
-        scores = [_mean(found, str(cell), peer) for cell in cells(half)]
-        if None not in scores:
-            means[peer] = _mean_by_task(list(zip(cells(half), scores, strict=True)))
-    return max(means, key=means.__getitem__) if means else None
+    """Return the peer with the best mean over tasks, in the runs that all peers have.
+
+    A peer with results in less than half of the cells is not considered.
+    """
+    chosen = [str(cell) for cell in cells(half)]
+    runs: dict[str, dict[tuple[str, int], float]] = {peer: {} for peer in PEERS}
+    for (cell, split, method), record in found.items():
+        if method in runs and cell in chosen and record.accuracy is not None:
+            runs[method][cell, split] = record.accuracy
+    peers = [peer for peer, scores in runs.items() if 2 * len({cell for cell, _ in scores}) >= len(chosen)]
+    shared = set.intersection(*(set(runs[peer]) for peer in peers)) if peers else set()
+    if not shared:
+        return None
+    means = {peer: _mean_by_task([(cell, runs[peer][cell, split]) for cell, split in shared]) for peer in peers}
+    return max(means, key=means.__getitem__)
 
 
 def verdict(found: Records) -> str:
     """Return the comparison that was fixed beforehand: with the peer that was best on the choosing half."""
     peer = best_peer(found, "choosing")
     if peer is None:
-        return "No peer has results in every cell of the choosing half."
+        return "There is no run of the choosing half that all peers have."
     differences = intervals.differences(found, DEFAULT, peer, map(str, cells("reporting")))
     if not differences:
         return f"`{peer}` is the best peer of the choosing half; nothing is paired with it on the reporting half yet."
