@@ -63,8 +63,9 @@ def state(folder):
 
 
 def test_flags_that_agree_are_taken_and_the_run_goes_on(run, half):
-    folder = half("runs/a", *TOLD)
-    code, out, err = run("resume", "runs/a", *TOLD, "--batch-size", "32", "--out", "runs/a")
+    told = [*TOLD, "--batch-size", "32"]
+    folder = half("runs/a", *told)
+    code, out, err = run("resume", "runs/a", *told, "--precision", "fp32", "--out", "runs/a")
     assert code == 0, err
     assert "resumed from checkpoint '000002-step-2': in strategy step 1, 2 optimizer steps done" in out
     assert "continuing with the evaluation after optimizer step 2, epoch 1" in out

@@ -53,7 +53,7 @@ def test_improvements_unfreeze_the_upper_half_then_all_and_two_failures_end_on_t
     ]  # fmt: skip
     assert [step.train for step in steps if isinstance(step, tf.Phase)] == [("groups[-3:]",), *[("all",)] * 4]
     assert steps[6].snapshots == steps[8].snapshots == ("round-3",)
-    assert (steps[-1].snapshots, steps[-1].weights) == (("head", "round-3"), (0.5, 1.0, 0.0))
+    assert (steps[-1].snapshots, steps[-1].weights) == (("head", "round-3"), (0.5, 0.75, 1.0, 0.25, 0.0))
     assert "two rounds in a row did not improve" in steps[-1].why
 
 

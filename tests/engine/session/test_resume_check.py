@@ -378,7 +378,7 @@ def half(tmp_path_factory):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"batch_size": 8}, "batch_size: the run has 32, given 8"),
+        ({"batch_size": 8}, "batch_size: the run has none, given 8"),
         ({"seed": 3}, "seed: the run has 2, given 3"),
         ({"budget": "3epochs"}, "budget: the run has none, given 3epochs"),
         ({"precision": "bf16", "seed": 2}, "precision: the run has fp32, given bf16"),

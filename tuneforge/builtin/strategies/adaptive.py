@@ -87,7 +87,9 @@ class Adaptive:
         if best is base or not task.num_val:
             yield WeightAverage("final", snapshots=(best.step_name,), why=end)
         else:
-            yield WeightAverage("final", snapshots=(base.step_name, best.step_name), weights=(0.5, 1.0, 0.0), why=end)
+            yield WeightAverage(
+                "final", snapshots=(base.step_name, best.step_name), weights=(0.5, 0.75, 1.0, 0.25, 0.0), why=end
+            )
 
     def _make_round(
         self, task: TaskInfo, number: int, unfrozen: int, lr: float, best: StrategyStepResult, epochs: int

@@ -119,8 +119,8 @@ class FreezeThenUnfreeze:
        group; 8 epochs, and more of few samples, until there are 200 optimizer steps. With fewer than 5,000 samples
        BatchNorm keeps its running statistics, because those of small batches are noise.
     3. The average of the weights of both with the best metric on validation (WiSE-FT, Wortsman et al. 2022,
-       2109.01903). Among equal ones half and half comes first; quarters are tried from 100 validation samples on.
-       The head alone is a candidate, so the result is never below it on validation.
+       2109.01903), in quarters. Among equal ones half and half comes first, and the head alone last: as a candidate it
+       keeps the result from falling below it on validation.
 
     A refit on training and validation samples follows (`--refit`).
     """
@@ -167,7 +167,7 @@ class FreezeThenUnfreeze:
             ),
         ]
         if self.average and task.num_val:
-            weights = (0.5, 0.75, 1.0, 0.25, 0.0) if task.num_val >= 100 else (0.5, 1.0, 0.0)
+            weights = (0.5, 0.75, 1.0, 0.25, 0.0)
             steps.append(WeightAverage("average", snapshots=(steps[-2].name, "all"), weights=weights))
         return steps
 
