@@ -197,7 +197,7 @@ def _draw_settings(draw: random.Random, adaptive: bool) -> dict[str, Any]:
         settings["grad_accum_steps"] = 2
     if draw.random() < 0.08:
         settings["precision"] = "bf16"
-    if draw.random() < 0.4:
+    if draw.random() < 0.8:  # a run without checkpoints starts again, which shows little
         settings["checkpoint_steps"] = draw.choice((1, 2, 3))
     if adaptive:
         settings["optimizer"] = draw.choice((use("adamw"), use("torch", kind="Adagrad"), use("torch", kind="RMSprop")))
