@@ -12,6 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from tuneforge.engine.context.run import Run
 from tuneforge.engine.feature_cache import extract, verification
 from tuneforge.engine.feature_cache.cache import FeatureCache, TracedState
 from tuneforge.engine.feature_cache.verification import SplitVerification
@@ -34,6 +35,19 @@ def _change_restored_state(change: Callable[[dict[str, Any]], Any]) -> Plant:
             restore(self, state)
 
         return restore_changed
+
+    return lambda: replace_attribute(ResumeState, "restore", build)
+
+
+def _change_restored_run(change: Callable[[Run], Any]) -> Plant:
+    """Return a defect that changes the run after a restore."""
+
+    def build(restore: Any) -> Any:
+        def restore_and_change(self: ResumeState, state: dict[str, Any]) -> None:
+            restore(self, state)
+            change(self.run)
+
+        return restore_and_change
 
     return lambda: replace_attribute(ResumeState, "restore", build)
 
@@ -155,7 +169,7 @@ class Mutant:
     Args:
         relation: The relation that it breaks.
         plant: Returns a context in which the engine has the defect.
-        seed: A seed that finds it, where the search over all seeds from 0 on found it.
+        seed: A seed that finds it.
     """
 
     relation: str
@@ -172,62 +186,62 @@ MUTANTS: Mapping[str, Mutant] = {
         "cache", lambda: replace_attribute(FeatureCache, "get_features", _shift_rows), 0
     ),
     "cache does not watch the model": Mutant(
-        "cache", lambda: replace_attribute(TracedState, "find_change", lambda find: lambda self, evaluating: ""), 0
+        "cache", lambda: replace_attribute(TracedState, "find_change", lambda find: lambda self, evaluating: ""), 4
     ),
     "cache on disk is found for other weights": Mutant(
-        "cache", lambda: replace_attribute(extract, "_hash_model", _leave_out_weights), 0
+        "cache", lambda: replace_attribute(extract, "_hash_model", _leave_out_weights), 137
     ),
-    "verification compares nothing": Mutant("cache", lambda: replace_attribute(SplitVerification, "verify", _pass), 0),
-    "verification ignores gradients": Mutant("cache", _verification(_without_gradients), 0),
+    "verification compares nothing": Mutant("cache", lambda: replace_attribute(SplitVerification, "verify", _pass), 11),
+    "verification ignores gradients": Mutant("cache", _verification(_without_gradients), 18),
     "verification ignores buffers": Mutant(
-        "cache", _verification(_without_state(lambda self, path: path in self.before.registered)), 0
+        "cache", _verification(_without_state(lambda self, path: path in self.before.registered)), 151
     ),
     "verification ignores plain attributes": Mutant(
-        "cache", _verification(_without_state(lambda self, path: path not in self.before.registered)), 0
+        "cache", _verification(_without_state(lambda self, path: path not in self.before.registered)), 48
     ),
     "verification fetches samples once": Mutant(
-        "cache", lambda: replace_attribute(SplitVerification, "_prepare", _fetch_once), 0
+        "cache", lambda: replace_attribute(SplitVerification, "_prepare", _fetch_once), 63
     ),
     "verification accepts mixed samples": Mutant(
-        "cache", lambda: replace_attribute(verification, "_check_close", _pass), 0
+        "cache", lambda: replace_attribute(verification, "_check_close", _pass), 74
     ),
     "inspections leave parameters": Mutant("cache", _restore_without(lambda self, path: path in self.parameters), 0),
     "inspections leave buffers": Mutant(
-        "cache", _restore_without(lambda self, path: path in self.registered - self.parameters), 0
+        "cache", _restore_without(lambda self, path: path in self.registered - self.parameters), 27
     ),
     "inspections leave plain attributes": Mutant(
-        "cache", _restore_without(lambda self, path: path not in self.registered, holders=False), 0
+        "cache", _restore_without(lambda self, path: path not in self.registered, holders=False), 27
     ),
-    "inspections leave random generators": Mutant("cache", _keep_generators, 0),
+    "inspections leave random generators": Mutant("cache", _keep_generators, 22),
     "restore forgets the optimizer's state": Mutant(
-        "resume", _change_restored_state(lambda state: state.update(optimizer={})), 0
+        "resume", _change_restored_state(lambda state: state.update(optimizer={})), 2
     ),
-    "restore forgets the step counter": Mutant("resume", _change_restored_state(lambda state: state.update(step=0)), 0),
-    "restore forgets the epoch": Mutant("resume", _change_restored_state(lambda state: state.update(epoch=0)), 0),
+    "restore forgets the step counter": Mutant("resume", _change_restored_run(lambda run: setattr(run, "step", 0)), 2),
+    "restore forgets the epoch": Mutant("resume", _change_restored_run(lambda run: setattr(run, "epoch", 0)), 2),
     "restore forgets the random state": Mutant(
-        "resume", _change_restored_state(lambda state: state.update(random=torch.Generator().get_state())), 0
+        "resume", _change_restored_state(lambda state: state.update(random=torch.Generator().get_state())), 217
     ),
     "restore forgets the generators of Python and numpy": Mutant(
-        "resume", lambda: replace_attribute(resume, "restore_generators", _pass), 0
+        "resume", lambda: replace_attribute(resume, "restore_generators", _pass), 22
     ),
-    "restore forgets buffers": Mutant("resume", _change_restored_state(_drop_buffers), 0),
-    "restore forgets a parameter": Mutant("resume", _change_restored_state(_drop_last_tensor), 0),
+    "restore forgets buffers": Mutant("resume", _change_restored_state(_drop_buffers), 13),
+    "restore forgets a parameter": Mutant("resume", _change_restored_state(_drop_last_tensor), 2),
     "restore forgets plain attributes": Mutant(
-        "resume", _change_restored_state(lambda state: [each.update(attributes={}) for each in state["ranks"]]), 0
+        "resume", _change_restored_state(lambda state: [each.update(attributes={}) for each in state["ranks"]]), 2
     ),
     "restore forgets the components' state": Mutant(
-        "resume", _change_restored_state(lambda state: state.update(components={})), 0
+        "resume", _change_restored_run(lambda run: run.engine_state.component_states.clear()), 20
     ),
-    "restore forgets the position in the epoch": Mutant("resume", _change_phase(batch=0), 0),
-    "restore forgets the steps of the phase": Mutant("resume", _change_phase(steps_done=0), 0),
-    "restore forgets the loss so far": Mutant("resume", _change_phase(count=1), 0),
+    "restore forgets the position in the epoch": Mutant("resume", _change_phase(batch=0), 2),
+    "restore forgets the steps of the phase": Mutant("resume", _change_phase(steps_done=0), 2),
+    "restore forgets the loss so far": Mutant("resume", _change_phase(count=1), 2),
     "freeze check compares nothing": Mutant("freezing", _change_check(lambda check: check.frozen.clear()), 0),
     "freeze check compares the first tensor": Mutant(
         "freezing", _change_check(lambda check: check.frozen.__delitem__(slice(1, None))), 0
     ),
-    "freeze check skips statistics": Mutant("freezing", _change_check(_skip_statistics), 0),
+    "freeze check skips statistics": Mutant("freezing", _change_check(_skip_statistics), 38),
     "freeze check accepts trained tensors that stand still": Mutant(
-        "freezing", _change_check(lambda check: check.unmoved.clear()), 0
+        "freezing", _change_check(lambda check: check.unmoved.clear()), 1
     ),
 }
 """Every planted defect by name."""
