@@ -112,7 +112,7 @@ def _run_rank(
         world_size=WORLD_SIZE,
         timeout=timedelta(seconds=TIMEOUT_S / 2),
     )
-    runs = ProgramRuns(program, directory)
+    runs = ProgramRuns(program, directory, draws=False)
     trigger: Any = lambda point: None  # noqa: E731
     if points is not None and rank == program.seed % WORLD_SIZE:
         trigger = PointTrigger(program.position, points, lambda: os.kill(os.getpid(), signal.SIGKILL))

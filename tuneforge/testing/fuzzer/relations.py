@@ -136,7 +136,8 @@ class Relations:
         outcome = _compare(undisturbed, pair.run_with_kill("killed", undisturbed), tolerance=0.0, resumed=True)
         if outcome.verdict == "different" or not self._program.per_sample:
             return outcome
-        alone = _compare(self.reference, undisturbed, tolerance=self._tolerance, passes_differ=True)
+        reference = ProgramRuns(self._program, self._runs.directory, draws=False).run("alone", cache="off")
+        alone = _compare(reference, undisturbed, tolerance=self._tolerance, passes_differ=True)
         return attrs.evolve(alone, reason=f"against one process: {alone.reason}" if alone.reason else "")
 
 

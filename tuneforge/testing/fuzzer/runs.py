@@ -89,13 +89,20 @@ class RunResults:
 
 
 class TemperatureSchedule:
-    """A callback that changes a plain attribute of the network: at random before a phase, lower after each epoch."""
+    """A callback that changes a plain attribute of the network: at random before a phase, lower after each epoch.
+
+    Args:
+        draws: False not to change it before a phase, because each of several ranks would draw its own.
+    """
+
+    def __init__(self, *, draws: bool) -> None:
+        self._draws = draws
 
     @hookimpl
     def phase_started(self, run: Run) -> None:
         """Draw the temperature of the first epoch."""
         module: Any = run.model.module
-        if "temperature" in module.traits and run.process_group.world_size == 1:
+        if "temperature" in module.traits and self._draws:
             module.temperature = 1 + 0.3 * float(torch.rand(()))
 
     @hookimpl
@@ -155,10 +162,11 @@ class ProgramRuns:
     Args:
         program: The program.
         directory: An empty directory; also holds the feature cache on disk.
+        draws: False if callbacks must not draw random numbers, because other ranks would draw others.
     """
 
-    def __init__(self, program: FuzzProgram, directory: Path) -> None:
-        self.program, self.directory = program, directory
+    def __init__(self, program: FuzzProgram, directory: Path, *, draws: bool = True) -> None:
+        self.program, self.directory, self._draws = program, directory, draws
 
     def run(
         self,
@@ -204,7 +212,7 @@ class ProgramRuns:
             "model": module,
             "data": program.build_data(),
             "strategy": list(program.strategy) if isinstance(program.strategy, tuple) else program.strategy,
-            "callbacks": [*map(use, program.callbacks), TemperatureSchedule(), *callbacks],
+            "callbacks": [*map(use, program.callbacks), TemperatureSchedule(draws=self._draws), *callbacks],
             **({"loss": loss} if loss is not None else {}),
         }
 
