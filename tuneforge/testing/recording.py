@@ -129,7 +129,14 @@ class StrategyHarness:
 
     def build_engine(self, *callbacks: Any, model: Any = None, name: str = "run", **settings: Any) -> Engine:
         """Return an engine on the fixtures that has not run yet."""
-        defaults = {"batch_size": 16, "cache": "off", "checkpoint_s": 1e9, "page": False, "data": fixtures.make_data()}
+        defaults = {
+            "batch_size": 16,
+            "cache": "off",
+            "checkpoint_s": 1e9,
+            "page": False,
+            "refit": False,
+            "data": fixtures.make_data(),
+        }
         return Engine(
             strategy=self.build_strategy(),
             model=fixtures.make_model() if model is None else model,
