@@ -122,8 +122,8 @@ def test_the_interval_of_a_task_is_students():
 
 
 def test_one_pair_has_no_interval():
-    assert str(intervals.of_task([2.0])) == "+2.0 (one pair)"
-    assert str(intervals.pooled({"a": [1.0, 2.0], "b": [3.0]})) == "+2.2 (one pair)"
+    assert str(intervals.of_task([2.0])) == "+2.0 (no interval)"
+    assert str(intervals.pooled({"a": [1.0, 2.0], "b": [3.0]})) == "+2.2 (no interval)"
 
 
 def test_tasks_have_equal_weight_and_the_pooled_interval_is_welchs():
@@ -202,6 +202,8 @@ def test_the_verdict_names_the_tasks_that_are_significantly_worse():
     ]
     found = table(*ours, *everywhere("reporting", "skorch", 0.6, 0.7), *everywhere("choosing", "skorch", 0.6))
     assert tables.verdict(found).endswith("significantly worse on emoji-lite1.")
+    few = {key: each for key, each in found.items() if each.split == 0 or not each.cell.startswith("letters")}
+    assert tables.verdict(few).endswith("on emoji-lite1. Too few pairs for an interval: letters-cnn.")
 
 
 def test_strategies_are_compared_with_the_best_of_each_cell_in_hindsight():
@@ -228,7 +230,7 @@ def test_the_table_of_stored_results_is_printed(program, tmp_path):
         records.append(tmp_path / "results.jsonl", each)
     printed = CliRunner().invoke(program.main, ["--table", "--out", str(tmp_path / "results.jsonl")])
     assert "| digits-cnn/5 | 70.0 | 60.0 |" in printed.output
-    assert "| skorch | +10.0 (one pair) |" in printed.output
+    assert "| skorch | +10.0 (no interval) |" in printed.output
 
 
 def test_a_run_beyond_its_hours_is_refused_before_it_starts(program, tmp_path, monkeypatch):

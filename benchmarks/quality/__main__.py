@@ -89,7 +89,8 @@ def main(
             click.echo(store.prepare(task, root))
         return
     if table:
-        click.echo(tables.render(records.read(out), half))
+        found = {key: record for key, record in records.read(out).items() if record.split < num_splits}
+        click.echo(tables.render(found, half))
         return
     done = records.read(out)
     wanted = list(records.pending(keys(half, tuple(methods.split(",")), chosen, num_splits), done))

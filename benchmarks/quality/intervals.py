@@ -34,7 +34,7 @@ class Interval:
 
     def __str__(self) -> str:
         if math.isinf(self.low):
-            return f"{self.mean:+.1f} (one pair)"
+            return f"{self.mean:+.1f} (no interval)"
         return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
 
 

@@ -101,10 +101,13 @@ def verdict(found: Records) -> str:
     if not differences:
         return f"`{peer}` is the best peer of the choosing half; nothing is paired with it on the reporting half yet."
     worse = [task for task, values in differences.items() if intervals.of_task(values).high < 0]
+    tasks = list(dict.fromkeys(cell.task for cell in cells("reporting")))
+    open_tasks = [task for task in tasks if len(differences.get(task, ())) < 2]
+    rest = f" Too few pairs for an interval: {', '.join(open_tasks)}." if open_tasks else ""
     return (
         f"`{peer}` is the best peer of the choosing half. On the reporting half tuneforge's default run has "
         f"{intervals.pooled(differences)} points more, and is significantly worse on "
-        f"{', '.join(worse) if worse else 'no task'}."
+        f"{', '.join(worse) if worse else 'no task'}.{rest}"
     )
 
 
