@@ -115,6 +115,29 @@ def test_candidates_for_the_head_are_listed_before_training(tune, kind, named):
     assert all(torch.equal(each, before[name]) for name, each in net.state_dict().items())
 
 
+class Headless(nn.Module):
+    """Residual blocks and a norm: features, and no layer that computes one output for each class."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Identity()
+
+    def forward(self, inputs):
+        for block in self.blocks:
+            inputs = inputs + block(inputs).relu()
+        return self.head(self.norm(inputs))
+
+
+def test_a_network_without_a_head_is_refused_with_what_to_add(tune):
+    for net in (Headless(), nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten())):
+        with pytest.raises(tf.PluginError, match=r"nn\.Sequential\(network, nn\.Linear\(num_features, num_classes\)\)"):
+            tune(HEAD_PHASE, model=net)
+    result = tune(HEAD_PHASE, model=nn.Sequential(Headless(), nn.Linear(8, 3)))
+    assert result.model.head == "1"
+
+
 @pytest.mark.parametrize("kind", [Distilled, Gated])
 def test_named_head_is_taken(tune, kind):
     result = tune(HEAD_PHASE, model=tf.Model.from_module(kind(), head="head"), cache="off")

@@ -542,6 +542,36 @@ def test_model_that_does_not_accept_the_data_is_found_before_training(tune):
         tune([tf.Phase("a", epochs=1)], model=torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 3)))
 
 
+class Embedded(torch.nn.Module):
+    """A network whose position embeddings fit images of one size only."""
+
+    def __init__(self, side):
+        super().__init__()
+        self.patches = torch.nn.Conv2d(2, 4, 4, 4)
+        self.position = torch.nn.Parameter(torch.zeros(4, side // 4, side // 4))
+        self.head = torch.nn.Linear(4, 2)
+
+    def forward(self, images):
+        return self.head((self.patches(images) + self.position).mean((2, 3)))
+
+
+@pytest.mark.parametrize("side", [16, 28, 224])
+def test_images_of_a_size_that_does_not_fit_are_refused_with_one_that_does(tmp_path, side):
+    images, labels = torch.randn(40, 2, 12, 12), torch.arange(40) % 2
+    engine = tf.Engine(
+        data=(images, labels), model=Embedded(side), strategy=tf.Phase("a", epochs=1), out=tmp_path / "r"
+    )
+    with pytest.raises(tf.PluginError, match=rf"inputs \(2, 2, 12, 12\).*accepts images of {side}x{side} pixels"):
+        engine.prepare()
+
+
+def test_images_with_other_channels_are_refused_without_a_size(tmp_path):
+    images, labels = torch.randn(40, 3, 16, 16), torch.arange(40) % 2
+    engine = tf.Engine(data=(images, labels), model=Embedded(16), strategy=tf.Phase("a", epochs=1), out=tmp_path / "r")
+    with pytest.raises(tf.PluginError, match=r"expected input.* to have 2 channels.*choose a model"):
+        engine.prepare()
+
+
 def test_model_that_flattens_with_view_runs_without_channels_last(tmp_path):
     class Viewer(torch.nn.Module):
         def __init__(self):

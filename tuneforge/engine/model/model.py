@@ -21,6 +21,7 @@ NORMS = (
     nn.LocalResponseNorm,
     nn.RMSNorm,
 )
+_USUAL_IMAGE_SIZES = (8, 16, 28, 32, 48, 64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 299, 320, 336, 384, 448, 512)
 
 
 def _names(values: Iterable[str]) -> tuple[str, ...]:
@@ -210,7 +211,7 @@ def check_output(model: Model, example: Any) -> None:
             f"{name} does not accept the data",
             where=f"inputs {format_shapes(example)}",
             why=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
-            fix="choose a model, adapters and data options that match",
+            fix=_suggest_image_size(model, example) or "choose a model, adapters and data options that match",
         ) from error
     if not isinstance(output, Tensor):
         raise PluginError(
@@ -224,6 +225,17 @@ def check_output(model: Model, example: Any) -> None:
             why="its output is " + (", ".join(str(tuple(head.shape)) for head in heads) or "missing: it is not called"),
             fix="name the module that computes the logits: Model.from_module(module, head='path.of.it')",
         )
+
+
+def _suggest_image_size(model: Model, example: Any) -> str | None:
+    """Return the smallest usual size of images that the module accepts instead, as a sentence, or None."""
+    if not isinstance(example, Tensor) or example.ndim != 4 or not example.is_floating_point():
+        return None
+    for side in _USUAL_IMAGE_SIZES:
+        images = example.new_zeros(*example.shape[:2], side, side)
+        if images.shape != example.shape and accepts_inputs(model, images):
+            return f"the module accepts images of {side}x{side} pixels: give the data this size (--data.size {side})"
+    return None
 
 
 def format_shapes(inputs: Any) -> str:
@@ -306,6 +318,7 @@ def _find_last_linear(module: nn.Module) -> str:
         raise PluginError(
             f"no linear layer in {type(module).__name__}",
             why="without a name, the last linear layer is the head",
-            fix="name the head: Model.from_module(module, head='path.of.it')",
+            fix="add a head to a network that has none: nn.Sequential(network, nn.Linear(num_features, num_classes)); "
+            "or name it: Model.from_module(module, head='path.of.it')",
         )
     return str(linear[-1])

@@ -36,7 +36,9 @@ def infer_head(model: Model, example: Any) -> Model:
         f"the head of {type(model.module).__name__} is not one layer: {', '.join(found)}",
         where="the layers and weights that compute its output, in training or in eval mode",
         why="phases train 'head' by itself, and its size must be the number of classes",
-        fix=f"name it: Model.from_module(module, head='{found[0]}'), or let a single linear layer compute the output",
+        fix="let a single linear layer compute the output: keep one of several heads; add one to a network that has "
+        "none, nn.Sequential(network, nn.Linear(num_features, num_classes)); or name the layer that is trained as the "
+        "head: Model.from_module(module, head='path.of.it')",
     )
 
 
