@@ -12,6 +12,7 @@ from scipy.stats import beta as scipy_beta
 from torch import Tensor
 
 from tuneforge import Batch, SampleRNG, UsageError
+from tuneforge.builtin.photo_transforms import ColorJitter, Photo, RandomResizedCrop
 from tuneforge.builtin.transforms import Erase, Flip, MixUp, Rotate, Shift, uniform_to_beta
 
 RUN = SimpleNamespace(data=SimpleNamespace(targets=SimpleNamespace(num_outputs=4)))
@@ -37,7 +38,16 @@ def one_with(noise: Any, image_chw: Tensor) -> Batch:
     return Batch(image_chw[None], torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), None, noise)
 
 
-PARTS = [Flip(), Flip(axis="vertical"), Rotate(degrees=30), Shift(share=0.3), Erase(p=0.8)]
+PARTS = [
+    Flip(),
+    Flip(axis="vertical"),
+    Rotate(degrees=30),
+    Shift(share=0.3),
+    Erase(p=0.8),
+    RandomResizedCrop(),
+    ColorJitter(),
+    Photo(),
+]
 
 
 @pytest.mark.parametrize("part", PARTS, ids=repr)
@@ -179,3 +189,38 @@ def test_inputs_without_images_are_an_error_at_once(part: Any, inputs: Any) -> N
     batch = attrs.evolve(batch_of(torch.tensor([0, 1])), inputs=inputs)
     with pytest.raises(UsageError, match="needs images, and the inputs are"):
         part.augment(RUN, batch)
+
+
+def test_the_whole_area_leaves_a_square_image_as_it_is() -> None:
+    image = torch.rand(3, 8, 8)
+    out = RandomResizedCrop(low=1).augment(RUN, one_with(Fixed(0.5), image))
+    torch.testing.assert_close(out.inputs[0], image, atol=1e-5, rtol=1e-5)
+
+
+def test_a_quarter_of_the_area_is_enlarged_to_the_size() -> None:
+    image = torch.arange(8.0).repeat(8, 1)[None]
+    out = RandomResizedCrop(low=0.25).augment(RUN, one_with(Fixed(0.0), image)).inputs[0]
+    height, width = (0.25 * 4 / 3) ** 0.5, (0.25 * 3 / 4) ** 0.5
+    columns = ((torch.arange(8) * 2 + 1) / 8 - 1) * width - (1 - width)
+    torch.testing.assert_close(out[0, 0], ((columns + 1) * 8 - 1).div(2).clamp(min=0), atol=1e-4, rtol=1e-4)
+    assert height <= 1
+
+
+@pytest.mark.parametrize(("number", "factor"), [(0.0, 0.5), (1.0, 1.5)])
+def test_brightness_of_a_gray_image_is_multiplied_on_the_scale_of_pixels(number: float, factor: float) -> None:
+    inputs = SimpleNamespace(mean=(0.5,), std=(0.25,))
+    run = SimpleNamespace(data=SimpleNamespace(inputs=inputs))
+    image = torch.full((3, 4, 4), (0.4 - 0.5) / 0.25)
+    out = ColorJitter(strength=0.5).augment(run, one_with(Fixed(number), image)).inputs
+    torch.testing.assert_close(out * 0.25 + 0.5, torch.full((1, 3, 4, 4), 0.4 * factor))
+
+
+def test_no_saturation_makes_an_image_gray() -> None:
+    class OnlySaturation:
+        def uniform(self, stream: str, *shape: int) -> Tensor:
+            return torch.tensor([[0.5, 0.5, 0.0]])
+
+    image = torch.rand(3, 5, 5)
+    out = ColorJitter(strength=1).augment(RUN, one_with(OnlySaturation(), image)).inputs[0]
+    luma = 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2]
+    torch.testing.assert_close(out, luma.expand(3, 5, 5))

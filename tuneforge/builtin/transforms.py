@@ -60,7 +60,7 @@ class Flip:
             chosen_b111 = chosen_b[:, None, None, None].to(images_bchw.device)
             return torch.where(chosen_b111, images_bchw.flip(dim), images_bchw)
 
-        return _apply_to_images(batch, mirror, "flip")
+        return apply_to_images(batch, mirror, "flip")
 
 
 @component(api=1)
@@ -78,9 +78,9 @@ class Rotate:
         def rotate(images_bchw: Tensor) -> Tensor:
             ratio = images_bchw.shape[-1] / images_bchw.shape[-2]
             cos_b, sin_b, zero_b = angle_b.cos(), angle_b.sin(), torch.zeros_like(angle_b)
-            return _warp(images_bchw, (cos_b, -sin_b / ratio, zero_b), (sin_b * ratio, cos_b, zero_b))
+            return warp_images(images_bchw, (cos_b, -sin_b / ratio, zero_b), (sin_b * ratio, cos_b, zero_b))
 
-        return _apply_to_images(batch, rotate, "rotate")
+        return apply_to_images(batch, rotate, "rotate")
 
 
 @component(api=1)
@@ -99,9 +99,9 @@ class Shift:
 
         def translate(images_bchw: Tensor) -> Tensor:
             one_b, zero_b = torch.ones_like(right_b), torch.zeros_like(right_b)
-            return _warp(images_bchw, (one_b, zero_b, -right_b), (zero_b, one_b, -down_b))
+            return warp_images(images_bchw, (one_b, zero_b, -right_b), (zero_b, one_b, -down_b))
 
-        return _apply_to_images(batch, translate, "shift")
+        return apply_to_images(batch, translate, "shift")
 
 
 @component(api=1)
@@ -124,7 +124,7 @@ class Erase:
             mean_bc11 = F.avg_pool2d(images_bchw, list(images_bchw.shape[-2:]))
             return torch.where(inside_bhw[:, None].to(images_bchw.device), mean_bc11, images_bchw)
 
-        return _apply_to_images(batch, erase, "erase")
+        return apply_to_images(batch, erase, "erase")
 
     def _make_rectangle_masks(self, numbers_b5: Tensor, height: int, width: int) -> Tensor:
         """Return a mask (b, h, w) of each sample's rectangle, empty for samples that are not selected."""
@@ -212,7 +212,7 @@ def _make_interval_mask(size: int, start_b: Tensor, length_b: Tensor) -> Tensor:
     return (places >= start_b[:, None]) & (places < (start_b + length_b)[:, None])
 
 
-def _warp(images_bchw: Tensor, x_row: tuple[Tensor, ...], y_row: tuple[Tensor, ...]) -> Tensor:
+def warp_images(images_bchw: Tensor, x_row: tuple[Tensor, ...], y_row: tuple[Tensor, ...]) -> Tensor:
     """Sample the images at x' = x_row . (x, y, 1), y' = y_row . (x, y, 1), in coordinates from -1 to 1.
 
     The grid is computed elementwise, because the matrix product of `affine_grid` rounds differently by batch size.
@@ -231,7 +231,7 @@ def _pixel_centers(size: int, like: Tensor) -> Tensor:
     return (torch.arange(size, device=like.device, dtype=like.dtype) * 2 + 1) / size - 1
 
 
-def _apply_to_images(batch: Batch, change: Callable[[Tensor], Tensor], part: str) -> Batch:
+def apply_to_images(batch: Batch, change: Callable[[Tensor], Tensor], part: str) -> Batch:
     """Return the batch with transformed images."""
     inputs = batch.inputs
     if isinstance(inputs, Tensor):

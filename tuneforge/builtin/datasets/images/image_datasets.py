@@ -99,6 +99,18 @@ class ImageOptions:
         return self._build_inputs(grayscale=self.grayscale)
 
     @hookimpl
+    def strategy_step_started(self, run: Run) -> None:
+        """Compare the images with the running statistics of a pretrained network, before the first step."""
+        from tuneforge.builtin.datasets.images.first_norm_check import check_first_norm
+
+        state = run.state(self)
+        if not state.get("first_norm_checked", False):
+            state["first_norm_checked"] = True
+            sentence = check_first_norm(run)
+            if sentence is not None:
+                run.log(sentence)
+
+    @hookimpl
     def epoch_ended(self, run: Run) -> None:
         """Log the images that could no longer be read, and their replacements."""
         log_new_replacements(run, run.state(self))
