@@ -47,7 +47,7 @@ class _Layer:
 
     def moments(self, images_nchw: Tensor) -> Tensor:
         """Return mean and mean square of its input for each image, (2, n, k)."""
-        chunks = [_capture_input(self.network, self.norm, each).float() for each in images_nchw.split(32)]
+        chunks = [_capture_input(self.network, self.norm, each).float() for each in torch.split(images_nchw, 32)]
         return torch.cat([torch.stack([each.mean((2, 3)), each.square().mean((2, 3))]) for each in chunks], dim=1)
 
     def distances(self, moments_2nk: Tensor) -> Tensor:
@@ -69,7 +69,8 @@ def check_first_norm(run: Run) -> str | None:
     inputs = run.data.inputs
     if not isinstance(inputs, ImageInputs) or not run.model.pretrained or run.sharded:
         return None
-    rows = torch.linspace(0, len(run.data.train) - 1, min(len(run.data.train), MAX_IMAGES)).round().long().unique()
+    count = len(run.data.train)
+    rows = torch.linspace(0, count - 1, min(count, MAX_IMAGES)).round().long()
     if len(rows) < MIN_IMAGES:
         return None
     images = inputs.preprocess(run.data.train.fetch(rows)).to(run.device.torch)
@@ -153,10 +154,11 @@ def _find_first_norm(network: nn.Module, images_nchw: Tensor) -> _Layer | None:
     """Return the first layer that normalizes, if it is a BatchNorm of images with running statistics; else None."""
     for path, module in network.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            tracked = module.running_mean is not None and module.running_var is not None
-            trained = tracked and not bool((module.running_mean == 0).all() and (module.running_var == 1).all())
+            mean, variance = module.running_mean, module.running_var
+            if mean is None or variance is None or (torch.count_nonzero(mean) == 0 and bool((variance == 1).all())):
+                return None  # without statistics, or never trained
             captured = _capture_input(network, module, images_nchw)
-            return _Layer(path, module, network) if trained and captured.ndim == 4 else None
+            return _Layer(path, module, network) if captured.ndim == 4 else None
         if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
             return None
     return None
