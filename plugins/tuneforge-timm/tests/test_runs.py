@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from small_images import make_data
 from tuneforge_timm.networks import build_network, find_pretrained_config
 
 import tuneforge as tf
@@ -66,6 +67,9 @@ def test_same_padding_is_traced_and_equals_that_of_timm(arch, size):
     assert torch.equal(torch.fx.symbolic_trace(ours)(images), theirs(images))
 
 
-def test_grayscale_images_need_an_adapter_only(tune):
-    model = tune("tf_efficientnet_lite0", 32, adapt=[tf.use("input-channels", channels=3)], strategy=[]).model
-    assert type(model.module.conv_stem).__name__.endswith("Conv2dSame")
+def test_an_adapted_first_convolution_keeps_its_same_padding(tune):
+    data = make_data(32, channels=1)
+    model = tune("tf_efficientnet_lite0", 32, data=data, adapt=["input-channels"], strategy=[]).model
+    assert model.module.conv_stem.in_channels == 1
+    with torch.no_grad():
+        assert model.module.conv_stem(torch.zeros(1, 1, 33, 32)).shape == (1, 32, 17, 16)
