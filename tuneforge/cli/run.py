@@ -35,7 +35,8 @@ def _run(**values: Any) -> None:
     tuneforge run --strategy freeze-then-unfreeze
     tuneforge run --data image-folder --data.path photos --model torchvision --model.arch resnet18
     """
-    config = build_config(click.get_current_context(), values)
+    context = click.get_current_context()
+    config, notes = build_config(context, values), context.meta["tuneforge.notes"]
     as_json = values["as_json"]
     from tuneforge.engine.session.engine import Engine
     from tuneforge.plugin.config import config_to_toml
@@ -44,14 +45,16 @@ def _run(**values: Any) -> None:
         click.echo(config_to_toml(Engine.from_config(config).config), nl=False)
         return
     if values["dry_run"]:
-        _print_dry_run(config, as_json=as_json)
+        _print_dry_run(config, notes, as_json=as_json)
         return
     begun = _find_restarted_run(config)
     if begun is not None:
         if not _is_done(begun):
             run_engine(lambda display: Engine.resume(begun, log=display.log, observers=[display]), as_json=as_json)
         return
-    run_engine(lambda display: Engine.from_config(config, log=display.log, observers=[display]), as_json=as_json)
+    run_engine(
+        lambda display: Engine.from_config(config, log=display.log, observers=[display], notes=notes), as_json=as_json
+    )
 
 
 def _find_restarted_run(config: RunConfig) -> Path | None:
@@ -152,14 +155,14 @@ def _exit_on_second_signal() -> Iterator[None]:
         os.close(writer)
 
 
-def _print_dry_run(config: RunConfig, *, as_json: bool) -> None:
+def _print_dry_run(config: RunConfig, notes: list[str], *, as_json: bool) -> None:
     """Print the strategy steps that are known before the first is executed, and whether more can follow."""
     from tuneforge.builtin.strategies.plan_file import format_plan, step_to_dict
     from tuneforge.cli.report import describe_other_hooks
     from tuneforge.engine.session import messages
     from tuneforge.engine.session.engine import Engine
 
-    heading: list[str] = []
+    heading = list(notes)
     found = Engine.from_config(config, log=heading.append).dry_run()
     heading += describe_other_hooks(config.strategy.name)
     if as_json:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import attrs
 import click
 
-from tuneforge.errors import UsageError
+from tuneforge.errors import TuneforgeError, UsageError
 from tuneforge.plugin import registry
 from tuneforge.plugin.config import (
     REPEATABLE_COMPONENT_KEYS,
@@ -24,13 +24,21 @@ from tuneforge.plugin.config import (
     resolve_config,
 )
 from tuneforge.plugin.config import RunConfig as RunConfig
-from tuneforge.plugin.declaration import Option, describe_type, get_options
+from tuneforge.plugin.data_path import (
+    choose_model,
+    default_strategy,
+    infer_data,
+    is_data_path,
+    note_shadowed_path,
+)
+from tuneforge.plugin.declaration import Option, build_component, describe_type, get_options
 from tuneforge.plugin.names import option_prefix
 
 SHORT_FORMS = ("epochs", "lr")
 _COMPONENT_KEYS = {**SINGLE_COMPONENT_KEYS, **REPEATABLE_COMPONENT_KEYS}
 _HELP = {
-    "data": "Data source.", "model": "Model.",
+    "data": "Data source, or a path: what lies there decides how it is read.",
+    "model": "Model; for a path the one that suits the data.",
     "adapt": "Adapter that changes the model, such as another head.", "loss": "Training loss.",
     "metrics": "Metrics of evaluation.", "strategy": "Fine-tuning strategy.",
     "schedule": "Learning rate schedule; replaces that of the strategy.",
@@ -62,7 +70,9 @@ class ComponentCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Find the components first, then parse the arguments with their options."""
         picks = [key for key in _COMPONENT_KEYS if any(parameter.name == key for parameter in self.params)]
-        ctx.meta["tuneforge.file"] = self.load_base_config(ctx, args)
+        args, ctx.meta["tuneforge.file"], ctx.meta["tuneforge.notes"] = _infer_from_path(
+            args, self.load_base_config(ctx, args), picks
+        )
         ctx.meta["tuneforge.chosen"] = list(_select_components(args, ctx.meta["tuneforge.file"], picks))
         return super().parse_args(ctx, args)
 
@@ -90,6 +100,64 @@ class ComponentCommand(click.Command):
 
     def _component_options(self, ctx: click.Context) -> list[click.Parameter]:
         return [option for each in ctx.meta.get("tuneforge.chosen", ()) for option in _click_options(each)]
+
+
+def _infer_from_path(
+    args: list[str], base: Mapping[str, Any], keys: list[str]
+) -> tuple[list[str], dict[str, Any], list[str]]:
+    """Return the arguments and the base configuration with a data source in place of a path, and lines for the log.
+
+    The model that suits the data, and the strategy that suits the model, are added where the command takes them and the
+    user names none.
+    """
+    table, notes = dict(base), []
+    named = list(flag_values(args, "--data"))
+    entries = list_component_entries(table.get("data"))
+    value = named[-1] if named else entries[0].get("name") if entries else None
+    if "data" in keys and note_shadowed_path(value):
+        notes.append(note_shadowed_path(value))
+    if "data" in keys and value is not None and is_data_path(value):
+        own = {} if named or not entries else _without_name(entries[0])
+        flags = {arg.partition("=")[0].removeprefix("--data.") for arg in args if arg.startswith("--data.")}
+        found = infer_data(value, given=[key.replace("-", "_") for key in (*flags, *own)])
+        notes.append(found.describe())
+        table["data"] = {"name": found.name, **found.options, **own}
+        args = _without_flag(args, "--data")
+        if "model" in keys and not table.get("model") and not any(flag_values(args, "--model")):
+            table["model"], why = choose_model(found.kind)
+            notes += [why] * bool(why)
+    if "strategy" in keys and not table.get("strategy") and not any(flag_values(args, "--strategy")):
+        strategy, why = default_strategy(_build_model_component(args, table))
+        if why:
+            table["strategy"] = {"name": strategy}
+            notes.append(why)
+    return args, table, notes
+
+
+def _build_model_component(args: list[str], table: Mapping[str, Any]) -> Any:
+    """Return the model component that flags and the base configuration describe; None if they are wrong."""
+    entries = list_component_entries(table.get("model"))
+    name = next(iter([*flag_values(args, "--model")][-1:]), None) or (entries[0]["name"] if entries else None)
+    if name is None:
+        return None
+    options = _without_name(entries[0]) if entries and entries[0]["name"] == name else {}
+    dotted = {arg.partition("=")[0] for arg in args if arg.startswith("--model.")}
+    options |= {
+        flag.removeprefix("--model."): [*flag_values(args, flag)][-1] for flag in dotted if any(flag_values(args, flag))
+    }
+    try:
+        cls = registry.load_component(registry.find_component("model_adapt", name, where="--model"))
+        return build_component(cls, options, where="--model")
+    except TuneforgeError:  # parsing the flags will say it
+        return None
+
+
+def _without_flag(args: list[str], flag: str) -> list[str]:
+    """Return a command line without a flag and its values."""
+    values = [index + 1 for index, arg in enumerate(args) if arg == flag]
+    return [
+        arg for index, arg in enumerate(args) if index not in values and arg != flag and not arg.startswith(flag + "=")
+    ]
 
 
 def component_options(*keys: str, fallback: str = "") -> list[click.Parameter]:

@@ -69,6 +69,11 @@ class Timm:
         local = find_local_weights(find_pretrained_config(arch))
         return None if local is None else local.source
 
+    @property
+    def is_pretrained(self) -> bool:
+        """True unless all weights are randomly initialized; then the default strategy is `full`."""
+        return self.weights != "none"
+
     @hookimpl
     def model_inputs(self, run: Run) -> ImagePreprocessing | None:
         """Return the evaluation transform of the weights; None for random weights.

@@ -64,6 +64,11 @@ class DigitCNN:
         default=None, help="A safetensors file of this network; default: the shipped weights."
     )
 
+    @property
+    def is_pretrained(self) -> bool:
+        """True unless all weights are randomly initialized; then the default strategy is `full`."""
+        return self.pretrained
+
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:
         """Build the network.

@@ -36,6 +36,11 @@ class MLP:
     )
     weights: Path | None = option(default=None, help="A safetensors file of such a network, such as that of a run.")
 
+    @property
+    def is_pretrained(self) -> bool:
+        """True unless all weights are randomly initialized; then the default strategy is `full`."""
+        return self.weights is not None
+
     @hookimpl
     def model_adapt(self, run: Run, model: Model | None) -> Model:
         """Build the network for the data, with a layer group per hidden layer and the head.

@@ -108,6 +108,11 @@ class TorchvisionModel:
         found = find_weights(arch, "DEFAULT")
         return None if found is None else found.source
 
+    @property
+    def is_pretrained(self) -> bool:
+        """True unless all weights are randomly initialized; then the default strategy is `full`."""
+        return self.weights != "none"
+
     @hookimpl
     def model_inputs(self, run: Run) -> ImagePreprocessing | None:
         """Return the evaluation transform of the weights, or of the default ones for a file; None for random weights.

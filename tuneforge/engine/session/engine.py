@@ -55,6 +55,7 @@ from tuneforge.engine.storage.run_dir import RunDir
 from tuneforge.engine.storage.run_files import LOG, METRICS, MODEL, RUN, STATUS, STRATEGY_STEPS, TIMINGS, read_json
 from tuneforge.errors import StoppedError, UsageError
 from tuneforge.plugin.config import GROUP_BY_KEY, REPEATABLE_COMPONENT_KEYS, RunConfig, resolve_config
+from tuneforge.plugin.data_path import choose_model, default_strategy, infer_data, is_data_path, note_shadowed_path
 from tuneforge.plugin.hooks import Hooks, RegisteredComponent
 from tuneforge.plugin.hookspecs import hookimpl
 from tuneforge.plugin.results import AnyStrategyStepResult
@@ -88,12 +89,13 @@ class Engine:
     takes a `TaskInfo`.
 
     Args:
-        data: The data source.
-        model: The model builder.
+        data: The data source, or a path: what lies there decides how it is read.
+        model: The model builder; None selects the one that suits the data.
         adapt: Adapters that change the model, in order.
         loss: The loss; None selects the one that fits the targets.
         metrics: The metrics; an empty list selects those that fit the targets.
-        strategy: The strategy that decides which steps are executed.
+        strategy: The strategy that decides which steps are executed; None selects `freeze-then-unfreeze`, or `full` for
+            a model without pretrained weights.
         schedule: The learning-rate schedule; overrides that of the strategy.
         optimizer: The optimizer; overrides that of the strategy.
         callbacks: Further components that take part in the run.
@@ -112,11 +114,11 @@ class Engine:
         self,
         *,
         data: Any = "digits",
-        model: Any = "digit-cnn",
+        model: Any = None,
         adapt: Sequence[Any] = (),
         loss: Any = None,
         metrics: Sequence[Any] = (),
-        strategy: Any = "freeze-then-unfreeze",
+        strategy: Any = None,
         schedule: str | ComponentSpec | None = None,
         optimizer: str | ComponentSpec | None = None,
         callbacks: Sequence[Any] = (),
@@ -133,10 +135,18 @@ class Engine:
         self._stop_error: StoppedError | None = None
         self._budget = Budget()
         self._module_flags: ModuleFlags | None = None  # known once the model is built
+        self._notes: list[str] = []
         table = dict(settings)
-        for key, value in (("data", data), ("model", model), ("loss", loss), ("strategy", strategy)):
+        data, model = self._choose_by_path(data, model)
+        for key, value in (("data", data), ("model", model), ("loss", loss)):
             if value is not None:
                 table[key] = self._add_component(key, value)
+        if strategy is None:
+            strategy, note = default_strategy(
+                next(each.component for hook, each in self._members if hook == "model_adapt")
+            )
+            self._notes += [note] * bool(note)
+        table["strategy"] = self._add_component("strategy", strategy)
         for key, values in (("adapt", adapt), ("metrics", metrics), ("callback", callbacks)):
             table[key] = [self._add_component(key, value) for value in as_list(values)]
         for key, name in (("schedule", schedule), ("optimizer", optimizer)):
@@ -155,11 +165,24 @@ class Engine:
 
     @classmethod
     def from_config(
-        cls, config: RunConfig, *, log: Callable[[str], None] | None = None, observers: Sequence[Any] = ()
+        cls,
+        config: RunConfig,
+        *,
+        log: Callable[[str], None] | None = None,
+        observers: Sequence[Any] = (),
+        notes: Sequence[str] = (),
     ) -> Engine:
-        """Return the engine of a configuration; `observers` are callbacks that `run.json` does not record."""
+        """Return the engine of a configuration.
+
+        Args:
+            config: The configuration.
+            log: Called with every line for the user.
+            observers: Callbacks that `run.json` does not record.
+            notes: Lines for the beginning of the log, such as how the configuration was inferred.
+        """
         engine = _EngineOfFlags(**engine_arguments(config), log=log)
         engine._set_observers(observers)
+        engine._notes += notes
         return engine
 
     @classmethod
@@ -336,6 +359,7 @@ class Engine:
         run_dir.write_status("running", elapsed_s=self._budget.previous_s)
         messages.log_lines(run, messages.format_run(run_dir.path, process_group.world_size, shard=self.config.shard))
         messages.log_lines(run, self._changed_settings)
+        messages.log_lines(run, self._notes)
         return run
 
     def _create_hooks(
@@ -401,6 +425,23 @@ class Engine:
     def dry_run(self) -> DryRun:
         """Return the steps that are known before the first is executed; nothing is trained or written."""
         return collect_known_steps(self.prepare(), check_step_type, self._log or (lambda text: None))
+
+    def _choose_by_path(self, data: Any, model: Any) -> tuple[Any, Any]:
+        """Return the data source and the model, inferred from what lies at a path, with lines for the log."""
+        spec = as_spec(data) if isinstance(data, str) else data
+        name = spec.name if isinstance(spec, ComponentSpec) else data
+        if is_data_path(name):
+            options = spec.options if isinstance(spec, ComponentSpec) else {}
+            found = infer_data(name, given=options)
+            self._notes.append(found.describe())
+            if model is None:
+                chosen, why = choose_model(found.kind)
+                self._notes += [why] * bool(why)
+                model = ComponentSpec(chosen.pop("name"), chosen)
+            return ComponentSpec(found.name, {**found.options, **options}), model
+        if note := note_shadowed_path(name):
+            self._notes.append(note)
+        return data, "digit-cnn" if model is None else model
 
     def _add_component(self, key: str, value: Any) -> ComponentSpec:
         hook = GROUP_BY_KEY[key]
