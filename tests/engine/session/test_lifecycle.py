@@ -82,7 +82,7 @@ class Asks:
 def engine(out, *callbacks, plan=None, log=None, **settings):
     plan = plan or [tf.Phase("a", epochs=4), tf.Phase("b", epochs=2)]
     given = {"data": tiny_data(), "model": tiny_net(), "strategy": plan, "callbacks": list(callbacks)}
-    return tf.Engine(**given, out=out / "run", page=False, cache="off", log=log, **settings)
+    return tf.Engine(**given, out=out / "run", batch_size=32, page=False, cache="off", log=log, **settings)
 
 
 def stop_at_epoch(epoch, engines):
