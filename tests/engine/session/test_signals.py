@@ -170,7 +170,7 @@ class Wait:
 
 tf.Engine(
     data=tiny_data(), model=tiny_net(), strategy=[tf.Phase("all", epochs=4)], callbacks=[Wait()],
-    page=False, out="r",
+    page=False, out="r", batch_size=32,
 ).run()
 """
 
