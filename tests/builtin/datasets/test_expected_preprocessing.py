@@ -188,3 +188,29 @@ def test_without_weights_images_have_32_pixels_and_their_own_normalization(photo
 def test_the_size_before_the_crop_keeps_its_ratio(size):
     expected = attrs.evolve(EXPECTED, size=(224, 224), resize=256)
     assert expected.resize_for(size) == round(size * 256 / 224)
+
+
+@pytest.mark.parametrize("side", [12, 24])
+def test_data_that_does_not_follow_the_weights_says_their_size(tmp_path, side):
+    lines: list[str] = []
+    images, labels = torch.randn(12, 3, side, side), torch.arange(12) % 2
+    tf.Engine(
+        data=(images, labels),
+        model=Pretrained(),
+        strategy=[tf.Phase("head", train="head", steps=1)],
+        page=False,
+        out=tmp_path / "run",
+        log=lines.append,
+    ).run()
+    said = [line for line in lines if "birds.v1" in line]
+    assert said == [
+        "note: the weights birds.v1 expect images of 24x24 pixels, mean 0.5, 0.25, 0.125, std 0.5, 0.25, 0.2, and the "
+        f"data does not follow them: its images have {side}x{side} pixels"
+    ] * (side != 24)
+
+
+def test_images_that_follow_the_weights_or_the_user_are_described_once(tune):
+    for options in ({}, {"size": 12}):
+        lines: list[str] = []
+        tune(lines, **options)
+        assert len([line for line in lines if "birds.v1" in line]) == 1

@@ -518,8 +518,8 @@ def _ask_expected_inputs(run: Run) -> None:
 def _prepare_data(run: Run) -> None:
     run.hooks.get_provider("data_prepare")  # raises if there is none, or more than one
     data = run.hooks.call.data_prepare(run=run)
-    copies = describe_copies(data)
-    run.set_data(attrs.evolve(data, notes=(*data.notes, *copies)) if copies else data)
+    notes = (*describe_copies(data), *messages.describe_other_images(run.expected_inputs, data))
+    run.set_data(attrs.evolve(data, notes=(*data.notes, *notes)) if notes else data)
     run.engine_state.augment_specs = specs = resolve_augmentations(run.config, data)
     run.engine_state.augmentations = tuple(create_component("augment", spec) for spec in specs)
 

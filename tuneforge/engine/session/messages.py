@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shlex
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from tuneforge.engine.context.run import Run
 from tuneforge.engine.data.dataset import Data
@@ -15,6 +17,7 @@ from tuneforge.engine.model.model import Model
 from tuneforge.engine.session.components import is_object
 from tuneforge.engine.storage.checkpoint import Checkpoints
 from tuneforge.errors import UsageError
+from tuneforge.plugin.image_preprocessing import ImagePreprocessing
 from tuneforge.plugin.names import format_count, to_kebab_case
 from tuneforge.plugin.results import AnyStrategyStepResult, Diagnostics, StrategyStepResult
 from tuneforge.plugin.steps import Diagnosis, HeadFit, Phase, StrategyStep, WeightAverage
@@ -35,6 +38,20 @@ def format_run(run_dir: Path, world_size: int, *, shard: bool) -> Iterable[str]:
         yield f"distributed: {world_size} processes; each trains on its share of every batch"
     elif shard:
         yield "note: --shard has no effect on one process; start several with torchrun"
+
+
+def describe_other_images(expected: ImagePreprocessing | None, data: Data) -> Iterator[str]:
+    """Yield a sentence if the images have another size than the weights expect, and the data does not say so itself."""
+    if expected is None or any(expected.name in note for note in data.notes):
+        return
+    example = data.example()
+    if isinstance(example, Tensor) and example.ndim == 4 and tuple(example.shape[-2:]) != expected.size:
+        (height, width), (own_height, own_width) = expected.size, example.shape[-2:]
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (expected.mean, expected.std))
+        yield (
+            f"the weights {expected.name} expect images of {width}x{height} pixels, mean {mean}, std {std}, and the "
+            f"data does not follow them: its images have {own_width}x{own_height} pixels"
+        )
 
 
 def format_data(name: str, data: Data) -> Iterable[str]:
