@@ -143,10 +143,13 @@ def _list_installed_strategies() -> list[str]:
 
 def _choose_small_value(option: Option) -> int | None:
     most = _MAX_BY_SUFFIX.get(option.name.rpartition("_")[2])
-    if most is None or isinstance(option.default, bool) or not isinstance(option.default, int):
+    if most is None or isinstance(option.default, bool):
         return None
+    # A strategy may choose its epochs by the data; other options that are open stay so, because a value changes more.
+    is_open = option.default is None and option.name == "epochs"
+    is_large = isinstance(option.default, int) and option.default > most
     fits = option.check is None or option.check.test(most)
-    return most if fits and option.default > most else None
+    return most if fits and (is_open or is_large) else None
 
 
 def _build_check(

@@ -33,7 +33,7 @@ def test_served_predictions_of_the_test_split_equal_the_offline_ones(serving, ph
     result = tf.Engine(
         data=data,
         model=tf.use("torchvision", arch="squeezenet1_1", weights="none"),
-        strategy=[tf.HeadFit("head")],
+        strategy=[tf.HeadFit("head", l2=1e-3)],
         page=False,
         out=tmp_path / "run",
     ).run()
