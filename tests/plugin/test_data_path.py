@@ -101,6 +101,7 @@ def test_unclear_folders_are_refused(place, names, message):
     [
         ("data.zip", "is an archive"),
         ("one.png", "is a single image"),
+        ("table.parquet", "is a Parquet file, which is not read yet"),
         ("book.xlsx", "of no known kind"),
         ("gone.csv", "no"),
     ],

@@ -19,7 +19,7 @@ from tuneforge.plugin.table_file import TableFile
 
 Kind = Literal["images", "table", "arrays", "texts"]
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".tab", ".parquet")
+TABLE_SUFFIXES = (".csv", ".tsv", ".tab")
 _TEXT_SUFFIXES = (".txt",)
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 _TARGET_NAMES = ("target", "label", "labels", "class", "y")
@@ -72,7 +72,7 @@ def is_data_path(value: Any) -> bool:
         return True
     if _is_installed(value):
         return False
-    return Path(value).exists() or Path(value).suffix.lower() in (*TABLE_SUFFIXES, *_ARCHIVES, ".npz")
+    return Path(value).exists() or Path(value).suffix.lower() in (*TABLE_SUFFIXES, *_ARCHIVES, ".npz", ".parquet")
 
 
 def note_shadowed_path(value: Any) -> str:
@@ -111,12 +111,14 @@ def infer_data(value: str | Path, given: Iterable[str] = ()) -> InferredData:
         return InferredData("arrays", "npz", {"path": str(path)}, f"'{path}' is a file of arrays")
     if suffix in _ARCHIVES:
         raise _unusable_error(path, "is an archive", "unpack it, and name the folder")
+    if suffix == ".parquet":
+        raise _unusable_error(path, "is a Parquet file, which is not read yet", "save the table as CSV")
     if suffix in IMAGE_EXTENSIONS:
         raise _unusable_error(path, "is a single image", "name the folder that has one folder per class")
     raise _unusable_error(
         path,
         f"is of no known kind ('{suffix or 'no extension'}')",
-        "give a folder of images or texts, a CSV, TSV or Parquet file, or an .npz file",
+        "give a folder of images or texts, a CSV or TSV file, or an .npz file",
     )
 
 
