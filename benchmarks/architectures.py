@@ -52,8 +52,8 @@ def compared(arch: str, count: int) -> tuple[str, ...]:
     for cache in ("auto", "off"):
         with empty_cache() as folder:
             done = tuned(
-                folder / "run", data=data_from_arrays(x, y, **data), model=tf.use("torchvision", arch=arch),
-                strategy=strategy, cache=cache, log=said.append,
+                folder / "run", data=data_from_arrays(x, y, **data),
+                model=tf.use("torchvision", arch=arch, weights="none"), strategy=strategy, cache=cache, log=said.append,
             )  # fmt: skip
         ends.append(done.result.model.module)
         phases.append([step for step, _ in done.result.strategy_steps])

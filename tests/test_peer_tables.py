@@ -23,7 +23,7 @@ class Forgetful(Tuneforge):
 
     def fit(self, net, folder, job, *, resume):
         if resume:
-            Run.reseed = lambda self, batch=0: None
+            Run.reseed = lambda self, batch=0, step=None: None
         return super().fit(net, folder, job, resume=resume)
 
 

@@ -54,7 +54,11 @@ class Tuneforge:
         place.mkdir()
         for name, split in {"train": "train", "val": val, "test": "val"}.items():
             shutil.copytree(root / split, place / name)
-        data = tf.Engine(data=tf.use("image-folder", path=place, size=16), model="torchvision").prepare().data
+        data = (
+            tf.Engine(data=tf.use("image-folder", path=place, size=16), model=tf.use("torchvision", weights="none"))
+            .prepare()
+            .data
+        )
         names = data.targets.names
         return {names[answer]: answer for answer in data.val.targets.tolist()}
 

@@ -279,4 +279,4 @@ def test_a_stop_during_the_evaluation_of_an_epoch_is_saved_at_its_end(tmp_path, 
     assert ended_with == code, out
     assert "tuneforge resume runs/r" in out
     assert state(tmp_path / "runs" / "r") == "stopped"
-    assert "epoch 3, batch 1" in check_resumed(tmp_path, whole)
+    assert "continuing at the end of the phase, after optimizer step 22" in check_resumed(tmp_path, whole)

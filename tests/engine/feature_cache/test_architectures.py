@@ -39,7 +39,7 @@ def test_freeze_then_unfreeze_runs_on(arch, tmp_path, monkeypatch):
             kept[run.phase.name] = {name: tensor.clone() for name, tensor in run.model.module.state_dict().items()}
 
     result = tf.Engine(
-        data=data, model=tf.use("torchvision", arch=arch),
+        data=data, model=tf.use("torchvision", arch=arch, weights="none"),
         strategy=tf.use("freeze-then-unfreeze", head_epochs=2, epochs=1),
         batch_size=3, callbacks=[Keeps()], page=False, out=tmp_path / "run", log=said.append,
     ).run()  # fmt: skip

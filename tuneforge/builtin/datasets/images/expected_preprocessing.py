@@ -69,24 +69,27 @@ def _follow_weights(options: AnyOptions, expected: ImagePreprocessing) -> AnyOpt
 
 
 def _follow_inputs(options: AnyOptions, inputs: ImageInputs) -> AnyOptions:
-    """Return the options with the geometry of stored inputs, where the user chose none of its parts."""
+    """Return the options with the geometry of stored inputs for the parts that the user left open."""
     if options.jpeg_margin is None:
         options = attrs.evolve(options, jpeg_margin=inputs.jpeg_margin)  # type: ignore[misc]
-    chosen = (options.size, options.resize) != (None, None)
-    if chosen or (options.fit, options.interpolation) != ("auto", "auto"):
-        return options
     ops = parse_ops(inputs.ops)
     resizes = [op for op in ops if op.name == "resize"]
     crops = [op for op in ops if op.name == "center-crop"]
     if not resizes or len({*(crops or resizes)[-1].size}) != 1:
         return options
+    size = (crops or resizes)[-1].size[0]
+    if options.size not in (None, size):
+        return options
     stretches = len(resizes[-1].size) == 2
+    fit = "pad" if any(op.name == "pad-to-square" for op in ops) else "stretch" if stretches else "crop"
     return attrs.evolve(  # type: ignore[misc]  # a component is an attrs class
         options,
-        size=(crops or resizes)[-1].size[0],
-        resize=resizes[-1].size[0],
-        fit="pad" if any(op.name == "pad-to-square" for op in ops) else "stretch" if stretches else "crop",
-        interpolation=resizes[-1].interpolation or "auto",
+        size=size,
+        resize=options.resize or resizes[-1].size[0],
+        fit=fit if options.fit == "auto" else options.fit,
+        interpolation=(resizes[-1].interpolation or "auto")
+        if options.interpolation == "auto"
+        else options.interpolation,
     )
 
 
