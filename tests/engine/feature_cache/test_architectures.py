@@ -40,7 +40,7 @@ def test_freeze_then_unfreeze_runs_on(arch, tmp_path, monkeypatch):
 
     result = tf.Engine(
         data=data, model=tf.use("torchvision", arch=arch, weights="none"),
-        strategy=tf.use("freeze-then-unfreeze", head_epochs=2, epochs=1),
+        strategy=tf.use("freeze-then-unfreeze", head_epochs=2, epochs=1, average=False), refit=False,
         batch_size=3, callbacks=[Keeps()], page=False, out=tmp_path / "run", log=said.append,
     ).run()  # fmt: skip
     (_, head), (_, both) = result.strategy_steps
