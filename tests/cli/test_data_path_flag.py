@@ -73,3 +73,11 @@ def test_an_unclear_path_is_an_error_of_the_data(table, run):
     code, said = run("run", "--data", "empty")
     assert code == 65
     assert "is an empty folder" in said
+
+
+def test_a_folder_with_the_name_of_a_data_source_is_noted_once(table, run):
+    (table / "digits").mkdir()
+    flags = ("--data.per-class", 3, "--data.other-share", 0, "--strategy", "head-only", "--epochs", 1)
+    code, said = run("run", "--data", "digits", *flags, "--out", "run", "--no-page")
+    assert code == 0, said
+    assert said.count("the folder of that name is ./digits") == 1

@@ -114,8 +114,8 @@ def _infer_from_path(
     named = list(flag_values(args, "--data"))
     entries = list_component_entries(table.get("data"))
     value = named[-1] if named else entries[0].get("name") if entries else None
-    if "data" in keys and note_shadowed_path(value):
-        notes.append(note_shadowed_path(value))
+    if "data" in keys and (shadowed := note_shadowed_path(value)):
+        notes.append(shadowed)
     if "data" in keys and value is not None and is_data_path(value):
         own = {} if named or not entries else _without_name(entries[0])
         flags = {arg.partition("=")[0].removeprefix("--data.") for arg in args if arg.startswith("--data.")}

@@ -439,7 +439,7 @@ class Engine:
                 self._notes += [why] * bool(why)
                 model = ComponentSpec(chosen.pop("name"), chosen)
             return ComponentSpec(found.name, {**found.options, **options}), model
-        if note := note_shadowed_path(name):
+        if note := note_shadowed_path(data):  # a command line has said it before it names the source by a ComponentSpec
             self._notes.append(note)
         return data, "digit-cnn" if model is None else model
 
