@@ -33,7 +33,7 @@ def _run(**values: Any) -> None:
 
     \b
     tuneforge run --strategy freeze-then-unfreeze
-    tuneforge run --data image-folder --data.path photos --model torchvision --model.arch resnet18
+    tuneforge run --data photos --model torchvision --model.arch resnet18
     """
     context = click.get_current_context()
     config, notes = build_config(context, values), context.meta["tuneforge.notes"]

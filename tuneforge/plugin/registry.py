@@ -189,8 +189,9 @@ def _choose_candidate(candidates: list[ComponentEntry], reference: str, where: s
 
 def _not_installed_error(group: str, reference: str, where: str) -> UnknownNameError:
     names = [name for entry in list_components_of_group(group) for name in (entry.name, *entry.aliases)]
+    no_path = ", and there is no file or folder of that name" if group == "data_prepare" else ""
     return UnknownNameError(
-        f"{NOUN_BY_GROUP[group]} '{reference}' is not installed",
+        f"{NOUN_BY_GROUP[group]} '{reference}' is not installed{no_path}",
         where=where,
         why=f"no installed distribution has an entry point of that name in group '{GROUP_PREFIX}{group}'",
         fix=f"{suggest_name(reference, names)}; see: tuneforge plugins list, or write module:Class for code of your "

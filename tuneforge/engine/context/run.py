@@ -250,8 +250,7 @@ class Run(TrainerState):
         self.close()
         self._data, self._prepared_example, self._example = data, None, None
         if not self._batch_size:  # a refit, on more samples, keeps it
-            chosen = choose_batch_size(len(data.train), self.process_group.world_size)
-            self._batch_size = self.config.batch_size or chosen
+            self._batch_size = self.config.batch_size or choose_batch_size(len(data.train))
             self.forward_pass.full_batch_size = self._batch_size
 
     def as_model(self, built: Any) -> Model:

@@ -127,11 +127,10 @@ def iter_sampled(
         yield from torch.split(sampler.indices_at(np.concatenate(positions)), [high - low for low, high in spans])
 
 
-def choose_batch_size(num_samples: int, num_ranks: int) -> int:
-    """Return the largest power of two that gives at least 20 steps per epoch, from 8 to 32; 32 on several ranks.
+def choose_batch_size(num_samples: int) -> int:
+    """Return the largest power of two that gives at least 20 steps per epoch, from 8 to 32.
 
-    Few samples in large batches are few optimizer steps, or many epochs.
+    Few samples in large batches are few optimizer steps, or many epochs. The number of ranks has no part in it, because
+    a run may resume with another number.
     """
-    if num_ranks > 1:
-        return 32
     return next((size for size in (32, 16) if num_samples >= 20 * size), 8)

@@ -60,8 +60,8 @@ def _find_obstacle(run: Run) -> str:
 def refit(run: Run, steps: CompletedSteps, start: Snapshot, components: PhaseComponents) -> dict[str, Any]:
     """Repeat the steps of a strategy on training and validation samples, and return what the report says about it.
 
-    A phase ends after the epoch whose weights it kept before, with the
-    learning rates that it had; a weight average takes the weight that it chose.
+    A phase ends after the epoch whose weights it kept before, with the learning rates that it had; a weight average
+    takes the weight that it chose.
 
     Args:
         run: A run whose strategy has ended.
