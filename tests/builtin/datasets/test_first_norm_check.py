@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter
 from torch import nn
 
 import tuneforge as tf
+from tuneforge.builtin.datasets.images.first_norm_check import check_first_norm
 from tuneforge.builtin.datasets.images.image_inputs import ImageInputs
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -109,3 +110,44 @@ def test_the_check_leaves_the_network_as_it_was(photos, tmp_path):
         out=tmp_path / "run",
     ).run()
     assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items() if name[0] != "4")
+
+
+class Counting(nn.Conv2d):
+    """Counts its forward passes in an attribute and in a buffer, and draws random numbers."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.passes = 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, images):
+        self.passes += 1
+        self.count += 1
+        return super().forward(images) + 0 * torch.rand(1)
+
+
+def test_the_check_leaves_what_forward_changes_as_it_was(photos):
+    network = pretrained(*HALF)
+    counting = Counting(3, 12, 3, bias=False)
+    counting.weight = network[0].weight
+    network[0] = counting
+    run = tf.Engine(
+        data=tf.use("image-folder", path=str(photos), size=48, normalize="none"),
+        model=tf.Model.from_module(network, head="4"),
+        strategy=[],
+        page=False,
+    ).prepare()
+    network.train()
+    network[1].eval()
+    before, passes, modes = counting.count.clone(), counting.passes, [each.training for each in network.modules()]
+    generator = torch.get_rng_state()
+    assert "mean 0.5 and std 0.5" in check_first_norm(run)
+    assert (torch.equal(counting.count, before), counting.passes) == (True, passes)
+    assert [each.training for each in network.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_a_batchnorm_that_was_never_trained_cannot_be_checked_against(tune):
+    network = pretrained(*HALF)
+    network[1] = nn.BatchNorm2d(12)
+    assert ["no BatchNorm with trained running statistics" in line for line in tune(network)] == [True]

@@ -24,6 +24,7 @@ from tuneforge.engine.data.sampler import EpochSampler, ListedSampler, derive_se
 from tuneforge.engine.data.tensor_tree import clone_inputs, named_tensors
 from tuneforge.engine.model import fsdp
 from tuneforge.engine.model.device import Device
+from tuneforge.engine.model.inspection import preserve_state
 from tuneforge.engine.model.model import Model, accepts_inputs, check_output
 from tuneforge.engine.model.optimizer import Optimization
 from tuneforge.engine.model.output_layer import infer_head, wrong_head_error
@@ -208,6 +209,10 @@ class Run(TrainerState):
         if isinstance(inputs, Features):
             inputs = batches.current_inputs(self, inputs)
         return self.forward_pass(self.model.module, inputs, evaluating=self.eval_split is not None)
+
+    def preserve_model(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context after which the model is as it was: all that its modules hold, and the random generators."""
+        return preserve_state(self.model.module)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which forward passes compute."""

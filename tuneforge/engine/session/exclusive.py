@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from tuneforge.engine.model.inspection import restore_rng_states, rng_states
 from tuneforge.errors import UsageError
 
 _lock = threading.RLock()
@@ -49,7 +50,6 @@ def exclusive_process_state(device_type: str, *, seed: int) -> Iterator[None]:
         )
     try:
         with (
-            torch.random.fork_rng(devices=[]),
             _seeded_generators(seed),
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -62,12 +62,11 @@ def exclusive_process_state(device_type: str, *, seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded_generators(seed: int) -> Iterator[None]:
-    """Seed the generators of Python and numpy, and restore them afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
+    """Seed the generators of Python and numpy, and restore these and torch's afterwards."""
+    states = rng_states()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        restore_rng_states(states)

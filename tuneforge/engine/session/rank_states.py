@@ -1,7 +1,7 @@
 """What differs between the ranks of a run in the middle of an epoch, so that a checkpoint holds it for each of them.
 
 Statistics that forward updates are averaged over the ranks at the end of an epoch, and plain attributes never are. The
-engine does not seed the generators of Python and numpy, from which a model may draw in forward.
+generators of Python and numpy, from which a model may draw in forward, are seeded once at the start of a run.
 """
 
 from __future__ import annotations

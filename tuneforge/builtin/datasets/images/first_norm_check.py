@@ -74,20 +74,15 @@ def check_first_norm(run: Run) -> str | None:
     if len(rows) < MIN_IMAGES:
         return None
     images = inputs.preprocess(run.data.train.fetch(rows)).to(run.device.torch)
-    modes = {module: module.training for module in run.model.module.modules()}
-    try:
+    with run.preserve_model(), torch.no_grad():
         run.model.module.eval()
-        with torch.no_grad():
-            layer = _find_first_norm(run.model.module, images[:2])
-            if layer is None:
-                return (
-                    "note: the network has no BatchNorm with running statistics near its input, so mean, std and the "
-                    "order of channels cannot be checked against it"
-                )
-            return _find_better(layer, images, inputs)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+        layer = _find_first_norm(run.model.module, images[:2])
+        if layer is None:
+            return (
+                "note: the network has no BatchNorm with trained running statistics near its input, so mean, std and "
+                "the order of channels cannot be checked against it"
+            )
+        return _find_better(layer, images, inputs)
 
 
 def _find_better(layer: _Layer, images_nchw: Tensor, inputs: ImageInputs) -> str | None:
