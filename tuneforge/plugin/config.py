@@ -141,7 +141,7 @@ class Settings:
     refit: bool | None = option(
         default=None,
         help="Train again from the initial weights on training and validation samples, by the choices that were made; "
-        "val metrics are from before. By default freeze-then-unfreeze does, for at most 10,000 samples.",
+        "val metrics are from before. By default freeze-then-unfreeze, adaptive and auto do, for up to 10,000 samples.",
     )
     page: bool = option(default=True, help="Write report.html at the end of the run.")
     out: Path | None = option(default=None, help="Run directory; by default a new one under runs/.")

@@ -46,7 +46,7 @@ def _patience() -> Any:
 def _l2() -> Any:
     return option(
         default=None,
-        help="L2 penalty of the solved head, relative to the mean loss; default: by cross-validation.",
+        help="L2 penalty of the solved head, relative to the mean loss; default: chosen for the data.",
         check=gt(0),
     )
 

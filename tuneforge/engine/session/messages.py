@@ -144,7 +144,7 @@ def describe_step(step: StrategyStep) -> str:
     if isinstance(step, Phase):
         return ", ".join(_phase_details(step))
     if isinstance(step, HeadFit):
-        l2 = "by cross-validation" if step.l2 is None else f"{step.l2:g}"
+        l2 = "chosen for the data" if step.l2 is None else f"{step.l2:g}"
         return f"solving the head on frozen features, l2 {l2}"
     if isinstance(step, Diagnosis):
         return f"measuring {step.measure} on {format_count(step.batches, 'batch', 'batches')}, without training"
