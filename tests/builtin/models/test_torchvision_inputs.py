@@ -134,6 +134,7 @@ def test_weights_by_name_are_those_of_torchs_folder(checkpoints, network, name, 
 def test_weights_that_cannot_be_downloaded_say_what_to_fetch_and_where_to_put_it(checkpoints, monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setattr("urllib.request._opener", None)  # the first call keeps the proxies of its time for all others
     assert TorchvisionModel.find_local_weights(ARCH) is None
     with pytest.raises(tf.TryAgainError) as caught:
         adapt([])
